@@ -1,0 +1,191 @@
+"""A PEFT adapter directory: its config, and what each of its tensors does to which weight.
+
+Keys are those of PEFT's ``save_pretrained`` (``peft/utils/save_and_load.py``): ``base_model.model.<module>.``
+and then ``lora_A.weight``, ``lora_embedding_A``, ``lora_magnitude_vector``, ... Older versions wrote
+``modules_to_save.`` into the key and ``.weight`` behind the magnitude.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora2serve.checkpoint import SafetensorsFiles, inside, raise_all, read_header
+from lora2serve.deltas import AddVector, Delta, EmbeddingLora, Lora, Part, Replace, ReplaceRows
+from lora2serve.errors import AdapterError
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+PROMPT_METHODS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE")
+
+# <module>.<kind>, the longest first; what no pattern takes is a tensor trained in full.
+_KINDS = re.compile(
+    r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|token_adapter\.trainable_tokens_delta)(?:\.default)?(?P<leaf>\.weight|\.bias)?"
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The LoRA tensors of one module: kind (``lora_A``, ``lora_B.bias``, ...) -> part."""
+
+    module: str
+    parts: Mapping[str, Part]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One delta and the parameter it belongs to, by the name the trained model had for it."""
+
+    parameter: str  # such as model.layers.0.self_attn.q_proj.weight
+    delta: Delta
+
+
+@dataclass
+class Adapter:
+    """One adapter, opened: headers and config only."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: SafetensorsFiles
+    layers: dict[str, Layer] = field(default_factory=dict)
+    full: dict[str, Part] = field(default_factory=dict)  # parameter -> its trained value
+
+    @property
+    def method(self) -> str:
+        """``LORA``, ``LOHA``, ...: PEFT's ``peft_type``."""
+        return str(self.config.get("peft_type", "LORA")).upper()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the fold below knows it; other methods go through PEFT's own layer."""
+        return self.method == "LORA"
+
+    @property
+    def base(self) -> str:
+        """``base_model_name_or_path``, empty where PEFT was not told."""
+        return self.config.get("base_model_name_or_path") or ""
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, with this module's own rank and alpha."""
+        alpha = float(_by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
+        rank = int(_by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", rank)))
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def changes(self) -> list[Change]:
+        """Every change to a plain weight, trained-in-full tensors first (LoRA then comes on top of them)."""
+        found = [Change(name, Replace(part)) for name, part in self.full.items()]
+        for layer in self.layers.values():
+            found += self._layer_changes(layer)
+        return found
+
+    def _layer_changes(self, layer: Layer) -> list[Change]:
+        parts, module = layer.parts, layer.module
+        weight = f"{module}.weight"
+        if "token_adapter.trainable_tokens_delta" in parts:
+            value = parts["token_adapter.trainable_tokens_delta"]
+            return [Change(weight, ReplaceRows(value, self._token_indices(module)))]
+        if "lora_embedding_A" in parts:
+            a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
+            return [Change(weight, EmbeddingLora(a, b, self.scale(module, a.shape[0]), parts.get("lora_magnitude_vector")))]
+        a, b = parts["lora_A"], parts["lora_B"]
+        scale = self.scale(module, a.shape[0])
+        transposed = bool(self.config.get("fan_in_fan_out"))
+        changes = [Change(weight, Lora(a, b, scale, parts.get("lora_magnitude_vector"), transposed))]
+        if "lora_B.bias" in parts:
+            changes.append(Change(f"{module}.bias", AddVector(parts["lora_B.bias"], scale)))
+        return changes
+
+    def _token_indices(self, module: str) -> tuple[int, ...]:
+        given = self.config.get("trainable_token_indices") or self.config.get("token_indices") or []
+        if isinstance(given, dict):
+            given = next((v for k, v in given.items() if module == k or module.endswith(f".{k}")), [])
+        return tuple(int(index) for index in given)
+
+
+def open_adapter(path: Path) -> Adapter:
+    """Read config and headers of a PEFT directory; every problem of it at once."""
+    config = read_config(path)
+    if config.get("peft_type") in PROMPT_METHODS:
+        raise AdapterError(
+            f"{path}: {config['peft_type']} has no weights that could be merged",
+            "it can be served by PEFT itself only: no target of lora2serve can hold it",
+        )
+    if not (path / WEIGHTS).is_file():
+        if (path / PICKLE).is_file():
+            raise AdapterError(f"{path}: {PICKLE} is a pickle, which can run code", "--allow-pickle converts it without running any")
+        raise AdapterError(f"{path}: no {WEIGHTS}", "name the directory that PEFT's save_pretrained wrote")
+    tensors = SafetensorsFiles(read_header(inside(path, WEIGHTS)))
+    adapter = Adapter(path, config, tensors)
+    if adapter.is_lora:
+        _sort_tensors(adapter)
+    return adapter
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of a PEFT directory."""
+    if not path.is_dir():
+        raise AdapterError(f"{path}: no such adapter directory", "name a run, a PEFT directory or a Hub id")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: no {CONFIG}, so no PEFT adapter") from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path / CONFIG}: not JSON ({str(error)[:100]})") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path / CONFIG}: a {type(config).__name__}, expected a JSON object")
+    problems = [
+        f"{CONFIG}: {key} is {config.get(key)!r}, expected a positive number"
+        for key in ("r", "lora_alpha")
+        if config.get("peft_type", "LORA") == "LORA" and not (isinstance(config.get(key), int | float) and config[key] > 0)
+    ]
+    raise_all(problems, AdapterError)
+    return config
+
+
+def _sort_tensors(adapter: Adapter) -> None:
+    """Group the LoRA tensors by module; refuse what is incomplete or unknown, all at once."""
+    grouped: dict[str, dict[str, Part]] = defaultdict(dict)
+    problems = []
+    for spec in adapter.tensors.specs():
+        part = Part(adapter.tensors, spec.name, spec.shape)
+        name = spec.name.removeprefix(PREFIX)
+        match = _KINDS.fullmatch(name)
+        if match:
+            bias = ".bias" if match["leaf"] == ".bias" else ""
+            grouped[match["module"]][match["kind"] + bias] = part
+            continue
+        if re.search(r"\.(lora_|hada_|lokr_|oft_|ia3_|vera_)", name):
+            problems.append(f"{spec.name}: unknown kind of adapter tensor")
+            continue
+        adapter.full[re.sub(r"(\.modules_to_save(\.default)?|\.base_layer|\.original_module)(?=\.(weight|bias)$)", "", name)] = part
+    for module, parts in grouped.items():
+        problems += _incomplete(module, parts)
+        adapter.layers[module] = Layer(module, parts)
+    raise_all([f"{adapter.path}: {problem}" for problem in problems], AdapterError)
+
+
+def _incomplete(module: str, parts: Mapping[str, Part]) -> list[str]:
+    problems = []
+    for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        if (a in parts) != (b in parts):
+            problems.append(f"{module}: {a if a in parts else b} without its {b if a in parts else a}")
+        elif a in parts and parts[a].shape[0] != parts[b].shape[-1]:
+            problems.append(f"{module}: {a} has rank {parts[a].shape[0]}, {b} has {parts[b].shape[-1]}")
+    if not problems and not {"lora_A", "lora_embedding_A", "token_adapter.trainable_tokens_delta"} & parts.keys():
+        problems.append(f"{module}: {', '.join(parts)} without lora_A and lora_B")
+    return problems
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the end of the module's name (``peft.utils.get_pattern_key``)."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

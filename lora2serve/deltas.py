@@ -1,0 +1,219 @@
+"""What an adapter does to one weight, row by row, in float32.
+
+Every fold here is local to a row of the stored weight (DoRA's norm too), so a block of rows is all it
+needs. The sums run in PEFT's order (``W + (B @ A) * scale``), PEFT's ``merge_and_unload`` in float32
+being what the tests compare with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from lora2serve.tensors import ALL, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of an adapter file, read when it is used."""
+
+    source: Source
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, rows: slice = ALL) -> Tensor:
+        """Those rows in float32."""
+        return self.source.read(self.name, rows).float()
+
+
+class Delta(Protocol):
+    """What an adapter does to one weight."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it needs all rows together."""
+        ...
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """The weight's shape after this delta; ValueError in words where the two do not fit."""
+        ...
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        """Rows ``[start, stop)`` of the weight, float32 in and out; ``weight`` may be changed in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lora:
+    """``W + scale * B @ A`` for a linear layer (https://arxiv.org/abs/2106.09685), W: (out, in).
+
+    ``magnitude`` makes it DoRA (https://arxiv.org/abs/2402.09353): rows are rescaled to that norm.
+    ``transposed`` is PEFT's ``fan_in_fan_out``: W is stored as (in, out).
+    """
+
+    a: Part  # (r, in)
+    b: Part  # (out, r)
+    scale: float
+    magnitude: Part | None = None  # (out,)
+    transposed: bool = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        expected = (self.b.shape[0], self.a.shape[-1])
+        if self.transposed:
+            expected = expected[::-1]
+        if before != expected:
+            raise ValueError(f"the adapter is for {list(expected)}, the base has {list(before)}")
+        return before
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        import torch
+
+        if self.transposed:
+            delta = (self.b.read() @ self.a.read()[:, rows]).T
+        else:
+            delta = self.b.read(rows) @ self.a.read()
+        weight += delta.mul_(self.scale)
+        if self.magnitude is None:
+            return weight
+        if self.transposed:  # one norm per column, over all rows: such a weight is read whole
+            return weight * (self.magnitude.read() / torch.linalg.norm(weight, dim=0))
+        return weight * (self.magnitude.read(rows) / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
+
+    @property
+    def whole(self) -> bool:
+        return self.transposed and self.magnitude is not None
+
+
+@dataclass(frozen=True)
+class EmbeddingLora:
+    """``W + scale * (B @ A).T`` for an embedding, W: (tokens, dim); DoRA's norm runs over the columns."""
+
+    a: Part  # (r, tokens)
+    b: Part  # (dim, r)
+    scale: float
+    magnitude: Part | None = None  # (dim,)
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        expected = (self.a.shape[-1], self.b.shape[0])
+        if before != expected:
+            raise ValueError(f"the adapter is for {list(expected)}, the base has {list(before)}")
+        return before
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        import torch
+
+        weight += (self.b.read() @ self.a.read()[:, rows]).T.mul_(self.scale)
+        if self.magnitude is None:
+            return weight
+        return weight * (self.magnitude.read() / torch.linalg.norm(weight, dim=0))
+
+    @property
+    def whole(self) -> bool:
+        return self.magnitude is not None
+
+
+@dataclass(frozen=True)
+class ExpertLora:
+    """LoRA on some rows of one expert: what PEFT's ``target_parameters`` does to a fused 3-D weight.
+
+    A holds the experts' ranks one after another, (experts * r, in); B interleaves them, (out, r * experts):
+    ``peft/tuners/lora/layer.py``, ``ParamWrapper.get_delta_weight``. ``expert`` None: the stored weight is the
+    fused one and its rows are experts; else it is one expert's own tensor, ``first`` its first row in the fused one.
+    ``swapped`` says that the fused weight is stored as (experts, in, out).
+    """
+
+    a: Part
+    b: Part
+    scale: float
+    experts: int
+    swapped: bool = False
+    expert: int | None = None
+    first: int = 0
+    whole: ClassVar[bool] = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        out, into = self.b.shape[0], self.a.shape[-1]
+        each = (into, out) if self.swapped else (out, into)
+        fits = before == (self.experts, *each) if self.expert is None else self._holds(before, each)
+        if not fits:
+            raise ValueError(f"the adapter is for {self.experts} experts of {list(each)}, the base has {list(before)}")
+        return before
+
+    def _holds(self, before: tuple[int, ...], each: tuple[int, ...]) -> bool:
+        return len(before) == 2 and before[1] == each[1] and self.first + before[0] <= each[0]
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        if self.expert is not None:
+            part = slice(self.first + rows.start, self.first + rows.stop)
+            return weight.add_(self._delta(self.expert, part))
+        for place, expert in enumerate(range(rows.start, rows.stop)):
+            weight[place] += self._delta(expert, ALL)
+        return weight
+
+    def _delta(self, expert: int, rows: slice) -> Tensor:
+        rank = self.a.shape[0] // self.experts
+        a = self.a.read(slice(expert * rank, (expert + 1) * rank))  # (r, in)
+        if self.swapped:
+            b = self.b.read()[:, expert :: self.experts]
+            return (a.T[rows] @ b.T).mul_(self.scale)
+        b = self.b.read(rows)[:, expert :: self.experts]  # (out, r)
+        return (b @ a).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class Replace:
+    """A weight that was trained in full (``modules_to_save``, a trained bias, a resized embedding)."""
+
+    value: Part
+    whole: ClassVar[bool] = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        if before[1:] != self.value.shape[1:]:
+            raise ValueError(f"the adapter brings {list(self.value.shape)}, the base has {list(before)}")
+        return self.value.shape
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        return self.value.read(rows)
+
+
+@dataclass(frozen=True)
+class ReplaceRows:
+    """Trained rows of an embedding (``trainable_token_indices``)."""
+
+    value: Part  # (len(indices), dim)
+    indices: tuple[int, ...]
+    whole: ClassVar[bool] = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        if before[1:] != self.value.shape[1:] or len(self.indices) != self.value.shape[0]:
+            raise ValueError(f"the adapter brings {list(self.value.shape)} for {len(self.indices)} tokens, the base has {list(before)}")
+        if max(self.indices) >= before[0]:
+            raise ValueError(f"the adapter trains token {max(self.indices)}, the base has {before[0]}")
+        return before
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        places = [(n, index - rows.start) for n, index in enumerate(self.indices) if rows.start <= index < rows.stop]
+        if places:
+            taken, put = zip(*places, strict=True)
+            weight[list(put)] = self.value.read()[list(taken)]
+        return weight
+
+
+@dataclass(frozen=True)
+class AddVector:
+    """``bias + scale * B.bias`` (PEFT's ``lora_bias``)."""
+
+    value: Part
+    scale: float
+    whole: ClassVar[bool] = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        if before != self.value.shape:
+            raise ValueError(f"the adapter brings a bias of {list(self.value.shape)}, the base has {list(before)}")
+        return before
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        return weight.add_(self.value.read(rows) * self.scale)

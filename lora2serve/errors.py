@@ -1,0 +1,92 @@
+"""Every failure that a user can meet, as one tree:
+
+Lora2ServeError           exit 1, unless a class below says otherwise
+├── UsageError            exit 2: an option or argument that cannot be
+│   └── RecipeError       exit 2: all problems of one recipe, each with its key path
+├── InputError            a file handed to us is not what it should be
+│   ├── CheckpointError   a base model directory
+│   ├── AdapterError      a PEFT adapter directory
+│   └── DataError         a data set
+├── MergeError            base and adapter do not go together, or give no usable weights
+├── ExportError           a target refuses the model, or its files cannot be written
+├── EngineError           an engine is missing, dies or hangs
+├── TrainError            training cannot start or go on
+├── HubError              the Hub, the network or its cache
+└── ParityNotMet          exit 3: an export does not answer like the trained model
+
+A message is one line: what, which value, what was expected. ``hint`` is the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class Lora2ServeError(Exception):
+    """Base of all errors that are shown without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(Lora2ServeError):
+    """An option or argument that cannot be."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """All problems of one recipe, one per line."""
+
+
+class InputError(Lora2ServeError):
+    """A file handed to us is not what it should be."""
+
+
+class CheckpointError(InputError):
+    """A base model directory that cannot be read."""
+
+
+class AdapterError(InputError):
+    """A PEFT adapter directory that cannot be read."""
+
+
+class DataError(InputError):
+    """A data set that cannot be read."""
+
+
+class MergeError(Lora2ServeError):
+    """Base and adapter do not go together, or give no usable weights."""
+
+
+class ExportError(Lora2ServeError):
+    """A target refuses the model, or its files cannot be written."""
+
+
+class EngineError(Lora2ServeError):
+    """An engine is missing, dies or hangs."""
+
+
+class TrainError(Lora2ServeError):
+    """Training cannot start or go on."""
+
+
+class HubError(Lora2ServeError):
+    """The Hub, the network or its cache."""
+
+
+class ParityNotMet(Lora2ServeError):
+    """An export does not answer like the trained model."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'rank'?)"``, or an empty string when nothing is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

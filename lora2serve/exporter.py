@@ -1,0 +1,138 @@
+"""What a target is: a class whose instances are sinks, found by a name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.tensors import Source, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora2serve.output import Output
+
+# A name stays a string until it is used: the toolchain imports no output format by itself.
+BUILTIN = {
+    "vllm": "converters.vllm:VllmSink",
+    "gguf": "converters.gguf:GgufSink",
+    "ollama": "converters.ollama:OllamaSink",
+    "lmstudio": "converters.lmstudio:LmStudioSink",
+    "adapter": "converters.adapter:AdapterSink",
+    "gguf-adapter": "converters.gguf.adapter:GgufAdapterSink",
+}
+GROUP = "lora2serve.exporters"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a sink plans from. Opening one reads headers and small files, never a weight."""
+
+    source: Source
+    config: Mapping[str, Any]  # config.json of the base, without its quantization_config
+    files: Mapping[str, Path]  # tokenizer, chat template, generation config, licence: file name -> path
+    name: str  # short name for files and cards, such as "demo"
+    base: str  # repo id or path of the base, as the user named it
+    adapter: Path | None = None  # the PEFT directory that was folded in, if any
+    lineage: Mapping[str, Any] = field(default_factory=dict)  # goes into the manifest as it is
+
+
+class Sink(Protocol):
+    """One open output. Its constructor plans everything and refuses before the first byte.
+
+    ``wanted`` maps the name of each tensor it needs to how many rows must come together: 1 when any
+    block of rows will do, the head size where heads are permuted, ``spec.rows`` for the whole tensor.
+    ``write`` may be called from several threads for different blocks, in any order.
+    """
+
+    wanted: Mapping[str, int]
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        """Take rows ``[start, stop)`` of one wanted tensor, float32 or ``spec.dtype``; must not change ``block``."""
+        ...
+
+    def finish(self) -> Mapping[str, Any]:
+        """Write the side files; return what the manifest should say about this format."""
+        ...
+
+    def close(self) -> None:
+        """Release handles. Safe twice, and after an error."""
+        ...
+
+
+class Exporter(Protocol):
+    """A target's class: ``Options`` is a frozen dataclass whose fields are the target's options.
+
+    ``quants`` are the accepted names for ``--quant``, canonical spelling; a target that has none
+    leaves it empty. Where it is not empty, ``Options`` has a field ``quant``.
+    """
+
+    Options: ClassVar[type[Any]]
+    quants: ClassVar[tuple[str, ...]]
+    default_quant: ClassVar[str | None]
+
+    def __call__(self, model: Model, out: Output, options: Any) -> Sink: ...
+
+
+def known() -> list[str]:
+    """All target names: the built-in ones, then those of installed packages."""
+    return [*BUILTIN, *(point.name for point in entry_points(group=GROUP) if point.name not in BUILTIN)]
+
+
+def find(name: str) -> Exporter:
+    """The exporter of that name, imported now."""
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        exporter: Exporter = getattr(import_module(module), attribute)
+        return exporter
+    for point in entry_points(group=GROUP, name=name):
+        loaded: Exporter = point.load()
+        return loaded
+    raise UsageError(
+        f"--target {name}: unknown target{did_you_mean(name, known())}", f"known targets: {', '.join(known())}"
+    )
+
+
+def plan_options(
+    targets: Mapping[str, Exporter], quants: Sequence[str], given: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """One ``(target, options)`` for each output to write.
+
+    Each of ``quants`` goes to every target that knows it, each option in ``given`` to every target
+    that has such a field. What fits no target is an error that names it.
+    """
+    _refuse_homeless(targets, quants, given)
+    planned = []
+    for name, exporter in targets.items():
+        own = {f.name for f in fields(exporter.Options)}
+        options = {key: value for key, value in given.items() if key in own}
+        if not exporter.quants:
+            planned.append((name, exporter.Options(**options)))
+            continue
+        spelled = {quant.lower(): quant for quant in exporter.quants}
+        chosen = list(dict.fromkeys(spelled[q.lower()] for q in quants if q.lower() in spelled))
+        for quant in chosen or [exporter.default_quant]:
+            planned.append((name, exporter.Options(quant=quant, **options)))
+    return planned
+
+
+def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], given: Mapping[str, Any]) -> None:
+    shown = " ".join(f"--target {name}" for name in targets)
+    known_quants = {quant.lower(): quant for exporter in targets.values() for quant in exporter.quants}
+    known_options = {f.name for exporter in targets.values() for f in fields(exporter.Options)}
+    problems = [
+        f"--quant {quant}: unknown for {shown}{did_you_mean(quant.lower(), known_quants)}"
+        for quant in quants
+        if quant.lower() not in known_quants
+    ]
+    problems += [
+        f"--{key.replace('_', '-')}: not an option of {shown}" for key in given if key not in known_options
+    ]
+    if problems:
+        hint = f"known types: {', '.join(known_quants.values())}" if known_quants else ""
+        raise UsageError("\n".join(problems), hint)

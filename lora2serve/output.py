@@ -1,0 +1,237 @@
+"""A directory that appears whole or not at all.
+
+Everything is written into ``<target>.partial-<id>`` beside the target; ``publish`` syncs it, writes the
+manifest last and swaps it in by one rename. A killed run leaves the old directory, or the new one, and
+at most a partial directory, which the next run into the same target clears.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora2serve import manifest
+from lora2serve.errors import ExportError
+
+CHUNK = 4 << 20  # bytes read back at a time while hashing
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+class OutFile:
+    """One file of a known size, written at any offset from any thread, hashed behind the writers.
+
+    The hash follows the longest written prefix and reads it back from the page cache, so it holds no
+    block in memory and speaks of the bytes that are really in the file.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(path, flags, 0o666)
+        self._lock = threading.Lock()
+        self._hashing = threading.Lock()
+        self._written: dict[int, int] = {}  # start -> end of pieces beyond the prefix
+        self._prefix = self._hashed = 0
+        self._sha256 = hashlib.sha256()
+        _allocate(self._fd, size)
+
+    def pwrite(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of ``data`` at ``offset``; the pieces of one file must not overlap."""
+        view = memoryview(data).cast("B")
+        if offset + len(view) > self.size:
+            raise ExportError(f"{self.path.name}: bytes up to {offset + len(view)} written, planned were {self.size}")
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], offset + done)
+        with self._lock:
+            self._written[offset] = offset + len(view)
+            while self._prefix in self._written:
+                self._prefix = self._written.pop(self._prefix)
+        if self._hashing.acquire(blocking=False):
+            try:
+                self._hash_to(self._prefix)
+            finally:
+                self._hashing.release()
+
+    def finish(self) -> str:
+        """The file's sha256, after a sync; an error if a planned byte was never written."""
+        if self._prefix != self.size:
+            raise ExportError(f"{self.path.name}: byte {self._prefix} of {self.size} was never written")
+        with self._hashing:
+            self._hash_to(self.size)
+        os.fsync(self._fd)
+        return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        """Release the handle. Safe twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _hash_to(self, end: int) -> None:
+        while self._hashed < end:
+            piece = os.pread(self._fd, min(CHUNK, end - self._hashed), self._hashed)
+            self._sha256.update(piece)
+            self._hashed += len(piece)
+
+
+class Output:
+    """One target directory under construction."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:12]}")
+        self.path.mkdir(mode=0o777)
+        self._files: dict[str, OutFile] = {}
+
+    def file(self, name: str, size: int) -> OutFile:
+        """A large file of exactly ``size`` bytes, to be filled by ``pwrite``."""
+        opened = OutFile(self._place(name), size)
+        self._files[name] = opened
+        return opened
+
+    def text(self, name: str, content: str) -> None:
+        """A small UTF-8 text file."""
+        self.bytes(name, content.encode())
+
+    def json(self, name: str, content: Any) -> None:
+        """A small JSON file, indented."""
+        self.text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def bytes(self, name: str, content: bytes) -> None:
+        """A small binary file."""
+        with self._place(name).open("xb") as file:
+            file.write(content)
+
+    def copy(self, name: str, source: Path) -> None:
+        """A side file as it is (the bytes, not the link or the mode)."""
+        self.bytes(name, source.read_bytes())
+
+    def publish(self, about: Mapping[str, Any]) -> Path:
+        """Sync every file, write the manifest last, and swap the directory in."""
+        sums = {name: {"sha256": file.finish(), "size": file.size} for name, file in self._files.items()}
+        for file in self._files.values():
+            file.close()
+        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            name = path.relative_to(self.path).as_posix()
+            if name not in sums:
+                _sync(path)
+                sums[name] = manifest.digest(path)
+        manifest.write(self.path, {**about, "files": dict(sorted(sums.items()))})
+        _sync(self.path / manifest.NAME)
+        for folder in [*(p for p in self.path.rglob("*") if p.is_dir()), self.path]:
+            _sync(folder)
+        _swap(self.path, self.target)
+        _sync(self.target.parent)
+        return self.target
+
+    def discard(self) -> None:
+        """Remove what is not published. Safe after ``publish`` (then it removes what was replaced)."""
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _place(self, name: str) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+@contextmanager
+def opened(target: Path, *, overwrite: bool) -> Iterator[Output]:
+    """An ``Output`` for ``target`` under its lock; what is not published is removed on the way out."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target):
+        for stale in target.parent.glob(f"{target.name}.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        _refuse_existing(target, overwrite)
+        output = Output(target)
+        try:
+            yield output
+        finally:
+            output.discard()
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ExportError(f"{target}: exists and is no directory", "name another place with -o")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not (target / manifest.NAME).exists():
+        raise ExportError(f"{target}: holds files that are no export of lora2serve", "name another place with -o")
+    if not overwrite:
+        raise ExportError(f"{target}: already exists", "--overwrite replaces it, once the new one is whole")
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """An exclusive lock that leaves no file behind: the holder unlinks it, a waiter checks it is still there."""
+    path = target.with_name(f".{target.name}.lock")
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise ExportError(
+                f"{target}: another run is writing there", "wait for it, or name another place with -o"
+            ) from None
+        try:
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+    try:
+        yield
+    finally:
+        os.unlink(path)
+        os.close(fd)
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Claim the disk now, so that a full one is met before the work and not after it."""
+    if not size:
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(fd, size)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Rename ``new`` to ``target``; where a target stands, exchange the two in one step (renameat2(2))."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    exchange = getattr(libc, "renameat2", None)
+    if exchange and not exchange(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE):
+        return
+    # No exchange on this file system: for a moment the name is free, never half of each.
+    old = target.with_name(f"{target.name}.partial-old-{uuid.uuid4().hex[:8]}")
+    os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,44 @@
+"""How long work speaks: the caller hands one of these in, so that only the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+Unit = Literal["", "bytes", "steps", "tokens"]
+
+
+class Progress(Protocol):
+    """Words and bars of a long piece of work."""
+
+    def note(self, text: str) -> None:
+        """One line of information."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """One line that the user should act on."""
+        ...
+
+    def track(self, label: str, total: int, unit: Unit = "") -> _Tracker:
+        """``with progress.track("fold", n, "bytes") as advance: advance(k)``; ``advance`` is thread-safe."""
+        ...
+
+
+class _Tracker(Protocol):
+    def __enter__(self) -> Callable[[int], None]: ...
+    def __exit__(self, *error: object) -> bool | None: ...
+
+
+class Silent:
+    """Says nothing; for callers that are programs."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
+        yield lambda amount: None

@@ -1,0 +1,116 @@
+"""A run directory: where one fine-tune keeps its recipe, adapter, metrics, exports and reports.
+
+    runs/<name>/recipe.yaml     the recipe, fully resolved
+                run.json        base identity, data hashes, versions, quantisation, metrics
+                adapter/        the PEFT adapter as trained, with its tokenizer
+                eval.jsonl      the held-out rows, in normal form
+                metrics.jsonl   one line per logged step
+                loss.png
+                checkpoints/    the trainer's, for --resume
+                exports/        <target>[-<quant>]/
+                parity/         report.json and its pictures
+    runs/latest                 a link to the run made last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora2serve.errors import InputError, UsageError
+
+ROOT = Path("runs")
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def eval_data(self) -> Path:
+        return self.path / "eval.jsonl"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
+    def parity(self) -> Path:
+        return self.path / "parity"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """``run.json``: see the module's docstring; empty before the first ``update``."""
+        try:
+            content = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise InputError(f"{self.path / 'run.json'}: not JSON ({error})") from None
+        return dict(content)
+
+    def update(self, changes: Mapping[str, Any]) -> None:
+        """Set top-level keys of ``run.json`` in one step."""
+        temporary = self.path / ".run.json.new"
+        temporary.write_text(json.dumps({**self.record, **changes}, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / "run.json")
+
+    def list_exports(self) -> list[Path]:
+        """Every published export of this run, by name."""
+        return sorted(path.parent for path in self.exports.glob("*/lora2serve.json") if ".partial-" not in path.parent.name)
+
+
+def create(name: str, root: Path = ROOT) -> Run:
+    """A new run directory ``<root>/<name>``, or ``<name>-2`` and so on where one stands."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == LATEST:
+        raise UsageError(f"run name {name!r}: expected letters, digits, '.', '_' and '-', and not {LATEST!r}")
+    root.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+            return Run(path)
+        except FileExistsError:
+            number += 1
+
+
+def point_latest(run: Run) -> None:
+    """Let ``latest`` beside the run point at it, in one step."""
+    temporary = run.path.parent / f".{LATEST}.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(run.path.name)
+    os.replace(temporary, run.path.parent / LATEST)
+
+
+def latest(root: Path = ROOT) -> Run:
+    """The run that was made last."""
+    link = root / LATEST
+    if not link.exists():
+        raise UsageError(f"no {link} here", "train first (`lora2serve train`), or name a run or an adapter")
+    return Run(root / link.resolve().name)
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run directory with a finished adapter."""
+    return (path / "run.json").is_file() and (path / "adapter" / "adapter_config.json").is_file()

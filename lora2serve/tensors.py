@@ -1,0 +1,94 @@
+"""The narrow waist: a model is a read-only mapping from names to tensors that exist while you look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+# The dtype names of the safetensors format that hold whole bytes.
+DType = Literal[
+    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0",
+    "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL",
+]  # fmt: skip
+DTYPES: tuple[DType, ...] = get_args(DType)
+FLOATS: frozenset[DType] = frozenset({"F64", "F32", "F16", "BF16"})
+
+ALL = slice(None)
+
+
+def itemsize(dtype: DType) -> int:
+    """Bytes per element."""
+    if dtype in ("F64", "I64", "U64"):
+        return 8
+    if dtype in ("F32", "I32", "U32"):
+        return 4
+    return 2 if dtype in ("F16", "BF16", "I16", "U16") else 1
+
+
+def torch_dtype(dtype: DType) -> dtype:
+    """The torch dtype of that name."""
+    import torch
+
+    names = {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    }  # fmt: skip
+    found = getattr(torch, names[dtype])
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor without reading it.
+
+    ``dtype`` is the type the tensor is to be *stored* in. ``Source.read`` may hand out float32
+    where the values were computed and not yet rounded: the sink rounds, once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    whole: bool = field(default=False, compare=False)  # any of its rows costs as much to read as all of them
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_numel(self) -> int:
+        """Elements in one row."""
+        return prod(self.shape[1:])
+
+    @property
+    def numel(self) -> int:
+        """Elements in all."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all, in ``dtype``."""
+        return self.numel * itemsize(self.dtype)
+
+
+class Source(Protocol):
+    """A model, read by rows. Checkpoint, Dequantized and Merged each wrap the one before."""
+
+    def specs(self) -> Sequence[TensorSpec]:
+        """Every tensor, in file order, so that reads stay sequential."""
+        ...
+
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        """Rows ``[start, stop)`` of one tensor as a fresh, contiguous CPU tensor the caller owns.
+
+        The shape is ``(stop - start, *shape[1:])``; a scalar is read whole. Safe from several threads.
+        """
+        ...
