@@ -1,0 +1,93 @@
+"""The header-first shard writer: offsets follow from shapes alone, blocks stream in after.
+
+Format: https://github.com/huggingface/safetensors#format; the index is transformers' ``model.safetensors.index.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lora2serve.checkpoint import INDEX, SINGLE
+from lora2serve.errors import ExportError
+from lora2serve.output import OutFile, Output
+from lora2serve.tensors import TensorSpec, itemsize, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARD = 5_000_000_000  # bytes, what save_pretrained uses by default
+
+
+class ShardWriter:
+    """Tensors laid into shards of at most ``shard`` bytes, in the given order."""
+
+    def __init__(self, out: Output, specs: Sequence[TensorSpec], shard: int = SHARD) -> None:
+        groups = _group(specs, shard)
+        names = [SINGLE] if len(groups) == 1 else [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+        self._places: dict[str, tuple[OutFile, int]] = {}
+        self._specs = {spec.name: spec for spec in specs}
+        for name, group in zip(names, groups, strict=True):
+            self._lay(out, name, group)
+        if len(groups) > 1:
+            total = sum(spec.nbytes for spec in specs)
+            weight_map = {spec.name: name for name, group in zip(names, groups, strict=True) for spec in group}
+            out.json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+    def write(self, name: str, rows: slice, block: Tensor) -> None:
+        """Rows of one tensor, cast to the planned type (the one rounding) and put in their place."""
+        spec = self._specs[name]
+        file, offset = self._places[name]
+        file.pwrite(as_bytes(cast(block, spec)), offset + rows.start * spec.row_numel * itemsize(spec.dtype))
+
+    def _lay(self, out: Output, name: str, group: Sequence[TensorSpec]) -> None:
+        header = encode_header(group)
+        file = out.file(name, len(header) + sum(spec.nbytes for spec in group))
+        file.pwrite(header, 0)
+        offset = len(header)
+        for spec in group:
+            self._places[spec.name] = (file, offset)
+            offset += spec.nbytes
+
+
+def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Length and JSON header of one file, padded with spaces to a multiple of eight bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
+        offset += spec.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def cast(block: Tensor, spec: TensorSpec) -> Tensor:
+    """The block in the type it is stored in; a value that float16 cannot hold is an error."""
+    import torch
+
+    stored = block.to(torch_dtype(spec.dtype))
+    if spec.dtype == "F16" and block.dtype != torch.float16 and not torch.isfinite(stored).all():
+        worst = float(block.abs().max())
+        raise ExportError(f"{spec.name}: {worst:.4g} does not fit float16 (65504 at most)", "export with --dtype bf16")
+    return stored
+
+
+def as_bytes(block: Tensor) -> memoryview:
+    """The tensor's bytes, little-endian, without a copy where it is contiguous."""
+    import torch
+
+    return memoryview(block.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _group(specs: Sequence[TensorSpec], shard: int) -> list[list[TensorSpec]]:
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if groups[-1] and size + spec.nbytes > shard:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += spec.nbytes
+    return groups

@@ -1,0 +1,84 @@
+"""A merged Hugging Face directory that ``vllm serve DIR`` loads with no flag."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from converters.safetensors import SHARD, ShardWriter
+from lora2serve.exporter import Model
+from lora2serve.output import Output
+from lora2serve.tensors import FLOATS, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """``shard_size`` in bytes."""
+
+    shard_size: int = SHARD
+
+
+class VllmSink:
+    """Merged weights in safetensors, config, tokenizer, chat template and generation config."""
+
+    Options: ClassVar[type[VllmOptions]] = VllmOptions
+    quants: ClassVar[tuple[str, ...]] = ()
+    default_quant: ClassVar[str | None] = None
+
+    def __init__(self, model: Model, out: Output, options: VllmOptions) -> None:
+        self._model, self._out = model, out
+        specs = list(model.source.specs())
+        self.wanted: Mapping[str, int] = {spec.name: 1 for spec in specs}
+        self._dtype = _main_dtype(specs)
+        self._writer = ShardWriter(out, specs, options.shard_size)
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        self._writer.write(spec.name, rows, block)
+
+    def finish(self) -> Mapping[str, Any]:
+        self._out.json("config.json", served_config(self._model.config, self._dtype))
+        for name, path in self._model.files.items():
+            self._out.copy(name, path)
+        self._out.text("serve.yaml", serve_yaml(self._model, self._dtype))
+        return {"dtype": self._dtype}
+
+    def close(self) -> None:
+        pass
+
+
+def served_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """``config.json`` of the merged model: plain weights in ``dtype``, under whichever key the base used for it."""
+    served = {key: value for key, value in config.items() if key != "quantization_config"}
+    served[_dtype_key(config)] = dtype
+    for part, value in served.items():
+        if part.endswith("_config") and isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            served[part] = {**value, _dtype_key(value): dtype}
+    return served
+
+
+def serve_yaml(model: Model, dtype: str) -> str:
+    """Arguments for ``vllm serve DIR --config DIR/serve.yaml``: what this model needs and vLLM may not find itself."""
+    config = model.config.get("text_config") or model.config
+    lines = ["# vllm serve . --config serve.yaml", f"served-model-name: {json.dumps(model.name)}", f"dtype: {dtype}"]
+    if config.get("max_position_embeddings"):
+        lines.append(f"max-model-len: {config['max_position_embeddings']}")
+    return "\n".join(lines) + "\n"
+
+
+def _dtype_key(config: Mapping[str, Any]) -> str:
+    return "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+
+
+def _main_dtype(specs: list[TensorSpec]) -> str:
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        if spec.dtype in FLOATS:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
+    return DTYPES.get(max(sizes, key=lambda kind: sizes[kind], default="BF16"), "bfloat16")

@@ -1,0 +1,178 @@
+"""The fold: a base and its adapters, seen as one model of plain weights.
+
+    model = Merged(Dequantized(Checkpoint(path)), [open_adapter(adapter)], config)
+
+Binding happens in the constructor: every change must find one weight of the right shape, every
+adapter tensor must be used, and all that does not fit is reported together, before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from lora2serve.adapter import Adapter, Change
+from lora2serve.checkpoint import raise_all
+from lora2serve.deltas import Delta, Replace
+from lora2serve.errors import MergeError
+from lora2serve.layout import EMBEDDINGS, HEAD, lay_out
+from lora2serve.names import Names
+from lora2serve.tensors import ALL, FLOATS, DType, Source, TensorSpec, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One tensor of the merged model: which stored tensor it starts from, and what happens to it."""
+
+    spec: TensorSpec
+    stored: str
+    deltas: tuple[Delta, ...]
+
+
+class Merged:
+    """Base plus adapters. ``read`` gives float32 where something was folded or dequantised, the stored type elsewhere."""
+
+    def __init__(self, base: Source, adapters: Sequence[Adapter], config: Mapping[str, Any], dtype: DType | None = None) -> None:
+        self.base, self.config = base, dict(config)
+        self.survival = Survival()
+        stored = list(base.specs())
+        main = _main_dtype(stored) if dtype else None
+        slots, changes = lay_out(stored, adapters, self.config)
+        bound = self._bind([slot.spec for slot in slots], changes)
+        self._folded: dict[str, Folded] = {}
+        problems = []
+        for slot in slots:
+            deltas = tuple(bound.get(slot.spec.name, ()))
+            try:
+                shape = slot.spec.shape
+                for delta in deltas:
+                    shape = delta.shape(shape)
+            except ValueError as error:
+                problems.append(f"{slot.spec.name}: {error}")
+                continue
+            kept = dtype if dtype and slot.spec.dtype == main else slot.spec.dtype
+            whole = slot.spec.whole or any(delta.whole for delta in deltas)
+            self._folded[slot.spec.name] = Folded(TensorSpec(slot.spec.name, shape, kept, whole), slot.stored, deltas)
+        raise_all(problems, MergeError)
+        self._resize_config()
+
+    def specs(self) -> Sequence[TensorSpec]:
+        return [folded.spec for folded in self._folded.values()]
+
+    def changed(self) -> list[str]:
+        """The names of the tensors that an adapter changes."""
+        return [name for name, folded in self._folded.items() if folded.deltas]
+
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        folded = self._folded[name]
+        spec = folded.spec
+        start, stop, _ = rows.indices(spec.rows)
+        if not folded.deltas:
+            return _finite(self.base.read(folded.stored, rows), name, "base")
+        if spec.whole:
+            return self._fold(folded, slice(0, spec.rows))[start:stop].contiguous()
+        return self._fold(folded, slice(start, stop))
+
+    def _fold(self, folded: Folded, rows: slice) -> Tensor:
+        import torch
+
+        name, deltas = folded.spec.name, folded.deltas
+        if isinstance(deltas[0], Replace):  # the base's rows do not matter, and there may be fewer of them
+            before = weight = deltas[0].apply(torch.empty(0), rows)
+            deltas = deltas[1:]
+        else:
+            before = _finite(self.base.read(folded.stored, rows), name, "base")
+            weight = before.to(torch.float32, copy=True)
+        for delta in deltas:
+            weight = delta.apply(weight, rows)
+        _finite(weight, name, "adapter, or the sum of base and adapter")
+        if deltas:
+            self.survival.add(folded.spec, before, weight)
+        return weight
+
+    def _bind(self, specs: Sequence[TensorSpec], changes: Sequence[Change]) -> dict[str, list[Delta]]:
+        """Deltas by the name of the weight they land in; what lands nowhere is an error that names it."""
+        names = Names(specs, self.config)
+        bound: dict[str, list[Delta]] = defaultdict(list)
+        lost = []
+        for change in changes:
+            places = names.find(change)
+            if not places:
+                lost.append(f"{change.parameter}: the adapter changes it, the base has no such weight{names.nearest(change.parameter)}")
+            for name, delta in places:
+                bound[name].append(delta)
+        if lost:
+            hint = "this adapter belongs to another base: name it with --base"
+            raise_all([f"{len(lost)} of {len(changes)} changes fit no weight of the base:", *lost], lambda text: MergeError(text, hint))
+        return bound
+
+    def _resize_config(self) -> None:
+        """A vocabulary that grew, in the config; embedding and head must agree."""
+        rows = {n: f.spec.rows for n, f in self._folded.items() if n.endswith(EMBEDDINGS) or n.endswith(HEAD)}
+        if len(set(rows.values())) > 1:
+            told = ", ".join(f"{name} has {count} rows" for name, count in rows.items())
+            raise MergeError(f"embedding and head differ: {told}", "save the adapter with save_embedding_layers=True")
+        part = self.config.get("text_config") if "vocab_size" not in self.config else self.config
+        for count in set(rows.values()):
+            if part and count != part.get("vocab_size") and any(isinstance(d, Replace) for n in rows for d in self._folded[n].deltas):
+                part["vocab_size"] = count
+
+
+class Survival:
+    """How much of each delta is left after the cast: ``|cast(W') - W| / |W' - W|``, in Frobenius norms."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._lock = Lock()
+
+    def add(self, spec: TensorSpec, before: Tensor, after: Tensor) -> None:
+        """Count one block; ``before`` in any float type, ``after`` in float32."""
+        import torch
+
+        if spec.dtype not in FLOATS or before.shape != after.shape:
+            return
+        wanted = float(torch.dist(after, before.float())) ** 2
+        kept = float(torch.dist(after.to(torch_dtype(spec.dtype)).float(), before.float())) ** 2
+        with self._lock:
+            sums = self._sums[spec.name]
+            sums[0] += kept
+            sums[1] += wanted
+
+    def shares(self) -> dict[str, float]:
+        """Tensor -> share; 0 where the adapter changes nothing."""
+        return {name: (kept / wanted) ** 0.5 if wanted else 0.0 for name, (kept, wanted) in sorted(self._sums.items())}
+
+    def check(self) -> None:
+        """An adapter that changes nothing at all is an error: a wrong or a fresh one."""
+        shares = self.shares()
+        if shares and max(shares.values()) < 0.01:
+            raise MergeError(
+                f"the adapter changes nothing: at most {max(shares.values()):.4f} of any delta survives",
+                "B is still zero (a fresh adapter), or alpha is far too small",
+            )
+
+
+def _finite(block: Tensor, name: str, what: str) -> Tensor:
+    """The block, if every value in it is finite; a sum finds out in one pass where all is well."""
+    import torch
+
+    if block.is_floating_point() and block.element_size() > 1:
+        total = block.sum(dtype=torch.float32)
+        if not torch.isfinite(total) and not torch.isfinite(block).all():
+            raise MergeError(f"{name}: NaN or infinity, from the {what}", "such weights give nonsense: train or fetch again")
+    return block
+
+
+def _main_dtype(specs: Sequence[TensorSpec]) -> DType | None:
+    """The float type that most of the model is in."""
+    total: dict[DType, int] = defaultdict(int)
+    for spec in specs:
+        if spec.dtype in FLOATS:
+            total[spec.dtype] += spec.numel
+    return max(total, key=lambda kind: total[kind], default=None)

@@ -1,0 +1,136 @@
+"""The loop: open every sink, read each block once, hand it to each sink that wants it, publish by rename."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from lora2serve import manifest, output
+from lora2serve.errors import ExportError, Lora2ServeError
+from lora2serve.exporter import Exporter, Model, Sink
+from lora2serve.merge import Merged
+from lora2serve.output import Output
+from lora2serve.progress import Progress
+from lora2serve.tensors import TensorSpec
+
+BLOCK = 1 << 20  # elements in one block: 4 MiB in float32, which stays in a core's cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One output to write."""
+
+    target: str
+    exporter: Exporter
+    options: Any
+    out: Path
+
+    @property
+    def quant(self) -> str | None:
+        """The --quant of this output, if its format has them."""
+        return getattr(self.options, "quant", None)
+
+
+def export(model: Model, plans: Sequence[Plan], progress: Progress, *, overwrite: bool = False, threads: int | None = None) -> list[Path]:
+    """Write every planned output in one pass over the model; all of them, or none.
+
+    ``threads`` workers fold independent blocks, so memory is ``threads`` blocks whatever the model's size.
+    """
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(output.opened(plan.out, overwrite=overwrite)) for plan in plans]
+        sinks = _open_sinks(model, plans, outputs, stack)
+        try:
+            _stream(model, sinks, progress, threads or min(4, os.cpu_count() or 1))
+            if isinstance(model.source, Merged):
+                model.source.survival.check()
+            abouts = [_about(model, plan, sink.finish()) for plan, sink in zip(plans, sinks, strict=True)]
+        except OSError as error:
+            raise ExportError(f"{error.filename or plans[0].out}: {error.strerror}", "nothing was left behind; free the disk and run again") from error
+        return [out.publish(about) for out, about in zip(outputs, abouts, strict=True)]
+
+
+def _open_sinks(model: Model, plans: Sequence[Plan], outputs: Sequence[Output], stack: ExitStack) -> list[Sink]:
+    """Every sink, or every reason why not."""
+    sinks: list[Sink] = []
+    refusals: list[Lora2ServeError] = []
+    for plan, out in zip(plans, outputs, strict=True):
+        try:
+            sink = plan.exporter(model, out, plan.options)
+        except Lora2ServeError as error:
+            refusals.append(error)
+            continue
+        except OSError as error:
+            refusals.append(ExportError(f"{plan.out}: {error.strerror}", "free the disk, or name another place with -o"))
+            continue
+        stack.callback(sink.close)
+        sinks.append(sink)
+    if refusals:
+        message = "\n".join(f"{refusal.message}" for refusal in refusals)
+        raise ExportError(message, next((refusal.hint for refusal in refusals if refusal.hint), ""))
+    return sinks
+
+
+def _stream(model: Model, sinks: Sequence[Sink], progress: Progress, threads: int) -> None:
+    import torch
+
+    specs = [spec for spec in model.source.specs() if any(spec.name in sink.wanted for sink in sinks)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pool is the parallelism: BLAS threads inside it would fight over the same cores
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="fold")
+    try:
+        with progress.track("export", sum(spec.numel for spec in specs)) as advance:
+
+            def fold(spec: TensorSpec, rows: slice) -> None:
+                block = model.source.read(spec.name, rows)
+                for sink in sinks:
+                    if spec.name in sink.wanted:
+                        sink.write(spec, rows, block)
+                advance(max(1, (rows.stop - rows.start) * spec.row_numel))
+
+            _run(pool, ((fold, spec, rows) for spec in specs for rows in _blocks(spec, sinks)), 2 * threads)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _run(pool: ThreadPoolExecutor, jobs: Iterator[tuple[Any, TensorSpec, slice]], ahead: int) -> None:
+    """Run the jobs in order with at most ``ahead`` under way; the first error ends it."""
+    under_way: set[Future[None]] = set()
+    for job in jobs:
+        if len(under_way) >= ahead:
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+        under_way.add(pool.submit(*job))
+    for future in under_way:
+        future.result()
+
+
+def _blocks(spec: TensorSpec, sinks: Sequence[Sink]) -> Iterator[slice]:
+    """Row blocks of one tensor, each as large as the most demanding sink needs and no larger than it must be."""
+    unit = lcm(*(max(1, sink.wanted[spec.name]) for sink in sinks if spec.name in sink.wanted))
+    if spec.whole:
+        unit = max(1, spec.rows)
+    step = max(unit, BLOCK // max(1, spec.row_numel) // unit * unit)
+    for start in range(0, spec.rows, step):
+        yield slice(start, min(start + step, spec.rows))
+
+
+def _about(model: Model, plan: Plan, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest, apart from the files."""
+    survival = model.source.survival.shares() if isinstance(model.source, Merged) else {}
+    return {
+        "target": plan.target,
+        "quant": plan.quant,
+        "name": model.name,
+        **model.lineage,
+        **said,
+        "survival": {name: round(share, 6) for name, share in survival.items()},
+        "versions": manifest.versions(),
+    }

@@ -1,0 +1,74 @@
+"""Small real models and adapters. B is random: PEFT starts it at zero, so a fresh adapter proves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def make_model(path: Path, kind: str = "llama", *, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", seed: int = 0, **changes: Any) -> Path:
+    """Save a random model of that ``model_type`` (llama, qwen2, gemma2, mixtral, qwen3_moe, gpt2, ...)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(path, max_shard_size=shard)
+    return path
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model on the CPU, float32 unless told otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def make_adapter(path: Path, base: Path, *, seed: int = 1, method: str = "LORA", resize: int | None = None, std: float = 0.05, **config: Any) -> Path:
+    """Save a PEFT adapter for ``base`` whose every tensor is random, as after a training."""
+    from peft import PeftConfig, get_peft_config, get_peft_model
+
+    torch.manual_seed(seed)
+    model = load_model(base)
+    if resize:
+        model.resize_token_embeddings(resize, mean_resizing=False)
+    if method == "LORA":
+        config = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], **config}
+    chosen: PeftConfig = get_peft_config({"peft_type": method, "task_type": "CAUSAL_LM", **config})
+    chosen.base_model_name_or_path = str(base)
+    adapted = get_peft_model(model, chosen)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * std)
+    adapted.save_pretrained(path)
+    return path
+
+
+def merged_by_peft(base: Path, *adapters: Path, resize: int | None = None) -> dict[str, torch.Tensor]:
+    """The oracle: PEFT's own ``merge_and_unload`` in float32, as a state dict."""
+    from peft import PeftModel
+
+    model = load_model(base)
+    if resize:
+        model.resize_token_embeddings(resize, mean_resizing=False)
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return dict(model.state_dict())
