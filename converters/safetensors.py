@@ -25,7 +25,11 @@ class ShardWriter:
 
     def __init__(self, out: Output, specs: Sequence[TensorSpec], shard: int = SHARD) -> None:
         groups = _group(specs, shard)
-        names = [SINGLE] if len(groups) == 1 else [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+        names = (
+            [SINGLE]
+            if len(groups) == 1
+            else [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+        )
         self._places: dict[str, tuple[OutFile, int]] = {}
         self._specs = {spec.name: spec for spec in specs}
         for name, group in zip(names, groups, strict=True):
@@ -56,7 +60,11 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | Non
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for spec in specs:
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
         offset += spec.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)

@@ -22,7 +22,15 @@ from lora2serve.errors import AdapterError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-PROMPT_METHODS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE")
+PROMPT_METHODS = (
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "CARTRIDGE",
+)
 
 # <module>.<kind>, the longest first; what no pattern takes is a tensor trained in full.
 _KINDS = re.compile(
@@ -93,7 +101,9 @@ class Adapter:
             return [Change(weight, ReplaceRows(value, self._token_indices(module)))]
         if "lora_embedding_A" in parts:
             a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
-            return [Change(weight, EmbeddingLora(a, b, self.scale(module, a.shape[0]), parts.get("lora_magnitude_vector")))]
+            return [
+                Change(weight, EmbeddingLora(a, b, self.scale(module, a.shape[0]), parts.get("lora_magnitude_vector")))
+            ]
         a, b = parts["lora_A"], parts["lora_B"]
         scale = self.scale(module, a.shape[0])
         transposed = bool(self.config.get("fan_in_fan_out"))
@@ -119,7 +129,9 @@ def open_adapter(path: Path) -> Adapter:
         )
     if not (path / WEIGHTS).is_file():
         if (path / PICKLE).is_file():
-            raise AdapterError(f"{path}: {PICKLE} is a pickle, which can run code", "--allow-pickle converts it without running any")
+            raise AdapterError(
+                f"{path}: {PICKLE} is a pickle, which can run code", "--allow-pickle converts it without running any"
+            )
         raise AdapterError(f"{path}: no {WEIGHTS}", "name the directory that PEFT's save_pretrained wrote")
     tensors = SafetensorsFiles(read_header(inside(path, WEIGHTS)))
     adapter = Adapter(path, config, tensors)
@@ -143,7 +155,8 @@ def read_config(path: Path) -> dict[str, Any]:
     problems = [
         f"{CONFIG}: {key} is {config.get(key)!r}, expected a positive number"
         for key in ("r", "lora_alpha")
-        if config.get("peft_type", "LORA") == "LORA" and not (isinstance(config.get(key), int | float) and config[key] > 0)
+        if config.get("peft_type", "LORA") == "LORA"
+        and not (isinstance(config.get(key), int | float) and config[key] > 0)
     ]
     raise_all(problems, AdapterError)
     return config
@@ -164,7 +177,9 @@ def _sort_tensors(adapter: Adapter) -> None:
         if re.search(r"\.(lora_|hada_|lokr_|oft_|ia3_|vera_)", name):
             problems.append(f"{spec.name}: unknown kind of adapter tensor")
             continue
-        adapter.full[re.sub(r"(\.modules_to_save(\.default)?|\.base_layer|\.original_module)(?=\.(weight|bias)$)", "", name)] = part
+        adapter.full[
+            re.sub(r"(\.modules_to_save(\.default)?|\.base_layer|\.original_module)(?=\.(weight|bias)$)", "", name)
+        ] = part
     for module, parts in grouped.items():
         problems += _incomplete(module, parts)
         adapter.layers[module] = Layer(module, parts)

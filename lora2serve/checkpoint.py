@@ -79,7 +79,9 @@ class SafetensorsFiles:
         while done < len(view):
             got = os.preadv(fd, [view[done:]], item.offset + offset + done)
             if got == 0:
-                raise CheckpointError(f"{item.file}: ends inside tensor {item.spec.name}", "the file was cut: fetch it again")
+                raise CheckpointError(
+                    f"{item.file}: ends inside tensor {item.spec.name}", "the file was cut: fetch it again"
+                )
             done += got
 
     def close(self) -> None:
@@ -140,7 +142,9 @@ def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
     if adapter is None:
         return found
     trained = _side_files(adapter)
-    if "tokenizer.json" in trained and _vocabulary(trained.get("tokenizer.json")) != _vocabulary(found.get("tokenizer.json")):
+    if "tokenizer.json" in trained and _vocabulary(trained.get("tokenizer.json")) != _vocabulary(
+        found.get("tokenizer.json")
+    ):
         found = {name: path for name, path in found.items() if not _belongs_to_tokenizer(name)}
         return found | {name: path for name, path in trained.items() if _belongs_to_tokenizer(name)}
     template = trained.get("chat_template.jinja")
@@ -166,6 +170,7 @@ def identity(path: Path, name: str | None = None, revision: str | None = None, c
             "tensors": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
         },
         "files": {shard.name: content_hash(shard) for shard in shards} if content else {},
+        "stat": {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in shards} if content else {},
     }
 
 
@@ -191,7 +196,11 @@ def _sharded(path: Path, weight_map: Any) -> list[Stored]:
     """The index and the shards' headers must say the same, in both directions."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / INDEX}: no weight_map")
-    not_text = [f"{INDEX}: weight_map[{k!r}] is {v!r}, expected a file name" for k, v in weight_map.items() if not isinstance(v, str)]
+    not_text = [
+        f"{INDEX}: weight_map[{k!r}] is {v!r}, expected a file name"
+        for k, v in weight_map.items()
+        if not isinstance(v, str)
+    ]
     raise_all(not_text)
     stored = [item for shard in dict.fromkeys(weight_map.values()) for item in read_header(inside(path, shard))]
     problems, seen = [], {}
@@ -202,7 +211,11 @@ def _sharded(path: Path, weight_map: Any) -> list[Stored]:
         seen[name] = item.file.name
         if weight_map.get(name) != item.file.name:
             problems.append(f"{name}: lies in {item.file.name}, but the index says {weight_map.get(name, 'nothing')}")
-    problems += [f"{name}: the index names {shard}, which has no such tensor" for name, shard in weight_map.items() if name not in seen]
+    problems += [
+        f"{name}: the index names {shard}, which has no such tensor"
+        for name, shard in weight_map.items()
+        if name not in seen
+    ]
     raise_all([f"{INDEX}: {problem}" for problem in problems])
     return stored
 
@@ -210,7 +223,9 @@ def _sharded(path: Path, weight_map: Any) -> list[Stored]:
 def inside(root: Path, name: str) -> Path:
     """``root/name`` for a plain file name that stays inside ``root`` (or inside the Hub cache's blobs)."""
     if not name or "\0" in name or "\\" in name or ":" in name or Path(name).name != name or name in (".", ".."):
-        raise CheckpointError(f"{root}: file name {name!r} in the index, expected a plain name", "the index is damaged or hostile")
+        raise CheckpointError(
+            f"{root}: file name {name!r} in the index, expected a plain name", "the index is damaged or hostile"
+        )
     path = root / name
     try:
         real = path.resolve(strict=True)
@@ -219,7 +234,9 @@ def inside(root: Path, name: str) -> Path:
     home = root.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if real.parent not in (home, blobs) or not real.is_file():
-        raise CheckpointError(f"{path}: leads to {real}, outside the model directory", "copy the file into the directory")
+        raise CheckpointError(
+            f"{path}: leads to {real}, outside the model directory", "copy the file into the directory"
+        )
     return path
 
 
@@ -229,7 +246,9 @@ def read_header(path: Path) -> list[Stored]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}", "the file is cut or no safetensors file")
+            raise CheckpointError(
+                f"{path}: header of {length} bytes in a file of {size}", "the file is cut or no safetensors file"
+            )
         raw = file.read(length)
     try:
         if raw[:1] != b"{":
@@ -238,7 +257,9 @@ def read_header(path: Path) -> list[Stored]:
         header.pop("__metadata__", None)
         stored = [_entry(path, name, value, 8 + length) for name, value in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: bad header: {str(error)[:200]}", "the file is damaged: fetch it again") from None
+        raise CheckpointError(
+            f"{path}: bad header: {str(error)[:200]}", "the file is damaged: fetch it again"
+        ) from None
     stored.sort(key=lambda item: (item.offset, item.spec.nbytes))
     end = 8 + length
     for item in stored:
@@ -246,7 +267,9 @@ def read_header(path: Path) -> list[Stored]:
             raise CheckpointError(f"{path}: tensor {item.spec.name} starts at byte {item.offset}, expected {end}")
         end += item.spec.nbytes
     if end != size:
-        raise CheckpointError(f"{path}: {size} bytes, expected {end}", "the file is cut or was appended to: fetch it again")
+        raise CheckpointError(
+            f"{path}: {size} bytes, expected {end}", "the file is cut or was appended to: fetch it again"
+        )
     return stored
 
 

@@ -43,7 +43,9 @@ class Dequantized:
         self.base = base
         self._packed: dict[str, Packed] = {}
         hidden = self._collapse(base.config.get("quantization_config") or {})
-        self._specs = [self._packed[s.name].spec if s.name in self._packed else s for s in base.specs() if s.name not in hidden]
+        self._specs = [
+            self._packed[s.name].spec if s.name in self._packed else s for s in base.specs() if s.name not in hidden
+        ]
 
     def specs(self) -> Sequence[TensorSpec]:
         return self._specs
@@ -120,7 +122,11 @@ class FourBit:
         absmax = self._absmax(blocks)
         whole = values.numel() // self.block
         scaled = torch.empty_like(values)
-        torch.mul(values[: whole * self.block].view(-1, self.block), absmax[:whole, None], out=scaled[: whole * self.block].view(-1, self.block))
+        torch.mul(
+            values[: whole * self.block].view(-1, self.block),
+            absmax[:whole, None],
+            out=scaled[: whole * self.block].view(-1, self.block),
+        )
         if whole * self.block < values.numel():
             scaled[whole * self.block :] = values[whole * self.block :] * absmax[-1]
         return scaled[first - start : last - start].view(rows.stop - rows.start, *self.spec.shape[1:])
@@ -128,7 +134,9 @@ class FourBit:
     def _codes(self, start: int, stop: int) -> Tensor:
         import torch
 
-        each = 2 * self.base.spec(self.spec.name).nbytes // self.base.spec(self.spec.name).numel  # nibbles per stored element
+        each = (
+            2 * self.base.spec(self.spec.name).nbytes // self.base.spec(self.spec.name).numel
+        )  # nibbles per stored element
         rows = slice(start // each, -(-stop // each))
         stored = self.base.spec(self.spec.name)
         if stored.row_numel != 1:  # stored as (1, n): one row holds everything
@@ -214,7 +222,9 @@ class RoundTrip:
         self._by_name = {spec.name: spec for spec in base.specs()}
         missing = sorted(self._weights - self._by_name.keys())
         if missing:
-            raise CheckpointError(f"{missing[0]}: quantised in training, but not in this base", "name the base of the training run")
+            raise CheckpointError(
+                f"{missing[0]}: quantised in training, but not in this base", "name the base of the training run"
+            )
         self._absmax: dict[str, Tensor] = {}
         self._lock = Lock()
 

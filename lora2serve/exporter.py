@@ -130,9 +130,7 @@ def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], giv
         for quant in quants
         if quant.lower() not in known_quants
     ]
-    problems += [
-        f"--{key.replace('_', '-')}: not an option of {shown}" for key in given if key not in known_options
-    ]
+    problems += [f"--{key.replace('_', '-')}: not an option of {shown}" for key in given if key not in known_options]
     if problems:
         hint = f"known types: {', '.join(known_quants.values())}" if known_quants else ""
         raise UsageError("\n".join(problems), hint)

@@ -24,7 +24,9 @@ class Slot:
     stored: str
 
 
-def lay_out(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: dict[str, Any]) -> tuple[list[Slot], list[Change]]:
+def lay_out(
+    specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: dict[str, Any]
+) -> tuple[list[Slot], list[Change]]:
     """The slots, and every change of every adapter in the order of folding; ``config`` is brought up to date."""
     slots = _replicate(specs, adapters, config)
     return _untie(slots, adapters, config)

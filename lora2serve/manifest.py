@@ -48,7 +48,9 @@ def read(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})", "the export is damaged: export again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path}: format {content.get('format') if isinstance(content, dict) else content!r}, expected {FORMAT}")
+        raise InputError(
+            f"{path}: format {content.get('format') if isinstance(content, dict) else content!r}, expected {FORMAT}"
+        )
     return content
 
 

@@ -38,7 +38,9 @@ class Folded:
 class Merged:
     """Base plus adapters. ``read`` gives float32 where something was folded or dequantised, the stored type elsewhere."""
 
-    def __init__(self, base: Source, adapters: Sequence[Adapter], config: Mapping[str, Any], dtype: DType | None = None) -> None:
+    def __init__(
+        self, base: Source, adapters: Sequence[Adapter], config: Mapping[str, Any], dtype: DType | None = None
+    ) -> None:
         self.base, self.config = base, dict(config)
         self.survival = Survival()
         stored = list(base.specs())
@@ -104,12 +106,17 @@ class Merged:
         for change in changes:
             places = names.find(change)
             if not places:
-                lost.append(f"{change.parameter}: the adapter changes it, the base has no such weight{names.nearest(change.parameter)}")
+                lost.append(
+                    f"{change.parameter}: the adapter changes it, the base has no such weight{names.nearest(change.parameter)}"
+                )
             for name, delta in places:
                 bound[name].append(delta)
         if lost:
             hint = "this adapter belongs to another base: name it with --base"
-            raise_all([f"{len(lost)} of {len(changes)} changes fit no weight of the base:", *lost], lambda text: MergeError(text, hint))
+            raise_all(
+                [f"{len(lost)} of {len(changes)} changes fit no weight of the base:", *lost],
+                lambda text: MergeError(text, hint),
+            )
         return bound
 
     def _resize_config(self) -> None:
@@ -120,7 +127,11 @@ class Merged:
             raise MergeError(f"embedding and head differ: {told}", "save the adapter with save_embedding_layers=True")
         part = self.config.get("text_config") if "vocab_size" not in self.config else self.config
         for count in set(rows.values()):
-            if part and count != part.get("vocab_size") and any(isinstance(d, Replace) for n in rows for d in self._folded[n].deltas):
+            if (
+                part
+                and count != part.get("vocab_size")
+                and any(isinstance(d, Replace) for n in rows for d in self._folded[n].deltas)
+            ):
                 part["vocab_size"] = count
 
 
@@ -165,7 +176,9 @@ def _finite(block: Tensor, name: str, what: str) -> Tensor:
     if block.is_floating_point() and block.element_size() > 1:
         total = block.sum(dtype=torch.float32)
         if not torch.isfinite(total) and not torch.isfinite(block).all():
-            raise MergeError(f"{name}: NaN or infinity, from the {what}", "such weights give nonsense: train or fetch again")
+            raise MergeError(
+                f"{name}: NaN or infinity, from the {what}", "such weights give nonsense: train or fetch again"
+            )
     return block
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -146,6 +147,30 @@ class Output:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+class Rehearsal(Output):
+    """An output that only adds up what would be written: for ``--plan``."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = Path(tempfile.mkdtemp(prefix="lora2serve-plan-"))
+        self._files = {}
+        self.sizes: dict[str, int] = {}
+
+    def file(self, name: str, size: int) -> OutFile:
+        self.sizes[name] = size
+        return NoFile(self.path / name, size)
+
+
+class NoFile(OutFile):
+    """A file that is never there."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size, self._fd = path, size, -1
+
+    def pwrite(self, data: memoryview | bytes, offset: int) -> None:
+        pass
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """A run directory: where one fine-tune keeps its recipe, adapter, metrics, exports and reports.
 
-    runs/<name>/recipe.yaml     the recipe, fully resolved
-                run.json        base identity, data hashes, versions, quantisation, metrics
-                adapter/        the PEFT adapter as trained, with its tokenizer
-                eval.jsonl      the held-out rows, in normal form
-                metrics.jsonl   one line per logged step
-                loss.png
-                checkpoints/    the trainer's, for --resume
-                exports/        <target>[-<quant>]/
-                parity/         report.json and its pictures
-    runs/latest                 a link to the run made last
+runs/<name>/recipe.yaml     the recipe, fully resolved
+            run.json        base identity, data hashes, versions, quantisation, metrics
+            adapter/        the PEFT adapter as trained, with its tokenizer
+            eval.jsonl      the held-out rows, in normal form
+            metrics.jsonl   one line per logged step
+            loss.png
+            checkpoints/    the trainer's, for --resume
+            exports/        <target>[-<quant>]/
+            parity/         report.json and its pictures
+runs/latest                 a link to the run made last
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Run:
 
     def list_exports(self) -> list[Path]:
         """Every published export of this run, by name."""
-        return sorted(path.parent for path in self.exports.glob("*/lora2serve.json") if ".partial-" not in path.parent.name)
+        return sorted(
+            path.parent for path in self.exports.glob("*/lora2serve.json") if ".partial-" not in path.parent.name
+        )
 
 
 def create(name: str, root: Path = ROOT) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -15,11 +16,12 @@ from lora2serve import manifest, output
 from lora2serve.errors import ExportError, Lora2ServeError
 from lora2serve.exporter import Exporter, Model, Sink
 from lora2serve.merge import Merged
-from lora2serve.output import Output
+from lora2serve.output import Output, Rehearsal
 from lora2serve.progress import Progress
 from lora2serve.tensors import TensorSpec
 
 BLOCK = 1 << 20  # elements in one block: 4 MiB in float32, which stays in a core's cache
+BYTES_IN_FLIGHT = 20  # per element of a block: as stored, before and after the fold, the delta, as written
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Plan:
         return getattr(self.options, "quant", None)
 
 
-def export(model: Model, plans: Sequence[Plan], progress: Progress, *, overwrite: bool = False, threads: int | None = None) -> list[Path]:
+def export(
+    model: Model, plans: Sequence[Plan], progress: Progress, *, overwrite: bool = False, threads: int | None = None
+) -> list[Path]:
     """Write every planned output in one pass over the model; all of them, or none.
 
     ``threads`` workers fold independent blocks, so memory is ``threads`` blocks whatever the model's size.
@@ -46,13 +50,21 @@ def export(model: Model, plans: Sequence[Plan], progress: Progress, *, overwrite
         outputs = [stack.enter_context(output.opened(plan.out, overwrite=overwrite)) for plan in plans]
         sinks = _open_sinks(model, plans, outputs, stack)
         try:
-            _stream(model, sinks, progress, threads or min(4, os.cpu_count() or 1))
+            _stream(model, sinks, progress, threads_for(threads))
             if isinstance(model.source, Merged):
                 model.source.survival.check()
             abouts = [_about(model, plan, sink.finish()) for plan, sink in zip(plans, sinks, strict=True)]
         except OSError as error:
-            raise ExportError(f"{error.filename or plans[0].out}: {error.strerror}", "nothing was left behind; free the disk and run again") from error
+            raise ExportError(
+                f"{error.filename or plans[0].out}: {error.strerror}",
+                "nothing was left behind; free the disk and run again",
+            ) from error
         return [out.publish(about) for out, about in zip(outputs, abouts, strict=True)]
+
+
+def threads_for(asked: int | None) -> int:
+    """Workers: as asked, or one per core up to eight, where the disk is the limit."""
+    return asked or min(8, len(os.sched_getaffinity(0)))
 
 
 def _open_sinks(model: Model, plans: Sequence[Plan], outputs: Sequence[Output], stack: ExitStack) -> list[Sink]:
@@ -66,7 +78,9 @@ def _open_sinks(model: Model, plans: Sequence[Plan], outputs: Sequence[Output], 
             refusals.append(error)
             continue
         except OSError as error:
-            refusals.append(ExportError(f"{plan.out}: {error.strerror}", "free the disk, or name another place with -o"))
+            refusals.append(
+                ExportError(f"{plan.out}: {error.strerror}", "free the disk, or name another place with -o")
+            )
             continue
         stack.callback(sink.close)
         sinks.append(sink)
@@ -134,3 +148,28 @@ def _about(model: Model, plan: Plan, said: Mapping[str, Any]) -> dict[str, Any]:
         "survival": {name: round(share, 6) for name, share in survival.items()},
         "versions": manifest.versions(),
     }
+
+
+def rehearse(model: Model, plans: Sequence[Plan]) -> dict[str, Any]:
+    """What ``export`` would write: sizes per output, disk and memory; raises every refusal, reads no weight."""
+    with ExitStack() as stack:
+        outputs = [Rehearsal(plan.out) for plan in plans]
+        for out in outputs:
+            stack.callback(out.discard)
+        sinks = _open_sinks(model, plans, outputs, stack)
+        specs = [spec for spec in model.source.specs() if any(spec.name in sink.wanted for sink in sinks)]
+        largest = max(
+            (min(b.stop - b.start for b in [next(_blocks(s, sinks))]) * s.row_numel for s in specs if s.rows), default=0
+        )
+        place = next(parent for parent in [*plans[0].out.absolute().parents] if parent.exists())
+        return {
+            "tensors": len(model.source.specs()),
+            "changed": len(model.source.changed()) if isinstance(model.source, Merged) else 0,
+            "outputs": {
+                str(plan.out): {"files": len(out.sizes), "bytes": sum(out.sizes.values())}
+                for plan, out in zip(plans, outputs, strict=True)
+            },
+            "disk": sum(sum(out.sizes.values()) for out in outputs),
+            "free": shutil.disk_usage(place).free,
+            "memory": threads_for(None) * largest * BYTES_IN_FLIGHT,
+        }

@@ -22,7 +22,15 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def make_model(path: Path, kind: str = "llama", *, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", seed: int = 0, **changes: Any) -> Path:
+def make_model(
+    path: Path,
+    kind: str = "llama",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: str = "5GB",
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
     """Save a random model of that ``model_type`` (llama, qwen2, gemma2, mixtral, qwen3_moe, gpt2, ...)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,7 +49,16 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
-def make_adapter(path: Path, base: Path, *, seed: int = 1, method: str = "LORA", resize: int | None = None, std: float = 0.05, **config: Any) -> Path:
+def make_adapter(
+    path: Path,
+    base: Path,
+    *,
+    seed: int = 1,
+    method: str = "LORA",
+    resize: int | None = None,
+    std: float = 0.05,
+    **config: Any,
+) -> Path:
     """Save a PEFT adapter for ``base`` whose every tensor is random, as after a training."""
     from peft import PeftConfig, get_peft_config, get_peft_model
 

@@ -1,0 +1,51 @@
+# make demo: the main job, end to end. make test: the tests. Both set up .venv on their first run.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-slow test-gpu test-hub lint bench-merge bench-gguf wheel clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## Make .venv with every dependency.
+
+$(READY): pyproject.toml scripts/setup.sh
+	bash scripts/setup.sh
+	@touch $(READY)
+
+demo: $(READY)  ## Train the shipped model, export it, prove parity.
+	$(BIN)/lora2serve train demo
+	$(BIN)/lora2serve export --target vllm --target ollama --target adapter
+	$(BIN)/lora2serve parity --ask "$$(cat recipes/demo/question.txt)"
+
+test: $(READY)  ## Run the tests.
+	$(PYTEST) $(ARGS)
+
+test-slow: $(READY)  ## Run the slow tests too.
+	$(PYTEST) -m "not gpu and not hub" $(ARGS)
+
+test-gpu: $(READY)  ## Run the tests that need an NVIDIA GPU.
+	$(PYTEST) -m gpu $(ARGS)
+
+test-hub: $(READY)  ## Run the tests against the real Hub (needs HF_TOKEN).
+	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m hub $(ARGS)
+
+lint: $(READY)  ## Check style (ruff) and types (mypy --strict).
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-merge: $(READY)  ## Time the merge beside cp and PEFT.
+	$(BIN)/python -m benchmarks.merge
+
+bench-gguf: $(READY)  ## Time the GGUF export beside the usual chain.
+	$(BIN)/python -m benchmarks.gguf
+
+wheel: $(READY)  ## Build the wheel.
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:  ## Remove runs, exports and caches; .venv stays.
+	rm -rf runs exports dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

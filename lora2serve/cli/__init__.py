@@ -1,0 +1,85 @@
+"""The command line: options in, one call, report out. Importing it imports nothing heavy."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from lora2serve import __version__
+from lora2serve.cli.check import doctor, inspect
+from lora2serve.cli.export import export
+from lora2serve.cli.parity import parity
+from lora2serve.cli.push import pull_check, push
+from lora2serve.cli.serve import serve
+from lora2serve.cli.train import init, train
+from lora2serve.errors import Lora2ServeError, did_you_mean
+
+
+class Group(click.Group):
+    """Proposes the nearest command for a mistyped one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the work
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lora2serve")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and the libraries' own words.")
+@click.option("--quiet", is_flag=True, help="No progress, only results, warnings and errors.")
+@click.pass_context
+def cli(ctx: click.Context, verbose: bool, quiet: bool) -> None:
+    """From a QLoRA fine-tune to a served model, with proof that what is served is what was trained."""
+    ctx.obj = {"verbose": verbose, "quiet": quiet}
+
+
+for command in (init, train, export, parity, serve, push, pull_check, inspect, doctor):
+    cli.add_command(command)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The one funnel from an exception to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
+    sys.exit(run(list(sys.argv[1:] if args is None else args)))
+
+
+def run(args: list[str]) -> int:
+    """Run one command line; the exit code."""
+    from lora2serve import console
+
+    verbose = any(arg in ("-v", "--verbose") for arg in args)
+    try:
+        cli.main(args, prog_name="lora2serve", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as problem:
+        problem.show()
+        return problem.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        console.Terminal().note("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # the reader is gone: nothing more to flush
+        return 1
+    except Lora2ServeError as problem:
+        if verbose:
+            traceback.print_exc()
+        console.error(problem)
+        return problem.exit_code
+    except Exception as problem:
+        if verbose:
+            traceback.print_exc()
+        first = (str(problem).strip().splitlines() or ["no message"])[0]
+        console.error(
+            Lora2ServeError(f"{type(problem).__name__}: {first}", "unexpected: `lora2serve -v ...` shows the traceback")
+        )
+        return 1

@@ -1,0 +1,51 @@
+"""What several commands share: from words on the command line to runs, directories and a progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora2serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora2serve.progress import Progress
+    from lora2serve.run import Run
+
+
+def progress(ctx: click.Context) -> Progress:
+    """The terminal, as loud as the options say."""
+    from lora2serve.console import Terminal
+
+    return Terminal(quiet=ctx.find_root().obj["quiet"])
+
+
+def find_run(name: str | None) -> Run:
+    """A run by path or by name under ``runs/``; without a name the one made last."""
+    from lora2serve import run as runs
+
+    if name is None:
+        return runs.latest()
+    for path in (Path(name), runs.ROOT / name):
+        if runs.is_run(path):
+            return runs.Run(path)
+    raise UsageError(f"{name}: no finished run", "name a directory that `lora2serve train` made")
+
+
+def fetch(name: str, progress: Progress) -> Path:
+    """A local directory for a path or a Hub id."""
+    from lora2serve import hub
+
+    return hub.fetch(name).path
+
+
+def base_of(record: dict[str, Any], given: str | None, progress: Progress) -> tuple[Path, str]:
+    """The base of a run: ``--base``, or where it was at training, or the Hub by its id and revision."""
+    if given:
+        return fetch(given, progress), given
+    base = record["base"]
+    if Path(base["path"]).is_dir():
+        return Path(base["path"]), base["id"]
+    name = f"{base['id']}@{base['revision']}" if base.get("revision") else base["id"]
+    return fetch(name, progress), base["id"]

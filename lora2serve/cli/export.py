@@ -1,0 +1,171 @@
+"""``lora2serve export``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora2serve.cli.common import base_of, fetch, progress
+from lora2serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora2serve.exporter import Model
+    from lora2serve.progress import Progress
+    from lora2serve.stream import Plan
+
+
+@click.command()
+@click.argument("subjects", metavar="[RUN]...", nargs=-1)
+@click.option(
+    "-t",
+    "--target",
+    "targets",
+    multiple=True,
+    required=True,
+    metavar="TARGET",
+    help="vllm, gguf, ollama, lmstudio, adapter or gguf-adapter; several in one pass.",
+)
+@click.option(
+    "-q",
+    "--quant",
+    "quants",
+    multiple=True,
+    metavar="TYPE",
+    help="Q4_K_M, Q8_0, F16, ... or fp8, int8, w4a16, ...; several in one pass.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="One folder per target and type goes in here (default: the run's exports/).",
+)
+@click.option("--overwrite", is_flag=True, help="Replace exports that are there, once the new ones are whole.")
+@click.option(
+    "--plan", "plan_only", is_flag=True, help="Only say what would be written, and every refusal; reads no weights."
+)
+@click.option("--json", "as_json", is_flag=True, help="Results as JSON.")
+@click.option(
+    "--base", metavar="MODEL", help="The base to fold onto: a path or a Hub id (default: the one trained on)."
+)
+@click.option(
+    "--merge-base",
+    type=click.Choice(["auto", "trained", "original"]),
+    default="auto",
+    show_default=True,
+    help="Fold onto the quantised weights as trained on, or the full-precision ones; auto takes the lower eval loss.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Type of merged 16-bit weights (default: the base's)."
+)
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="DIR", help="Fold these adapters onto --base, one after another."
+)
+@click.option(
+    "--combine",
+    type=click.Choice(["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]),
+    help="Combine the --adapter's into one first, by PEFT's method of that name.",
+)
+@click.option(
+    "--allow-base-mismatch", is_flag=True, help="Fold onto a base that is not the run's; written into the manifest."
+)
+@click.option("--allow-pickle", is_flag=True, help="Convert an adapter_model.bin, weights only, in a child process.")
+@click.option("--name", help="Name of the model in files and servers (default: the run's).")
+@click.option("--shard-size", metavar="SIZE", help="vllm: largest shard, such as 5GB.")
+@click.pass_context
+def export(ctx: click.Context, subjects: tuple[str, ...], **options: Any) -> None:
+    """Export RUN (default: runs/latest) to one or more targets, in one pass over the weights.
+
+    RUN is a run, a PEFT adapter directory, a plain model directory, or a Hub id of one of these.
+    Prints the export directories.
+    """
+    from lora2serve import console, exporter, stream
+
+    told = progress(ctx)
+    targets = {name: exporter.find(name) for name in dict.fromkeys(options["targets"])}
+    planned = exporter.plan_options(targets, options["quants"], _given(options))
+    model, home = open_subject(subjects, options, told)
+    folder = options["out"] or home
+    plans = [stream.Plan(name, targets[name], chosen, folder / _folder(name, chosen)) for name, chosen in planned]
+    if options["plan_only"]:
+        _show_plan(stream.rehearse(model, plans), options["as_json"])
+        return
+    written = stream.export(model, plans, told, overwrite=options["overwrite"])
+    if options["as_json"]:
+        console.result_json([str(path) for path in written])
+        return
+    for path in written:
+        console.result(str(path))
+
+
+def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Progress) -> tuple[Model, Path]:
+    """The model to export, and where its exports go by default."""
+    from lora2serve import model as models
+    from lora2serve import run as runs
+    from lora2serve.adapter import CONFIG
+
+    choice = models.Choice(options["merge_base"], options["dtype"], options["allow_base_mismatch"], options["name"])
+    if options["adapters"]:
+        return _open_adapters(subjects, options, choice, told)
+    if len(subjects) > 1:
+        raise UsageError(
+            f"{len(subjects)} runs given, expected one",
+            "several adapters on one base: --adapter A --adapter B --base BASE",
+        )
+    subject = subjects[0] if subjects else str(runs.latest().path)
+    for path in (Path(subject), runs.ROOT / subject):
+        if runs.is_run(path):
+            run = runs.Run(path)
+            base, _ = base_of(run.record, options["base"], told)
+            return models.open_run(run, base, choice, told), run.exports
+    path = fetch(subject, told)
+    if (path / CONFIG).is_file():
+        return _open_adapters((), {**options, "adapters": (str(path),)}, choice, told)
+    return models.open_plain(path, subject, choice), Path("exports") / path.resolve().name
+
+
+def _open_adapters(
+    subjects: tuple[str, ...], options: Mapping[str, Any], choice: Any, told: Progress
+) -> tuple[Model, Path]:
+    from lora2serve import model as models
+    from lora2serve.adapter import read_config
+
+    if subjects:
+        raise UsageError(
+            "--adapter with a RUN: expected one of the two", "name the run's adapter directory with --adapter"
+        )
+    paths = [fetch(name, told) for name in options["adapters"]]
+    base = options["base"] or read_config(paths[0]).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{paths[0]}: its config does not name a base", "name it with --base")
+    return models.open_adapters(paths, fetch(base, told), base, choice), Path("exports") / paths[0].resolve().name
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that belong to single targets, where the user set them."""
+    from lora2serve.sizes import parse_size
+
+    own = {"shard_size": parse_size}
+    return {key: read(options[key]) for key, read in own.items() if options[key] not in (None, False, ())}
+
+
+def _folder(target: str, options: Any) -> str:
+    quant = getattr(options, "quant", None)
+    return f"{target}-{quant}" if quant else target
+
+
+def _show_plan(plan: Any, as_json: bool) -> None:
+    from lora2serve import console
+
+    if as_json:
+        console.result_json(plan)
+        return
+    rows = [[name, str(out["files"]), console.size(out["bytes"])] for name, out in plan["outputs"].items()]
+    console.table("", ["output", "files", "size"], rows)
+    console.result(
+        f"{plan['tensors']} tensors, {plan['changed']} changed by the adapter; disk {console.size(plan['disk'])} "
+        f"({console.size(plan['free'])} free); memory {console.size(plan['memory'])} beside the libraries"
+    )

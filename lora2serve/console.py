@@ -1,0 +1,112 @@
+"""What the terminal shows: results on stdout; words, bars and tables on stderr. With cli.py, all that prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lora2serve.errors import Lora2ServeError
+from lora2serve.progress import Unit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def result(text: str) -> None:
+    """One line of result, for a program or a pipe to read."""
+    print(text, flush=True)
+
+
+def result_json(value: Any) -> None:
+    """A result as JSON."""
+    result(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def error(problem: Lora2ServeError) -> None:
+    """An error and its way out."""
+    console = _stderr()
+    first, *rest = problem.message.splitlines() or [""]
+    console.print(f"[bold red]error:[/] {_escape(first)}", highlight=False, soft_wrap=True)
+    for line in rest:
+        console.print(f"       {_escape(line)}", highlight=False, soft_wrap=True)
+    if problem.hint:
+        console.print(f"[bold]hint:[/] {_escape(problem.hint)}", highlight=False, soft_wrap=True)
+
+
+class Terminal:
+    """A ``Progress`` that writes to stderr."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            _stderr().print(_escape(text), highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        _stderr().print(f"[yellow]warning:[/] {_escape(text)}", highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        amount = {"bytes": [DownloadColumn()], "": []}.get(unit, [MofNCompleteColumn()])
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            *amount,
+            TimeRemainingColumn(),
+        ]
+        console = _stderr()
+        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as bars:
+            task = bars.add_task(label, total=total)
+            yield lambda done: bars.update(task, advance=done)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[int, str] | None = None
+) -> None:
+    """A table on stderr; ``styles`` colours whole rows."""
+    from rich.table import Table
+
+    shown = Table(title=title or None, title_justify="left", show_edge=False, pad_edge=False)
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for number, row in enumerate(rows):
+        shown.add_row(*(_escape(cell) for cell in row), style=(styles or {}).get(number))
+    _stderr().print(shown)
+
+
+def size(count: float) -> str:
+    """``4.1 MB``: bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(file=sys.stderr, width=160)
+    return console
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
