@@ -1,0 +1,9 @@
+"""The Hugging Face Hub: pull by name, push what was proven.
+
+``fetch`` turns ``org/name[@revision]`` or a path into a local directory, ``push`` uploads exports,
+``pull_check`` pulls a pushed export back and verifies it. ``huggingface_hub`` is imported where it is used.
+"""
+
+from lora2serve.hub.pull import Fetched, fetch
+
+__all__ = ["Fetched", "fetch"]

@@ -1,0 +1,131 @@
+"""The way to the Hub: who we are, and its errors as one line with the way out.
+
+huggingface_hub finds the token by itself (``HF_TOKEN``, or what ``hf auth login`` stored); it never
+passes through our hands, so it cannot get into an argument, a log or a file of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lora2serve.errors import HubError, UsageError, did_you_mean
+
+LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
+
+
+def has_token() -> bool:
+    """Whether huggingface_hub finds a token."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def page(repo_id: str) -> str:
+    """The address of a repository's page."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def check_id(repo_id: str) -> None:
+    """Refuse what cannot be a repository's id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise UsageError(f"{repo_id!r}: no repository id, expected org/name") from None
+
+
+@contextmanager
+def translated(repo_id: str, revision: str | None = None, doing: str = "reading") -> Iterator[None]:
+    """Turn what huggingface_hub raises inside into a ``HubError``."""
+    import httpx2
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RevisionNotFoundError:
+        known = _revisions(repo_id)
+        hint = f"it has: {', '.join(known[:20])}" if known else ""
+        raise HubError(f"{repo_id}: no revision {revision!r}{did_you_mean(revision or '', known)}", hint) from None
+    except errors.GatedRepoError:
+        yours = "your token has no access" if has_token() else "there is no token"
+        hint = f"ask for access at {page(repo_id)}" + ("" if has_token() else f", then {LOG_IN}")
+        raise HubError(f"{repo_id}: gated, and {yours}", hint) from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(f"{repo_id}: no such repository, or a private one", _spelling()) from None
+    except errors.HfHubHTTPError as error:
+        raise _http_error(repo_id, doing, error) from None
+    except errors.LocalEntryNotFoundError as error:
+        raise _unreachable(repo_id, revision, error) from None
+    except (errors.OfflineModeIsEnabled, httpx2.HTTPError) as error:
+        raise _unreachable(repo_id, revision, error) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise HubError(f"{doing} {repo_id}: no space left on the disk", "HF_HOME moves the Hub's cache") from None
+
+
+def _spelling() -> str:
+    return "check the spelling" + ("; your token must be allowed to read it" if has_token() else f"; or {LOG_IN}")
+
+
+def _http_error(repo_id: str, doing: str, error: Exception) -> HubError:
+    status = error.response.status_code  # type: ignore[attr-defined]
+    said = getattr(error, "server_message", None) or ""
+    why = f" ({clean(said)})" if said else ""
+    if status == 401:
+        return HubError(f"{doing} {repo_id}: the token was refused{why}", LOG_IN)
+    if status == 403:
+        return HubError(
+            f"{doing} {repo_id}: forbidden{why}", "use a token with write access to it" if has_token() else LOG_IN
+        )
+    if status == 429:
+        return HubError(f"{doing} {repo_id}: too many requests", "wait some minutes and run again: it resumes")
+    if status >= 500:
+        return HubError(f"{doing} {repo_id}: the Hub answers {status}{why}", "run again later: it resumes")
+    return HubError(f"{doing} {repo_id}: the Hub answers {status}{why}")
+
+
+def _unreachable(repo_id: str, revision: str | None, error: Exception) -> HubError:
+    from huggingface_hub import constants
+
+    wanted = f"{repo_id}@{revision}" if revision else repo_id
+    at = f" --revision {revision}" if revision else ""
+    if constants.is_offline_mode():
+        return HubError(
+            f"{wanted}: not (whole) in the cache, and HF_HUB_OFFLINE is set",
+            f"fetch it once online: HF_HUB_OFFLINE=0 hf download {repo_id}"
+            + (f" --revision {revision}" if revision else ""),
+        )
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error.__cause__, HfHubHTTPError):
+        return _http_error(repo_id, "reading", error.__cause__)
+    return HubError(
+        f"{wanted}: {constants.ENDPOINT} cannot be reached, and it is not (whole) in the cache",
+        "check the network and HF_ENDPOINT, or name a local directory",
+    )
+
+
+def _revisions(repo_id: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(repo_id)
+    except Exception:  # only for a better hint: the error that is being told is another one
+        return []
+    return [ref.name for ref in [*refs.branches, *refs.tags]]
+
+
+def clean(text: str) -> str:
+    """A server's words on one line, with anything shaped like a token taken out."""
+    return TOKEN.sub("hf_***", " ".join(text.split()))[:300]
+
+
+TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # user access tokens and organisation API tokens
