@@ -67,7 +67,7 @@ class SafetensorsFiles:
         start, stop, _ = rows.indices(spec.rows)
         row_bytes = spec.row_numel * itemsize(spec.dtype)
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        self._fill(item, memoryview(buffer.numpy()), start * row_bytes)
+        self._fill(item, buffer.numpy().data, start * row_bytes)
         return buffer.view(torch_dtype(spec.dtype)).view((stop - start, *spec.shape[1:]) if spec.shape else ())
 
     def _fill(self, item: Stored, view: memoryview, offset: int) -> None:
@@ -203,7 +203,8 @@ def _sharded(path: Path, weight_map: Any) -> list[Stored]:
     ]
     raise_all(not_text)
     stored = [item for shard in dict.fromkeys(weight_map.values()) for item in read_header(inside(path, shard))]
-    problems, seen = [], {}
+    problems: list[str] = []
+    seen: dict[str, str] = {}
     for item in stored:
         name = item.spec.name
         if name in seen:
@@ -320,5 +321,6 @@ def _chat_template(files: Mapping[str, Path]) -> str | None:
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].read_text(encoding="utf-8")
     if "tokenizer_config.json" in files:
-        return json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template")
+        told = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template")
+        return told if isinstance(told, str) else None
     return None

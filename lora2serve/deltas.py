@@ -79,8 +79,8 @@ class Lora:
         if self.magnitude is None:
             return weight
         if self.transposed:  # one norm per column, over all rows: such a weight is read whole
-            return weight * (self.magnitude.read() / torch.linalg.norm(weight, dim=0))
-        return weight * (self.magnitude.read(rows) / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
+            return weight.mul_(self.magnitude.read() / torch.linalg.norm(weight, dim=0))
+        return weight.mul_((self.magnitude.read(rows) / torch.linalg.norm(weight, dim=1)).unsqueeze(1))
 
     @property
     def whole(self) -> bool:
@@ -108,7 +108,7 @@ class EmbeddingLora:
         weight += (self.b.read() @ self.a.read()[:, rows]).T.mul_(self.scale)
         if self.magnitude is None:
             return weight
-        return weight * (self.magnitude.read() / torch.linalg.norm(weight, dim=0))
+        return weight.mul_(self.magnitude.read() / torch.linalg.norm(weight, dim=0))
 
     @property
     def whole(self) -> bool:

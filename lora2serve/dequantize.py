@@ -31,9 +31,14 @@ DTYPE_NAMES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32"
 class Packed(Protocol):
     """One quantised weight."""
 
-    spec: TensorSpec  # as it looks from outside
+    @property
+    def spec(self) -> TensorSpec:
+        """The weight as it looks from outside."""
+        ...
 
-    def read(self, rows: slice) -> Tensor: ...
+    def read(self, rows: slice) -> Tensor:
+        """Float32 rows ``[start, stop)``."""
+        ...
 
 
 class Dequantized:
@@ -262,7 +267,8 @@ class RoundTrip:
         numel = (rows.stop - rows.start) * spec.row_numel
         absmax = self._seen_absmax(spec)[first : first - (-numel // self.block)]
         out = torch.empty((rows.stop - rows.start, *spec.shape[1:]), dtype=torch.float32)
-        return dequantize_4bit(codes, absmax=absmax.contiguous(), out=out, blocksize=self.block, quant_type=self.kind)
+        dequantize_4bit(codes, absmax=absmax.contiguous(), out=out, blocksize=self.block, quant_type=self.kind)
+        return out
 
     def _seen_absmax(self, spec: TensorSpec) -> Tensor:
         """The weight's absmax as the dequantiser saw it: (blocks,) float32."""
@@ -287,7 +293,8 @@ class RoundTrip:
             return absmax
         offset = absmax.mean()
         codes, state = quantize_blockwise(absmax - offset, blocksize=256)
-        return dequantize_blockwise(codes, state).float() + offset
+        seen: Tensor = dequantize_blockwise(codes, state).float() + offset
+        return seen
 
 
 def _is_quantized(base: Checkpoint) -> bool:

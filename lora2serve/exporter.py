@@ -115,7 +115,7 @@ def plan_options(
             planned.append((name, exporter.Options(**options)))
             continue
         spelled = {quant.lower(): quant for quant in exporter.quants}
-        chosen = list(dict.fromkeys(spelled[q.lower()] for q in quants if q.lower() in spelled))
+        chosen: list[str | None] = [*dict.fromkeys(spelled[q.lower()] for q in quants if q.lower() in spelled)]
         for quant in chosen or [exporter.default_quant]:
             planned.append((name, exporter.Options(quant=quant, **options)))
     return planned

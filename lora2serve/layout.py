@@ -26,8 +26,8 @@ class Slot:
 
 def lay_out(
     specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: dict[str, Any]
-) -> tuple[list[Slot], list[Change]]:
-    """The slots, and every change of every adapter in the order of folding; ``config`` is brought up to date."""
+) -> tuple[list[Slot], list[list[Change]]]:
+    """The slots, and for each adapter its changes in the order of folding; ``config`` is brought up to date."""
     slots = _replicate(specs, adapters, config)
     return _untie(slots, adapters, config)
 
@@ -59,7 +59,9 @@ def _replicate(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config:
     return [*laid, *rest]
 
 
-def _untie(slots: list[Slot], adapters: Sequence[Adapter], config: dict[str, Any]) -> tuple[list[Slot], list[Change]]:
+def _untie(
+    slots: list[Slot], adapters: Sequence[Adapter], config: dict[str, Any]
+) -> tuple[list[Slot], list[list[Change]]]:
     """Keep embedding and head tied where training changed both alike, else give the head a tensor of its own.
 
     PEFT trains one of two tied modules without touching the other, unless ``ensure_weight_tying``; trained
@@ -69,7 +71,7 @@ def _untie(slots: list[Slot], adapters: Sequence[Adapter], config: dict[str, Any
     embedding = next((slot for slot in slots if slot.spec.name.endswith(EMBEDDINGS)), None)
     head = next((slot for slot in slots if slot.spec.name.endswith(HEAD)), None)
     if embedding is None or (head is not None and not _says_tied(config)):
-        return slots, [change for part in changes for change in part]
+        return slots, changes
     touched = [change for part in changes for change in part if change.parameter.endswith((*EMBEDDINGS, HEAD))]
     together = [_trained_together(adapter, part) for adapter, part in zip(adapters, changes, strict=True)]
     if touched and not all(together):
@@ -77,10 +79,8 @@ def _untie(slots: list[Slot], adapters: Sequence[Adapter], config: dict[str, Any
         if head is None:
             head = Slot(replace(embedding.spec, name=HEAD), embedding.stored)
             slots = [*slots, head]
-    flat = []
-    for follows, part in zip(together, changes, strict=True):
-        flat += _mirror(part, embedding, head) if follows else part
-    return slots, flat
+    pairs = zip(together, changes, strict=True)
+    return slots, [_mirror(part, embedding, head) if follows else part for follows, part in pairs]
 
 
 def _mirror(changes: list[Change], embedding: Slot, head: Slot | None) -> list[Change]:

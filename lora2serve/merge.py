@@ -46,7 +46,7 @@ class Merged:
         stored = list(base.specs())
         main = _main_dtype(stored) if dtype else None
         slots, changes = lay_out(stored, adapters, self.config)
-        bound = self._bind([slot.spec for slot in slots], changes)
+        bound = self._bind([slot.spec for slot in slots], adapters, changes)
         self._folded: dict[str, Folded] = {}
         problems = []
         for slot in slots:
@@ -98,23 +98,26 @@ class Merged:
             self.survival.add(folded.spec, before, weight)
         return weight
 
-    def _bind(self, specs: Sequence[TensorSpec], changes: Sequence[Change]) -> dict[str, list[Delta]]:
+    def _bind(
+        self, specs: Sequence[TensorSpec], adapters: Sequence[Adapter], changes: Sequence[Sequence[Change]]
+    ) -> dict[str, list[Delta]]:
         """Deltas by the name of the weight they land in; what lands nowhere is an error that names it."""
         names = Names(specs, self.config)
         bound: dict[str, list[Delta]] = defaultdict(list)
         lost = []
-        for change in changes:
-            places = names.find(change)
-            if not places:
-                lost.append(
-                    f"{change.parameter}: the adapter changes it, the base has no such weight{names.nearest(change.parameter)}"
-                )
-            for name, delta in places:
-                bound[name].append(delta)
+        for adapter, part in zip(adapters, changes, strict=True):
+            for change in part:
+                places = names.find(change, adapter)
+                if not places:
+                    near = names.nearest(change.parameter)
+                    lost.append(f"{change.parameter}: the adapter changes it, the base has no such weight{near}")
+                for name, delta in places:
+                    bound[name].append(delta)
         if lost:
             hint = "this adapter belongs to another base: name it with --base"
+            total = sum(len(part) for part in changes)
             raise_all(
-                [f"{len(lost)} of {len(changes)} changes fit no weight of the base:", *lost],
+                [f"{len(lost)} of {total} changes fit no weight of the base:", *lost],
                 lambda text: MergeError(text, hint),
             )
         return bound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Protocol
 
 Unit = Literal["", "bytes", "steps", "tokens"]
@@ -20,14 +20,9 @@ class Progress(Protocol):
         """One line that the user should act on."""
         ...
 
-    def track(self, label: str, total: int, unit: Unit = "") -> _Tracker:
+    def track(self, label: str, total: int, unit: Unit = "") -> AbstractContextManager[Callable[[int], None]]:
         """``with progress.track("fold", n, "bytes") as advance: advance(k)``; ``advance`` is thread-safe."""
         ...
-
-
-class _Tracker(Protocol):
-    def __enter__(self) -> Callable[[int], None]: ...
-    def __exit__(self, *error: object) -> bool | None: ...
 
 
 class Silent:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,14 @@ def _stream(model: Model, sinks: Sequence[Sink], progress: Progress, threads: in
                         sink.write(spec, rows, block)
                 advance(max(1, (rows.stop - rows.start) * spec.row_numel))
 
-            _run(pool, ((fold, spec, rows) for spec in specs for rows in _blocks(spec, sinks)), 2 * threads)
+            jobs = (partial(fold, spec, rows) for spec in specs for rows in _blocks(spec, sinks))
+            _run(pool, jobs, 2 * threads)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
 
 
-def _run(pool: ThreadPoolExecutor, jobs: Iterator[tuple[Any, TensorSpec, slice]], ahead: int) -> None:
+def _run(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], None]], ahead: int) -> None:
     """Run the jobs in order with at most ``ahead`` under way; the first error ends it."""
     under_way: set[Future[None]] = set()
     for job in jobs:
@@ -121,7 +123,7 @@ def _run(pool: ThreadPoolExecutor, jobs: Iterator[tuple[Any, TensorSpec, slice]]
             done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
-        under_way.add(pool.submit(*job))
+        under_way.add(pool.submit(job))
     for future in under_way:
         future.result()
 

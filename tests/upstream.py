@@ -31,7 +31,17 @@ def llama_cpp_dir() -> Path:
 
 def _unpack(installed: str, folder: Path) -> None:
     package = f"llama-cpp-python=={installed}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", package, "--no-deps", "--no-binary", "llama-cpp-python"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        package,
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-python",
+    ]
     subprocess.run([*command, "--dest", str(folder)], check=True, timeout=900)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")

@@ -14,7 +14,6 @@ from lora2serve.errors import UsageError
 if TYPE_CHECKING:
     from lora2serve.exporter import Model
     from lora2serve.progress import Progress
-    from lora2serve.stream import Plan
 
 
 @click.command()
@@ -76,7 +75,7 @@ if TYPE_CHECKING:
 @click.option("--name", help="Name of the model in files and servers (default: the run's).")
 @click.option("--shard-size", metavar="SIZE", help="vllm: largest shard, such as 5GB.")
 @click.pass_context
-def export(ctx: click.Context, subjects: tuple[str, ...], **options: Any) -> None:
+def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> None:
     """Export RUN (default: runs/latest) to one or more targets, in one pass over the weights.
 
     RUN is a run, a PEFT adapter directory, a plain model directory, or a Hub id of one of these.

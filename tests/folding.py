@@ -1,0 +1,58 @@
+"""Run the true pipeline in a test: checkpoint + adapters -> merged directory, and compare with an oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora2serve.adapter import open_adapter
+from lora2serve.checkpoint import Checkpoint
+from lora2serve.dequantize import Dequantized
+from lora2serve.exporter import Model, find
+from lora2serve.merge import Merged
+from lora2serve.progress import Silent
+from lora2serve.stream import Plan, export
+from lora2serve.tensors import DType
+
+
+def fold(base: Path, adapters: Sequence[Path], dtype: DType | None = None) -> Merged:
+    """The merged model, not yet written."""
+    checkpoint = Checkpoint(base)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return Merged(Dequantized(checkpoint), [open_adapter(path) for path in adapters], config, dtype)
+
+
+def export_merged(base: Path, adapters: Sequence[Path], out: Path, dtype: DType | None = None, **options: Any) -> Path:
+    """Merge into a vLLM directory by the real sink and stream."""
+    merged = fold(base, adapters, dtype)
+    exporter = find("vllm")
+    model = Model(merged, merged.config, {}, "tiny", str(base))
+    return export(model, [Plan("vllm", exporter, exporter.Options(**options), out)], Silent())[0]
+
+
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a model directory, as stored, by safetensors' own reader."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def worst_ulp(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Per tensor, the largest distance in units in the last place of ``got``'s type (bits as sortable integers).
+
+    In float32 the sum B @ A itself may differ in its last bits, so distances there count from the larger of
+    base and result: see test_merge.
+    """
+    return {name: _ulp(tensor, expected[name].to(tensor.dtype)) for name, tensor in got.items()}
+
+
+def _ulp(a: torch.Tensor, b: torch.Tensor) -> int:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    kind = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    bits = [t.contiguous().view(kind).long() for t in (a, b)]
+    top = 1 << (8 * a.element_size() - 1)
+    ordered = [torch.where(x < 0, -(x & (top - 1)), x) for x in bits]
+    return int((ordered[0] - ordered[1]).abs().max()) if a.numel() else 0
