@@ -190,7 +190,7 @@ class ReplaceRows:
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         if before[1:] != self.value.shape[1:] or len(self.indices) != self.value.shape[0]:
             raise ValueError(
-                f"the adapter brings {list(self.value.shape)} for {len(self.indices)} tokens, the base has {list(before)}"
+                f"the adapter has {list(self.value.shape)} for {len(self.indices)} tokens, the base {list(before)}"
             )
         if max(self.indices) >= before[0]:
             raise ValueError(f"the adapter trains token {max(self.indices)}, the base has {before[0]}")

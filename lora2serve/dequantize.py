@@ -125,15 +125,7 @@ class FourBit:
         codes = self._codes(start, stop)
         values = self.base.read(f"{self.spec.name}.quant_map").index_select(0, codes)
         absmax = self._absmax(blocks)
-        whole = values.numel() // self.block
-        scaled = torch.empty_like(values)
-        torch.mul(
-            values[: whole * self.block].view(-1, self.block),
-            absmax[:whole, None],
-            out=scaled[: whole * self.block].view(-1, self.block),
-        )
-        if whole * self.block < values.numel():
-            scaled[whole * self.block :] = values[whole * self.block :] * absmax[-1]
+        scaled = scale_blocks(values, absmax, self.block)
         return scaled[first - start : last - start].view(rows.stop - rows.start, *self.spec.shape[1:])
 
     def _codes(self, start: int, stop: int) -> Tensor:
@@ -150,8 +142,7 @@ class FourBit:
         else:
             packed = self.base.read(self.spec.name, rows).view(torch.uint8).flatten()
             begin = rows.start * each
-        codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
-        return codes[start - begin : stop - begin].int()
+        return nibbles(packed)[start - begin : stop - begin]
 
     def _absmax(self, blocks: slice) -> Tensor:
         absmax = self.base.read(f"{self.spec.name}.absmax", blocks)
@@ -260,15 +251,15 @@ class RoundTrip:
         return codes, state.absmax
 
     def _dequantize(self, spec: TensorSpec, codes: Tensor, rows: slice) -> Tensor:
-        import torch
-        from bitsandbytes.functional import dequantize_4bit
+        # Not bitsandbytes' dequantize_4bit: its CPU kernel counts blocks from the start of each row, which is
+        # another thing than the flat blocks of its own quantiser where a row is no multiple of the block.
+        from bitsandbytes.functional import get_4bit_type
 
         first = rows.start * spec.row_numel // self.block
         numel = (rows.stop - rows.start) * spec.row_numel
         absmax = self._seen_absmax(spec)[first : first - (-numel // self.block)]
-        out = torch.empty((rows.stop - rows.start, *spec.shape[1:]), dtype=torch.float32)
-        dequantize_4bit(codes, absmax=absmax.contiguous(), out=out, blocksize=self.block, quant_type=self.kind)
-        return out
+        values = get_4bit_type(self.kind, device="cpu").index_select(0, nibbles(codes.flatten())[:numel])
+        return scale_blocks(values, absmax, self.block).view(rows.stop - rows.start, *spec.shape[1:])
 
     def _seen_absmax(self, spec: TensorSpec) -> Tensor:
         """The weight's absmax as the dequantiser saw it: (blocks,) float32."""
@@ -295,6 +286,22 @@ class RoundTrip:
         codes, state = quantize_blockwise(absmax - offset, blocksize=256)
         seen: Tensor = dequantize_blockwise(codes, state).float() + offset
         return seen
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """Two 4-bit codes out of each byte, the high one first: (n,) uint8 -> (2n,) int32."""
+    import torch
+
+    return torch.stack((packed >> 4, packed & 15), dim=1).flatten().int()
+
+
+def scale_blocks(values: Tensor, absmax: Tensor, block: int) -> Tensor:
+    """Each block of ``values`` (n,) times its scale, in place; the last block may be short."""
+    whole = values.numel() // block * block
+    values[:whole].view(-1, block).mul_(absmax[: whole // block, None])
+    if whole < values.numel():
+        values[whole:] *= absmax[-1]
+    return values
 
 
 def _is_quantized(base: Checkpoint) -> bool:

@@ -36,7 +36,7 @@ class Folded:
 
 
 class Merged:
-    """Base plus adapters. ``read`` gives float32 where something was folded or dequantised, the stored type elsewhere."""
+    """Base plus adapters. ``read`` gives float32 where something was folded or dequantised, else the stored type."""
 
     def __init__(
         self, base: Source, adapters: Sequence[Adapter], config: Mapping[str, Any], dtype: DType | None = None

@@ -47,7 +47,7 @@ for command in (init, train, export, parity, serve, push, pull_check, inspect, d
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The one funnel from an exception to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
+    """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
     sys.exit(run(list(sys.argv[1:] if args is None else args)))
 
 
