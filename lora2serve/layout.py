@@ -10,6 +10,7 @@ from typing import Any
 from lora2serve.adapter import Adapter, Change
 from lora2serve.deltas import ReplaceRows
 from lora2serve.errors import MergeError
+from lora2serve.peft_layers import PeftLayers, needs_peft, refuse_unmergeable
 from lora2serve.tensors import TensorSpec
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -67,7 +68,7 @@ def _untie(
     PEFT trains one of two tied modules without touching the other, unless ``ensure_weight_tying``; trained
     tokens follow the tie. What counts is the model as it was trained.
     """
-    changes = [adapter.changes() for adapter in adapters]
+    changes = [_changes(adapter, config) for adapter in adapters]
     embedding = next((slot for slot in slots if slot.spec.name.endswith(EMBEDDINGS)), None)
     head = next((slot for slot in slots if slot.spec.name.endswith(HEAD)), None)
     if embedding is None or (head is not None and not _says_tied(config)):
@@ -81,6 +82,11 @@ def _untie(
             slots = [*slots, head]
     pairs = zip(together, changes, strict=True)
     return slots, [_mirror(part, embedding, head) if follows else part for follows, part in pairs]
+
+
+def _changes(adapter: Adapter, config: Mapping[str, Any]) -> list[Change]:
+    refuse_unmergeable(adapter)
+    return PeftLayers(adapter, config).changes() if needs_peft(adapter) else adapter.changes()
 
 
 def _mirror(changes: list[Change], embedding: Slot, head: Slot | None) -> list[Change]:

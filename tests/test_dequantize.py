@@ -25,7 +25,9 @@ def quantized(base: Path, out: Path, **config: Any) -> tuple[Path, Any]:
     """The model as bitsandbytes quantised it: its directory, and the model itself."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**config))
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**config)
+    )
     model.save_pretrained(out)
     return out, model
 
@@ -42,7 +44,9 @@ def dequantized_four_bit(weight: Any) -> torch.Tensor:
     if state.shape[-1] % state.blocksize == 0:
         return dequantize_4bit(weight.data, state)
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    return _dequantize_4bit_compute(weight.data.reshape(-1), absmax.float(), state.code, state.blocksize, state.shape, state.dtype)
+    return _dequantize_4bit_compute(
+        weight.data.reshape(-1), absmax.float(), state.code, state.blocksize, state.shape, state.dtype
+    )
 
 
 def by_bitsandbytes(model: Any) -> dict[str, torch.Tensor]:
@@ -62,13 +66,20 @@ def by_bitsandbytes(model: Any) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", params=[64, 96])  # 96 is no multiple of 64: blocks run over the ends of rows
 def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     width: int = request.param
-    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", hidden_size=width, intermediate_size=width + 64)
+    return make_model(
+        tmp_path_factory.mktemp("base") / "base", "llama", hidden_size=width, intermediate_size=width + 64
+    )
 
 
 @pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
 def test_four_bit_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: bool) -> None:
     path, model = quantized(
-        base, tmp_path / "q", load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32
+        base,
+        tmp_path / "q",
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     source, oracle = Dequantized(Checkpoint(path)), by_bitsandbytes(model)
     assert len(oracle) == 14
@@ -91,7 +102,12 @@ def test_int8_is_bit_equal(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
 def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: bool) -> None:
     _, model = quantized(
-        base, tmp_path / "q", load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32
+        base,
+        tmp_path / "q",
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     oracle = by_bitsandbytes(model)
     modules = [name.removesuffix(".weight") for name in oracle]
@@ -101,7 +117,9 @@ def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: 
         expected = oracle.get(spec.name, plain[spec.name]).float()
         assert torch.equal(source.read(spec.name).float(), expected), spec.name
         assert torch.equal(source.read(spec.name, slice(1, 7)).float(), expected[1:7]), "any block of rows"
-    assert not torch.equal(oracle[f"{modules[0]}.weight"], plain[f"{modules[0]}.weight"].float()), "the control: it is lossy"
+    assert not torch.equal(oracle[f"{modules[0]}.weight"], plain[f"{modules[0]}.weight"].float()), (
+        "the control: it is lossy"
+    )
 
 
 def test_round_trip_of_another_base(base: Path) -> None:
@@ -111,7 +129,12 @@ def test_round_trip_of_another_base(base: Path) -> None:
 
 def test_merge_onto_a_four_bit_checkpoint(base: Path, tmp_path: Path) -> None:
     path, model = quantized(
-        base, tmp_path / "q", load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        base,
+        tmp_path / "q",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     plain = load_model(base)
     plain.load_state_dict({**plain.state_dict(), **by_bitsandbytes(model)})
@@ -125,8 +148,12 @@ def test_merge_onto_a_four_bit_checkpoint(base: Path, tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 300), columns=st.integers(1, 300), block=st.sampled_from([(128, 128), (64, 32)]), data=st.data())
-def test_fp8_blocks(tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, block: tuple[int, int], data: st.DataObject) -> None:
+@given(
+    rows=st.integers(1, 300), columns=st.integers(1, 300), block=st.sampled_from([(128, 128), (64, 32)]), data=st.data()
+)
+def test_fp8_blocks(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, block: tuple[int, int], data: st.DataObject
+) -> None:
     path = tmp_path_factory.mktemp("fp8")
     torch.manual_seed(rows * 1000 + columns)
     weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)

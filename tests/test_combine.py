@@ -1,0 +1,48 @@
+"""Combinations of adapters against PEFT's own, on the real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora2serve.checkpoint import Checkpoint
+from lora2serve.combine import combine
+from lora2serve.errors import MergeError
+from tests.folding import export_merged, stored, worst_ulp
+from tests.tiny import load_model, make_adapter, make_model
+
+WEIGHTS = (0.7, 0.4)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    root = tmp_path_factory.mktemp("combine")
+    base = make_model(root / "base")
+    return base, [make_adapter(root / f"a{seed}", base, seed=seed) for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties"])
+def test_equals_peft(pair: tuple[Path, list[Path]], tmp_path: Path, method: str) -> None:
+    from peft import PeftModel
+
+    base, adapters = pair
+    adapted = PeftModel.from_pretrained(load_model(base), adapters[0], adapter_name="x")
+    adapted.load_adapter(adapters[1], adapter_name="y")
+    torch.manual_seed(0)
+    given = {} if method in ("linear", "cat", "svd") else {"density": 0.5}
+    adapted.add_weighted_adapter(["x", "y"], list(WEIGHTS), "z", combination_type=method, **given)
+    adapted.set_adapter("z")
+    oracle = adapted.merge_and_unload().state_dict()
+    combined = combine(adapters, Checkpoint(base).config, method, WEIGHTS, 0.5, tmp_path / "combined")
+    got = stored(export_merged(base, [combined], tmp_path / "out"))
+    assert max(worst_ulp(got, {n: oracle[n] for n in got}).values()) <= 1
+
+
+def test_ranks_that_differ(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, adapters = pair
+    other = make_adapter(tmp_path / "other", base, r=8)
+    with pytest.raises(MergeError, match="--combine linear") as caught:
+        combine([adapters[0], other], Checkpoint(base).config, "linear", WEIGHTS, 0.5, tmp_path / "combined")
+    assert "cat" in caught.value.hint
