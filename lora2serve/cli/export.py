@@ -140,7 +140,15 @@ def _open_adapters(
     base = options["base"] or read_config(paths[0]).get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{paths[0]}: its config does not name a base", "name it with --base")
-    return models.open_adapters(paths, fetch(base, told), base, choice), Path("exports") / paths[0].resolve().name
+    local, name = fetch(base, told), paths[0].resolve().name
+    if options["combine"]:
+        from lora2serve.checkpoint import read_config as read_base_config
+        from lora2serve.combine import combine
+
+        weights = options["weights"] or (1.0,) * len(paths)
+        into = Path(options["scratch"])
+        paths = [combine(paths, read_base_config(local), options["combine"], weights, options["density"], into)]
+    return models.open_adapters(paths, local, base, choice), Path("exports") / name
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

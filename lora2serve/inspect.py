@@ -1,0 +1,93 @@
+"""What a path is: a run, an export, an adapter or a model, in facts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lora2serve import manifest
+from lora2serve.adapter import CONFIG, open_adapter
+from lora2serve.checkpoint import Checkpoint
+from lora2serve.errors import InputError
+from lora2serve.run import Run, is_run
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Facts about ``path``; its ``problems`` are what is wrong with it."""
+    if (path / manifest.NAME).is_file():
+        return _export(path)
+    if is_run(path):
+        return _run(Run(path))
+    if (path / CONFIG).is_file():
+        return _adapter(path)
+    if (path / "config.json").is_file():
+        return _model(path)
+    raise InputError(
+        f"{path}: no run, export, adapter or model",
+        f"expected {manifest.NAME}, run.json, {CONFIG} or config.json in it",
+    )
+
+
+def _export(path: Path) -> dict[str, Any]:
+    about = manifest.read(path)
+    survival = about.get("survival") or {}
+    facts = {
+        "kind": "export",
+        "target": about["target"],
+        "quant": about.get("quant"),
+        "base": (about.get("base") or {}).get("id"),
+        "merge base": about.get("merge_base"),
+        "files": len(about["files"]),
+        "bytes": sum(file["size"] for file in about["files"].values()),
+        "parity": (about.get("parity") or {}).get("met", "not run"),
+        "problems": manifest.verify(path),
+    }
+    if survival:
+        facts["delta that survives the cast"] = f"{min(survival.values()):.4f} to {max(survival.values()):.4f}"
+    return facts
+
+
+def _run(run: Run) -> dict[str, Any]:
+    record = run.record
+    losses = {
+        name: value.get("eval_loss") for name, value in (record.get("metrics") or {}).items() if isinstance(value, dict)
+    }
+    return {
+        "kind": "run",
+        "base": (record.get("base") or {}).get("id"),
+        "quantisation": (record.get("quantization") or {}).get("type", "none"),
+        "eval loss": losses,
+        "exports": [path.name for path in run.list_exports()],
+        "adapter": _adapter(run.adapter),
+        "problems": [],
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    adapter = open_adapter(path)
+    ranks = Counter(layer.parts["lora_A"].shape[0] for layer in adapter.layers.values() if "lora_A" in layer.parts)
+    leaves = Counter(name.rsplit(".", 1)[-1] for name in adapter.layers)
+    return {
+        "kind": "adapter",
+        "method": adapter.method,
+        "base": adapter.base,
+        "modules": dict(leaves),
+        "trained in full": sorted(adapter.full),
+        "ranks": dict(ranks),
+        "problems": [],
+    }
+
+
+def _model(path: Path) -> dict[str, Any]:
+    checkpoint = Checkpoint(path)
+    specs = checkpoint.specs()
+    return {
+        "kind": "model",
+        "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
+        "tensors": len(specs),
+        "parameters": sum(spec.numel for spec in specs),
+        "types": dict(Counter(spec.dtype for spec in specs)),
+        "quantisation": (checkpoint.config.get("quantization_config") or {}).get("quant_method"),
+        "problems": [],
+    }
