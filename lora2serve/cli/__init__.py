@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -16,6 +18,9 @@ from lora2serve.cli.push import pull_check, push
 from lora2serve.cli.serve import serve
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError, did_you_mean
+
+
+VERBOSE = {"-v", "--verbose"}
 
 
 class Group(click.Group):
@@ -48,14 +53,20 @@ for command in (init, train, export, parity, serve, push, pull_check, inspect, d
 
 def main(args: Sequence[str] | None = None) -> None:
     """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
-    sys.exit(run(list(sys.argv[1:] if args is None else args)))
+    given = list(sys.argv[1:] if args is None else args)
+    if not VERBOSE & set(
+        given
+    ):  # what the libraries have to say is not about the user's input; ours goes through Progress
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    sys.exit(run(given))
 
 
 def run(args: list[str]) -> int:
     """Run one command line; the exit code."""
     from lora2serve import console
 
-    verbose = any(arg in ("-v", "--verbose") for arg in args)
+    verbose = bool(VERBOSE & set(args))
     try:
         cli.main(args, prog_name="lora2serve", standalone_mode=False)
         return 0

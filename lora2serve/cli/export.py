@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
     type=click.Choice(["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]),
     help="Combine the --adapter's into one first, by PEFT's method of that name.",
 )
+@click.option("--weights", metavar="W,W", callback=lambda _, __, text: _floats(text), help="Weights for --combine.")
+@click.option("--density", type=float, default=0.5, show_default=True, help="Share that TIES and DARE keep.")
 @click.option(
     "--allow-base-mismatch", is_flag=True, help="Fold onto a base that is not the run's; written into the manifest."
 )
@@ -146,7 +149,7 @@ def _open_adapters(
         from lora2serve.combine import combine
 
         weights = options["weights"] or (1.0,) * len(paths)
-        into = Path(options["scratch"])
+        into = Path(click.get_current_context().with_resource(TemporaryDirectory(prefix="lora2serve-combine-")))
         paths = [combine(paths, read_base_config(local), options["combine"], weights, options["density"], into)]
     return models.open_adapters(paths, local, base, choice), Path("exports") / name
 
@@ -157,6 +160,13 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
     own = {"shard_size": parse_size}
     return {key: read(options[key]) for key, read in own.items() if options[key] not in (None, False, ())}
+
+
+def _floats(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UsageError(f"--weights {text}: expected numbers with commas between, such as 0.7,0.3") from None
 
 
 def _folder(target: str, options: Any) -> str:

@@ -1,0 +1,95 @@
+"""The command line as a user meets it: typos, missing things, exit codes, stdout for results only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora2serve.cli import run
+from tests.tiny import make_adapter, make_model
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("cli")
+    base = make_model(root / "base")
+    return base, make_adapter(root / "adapter", base)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        ([], 2, "Usage"),
+        (["--version"], 0, ""),
+        (["tain"], 2, "did you mean 'train'?"),
+        (["export"], 2, "Missing option '-t'"),
+        (["export", "-t", "vlm"], 2, "did you mean 'vllm'?"),
+        (["export", "-t", "vllm"], 2, "no runs/latest here"),
+        (["export", "no-such-dir", "-t", "vllm"], 1, "no-such-dir"),
+        (["export", "-t", "vllm", "-q", "Q9"], 2, "--quant Q9: unknown"),
+        (["inspect", "nothing"], 1, "no run, export, adapter or model"),
+        (["parity"], 2, "no runs/latest here"),
+    ],
+)
+def test_words_and_codes(here: Path, capfd: pytest.CaptureFixture[str], args: list[str], code: int, said: str) -> None:
+    assert run(args) == code
+    out, err = capfd.readouterr()
+    assert said in err + (out if not args else "")
+    assert "Traceback" not in err
+    if code:
+        assert len([line for line in err.splitlines() if line.startswith(("error", "Error"))]) <= 1
+
+
+def test_export_prints_directories_only(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    base, adapter = pair
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 0
+    out, _ = capfd.readouterr()
+    assert [Path(line).name for line in out.splitlines()] == ["vllm"]
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 1
+    assert "already exists" in capfd.readouterr().err
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out", "--overwrite", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == [str(here / "out" / "vllm")]
+
+
+def test_plan_reads_no_weight_and_writes_nothing(
+    here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, adapter = pair
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out", "--plan", "--json"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["tensors"] == 21
+    assert plan["changed"] == 6
+    assert plan["disk"] > 200_000
+    assert not (here / "out").exists()
+
+
+def test_combine(here: Path, pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    other = make_adapter(here / "other", base, seed=5)
+    given = ["--adapter", str(adapter), "--adapter", str(other), "--combine", "ties", "--weights", "0.5,0.7"]
+    assert run(["export", *given, "-t", "vllm", "-o", "out"]) == 0
+    assert run(["inspect", "out/vllm"]) == 0
+
+
+def test_inspect_finds_a_flipped_bit(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    _, adapter = pair
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 0
+    file = here / "out" / "vllm" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert run(["inspect", "out/vllm"]) == 1
+    assert "model.safetensors: content changed since the export" in capfd.readouterr().err
+
+
+def test_verbose_shows_the_traceback(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["-v", "inspect", "nothing"]) == 1
+    assert "Traceback" in capfd.readouterr().err
