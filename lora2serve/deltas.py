@@ -42,7 +42,7 @@ class Delta(Protocol):
         ...
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
-        """Rows ``[start, stop)`` of the weight, float32 in and out; ``weight`` may be changed in place."""
+        """Rows ``[start, stop)`` of the weight, float32 in and out; ``weight`` itself stays as it is."""
         ...
 
 
@@ -72,15 +72,15 @@ class Lora:
         import torch
 
         if self.transposed:
-            delta = (self.b.read() @ self.a.read()[:, rows]).T
+            delta = (self.b.read() @ self.a.read()[:, rows]).T.contiguous()
         else:
             delta = self.b.read(rows) @ self.a.read()
-        weight += delta.mul_(self.scale)
+        merged = delta.mul_(self.scale).add_(weight)
         if self.magnitude is None:
-            return weight
+            return merged
         if self.transposed:  # one norm per column, over all rows: such a weight is read whole
-            return weight.mul_(self.magnitude.read() / torch.linalg.norm(weight, dim=0))
-        return weight.mul_((self.magnitude.read(rows) / torch.linalg.norm(weight, dim=1)).unsqueeze(1))
+            return merged.mul_(self.magnitude.read() / torch.linalg.norm(merged, dim=0))
+        return merged.mul_((self.magnitude.read(rows) / torch.linalg.norm(merged, dim=1)).unsqueeze(1))
 
     @property
     def whole(self) -> bool:
@@ -105,10 +105,11 @@ class EmbeddingLora:
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
         import torch
 
-        weight += (self.b.read() @ self.a.read()[:, rows]).T.mul_(self.scale)
+        delta = (self.b.read() @ self.a.read()[:, rows]).T.contiguous()
+        merged = delta.mul_(self.scale).add_(weight)
         if self.magnitude is None:
-            return weight
-        return weight.mul_(self.magnitude.read() / torch.linalg.norm(weight, dim=0))
+            return merged
+        return merged.mul_(self.magnitude.read() / torch.linalg.norm(merged, dim=0))
 
     @property
     def whole(self) -> bool:
@@ -148,10 +149,11 @@ class ExpertLora:
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
         if self.expert is not None:
             part = slice(self.first + rows.start, self.first + rows.stop)
-            return weight.add_(self._delta(self.expert, part))
+            return self._delta(self.expert, part).add_(weight)
+        merged = weight.clone()
         for place, expert in enumerate(range(rows.start, rows.stop)):
-            weight[place] += self._delta(expert, ALL)
-        return weight
+            merged[place] += self._delta(expert, ALL)
+        return merged
 
     def _delta(self, expert: int, rows: slice) -> Tensor:
         rank = self.a.shape[0] // self.experts
@@ -198,10 +200,12 @@ class ReplaceRows:
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
         places = [(n, index - rows.start) for n, index in enumerate(self.indices) if rows.start <= index < rows.stop]
-        if places:
-            taken, put = zip(*places, strict=True)
-            weight[list(put)] = self.value.read()[list(taken)]
-        return weight
+        if not places:
+            return weight
+        taken, put = zip(*places, strict=True)
+        merged = weight.clone()
+        merged[list(put)] = self.value.read()[list(taken)]
+        return merged
 
 
 @dataclass(frozen=True)
@@ -218,4 +222,4 @@ class AddVector:
         return before
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
-        return weight.add_(self.value.read(rows) * self.scale)
+        return weight + self.value.read(rows) * self.scale

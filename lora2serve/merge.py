@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -86,16 +87,15 @@ class Merged:
 
         name, deltas = folded.spec.name, folded.deltas
         if isinstance(deltas[0], Replace):  # the base's rows do not matter, and there may be fewer of them
-            before = weight = deltas[0].apply(torch.empty(0), rows)
+            before = weight = _finite(deltas[0].apply(torch.empty(0), rows), name, "adapter")
             deltas = deltas[1:]
         else:
-            before = _finite(self.base.read(folded.stored, rows), name, "base")
-            weight = before.to(torch.float32, copy=True)
+            before = weight = self.base.read(folded.stored, rows).float()
         for delta in deltas:
             weight = delta.apply(weight, rows)
-        _finite(weight, name, "adapter, or the sum of base and adapter")
-        if deltas:
-            self.survival.add(folded.spec, before, weight)
+        if deltas and not self.survival.add(folded.spec, before, weight):
+            _finite(before, name, "base")
+            _finite(weight, name, "adapter, or the sum of base and adapter")
         return weight
 
     def _bind(
@@ -145,18 +145,23 @@ class Survival:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._lock = Lock()
 
-    def add(self, spec: TensorSpec, before: Tensor, after: Tensor) -> None:
-        """Count one block; ``before`` in any float type, ``after`` in float32."""
-        import torch
+    def add(self, spec: TensorSpec, before: Tensor, after: Tensor) -> bool:
+        """Count one block, both float32. True if that proves that every value in both is finite.
 
+        A NaN or an infinity on either side makes the difference one, and so its norm.
+        """
         if spec.dtype not in FLOATS or before.shape != after.shape:
-            return
-        wanted = float(torch.dist(after, before.float())) ** 2
-        kept = float(torch.dist(after.to(torch_dtype(spec.dtype)).float(), before.float())) ** 2
+            return False
+        change = after - before
+        kept = wanted = _squared(change)
+        stored = after.to(torch_dtype(spec.dtype))
+        if stored is not after:
+            kept = _squared(change.copy_(stored).sub_(before))
         with self._lock:
             sums = self._sums[spec.name]
             sums[0] += kept
             sums[1] += wanted
+        return isfinite(wanted)
 
     def shares(self) -> dict[str, float]:
         """Tensor -> share; 0 where the adapter changes nothing."""
@@ -170,6 +175,13 @@ class Survival:
                 f"the adapter changes nothing: at most {max(shares.values()):.4f} of any delta survives",
                 "B is still zero (a fresh adapter), or alpha is far too small",
             )
+
+
+def _squared(values: Tensor) -> float:
+    import torch
+
+    flat = values.flatten()
+    return float(torch.dot(flat, flat))
 
 
 def _finite(block: Tensor, name: str, what: str) -> Tensor:

@@ -65,7 +65,7 @@ class ByPeft:
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
         """The whole weight in, the whole weight out."""
-        return self.layers.merge(self.module, weight)
+        return self.layers.merge(self.module, weight.clone())
 
 
 class PeftLayers:
