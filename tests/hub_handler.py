@@ -60,6 +60,8 @@ class HubHandler(BaseHTTPRequestHandler):
     injected: Fault | None = None
     rest = 0  # bytes of the request's body that are not read yet
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: otherwise each answer waits 40 ms for a delayed acknowledgement
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -4,6 +4,8 @@
 ``pull_check`` pulls a pushed export back and verifies it. ``huggingface_hub`` is imported where it is used.
 """
 
+from lora2serve.hub.check import Checked, pull_check
 from lora2serve.hub.pull import Fetched, fetch
+from lora2serve.hub.push import Pushed, push
 
-__all__ = ["Fetched", "fetch"]
+__all__ = ["Checked", "Fetched", "Pushed", "fetch", "pull_check", "push"]

@@ -7,11 +7,12 @@ passes through our hands, so it cannot get into an argument, a log or a file of 
 from __future__ import annotations
 
 import errno
-import re
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lora2serve.errors import HubError, UsageError, did_you_mean
+from lora2serve.hub.secrets import masked
 
 LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
 
@@ -39,6 +40,23 @@ def check_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise UsageError(f"{repo_id!r}: no repository id, expected org/name") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """huggingface_hub's own bars and warnings off: progress and errors are told by us."""
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity(40)  # errors only, as logging.ERROR
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
+            enable_progress_bars()
 
 
 @contextmanager
@@ -96,7 +114,6 @@ def _unreachable(repo_id: str, revision: str | None, error: Exception) -> HubErr
     from huggingface_hub import constants
 
     wanted = f"{repo_id}@{revision}" if revision else repo_id
-    at = f" --revision {revision}" if revision else ""
     if constants.is_offline_mode():
         return HubError(
             f"{wanted}: not (whole) in the cache, and HF_HUB_OFFLINE is set",
@@ -125,7 +142,4 @@ def _revisions(repo_id: str) -> list[str]:
 
 def clean(text: str) -> str:
     """A server's words on one line, with anything shaped like a token taken out."""
-    return TOKEN.sub("hf_***", " ".join(text.split()))[:300]
-
-
-TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # user access tokens and organisation API tokens
+    return masked(" ".join(text.split()))[:300]

@@ -1,0 +1,150 @@
+"""The model card: metadata by huggingface_hub's own classes, and sections between marks.
+
+A card that was edited is kept: of its text only what stands between our marks is rewritten, a section whose marks
+were taken out stays out, and metadata that is there stays, apart from what ties the repository to its base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora2serve.hub import sections
+from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, Facts, hub_id, read_metadata
+
+MARK = re.compile(r"<!-- lora2serve:(?P<name>[a-z-]+) -->\n.*?<!-- /lora2serve:(?P=name) -->", re.DOTALL)
+FOLLOWS = ("base_model", "base_model_relation")  # what ties the repository to its base follows every push
+HELD_OUT = "held-out rows of the training set"
+LIBRARY = {MERGED: "transformers", ADAPTER: "peft", GGUF: "gguf", GGUF_ADAPTER: "gguf"}
+
+
+def write(facts: Facts, existing: str | None) -> str:
+    """The text of README.md; ``existing`` is the card that is there, if any."""
+    from huggingface_hub import ModelCard
+
+    parts = {name: text for name, make in sections.ALL.items() if (text := make(facts).strip())}
+    ours = metadata(facts)
+    if existing is None:
+        body = f"# {facts.repo_id.split('/')[-1]}\n\n" + "\n\n".join(
+            _marked(name, text) for name, text in parts.items()
+        )
+        return f"---\n{_yaml(ours)}---\n\n{body}\n"
+    text = str(ModelCard(existing, ignore_metadata_errors=True).text)
+    there = read_metadata(existing)
+    merged = _merge(there, ours)
+    head = existing[: len(existing) - len(text)]
+    if merged != there or not head.strip():
+        head = f"---\n{_yaml(merged)}---\n"
+    return head + rewrite(text, parts)
+
+
+def rewrite(text: str, parts: Mapping[str, str]) -> str:
+    """``text`` with our sections renewed; all of them at its end where it has none."""
+    found = {match["name"] for match in MARK.finditer(text)}
+    if not found:
+        return text.rstrip() + "\n\n" + "\n\n".join(_marked(name, part) for name, part in parts.items()) + "\n"
+    return MARK.sub(lambda match: _marked(match["name"], parts.get(match["name"], "")), text)
+
+
+def metadata(facts: Facts) -> dict[str, Any]:
+    """The card's YAML as the Hub expects it, for what the repository holds."""
+    from huggingface_hub import ModelCardData
+
+    kind = next(kind for kind in (MERGED, GGUF, ADAPTER, GGUF_ADAPTER) if kind in facts.kinds)
+    base, relation = _base(facts, kind)
+    results = _eval_results(facts)
+    fields: dict[str, Any] = {
+        **{key: facts.base_card.get(key) for key in ("license", "license_name", "license_link", "language")},
+        "base_model": base,
+        "datasets": _datasets(facts) or None,
+        "library_name": LIBRARY[kind],
+        "pipeline_tag": "text-generation",
+        "tags": _tags(facts, kind, base),
+        "base_model_relation": relation if base else None,
+        "eval_results": results or None,
+        "model_name": facts.name if results else None,
+    }
+    data: Any = ModelCardData(**fields)
+    return dict(data.to_dict())
+
+
+def _base(facts: Facts, kind: str) -> tuple[str | None, str]:
+    """The repository this one derives from, and how: quantised files come from the merged model if pushed."""
+    quantized = kind == GGUF or (kind == MERGED and bool(facts.first.get("quant")))
+    merged = facts.siblings.get(MERGED)
+    if quantized and merged and merged != facts.repo_id:
+        return merged, "quantized"
+    return facts.base, "adapter" if kind in (ADAPTER, GGUF_ADAPTER) else "finetune"
+
+
+def _tags(facts: Facts, kind: str, base: str | None) -> list[str]:
+    tags = ["lora2serve"]
+    if kind in (ADAPTER, GGUF_ADAPTER):
+        tags += ["lora", *([f"base_model:adapter:{base}"] if base else [])]
+    if kind == MERGED:
+        tags += ["text-generation-inference"]
+    if kind in (MERGED, ADAPTER):
+        tags += ["transformers", "vllm"]
+    if facts.kinds & {GGUF, GGUF_ADAPTER}:
+        tags += ["gguf", "llama.cpp", "ollama"]
+    if facts.record.get("quantization"):
+        tags += ["qlora"]
+    return tags + (["conversational"] if facts.chat else [])
+
+
+def _datasets(facts: Facts) -> list[str]:
+    """Training sets that are on the Hub; the recipe may name them anywhere under ``data``."""
+    data = facts.recipe.get("data")
+    named = data.values() if isinstance(data, Mapping) else [data]
+    flat = [inner for value in named for inner in (value if isinstance(value, list) else [value])]
+    return [name for value in flat if isinstance(value, str) and (name := hub_id(value.partition("@")[0]))]
+
+
+def _eval_results(facts: Facts) -> list[Any]:
+    """The held-out loss after training, as model-index: ``.eval_results`` is for the Hub's benchmark sets only."""
+    from huggingface_hub import EvalResult
+
+    tuned = (facts.record.get("metrics") or {}).get("tuned") or {}
+    names = {"eval_loss": ("loss", "Held-out loss"), "perplexity": ("perplexity", "Held-out perplexity")}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=(_datasets(facts) or ["private"])[0],
+            dataset_name=HELD_OUT,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(float(tuned[key]), 4),
+        )
+        for key, (kind, title) in names.items()
+        if isinstance(tuned.get(key), int | float)
+    ]
+
+
+def _merge(there: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata that is there, with ours where it has none, and ours where it must follow the push."""
+    merged = {**there, **{key: value for key, value in ours.items() if key not in there or key in FOLLOWS}}
+    tags = there.get("tags") or []
+    merged["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *ours["tags"]]))
+    index = [_without_ours(entry) for entry in there.get("model-index") or []]
+    if index and any(entry["results"] for entry in index):
+        results = (ours.get("model-index") or [{"results": []}])[0]["results"]
+        merged["model-index"] = [{**index[0], "results": [*index[0]["results"], *results]}, *index[1:]]
+    elif "model-index" in ours:
+        merged["model-index"] = ours["model-index"]
+    return merged
+
+
+def _without_ours(entry: Mapping[str, Any]) -> dict[str, Any]:
+    kept = [result for result in entry["results"] if result["dataset"]["name"] != HELD_OUT]
+    return {**entry, "results": kept}
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    from huggingface_hub import CardData
+
+    return CardData(**data).to_yaml() + "\n"
+
+
+def _marked(name: str, text: str) -> str:
+    return f"<!-- lora2serve:{name} -->\n{text}\n<!-- /lora2serve:{name} -->"

@@ -1,0 +1,237 @@
+"""Push exports to the Hub: what the manifest names, verified, with a card, as one state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora2serve import manifest
+from lora2serve.errors import HubError, ParityNotMet, UsageError
+from lora2serve.hub import card
+from lora2serve.hub.client import LOG_IN, check_id, has_token, page, quiet, translated
+from lora2serve.hub.collect import CARD, Export, Item, open_export, package, repository_manifest, text_item
+from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, gather, kind_of, unproven
+from lora2serve.hub.remote import Change, Remote, change, look, old_exports, read_text
+from lora2serve.hub.upload import MAIN, Uploader
+from lora2serve.progress import Progress, Silent
+from lora2serve.run import Run
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+SUFFIX = {MERGED: "", ADAPTER: "-lora", GGUF: "-GGUF", GGUF_ADAPTER: "-lora-GGUF"}
+# With --single-repo: an adapter's config at the top would make loaders take the whole repository for an adapter.
+FOLDERS = {"adapter": "adapter", "gguf-adapter": "adapter-gguf"}
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What one repository got; of a dry run, what it would get."""
+
+    repo_id: str
+    url: str
+    revision: str
+    exports: list[str]
+    uploaded: dict[str, int]  # path -> bytes
+    deleted: list[str]
+    unchanged: list[str]
+    card: str
+    dry_run: bool
+    commit: str | None = None
+    pull_request: str | None = None
+    unproven: dict[str, str] = field(default_factory=dict)
+
+
+def push(
+    exports: Sequence[Path],
+    *,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    single_repo: bool = False,
+    allow_unproven: bool = False,
+    run: Run | None = None,
+    progress: Progress | None = None,
+) -> list[Pushed]:
+    """Push export directories to ``repo_id`` and the repositories named after it.
+
+    By convention merged weights go to ``name``, an adapter to ``name-lora``, all GGUF types to ``name-GGUF``;
+    with ``single_repo`` everything goes to ``name``. ``run`` gives the card its recipe and figures. Everything is
+    read and checked before the first byte is sent; ``dry_run`` stops there and only reads from the Hub.
+
+    Raises ParityNotMet for an export that is not proven (unless ``allow_unproven``), InputError for files that are
+    not as the manifest says or hold a token, HubError for whatever the Hub refuses.
+    """
+    told = progress or Silent()
+    check_id(repo_id)
+    if "/" not in repo_id:
+        raise UsageError(f"--repo-id {repo_id}: expected user/name")
+    opened = [open_export(path) for path in exports]
+    if not opened:
+        raise UsageError("nothing to push", "export first: `lora2serve export --target ...`")
+    _refuse_unproven(opened, allow_unproven)
+    grouped = group(opened, repo_id, single_repo)
+    siblings = {kind_of(export.manifest): name for name, members in grouped.items() for export in members}
+    pushes = [_Push(name, members, siblings, revision or MAIN, run, told) for name, members in grouped.items()]
+    if not dry_run and not has_token():
+        raise HubError(f"{repo_id}: no token to push with", LOG_IN)
+    with quiet():
+        for one in pushes:  # all is checked, and each repository looked at, before anything is sent to the first
+            one.prepare(single_repo, private, dry_run)
+        return [one.pushed() if dry_run else one.send(private, create_pr) for one in pushes]
+
+
+def group(exports: Sequence[Export], repo_id: str, single_repo: bool) -> dict[str, list[Export]]:
+    """Repository -> its exports, by convention or all in one."""
+    grouped: dict[str, list[Export]] = {}
+    for export in exports:
+        kind = kind_of(export.manifest)
+        suffix = SUFFIX[kind] + (f"-{export.quant}" if kind == MERGED and export.quant else "")
+        grouped.setdefault(repo_id if single_repo else repo_id + suffix, []).append(export)
+    for members in grouped.values():
+        names = [export.name for export in members]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UsageError(f"{', '.join(sorted(twice))}: given twice for one repository")
+    return grouped
+
+
+def _refuse_unproven(exports: Sequence[Export], allowed: bool) -> None:
+    problems = [f"{export.path}: {why}" for export in exports if (why := unproven(export.manifest))]
+    if problems and not allowed:
+        raise ParityNotMet("\n".join(problems), "prove it (`lora2serve parity`), or push with --allow-unproven")
+
+
+@dataclass
+class _Push:
+    """One repository on its way: prepared, then sent."""
+
+    repo_id: str
+    exports: list[Export]
+    siblings: Mapping[str, str]
+    revision: str
+    run: Run | None
+    progress: Progress
+
+    def prepare(self, single_repo: bool, private: bool, dry_run: bool) -> None:
+        """Read everything, look at the repository, and work out what must change there."""
+        from huggingface_hub import HfApi
+
+        self.api: HfApi = HfApi()
+        self.remote = self._look(dry_run)
+        if private and self.remote.exists and not self.remote.private:
+            raise HubError(
+                f"{self.repo_id}: exists and is public, asked was --private",
+                "make it private on its page, or choose another name",
+            )
+        with translated(self.repo_id, self.revision):
+            before = old_exports(self.api, self.repo_id, self.remote)
+            existing = read_text(self.api, self.repo_id, self.remote, CARD)
+        kept = [old for old in before if self._goes_with(old)]
+        made = package(self.repo_id, self.exports, self.progress, FOLDERS if single_repo else {}, kept)
+        content = join(repository_manifest(made), kept)
+        public = content.get("exports") or {self.exports[0].name: content}
+        self.facts = gather(self.repo_id, public, [export.path for export in self.exports], self.siblings, self.run)
+        self.card = card.write(self.facts, existing)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        self.items: list[Item] = [*made.items.values(), text_item(manifest.NAME, text), text_item(CARD, self.card)]
+        obsolete = {name for old in before for name in old["files"]} - content["files"].keys()
+        self.change: Change = change(self.remote, self.items, obsolete)
+
+    def send(self, private: bool, create_pr: bool) -> Pushed:
+        """Make the repository what was worked out."""
+        if not self.change:
+            self.progress.note(f"{self.repo_id}: holds all of this already")
+            return self.pushed(commit=self.remote.head)
+        with translated(self.repo_id, self.revision, "pushing to"), _xet_hint(self.repo_id):
+            uploader = Uploader(self.api, self.repo_id, self.revision, self.progress)
+            self.remote = uploader.ensure(self.remote, private)
+            landed = uploader.publish(self.change, self._title(), self.remote, create_pr=create_pr)
+        return self.pushed(commit=landed.commit, pull_request=landed.pull_request)
+
+    def pushed(self, commit: str | None = None, pull_request: str | None = None) -> Pushed:
+        """The report."""
+        changed = {item.path for item in self.change.add}
+        return Pushed(
+            repo_id=self.repo_id,
+            url=page(self.repo_id),
+            revision=self.revision,
+            exports=[export.name for export in self.exports],
+            uploaded={item.path: item.size for item in self.change.add},
+            deleted=self.change.delete,
+            unchanged=[item.path for item in self.items if item.path not in changed],
+            card=self.card,
+            dry_run=commit is None,
+            commit=commit,
+            pull_request=pull_request,
+            unproven=self.facts.unproven,
+        )
+
+    def _look(self, dry_run: bool) -> Remote:
+        try:
+            with translated(self.repo_id, self.revision):
+                return look(self.api, self.repo_id, self.revision)
+        except HubError as error:
+            if not dry_run:
+                raise
+            self.progress.note(f"{self.repo_id}: planned as if it were new ({error.message})")
+            return Remote()
+
+    def _goes_with(self, old: Mapping[str, Any]) -> bool:
+        """Whether an export that is there stays: of the same base and adapter, and not replaced by this push."""
+        names = {export.name for export in self.exports}
+        ours = self.exports[0].manifest
+        same = all(_sha(old, key) == _sha(ours, key) for key in ("base", "adapter"))
+        return same and export_name(old) not in names
+
+    def _title(self) -> str:
+        """The commit's title; the same contents have the same title, so that a pull request is found again."""
+        state = hashlib.sha256(self.revision.encode())
+        for item in sorted(self.items, key=lambda item: item.path):
+            state.update(f"\n{item.path} {item.sha256}".encode())
+        names = ", ".join(export.name for export in self.exports)
+        return f"{self.facts.name}: {names} [{state.hexdigest()[:12]}]"
+
+
+def join(whole: dict[str, Any], kept: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The repository's manifest with the exports that stay there."""
+    if not kept:
+        return whole
+    exports = dict(whole.get("exports") or {export_name(whole): whole})
+    exports |= {export_name(old): old for old in kept}
+    first = next(iter(exports.values()))
+    same = {key: value for key, value in first.items() if all(other.get(key) == value for other in exports.values())}
+    files = {name: entry for export in exports.values() for name, entry in export["files"].items()}
+    return {**same, "exports": dict(sorted(exports.items())), "files": dict(sorted(files.items()))}
+
+
+def export_name(content: Mapping[str, Any]) -> str:
+    """``gguf-Q4_K_M`` for the manifest of that export."""
+    return f"{content['target']}-{content['quant']}" if content.get("quant") else str(content["target"])
+
+
+def _sha(content: Mapping[str, Any], key: str) -> Any:
+    part = content.get(key) or {}
+    return part.get("sha256") or part.get("fingerprint")
+
+
+@contextmanager
+def _xet_hint(repo_id: str) -> Iterator[None]:
+    """A hub without Xet fails deep inside hf_xet; say what helps."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        if constants.HF_HUB_DISABLE_XET or not is_xet_available() or "xet" not in f"{error} {error.__cause__}".lower():
+            raise
+        raise HubError(
+            f"pushing to {repo_id}: the upload by Xet failed", "if this hub has no Xet storage: HF_HUB_DISABLE_XET=1"
+        ) from error

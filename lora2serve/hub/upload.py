@@ -1,0 +1,254 @@
+"""Getting files into a repository so that a reader sees the old state or the new one, never a mix.
+
+Contents go up first and show nothing. Then one commit publishes all of them; where they are too many for one,
+several commits build a pull request, whose files are compared with ours before it is merged. Every step looks at
+the repository before it acts, so a step whose answer was lost is not done twice, and a re-run goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lora2serve.errors import HubError
+from lora2serve.hub.collect import Item
+from lora2serve.hub.remote import Change, Remote, change, look
+from lora2serve.progress import Progress
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+T = TypeVar("T")
+MAIN = "main"
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries
+FILES_PER_COMMIT = 200  # the Hub takes more, but grows slow and times out
+BYTES_PER_COMMIT = 64 << 20  # of small files, which travel inside the commit
+ALONE = 100 << 20  # a file from this size on is uploaded by itself, so that progress is seen
+AGAIN = (408, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Landed:
+    """Where a push ended: the commit a reader gets, or the open pull request."""
+
+    commit: str
+    pull_request: str | None = None
+
+
+@dataclass
+class Uploader:
+    """One push into one revision of one repository."""
+
+    api: HfApi
+    repo_id: str
+    revision: str
+    progress: Progress
+    _sent: dict[str, CommitOperationAdd] = field(default_factory=dict)
+
+    def publish(self, wanted: Change, title: str, start: Remote, *, create_pr: bool) -> Landed:
+        """Bring ``wanted`` into the repository that looked like ``start``; verified by what the Hub then shows."""
+        batches = list(_batches(wanted))
+        self._upload(wanted.add, create_pr)
+        if create_pr or len(batches) > 1:
+            return self._through_pull_request(batches, wanted, title, start, create_pr)
+        head = self._commit(self.revision, wanted, title, start.head)
+        self._verify(self.revision, wanted)
+        return Landed(head)
+
+    def ensure(self, remote: Remote, private: bool) -> Remote:
+        """The repository and the branch, made where they are not there yet."""
+        if not remote.exists:
+            self._again(lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True))
+        if remote.head is None and self.revision != MAIN:
+            self._again(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
+        return remote if remote.head else self._again(lambda: look(self.api, self.repo_id, self.revision))
+
+    # -- contents
+
+    def _upload(self, items: Sequence[Item], create_pr: bool) -> None:
+        """The contents of large files into the Hub's storage, where nobody sees them yet."""
+        small = [item for item in items if item.size < ALONE]
+        groups = ([small] if small else []) + [[item] for item in items if item.size >= ALONE]
+        with self.progress.track("upload", sum(item.size for item in items), "bytes") as advance:
+            for group in groups:
+                operations = [self._operation(item) for item in group]
+                self._again(lambda additions=operations: self._preupload(additions, create_pr))  # type: ignore[misc]
+                advance(sum(item.size for item in group))
+
+    def _preupload(self, additions: list[CommitOperationAdd], create_pr: bool) -> None:
+        # An empty gitignore: the repository's own must not drop files of an export without a word.
+        self.api.preupload_lfs_files(
+            self.repo_id,
+            additions,
+            revision=self.revision,
+            create_pr=create_pr,
+            free_memory=False,
+            gitignore_content="",
+        )
+
+    def _operation(self, item: Item) -> CommitOperationAdd:
+        from huggingface_hub import CommitOperationAdd
+
+        if item.path not in self._sent:
+            source = item.source if isinstance(item.source, bytes) else str(item.source)
+            operation = self._sent[item.path] = CommitOperationAdd(item.path, source)
+            operation.upload_info.sha256 = bytes.fromhex(item.sha256)  # known: the file need not be read for it
+        return self._sent[item.path]
+
+    # -- commits
+
+    def _commit(self, revision: str, wanted: Change, title: str, head: str | None) -> str:
+        """One commit on top of ``head``, and only there; the new head."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        operations = self._operations(wanted)
+
+        def attempt() -> str:
+            now = look(self.api, self.repo_id, revision)
+            if not change(now, wanted.add, wanted.delete):
+                return str(now.head)  # a try before this one got through, only its answer was lost
+            if now.head != head:
+                raise self._moved(revision)
+            try:
+                made = self.api.create_commit(
+                    self.repo_id, operations, commit_message=title, revision=revision, parent_commit=head
+                )
+            except HfHubHTTPError as error:
+                if status_of(error) != 412:
+                    raise
+                now = look(self.api, self.repo_id, revision)
+                if change(now, wanted.add, wanted.delete):
+                    raise self._moved(revision) from None
+                return str(now.head)
+            return str(made.oid)
+
+        return self._again(attempt)
+
+    def _operations(self, wanted: Change) -> list[CommitOperationAdd | CommitOperationDelete]:
+        from huggingface_hub import CommitOperationDelete
+
+        deletions = [CommitOperationDelete(path, is_folder=False) for path in wanted.delete]
+        return [*(self._operation(item) for item in wanted.add), *deletions]
+
+    def _through_pull_request(
+        self, batches: Sequence[Change], wanted: Change, title: str, start: Remote, leave_open: bool
+    ) -> Landed:
+        number, url = self._again(lambda: self._open_pull_request(batches[0], title, start))
+        revision = f"refs/pr/{number}"
+        for batch in batches:
+            now = self._again(lambda: look(self.api, self.repo_id, revision))
+            missing = change(now, batch.add, batch.delete)
+            if missing:
+                self._commit(revision, missing, title, now.head)
+        self._verify(revision, wanted)
+        if leave_open:
+            return Landed(str(look(self.api, self.repo_id, revision).head), url)
+        self._again(lambda: self._merge(number, start))
+        return Landed(self._verify(self.revision, wanted))
+
+    def _open_pull_request(self, first: Change, title: str, start: Remote) -> tuple[int, str]:
+        """The open pull request of that title, made with the first batch where there is none."""
+        me = str(self.api.whoami()["name"])
+        for known in self.api.get_repo_discussions(
+            self.repo_id, author=me, discussion_type="pull_request", discussion_status="open"
+        ):
+            if known.title == title and known.author == me:  # what a stranger opened under that title is not ours
+                return known.num, known.url
+        made = self.api.create_commit(
+            self.repo_id,
+            self._operations(first),
+            commit_message=title,
+            revision=self.revision,
+            parent_commit=start.head,
+            create_pr=True,
+        )
+        return int(made.pr_num or 0), str(made.pr_url)
+
+    def _merge(self, number: int, start: Remote) -> None:
+        if self.api.get_discussion_details(self.repo_id, number).status == "merged":
+            return
+        if look(self.api, self.repo_id, self.revision).head != start.head:
+            raise self._moved(self.revision)
+        self.api.merge_pull_request(self.repo_id, number)
+
+    def _verify(self, revision: str, wanted: Change) -> str:
+        """What the Hub shows must be what we have; the head that was compared."""
+        now = self._again(lambda: look(self.api, self.repo_id, revision))
+        wrong = change(now, wanted.add, wanted.delete)
+        if not wrong:
+            return str(now.head)
+        names = [*(item.path for item in wrong.add), *wrong.delete]
+        raise HubError(
+            f"{self.repo_id}@{revision}: the Hub shows other contents for {', '.join(names[:5])}"
+            + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+            "run again: what is right stays, the rest is sent again",
+        )
+
+    def _moved(self, revision: str) -> HubError:
+        return HubError(
+            f"{self.repo_id}@{revision}: someone else committed while this push was under way; nothing was overwritten",
+            "run again to push on top of it: what is uploaded stays uploaded",
+        )
+
+    # -- tries
+
+    def _again(self, act: Callable[[], T]) -> T:
+        """Run ``act``, which must be safe to repeat, until it gets through or fails for good."""
+        for wait in WAITS:
+            try:
+                return act()
+            except Exception as error:
+                pause = _pause(error, wait)
+                if pause is None:
+                    raise
+                self.progress.note(f"{self.repo_id}: {_brief(error)}; trying again in {pause:.0f} s")
+                time.sleep(pause)
+        return act()
+
+
+def _batches(wanted: Change) -> Iterator[Change]:
+    """The change in commits that the Hub takes: one, nearly always."""
+    batch: list[Item] = []
+    inside = 0
+    for item in wanted.add:
+        small = item.size if isinstance(item.source, bytes) else 0
+        if batch and (len(batch) >= FILES_PER_COMMIT or inside + small > BYTES_PER_COMMIT):
+            yield Change(batch, [])
+            batch, inside = [], 0
+        batch.append(item)
+        inside += small
+    yield Change(batch, wanted.delete)
+
+
+def _pause(error: BaseException, wait: float) -> float | None:
+    """Seconds to wait before the next try, or None where another try is of no use."""
+    import httpx2
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, httpx2.TimeoutException | httpx2.NetworkError | httpx2.RemoteProtocolError):
+            return wait
+        status = status_of(cause)
+        if status is not None:
+            said = cause.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
+            asked = min(float(said), 300.0) if said.isdigit() else 0.0
+            return max(wait, asked) if status in AGAIN else None
+        cause = cause.__cause__ or cause.__context__
+    return wait if isinstance(error, ValueError) and "JSON" in type(error).__name__ else None
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error of huggingface_hub carries."""
+    response: Any = getattr(error, "response", None)
+    return int(response.status_code) if response is not None else None
+
+
+def _brief(error: BaseException) -> str:
+    cause: BaseException | None = error
+    while cause is not None:
+        if (status := status_of(cause)) is not None:
+            return f"the Hub answers {status}"
+        cause = cause.__cause__ or cause.__context__
+    return "the connection broke"

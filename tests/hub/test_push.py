@@ -1,0 +1,214 @@
+"""Push against the real client and a Hub of ours: what is sent, what is refused, and what stands there afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lora2serve import manifest
+from lora2serve.errors import HubError, InputError, ParityNotMet, UsageError
+from lora2serve.hub import fetch, pull_check, push
+from tests.hub.conftest import MET, export, same
+from tests.hub_server import HubServer
+
+REPO = "user/demo"
+
+
+def test_round_trip_of_three_kinds(hub: HubServer, tmp_path: Path) -> None:
+    paths = [export(tmp_path, "vllm"), export(tmp_path, "adapter", seed=1), export(tmp_path, "gguf", "Q8_0", seed=2)]
+    pushed = push(paths, repo_id=REPO)
+    assert [one.repo_id for one in pushed] == [REPO, f"{REPO}-lora", f"{REPO}-GGUF"]
+    for one, path in zip(pushed, paths, strict=True):
+        same(hub, one.repo_id, path)
+        assert hub.repos[one.repo_id].log() == [hub.repos[one.repo_id].log()[0], "initial commit"]
+        checked = pull_check(one.repo_id)
+        assert checked.commit == one.commit and not checked.unproven and not checked.strangers
+        for name in manifest.read(path)["files"]:
+            assert (checked.path / name).read_bytes() == (path / name).read_bytes()
+    fetched = fetch(REPO)
+    assert fetched.commit == pushed[0].commit and (fetched.path / "model.safetensors").is_file()
+
+
+def test_a_second_push_sends_nothing(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    first = push([path], repo_id=REPO)[0]
+    before = len(hub.requests)
+    again = push([path], repo_id=REPO)[0]
+    assert again.commit == first.commit and not again.uploaded
+    assert {request.method for request in hub.requests[before:]} <= {"GET", "HEAD"}
+
+
+def test_all_types_share_one_repository(hub: HubServer, tmp_path: Path) -> None:
+    small = export(tmp_path, "ollama", "Q4_K_M")
+    push([small, export(tmp_path, "ollama", "Q8_0", seed=1)], repo_id=REPO)
+    there = hub.repos[f"{REPO}-GGUF"].files()
+    assert {"demo-Q4_K_M.gguf", "demo-Q8_0.gguf", "Modelfile", "Modelfile-Q8_0", "template", "params"} <= set(there)
+    assert hub.read(there["Modelfile-Q8_0"]) == b"FROM ./demo-Q8_0.gguf\n"
+    assert pull_check(f"{REPO}-GGUF").exports == ["ollama-Q4_K_M", "ollama-Q8_0"]
+    push([export(tmp_path, "ollama", "Q5_0", seed=2)], repo_id=REPO)  # another type later: the first two stay
+    assert pull_check(f"{REPO}-GGUF").exports == ["ollama-Q4_K_M", "ollama-Q5_0", "ollama-Q8_0"]
+    assert "demo-Q4_K_M.gguf" in hub.repos[f"{REPO}-GGUF"].files()
+
+
+def test_files_of_an_older_export_go(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm", **{"model-00002.safetensors": b"old shard"})
+    push([path], repo_id=REPO)
+    hub.add(REPO, {"notes.md": b"the user's own"})
+    path = export(tmp_path, "vllm", seed=5)
+    pushed = push([path], repo_id=REPO)[0]
+    assert pushed.deleted == ["model-00002.safetensors"]
+    assert hub.read(hub.repos[REPO].files()["notes.md"]) == b"the user's own"
+    assert pull_check(REPO).strangers == ["notes.md"]
+
+
+def test_single_repository(hub: HubServer, tmp_path: Path) -> None:
+    push(
+        [export(tmp_path, "vllm"), export(tmp_path, "adapter"), export(tmp_path, "gguf", "Q8_0")],
+        repo_id=REPO,
+        single_repo=True,
+    )
+    assert set(hub.repos) == {REPO}
+    assert {"config.json", "adapter/adapter_config.json", "demo-Q8_0.gguf"} <= set(hub.repos[REPO].files())
+    assert pull_check(REPO).exports == ["vllm", "adapter", "gguf-Q8_0"]
+
+
+def test_only_what_the_manifest_names(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    (path / ".tmpAbCdEf").write_bytes(b"litter")
+    (path / "modeling_evil.py").write_text("import os")
+    (tmp_path / "outside").write_bytes(b"secret")
+    (path / "link").symlink_to(tmp_path / "outside")
+    push([path], repo_id=REPO)
+    same(hub, REPO, path)
+
+
+def test_a_listed_link_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    content = (path / "config.json").read_bytes()
+    (tmp_path / "outside").write_bytes(content)  # the very bytes, so only the link itself is wrong
+    (path / "config.json").unlink()
+    (path / "config.json").symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="symbolic link"):
+        push([path], repo_id=REPO)
+    assert not hub.repos
+
+
+def test_every_problem_is_told_and_nothing_sent(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm", **{"tokenizer.json": b"{}", "code.py": b"pass", "notes.txt": b"hf_" + b"x" * 34})
+    with (path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    (path / "config.json").unlink()
+    (path / "tokenizer.json").write_text("{ }")
+    with pytest.raises(InputError) as caught:
+        push([path], repo_id=REPO)
+    told = caught.value.message
+    for words in ("model.safetensors: content changed", "config.json: missing", "tokenizer.json: 3 bytes, expected 2",
+                  "code.py: Python code", "notes.txt: holds something shaped like a Hugging Face token"):  # fmt: skip
+        assert words in told
+    assert "hf_" not in told
+    assert not hub.repos and not hub.count("create")
+
+
+def test_a_manifest_cannot_name_files_outside(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"x")
+    manifest.update(path, files={**manifest.read(path)["files"], "../outside": manifest.digest(outside)})
+    with pytest.raises(InputError, match="outside the export"):
+        push([path], repo_id=REPO)
+
+
+@pytest.mark.parametrize(
+    ("parity", "words"), [(None, "not run"), ({**MET, "met": False}, "not met"), ({"met": "yes"}, "not met")]
+)
+def test_unproven(hub: HubServer, tmp_path: Path, parity: object, words: str) -> None:
+    path = export(tmp_path, "vllm", parity=parity)
+    with pytest.raises(ParityNotMet, match=words):
+        push([path], repo_id=REPO)
+    assert not hub.requests
+    push([path], repo_id=REPO, allow_unproven=True)
+    assert (
+        f"Pushed without proof that it answers like the trained model (vllm: parity was {words})"
+        in hub.read(hub.repos[REPO].files()["README.md"]).decode()
+    )
+    assert pull_check(REPO).unproven == {"vllm": f"parity was {words}"}
+
+
+def test_dry_run_sends_nothing(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    planned = push([path], repo_id=REPO, dry_run=True)[0]
+    assert set(planned.uploaded) == {*manifest.read(path)["files"], "lora2serve.json", "README.md"}
+    assert planned.dry_run and planned.commit is None and "base_model: acme/base-1b" in planned.card
+    assert not hub.repos and {request.method for request in hub.requests} <= {"GET", "HEAD"}
+    done = push([path], repo_id=REPO)[0]
+    assert (done.uploaded, done.card) == (planned.uploaded, planned.card)
+
+
+def test_dry_run_without_a_network(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert push([export(tmp_path, "vllm")], repo_id=REPO, dry_run=True)[0].uploaded
+    assert not hub.requests
+
+
+def test_branch_private_and_pull_request(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    push([path], repo_id=REPO, private=True, revision="v2")
+    assert hub.repos[REPO].private
+    same(hub, REPO, path, "v2")
+    assert set(hub.repos[REPO].files()) == {".gitattributes"}
+    pushed = push([path], repo_id=REPO, create_pr=True)[0]
+    assert pushed.pull_request == f"{hub.url}/{REPO}/discussions/1"
+    assert set(hub.repos[REPO].files()) == {".gitattributes"}
+    same(hub, REPO, path, "refs/pr/1")
+    push([path], repo_id=REPO, create_pr=True)  # again: the same pull request
+    assert len(hub.repos[REPO].pulls) == 1
+
+
+def test_private_is_not_pushed_into_public(hub: HubServer, tmp_path: Path) -> None:
+    hub.create(REPO)
+    with pytest.raises(HubError, match="exists and is public"):
+        push([export(tmp_path, "vllm")], repo_id=REPO, private=True)
+    assert hub.repos[REPO].log() == ["initial commit"]
+
+
+def test_many_files_go_through_a_verified_pull_request(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm", **{f"shard-{n:04}.safetensors": b"%d" % n for n in range(450)})
+    push([path], repo_id=REPO)
+    same(hub, REPO, path)
+    log = hub.repos[REPO].log()
+    assert len(log) == 2, "main moved once"
+    assert [pull.status for pull in hub.repos[REPO].pulls] == ["merged"]
+    assert len(hub.repos[REPO].log("refs/pr/1")) == 4
+
+
+def test_the_repositorys_gitignore_drops_nothing(hub: HubServer, tmp_path: Path) -> None:
+    hub.add(REPO, {".gitignore": b"*.json\n*.safetensors\n"})
+    path = export(tmp_path, "vllm")
+    push([path], repo_id=REPO)
+    assert {*manifest.read(path)["files"]} <= set(hub.repos[REPO].files())
+
+
+def test_manifest_without_paths_of_this_machine(hub: HubServer, tmp_path: Path) -> None:
+    push([export(tmp_path, "vllm"), export(tmp_path, "gguf", "Q8_0"), export(tmp_path, "gguf", "Q4_K_M")], repo_id=REPO)
+    for name in (REPO, f"{REPO}-GGUF"):
+        text = hub.read(hub.repos[name].files()["lora2serve.json"]).decode()
+        assert "/home/someone" not in text and json.loads(text)["base"]["path"] == "base-1b"
+
+
+@pytest.mark.parametrize("repo_id", ["demo", "a b/c", "user/..", "user/x/y"])
+def test_repo_ids(hub: HubServer, tmp_path: Path, repo_id: str) -> None:
+    with pytest.raises(UsageError):
+        push([export(tmp_path, "vllm")], repo_id=repo_id)
+
+
+def test_no_token(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="no token") as caught:
+        push([export(tmp_path, "vllm")], repo_id=REPO)
+    assert "hf auth login" in caught.value.hint
