@@ -1,0 +1,352 @@
+"""Recipes: YAML to frozen dataclasses, every problem reported at once with its key path.
+
+Defaults live in the dataclasses and nowhere else. Paths are relative to the recipe's own file.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from lora2serve.errors import RecipeError, UsageError, did_you_mean
+
+FILE = "lora2serve.yaml"
+PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
+Quantize = Literal["nf4", "fp4", "none"]
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The base: ``path`` is a directory or a Hub id, ``revision`` a commit, tag or branch on the Hub."""
+
+    path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Rows of ``messages``, ``prompt`` + ``completion`` or ``text``: JSONL, Parquet, or a Hub data set."""
+
+    train: str
+    eval: str | None = None  # a file or set of its own, or
+    eval_split: float | None = None  # the share of the training rows to hold out
+    split: str = "train"  # of a Hub data set
+    max_length: int = 1024  # tokens; longer rows are cut
+    packing: bool = False
+    completion_only: bool = True  # loss on what the assistant says, not on the prompt
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """``targets`` is a preset (qv, attention, qv-mlp, all-linear) or a list of module names."""
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
+    init: str = "default"  # or gaussian, pissa, olora, orthogonal, ...: PEFT's init_lora_weights
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How to train. Either ``steps`` or ``epochs``; ``steps`` wins."""
+
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    quantize: Quantize = "nf4"
+    double_quant: bool = True
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 2e-4
+    schedule: Schedule = "cosine"
+    warmup: float = 0.03  # share of the steps
+    max_grad_norm: float = 0.3
+    weight_decay: float = 0.0
+    gradient_checkpointing: bool | None = None  # default: on with a quantised base
+    seed: int = 42
+    early_stopping: int | None = None  # evaluations without a better eval loss
+    save_best: bool = False
+    eval_steps: int | None = None  # default: at the end of every epoch
+    log_interval: int = 1
+    trackers: tuple[str, ...] = ()  # wandb, tensorboard, ...
+
+
+@dataclass(frozen=True)
+class ParityRecipe:
+    """``thresholds``: format -> {figure: bound}, over the built-in table; ``general`` is a set of general text."""
+
+    general: str | None = None
+    require: tuple[str, ...] = ()
+    thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One fine-tune, from data to proof."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    name: str = "run"
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    parity: ParityRecipe = field(default_factory=ParityRecipe)
+
+
+def find(name: str | None) -> Path:
+    """The file of a recipe: a path, a built-in name, or lora2serve.yaml here."""
+    if name is None:
+        if not Path(FILE).is_file():
+            raise UsageError(f"no {FILE} here", "`lora2serve init` writes one; `lora2serve train demo` runs the demo")
+        return Path(FILE)
+    if Path(name).is_file():
+        return Path(name)
+    known = {path.stem: path for path in sorted(_builtin().glob("*.yaml"))}
+    if name in known:
+        return known[name]
+    raise UsageError(
+        f"recipe {name!r}: no such file or built-in recipe{did_you_mean(name, known)}", f"built in: {', '.join(known)}"
+    )
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; RecipeError names every problem in it."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: {' '.join(str(error).split())}", "see `lora2serve init` for the shape") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from None
+    problems: list[str] = []
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path}: a {type(content).__name__}, expected keys and values", "see `lora2serve init` for the shape"
+        )
+    for override in overrides:
+        _override(content, override, problems)
+    recipe = _build(Recipe, content, "", problems)
+    if not problems:
+        _check(recipe, problems)
+    if problems:
+        raise RecipeError(
+            "\n".join(f"{path.name}: {problem}" for problem in problems), "see `lora2serve init` for every key"
+        )
+    return _absolute(recipe, path.resolve().parent)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, fully resolved; ``load`` reads it back."""
+    import yaml
+
+    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
+
+
+def _build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """One value of the wanted type; what does not fit becomes a problem with its key path."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _build_dataclass(kind, value, path, problems)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(args, value, path, problems)
+    if origin is Literal:
+        if value not in args:
+            problems.append(
+                f"{path}: {value!r}, expected one of {', '.join(map(str, args))}{did_you_mean(str(value), map(str, args))}"
+            )
+        return value
+    if origin is tuple:
+        values = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else None
+        if values is None:
+            problems.append(f"{path}: {value!r}, expected a list")
+            return ()
+        return tuple(_build(args[0], item, f"{path}[{n}]", problems) for n, item in enumerate(values))
+    if origin is not None:  # Mapping[str, X]
+        if not isinstance(value, dict):
+            problems.append(f"{path}: {value!r}, expected keys and values")
+            return {}
+        return {key: _build(args[1], item, f"{path}.{key}", problems) for key, item in value.items()}
+    return _build_scalar(kind, value, path, problems)
+
+
+def _build_dataclass(kind: type[Any], value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(f"{path}: {value!r}, expected keys and values")
+        return None
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    prefix = f"{path}." if path else ""
+    problems += [f"{prefix}{key}: unknown key{did_you_mean(str(key), known)}" for key in value if key not in known]
+    built = {}
+    for name, spec in known.items():
+        if name in value:
+            built[name] = _build(hints[name], value[name], f"{prefix}{name}", problems)
+        elif spec.default is MISSING and spec.default_factory is MISSING:
+            problems.append(f"{prefix}{name}: missing")
+            built[name] = (
+                _build_dataclass(hints[name], {}, f"{prefix}{name}", problems) if is_dataclass(hints[name]) else None
+            )
+    return kind(**built)
+
+
+def _build_union(kinds: Sequence[Any], value: Any, path: str, problems: list[str]) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    real = [kind for kind in kinds if kind is not type(None)]
+    if len(real) > 1 and isinstance(value, list):
+        real = [kind for kind in real if get_origin(kind) is tuple]
+    return _build(real[0], value, path, problems)
+
+
+def _build_scalar(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 2e-4 as a string
+        except ValueError:
+            pass
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    wanted = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}[kind.__name__]
+    problems.append(f"{path}: {value!r}, expected {wanted}")
+    return value
+
+
+def _override(content: dict[str, Any], override: str, problems: list[str]) -> None:
+    """``train.lora.rank=32``, the value in YAML, goes in before the recipe is built."""
+    import yaml
+
+    key, found, text = override.partition("=")
+    if not found or not key:
+        problems.append(f"--set {override}: expected KEY=VALUE")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        if not isinstance(place.setdefault(parent, {}), dict):
+            problems.append(f"--set {override}: {parent} holds no keys")
+            return
+        place = place[parent]
+    place[last] = value
+
+
+def _check(recipe: Recipe, problems: list[str]) -> None:
+    """Values that no type can rule out."""
+    train, lora, data = recipe.train, recipe.train.lora, recipe.data
+    bounds = {
+        "data.max_length": (data.max_length, 8, 1 << 20),
+        "data.eval_split": (data.eval_split, 0.0, 0.9),
+        "train.epochs": (train.epochs, 0.0, 1e6),
+        "train.steps": (train.steps, 1, 1 << 40),
+        "train.batch_size": (train.batch_size, 1, 1 << 20),
+        "train.accumulation": (train.accumulation, 1, 1 << 20),
+        "train.learning_rate": (train.learning_rate, 0.0, 1.0),
+        "train.warmup": (train.warmup, 0.0, 1.0),
+        "train.max_grad_norm": (train.max_grad_norm, 0.0, 1e9),
+        "train.early_stopping": (train.early_stopping, 1, 1 << 20),
+        "train.eval_steps": (train.eval_steps, 1, 1 << 40),
+        "train.log_interval": (train.log_interval, 1, 1 << 20),
+        "train.lora.rank": (lora.rank, 1, 1 << 14),
+        "train.lora.dropout": (lora.dropout, 0.0, 0.99),
+    }
+    for key, (value, low, high) in bounds.items():
+        if value is not None and not low <= value <= high:
+            problems.append(f"{key}: {value}, expected {low} to {high}")
+    if lora.alpha <= 0:
+        problems.append(f"train.lora.alpha: {lora.alpha}, expected more than 0")
+    if isinstance(lora.targets, str) and lora.targets not in PRESETS:
+        problems.append(
+            f"train.lora.targets: unknown preset {lora.targets!r}{did_you_mean(lora.targets, PRESETS)}; "
+            f"presets: {', '.join(PRESETS)}, or a list of module names"
+        )
+    if data.eval is not None and data.eval_split is not None:
+        problems.append("data.eval_split: expected either eval or eval_split, not both")
+    if (train.early_stopping or train.save_best) and data.eval is None and not data.eval_split:
+        problems.append("train.early_stopping, train.save_best: need eval data (data.eval or data.eval_split)")
+
+
+def _absolute(recipe: Recipe, home: Path) -> Recipe:
+    """Relative paths that exist beside the recipe become absolute; what is left may be a Hub id."""
+    from dataclasses import replace
+
+    def place(text: str | None) -> str | None:
+        return str(home / text) if text and (home / text).exists() else text
+
+    model = replace(recipe.model, path=place(recipe.model.path) or "")
+    data = replace(recipe.data, train=place(recipe.data.train) or "", eval=place(recipe.data.eval))
+    return replace(recipe, model=model, data=data, parity=replace(recipe.parity, general=place(recipe.parity.general)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _builtin() -> Path:
+    """The shipped recipes: inside the wheel, or beside the package in a checkout."""
+    packed = Path(__file__).parent / "_recipes"
+    return packed if packed.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+INIT = """\
+# lora2serve train
+name: my-model
+
+model:
+  path: meta-llama/Llama-3.2-1B-Instruct   # a directory, or a Hub id
+  # revision: main
+
+data:
+  train: train.jsonl      # rows of messages, prompt + completion, or text; JSONL, Parquet or a Hub data set
+  eval_split: 0.05        # hold out this share, or name a file: eval: eval.jsonl
+  max_length: 1024        # tokens; longer rows are cut
+  # packing: false
+  # completion_only: true # loss on what the assistant says only
+
+train:
+  quantize: nf4           # nf4, fp4 or none
+  # double_quant: true
+  epochs: 3               # or steps: 500
+  batch_size: 8
+  accumulation: 1
+  learning_rate: 2e-4
+  # schedule: cosine      # linear, cosine, constant, constant_with_warmup
+  # warmup: 0.03          # share of the steps
+  # max_grad_norm: 0.3
+  # weight_decay: 0
+  # gradient_checkpointing: true
+  # early_stopping: 3     # evaluations without a better eval loss
+  # save_best: false
+  # eval_steps: 50
+  # log_interval: 1
+  # seed: 42
+  # trackers: []          # wandb, tensorboard, ...
+  lora:
+    rank: 16
+    alpha: 32
+    # dropout: 0.0
+    targets: all-linear   # qv, attention, qv-mlp, all-linear, or a list of module names
+    # modules_to_save: []
+    # rslora: false
+    # dora: false
+    # init: default       # gaussian, pissa, olora, orthogonal, ...
+
+# parity:
+#   general: general.jsonl  # general text to compare on, beside the held-out rows
+#   require: [vllm, llama.cpp]
+#   thresholds: {Q4_K_M: {mean_kl: 0.1}}
+"""

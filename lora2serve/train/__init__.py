@@ -1,0 +1,1 @@
+"""Fine-tuning: data, model, loop and evaluation of one run."""

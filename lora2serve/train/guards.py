@@ -1,0 +1,45 @@
+"""Warnings before the first step: what experience says will go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora2serve.recipe import Recipe
+from lora2serve.train.data import Tokens
+
+FEW_ROWS = 200
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+
+
+def warnings(recipe: Recipe, rows: Sequence[Tokens], held_out: bool, checkpointing: bool) -> list[str]:
+    """One line each, with what to do."""
+    train, lora = recipe.train, recipe.train.lora
+    found = []
+    if train.learning_rate < 1e-4:
+        found.append(
+            f"learning rate {train.learning_rate:g} is low for LoRA: 1e-4 to 4e-4 is usual (train.learning_rate)"
+        )
+    if train.quantize != "none" and not checkpointing:
+        found.append("no gradient checkpointing with a 4-bit base: activations will take most of the memory")
+    if not held_out:
+        found.append(
+            "no eval data: nothing will show overfitting, and parity has no held-out rows (data.eval_split: 0.05)"
+        )
+    if len(rows) < FEW_ROWS and not (lora.dropout and train.early_stopping):
+        found.append(f"{len(rows)} rows will be memorised: set train.lora.dropout: 0.05 and train.early_stopping: 3")
+    if lora.rank > 64:
+        found.append(f"rank {lora.rank} is large: memory and overfitting grow, quality seldom does above 64")
+    trained = [name for name in lora.modules_to_save if name in EMBEDDINGS]
+    if trained:
+        found.append(
+            f"{', '.join(trained)} trained in full: vLLM and llama.cpp refuse such an adapter, only merged exports work"
+        )
+    cut = sum(row.cut for row in rows)
+    if cut:
+        found.append(
+            f"{cut} of {len(rows)} rows are longer than {recipe.data.max_length} tokens and were cut (data.max_length)"
+        )
+    unlabelled = sum(all(label == -100 for label in row.labels) for row in rows)
+    if unlabelled:
+        found.append(f"{unlabelled} rows have no token to learn from, once cut")
+    return found

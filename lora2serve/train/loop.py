@@ -1,0 +1,165 @@
+"""TRL's trainer with our recipe: the loop, its checkpoints, its log."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from lora2serve.errors import TrainError
+from lora2serve.progress import Progress
+from lora2serve.recipe import Recipe
+from lora2serve.run import Run
+from lora2serve.train.data import Tokens
+from lora2serve.train.model import Device
+
+
+class Log(TrainerCallback):  # type: ignore[misc]
+    """Metrics into metrics.jsonl, steps into the bar, Ctrl-C into a checkpoint."""
+
+    def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
+        self.path, self.advance = path, advance
+        self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After --resume the bar starts where the run is, and steps beyond the checkpoint leave the log."""
+        self.advance(state.global_step)
+        if self.path.exists():
+            lines = [
+                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
+            ]
+            self.path.write_text("".join(f"{line}\n" for line in lines))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(1)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        kept = {
+            key: value for key, value in (logs or {}).items() if isinstance(value, int | float) and math.isfinite(value)
+        }
+        if {"loss", "eval_loss"} & kept.keys():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+
+    @contextmanager
+    def stop_on_interrupt(self) -> Iterator[None]:
+        """The first Ctrl-C finishes the step and saves; a second one ends at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.stopped = True
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def fit(
+    model: Any, tokenizer: Any, rows: Sequence[Tokens], held_out: Sequence[Tokens], recipe: Recipe, run: Run, where: Device,
+    *, checkpointing: bool, resume: bool, progress: Progress,
+) -> int:  # fmt: skip
+    """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C."""
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import SFTTrainer
+
+    total = total_steps(recipe, len(rows))
+    checkpoint = (
+        get_last_checkpoint(str(run.path / "checkpoints")) if resume and (run.path / "checkpoints").is_dir() else None
+    )
+    with progress.track("train", total, "steps") as advance:
+        log = Log(run.path / "metrics.jsonl", advance)
+        trainer = SFTTrainer(
+            model=model,
+            args=_arguments(recipe, run, where, total, bool(held_out), checkpointing),
+            train_dataset=_dataset(rows),
+            eval_dataset=_dataset(held_out) if held_out else None,
+            processing_class=tokenizer,
+            callbacks=[log, *_early_stopping(recipe)],
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        if not where.on_gpu:  # TRL casts the adapter of a 4-bit model to bfloat16, which is slow here and rounds
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        with log.stop_on_interrupt():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    if log.stopped:
+        progress.note(f"saved at step {trainer.state.global_step} of {total}: `lora2serve train --resume` goes on")
+        raise KeyboardInterrupt
+    return int(trainer.state.global_step)
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps in all."""
+    each_epoch = math.ceil(rows / (recipe.train.batch_size * recipe.train.accumulation))
+    return recipe.train.steps or max(1, math.ceil(each_epoch * recipe.train.epochs))
+
+
+def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bool, checkpointing: bool) -> Any:
+    from trl import SFTConfig
+
+    train = recipe.train
+    each_epoch = max(1, math.ceil(total / max(1.0, train.epochs))) if train.steps is None else total
+    eval_steps = min(train.eval_steps or each_epoch, total)
+    best = held_out and (train.save_best or train.early_stopping is not None)
+    try:
+        return SFTConfig(
+            output_dir=str(run.path / "checkpoints"),
+            max_steps=total,
+            per_device_train_batch_size=train.batch_size,
+            per_device_eval_batch_size=train.batch_size,
+            gradient_accumulation_steps=train.accumulation,
+            learning_rate=train.learning_rate,
+            lr_scheduler_type=train.schedule,
+            warmup_steps=math.ceil(train.warmup * total),
+            max_grad_norm=train.max_grad_norm,
+            weight_decay=train.weight_decay,
+            optim="paged_adamw_8bit" if where.on_gpu and train.quantize != "none" else "adamw_torch",
+            bf16=where.dtype == "bfloat16",
+            fp16=where.dtype == "float16",
+            use_cpu=not where.on_gpu,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            seed=train.seed,
+            data_seed=train.seed,
+            logging_steps=train.log_interval,
+            eval_strategy="steps" if held_out else "no",
+            eval_steps=eval_steps,
+            save_strategy="steps",
+            save_steps=eval_steps if best else max(1, min(eval_steps, math.ceil(total / 10))),
+            save_total_limit=2,
+            load_best_model_at_end=best,
+            metric_for_best_model="eval_loss" if best else None,
+            greater_is_better=False if best else None,
+            report_to=list(train.trackers) or "none",
+            packing=recipe.data.packing,
+            max_length=recipe.data.max_length,
+            disable_tqdm=True,
+            dataloader_pin_memory=where.on_gpu,
+        )
+    except (ValueError, ImportError) as error:
+        raise TrainError(f"recipe: {(str(error).splitlines() or ['?'])[0]}") from error
+
+
+def _early_stopping(recipe: Recipe) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    return [EarlyStoppingCallback(recipe.train.early_stopping)] if recipe.train.early_stopping else []
+
+
+def _dataset(rows: Sequence[Tokens]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])

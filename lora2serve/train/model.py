@@ -1,0 +1,179 @@
+"""The base as training sees it (quantised or not) and the adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora2serve.errors import TrainError, did_you_mean
+from lora2serve.fourbit import use_plain_cpu_kernels
+from lora2serve.recipe import LoraRecipe, TrainRecipe
+
+QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
+OTHER_TOWERS = ("vision", "visual", "audio")
+REBASING = ("pissa", "olora", "corda")  # inits that move a part of the base into the adapter
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and in which type it computes."""
+
+    name: str  # cuda or cpu
+    dtype: str  # bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there is a GPU."""
+        return self.name == "cuda"
+
+
+def device() -> Device:
+    """The device at hand."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Device("cpu", "float32")
+    return Device("cuda", "bfloat16" if torch.cuda.is_bf16_supported() else "float16")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model directory, with something to pad with."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainError(f"{path}: no tokenizer that transformers can load ({_first_line(error)})") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(path: Path, recipe: TrainRecipe, where: Device) -> Any:
+    """The causal language model at ``path``, quantised as the recipe says."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, where.dtype)
+    given: dict[str, Any] = {"dtype": dtype}
+    if recipe.quantize != "none" and not _is_quantized(path):
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=recipe.quantize,
+            bnb_4bit_use_double_quant=recipe.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if where.on_gpu:
+        given["device_map"] = {"": 0}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), **given)
+    except ImportError as error:
+        raise TrainError(f"a library is missing: {_first_line(error)}", "pip install 'lora2serve[train]'") from error
+    except (ValueError, KeyError) as error:
+        raise TrainError(
+            f"{path}: no causal language model that transformers can load ({_first_line(error)})",
+            "name a text-generation model in model.path",
+        ) from error
+    model.config.use_cache = False
+    return use_plain_cpu_kernels(model) if recipe.quantize != "none" else model
+
+
+def add_adapter(model: Any, recipe: TrainRecipe, *, checkpointing: bool) -> Any:
+    """A PEFT model with a fresh LoRA, ready to train."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    lora = recipe.lora
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        if lora.init.startswith(REBASING):
+            raise TrainError(
+                f"train.lora.init: {lora.init} takes a part of the base out, which a quantised base cannot give",
+                "set train.quantize: none, or another init",
+            )
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    elif checkpointing:
+        model.enable_input_require_grads()
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets(model, lora.targets),
+        exclude_modules=_other_towers(model),
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=True if lora.init == "default" else lora.init,
+    )
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise TrainError(f"train.lora: {_first_line(error)}") from error
+
+
+def targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
+    """Module names for a preset, found in the real model, or the given names once each is known to be there."""
+    paths = linear_modules(model)
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    if not isinstance(wanted, str):
+        unknown = [name for name in wanted if not any(path == name or path.endswith(f".{name}") for path in paths)]
+        if unknown:
+            near = did_you_mean(unknown[0], leaves)
+            raise TrainError(
+                f"train.lora.targets: no module {', '.join(map(repr, unknown))} in this model{near}",
+                f"it has: {', '.join(leaves)}",
+            )
+        return list(wanted)
+    attention = {path.rsplit(".", 1)[-1] for path in paths if "attn" in path or "attention" in path}
+    qv = [leaf for leaf in leaves if leaf in QV]
+    chosen = {
+        "qv": qv,
+        "attention": sorted(attention),
+        "qv-mlp": qv + [leaf for leaf in leaves if leaf not in attention],
+        "all-linear": leaves,
+    }[wanted]
+    if not chosen:
+        raise TrainError(
+            f"train.lora.targets: preset {wanted} finds no module in this model", f"name them: {', '.join(leaves)}"
+        )
+    return chosen
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Dotted names of the linear layers, without the head and without routers of experts."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not head
+        and not name.endswith((".gate", ".router"))
+    ]
+
+
+def quantized_modules(model: Any) -> list[str]:
+    """Dotted names of the modules that bitsandbytes really replaced."""
+    import bitsandbytes as bnb
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _other_towers(model: Any) -> str | None:
+    """A pattern for the modules that do not belong to the language model of a multimodal one."""
+    found = any(tower in name for name in linear_modules(model) for tower in OTHER_TOWERS)
+    return rf".*({'|'.join(OTHER_TOWERS)}).*" if found else None
+
+
+def _is_quantized(path: Path) -> bool:
+    from lora2serve.checkpoint import read_config
+
+    return bool(read_config(path).get("quantization_config"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
