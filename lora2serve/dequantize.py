@@ -213,6 +213,8 @@ class RoundTrip:
     """
 
     def __init__(self, base: Source, modules: Sequence[str], kind: str, block: int, double: bool) -> None:
+        import bitsandbytes  # noqa: F401  (here, not first in several threads at once: its kernels register on import)
+
         self.base, self.kind, self.block, self.double = base, kind, block, double
         self._weights = {f"{module}.weight" for module in modules}
         self._by_name = {spec.name: spec for spec in base.specs()}

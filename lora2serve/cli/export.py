@@ -76,6 +76,13 @@ if TYPE_CHECKING:
 )
 @click.option("--allow-pickle", is_flag=True, help="Convert an adapter_model.bin, weights only, in a child process.")
 @click.option("--name", help="Name of the model in files and servers (default: the run's).")
+@click.option(
+    "--tensor-type", multiple=True, metavar="PATTERN=TYPE", help="gguf: another type for the tensors that match."
+)
+@click.option("--pre", metavar="NAME", help="gguf: llama.cpp's name of the pre-tokenizer, where it is not recognised.")
+@click.option(
+    "--match-reference", is_flag=True, help="gguf: round to bf16 and f16 first, as merge, convert, quantise do."
+)
 @click.option("--shard-size", metavar="SIZE", help="vllm: largest shard, such as 5GB.")
 @click.pass_context
 def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> None:
@@ -158,8 +165,10 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that belong to single targets, where the user set them."""
     from lora2serve.sizes import parse_size
 
-    own = {"shard_size": parse_size}
-    return {key: read(options[key]) for key, read in own.items() if options[key] not in (None, False, ())}
+    sizes = ("shard_size",)
+    plain = ("tensor_type", "pre", "match_reference")
+    given = {key: options[key] for key in (*sizes, *plain) if options[key] not in (None, False, ())}
+    return {key: parse_size(value) if key in sizes else value for key, value in given.items()}
 
 
 def _floats(text: str | None) -> tuple[float, ...]:

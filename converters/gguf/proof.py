@@ -1,0 +1,85 @@
+"""Proof that llama.cpp splits text as the Hugging Face tokenizer does: the header alone, loaded and compared."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from converters.gguf.types import quiet_llama
+from lora2serve.errors import ExportError
+from lora2serve.exporter import Model
+
+TEXT = """Hello, World! It's a test: they've, I'M, we'll, D'Artagnan's 3.14 1234567 12 345,678 0x1F 1e-5
+def f(x, *, y=None):\n\treturn {"a": [x ** 2, y // 3]}  # comment\n\n\n    if x != y:\n        pass\r\n
+Grüße aus Köln, où est la bibliothèque? ¿Dónde está? Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم नमस्ते दुनिया
+你好，世界！今天天气很好。こんにちは、世界。カタカナ 안녕하세요 세계 สวัสดีชาวโลก Xin chào thế giới
+🚀🙂 👩‍👩‍👧‍👦 ✅ 🦙🦙 3️⃣ 🇪🇺 ½ ² Ⅷ ①② ﬁ é é ñ \u00a0 \u3000 \u200b end
+   leading,  double,   triple    spaces\t\ttabs \n \n\n \n\n\n trailing   \nhttps://example.org/a?b=c&d=%20 user@mail.com C++ C# <b>html</b>
+ ' '' ''' '''' !!!!!! ...... ------ ======= 你a你1你 a1b2c3 CamelCaseWord snake_case_word UPPER lower MiXeD 1st 2nd 3RD"""
+
+
+def prove(model: Model, new_writer: Callable[[Path], Any]) -> int:
+    """Compare ids on the text above and on every special token; the number of ids compared, or ExportError."""
+    try:
+        import llama_cpp
+    except ImportError:
+        raise ExportError("the tokenizer's proof needs llama.cpp's library", "pip install 'lora2serve[gguf]'") from None
+    with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder:
+        path = Path(folder) / "vocab.gguf"
+        writer = new_writer(path)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        with quiet_llama() as said:
+            try:
+                loaded = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+            except ValueError:
+                raise ExportError(
+                    f"llama.cpp cannot load the tokenizer: {said.last_error()}", "try another --pre"
+                ) from None
+            return _compare(model, lambda text: loaded.tokenize(text.encode(), add_bos=False, special=True))
+
+
+def _compare(model: Model, theirs: Callable[[str], list[int]]) -> int:
+    ours = _encoder(model)
+    specials = _special_tokens(model)
+    compared = 0
+    texts = [*TEXT.splitlines(keepends=True), TEXT, *specials, f"a {' b '.join(specials)} c"]
+    for text in texts:
+        expected, got = ours(text), theirs(text)
+        if expected != got:
+            place = next(
+                (n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
+            )
+            raise ExportError(
+                f"llama.cpp splits {text[:40]!r} otherwise: id {place} is {got[place : place + 3]}, expected {expected[place : place + 3]}",
+                "the pre-tokenizer is another one: name it with --pre",
+            )
+        compared += len(got)
+    return compared
+
+
+def _encoder(model: Model) -> Callable[[str], list[int]]:
+    if "tokenizer.json" in model.files:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(model.files["tokenizer.json"]))
+        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+    from converters.gguf.vocab import tokenizer_directory
+    from transformers import AutoTokenizer
+
+    with tokenizer_directory(model) as folder:
+        slow = AutoTokenizer.from_pretrained(str(folder))
+    return lambda text: list(slow.encode(text, add_special_tokens=False))
+
+
+def _special_tokens(model: Model) -> list[str]:
+    path = model.files.get("tokenizer.json")
+    if path is None:
+        return []
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+    return [token["content"] for token in added if token.get("special") and token["content"].strip()][:64]

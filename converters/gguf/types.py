@@ -1,0 +1,137 @@
+"""Which type each tensor of a preset gets: llama.cpp decides.
+
+A shrunken copy of the planned file (the same metadata, the same row lengths, two rows a tensor) goes through
+``llama_model_quantize``, and the types are read back. Rules such as "the 70B gets better attention" then hold
+because it is llama.cpp that applies them, and metadata that it would refuse is found before any work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora2serve.errors import ExportError
+
+# --quant name -> llama.cpp's LLAMA_FTYPE number (include/llama.h)
+PRESETS = {
+    "F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q5_K_S": 16, "Q4_K_M": 15, "Q4_K_S": 14,
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q3_K_L": 13, "Q3_K_M": 12, "Q3_K_S": 11, "Q2_K": 10, "IQ4_XS": 30,
+    "IQ4_NL": 25, "MXFP4": 38, "IQ3_S": 26, "IQ3_M": 27, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ2_M": 29, "IQ2_S": 28, "IQ2_XS": 20,
+    "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
+}  # fmt: skip
+NEEDS_IMATRIX = ("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+PLAIN = ("F32", "F16", "BF16")
+_keep: list[Any] = []  # a log callback that is collected crashes the library at its next word
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file: its name and its shape, as llama.cpp counts rows (the last is a row's length)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def choose(preset: str, tensors: Sequence[Planned], new_writer: Callable[[Path], Any]) -> dict[str, str]:
+    """Tensor -> type for a preset; ``new_writer`` makes a GGUFWriter with the file's metadata."""
+    if preset in PLAIN:
+        return {tensor.name: preset if _is_matrix(tensor) else "F32" for tensor in tensors}
+    with tempfile.TemporaryDirectory(prefix="lora2serve-types-") as folder:
+        skeleton, answer = Path(folder) / "skeleton.gguf", Path(folder) / "answer.gguf"
+        _write_skeleton(skeleton, tensors, new_writer)
+        _quantize(skeleton, answer, PRESETS[preset])
+        return _read_types(answer)
+
+
+def _is_matrix(tensor: Planned) -> bool:
+    return len(tensor.shape) > 1 and not tensor.name.endswith(
+        ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+    )
+
+
+def _write_skeleton(path: Path, tensors: Sequence[Planned], new_writer: Callable[[Path], Any]) -> None:
+    import numpy
+
+    writer = new_writer(path)
+    for tensor in tensors:
+        shape = tuple(min(2, length) for length in tensor.shape[:-1]) + tensor.shape[-1:]
+        kind = numpy.float16 if _is_matrix(tensor) else numpy.float32
+        writer.add_tensor(tensor.name, numpy.zeros(shape, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _quantize(source: Path, out: Path, file_type: int) -> None:
+    try:
+        import llama_cpp
+    except ImportError:
+        raise ExportError(
+            "mixed types need llama.cpp's library", "pip install 'lora2serve[gguf]', or use --quant F16"
+        ) from None
+    with quiet_llama() as said:
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.nthread, params.pure = file_type, 1, False
+        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
+    if failed:
+        raise ExportError(
+            f"llama.cpp refuses the model's metadata: {said.last_error()}",
+            "please report this: it is a mistake of the export",
+        )
+
+
+def _read_types(path: Path) -> dict[str, str]:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    return {tensor.name: str(tensor.tensor_type.name) for tensor in reader.tensors}
+
+
+class quiet_llama:  # noqa: N801
+    """Keep llama.cpp's words off the terminal while it is used; the last error stays readable."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def __enter__(self) -> quiet_llama:
+        import llama_cpp
+
+        @llama_cpp.llama_log_callback
+        def hear(level: int, text: bytes, data: Any) -> None:
+            if level >= 3:  # GGML_LOG_LEVEL_WARN
+                self._lines.append(text.decode("utf-8", errors="replace").strip())
+
+        _keep.append(hear)
+        llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def last_error(self) -> str:
+        """The last line of warning or error."""
+        return next((line for line in reversed(self._lines) if line), "no reason given")
+
+
+def override(types: Mapping[str, str], wanted: Sequence[str]) -> dict[str, str]:
+    """``pattern=TYPE`` over the preset's choice; a pattern that fits nothing is an error."""
+    import re
+
+    from gguf import GGMLQuantizationType
+
+    result = dict(types)
+    for given in wanted:
+        pattern, _, kind = given.partition("=")
+        name = kind.upper()
+        if name not in GGMLQuantizationType.__members__:
+            raise ExportError(f"--tensor-type {given}: unknown type {kind!r}", "such as attn_v=Q8_0")
+        matching = [tensor for tensor in types if re.search(pattern, tensor)]
+        if not matching:
+            raise ExportError(f"--tensor-type {given}: no tensor matches", f"names are such as {next(iter(types))}")
+        result |= {tensor: name for tensor in matching}
+    return result

@@ -1,0 +1,246 @@
+"""The tokenizer's part of a GGUF file: tokens, types, merges, special ids, pre-tokenizer name, chat template.
+
+``tokenizer.ggml.pre`` follows from the pre-tokenizer's regular expressions, which survive fine-tuning; upstream
+recognises it by a hash of token ids, which does not survive an added token. Then it is proven: proof.py.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from converters.gguf.architectures import Architecture
+from lora2serve.errors import ExportError
+from lora2serve.exporter import Model
+
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_LEAD = r"[^\r\n\p{L}\p{N}]?"
+_REST = r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4O = _LEAD + _CASED % ("*", "+") + "%s|" + _LEAD + _CASED % ("+", "*") + "%s" + _REST
+
+# The split patterns of tokenizer.json (with the digit and byte-level steps around them) -> llama.cpp's name.
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+    ("bytelevel:regex",): "gpt-2",
+    ("digits:single", "bytelevel:regex"): "smollm",
+    (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL, "bytelevel"): "llama-bpe",
+    (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL, "bytelevel"): "qwen2",
+    (_GPT4O % ("", "", ""), "bytelevel"): "tekken",
+    (_GPT4O % (_ENDING, _ENDING, "{1,3}"), "bytelevel"): "gpt-4o",
+    (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL, "bytelevel:dbrx"): "dbrx",
+}
+
+
+class TokenType(IntEnum):
+    """llama.cpp's ``llama_token_type``."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass
+class Vocab:
+    """``tokens`` are text (BPE, byte-level alphabet) or UTF-8 bytes (SentencePiece); all lists are as long as the embedding."""
+
+    model: str  # gpt2 or llama
+    tokens: list[Any]
+    types: list[int]
+    scores: list[float] = field(default_factory=list)
+    pre: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def tokenizer_directory(model: Model) -> Iterator[Path]:
+    """The model's tokenizer files and config in one directory, as the readers of other libraries want them."""
+    with tempfile.TemporaryDirectory(prefix="lora2serve-tokenizer-") as name:
+        folder = Path(name)
+        for file, path in model.files.items():
+            place = folder / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(path.resolve())
+        (folder / "config.json").write_text(json.dumps(model.config), encoding="utf-8")
+        yield folder
+
+
+def read_vocab(model: Model, architecture: Architecture, rows: int, pre: str | None) -> Vocab:
+    """The vocabulary, padded to ``rows`` of the embedding."""
+    if "tokenizer.model" in model.files:
+        return _sentencepiece(model, rows, architecture)
+    if architecture.needs_sentencepiece:
+        raise ExportError(
+            f"architecture {architecture.name}: no tokenizer.model beside the model",
+            "copy it from the base's original repository",
+        )
+    if "tokenizer.json" not in model.files:
+        raise ExportError(
+            "no tokenizer.json and no tokenizer.model beside the model", "copy the base's tokenizer files beside it"
+        )
+    content = json.loads(model.files["tokenizer.json"].read_text(encoding="utf-8"))
+    kind = content.get("model", {}).get("type")
+    if kind != "BPE":
+        raise ExportError(f"tokenizer.json holds a {kind} model, expected BPE", "serve it with --target vllm")
+    if content["model"].get("byte_fallback"):
+        return _bpe_of_sentencepiece(content, rows, architecture)
+    return _bpe(model.files["tokenizer.json"], content, rows, pre)
+
+
+def _bpe(path: Path, content: Mapping[str, Any], rows: int, pre: str | None) -> Vocab:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    by_id = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    _refuse_beyond(by_id, rows)
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
+    tokens, types = [], []
+    for number in range(rows):
+        if number not in by_id:
+            tokens.append(f"[PAD{number}]")
+            types.append(TokenType.UNUSED)
+            continue
+        token, kind = by_id[number], TokenType.NORMAL
+        if number in added:
+            if not added[number].get("normalized", False):
+                token = tokenizer.decode(
+                    tokenizer.encode(token, add_special_tokens=False).ids, skip_special_tokens=False
+                )
+            special = added[number].get("special", False) or looks_special(token)
+            kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
+        tokens.append(token)
+        types.append(kind)
+    return Vocab("gpt2", tokens, [int(kind) for kind in types], pre=pre or pre_tokenizer(content))
+
+
+def pre_tokenizer(content: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json; ExportError where it has none."""
+    steps = tuple(_steps(content.get("pre_tokenizer") or {}))
+    found = PRE_TOKENIZERS.get(steps)
+    if found is None:
+        raise ExportError(
+            f"tokenizer: no llama.cpp name is known for the pre-tokenizer {' + '.join(steps)[:160] or 'none'}",
+            "name it with --pre (such as llama-bpe, qwen2, gpt-2): a wrong one is found out before anything is written",
+        )
+    return found
+
+
+def _steps(part: Mapping[str, Any]) -> Iterator[str]:
+    kind = part.get("type")
+    if kind == "Sequence":
+        for inner in part.get("pretokenizers", []):
+            yield from _steps(inner)
+    elif kind == "Split":
+        pattern = part.get("pattern", {})
+        yield pattern.get("Regex") or f"text:{pattern.get('String')}"
+    elif kind == "Digits":
+        yield "digits:single" if part.get("individual_digits") else "digits"
+    elif kind == "ByteLevel":
+        yield "bytelevel:regex" if part.get("use_regex", True) else "bytelevel"
+    elif kind:
+        yield str(kind).lower()
+
+
+def _bpe_of_sentencepiece(content: Mapping[str, Any], rows: int, architecture: Architecture) -> Vocab:
+    """A SentencePiece BPE that only tokenizer.json tells of (Llama 2 style): pieces are scored by their place."""
+    vocab = {number: token for token, number in content["model"]["vocab"].items()}
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
+    vocab |= {number: token["content"] for number, token in added.items()}
+    _refuse_beyond(vocab, rows)
+    tokens, types, scores = [], [], []
+    for number in range(rows):
+        token = vocab.get(number)
+        kind = _piece_kind(token, added.get(number), number == content["model"].get("unk_id"))
+        if token == content["model"].get("unk_token"):
+            kind = TokenType.UNKNOWN
+        tokens.append((token if token is not None else f"[PAD{number}]").encode())
+        types.append(int(kind))
+        scores.append(-1000.0 if number in added else -10000.0 if token is None else -float(number))
+    return Vocab("llama", tokens, types, scores, pre="default", extra=_space_prefix(architecture))
+
+
+def _piece_kind(token: str | None, added: Mapping[str, Any] | None, unknown: bool) -> TokenType:
+    if token is None:
+        return TokenType.UNUSED
+    if unknown:
+        return TokenType.UNKNOWN
+    if added is not None:
+        special = added.get("special", False) or looks_special(token)
+        return TokenType.CONTROL if special else TokenType.USER_DEFINED
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return TokenType.BYTE
+    return TokenType.NORMAL
+
+
+def _sentencepiece(model: Model, rows: int, architecture: Architecture) -> Vocab:
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor()
+    pieces.LoadFromFile(str(model.files["tokenizer.model"]))
+    count = max(rows, pieces.vocab_size())
+    tokens: list[Any] = [f"[PAD{number}]".encode() for number in range(count)]
+    types, scores = [int(TokenType.UNUSED)] * count, [-10000.0] * count
+    for number in range(pieces.vocab_size()):
+        tokens[number] = pieces.IdToPiece(number).encode()
+        scores[number] = pieces.GetScore(number)
+        types[number] = int(_sentencepiece_kind(pieces, number))
+    for number, token in _added_tokens(model).items():
+        if number < count:
+            special = token.get("special", False) or looks_special(token["content"])
+            tokens[number] = token["content"].replace("▁", " ").encode()
+            types[number] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+            scores[number] = -1000.0
+    return Vocab("llama", tokens[:rows], types[:rows], scores[:rows], pre="default", extra=_space_prefix(architecture))
+
+
+def _sentencepiece_kind(pieces: Any, number: int) -> TokenType:
+    for kind, asked in (
+        (TokenType.UNKNOWN, pieces.IsUnknown),
+        (TokenType.CONTROL, pieces.IsControl),
+        (TokenType.UNUSED, pieces.IsUnused),
+        (TokenType.BYTE, pieces.IsByte),
+    ):
+        if asked(number):
+            return kind
+    return TokenType.NORMAL
+
+
+def _added_tokens(model: Model) -> dict[int, dict[str, Any]]:
+    """Tokens beside the SentencePiece model, from tokenizer_config.json."""
+    path = model.files.get("tokenizer_config.json")
+    given = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if path else {}
+    return {int(number): token for number, token in given.items()}
+
+
+def _space_prefix(architecture: Architecture) -> dict[str, Any]:
+    if architecture.add_space_prefix is None:
+        return {}
+    return {"tokenizer.ggml.add_space_prefix": architecture.add_space_prefix}
+
+
+def _refuse_beyond(by_id: Mapping[int, str], rows: int) -> None:
+    beyond = [number for number in by_id if number >= rows]
+    if beyond:
+        raise ExportError(
+            f"tokenizer: token {max(beyond)} ({by_id[max(beyond)]!r}), but the embedding has {rows} rows",
+            "train with the embedding resized to the tokenizer, or use the base's own tokenizer",
+        )
+
+
+def looks_special(token: str) -> bool:
+    """Control tokens that some tokenizers forget to mark so."""
+    if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
+        return True
+    pairs = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return any(token.startswith(start) and token.endswith(end) for start, end in pairs)
