@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,23 @@ def point_latest(run: Run) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(run.path.name)
     os.replace(temporary, run.path.parent / LATEST)
+
+
+@contextmanager
+def kept_once_started(run: Run) -> Iterator[None]:
+    """Let ``latest`` point at the run while it is made; a run that fails before its first checkpoint leaves nothing."""
+    link = run.path.parent / LATEST
+    before = Run(run.path.parent / os.readlink(link)) if link.is_symlink() else None
+    point_latest(run)
+    try:
+        yield
+    except BaseException:
+        if not (run.path / "checkpoints").exists() and not is_run(run.path):
+            shutil.rmtree(run.path, ignore_errors=True)
+            link.unlink(missing_ok=True)
+            if before and before.path != run.path:
+                point_latest(before)
+        raise
 
 
 def latest(root: Path = ROOT) -> Run:

@@ -19,8 +19,8 @@ from lora2serve.cli.serve import serve
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError, did_you_mean
 
-
 VERBOSE = {"-v", "--verbose"}
+EXTRAS = {"gguf": "gguf", "llama_cpp": "gguf", "gotpl": "gguf", "vllm": "vllm", "compressed_tensors": "vllm"}  # else train
 
 
 class Group(click.Group):
@@ -86,6 +86,13 @@ def run(args: list[str]) -> int:
             traceback.print_exc()
         console.error(problem)
         return problem.exit_code
+    except ModuleNotFoundError as problem:
+        if verbose:
+            traceback.print_exc()
+        package = (problem.name or "").split(".")[0]
+        extra = EXTRAS.get(package, "train")
+        console.error(Lora2ServeError(f"{package} is not installed", f"pip install 'lora2serve[{extra}]'"))
+        return 1
     except Exception as problem:
         if verbose:
             traceback.print_exc()

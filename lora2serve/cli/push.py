@@ -2,14 +2,94 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
+
+from lora2serve.cli.common import progress
+from lora2serve.errors import ParityNotMet
+
+if TYPE_CHECKING:
+    from lora2serve.hub import Pushed
+    from lora2serve.run import Run
 
 
 @click.command()
-def push() -> None:
-    """Push exports to the Hugging Face Hub, card included."""
+@click.argument("exports", metavar="[EXPORT]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--repo-id", required=True, metavar="USER/NAME", help="Where to; -lora and -GGUF are appended by convention."
+)
+@click.option("--private", is_flag=True, help="Make new repositories private; refuse a public one.")
+@click.option("--revision", metavar="BRANCH", help="Push to this branch, made if it is not there (default: main).")
+@click.option("--create-pr", is_flag=True, help="Leave it as a pull request.")
+@click.option("--single-repo", is_flag=True, help="Everything into one repository.")
+@click.option("--allow-unproven", is_flag=True, help="Push exports whose parity is not proven; the card says so.")
+@click.option("--dry-run", is_flag=True, help="Show the commit plan and the card; send nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Results as JSON.")
+@click.pass_context
+def push(
+    ctx: click.Context, exports: tuple[Path, ...], repo_id: str, as_json: bool, **options: bool | str | None
+) -> None:
+    """Push EXPORTs (default: all of runs/latest) to the Hugging Face Hub, card included.
+
+    The token is the one of `hf auth login` or HF_TOKEN. Prints the repositories' addresses.
+    """
+    from lora2serve import console, hub
+    from lora2serve import run as runs
+
+    chosen, run = list(exports), _run_of(exports)
+    if not chosen:
+        run = runs.latest()
+        chosen = run.list_exports()
+    pushed = hub.push(chosen, repo_id=repo_id, run=run, progress=progress(ctx), **options)
+    if as_json:
+        console.result_json([asdict(one) for one in pushed])
+        return
+    for one in pushed:
+        _show(one)
 
 
 @click.command("pull-check")
-def pull_check() -> None:
-    """Pull a pushed export back and verify it."""
+@click.argument("repository", metavar="USER/NAME[@REVISION]")
+@click.option("--allow-unproven", is_flag=True, help="Do not ask for parity.")
+@click.option("--json", "as_json", is_flag=True, help="Results as JSON.")
+@click.pass_context
+def pull_check(ctx: click.Context, repository: str, allow_unproven: bool, as_json: bool) -> None:
+    """Pull a pushed export back and verify its files and its parity. Prints where it lies."""
+    from lora2serve import console, hub
+
+    told = progress(ctx)
+    checked = hub.pull_check(repository, progress=told)
+    if checked.strangers:
+        told.warn(f"not part of any export: {', '.join(checked.strangers)}")
+    if as_json:
+        console.result_json(asdict(checked))
+    if checked.unproven and not allow_unproven:
+        problems = [f"{repository}: {name}: {why}" for name, why in checked.unproven.items()]
+        raise ParityNotMet("\n".join(problems), "--allow-unproven looks at the files only")
+    told.note(f"{checked.files} files, {console.size(checked.bytes)}, as pushed, at commit {checked.commit}")
+    if not as_json:
+        console.result(str(checked.path))
+
+
+def _run_of(exports: tuple[Path, ...]) -> Run | None:
+    """The run whose ``exports/`` hold the first of them, if it is one."""
+    from lora2serve import run as runs
+
+    home = exports[0].resolve().parent.parent if exports else Path()
+    return runs.Run(home) if exports and runs.is_run(home) else None
+
+
+def _show(pushed: Pushed) -> None:
+    from lora2serve import console
+
+    if not pushed.dry_run:
+        console.result(pushed.pull_request or pushed.url)
+        return
+    rows = [["add", path, console.size(size)] for path, size in pushed.uploaded.items()]
+    rows += [["delete", path, ""] for path in pushed.deleted]
+    rows += [["keep", path, ""] for path in pushed.unchanged]
+    console.table(f"{pushed.url} ({pushed.revision})", ["", "file", "size"], rows)
+    console.result(pushed.card)

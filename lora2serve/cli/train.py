@@ -40,16 +40,17 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
     told = progress(ctx)
     if resume:
         _refuse_with_resume(overrides, name)
-        resumed = run.latest() if recipe is None else run.Run(run.ROOT / recipe)
-        chosen, here = recipes.load(resumed.recipe), resumed
+        here = run.latest() if recipe is None else run.Run(run.ROOT / recipe)
+        chosen = recipes.load(here.recipe)
     else:
         chosen = recipes.load(recipes.find(recipe), overrides)
-        here = run.create(name or chosen.name)
-    from lora2serve.train import trainer
+    from lora2serve.train.trainer import train as fine_tune
 
     base = fetch(f"{chosen.model.path}@{chosen.model.revision}" if chosen.model.revision else chosen.model.path, told)
-    run.point_latest(here)
-    trainer.train(chosen, here, base=base, resume=resume, progress=told)
+    if not resume:
+        here = run.create(name or chosen.name)
+    with run.kept_once_started(here):
+        fine_tune(chosen, here, base=base, resume=resume, progress=told)
     console.result(str(here.path))
 
 
