@@ -111,7 +111,7 @@ def point_latest(run: Run) -> None:
 def kept_once_started(run: Run) -> Iterator[None]:
     """Let ``latest`` point at the run while it is made; a run that fails before its first checkpoint leaves nothing."""
     link = run.path.parent / LATEST
-    before = Run(run.path.parent / os.readlink(link)) if link.is_symlink() else None
+    before = Run(run.path.parent / link.readlink()) if link.is_symlink() else None
     point_latest(run)
     try:
         yield

@@ -20,7 +20,7 @@ from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError, did_you_mean
 
 VERBOSE = {"-v", "--verbose"}
-EXTRAS = {"gguf": "gguf", "llama_cpp": "gguf", "gotpl": "gguf", "vllm": "vllm", "compressed_tensors": "vllm"}  # else train
+EXTRAS = {"gguf": "gguf", "llama_cpp": "gguf", "gotpl": "gguf", "vllm": "vllm", "compressed_tensors": "vllm"}
 
 
 class Group(click.Group):
