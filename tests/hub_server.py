@@ -93,7 +93,7 @@ class Fault:
     """What goes wrong with the next ``times`` requests to one endpoint, after ``skip`` good ones.
 
     ``kind``: "status" answers ``status`` instead; "reset" cuts the line within the request's body; "lost" does
-    the work and cuts the line before the answer; "corrupt" flips a byte of the body; "slow" reads or sends the body
+    the work and cuts the line before the answer; "corrupt" flips a byte of the body; "swap" commits other contents for one file; "slow" reads or sends the body
     a little at a time; "hold" waits for ``release``.
     """
 

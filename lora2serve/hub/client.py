@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lora2serve.errors import HubError, UsageError, did_you_mean
+from lora2serve.hub.retry import broken_line, causes
 from lora2serve.hub.secrets import masked
 
 LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
@@ -83,9 +84,11 @@ def translated(repo_id: str, revision: str | None = None, doing: str = "reading"
         raise _unreachable(repo_id, revision, error) from None
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError) as error:
         raise _unreachable(repo_id, revision, error) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
             raise
+        if not isinstance(error, OSError):
+            raise _wrapped(repo_id, revision, doing, error) from None
         raise HubError(f"{doing} {repo_id}: no space left on the disk", "HF_HOME moves the Hub's cache") from None
 
 
@@ -108,6 +111,20 @@ def _http_error(repo_id: str, doing: str, error: Exception) -> HubError:
     if status >= 500:
         return HubError(f"{doing} {repo_id}: the Hub answers {status}{why}", "run again later: it resumes")
     return HubError(f"{doing} {repo_id}: the Hub answers {status}{why}")
+
+
+def _wrapped(repo_id: str, revision: str | None, doing: str, error: Exception) -> Exception:
+    """The cause of an error that huggingface_hub raised from a thread or a parser; other errors stay what they are."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            return _http_error(repo_id, doing, cause)
+    if broken_line(error):
+        return _unreachable(repo_id, revision, error)
+    if "JSON" in type(error).__name__:
+        return HubError(f"{doing} {repo_id}: the Hub's answer is no JSON", "run again later: it resumes")
+    return error
 
 
 def _unreachable(repo_id: str, revision: str | None, error: Exception) -> HubError:

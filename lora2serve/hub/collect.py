@@ -182,19 +182,16 @@ def text_item(path: str, text: str) -> Item:
 
 
 def repository_manifest(made: Package) -> dict[str, Any]:
-    """``lora2serve.json`` of the repository: one export's own, or the union with each under ``exports``.
-
-    Absolute paths of the machine that made them are cut to their last part.
-    """
+    """``lora2serve.json`` of the repository: one export's own, or the union with each under ``exports``."""
     files = {item.path: {"sha256": item.sha256, "size": item.size} for item in made.items.values()}
-    public = {
-        export.name: {**_public(export.manifest), "files": _renamed(export, made.placed[export.name])}
+    each = {
+        export.name: {**public(export.manifest), "files": _renamed(export, made.placed[export.name])}
         for export in made.exports
     }
-    head = next(iter(public.values()))
-    if len(public) > 1:
-        same = {key: value for key, value in head.items() if all(other.get(key) == value for other in public.values())}
-        head = {**same, "exports": public}
+    head = next(iter(each.values()))
+    if len(each) > 1:
+        same = {key: value for key, value in head.items() if all(other.get(key) == value for other in each.values())}
+        head = {**same, "exports": each}
     return {**head, "files": dict(sorted(files.items()))}
 
 
@@ -202,11 +199,12 @@ def _renamed(export: Export, placed: Mapping[str, str]) -> dict[str, Any]:
     return {placed[name]: entry for name, entry in export.manifest["files"].items() if name in placed}
 
 
-def _public(value: Any) -> Any:
+def public(value: Any) -> Any:
+    """A manifest or recipe as others may read it: absolute paths of this machine cut to their last part."""
     if isinstance(value, Mapping):
-        return {key: _public(inner) for key, inner in value.items() if key != "stat"}
+        return {key: public(inner) for key, inner in value.items() if key != "stat"}
     if isinstance(value, list):
-        return [_public(inner) for inner in value]
+        return [public(inner) for inner in value]
     if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value:
         return PurePosixPath(value).name
     return value

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora2serve.hub.collect import public
 from lora2serve.run import Run
 
 MERGED, ADAPTER, GGUF, GGUF_ADAPTER = "merged", "adapter", "gguf", "gguf-adapter"
@@ -93,7 +94,7 @@ def gather(
         siblings=siblings,
         base_card=_base_card(local),
         record=run.record if run else {},
-        recipe=(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}) if recipe and recipe.is_file() else {},
+        recipe=public(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}) if recipe and recipe.is_file() else {},
         chat=any(_has_template(path) for path in local),
     )
 

@@ -17,6 +17,7 @@ from lora2serve.hub.client import LOG_IN, check_id, has_token, page, quiet, tran
 from lora2serve.hub.collect import CARD, Export, Item, open_export, package, repository_manifest, text_item
 from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, gather, kind_of, unproven
 from lora2serve.hub.remote import Change, Remote, change, look, old_exports, read_text
+from lora2serve.hub.retry import again
 from lora2serve.hub.upload import MAIN, Uploader
 from lora2serve.progress import Progress, Silent
 from lora2serve.run import Run
@@ -176,7 +177,7 @@ class _Push:
     def _look(self, dry_run: bool) -> Remote:
         try:
             with translated(self.repo_id, self.revision):
-                return look(self.api, self.repo_id, self.revision)
+                return again(lambda: look(self.api, self.repo_id, self.revision), self.progress, self.repo_id)
         except HubError as error:
             if not dry_run:
                 raise

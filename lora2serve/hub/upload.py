@@ -7,14 +7,14 @@ the repository before it acts, so a step whose answer was lost is not done twice
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lora2serve.errors import HubError
 from lora2serve.hub.collect import Item
 from lora2serve.hub.remote import Change, Remote, change, look
+from lora2serve.hub.retry import again, status_of
 from lora2serve.progress import Progress
 
 if TYPE_CHECKING:
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAIN = "main"
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries
 FILES_PER_COMMIT = 200  # the Hub takes more, but grows slow and times out
 BYTES_PER_COMMIT = 64 << 20  # of small files, which travel inside the commit
 ALONE = 100 << 20  # a file from this size on is uploaded by itself, so that progress is seen
-AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -192,20 +190,8 @@ class Uploader:
             "run again to push on top of it: what is uploaded stays uploaded",
         )
 
-    # -- tries
-
     def _again(self, act: Callable[[], T]) -> T:
-        """Run ``act``, which must be safe to repeat, until it gets through or fails for good."""
-        for wait in WAITS:
-            try:
-                return act()
-            except Exception as error:
-                pause = _pause(error, wait)
-                if pause is None:
-                    raise
-                self.progress.note(f"{self.repo_id}: {_brief(error)}; trying again in {pause:.0f} s")
-                time.sleep(pause)
-        return act()
+        return again(act, self.progress, self.repo_id)
 
 
 def _batches(wanted: Change) -> Iterator[Change]:
@@ -220,35 +206,3 @@ def _batches(wanted: Change) -> Iterator[Change]:
         batch.append(item)
         inside += small
     yield Change(batch, wanted.delete)
-
-
-def _pause(error: BaseException, wait: float) -> float | None:
-    """Seconds to wait before the next try, or None where another try is of no use."""
-    import httpx2
-
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, httpx2.TimeoutException | httpx2.NetworkError | httpx2.RemoteProtocolError):
-            return wait
-        status = status_of(cause)
-        if status is not None:
-            said = cause.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
-            asked = min(float(said), 300.0) if said.isdigit() else 0.0
-            return max(wait, asked) if status in AGAIN else None
-        cause = cause.__cause__ or cause.__context__
-    return wait if isinstance(error, ValueError) and "JSON" in type(error).__name__ else None
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error of huggingface_hub carries."""
-    response: Any = getattr(error, "response", None)
-    return int(response.status_code) if response is not None else None
-
-
-def _brief(error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if (status := status_of(cause)) is not None:
-            return f"the Hub answers {status}"
-        cause = cause.__cause__ or cause.__context__
-    return "the connection broke"

@@ -99,6 +99,6 @@ def connect(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02))))
     monkeypatch.setattr(
-        "lora2serve.hub.upload.time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
+        "lora2serve.hub.retry.time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
     )
     _http.close_session()

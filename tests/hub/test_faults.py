@@ -1,0 +1,228 @@
+"""Every fault, then the same push again: exactly one right final state, whatever went wrong before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora2serve import manifest
+from lora2serve.errors import HubError
+from lora2serve.hub import pull_check, push, upload
+from tests.hub.conftest import TOKEN, client_env, connect, export, same
+from tests.hub_server import HubServer
+
+REPO = "user/demo"
+STEPS = ["create", "validate", "preupload", "batch", "put", "verify", "commit", "tree", "info"]
+GIVES_UP = 20  # more failures than any of the tries lasts
+
+
+def settle(hub: HubServer, path: Path) -> None:
+    """Push again without a fault; then one commit, the right files, no more."""
+    for fault in hub.faults:
+        fault.times = 0
+    push([path], repo_id=REPO)
+    same(hub, REPO, path)
+    assert len(hub.repos[REPO].log()) == 2, hub.repos[REPO].log()
+    assert not pull_check(REPO).strangers
+
+
+@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("step", STEPS)
+def test_two_failures_are_survived(hub: HubServer, tmp_path: Path, step: str, status: int) -> None:
+    path = export(tmp_path, "vllm")
+    headers = {"Retry-After": "1"} if status == 429 else {}
+    fault = hub.fail(step, status=status, times=2, headers=headers)
+    push([path], repo_id=REPO)
+    assert fault.times == 0, "the fault was met"
+    settle(hub, path)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_hub_that_is_down_is_one_line_and_a_rerun_is_whole(hub: HubServer, tmp_path: Path, step: str) -> None:
+    path = export(tmp_path, "vllm")
+    hub.fail(step, status=503, times=GIVES_UP)
+    with pytest.raises(HubError) as caught:
+        push([path], repo_id=REPO)
+    assert "503" in caught.value.message and "again" in caught.value.hint and "\n" not in caught.value.message
+    assert REPO not in hub.repos or hub.repos[REPO].log() == ["initial commit"]
+    settle(hub, path)
+
+
+@pytest.mark.parametrize("step", ["create", "preupload", "batch", "put", "verify", "commit"])
+@pytest.mark.parametrize("kind", ["reset", "lost"])
+def test_a_broken_line(hub: HubServer, tmp_path: Path, step: str, kind: str) -> None:
+    """``lost``: the Hub did the work, and only the answer is missing."""
+    path = export(tmp_path, "vllm")
+    fault = hub.fail(step, kind, times=2)
+    push([path], repo_id=REPO)
+    assert fault.times < 2
+    settle(hub, path)
+    if step == "commit" and kind == "lost":
+        assert hub.count("commit") == 1, "an accepted commit is not sent twice"
+
+
+def test_lost_pull_request_and_merge(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
+    path = export(tmp_path, "vllm")
+    hub.fail("commit", "lost", times=1)  # the one that opens the pull request
+    hub.fail("commit", "lost", times=1, skip=1)
+    hub.fail("merge", "lost", times=1)
+    push([path], repo_id=REPO)
+    assert [pull.status for pull in hub.repos[REPO].pulls] == ["merged"]
+    settle(hub, path)
+
+
+def test_killed_between_two_commits(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
+    path = export(tmp_path, "vllm")
+    hub.fail("commit", status=503, times=GIVES_UP, skip=1)
+    with pytest.raises(HubError):
+        push([path], repo_id=REPO)
+    assert hub.repos[REPO].log() == ["initial commit"], "a reader sees nothing of it"
+    settle(hub, path)
+    assert [pull.status for pull in hub.repos[REPO].pulls] == ["merged"]
+
+
+def test_wrong_contents_are_not_published(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    hub.fail("put", "corrupt")
+    with pytest.raises(HubError, match="422"):
+        push([path], repo_id=REPO)
+    assert hub.repos[REPO].log() == ["initial commit"]
+    settle(hub, path)
+
+
+def test_a_hub_that_shows_other_contents(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit was answered with 200, but the tree is not ours: found, and not merged."""
+    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
+    path = export(tmp_path, "vllm")
+    hub.fail("commit", "swap", times=1, skip=1)
+    with pytest.raises(HubError, match="shows other contents for"):
+        push([path], repo_id=REPO)
+    assert hub.repos[REPO].log() == ["initial commit"]
+    settle(hub, path)
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "the token was refused"), (403, "forbidden"), (413, "413")])
+@pytest.mark.parametrize("step", ["create", "preupload", "batch", "commit"])
+def test_refusals_are_not_retried(hub: HubServer, tmp_path: Path, step: str, status: int, words: str) -> None:
+    path = export(tmp_path, "vllm")
+    message = {401: "Invalid credentials in Authorization header", 403: "no", 413: "too large"}[status]
+    fault = hub.fail(step, status=status, times=GIVES_UP, headers={"X-Error-Message": message})
+    with pytest.raises(HubError) as caught:
+        push([path], repo_id=REPO)
+    assert words in caught.value.message and "\n" not in caught.value.message
+    assert fault.times == GIVES_UP - 1
+    settle(hub, path)
+
+
+def test_read_only_token(hub: HubServer, tmp_path: Path) -> None:
+    hub.tokens[TOKEN] = ("user", "read")
+    with pytest.raises(HubError, match="forbidden") as caught:
+        push([export(tmp_path, "vllm")], repo_id=REPO)
+    assert "write access" in caught.value.hint
+
+
+def test_a_branch_that_moved(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone else commits between our look at the repository and our commit: 412, and nothing overwritten."""
+    path = export(tmp_path, "vllm")
+    hub.create(REPO)
+    held = hub.fail("put", "hold")
+    import threading
+
+    def other() -> None:
+        held.reached.wait(10)
+        hub.add(REPO, {"config.json": b"someone else's"}, title="theirs")
+        held.release.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with pytest.raises(HubError, match="someone else committed") as caught:
+        push([path], repo_id=REPO)
+    thread.join()
+    assert "run again" in caught.value.hint
+    assert hub.repos[REPO].log() == ["theirs", "initial commit"]
+    uploads = hub.count("put")
+    push([path], repo_id=REPO)
+    same(hub, REPO, path)
+    assert hub.count("put") == uploads, "what is uploaded stays uploaded"
+    assert len(hub.repos[REPO].log()) == 3
+
+
+def test_412_from_the_hub_itself(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    hub.fail("commit", status=412)
+    with pytest.raises(HubError, match="someone else committed"):
+        push([path], repo_id=REPO)
+    settle(hub, path)
+
+
+def test_slow_lines(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    hub.fail("put", "slow")
+    hub.fail("commit", "slow")
+    push([path], repo_id=REPO)
+    hub.fail("storage", "slow")
+    settle(hub, path)
+
+
+@pytest.mark.parametrize("step", ["put", "commit"])
+def test_a_killed_client(hub: HubServer, tmp_path: Path, step: str) -> None:
+    path = export(tmp_path, "vllm")
+    held = hub.fail(step, "hold")
+    client = run_client(hub, tmp_path, path)
+    assert held.reached.wait(60)
+    os.kill(client.pid, signal.SIGKILL)
+    client.wait(10)
+    held.release.set()
+    assert hub.repos[REPO].log()[-1] == "initial commit"
+    settle(hub, path)
+
+
+def test_multipart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer(tmp_path / "hub", chunk=4000) as hub:
+        hub.tokens[TOKEN] = ("user", "write")
+        connect(hub, tmp_path / "home", monkeypatch)
+        path = export(tmp_path, "vllm")
+        hub.fail("part", "reset", skip=1)
+        hub.fail("part", status=500, skip=1)
+        hub.fail("complete", "lost")
+        push([path], repo_id=REPO)
+        assert hub.count("part") > 4
+        settle(hub, path)
+
+
+@pytest.mark.parametrize("fault", [{"kind": "reset"}, {"status": 503}, {"kind": "slow"}])
+@pytest.mark.parametrize("step", ["storage", "resolve"])
+def test_pull_through_faults(hub: HubServer, tmp_path: Path, step: str, fault: dict[str, object]) -> None:
+    path = export(tmp_path, "vllm")
+    push([path], repo_id=REPO)
+    hub.fail(step, **fault)  # type: ignore[arg-type]
+    try:
+        pull_check(REPO)
+    except HubError as error:
+        assert "\n" not in error.message
+    checked = pull_check(REPO)
+    for name in manifest.read(path)["files"]:
+        assert (checked.path / name).read_bytes() == (path / name).read_bytes()
+
+
+def test_pull_finds_corruption(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    push([path], repo_id=REPO)
+    hub.fail("storage", "corrupt")
+    with pytest.raises(HubError, match=r"model\.safetensors: .* another sha256"):
+        pull_check(REPO)
+
+
+def run_client(hub: HubServer, tmp_path: Path, path: Path) -> subprocess.Popen[bytes]:
+    """The command line in its own process."""
+    command = [sys.executable, "-m", "lora2serve", "push", str(path), "--repo-id", REPO]
+    return subprocess.Popen(
+        command, env=client_env(hub, tmp_path / "home2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
