@@ -1,0 +1,174 @@
+"""The adapter target: the product answers as the source, and what vLLM cannot serve is refused before a byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora2serve.errors import ExportError
+from lora2serve.exporter import Model, find
+from lora2serve.progress import Silent
+from lora2serve.stream import Plan, export
+from tests.folding import fold, stored
+from tests.tiny import load_model, make_adapter, make_model, merged_by_peft
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "llama")
+
+
+def write(base: Path, adapter: Path, out: Path, **options: Any) -> Path:
+    """The true export."""
+    exporter = find("adapter")
+    merged = fold(base, [adapter])
+    model = Model(merged, merged.config, {}, "tiny", str(base), adapter)
+    return export(model, [Plan("adapter", exporter, exporter.Options(**options), out)], Silent())[0]
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "adapter_config.json").read_text()))
+
+
+def distance(base: Path, one: Path, other: Path) -> float:
+    """Largest difference between the two merged models, PEFT doing both merges in float32."""
+    a, b = merged_by_peft(base, one), merged_by_peft(base, other)
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 8},
+    "odd rank": {"r": 3, "lora_alpha": 5},
+    "rslora": {"r": 4, "use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 9, "layers.1.mlp.down_proj": 2}, "alpha_pattern": {"v_proj": 7}},
+    "rslora and patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 6}},
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_lossless(kind: str, base: Path, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "source", base, **LOSSLESS[kind])
+    product = write(base, source, tmp_path / "out", served_base="served")
+    config = config_of(product)
+    assert config["r"] in (1, 8, 16, 32) and not {"use_rslora", "rank_pattern", "alpha_pattern"} & config.keys()
+    assert config["base_model_name_or_path"] == "served"
+    assert distance(base, source, product) < 2e-7
+    broken = stored(source)
+    scaled = tmp_path / "scaled"
+    scaled.mkdir()
+    save_file({k: v * 1.1 if "lora_B" in k else v for k, v in broken.items()}, scaled / "adapter_model.safetensors")
+    (scaled / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+    assert distance(base, scaled, product) > 1e-3, "the control: alpha times 1.1 is seen"
+
+
+def test_values_stay_as_they_are(base: Path, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "source", base, r=3)
+    before, after = stored(source), stored(write(base, source, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        rows, columns = value.shape
+        assert torch.equal(after[name][:rows, :columns], value) and after[name].dtype == value.dtype
+        assert int(after[name].count_nonzero()) == int(value.count_nonzero())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_rebased_becomes_plain(init: str, base: Path, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "source", base, init_lora_weights=init, r=4)
+    product = write(base, source, tmp_path / "out")
+    assert config_of(product)["r"] == 8
+    about = json.loads((product / "lora2serve.json").read_text())
+    assert about["lossless"] and max(about["relative_error"].values()) < 1e-4
+    assert distance(base, source, product) < 1e-4
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "bias": {"bias": "all"},
+    "lora-bias": {"lora_bias": True},
+    "modules-to-save": {"modules_to_save": ["lm_head"]},
+    "trained-tokens": {"trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("rule", REFUSED)
+def test_refused(rule: str, base: Path, tmp_path: Path) -> None:
+    changes = {"target_modules": ["gate_proj"], **REFUSED[rule]}
+    if rule in ("bias", "lora-bias"):
+        base = make_model(tmp_path / "biased", mlp_bias=True, attention_bias=True)
+    source = make_adapter(tmp_path / "source", base, **changes)
+    with pytest.raises(ExportError, match=rule) as refused:
+        write(base, source, tmp_path / "out")
+    assert "--target vllm" in refused.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_extract_dora(base: Path, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "source", base, use_dora=True, std=0.01)
+    with pytest.raises(ExportError, match=r"rank 1 loses .*worst: model\.layers"):
+        write(base, source, tmp_path / "small", as_lora_rank=1)
+    assert not (tmp_path / "small").exists()
+    product = write(base, source, tmp_path / "out", as_lora_rank=64)
+    about = json.loads((product / "lora2serve.json").read_text())
+    assert not about["lossless"] and len(about["relative_error"]) == 6
+    assert distance(base, source, product) < 1e-4
+
+
+def test_extract_reports_the_true_error(base: Path, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "source", base, r=12, std=0.05)
+    product = write(base, source, tmp_path / "out", as_lora_rank=10)
+    said = json.loads((product / "lora2serve.json").read_text())["relative_error"]
+    want, have = (merged_by_peft(base, adapter) for adapter in (source, product))
+    start = load_model(base).state_dict()
+    for name, error in said.items():
+        measured = float(torch.linalg.norm(want[name] - have[name]) / torch.linalg.norm(want[name] - start[name]))
+        assert measured == pytest.approx(error, rel=0.02)
+        assert 0.01 < error < 0.3
+
+
+def test_extract_trained_head(base: Path, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "source", base, modules_to_save=["lm_head"], std=0.01)
+    product = write(base, source, tmp_path / "out", as_lora_rank=64)
+    assert any("lm_head" in name for name in stored(product))
+    assert distance(base, source, product) < 1e-5
+
+
+def test_large_matrix_by_random_range() -> None:
+    from converters.adapter.extract import low_rank
+
+    generator = torch.Generator().manual_seed(3)
+    exact = torch.randn(700, 8, generator=generator) @ torch.randn(8, 500, generator=generator)
+    noisy = exact + 0.05 * torch.randn(700, 500, generator=generator)
+    b, a = low_rank(exact, 8)
+    assert float(torch.linalg.norm(exact - b @ a) / torch.linalg.norm(exact)) < 1e-5
+    b, a = low_rank(noisy, 8)
+    u, s, vh = torch.linalg.svd(noisy)
+    best = float(torch.linalg.norm(noisy - (u[:, :8] * s[:8]) @ vh[:8]))
+    assert float(torch.linalg.norm(noisy - b @ a)) < best * 1.001
+
+
+def test_copies_of_the_base_are_left_out(base: Path, tmp_path: Path) -> None:
+    """PEFT saves embeddings along; only where they changed is that a reason to refuse."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    source = tmp_path / "source"
+    model = get_peft_model(load_model(base), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(source, save_embedding_layers=True)
+    file = source / "adapter_model.safetensors"
+    tensors = load_file(file)
+    extra = [name for name in tensors if "embed_tokens" in name]
+    assert extra
+    tensors = {n: torch.randn_like(t) * 0.05 if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(tensors, file)
+    product = write(base, source, tmp_path / "out")
+    assert not [name for name in stored(product) if "embed_tokens" in name]
+    tensors[extra[0]] = tensors[extra[0]] + 0.01
+    save_file(tensors, file)
+    with pytest.raises(ExportError, match="tensors"):
+        write(base, source, tmp_path / "out2")
