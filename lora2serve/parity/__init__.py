@@ -1,0 +1,1 @@
+"""Proof that an export answers like the trained model."""

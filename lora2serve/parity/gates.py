@@ -1,0 +1,186 @@
+"""The three gates, cheapest first: facts in, a verdict in words out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from lora2serve.parity.data import Conversation, Data
+from lora2serve.parity.metrics import Figure, Ints, Positions, figures, ratio
+from lora2serve.parity.thresholds import LOWER, Thresholds
+
+Status = Literal["met", "missed", "skipped", "failed", "missing"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure against its bound; ``met`` is None where it is shown only."""
+
+    name: str
+    value: float
+    low: float | None = None  # ends of the confidence interval
+    high: float | None = None
+    bound: float | None = None
+    met: bool | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The verdict of one gate: where the first difference is, and its likely cause."""
+
+    name: Literal["tokens", "tensors", "behaviour"]
+    status: Status
+    checks: tuple[Check, ...] = ()
+    first: str = ""
+    cause: str = ""
+
+
+def tokens(data: Data, said: Mapping[str, Any]) -> Gate:
+    """Prompts byte for byte, ids one by one, BOS at most once, and the token that ends an answer."""
+    count = {"prompts": 0, "ids": 0}
+    for conversation, rendered, ids in zip(data.conversations, said["rendered"], said["ids"], strict=True):
+        if rendered is not None:
+            count["prompts"] += 1
+            if rendered != conversation.text:
+                return _tokens_missed(*_text_difference(conversation, rendered), count)
+        if ids is not None:
+            count["ids"] += 1
+            if tuple(ids) != conversation.ids:
+                return _tokens_missed(*_id_difference(data, conversation, ids), count)
+    missing = sorted(set(data.stop) - set(said["stop"] if said["stop"] is not None else data.stop))
+    if missing:
+        where = f"the trained model stops at token {missing[0]}, the export does not"
+        return _tokens_missed(where, "end token: missing in the export's generation config or tokenizer", count)
+    return Gate("tokens", "met", _counts(count))
+
+
+def _counts(count: Mapping[str, int]) -> tuple[Check, ...]:
+    return tuple(Check(f"equal {name}", value) for name, value in count.items())
+
+
+def _tokens_missed(first: str, cause: str, count: Mapping[str, int]) -> Gate:
+    return Gate("tokens", "missed", _counts(count), first, cause)
+
+
+def _text_difference(conversation: Conversation, rendered: str) -> tuple[str, str]:
+    expected = conversation.text
+    at = next(
+        (n for n, (a, b) in enumerate(zip(expected, rendered, strict=False)) if a != b),
+        min(len(expected), len(rendered)),
+    )
+    first = f"prompt {conversation.messages[-1]['content'][:60]!r}, character {at}: {expected[at : at + 24]!r} became {rendered[at : at + 24]!r}"
+    if "".join(expected.split()) == "".join(rendered.split()):
+        return first, "template: white space was lost or added"
+    return first, "template: not the one that was trained with"
+
+
+def _id_difference(data: Data, conversation: Conversation, ids: Sequence[int]) -> tuple[str, str]:
+    expected = conversation.ids
+    at = next((n for n, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), min(len(expected), len(ids)))
+    name = conversation.messages[-1]["content"] if conversation.messages else conversation.text
+    first = f"prompt {name[:60]!r}, token {at}: ids {list(expected[at : at + 6])} became {list(ids[at : at + 6])}"
+    starts = 0
+    while data.bos is not None and starts < len(ids) and ids[starts] == data.bos:
+        starts += 1
+    if starts > 1:
+        return first, f"BOS: {starts} times at the start; the template writes it and the engine adds it again"
+    if data.bos is not None and starts == 0 and expected[:1] == (data.bos,):
+        return first, "BOS: lost; neither template nor engine writes it"
+    if list(ids[1:]) == list(expected) or list(ids) == list(expected[1:]):
+        return first, "tokenizer: one more or one less token at the start"
+    return first, "tokenizer: not the one that was trained with"
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy answers beside the reference's: how many are equal, and for each where it parts (-1: nowhere)."""
+
+    parts: tuple[int, ...]
+    likely: tuple[bool, ...]  # the token at the parting is among the reference's likeliest
+
+    @property
+    def equal(self) -> float:
+        """Share of equal answers."""
+        return sum(part < 0 for part in self.parts) / len(self.parts)
+
+    @property
+    def excusable(self) -> float:
+        """Share of answers that are equal or part at a likely token."""
+        return sum(self.likely) / len(self.likely)
+
+
+def greedy(reference: Sequence[Any], answers: Sequence[Sequence[int]], stop: Sequence[int]) -> Greedy:
+    """``reference`` holds (tokens, likeliest at each step); a stop counts as a token."""
+    parts, likely = [], []
+    for (expected, tops), got in zip(reference, answers, strict=True):
+        want, have = list(expected), list(got)
+        at = next((n for n, (a, b) in enumerate(zip(want, have, strict=False)) if a != b), min(len(want), len(have)))
+        if want == have:
+            parts.append(-1)
+            likely.append(True)
+            continue
+        parts.append(at)
+        top = tops[at] if at < len(tops) else []
+        likely.append(bool(set(stop) & set(top)) if at == len(have) else have[at] in top)
+    return Greedy(tuple(parts), tuple(likely))
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Everything measured of one engine against one reference."""
+
+    positions: Positions
+    base: Positions  # how far the model without adapter is from the same reference
+    sequences: Ints  # (P,) sequence of each position
+    task: np.ndarray  # (P,) bool: from held-out rows
+    greedy: Greedy | None = None
+    found: dict[str, Figure] = field(default_factory=dict)
+
+    def measure(self) -> dict[str, Figure]:
+        """All figures with their intervals."""
+        found = figures(self.positions, self.sequences)
+        where = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
+        found["retention"] = ratio(self.positions.kl[where], self.base.kl[where], self.sequences[where])
+        if self.greedy:
+            for name, value in (("equal_answers", self.greedy.equal), ("first_difference", self.greedy.excusable)):
+                found[name] = Figure(value, value, value)
+        return found
+
+
+def behaviour(measured: Behaviour, found: Mapping[str, Figure], bounds: Thresholds, name_of: Any) -> Gate:
+    """The worse end of each interval against its bound; ``name_of(position)`` says where a position is."""
+    checks = [_check(name, figure, getattr(bounds, name, None)) for name, figure in found.items()]
+    missed = [check for check in checks if check.met is False]
+    if not missed:
+        return Gate("behaviour", "met", tuple(checks))
+    worst = int(measured.positions.kl.argmax())
+    broken = np.flatnonzero(np.isinf(measured.positions.kl))
+    at = int(broken[0]) if len(broken) else worst
+    first = f"{name_of(at)}: KL {measured.positions.kl[at]:.3g}"
+    return Gate("behaviour", "missed", tuple(checks), first, _cause(measured, found, bool(len(broken))))
+
+
+def _check(name: str, figure: Figure, bound: float | None) -> Check:
+    if bound is None:
+        return Check(name, figure.value, figure.low, figure.high)
+    if name in LOWER:
+        met = figure.low >= bound
+    else:
+        met = max(abs(figure.low), abs(figure.high)) <= bound
+    return Check(name, figure.value, figure.low, figure.high, bound, bool(met))
+
+
+def _cause(measured: Behaviour, found: Mapping[str, Figure], broken: bool) -> str:
+    if broken:
+        return "dtype: NaN or infinity in the export's logits"
+    kept = found["retention"].value
+    if not np.isfinite(kept) or float(measured.base.kl.mean()) < 1e-9:
+        return "adapter: the trained model answers like its base, so nothing was learned or the adapter was not loaded"
+    if 0.7 <= kept <= 1.4:
+        return "adapter: the export is as far from the trained model as the base is; the adapter was not applied, or lost in rounding"
+    if kept > 1.4:
+        return "wrong base or damaged weights: the export is further from the trained model than the base is"
+    return "scale or rounding: the adapter is there, but not as trained (alpha, rsLoRA, dtype, too few bits)"

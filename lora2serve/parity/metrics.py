@@ -1,0 +1,234 @@
+"""What parity measures: pure functions on numpy arrays, every sum in float64.
+
+Shapes: P positions (one per predicted token), V tokens in the vocabulary. "Reference" is the trained model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Array = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+ROWS = 32  # positions reduced at once: 32 x 128k tokens x 8 bytes is 34 MB per working array
+BLOCK = 32  # positions of one bootstrap block: neighbours in a text are not independent
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+def log_softmax(values: NDArray[np.floating]) -> Floats:
+    """(P, V) logits or log-probabilities -> (P, V) log-probabilities."""
+    shifted = values.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+@dataclass(frozen=True)
+class Positions:
+    """One figure for every position, each of shape (P,); ``error`` and ``power`` are NaN where only the top k is known."""
+
+    kl: Floats  # KL(reference || export) in nats; a lower bound where only the top k is known
+    same: NDArray[np.bool_]  # the same most likely token
+    margin: Floats  # log-probability that the reference gives its own choice over the export's
+    delta: Floats  # log-probability of the true next token, export minus reference
+    loss: Floats  # -log-probability of the true next token in the reference
+    error: Floats  # sum over V of the squared difference of centred logits
+    power: Floats  # sum over V of the squared centred logits of the reference
+
+    def __len__(self) -> int:
+        return len(self.kl)
+
+    def take(self, where: NDArray[np.bool_]) -> Positions:
+        """The positions where ``where`` holds."""
+        return Positions(**{name: getattr(self, name)[where] for name in FIELDS})
+
+
+FIELDS = ("kl", "same", "margin", "delta", "loss", "error", "power")
+
+
+def join(parts: Sequence[Positions]) -> Positions:
+    """Several in one."""
+    return Positions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS})
+
+
+def compare(reference: Array, values: Array, targets: Ints) -> Positions:
+    """Compare (P, V) logits or log-probabilities with the reference's; ``targets`` are the (P,) true next tokens.
+
+    A NaN or an infinity in ``values`` makes that position's KL infinite.
+    """
+    rows = range(0, len(targets), ROWS)
+    return join([_compare(*(part[r : r + ROWS] for part in (reference, values, targets))) for r in rows])
+
+
+def _compare(reference: Array, values: Array, targets: Ints) -> Positions:
+    with np.errstate(invalid="ignore", over="ignore"):
+        ref, got = log_softmax(reference), log_softmax(values)
+        kl = (np.exp(ref) * (ref - got)).sum(axis=1)
+    broken = ~np.isfinite(values).all(axis=1) | ~np.isfinite(kl)
+    kl = np.where(broken, np.inf, np.maximum(kl, 0.0))
+    here = np.arange(len(targets))
+    best, chosen = ref.argmax(axis=1), np.where(broken, -1, got.argmax(axis=1))
+    centred = ref - ref.mean(axis=1, keepdims=True)
+    other = got - got.mean(axis=1, keepdims=True)
+    return Positions(
+        kl=kl,
+        same=best == chosen,
+        margin=np.where(broken, np.inf, ref[here, best] - ref[here, np.maximum(chosen, 0)]),
+        delta=got[here, targets] - ref[here, targets],
+        loss=-ref[here, targets],
+        error=((other - centred) ** 2).sum(axis=1),
+        power=(centred**2).sum(axis=1),
+    )
+
+
+def compare_top(reference: Array, ids: Ints, top: Array, target: Array, targets: Ints) -> Positions:
+    """As ``compare`` where an engine shows only its top k: ``ids`` and ``top`` are (P, k), -1 where there are fewer.
+
+    ``target`` is the engine's (P,) log-probability of the true next token, NaN where it did not say.
+    The KL is that of the coarser distribution in which all other tokens are one: never more than the true one.
+    """
+    figures = []
+    for row in range(len(targets)):
+        ref = log_softmax(reference[row : row + 1])[0]
+        known = ids[row] >= 0
+        if not known.any() or not np.isfinite(top[row][known]).all():
+            figures.append((np.inf, False, np.inf, np.nan, -ref[targets[row]]))
+            continue
+        names, got = ids[row][known], top[row][known].astype(np.float64)
+        kl = _lumped(ref[names], got)
+        best, chosen = int(ref.argmax()), int(names[got.argmax()])
+        figures.append(
+            (kl, best == chosen, ref[best] - ref[chosen], target[row] - ref[targets[row]], -ref[targets[row]])
+        )
+    kls, same, margin, delta, loss = (np.array(column) for column in zip(*figures, strict=True))
+    unknown = np.full(len(targets), np.nan)
+    return Positions(kls, same.astype(bool), margin, delta, loss, unknown, unknown)
+
+
+def _lumped(ref: Floats, got: Floats) -> float:
+    p, q = np.exp(ref), np.exp(got)
+    rest_p, rest_q = max(1.0 - float(p.sum()), 0.0), max(1.0 - float(q.sum()), 1e-9)
+    rest = rest_p * np.log(rest_p / rest_q) if rest_p > 1e-9 else 0.0
+    return max(float((p * (ref - got)).sum() + rest), 0.0)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+Statistic = Callable[[Positions], float]
+
+
+def mean_kl(positions: Positions) -> float:
+    """Nats."""
+    return float(positions.kl.mean())
+
+
+def quantile_kl(share: float) -> Statistic:
+    """Nats; the value that ``share`` of the positions do not exceed."""
+
+    def statistic(positions: Positions) -> float:
+        return float(np.quantile(positions.kl, share, method="higher"))
+
+    return statistic
+
+
+def top1(positions: Positions) -> float:
+    """Share of positions with the same most likely token."""
+    return float(positions.same.mean())
+
+
+def top1_but_ties(positions: Positions) -> float:
+    """As ``top1``, where a swap of two tokens that the reference holds for equal (within 1e-4 nats) is no difference."""
+    return float((positions.same | (positions.margin <= 1e-4)).mean())
+
+
+def ln_ppl_ratio(positions: Positions) -> float:
+    """ln(perplexity of the export / perplexity of the reference), over the true next tokens."""
+    known = positions.delta[~np.isnan(positions.delta)]
+    return float(-known.mean()) if len(known) else np.nan
+
+
+def mean_delta(positions: Positions) -> float:
+    """Mean change in log-probability of the true next token; its absolute values."""
+    return float(np.nanmean(np.abs(positions.delta)))
+
+
+def nmse(positions: Positions) -> float:
+    """Squared error of the centred logits over their squared sum: what a softmax does not see is left out."""
+    return float(positions.error.sum() / positions.power.sum())
+
+
+STATISTICS: Mapping[str, Statistic] = {
+    "mean_kl": mean_kl,
+    "median_kl": quantile_kl(0.5),
+    "p99_kl": quantile_kl(0.99),
+    "p999_kl": quantile_kl(0.999),
+    "top1": top1,
+    "top1_but_ties": top1_but_ties,
+    "ln_ppl_ratio": ln_ppl_ratio,
+    "abs_delta": mean_delta,
+    "nmse": nmse,
+}
+
+
+def figures(positions: Positions, sequences: Ints) -> dict[str, Figure]:
+    """Every statistic with its block-bootstrap interval; ``sequences`` is (P,), the sequence of each position.
+
+    Statistics that need what the engine does not show are left out.
+    """
+    values = {name: statistic(positions) for name, statistic in STATISTICS.items()}
+    finite = [name for name, value in values.items() if np.isfinite(value)]
+    drawn: dict[str, list[float]] = {name: [] for name in finite}
+    for sample in _resamples(blocks(sequences)) if finite else ():
+        part = _at(positions, sample)
+        for name in finite:
+            drawn[name].append(STATISTICS[name](part))
+    return {
+        name: Figure(value, *(_interval(np.array(drawn[name])) if name in drawn else (value, value)))
+        for name, value in values.items()
+        if not np.isnan(value)
+    }
+
+
+def ratio(above: Floats, below: Floats, sequences: Ints) -> Figure:
+    """sum(above) / sum(below) with its interval: signal retention."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(above.sum() / below.sum())
+        if not np.isfinite(value):
+            return Figure(np.inf, np.inf, np.inf)
+        drawn = np.array([above[sample].sum() / below[sample].sum() for sample in _resamples(blocks(sequences))])
+    return Figure(value, *_interval(drawn))
+
+
+def blocks(sequences: Ints) -> list[Ints]:
+    """Runs of at most ``BLOCK`` positions of one sequence: the units that are drawn."""
+    edges = np.flatnonzero(np.diff(sequences)) + 1
+    runs = np.split(np.arange(len(sequences)), edges)
+    return [run[start : start + BLOCK] for run in runs for start in range(0, len(run), BLOCK)]
+
+
+def _resamples(units: Sequence[Ints]) -> Sequence[Ints]:
+    rng = np.random.default_rng(0)  # the same draws every time: the same data gives the same verdict
+    return [np.concatenate([units[k] for k in rng.integers(len(units), size=len(units))]) for _ in range(RESAMPLES)]
+
+
+def _at(positions: Positions, index: Ints) -> Positions:
+    return Positions(**{name: getattr(positions, name)[index] for name in FIELDS})
+
+
+def _interval(drawn: Floats) -> tuple[float, float]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn[~np.isnan(drawn)], [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,150 @@
+"""The report of one parity run: report.json (format 1, described in docs/parity.md) and what is made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora2serve.parity.gates import Check, Gate
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PromptFigures:
+    """One scored sequence."""
+
+    part: str
+    text: str  # its beginning
+    kl: tuple[float, ...]  # by position, against the reference of the verdict
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer beside the reference's; ``parts`` is the token where they part, -1 nowhere."""
+
+    prompt: str
+    expected: str
+    got: str
+    parts: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One export in one engine."""
+
+    export: str
+    target: str
+    kind: str  # the row of the threshold table
+    engine: str
+    version: str
+    reference: str
+    gates: tuple[Gate, ...]
+    beside: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)  # figures against the other reference
+    parts: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)  # figures on task and on general text
+    prompts: tuple[PromptFigures, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    tensors: tuple[Mapping[str, Any], ...] = ()  # those with the largest error
+    seconds: float = 0.0
+    required: bool = True  # whether a missing engine is red
+
+    @property
+    def status(self) -> str:
+        """met, missed, failed or missing: that of the first gate that is not met."""
+        return next((gate.status for gate in self.gates if gate.status not in ("met", "skipped")), "met")
+
+    @property
+    def red(self) -> bool:
+        """Whether this row fails the run."""
+        return self.status in ("missed", "failed") or (self.status == "missing" and self.required)
+
+    @property
+    def gate(self) -> Gate | None:
+        """The first gate that is not met."""
+        return next((gate for gate in self.gates if gate.status not in ("met", "skipped")), None)
+
+    def check(self, name: str) -> Check | None:
+        """One figure of the behaviour gate."""
+        return next((c for gate in self.gates if gate.name == "behaviour" for c in gate.checks if c.name == name), None)
+
+
+class Line(NamedTuple):
+    """One line of the terminal's table, in words."""
+
+    export: str
+    engine: str
+    verdict: str
+    mean_kl: str
+    top1: str
+    greedy: str
+    signal: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows and what they were measured with."""
+
+    run: str
+    data: Mapping[str, Any]
+    references: Mapping[str, Any]
+    subjects: tuple[Row, ...]
+    versions: Mapping[str, str]
+    regressions: tuple[str, ...] = ()  # against --baseline
+
+    @property
+    def met(self) -> bool:
+        """Whether every required row is met and nothing got worse."""
+        return bool(self.subjects) and not any(row.red for row in self.subjects) and not self.regressions
+
+    def rows(self) -> list[Line]:
+        """For the terminal."""
+        return [_line(row) for row in self.subjects]
+
+    def json(self) -> dict[str, Any]:
+        """The content of report.json."""
+        content = asdict(self)
+        for shown, row in zip(content["subjects"], self.subjects, strict=True):
+            shown |= {"status": row.status, "red": row.red}
+        content["rows"] = content.pop("subjects")
+        return {"format": FORMAT, "met": self.met, **_finite(content)}
+
+
+def _line(row: Row) -> Line:
+    kl, top, equal, kept = (row.check(name) for name in ("mean_kl", "top1", "equal_answers", "retention"))
+    gate = row.gate
+    verdict = row.status if gate is None else f"{row.status}: {gate.cause or gate.first}"
+    return Line(
+        row.export,
+        row.engine,
+        verdict,
+        _number(kl),
+        f"{top.value:.2%}" if top else "-",
+        f"{equal.value:.0%}" if equal else "-",
+        f"{1 - kept.value:.2%}" if kept and math.isfinite(kept.value) else "-",
+        row.reference,
+    )
+
+
+def _number(check: Check | None) -> str:
+    return f"{check.value:.2g}" if check else "-"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: text stands for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write(report: Report, directory: Path) -> None:
+    """Write the report's files into ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report.json(), indent=1, ensure_ascii=False)
+    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
