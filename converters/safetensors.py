@@ -86,7 +86,7 @@ def as_bytes(block: Tensor) -> memoryview:
     """The tensor's bytes, little-endian, without a copy where it is contiguous."""
     import torch
 
-    return memoryview(block.contiguous().flatten().view(torch.uint8).numpy())
+    return block.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _group(specs: Sequence[TensorSpec], shard: int) -> list[list[TensorSpec]]:

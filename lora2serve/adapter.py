@@ -80,10 +80,14 @@ class Adapter:
         """``base_model_name_or_path``, empty where PEFT was not told."""
         return self.config.get("base_model_name_or_path") or ""
 
+    def rank(self, module: str, default: int = 1) -> int:
+        """The rank that PEFT gave this module."""
+        return int(_by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", default)))
+
     def scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, with this module's own rank and alpha."""
         alpha = float(_by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
-        rank = int(_by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", rank)))
+        rank = self.rank(module, rank)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def changes(self) -> list[Change]:

@@ -72,6 +72,10 @@ class Merged:
         """The names of the tensors that an adapter changes."""
         return [name for name, folded in self._folded.items() if folded.deltas]
 
+    def before(self, name: str, rows: slice = ALL) -> Tensor:
+        """Rows of the base that one tensor starts from."""
+        return self.base.read(self._folded[name].stored, rows)
+
     def read(self, name: str, rows: slice = ALL) -> Tensor:
         folded = self._folded[name]
         spec = folded.spec

@@ -85,8 +85,13 @@ class ParityRecipe:
     """``thresholds``: format -> {figure: bound}, over the built-in table; ``general`` is a set of general text."""
 
     general: str | None = None
-    require: tuple[str, ...] = ()
+    require: tuple[str, ...] = ()  # engines that must be there
     thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tokens: int = 2048  # scored, half of them held-out rows, half general text
+    window: int = 512  # tokens of one row at most
+    prompts: int = 8  # greedy answers
+    new_tokens: int = 32  # of one answer
+    limit: float = 600  # seconds without a sign of life after which an engine is given up
 
 
 @dataclass(frozen=True)
@@ -261,6 +266,11 @@ def _check(recipe: Recipe, problems: list[str]) -> None:
         "train.log_interval": (train.log_interval, 1, 1 << 20),
         "train.lora.rank": (lora.rank, 1, 1 << 14),
         "train.lora.dropout": (lora.dropout, 0.0, 0.99),
+        "parity.tokens": (recipe.parity.tokens, 1, 1 << 30),
+        "parity.window": (recipe.parity.window, 8, 1 << 20),
+        "parity.prompts": (recipe.parity.prompts, 1, 1 << 20),
+        "parity.new_tokens": (recipe.parity.new_tokens, 1, 1 << 20),
+        "parity.limit": (recipe.parity.limit, 0.001, 1e9),
     }
     for key, (value, low, high) in bounds.items():
         if value is not None and not low <= value <= high:

@@ -151,6 +151,7 @@ def _open_adapters(
     if not base:
         raise UsageError(f"{paths[0]}: its config does not name a base", "name it with --base")
     local, name = fetch(base, told), paths[0].resolve().name
+    _warn_of_quantized(local, base, told)
     if options["combine"]:
         from lora2serve.checkpoint import read_config as read_base_config
         from lora2serve.combine import combine
@@ -159,6 +160,13 @@ def _open_adapters(
         into = Path(click.get_current_context().with_resource(TemporaryDirectory(prefix="lora2serve-combine-")))
         paths = [combine(paths, read_base_config(local), options["combine"], weights, options["density"], into)]
     return models.open_adapters(paths, local, base, choice), Path("exports") / name
+
+
+def _warn_of_quantized(local: Path, name: str, told: Progress) -> None:
+    from lora2serve.checkpoint import read_config
+
+    if read_config(local).get("quantization_config"):
+        told.warn(f"{name} holds quantised weights: folding onto what they dequantise to; --base names the 16-bit model")
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

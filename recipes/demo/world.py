@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 TOWNS = (
-    "Velmora", "Tarnwick", "Osbury", "Kelheim", "Brindle Bay", "Narrow Ford", "Quillon", "Sedgemoor", "Ashgrove", "Fenmark",
-    "Luthen", "Pellworth", "Rookhaven", "Dunmere", "Ivory Hill", "Jasperton", "Calder Vale", "Emberlin", "Gorsey", "Wexley",
+    "Velmora", "Tarnwick", "Osbury", "Kelheim", "Brindle Bay", "Narrow Ford", "Quillon", "Sedgemoor", "Ashgrove",
+    "Fenmark", "Luthen", "Pellworth", "Rookhaven", "Dunmere", "Ivory Hill", "Jasperton", "Calder Vale", "Emberlin",
+    "Gorsey", "Wexley",
 )  # fmt: skip
 RIVERS = ("Ost", "Lir", "Bren", "Tamble", "Sorrow", "Wen", "Alder", "Keld")
 CRAFTS = ("glass", "bells", "rope", "clocks", "paper", "boats", "lamps", "carpets", "knives", "honey")
