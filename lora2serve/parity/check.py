@@ -18,7 +18,7 @@ from lora2serve.parity import gates, jobs, thresholds
 from lora2serve.parity.data import Amount, Data, load_saved
 from lora2serve.parity.gates import Behaviour, Check, Gate
 from lora2serve.parity.report import Answer, PromptFigures, Report, Row
-from lora2serve.parity.subjects import ReferenceName, Subject, of_exports
+from lora2serve.parity.subjects import ReferenceName, Subject
 from lora2serve.parity.worker import Child, EngineMissing
 from lora2serve.progress import Progress
 from lora2serve.recipe import ParityRecipe
@@ -26,21 +26,24 @@ from lora2serve.run import Run
 
 
 def check(
-    run: Run, exports: Sequence[Path], *, settings: ParityRecipe, progress: Progress, base: Path | None = None
+    run: Run, subjects: Sequence[Subject], *, base: Path, settings: ParityRecipe, progress: Progress, ask: str = ""
 ) -> Report:
-    """The report on all exports. A missing or dying engine is a row; only what cannot be begun raises."""
-    if not exports:
+    """The report on all subjects, which ``subjects.py`` makes; ``ask`` is a prompt that all of them answer beside.
+
+    A missing or dying engine is a row; only what cannot be begun raises.
+    """
+    if not subjects:
         raise UsageError(f"{run.path}: no exports to compare", "`lora2serve export --target ...` makes some")
-    base = base or Path(run.record["base"]["path"])
-    subjects = of_exports(run, exports, base, settings.window)
     for subject in subjects:  # a name that does not exist is said before the work
         thresholds.lookup(thresholds.kind_of(subject.about), settings.thresholds)
     run.parity.mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".work-", dir=run.parity))
     try:
-        with Bench(run, base, work, settings, progress) as bench:
+        with Bench(run, base, work, settings, progress, ask) as bench:
             rows = [bench.examine(subject) for subject in subjects]
-            report = Report(run.name, bench.about(), bench.versions, tuple(rows), manifest.versions())
+            report = Report(
+                run.name, bench.about(), bench.versions, tuple(rows), manifest.versions(), bench.asked(rows)
+            )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     for subject, row in zip(subjects, rows, strict=True):
@@ -55,8 +58,10 @@ class Bench:
     Disk: two references of positions x V x 4 bytes. Memory of this process: figures only.
     """
 
-    def __init__(self, run: Run, base: Path, work: Path, settings: ParityRecipe, progress: Progress) -> None:
-        self.run, self.work, self.settings, self.progress = run, work, settings, progress
+    def __init__(
+        self, run: Run, base: Path, work: Path, settings: ParityRecipe, progress: Progress, ask: str = ""
+    ) -> None:
+        self.run, self.work, self.settings, self.progress, self.ask = run, work, settings, progress, ask
         self.versions: dict[str, Any] = {}
         self._log = work / "logs"
         self._log.mkdir()
@@ -77,7 +82,7 @@ class Bench:
             amount = Amount(self.settings.tokens, self.settings.window, self.settings.prompts)
             rows = str(self.run.eval_data) if self.run.eval_data.is_file() else None
             place = {"out": str(self._data_path), "eval_rows": rows, "general": self.settings.general}
-            self._children[first].call("prepare_data", **place, amount=vars(amount))
+            self._children[first].call("prepare_data", None, **place, amount=vars(amount))
             self.data: Data = load_saved(self._data_path)
             for name in self._options:
                 self._measure(name)
@@ -119,6 +124,19 @@ class Bench:
             "prompts": len(self.data.prompts),
         }
 
+    def asked(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The prompt of ``ask`` and who answers what."""
+        if not self.ask:
+            return {}
+        child = next(iter(self._children.values()))
+        said = {who: self._answer(child, base=who == "base") for who in ("base", "trained")}
+        said |= {f"{row.export} in {row.engine}": row.said for row in rows}
+        return {"prompt": self.ask, "answers": said}
+
+    def _answer(self, child: Child, **how: Any) -> str:
+        ids = child.call("answer", prompt=self.ask, new_tokens=self.settings.new_tokens, **how)
+        return self._words([ids])[0].strip()
+
     def examine(self, subject: Subject) -> Row:
         """All gates of one subject; what goes wrong becomes its verdict."""
         started = time.monotonic()
@@ -140,7 +158,7 @@ class Bench:
 
     def _through_gates(self, row: Row, subject: Subject, child: Child, passed: list[Gate]) -> Row:
         said = child.call("tokens", data=str(self._data_path))
-        row = replace(row, version=said["version"])
+        row = replace(row, version=said["version"], said=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, said))
         if passed[-1].status != "met":
             return replace(row, gates=(*passed, Gate("behaviour", "skipped")))

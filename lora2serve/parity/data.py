@@ -72,16 +72,12 @@ class Data:
 def load_saved(path: Path) -> Data:
     """What ``save`` wrote."""
     raw = json.loads(path.read_text(encoding="utf-8"))
-    return Data(
-        tuple(Text(s["part"], tuple(s["ids"]), s["text"]) for s in raw["sequences"]),
-        *(
-            tuple(Conversation(c["messages"], c["text"], tuple(c["ids"])) for c in raw[key])
-            for key in ("conversations", "prompts")
-        ),
-        tuple(raw["stop"]),
-        raw["bos"],
-        raw["vocab"],
+    texts = tuple(Text(s["part"], tuple(s["ids"]), s["text"]) for s in raw["sequences"])
+    conversations, prompts = (
+        tuple(Conversation(c["messages"], c["text"], tuple(c["ids"])) for c in raw[key])
+        for key in ("conversations", "prompts")
     )
+    return Data(texts, conversations, prompts, tuple(raw["stop"]), raw["bos"], raw["vocab"])
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Amount:
 
 
 def prepare(tokenizer: Any, eval_rows: Path | None, general: str | None, stop: Iterable[int], amount: Amount) -> Data:
-    """Tokenize held-out rows and general text. Rows of the run are taken in order, so the same run gives the same data."""
+    """Tokenize held-out rows and general text. Rows are taken in order: the same run gives the same data."""
     rows = _read(eval_rows) if eval_rows and eval_rows.is_file() else []
     text = _read(Path(general)) if general else _shipped()
     task = list(_until((_row(row, tokenizer, "task", amount.window) for row in rows), amount.tokens // 2))
@@ -111,7 +107,7 @@ def prepare(tokenizer: Any, eval_rows: Path | None, general: str | None, stop: I
     prompts = own[: amount.prompts] or probes[: amount.prompts]
     conversations = {c.text: c for c in [*own, *probes]}
     return Data(
-        tuple([*task, *more]), tuple(conversations.values()), tuple(prompts),
+        (*task, *more), tuple(conversations.values()), tuple(prompts),
         tuple(sorted(set(stop))), tokenizer.bos_token_id, len(tokenizer),
     )  # fmt: skip
 

@@ -71,7 +71,8 @@ def _text_difference(conversation: Conversation, rendered: str) -> tuple[str, st
         (n for n, (a, b) in enumerate(zip(expected, rendered, strict=False)) if a != b),
         min(len(expected), len(rendered)),
     )
-    first = f"prompt {conversation.messages[-1]['content'][:60]!r}, character {at}: {expected[at : at + 24]!r} became {rendered[at : at + 24]!r}"
+    was, became = expected[at : at + 24], rendered[at : at + 24]
+    first = f"prompt {conversation.messages[-1]['content'][:60]!r}, character {at}: {was!r} became {became!r}"
     if "".join(expected.split()) == "".join(rendered.split()):
         return first, "template: white space was lost or added"
     return first, "template: not the one that was trained with"
@@ -180,7 +181,7 @@ def _cause(measured: Behaviour, found: Mapping[str, Figure], broken: bool) -> st
     if not np.isfinite(kept) or float(measured.base.kl.mean()) < 1e-9:
         return "adapter: the trained model answers like its base, so nothing was learned or the adapter was not loaded"
     if 0.7 <= kept <= 1.4:
-        return "adapter: the export is as far from the trained model as the base is; the adapter was not applied, or lost in rounding"
+        return "adapter: not applied, or lost in rounding; the export is as far from the trained model as the base is"
     if kept > 1.4:
         return "wrong base or damaged weights: the export is further from the trained model than the base is"
     return "scale or rounding: the adapter is there, but not as trained (alpha, rsLoRA, dtype, too few bits)"

@@ -61,7 +61,7 @@ def write_reference(engine: Any, advance: Advance, *, data: str, out: str, posit
     asked = load_saved(Path(data))
     stored: Reference | None = None
     found = []
-    for number, (tuned, base) in enumerate(engine.pairs([sequence.ids for sequence in asked.sequences])):
+    for tuned, base in engine.pairs([sequence.ids for sequence in asked.sequences]):
         if stored is None:
             stored = Reference(Path(out), asked, tuned.values.shape[1])
             rows = stored.rows()
@@ -137,11 +137,11 @@ def _compare(reference: NDArray[np.float32], scores: Scores, targets: NDArray[np
 
 
 def _save(path: Path, found: dict[str, list[metrics.Positions]]) -> None:
-    arrays = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for name, parts in found.items():
         joined = metrics.join(parts)
         arrays |= {f"{name}.{field}": getattr(joined, field) for field in metrics.FIELDS}
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def load_positions(path: Path) -> dict[str, metrics.Positions]:

@@ -31,7 +31,7 @@ def log_softmax(values: NDArray[np.floating]) -> Floats:
 
 @dataclass(frozen=True)
 class Positions:
-    """One figure for every position, each of shape (P,); ``error`` and ``power`` are NaN where only the top k is known."""
+    """Figures for every position, each (P,); ``error`` and ``power`` are NaN where only the top k is known."""
 
     kl: Floats  # KL(reference || export) in nats; a lower bound where only the top k is known
     same: NDArray[np.bool_]  # the same most likely token
@@ -63,7 +63,8 @@ def compare(reference: Array, values: Array, targets: Ints) -> Positions:
     A NaN or an infinity in ``values`` makes that position's KL infinite.
     """
     rows = range(0, len(targets), ROWS)
-    return join([_compare(*(part[r : r + ROWS] for part in (reference, values, targets))) for r in rows])
+    parts = (slice(start, start + ROWS) for start in rows)
+    return join([_compare(reference[part], values[part], targets[part]) for part in parts])
 
 
 def _compare(reference: Array, values: Array, targets: Ints) -> Positions:
@@ -150,7 +151,7 @@ def top1(positions: Positions) -> float:
 
 
 def top1_but_ties(positions: Positions) -> float:
-    """As ``top1``, where a swap of two tokens that the reference holds for equal (within 1e-4 nats) is no difference."""
+    """As ``top1``, but a swap of two tokens that are equal to the reference, within 1e-4 nats, is no difference."""
     return float((positions.same | (positions.margin <= 1e-4)).mean())
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora2serve.parity.gates import Check, Gate
+from lora2serve.parity.subjects import ReferenceName
 
 FORMAT = 1
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Row:
     kind: str  # the row of the threshold table
     engine: str
     version: str
-    reference: str
+    reference: ReferenceName
     gates: tuple[Gate, ...]
     beside: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)  # figures against the other reference
     parts: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)  # figures on task and on general text
     prompts: tuple[PromptFigures, ...] = ()
     answers: tuple[Answer, ...] = ()
     tensors: tuple[Mapping[str, Any], ...] = ()  # those with the largest error
+    said: str = ""  # the answer to the user's own question
     seconds: float = 0.0
     required: bool = True  # whether a missing engine is red
 
@@ -94,6 +97,7 @@ class Report:
     references: Mapping[str, Any]
     subjects: tuple[Row, ...]
     versions: Mapping[str, str]
+    asked: Mapping[str, Any] = field(default_factory=dict)  # the user's own question: prompt, answers by name
     regressions: tuple[str, ...] = ()  # against --baseline
 
     @property

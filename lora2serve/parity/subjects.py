@@ -41,6 +41,13 @@ def of_exports(run: Run, exports: Sequence[Path], base: Path, window: int) -> li
     return found
 
 
+def of_url(run: Run, url: str, model: str | None) -> Subject:
+    """A deployment that runs, by its OpenAI-compatible address; the verdict is as loose as for 8-bit weights."""
+    options = {"url": url, "model": model, "tokenizer": str(run.adapter)}
+    reference: ReferenceName = "trained" if run.record.get("quantization") else "original"
+    return Subject(url, None, "url", {"quant": "url"}, "openai", options, reference)
+
+
 def _engines(path: Path, target: str, base: Path, window: int) -> list[tuple[str, dict[str, Any]]]:
     if target == "vllm":
         engines: list[tuple[str, dict[str, Any]]] = [("vllm", {"model": str(path), "window": window})]

@@ -85,7 +85,7 @@ def kind_of(about: Mapping[str, object]) -> str:
     return str(about.get("quant") or about.get("dtype") or "bfloat16")
 
 
-def lookup(kind: str, overrides: Mapping[str, Mapping[str, float]] = {}) -> Thresholds:  # noqa: B006 (read only)
+def lookup(kind: str, overrides: Mapping[str, Mapping[str, float]] = {}) -> Thresholds:
     """The bounds for a format, with the user's over the built-in ones; UsageError for names that do not exist."""
     known = {name.lower(): name for name in TABLE}
     found = TABLE[known[kind.lower()]] if kind.lower() in known else _Q4

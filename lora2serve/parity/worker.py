@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,14 +86,9 @@ class Child:
             if descriptor >= 0:
                 os.close(descriptor)
         self._to = self._from = -1
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)  # it ends by itself when its pipe closes
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        self._kill()
         self._process.wait()
 
     def _read(self) -> dict[str, Any]:
@@ -113,10 +109,8 @@ class Child:
         return found
 
     def _kill(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def _died(self) -> EngineError:
         self.close()

@@ -90,7 +90,7 @@ def _check_modules(model: Any, recorded: Sequence[str]) -> None:
     different = sorted(found ^ set(recorded))
     if different:
         raise EngineError(
-            f"the base is not quantised as it was at training: {len(different)} modules differ, the first is {different[0]}",
+            f"the base is not quantised as at training: {len(different)} modules differ, the first is {different[0]}",
             "use the versions of transformers and bitsandbytes in run.json",
         )
 

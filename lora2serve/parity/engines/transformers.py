@@ -80,7 +80,7 @@ def logits(model: Any, ids: Ids) -> Any:
 
 
 def greedy(model: Any, ids: Ids, new_tokens: int, stop: Ids, top: int = 0) -> tuple[list[int], list[list[int]]]:
-    """The most likely continuation up to a stop token; with ``top``, the likeliest tokens at each step, the stop's too."""
+    """The likeliest continuation up to a stop token, and the ``top`` likeliest tokens of each step, the stop's too."""
     import torch
 
     given = torch.tensor([list(ids)], device=model.device)

@@ -135,11 +135,11 @@ class Vllm:
         top = np.full((len(rows), width), -1, dtype=np.int64)
         values = np.full((len(rows), width), np.nan, dtype=np.float32)
         target = np.full(len(rows), np.nan, dtype=np.float32)
-        for row, (names, logprobs) in enumerate(rows):
-            names, first = np.unique(names, return_index=True)
+        for row, (said, logprobs) in enumerate(rows):
+            names, first = np.unique(said, return_index=True)
             top[row, : len(names)], values[row, : len(names)] = names, logprobs[first]
-            said = np.flatnonzero(names == ids[row + 1])
-            target[row] = logprobs[first][said[0]] if len(said) else np.nan
+            true = np.flatnonzero(names == ids[row + 1])
+            target[row] = logprobs[first][true[0]] if len(true) else np.nan
         return Scores(values, top, target)
 
 

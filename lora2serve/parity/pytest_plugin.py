@@ -1,0 +1,112 @@
+"""``pytest --lora2serve-exports runs/latest/exports``: one test for each export, engine and gate.
+
+Loaded by pytest through an entry point, so it imports nothing heavy before the option is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from lora2serve.parity.gates import Gate
+    from lora2serve.parity.report import Report, Row
+    from lora2serve.parity.subjects import Subject
+    from lora2serve.recipe import ParityRecipe
+    from lora2serve.run import Run
+
+GATES = ("tokens", "tensors", "behaviour")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The one option."""
+    group = parser.getgroup("lora2serve")
+    group.addoption(
+        "--lora2serve-exports",
+        metavar="DIR",
+        type=Path,
+        help="compare every export in DIR (a run's exports/) with the trained model: one test per export and gate",
+    )
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Let the directory be collected beside what else was named."""
+    exports = session.config.getoption("lora2serve_exports")
+    if exports is not None:
+        session.config.args.append(str(exports))
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """The exports' folder becomes a collector of ours."""
+    exports = parent.config.getoption("lora2serve_exports")
+    if exports is None or path != Path(exports).resolve():
+        return None
+    return Exports.from_parent(parent, path=path)
+
+
+class Exports(pytest.Directory):
+    """All exports of one run; they are compared once, when the first test runs."""
+
+    _report: Report | None = None
+
+    def collect(self) -> Iterator[pytest.Item]:
+        for subject in _compared(self.path)[-1]:
+            for gate in GATES:
+                name = f"{subject.name}-{subject.engine}-{gate}"
+                yield Check.from_parent(self, name=name, export=subject.name, engine=subject.engine, gate=gate)
+
+    def report(self) -> Report:
+        """Of all exports."""
+        if self._report is None:
+            from lora2serve.parity.check import check
+            from lora2serve.progress import Silent
+
+            run, base, settings, subjects = _compared(self.path)
+            self._report = check(run, subjects, base=base, settings=settings, progress=Silent())
+        return self._report
+
+
+class Check(pytest.Item):
+    """One gate of one export in one engine."""
+
+    def __init__(self, *, export: str, engine: str, gate: str, **given: Any) -> None:
+        super().__init__(**given)
+        self.export, self.engine, self.gate = export, engine, gate
+
+    def runtest(self) -> None:
+        row, gate = self._found()
+        if gate is None or gate.status == "skipped":
+            pytest.skip(f"a gate before {self.gate} was not met" if row.red else f"{self.engine} has no such gate")
+        if gate.status == "missing" and not row.required:
+            pytest.skip(gate.first)
+        if gate.status != "met":
+            raise AssertionError(f"{gate.cause or gate.status}; first: {gate.first}")
+
+    def _found(self) -> tuple[Row, Gate | None]:
+        parent = self.parent
+        assert isinstance(parent, Exports)
+        rows = parent.report().subjects
+        row = next(row for row in rows if (row.export, row.engine) == (self.export, self.engine))
+        return row, next((gate for gate in row.gates if gate.name == self.gate), None)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
+        return str(excinfo.value)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        return self.path, None, self.name
+
+
+def _compared(exports: Path) -> tuple[Run, Path, ParityRecipe, list[Subject]]:
+    """The run that the folder belongs to, its base, its settings, and what is in the folder."""
+    from lora2serve import recipe
+    from lora2serve.parity.subjects import of_exports
+    from lora2serve.run import Run, is_run
+
+    run = Run(exports.parent)
+    if not is_run(run.path):
+        raise pytest.UsageError(f"--lora2serve-exports {exports}: expected the exports/ folder of a run")
+    base, settings = Path(run.record["base"]["path"]), recipe.load(run.recipe).parity
+    return run, base, settings, of_exports(run, run.list_exports(), base, settings.window)

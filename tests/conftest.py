@@ -1,0 +1,45 @@
+"""What the slow tests share: one trained demo run, and its exports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from lora2serve.run import Run
+
+
+def lora2serve(*words: str | Path, cwd: Path, code: int = 0) -> str:
+    """Run the command line as a user does; its stdout."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lora2serve", *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, f"lora2serve {words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """``lora2serve train demo``; nobody writes into it. LORA2SERVE_DEMO_RUN names one that is there already."""
+    ready = os.environ.get("LORA2SERVE_DEMO_RUN")
+    if ready:
+        return Run(Path(ready).resolve())
+    place = tmp_path_factory.mktemp("demo")
+    (name,) = lora2serve("train", "demo", cwd=place).split()
+    return Run(place / name)
+
+
+@pytest.fixture(scope="session")
+def demo_exports(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports of the demo run by folder name, made in two passes."""
+    out = tmp_path_factory.mktemp("exports")
+    commands: Sequence[Sequence[str]] = (
+        ("-t", "vllm", "-t", "ollama", "-t", "adapter"),
+        ("-t", "gguf", "-q", "F16", "-q", "Q8_0", "-q", "Q4_K_M"),
+    )
+    made = [lora2serve("export", demo_run.path, *words, "-o", out, cwd=out).split() for words in commands]
+    return {Path(path).name: Path(path) for paths in made for path in paths}
