@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora2serve.checkpoint import INDEX, SINGLE
 from lora2serve.errors import ExportError
+from lora2serve.exporter import Model
 from lora2serve.output import OutFile, Output
 from lora2serve.tensors import TensorSpec, itemsize, torch_dtype
 
@@ -87,6 +89,27 @@ def as_bytes(block: Tensor) -> memoryview:
     import torch
 
     return block.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+class SafetensorsReader:
+    """The plain weights of an export, opened by the safetensors library."""
+
+    def __init__(self, export: Path, about: Mapping[str, Any], model: Model) -> None:
+        from safetensors import safe_open
+
+        files: list[Any] = [safe_open(path, "pt") for path in sorted(export.glob("*.safetensors"))]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        planned = {spec.name for spec in model.source.specs()}
+        self.wanted: Mapping[str, int] = {name: 1 for name in planned if name in self._files}
+        self.differences = [f"{name}: missing" for name in sorted(planned - self._files.keys())]
+        self.differences += [f"{name}: not planned" for name in sorted(self._files.keys() - planned)]
+
+    def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
+        stored = self._files[spec.name].get_slice(spec.name)
+        found = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
+        if tuple(found.shape) != tuple(block.shape):
+            raise ExportError(f"{spec.name}: shape {list(stored.get_shape())}, expected {list(spec.shape)}")
+        return spec.name, block.to(found.dtype).float(), found.float()
 
 
 def _group(specs: Sequence[TensorSpec], shard: int) -> list[list[TensorSpec]]:

@@ -117,7 +117,6 @@ class FourBit:
 
     def read(self, rows: slice) -> Tensor:
         """Float32 rows: the blocks of 64 that cover them, cut to size (a row need not be a multiple of 64)."""
-        import torch
 
         first, last = rows.start * self.spec.row_numel, rows.stop * self.spec.row_numel
         blocks = slice(first // self.block, -(-last // self.block))

@@ -26,6 +26,13 @@ BUILTIN = {
     "adapter": "converters.adapter:AdapterSink",
     "gguf-adapter": "converters.gguf.adapter:GgufAdapterSink",
 }
+# What reads an export back, for parity's tensor gate.
+READERS = {
+    "vllm": "converters.safetensors:SafetensorsReader",
+    "gguf": "converters.gguf.reader:GgufReader",
+    "ollama": "converters.gguf.reader:GgufReader",
+    "lmstudio": "converters.gguf.reader:GgufReader",
+}
 GROUP = "lora2serve.exporters"
 
 
@@ -65,6 +72,19 @@ class Sink(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """An export, opened by its format's own library. Made from ``(directory, manifest, model)``."""
+
+    wanted: Mapping[str, int]  # as a sink's
+    differences: Sequence[str]  # planned and absent, or there and not planned
+
+    def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
+        """The stored tensor's name, the planned values of the rows, and the stored ones, both float32 and equal in
+        shape. Where the format stores plain floats, the planned ones are rounded to its type.
+        """
+        ...
+
+
 class Exporter(Protocol):
     """A target's class: ``Options`` is a frozen dataclass whose fields are the target's options.
 
@@ -96,6 +116,15 @@ def find(name: str) -> Exporter:
     raise UsageError(
         f"--target {name}: unknown target{did_you_mean(name, known())}", f"known targets: {', '.join(known())}"
     )
+
+
+def find_reader(target: str) -> type[Any] | None:
+    """The reader for a target's exports, imported now; None where there is none."""
+    if target not in READERS:
+        return None
+    module, _, attribute = READERS[target].partition(":")
+    reader: type[Any] = getattr(import_module(module), attribute)
+    return reader
 
 
 def plan_options(

@@ -43,8 +43,8 @@ def refuse_unmergeable(adapter: Adapter) -> None:
             raise AdapterError(f"{adapter.path}: {key}: {why}, so it cannot be merged", "serve it with PEFT itself")
     if _init(adapter.config).startswith(UNREPEATABLE):
         raise AdapterError(
-            f"{adapter.path}: init_lora_weights {_init(adapter.config)!r} changed the base in a way that cannot be repeated",
-            "save it again by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL): a plain LoRA",
+            f"{adapter.path}: init_lora_weights {_init(adapter.config)!r} changed the base: that cannot be repeated",
+            "save it as a plain LoRA by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)",
         )
 
 

@@ -20,9 +20,8 @@ from lora2serve.exporter import Exporter, Model, Sink
 from lora2serve.merge import Merged
 from lora2serve.output import Output, Rehearsal
 from lora2serve.progress import Progress
-from lora2serve.tensors import TensorSpec
+from lora2serve.tensors import TensorSpec, row_blocks
 
-BLOCK = 1 << 19  # elements in one block: 2 MiB in float32, the best of 2^18 to 2^22 in time, and small
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 BYTES_IN_FLIGHT = 20  # per element of a block: as stored, before and after the fold, the delta, as written
 
@@ -141,12 +140,7 @@ def _run(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], None]], ahead: in
 
 def _blocks(spec: TensorSpec, sinks: Sequence[Sink]) -> Iterator[slice]:
     """Row blocks of one tensor, each as large as the most demanding sink needs and no larger than it must be."""
-    unit = lcm(*(max(1, sink.wanted[spec.name]) for sink in sinks if spec.name in sink.wanted))
-    if spec.whole:
-        unit = max(1, spec.rows)
-    step = max(unit, BLOCK // max(1, spec.row_numel) // unit * unit)
-    for start in range(0, spec.rows, step):
-        yield slice(start, min(start + step, spec.rows))
+    return row_blocks(spec, lcm(*(max(1, sink.wanted[spec.name]) for sink in sinks if spec.name in sink.wanted)))
 
 
 def _about(model: Model, plan: Plan, said: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class GgufSink:
                 f"--quant {options.quant} needs an importance matrix", "use Q3_K_M or IQ4_XS, which need none"
             )
         self._options = options
-        self._config = _text_config(model.config)
+        self._config = architectures.text_config(model.config)
         self._architecture = architectures.find(self._config)
         specs = list(model.source.specs())
         self._places = layout.lay_out(specs, self._config, self._architecture)
@@ -65,28 +65,26 @@ class GgufSink:
         self.proven_ids = proof.prove(model, self._header.new_writer)
         ggml.prepare(set(self._types.values()))
         self.wanted: Mapping[str, int] = {
-            spec.name: self._together(spec) for spec in specs if spec.name in self._places
+            spec.name: layout.together(spec, self._places[spec.name]) for spec in specs if spec.name in self._places
         }
         self.files = [f"{model.name}-{options.quant}.gguf"]
         self._open(out, tensors)
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
         place = self._places[spec.name]
-        columns = place.shape[-1]
-        values = block.float()
-        if place.heads:
-            values = layout.permute(values, place.heads)
-        if place.add_one:
-            values = values + 1
-        first = place.first + rows.start * spec.row_numel // columns
-        self._put(place.target, first, values.reshape(-1, columns))
+        self._put(place.target, *layout.rows_of(place, spec, rows, block))
 
     def finish(self) -> Mapping[str, Any]:
         import torch
 
         for name, values in self._extra.items():
             self._put(name, 0, torch.tensor([values]))
-        return {"architecture": self._architecture.name, "file": self.files[0], "tokens_proven": self.proven_ids}
+        return {
+            "architecture": self._architecture.name,
+            "file": self.files[0],
+            "match_reference": self._options.match_reference,
+            "tokens_proven": self.proven_ids,
+        }
 
     def close(self) -> None:
         pass
@@ -114,12 +112,6 @@ class GgufSink:
                 seen.add(place.target)
                 planned.append(Planned(place.target, place.shape))
         return planned
-
-    def _together(self, spec: TensorSpec) -> int:
-        """1-D tensors are one row of the file; permuted rows come in whole heads."""
-        if len(spec.shape) == 1:
-            return max(1, spec.rows)
-        return self._places[spec.name].heads or 1
 
     def _open(self, out: Output, tensors: list[Planned]) -> None:
         """Write the header; from it follows where each tensor begins."""
@@ -215,12 +207,6 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a multimodal config."""
-    part = config.get("text_config")
-    return {**part, "architectures": config.get("architectures")} if part else config
 
 
 def _parameters(specs: list[TensorSpec]) -> int:

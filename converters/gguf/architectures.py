@@ -34,6 +34,12 @@ class Architecture:
     drop: tuple[str, ...] = ()  # tensors that llama.cpp has no use for
 
 
+def text_config(config: Config) -> Config:
+    """The language model's part of a multimodal config."""
+    part = config.get("text_config")
+    return {**part, "architectures": config.get("architectures")} if part else config
+
+
 def head_dim(config: Config) -> int:
     """Width of one attention head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])

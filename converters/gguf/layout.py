@@ -84,6 +84,24 @@ def _find(names: Any, name: str) -> str | None:
     return str(found) if found else None
 
 
+def together(spec: TensorSpec, place: Place) -> int:
+    """How many rows must come at once: 1-D tensors are one row of the file; permuted rows come in whole heads."""
+    if len(spec.shape) == 1:
+        return max(1, spec.rows)
+    return place.heads or 1
+
+
+def rows_of(place: Place, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[int, Tensor]:
+    """The first row in the GGUF tensor of a block of stored rows, and its values there: (n, ne0) float32."""
+    values = block.float()
+    if place.heads:
+        values = permute(values, place.heads)
+    if place.add_one:
+        values = values + 1
+    columns = place.shape[-1]
+    return place.first + rows.start * spec.row_numel // columns, values.reshape(-1, columns)
+
+
 def permute(block: Tensor, height: int) -> Tensor:
     """Rows of whole heads from transformers' order (first halves, second halves) to llama.cpp's (pairs)."""
     shape = block.shape

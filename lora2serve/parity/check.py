@@ -52,6 +52,9 @@ def check(
     return report
 
 
+WORST = 20  # tensors in the report
+
+
 class Bench:
     """The references, measured once, and what compares subjects with them.
 
@@ -71,8 +74,9 @@ class Bench:
         if quantization:
             self._options["trained"] = {**options, "quantization": quantization}
         self._children: dict[str, Child] = {}
-        self._base: dict[ReferenceName, Any] = {}
-        self._greedy: dict[ReferenceName, Any] = {}
+        self._base: dict[str, Any] = {}
+        self._greedy: dict[str, Any] = {}
+        self._base_path, self._compared = base, dict[Path, Any]()
 
     def __enter__(self) -> Bench:
         first = next(iter(self._options))
@@ -152,7 +156,7 @@ class Bench:
         except EngineMissing as error:
             row = replace(row, gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)))
         except EngineError as error:
-            name: Any = ("tokens", "behaviour")[min(len(passed), 1)]
+            name = gates.NAMES[min(len(passed), len(gates.NAMES) - 1)]
             row = replace(row, gates=(*passed, Gate(name, "failed", (), error.message, error.hint)))
         return replace(row, seconds=round(time.monotonic() - started, 1))
 
@@ -160,9 +164,25 @@ class Bench:
         said = child.call("tokens", data=str(self._data_path))
         row = replace(row, version=said["version"], said=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, said))
-        if passed[-1].status != "met":
-            return replace(row, gates=(*passed, Gate("behaviour", "skipped")))
+        if passed[-1].status == "met" and subject.path:
+            gate, worst = self._tensors(subject.path, row.kind)
+            passed.append(gate)
+            row = replace(row, tensors=worst)
+        if passed[-1].status not in ("met", "skipped"):
+            return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in gates.NAMES[len(passed) :])))
         return self._behaviour(row, subject, child, passed)
+
+    def _tensors(self, export: Path, kind: str) -> tuple[Gate, tuple[dict[str, Any], ...]]:
+        """The tensor gate, once for each export, and its worst tensors."""
+        if export not in self._compared:
+            options = {"run": str(self.run.path), "base": str(self._base_path), "export": str(export)}
+            with self._child("tensors", options, f"{export.name}-tensors") as child:
+                self._compared[export] = child.call("compare")
+        found = self._compared[export]
+        if found is None:
+            return Gate("tensors", "skipped"), ()
+        gate = gates.tensors(found, thresholds.lookup(kind, self.settings.thresholds))
+        return gate, tuple(found["tensors"][:WORST])
 
     def _behaviour(self, row: Row, subject: Subject, child: Child, passed: list[Gate]) -> Row:
         scored = self.work / "scored.npz"
@@ -170,7 +190,7 @@ class Bench:
         with self.progress.track(f"{row.export} in {row.engine}", self.data.positions, "tokens") as advance:
             child.call("score", advance, data=str(self._data_path), references=place, out=str(scored))
         answers = child.call("generate", data=str(self._data_path), new_tokens=self.settings.new_tokens)
-        measured = {
+        measured: dict[str, Behaviour] = {
             name: Behaviour(
                 positions, self._base[name], self.sequences, self.task,
                 gates.greedy(self._greedy[name], answers, self.data.stop),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -27,11 +27,15 @@ class Check:
     met: bool | None = None
 
 
+GateName = Literal["tokens", "tensors", "behaviour"]
+NAMES: tuple[GateName, ...] = get_args(GateName)
+
+
 @dataclass(frozen=True)
 class Gate:
     """The verdict of one gate: where the first difference is, and its likely cause."""
 
-    name: Literal["tokens", "tensors", "behaviour"]
+    name: GateName
     status: Status
     checks: tuple[Check, ...] = ()
     first: str = ""
@@ -93,6 +97,44 @@ def _id_difference(data: Data, conversation: Conversation, ids: Sequence[int]) -
     if list(ids[1:]) == list(expected) or list(ids) == list(expected[1:]):
         return first, "tokenizer: one more or one less token at the start"
     return first, "tokenizer: not the one that was trained with"
+
+
+SHARP = 10  # the worst 256 values of a tensor may be so many times further off than the worst tensor
+
+
+def tensors(found: Mapping[str, Any], bounds: Thresholds) -> Gate:
+    """The stored tensors against the planned ones; the largest error comes first in ``found``."""
+    if found["missing"]:
+        more = f" and {len(found['missing']) - 1} more" if len(found["missing"]) > 1 else ""
+        return Gate("tensors", "missed", (), found["missing"][0] + more, "names: not those that were planned")
+    whole = max(found["tensors"], key=lambda one: one["nmse"])
+    part = max(found["tensors"], key=lambda one: one["worst"])
+    limit = bounds.tensor_nmse
+    checks = (
+        Check("tensors", len(found["tensors"])),
+        _at_most("tensor_nmse", whole["nmse"], limit),
+        _at_most("block_nmse", part["worst"], None if limit is None else SHARP * limit),
+    )
+    if checks[1].met is False:
+        return Gate(
+            "tensors", "missed", checks, f"{whole['name']}: NMSE {whole['nmse']:.3g}", _tensor_cause(whole["nmse"])
+        )
+    if checks[2].met is False:
+        first = f"{part['name']}: 256 values with NMSE {part['worst']:.3g}"
+        return Gate("tensors", "missed", checks, first, "damaged: a part of one tensor is not what was written")
+    return Gate("tensors", "met", checks)
+
+
+def _at_most(name: str, value: float, bound: float | None) -> Check:
+    return Check(name, value, value, value, bound, None if bound is None else value <= bound)
+
+
+def _tensor_cause(nmse: float) -> str:
+    if nmse == float("inf"):
+        return "dtype: NaN, infinity or zeros in the export's weights"
+    if nmse > 0.5:
+        return "damaged, transposed or from another model: the stored tensor is not the planned one"
+    return "scale or rounding: stored more coarsely than its name says, or folded otherwise (alpha, base)"
 
 
 @dataclass(frozen=True)

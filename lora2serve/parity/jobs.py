@@ -108,6 +108,11 @@ def score(engine: Engine, advance: Advance, *, data: str, references: dict[str, 
     return {"version": engine.version, "whole": whole}
 
 
+def compare(engine: Any, advance: Advance) -> Any:
+    """The tensor gate's figures."""
+    return engine.compare(advance)
+
+
 def generate(engine: Engine, advance: Advance, *, data: str, new_tokens: int) -> list[list[int]]:
     """Greedy answers to every prompt."""
     answers = []
@@ -152,7 +157,8 @@ def load_positions(path: Path) -> dict[str, metrics.Positions]:
 
 
 JOBS: dict[str, Callable[..., Any]] = {
-    job.__name__: job for job in (prepare_data, write_reference, likeliest, tokens, score, generate, text, answer)
+    job.__name__: job
+    for job in (prepare_data, write_reference, likeliest, tokens, compare, score, generate, text, answer)
 }
 
 

@@ -64,6 +64,7 @@ ENGINES = {
     "llama.cpp": "lora2serve.parity.engines.llama_cpp:LlamaCpp",
     "ollama": "lora2serve.parity.engines.ollama:Ollama",
     "openai": "lora2serve.parity.engines.openai:OpenAI",
+    "tensors": "lora2serve.parity.tensors:Tensors",  # no engine, but run like one
 }
 
 

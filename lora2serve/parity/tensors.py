@@ -1,0 +1,115 @@
+"""The tensor gate: an export, opened by its format's own reader, against the fold that was planned for it.
+
+Runs in a child process like an engine, since a damaged file may hang its reader or end it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora2serve import exporter, manifest
+from lora2serve import model as models
+from lora2serve.exporter import Model
+from lora2serve.progress import Silent
+from lora2serve.run import Run
+from lora2serve.tensors import TensorSpec, row_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNIT = 256  # values looked at together: a superblock of ggml's K-quants, eight blocks of its other types
+
+
+@dataclass
+class Difference:
+    """How far one stored tensor is from the planned one."""
+
+    name: str
+    error: float = 0.0  # sum of squared differences
+    power: float = 0.0  # sum of squared planned values
+    largest: float = 0.0  # largest absolute difference
+    worst: float = 0.0  # error / power of the worst ``UNIT`` values
+
+    @property
+    def nmse(self) -> float:
+        """error / power; infinite where only one of the two is zero."""
+        return _share(self.error, self.power)
+
+    def add(self, expected: Tensor, found: Tensor) -> None:
+        """Count some rows in; a NaN counts as an infinite error."""
+        import torch
+
+        difference = (expected.double() - found.double()).flatten().square().nan_to_num(nan=torch.inf)
+        power = expected.double().flatten().square()
+        self.error += float(difference.sum())
+        self.power += float(power.sum())
+        self.largest = max(self.largest, float(difference.max().sqrt()) if len(difference) else 0.0)
+        padding = -len(power) % UNIT
+        errors, powers = (
+            torch.nn.functional.pad(part, (0, padding)).view(-1, UNIT).sum(1) for part in (difference, power)
+        )
+        at = int(torch.where(errors > 0, errors / powers, 0.0).argmax()) if len(errors) else 0
+        self.worst = max(self.worst, _share(float(errors[at]), float(powers[at]))) if len(errors) else self.worst
+
+
+def _share(error: float, power: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / power if power > 0 else float("inf")
+
+
+class Tensors:
+    """One export and the model it was planned from."""
+
+    def __init__(self, run: str, base: str, export: str) -> None:
+        self.path, self.run, self.base = Path(export), Run(Path(run)), Path(base)
+        self.about = manifest.read(self.path)
+
+    def compare(self, advance: Callable[[int], None]) -> dict[str, Any] | None:
+        """Every tensor's difference, the largest first; None where the target has no reader."""
+        if self.about["target"] == "adapter":
+            return self._compare_adapters(advance)
+        kind = exporter.find_reader(str(self.about["target"]))
+        if kind is None:
+            return None
+        model = self._planned()
+        reader: exporter.Reader = kind(self.path, self.about, model)
+        found: dict[str, Difference] = {}
+        for spec, rows in _parts(model, reader.wanted):
+            name, expected, stored = reader.pair(spec, rows, model.source.read(spec.name, rows))
+            found.setdefault(name, Difference(name)).add(expected, stored)
+            advance(expected.numel())
+        return _told(found, reader.differences)
+
+    def _compare_adapters(self, advance: Callable[[int], None]) -> dict[str, Any]:
+        """A raw adapter, folded, against the trained one, folded."""
+        choice = models.Choice(merge_base="original")
+        trained, exported = (
+            models.open_adapters([path], self.base, str(self.base), choice) for path in (self.run.adapter, self.path)
+        )
+        found: dict[str, Difference] = {}
+        for spec, rows in _parts(trained, {spec.name: 1 for spec in trained.source.specs()}):
+            expected, stored = (model.source.read(spec.name, rows) for model in (trained, exported))
+            found.setdefault(spec.name, Difference(spec.name)).add(expected, stored)
+            advance(expected.numel())
+        return _told(found, [])
+
+    def _planned(self) -> Model:
+        mismatch = bool(self.about.get("base_mismatch"))
+        choice = models.Choice(merge_base=self.about["merge_base"], allow_base_mismatch=mismatch)
+        return models.open_run(self.run, self.base, choice, Silent())
+
+
+def _told(found: Mapping[str, Difference], missing: Sequence[str]) -> dict[str, Any]:
+    ordered = sorted(found.values(), key=lambda one: (one.nmse, one.worst), reverse=True)
+    return {"missing": list(missing), "tensors": [asdict(one) | {"nmse": one.nmse} for one in ordered]}
+
+
+def _parts(model: Model, wanted: Mapping[str, int]) -> Iterator[tuple[TensorSpec, slice]]:
+    for spec in model.source.specs():
+        if spec.name in wanted:
+            for rows in row_blocks(spec, wanted[spec.name]):
+                yield spec, rows
