@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -46,6 +47,9 @@ def tokens(data: Data, said: Mapping[str, Any]) -> Gate:
     """Prompts byte for byte, ids one by one, BOS at most once, and the token that ends an answer."""
     count = {"prompts": 0, "ids": 0}
     for conversation, rendered, ids in zip(data.conversations, said["rendered"], said["ids"], strict=True):
+        twice = _bos_difference(data, conversation, ids)
+        if twice:
+            return _tokens_missed(*twice, count)
         if rendered is not None:
             count["prompts"] += 1
             if rendered != conversation.text:
@@ -53,7 +57,7 @@ def tokens(data: Data, said: Mapping[str, Any]) -> Gate:
         if ids is not None:
             count["ids"] += 1
             if tuple(ids) != conversation.ids:
-                return _tokens_missed(*_id_difference(data, conversation, ids), count)
+                return _tokens_missed(*_id_difference(conversation, ids), count)
     missing = sorted(set(data.stop) - set(said["stop"] if said["stop"] is not None else data.stop))
     if missing:
         where = f"the trained model stops at token {missing[0]}, the export does not"
@@ -76,24 +80,40 @@ def _text_difference(conversation: Conversation, rendered: str) -> tuple[str, st
         min(len(expected), len(rendered)),
     )
     was, became = expected[at : at + 24], rendered[at : at + 24]
-    first = f"prompt {conversation.messages[-1]['content'][:60]!r}, character {at}: {was!r} became {became!r}"
+    first = f"prompt {_name(conversation)!r}, character {at}: {was!r} became {became!r}"
     if "".join(expected.split()) == "".join(rendered.split()):
         return first, "template: white space was lost or added"
     return first, "template: not the one that was trained with"
 
 
-def _id_difference(data: Data, conversation: Conversation, ids: Sequence[int]) -> tuple[str, str]:
+def _bos_difference(data: Data, conversation: Conversation, ids: Sequence[int] | None) -> tuple[str, str] | None:
+    """BOS at the start, as often as in training."""
+    if ids is None or data.bos is None:
+        return None
+    expected, found = (
+        sum(1 for _ in takewhile(lambda token: token == data.bos, part)) for part in (conversation.ids, ids)
+    )
+    if found == expected:
+        return None
+    first = f"prompt {_name(conversation)!r}: BOS {found} times at the start, expected {expected}"
+    if found > 1:
+        return first, "BOS: the template writes it and the engine adds it again"
+    return (
+        first,
+        "BOS: lost; neither template nor engine writes it" if expected else "BOS: added, and training had none",
+    )
+
+
+def _name(conversation: Conversation) -> str:
+    return (conversation.messages[-1]["content"] if conversation.messages else conversation.text)[:60]
+
+
+def _id_difference(conversation: Conversation, ids: Sequence[int]) -> tuple[str, str]:
     expected = conversation.ids
     at = next((n for n, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), min(len(expected), len(ids)))
-    name = conversation.messages[-1]["content"] if conversation.messages else conversation.text
-    first = f"prompt {name[:60]!r}, token {at}: ids {list(expected[at : at + 6])} became {list(ids[at : at + 6])}"
-    starts = 0
-    while data.bos is not None and starts < len(ids) and ids[starts] == data.bos:
-        starts += 1
-    if starts > 1:
-        return first, f"BOS: {starts} times at the start; the template writes it and the engine adds it again"
-    if data.bos is not None and starts == 0 and expected[:1] == (data.bos,):
-        return first, "BOS: lost; neither template nor engine writes it"
+    first = (
+        f"prompt {_name(conversation)!r}, token {at}: ids {list(expected[at : at + 6])} became {list(ids[at : at + 6])}"
+    )
     if list(ids[1:]) == list(expected) or list(ids) == list(expected[1:]):
         return first, "tokenizer: one more or one less token at the start"
     return first, "tokenizer: not the one that was trained with"
@@ -117,7 +137,11 @@ def tensors(found: Mapping[str, Any], bounds: Thresholds) -> Gate:
     )
     if checks[1].met is False:
         return Gate(
-            "tensors", "missed", checks, f"{whole['name']}: NMSE {whole['nmse']:.3g}", _tensor_cause(whole["nmse"])
+            "tensors",
+            "missed",
+            checks,
+            f"{whole['name']}: NMSE {whole['nmse']:.3g}",
+            _tensor_cause(found["tensors"], whole["nmse"], limit),
         )
     if checks[2].met is False:
         first = f"{part['name']}: 256 values with NMSE {part['worst']:.3g}"
@@ -129,12 +153,22 @@ def _at_most(name: str, value: float, bound: float | None) -> Check:
     return Check(name, value, value, value, bound, None if bound is None else value <= bound)
 
 
-def _tensor_cause(nmse: float) -> str:
+def _tensor_cause(found: Sequence[Mapping[str, Any]], nmse: float, limit: float | None) -> str:
     if nmse == float("inf"):
         return "dtype: NaN, infinity or zeros in the export's weights"
-    if nmse > 0.5:
-        return "damaged, transposed or from another model: the stored tensor is not the planned one"
-    return "scale or rounding: stored more coarsely than its name says, or folded otherwise (alpha, base)"
+    bad = [one for one in found if one["nmse"] > (limit or 0.0)]
+    strengths = [one["strength"] for one in found if one["strength"] is not None]
+    middle = float(np.median(strengths)) if strengths else 1.0
+    alike = bool(strengths) and float(np.quantile(np.abs(np.array(strengths) - middle), 0.9)) < 0.02
+    if alike and abs(middle) < 0.02:
+        return "adapter: not applied; the stored weights are the base's"
+    if alike and abs(middle - 1) > 0.02:
+        return f"scale: the adapter is there at {middle:.2f} of its strength (alpha, rsLoRA, folded twice)"
+    if len(bad) <= max(2, len(found) // 8):
+        return f"one part is damaged, transposed or another layer's: {', '.join(one['name'] for one in bad[:3])}"
+    if nmse > 0.15 or not alike:  # ggml's two-bit types reach 0.1
+        return "wrong base or damaged weights: the stored tensors are not the planned ones"
+    return "rounding: stored more coarsely than its name says"
 
 
 @dataclass(frozen=True)

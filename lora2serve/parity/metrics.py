@@ -163,7 +163,8 @@ def ln_ppl_ratio(positions: Positions) -> float:
 
 def mean_delta(positions: Positions) -> float:
     """Mean change in log-probability of the true next token; its absolute values."""
-    return float(np.nanmean(np.abs(positions.delta)))
+    known = positions.delta[~np.isnan(positions.delta)]
+    return float(np.abs(known).mean()) if len(known) else np.nan
 
 
 def nmse(positions: Positions) -> float:

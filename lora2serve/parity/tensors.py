@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora2serve import exporter, manifest
 from lora2serve import model as models
 from lora2serve.exporter import Model
+from lora2serve.merge import Merged
 from lora2serve.progress import Silent
 from lora2serve.run import Run
 from lora2serve.tensors import TensorSpec, row_blocks
@@ -32,11 +33,24 @@ class Difference:
     power: float = 0.0  # sum of squared planned values
     largest: float = 0.0  # largest absolute difference
     worst: float = 0.0  # error / power of the worst ``UNIT`` values
+    along: float = 0.0  # sum of (stored - base) times (planned - base)
+    delta: float = 0.0  # sum of squared (planned - base)
 
     @property
     def nmse(self) -> float:
         """error / power; infinite where only one of the two is zero."""
         return _share(self.error, self.power)
+
+    @property
+    def strength(self) -> float | None:
+        """How much of the adapter's change is in the stored tensor: 1 as planned, 0 none; None where it has none."""
+        return self.along / self.delta if self.delta > 0 else None
+
+    def add_change(self, base: Tensor, expected: Tensor, found: Tensor) -> None:
+        """Count the adapter's part of some rows in."""
+        change, there = expected.double() - base.double(), found.double() - base.double()
+        self.along += float((change * there).sum())
+        self.delta += float(change.square().sum())
 
     def add(self, expected: Tensor, found: Tensor) -> None:
         """Count some rows in; a NaN counts as an infinite error."""
@@ -76,11 +90,18 @@ class Tensors:
         if kind is None:
             return None
         model = self._planned()
+        merged = model.source
+        assert isinstance(merged, Merged)
         reader: exporter.Reader = kind(self.path, self.about, model)
-        found: dict[str, Difference] = {}
+        changed, found = set(merged.changed()), dict[str, Difference]()
         for spec, rows in _parts(model, reader.wanted):
-            name, expected, stored = reader.pair(spec, rows, model.source.read(spec.name, rows))
-            found.setdefault(name, Difference(name)).add(expected, stored)
+            name, expected, stored = reader.pair(spec, rows, merged.read(spec.name, rows))
+            one = found.setdefault(name, Difference(name))
+            one.add(expected, stored)
+            if spec.name in changed:
+                base = merged.before(spec.name, rows)
+                if base.numel() == expected.numel():  # not where the vocabulary grew
+                    one.add_change(reader.pair(spec, rows, base)[1], expected, stored)
             advance(expected.numel())
         return _told(found, reader.differences)
 
@@ -105,7 +126,10 @@ class Tensors:
 
 def _told(found: Mapping[str, Difference], missing: Sequence[str]) -> dict[str, Any]:
     ordered = sorted(found.values(), key=lambda one: (one.nmse, one.worst), reverse=True)
-    return {"missing": list(missing), "tensors": [asdict(one) | {"nmse": one.nmse} for one in ordered]}
+    return {
+        "missing": list(missing),
+        "tensors": [asdict(one) | {"nmse": one.nmse, "strength": one.strength} for one in ordered],
+    }
 
 
 def _parts(model: Model, wanted: Mapping[str, int]) -> Iterator[tuple[TensorSpec, slice]]:

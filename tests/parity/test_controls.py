@@ -1,0 +1,181 @@
+"""Exports that are wrong in one known way each: every one is red, and for the right reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora2serve import manifest, recipe
+from lora2serve.parity.check import check
+from lora2serve.parity.report import Report, Row
+from lora2serve.parity.subjects import Subject, of_exports
+from lora2serve.progress import Silent
+from lora2serve.run import Run
+from tests.conftest import lora2serve
+
+Weights = dict[str, torch.Tensor]
+Q = "model.layers.{}.self_attn.q_proj.weight"
+
+
+@dataclass(frozen=True)
+class Control:
+    """``gate`` is the one that must be missed, ``cause`` a part of what it says; ``blind`` without the tensor gate."""
+
+    damage: Callable[[Path, Run], None]
+    gate: str
+    cause: str
+    first: str = ""
+    blind: str | None = None
+
+
+def weights(change: Callable[[Weights, Weights], None]) -> Callable[[Path, Run], None]:
+    """Damage the merged weights; the base's are at hand."""
+
+    def damage(export: Path, run: Run) -> None:
+        base = load_file(Path(run.record["base"]["path"]) / "model.safetensors")
+        merged = load_file(export / "model.safetensors")
+        change(merged, base)
+        save_file({name: tensor.contiguous() for name, tensor in merged.items()}, export / "model.safetensors")
+
+    return damage
+
+
+def text(name: str, old: str, new: str) -> Callable[[Path, Run], None]:
+    def damage(export: Path, run: Run) -> None:
+        content = (export / name).read_text()
+        assert old in content
+        (export / name).write_text(content.replace(old, new, 1))
+
+    return damage
+
+
+def not_applied(merged: Weights, base: Weights) -> None:
+    merged.update(base)
+
+
+def too_strong(merged: Weights, base: Weights) -> None:
+    for name, tensor in merged.items():
+        merged[name] = (base[name] + 1.1 * (tensor.float() - base[name].float())).to(tensor.dtype)
+
+
+def other_layer(merged: Weights, base: Weights) -> None:
+    deltas = [merged[Q.format(n)].float() - base[Q.format(n)].float() for n in (0, 1)]
+    merged[Q.format(0)] = (base[Q.format(0)].float() + deltas[1]).to(torch.bfloat16)
+
+
+def transposed(merged: Weights, base: Weights) -> None:
+    merged[Q.format(1)] = merged[Q.format(1)].T
+
+
+def other_base(merged: Weights, base: Weights) -> None:
+    torch.manual_seed(0)
+    for name, tensor in merged.items():
+        noise = 1.5 * base[name].float().std() * torch.randn(tensor.shape)
+        merged[name] = (tensor.float() + noise).to(tensor.dtype)
+
+
+def one_nan(merged: Weights, base: Weights) -> None:
+    merged[Q.format(0)][3, 5] = torch.nan
+
+
+def two_ids_swapped(export: Path, run: Run) -> None:
+    content = json.loads((export / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
+    (export / "tokenizer.json").write_text(json.dumps(content))
+
+
+def double_bos(export: Path, run: Run) -> None:
+    text("chat_template.jinja", "{%- for", "{{- bos_token + bos_token }}{%- for")(export, run)
+
+
+def no_eos(export: Path, run: Run) -> None:
+    (export / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
+    text("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"')(export, run)
+
+
+CONTROLS = {
+    "adapter not applied": Control(weights(not_applied), "tensors", "adapter: not applied", blind="adapter: not applied"),
+    "alpha times 1.1": Control(weights(too_strong), "tensors", "scale: the adapter is there at 1.10", blind="scale or rounding"),
+    "another layer's B": Control(weights(other_layer), "tensors", "one part is damaged", Q.format(0), blind=""),
+    "one matrix transposed": Control(weights(transposed), "tensors", "one part is damaged", Q.format(1), blind=""),
+    "wrong base": Control(weights(other_base), "tensors", "wrong base", blind="wrong base"),
+    "one NaN": Control(weights(one_nan), "tensors", "NaN", Q.format(0), blind="NaN"),
+    "template lost a newline": Control(text("chat_template.jinja", r"+ '\n' }}{%- endfor", "}}{%- endfor"), "tokens", "template: white space"),
+    "double BOS": Control(double_bos, "tokens", "BOS: the template writes it", "BOS 2 times"),
+    "two ids swapped": Control(two_ids_swapped, "tokens", "tokenizer"),
+    "no end token": Control(no_eos, "tokens", "end token"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Every control, and again without a path so that only behaviour can find it, beside the sound export."""
+    root = tmp_path_factory.mktemp("controls")
+    run = Run(root / "run")
+    shutil.copytree(demo_run.path, run.path, symlinks=True, ignore=shutil.ignore_patterns("exports", "checkpoints"))
+    base, settings = Path(run.record["base"]["path"]), recipe.load(run.recipe).parity
+    subjects: list[Subject] = []
+    for name, control in {"sound": None, **CONTROLS}.items():
+        export = root / name
+        shutil.copytree(demo_exports["vllm"], export)
+        if control:
+            control.damage(export, run)
+        seen = next(s for s in of_exports(run, [export], base, settings.window) if s.engine == "transformers")
+        subjects.append(seen)
+        if control is None or control.blind is not None:
+            subjects.append(replace(seen, name=f"{name}, blind", path=None))
+    return check(run, subjects, base=base, settings=settings, progress=Silent())
+
+
+def row_of(report: Report, name: str) -> Row:
+    return next(row for row in report.subjects if row.export == name)
+
+
+def test_the_sound_export_is_met(report: Report) -> None:
+    row = row_of(report, "sound")
+    assert [gate.status for gate in row.gates] == ["met", "met", "met"]
+    assert row_of(report, "sound, blind").status == "met"
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_red_for_the_right_reason(report: Report, name: str) -> None:
+    control, row = CONTROLS[name], row_of(report, name)
+    assert row.red
+    assert row.gate is not None
+    assert row.gate.name == control.gate
+    assert control.cause in row.gate.cause
+    assert control.first in row.gate.first
+    assert [gate.status for gate in row.gates][-1] == "skipped"
+
+
+@pytest.mark.parametrize("name", [name for name, control in CONTROLS.items() if control.blind is not None])
+def test_behaviour_alone_finds_it(report: Report, name: str) -> None:
+    row = row_of(report, f"{name}, blind")
+    assert row.red
+    assert row.gate is not None
+    assert row.gate.name == "behaviour"
+    assert (CONTROLS[name].blind or "") in row.gate.cause
+    assert row.gate.first
+
+
+def test_a_coarser_type_under_a_finer_name(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
+    """A Q4_0 file named Q8_0."""
+    (made,) = lora2serve("export", demo_run.path, "-t", "gguf", "-q", "Q4_0", "-o", tmp_path, cwd=tmp_path).split()
+    named = tmp_path / "gguf-Q8_0"
+    Path(made).rename(named)
+    manifest.update(named, quant="Q8_0")
+    base, settings = Path(demo_run.record["base"]["path"]), recipe.load(demo_run.recipe).parity
+    (row,) = check(
+        demo_run, of_exports(demo_run, [named], base, 512), base=base, settings=settings, progress=Silent()
+    ).subjects
+    assert row.red
+    assert row.gate is not None
+    assert (row.gate.name, row.gate.cause) == ("tensors", "rounding: stored more coarsely than its name says")
