@@ -38,7 +38,7 @@ def demo_exports(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dic
     """Exports of the demo run by folder name, made in two passes."""
     out = tmp_path_factory.mktemp("exports")
     commands: Sequence[Sequence[str]] = (
-        ("-t", "vllm"),
+        ("-t", "vllm", "-t", "ollama", "-t", "adapter"),
         ("-t", "gguf", "-q", "F16", "-q", "Q8_0", "-q", "Q4_K_M"),
     )
     made = [lora2serve("export", demo_run.path, *words, "-o", out, cwd=out).split() for words in commands]

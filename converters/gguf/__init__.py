@@ -62,7 +62,7 @@ class GgufSink:
         )
         chosen = types.choose(options.quant, tensors, self._header.new_writer)
         self._types = types.override(chosen, options.tensor_type)
-        self.proven_ids = proof.prove(model, self._header.new_writer)
+        self.proof = proof.prove(model, self._header.new_writer)
         ggml.prepare(set(self._types.values()))
         self.wanted: Mapping[str, int] = {
             spec.name: layout.together(spec, self._places[spec.name]) for spec in specs if spec.name in self._places
@@ -83,7 +83,7 @@ class GgufSink:
             "architecture": self._architecture.name,
             "file": self.files[0],
             "match_reference": self._options.match_reference,
-            "tokens_proven": self.proven_ids,
+            "tokens_proven": self.proof.ids,
         }
 
     def close(self) -> None:

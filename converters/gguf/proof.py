@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,22 @@ def f(x, *, y=None):\n\treturn {"a": [x ** 2, y // 3]}  # comment\n\n\n    if x 
 Grüße aus Köln, où est la bibliothèque? ¿Dónde está? Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم नमस्ते दुनिया
 你好，世界！今天天气很好。こんにちは、世界。カタカナ 안녕하세요 세계 สวัสดีชาวโลก Xin chào thế giới
 🚀🙂 👩‍👩‍👧‍👦 ✅ 🦙🦙 3️⃣ 🇪🇺 ½ ² Ⅷ ①② ﬁ é é ñ \u00a0 \u3000 \u200b end
-   leading,  double,   triple    spaces\t\ttabs \n \n\n \n\n\n trailing   \nhttps://example.org/a?b=c&d=%20 user@mail.com C++ C# <b>html</b>
- ' '' ''' '''' !!!!!! ...... ------ ======= 你a你1你 a1b2c3 CamelCaseWord snake_case_word UPPER lower MiXeD 1st 2nd 3RD"""
+   leading,  double,   triple    spaces\t\ttabs \n \n\n \n\n\n trailing   \n\
+https://example.org/a?b=c&d=%20 user@mail.com C++ C# <b>html</b>
+ ' '' ''' '''' !!!!!! ...... ------ ======= 你a你1你 a1b2c3 CamelCaseWord snake_case_word UPPER lower MiXeD
+1st 2nd 3RD"""
 
 
-def prove(model: Model, new_writer: Callable[[Path], Any]) -> int:
-    """Compare ids on the text above and on every special token; the number of ids compared, or ExportError."""
+@dataclass(frozen=True)
+class Proof:
+    """``ids`` were compared; ``adds_bos``: llama.cpp puts BOS before every prompt by itself."""
+
+    ids: int
+    adds_bos: bool
+
+
+def prove(model: Model, new_writer: Callable[[Path], Any]) -> Proof:
+    """Compare ids on the text above and on every special token; ExportError names the first that differs."""
     try:
         import llama_cpp
     except ImportError:
@@ -41,7 +52,9 @@ def prove(model: Model, new_writer: Callable[[Path], Any]) -> int:
                 raise ExportError(
                     f"llama.cpp cannot load the tokenizer: {said.last_error()}", "try another --pre"
                 ) from None
-            return _compare(model, lambda text: loaded.tokenize(text.encode(), add_bos=False, special=True))
+            compared = _compare(model, lambda text: loaded.tokenize(text.encode(), add_bos=False, special=True))
+            vocab = llama_cpp.llama_model_get_vocab(loaded.model)
+            return Proof(compared, bool(llama_cpp.llama_vocab_get_add_bos(vocab)))
 
 
 def _compare(model: Model, theirs: Callable[[str], list[int]]) -> int:
@@ -56,7 +69,8 @@ def _compare(model: Model, theirs: Callable[[str], list[int]]) -> int:
                 (n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
             )
             raise ExportError(
-                f"llama.cpp splits {text[:40]!r} otherwise: id {place} is {got[place : place + 3]}, expected {expected[place : place + 3]}",
+                f"llama.cpp splits {text[:40]!r} otherwise: id {place} is {got[place : place + 3]}, "
+                f"expected {expected[place : place + 3]}",
                 "the pre-tokenizer is another one: name it with --pre",
             )
         compared += len(got)
@@ -69,8 +83,9 @@ def _encoder(model: Model) -> Callable[[str], list[int]]:
 
         tokenizer = Tokenizer.from_file(str(model.files["tokenizer.json"]))
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
-    from converters.gguf.vocab import tokenizer_directory
     from transformers import AutoTokenizer
+
+    from converters.gguf.vocab import tokenizer_directory
 
     with tokenizer_directory(model) as folder:
         slow = AutoTokenizer.from_pretrained(str(folder))
