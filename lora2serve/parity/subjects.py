@@ -14,6 +14,9 @@ from lora2serve.run import Run
 ReferenceName = Literal["trained", "original"]
 
 
+ADAPTERS = ("adapter", "gguf-adapter")  # served on the full-precision base
+
+
 @dataclass(frozen=True)
 class Subject:
     """An export in one engine; ``options`` make the engine."""
@@ -33,9 +36,8 @@ def of_exports(run: Run, exports: Sequence[Path], base: Path, window: int) -> li
     for path in exports:
         about = manifest.read(path)
         target = str(about.get("target"))
-        reference: ReferenceName = (
-            "trained" if about.get("merge_base") == "trained" and run.record.get("quantization") else "original"
-        )
+        folded = target not in ADAPTERS and about.get("merge_base") == "trained" and run.record.get("quantization")
+        reference: ReferenceName = "trained" if folded else "original"
         for engine, options in _engines(path, target, base, window):
             found.append(Subject(path.name, path, target, about, engine, options, reference))
     return found
