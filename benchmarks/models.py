@@ -1,7 +1,7 @@
 """Llama-shaped models of any size with random weights, and an adapter, written without holding them in memory.
 
-    python -m benchmarks.models DIR LAYERS     DIR/base, DIR/adapter
-    python -m benchmarks.models --nf4 DIR      DIR/nf4 from DIR/base, by transformers and bitsandbytes
+python -m benchmarks.models DIR LAYERS     DIR/base, DIR/adapter
+python -m benchmarks.models --nf4 DIR      DIR/nf4 from DIR/base, by transformers and bitsandbytes
 """
 
 from __future__ import annotations

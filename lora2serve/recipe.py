@@ -141,8 +141,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(content, override, problems)
     recipe = _build(Recipe, content, "", problems)
-    if not problems:
-        _check(recipe, problems)
+    _check(recipe, problems)
     if problems:
         raise RecipeError(
             "\n".join(f"{path.name}: {problem}" for problem in problems), "see `lora2serve init` for every key"
@@ -166,9 +165,8 @@ def _build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         return _build_union(args, value, path, problems)
     if origin is Literal:
         if value not in args:
-            problems.append(
-                f"{path}: {value!r}, expected one of {', '.join(map(str, args))}{did_you_mean(str(value), map(str, args))}"
-            )
+            known = [str(arg) for arg in args]
+            problems.append(f"{path}: {value!r}, expected one of {', '.join(known)}{did_you_mean(str(value), known)}")
         return value
     if origin is tuple:
         values = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else None
@@ -187,20 +185,23 @@ def _build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
 def _build_dataclass(kind: type[Any], value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
         problems.append(f"{path}: {value!r}, expected keys and values")
-        return None
+        return _build_dataclass(kind, {}, path, [])
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in fields(kind)}
     prefix = f"{path}." if path else ""
     problems += [f"{prefix}{key}: unknown key{did_you_mean(str(key), known)}" for key in value if key not in known]
     built = {}
     for name, spec in known.items():
+        required = spec.default is MISSING and spec.default_factory is MISSING
         if name in value:
-            built[name] = _build(hints[name], value[name], f"{prefix}{name}", problems)
-        elif spec.default is MISSING and spec.default_factory is MISSING:
+            before = len(problems)
+            made = _build(hints[name], value[name], f"{prefix}{name}", problems)
+            if len(problems) == before or is_dataclass(made) or required:
+                built[name] = made  # else the default stands in, so that the other values are looked at too
+        elif required:
             problems.append(f"{prefix}{name}: missing")
-            built[name] = (
-                _build_dataclass(hints[name], {}, f"{prefix}{name}", problems) if is_dataclass(hints[name]) else None
-            )
+            nested = is_dataclass(hints[name])
+            built[name] = _build_dataclass(hints[name], {}, f"{prefix}{name}", problems) if nested else ""
     return kind(**built)
 
 

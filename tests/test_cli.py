@@ -49,7 +49,7 @@ def test_words_and_codes(here: Path, capfd: pytest.CaptureFixture[str], args: li
 
 
 def test_export_prints_directories_only(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
-    base, adapter = pair
+    _, adapter = pair
     assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 0
     out, _ = capfd.readouterr()
     assert [Path(line).name for line in out.splitlines()] == ["vllm"]

@@ -10,13 +10,43 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub", "yaml"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "vllm",
+    "llama_cpp",
+    "gguf",
+    "numpy",
+    "huggingface_hub",
+    "yaml",
+}
 # Modules that stay light at the top, whatever is used inside their functions.
-LIGHT = ("cli", "recipe", "errors", "run", "tensors", "exporter", "manifest", "output", "progress", "checkpoint", "adapter", "console")
+LIGHT = (
+    "cli",
+    "recipe",
+    "errors",
+    "run",
+    "tensors",
+    "exporter",
+    "manifest",
+    "output",
+    "progress",
+    "checkpoint",
+    "adapter",
+    "console",
+)
 # What a part of the toolchain must not import, at the top or inside a function.
 APART = {part: {"train", "stream", "parity", "hub"} - {part} for part in ("train", "stream", "parity", "hub")}
 CONVERTERS_MAY = {"tensors", "errors", "checkpoint", "adapter", "manifest", "exporter", "output", "progress", "lint"}
-CONVERTER_PAIRS = {"vllm": {"safetensors", "compressed"}, "adapter": {"safetensors"}, "ollama": {"gguf"}, "lmstudio": {"gguf", "ollama"}}
+CONVERTER_PAIRS = {
+    "vllm": {"safetensors", "compressed"},
+    "adapter": {"safetensors"},
+    "ollama": {"gguf"},
+    "lmstudio": {"gguf", "ollama"},
+}
 
 
 def modules(package: str) -> list[Path]:

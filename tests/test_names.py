@@ -146,11 +146,14 @@ def test_keys_of_older_peft(tmp_path: Path) -> None:
     oracle = merged_by_peft(base, adapter)
     file = adapter / "adapter_model.safetensors"
     old = {}
+    renamed = {
+        "lora_magnitude_vector": "lora_magnitude_vector.default.weight",
+        "lm_head.weight": "lm_head.modules_to_save.weight",
+        "lora_A.weight": "lora_A.default.weight",
+    }
     for name, tensor in load_file(file).items():
-        name = name.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight")
-        name = name.replace("lm_head.weight", "lm_head.modules_to_save.weight").replace(
-            "lora_A.weight", "lora_A.default.weight"
-        )
+        for new, before in renamed.items():
+            name = name.replace(new, before)  # noqa: PLW2901
         old[name] = tensor
     save_file(old, file)
     config = json.loads((adapter / "adapter_config.json").read_text())

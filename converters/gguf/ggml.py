@@ -1,4 +1,4 @@
-"""ggml's own quantiser, by ctypes out of the library that llama-cpp-python ships; gguf's numpy code where it is missing.
+"""ggml's own quantiser, by ctypes out of llama-cpp-python's library; gguf's numpy code where it is missing.
 
 A failed assertion inside ggml ends the process, so every argument is checked here first.
 """

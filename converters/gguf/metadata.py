@@ -98,7 +98,7 @@ def rope_factors(config: Config) -> list[float] | None:
 
 def _rope_parameters(config: Config) -> Mapping[str, Any]:
     """Rope settings under the names of either generation of transformers."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     given = given.get("full_attention", given)
     rope_type = given.get("rope_type") or given.get("type")
     theta = given.get("rope_theta", config.get("rope_theta"))

@@ -20,8 +20,8 @@ from lora2serve.errors import ExportError
 PRESETS = {
     "F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q5_K_S": 16, "Q4_K_M": 15, "Q4_K_S": 14,
     "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q3_K_L": 13, "Q3_K_M": 12, "Q3_K_S": 11, "Q2_K": 10, "IQ4_XS": 30,
-    "IQ4_NL": 25, "MXFP4": 38, "IQ3_S": 26, "IQ3_M": 27, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ2_M": 29, "IQ2_S": 28, "IQ2_XS": 20,
-    "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
+    "IQ4_NL": 25, "MXFP4": 38, "IQ3_S": 26, "IQ3_M": 27, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ2_M": 29, "IQ2_S": 28,
+    "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
 }  # fmt: skip
 NEEDS_IMATRIX = ("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 PLAIN = ("F32", "F16", "BF16")
@@ -101,13 +101,12 @@ class quiet_llama:  # noqa: N801
     def __enter__(self) -> quiet_llama:
         import llama_cpp
 
-        @llama_cpp.llama_log_callback
         def hear(level: int, text: bytes, data: Any) -> None:
             if level >= 3:  # GGML_LOG_LEVEL_WARN
                 self._lines.append(text.decode("utf-8", errors="replace").strip())
 
-        _keep.append(hear)
-        llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
+        _keep.append(llama_cpp.llama_log_callback(hear))
+        llama_cpp.llama_log_set(_keep[-1], ctypes.c_void_p(0))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -133,5 +132,5 @@ def override(types: Mapping[str, str], wanted: Sequence[str]) -> dict[str, str]:
         matching = [tensor for tensor in types if re.search(pattern, tensor)]
         if not matching:
             raise ExportError(f"--tensor-type {given}: no tensor matches", f"names are such as {next(iter(types))}")
-        result |= {tensor: name for tensor in matching}
+        result |= dict.fromkeys(matching, name)
     return result

@@ -53,7 +53,7 @@ class TokenType(IntEnum):
 
 @dataclass
 class Vocab:
-    """``tokens`` are text (BPE, byte-level alphabet) or UTF-8 bytes (SentencePiece); all lists are as long as the embedding."""
+    """``tokens``: text (BPE, byte-level) or UTF-8 bytes (SentencePiece); all lists have the embedding's length."""
 
     model: str  # gpt2 or llama
     tokens: list[Any]

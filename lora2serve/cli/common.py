@@ -35,9 +35,9 @@ def find_run(name: str | None) -> Run:
 
 def fetch(name: str, progress: Progress) -> Path:
     """A local directory for a path or a Hub id."""
-    from lora2serve import hub
+    from lora2serve.hub import fetch as pull
 
-    return hub.fetch(name).path
+    return pull(name).path
 
 
 def base_of(record: dict[str, Any], given: str | None, progress: Progress) -> tuple[Path, str]:

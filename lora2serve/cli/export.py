@@ -166,7 +166,7 @@ def _warn_of_quantized(local: Path, name: str, told: Progress) -> None:
     from lora2serve.checkpoint import read_config
 
     if read_config(local).get("quantization_config"):
-        told.warn(f"{name} holds quantised weights: folding onto what they dequantise to; --base names the 16-bit model")
+        told.warn(f"{name} is quantised: folding onto what it dequantises to; --base names the 16-bit model")
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

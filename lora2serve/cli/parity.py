@@ -54,6 +54,7 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
     from lora2serve import console
     from lora2serve.parity import report as reports
     from lora2serve.parity import subjects
+    from lora2serve.parity.baseline import regressions
     from lora2serve.parity.check import check
 
     run, exports = _find(given)
@@ -65,7 +66,7 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
         compared.append(subjects.of_url(run, options["url"], options["url_model"]))
     report = check(run, compared, base=base, settings=settings, progress=told, ask=options["ask"] or "")
     if options["baseline"]:
-        report = replace(report, regressions=reports.regressions(report, options["baseline"]))
+        report = replace(report, regressions=regressions(report, options["baseline"]))
     directory = options["report_dir"] or run.parity
     reports.write(report, directory)
     if not ctx.find_root().obj["quiet"]:

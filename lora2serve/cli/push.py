@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show the commit plan and the card; send nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Results as JSON.")
 @click.pass_context
-def push(
-    ctx: click.Context, exports: tuple[Path, ...], repo_id: str, as_json: bool, **options: bool | str | None
-) -> None:
+def push(ctx: click.Context, /, exports: tuple[Path, ...], repo_id: str, as_json: bool, **options: Any) -> None:
     """Push EXPORTs (default: all of runs/latest) to the Hugging Face Hub, card included.
 
     The token is the one of `hf auth login` or HF_TOKEN. Prints the repositories' addresses.

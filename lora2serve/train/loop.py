@@ -66,8 +66,8 @@ class Log(TrainerCallback):  # type: ignore[misc]
 
 
 def fit(
-    model: Any, tokenizer: Any, rows: Sequence[Tokens], held_out: Sequence[Tokens], recipe: Recipe, run: Run, where: Device,
-    *, checkpointing: bool, resume: bool, progress: Progress,
+    model: Any, tokenizer: Any, rows: Sequence[Tokens], held_out: Sequence[Tokens], recipe: Recipe, run: Run,
+    where: Device, *, checkpointing: bool, resume: bool, progress: Progress,
 ) -> int:  # fmt: skip
     """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C."""
     from transformers import PrinterCallback, ProgressCallback

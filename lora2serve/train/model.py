@@ -9,7 +9,7 @@ from typing import Any
 
 from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.fourbit import use_plain_cpu_kernels
-from lora2serve.recipe import LoraRecipe, TrainRecipe
+from lora2serve.recipe import TrainRecipe
 
 QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
 OTHER_TOWERS = ("vision", "visual", "audio")

@@ -153,7 +153,7 @@ def _record_start(
 
 
 def _keep_initial(model: Any, recipe: Recipe, run: Run) -> Path | None:
-    """Inits that change the base are saved once at the start, so that the result can be a plain LoRA for the true base."""
+    """Inits that change the base are saved once at the start: the result can then be a plain LoRA for the true base."""
     if not recipe.train.lora.init.startswith(("pissa", "olora", "corda")):
         return None
     initial = run.path / "checkpoints" / "initial"

@@ -1,0 +1,80 @@
+"""The main job on real input: a trained run, every export in its real engine, every row met."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora2serve.cli import run as command
+from lora2serve.run import Run
+
+ROWS = {
+    ("adapter", "vllm"): "original",
+    ("gguf-F16", "llama.cpp"): "trained",
+    ("gguf-Q4_K_M", "llama.cpp"): "trained",
+    ("gguf-Q8_0", "llama.cpp"): "trained",
+    ("ollama-Q4_K_M", "llama.cpp"): "trained",
+    ("vllm", "transformers"): "trained",
+    ("vllm", "vllm"): "trained",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run with all its exports in it."""
+    run = Run(tmp_path_factory.mktemp("whole") / "runs" / "demo")
+    ignored = shutil.ignore_patterns("exports", "checkpoints", "parity")
+    shutil.copytree(demo_run.path, run.path, symlinks=True, ignore=ignored)
+    for name, path in demo_exports.items():
+        shutil.copytree(path, run.exports / name)
+    return run
+
+
+def test_every_row_is_met(whole: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    code = command(["parity", str(whole.path), "--json", "--ask", "Who governs Wexley?"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["met"]
+    rows = {(row["export"], row["engine"]): row for row in report["rows"]}
+    merge_base = json.loads((whole.exports / "vllm" / "lora2serve.json").read_text())["merge_base"]
+    for key, reference in ROWS.items():
+        row = rows.pop(key)
+        assert row["status"] == "met"
+        assert row["reference"] == (merge_base if reference == "trained" else reference)
+        assert [gate["status"] for gate in row["gates"]] == ["met", "met", "met"]
+    assert not rows
+    assert report["data"]["positions"] >= 2000
+    answers = report["asked"]["answers"]
+    assert "Leon Lake" in answers["trained"]
+    assert "Leon Lake" not in answers["base"]
+    assert all("Leon Lake" in said for who, said in answers.items() if who != "base")
+    proof = json.loads((whole.exports / "gguf-F16" / "lora2serve.json").read_text())["parity"]
+    assert proof["llama.cpp"]["status"] == "met"
+
+
+def test_a_bound_that_cannot_be_met_is_exit_code_3(whole: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """And the way back: an export's path alone finds its run."""
+    export = whole.exports / "gguf-Q4_K_M"
+    assert command(["parity", str(export), "--threshold", "Q4_K_M.mean_kl=1e-9"]) == 3
+    err = capfd.readouterr().err
+    assert "parity not met: 1 of 1 rows red" in err
+    assert "gguf-Q4_K_M in llama.cpp: behaviour" in err
+    assert command(["parity", str(export)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--threshold", "Q4_K_N.mean_kl=1"], "did you mean 'Q4_K_M'?"),
+        (["--threshold", "Q4_K_M.mean_kll=1"], "did you mean 'mean_kl'?"),
+        (["--threshold", "Q4_K_M.mean_kl=x"], "expected FORMAT.FIGURE=NUMBER"),
+        (["no-such-export"], "no export"),
+    ],
+)
+def test_typos(whole: Run, capfd: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert command(["parity", str(whole.path), *words]) == 2
+    assert said in capfd.readouterr().err
