@@ -52,8 +52,7 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
     Exit code 3 when one is further off than its format allows. Prints the report's path.
     """
     from lora2serve import console
-    from lora2serve.parity import report as reports
-    from lora2serve.parity import subjects
+    from lora2serve.parity import files, subjects
     from lora2serve.parity.baseline import regressions
     from lora2serve.parity.check import check
 
@@ -68,15 +67,15 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
     if options["baseline"]:
         report = replace(report, regressions=regressions(report, options["baseline"]))
     directory = options["report_dir"] or run.parity
-    reports.write(report, directory)
+    page = files.write(report, directory)
     if not ctx.find_root().obj["quiet"]:
         _show(report, exports)
     if options["as_json"]:
         console.result_json(report.json())
     else:
-        console.result(str(directory / reports.PAGE))
+        console.result(str(page))
     if not report.met:
-        raise ParityNotMet(_summary(report), f"{directory / reports.PAGE} shows where")
+        raise ParityNotMet(_summary(report), f"{page} shows where")
 
 
 def _find(given: tuple[str, ...]) -> tuple[Run, list[Path]]:
@@ -118,12 +117,15 @@ def _settings(run: Run, options: dict[str, Any]) -> ParityRecipe:
 
 def _show(report: Report, exports: list[Path]) -> None:
     from lora2serve import console
+    from lora2serve.parity.words import figure
 
     sizes = {path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in exports}
-    rows = [
-        [line.export, console.size(sizes[line.export]) if line.export in sizes else "", *line[1:]]
-        for line in report.rows()
-    ]
+    rows = []
+    for row in report.subjects:
+        figures = [figure(name, row.check(name)) for name in ("mean_kl", "top1", "equal_answers", "retention")]
+        size = console.size(sizes[row.export]) if row.export in sizes else ""
+        verdict = row.status if row.gate is None else f"{row.status}: {row.gate.cause or row.gate.first}"
+        rows.append([row.export, size, row.engine, verdict, *figures, row.reference])
     columns = [
         "export",
         "size",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora2serve.parity.gates import Check, Gate
 from lora2serve.parity.subjects import ReferenceName
 
 FORMAT = 1
-PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -75,19 +72,6 @@ class Row:
         return next((c for gate in self.gates if gate.name == "behaviour" for c in gate.checks if c.name == name), None)
 
 
-class Line(NamedTuple):
-    """One line of the terminal's table, in words."""
-
-    export: str
-    engine: str
-    verdict: str
-    mean_kl: str
-    top1: str
-    greedy: str
-    signal: str
-    reference: str
-
-
 @dataclass(frozen=True)
 class Report:
     """All rows and what they were measured with."""
@@ -105,10 +89,6 @@ class Report:
         """Whether every required row is met and nothing got worse."""
         return bool(self.subjects) and not any(row.red for row in self.subjects) and not self.regressions
 
-    def rows(self) -> list[Line]:
-        """For the terminal."""
-        return [_line(row) for row in self.subjects]
-
     def json(self) -> dict[str, Any]:
         """The content of report.json."""
         content = asdict(self)
@@ -118,26 +98,6 @@ class Report:
         return {"format": FORMAT, "met": self.met, **_finite(content)}
 
 
-def _line(row: Row) -> Line:
-    kl, top, equal, kept = (row.check(name) for name in ("mean_kl", "top1", "equal_answers", "retention"))
-    gate = row.gate
-    verdict = row.status if gate is None else f"{row.status}: {gate.cause or gate.first}"
-    return Line(
-        row.export,
-        row.engine,
-        verdict,
-        _number(kl),
-        f"{top.value:.2%}" if top else "-",
-        f"{equal.value:.0%}" if equal else "-",
-        f"{1 - kept.value:.2%}" if kept and math.isfinite(kept.value) else "-",
-        row.reference,
-    )
-
-
-def _number(check: Check | None) -> str:
-    return f"{check.value:.2g}" if check else "-"
-
-
 def _finite(value: Any) -> Any:
     """JSON has no infinity: text stands for it."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -145,10 +105,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def write(report: Report, directory: Path) -> None:
-    """Write the report's files into ``directory``."""
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report.json(), indent=1, ensure_ascii=False)
-    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
