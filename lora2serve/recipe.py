@@ -5,17 +5,20 @@ Defaults live in the dataclasses and nowhere else. Paths are relative to the rec
 
 from __future__ import annotations
 
-import types
-import typing
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from lora2serve.errors import RecipeError, UsageError, did_you_mean
+from lora2serve.schema import build, repeated, shown
 
 FILE = "lora2serve.yaml"
+SHAPE = "see `lora2serve init` for every key"
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
+INITS = ("default", "gaussian", "orthogonal", "mica", "olora", "pissa", "pissa_niter_16")  # that need no data of their own
 Quantize = Literal["nf4", "fp4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
@@ -123,30 +126,35 @@ def find(name: str | None) -> Path:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe; RecipeError names every problem in it."""
+    content, problems = _read(path)
+    for override in overrides:
+        _override(content, override, problems)
+    recipe = build(Recipe, content, "", problems)
+    _check(recipe, problems)
+    if problems:
+        raise RecipeError("\n".join(f"{path.name}: {problem}" for problem in problems), SHAPE)
+    return _absolute(recipe, path.resolve().parent)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The keys of a YAML file, and a problem for each that stands twice."""
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: {' '.join(str(error).split())}", "see `lora2serve init` for the shape") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {error}") from None
-    problems: list[str] = []
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        problems = repeated(yaml.compose(text, yaml.SafeLoader))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # numbers and dates that cannot be
+        raise RecipeError(f"{path}: {' '.join(str(error).split())[:300]}", SHAPE) from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise RecipeError(
-            f"{path}: a {type(content).__name__}, expected keys and values", "see `lora2serve init` for the shape"
-        )
-    for override in overrides:
-        _override(content, override, problems)
-    recipe = _build(Recipe, content, "", problems)
-    _check(recipe, problems)
-    if problems:
-        raise RecipeError(
-            "\n".join(f"{path.name}: {problem}" for problem in problems), "see `lora2serve init` for every key"
-        )
-    return _absolute(recipe, path.resolve().parent)
+        raise RecipeError(f"{path}: {shown(content)}, expected keys and values", SHAPE)
+    return content, problems
 
 
 def dump(recipe: Recipe) -> str:
@@ -154,77 +162,6 @@ def dump(recipe: Recipe) -> str:
     import yaml
 
     return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
-
-
-def _build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """One value of the wanted type; what does not fit becomes a problem with its key path."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _build_dataclass(kind, value, path, problems)
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _build_union(args, value, path, problems)
-    if origin is Literal:
-        if value not in args:
-            known = [str(arg) for arg in args]
-            problems.append(f"{path}: {value!r}, expected one of {', '.join(known)}{did_you_mean(str(value), known)}")
-        return value
-    if origin is tuple:
-        values = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else None
-        if values is None:
-            problems.append(f"{path}: {value!r}, expected a list")
-            return ()
-        return tuple(_build(args[0], item, f"{path}[{n}]", problems) for n, item in enumerate(values))
-    if origin is not None:  # Mapping[str, X]
-        if not isinstance(value, dict):
-            problems.append(f"{path}: {value!r}, expected keys and values")
-            return {}
-        return {key: _build(args[1], item, f"{path}.{key}", problems) for key, item in value.items()}
-    return _build_scalar(kind, value, path, problems)
-
-
-def _build_dataclass(kind: type[Any], value: Any, path: str, problems: list[str]) -> Any:
-    if not isinstance(value, dict):
-        problems.append(f"{path}: {value!r}, expected keys and values")
-        return _build_dataclass(kind, {}, path, [])
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}
-    prefix = f"{path}." if path else ""
-    problems += [f"{prefix}{key}: unknown key{did_you_mean(str(key), known)}" for key in value if key not in known]
-    built = {}
-    for name, spec in known.items():
-        required = spec.default is MISSING and spec.default_factory is MISSING
-        if name in value:
-            before = len(problems)
-            made = _build(hints[name], value[name], f"{prefix}{name}", problems)
-            if len(problems) == before or is_dataclass(made) or required:
-                built[name] = made  # else the default stands in, so that the other values are looked at too
-        elif required:
-            problems.append(f"{prefix}{name}: missing")
-            nested = is_dataclass(hints[name])
-            built[name] = _build_dataclass(hints[name], {}, f"{prefix}{name}", problems) if nested else ""
-    return kind(**built)
-
-
-def _build_union(kinds: Sequence[Any], value: Any, path: str, problems: list[str]) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    real = [kind for kind in kinds if kind is not type(None)]
-    if len(real) > 1 and isinstance(value, list):
-        real = [kind for kind in real if get_origin(kind) is tuple]
-    return _build(real[0], value, path, problems)
-
-
-def _build_scalar(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 2e-4 as a string
-        except ValueError:
-            pass
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    wanted = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}[kind.__name__]
-    problems.append(f"{path}: {value!r}, expected {wanted}")
-    return value
 
 
 def _override(content: dict[str, Any], override: str, problems: list[str]) -> None:
@@ -291,8 +228,6 @@ def _check(recipe: Recipe, problems: list[str]) -> None:
 
 def _absolute(recipe: Recipe, home: Path) -> Recipe:
     """Relative paths that exist beside the recipe become absolute; what is left may be a Hub id."""
-    from dataclasses import replace
-
     def place(text: str | None) -> str | None:
         return str(home / text) if text and (home / text).exists() else text
 

@@ -61,9 +61,14 @@ def _pause(error: BaseException, wait: float) -> float | None:
     if status is None:
         # The card's check parses the answer before it looks at the status: a 503 in HTML ends as "no JSON" there.
         return wait if broken_line(error) or "JSON" in type(error).__name__ else None
-    if status not in AGAIN:
+    if status not in AGAIN and not _completed_before(error):
         return None
     return max(wait, _retry_after(error))
+
+
+def _completed_before(error: BaseException) -> bool:
+    """Storage has joined the parts of an upload, and only its answer was lost: asked again, it knows no such upload."""
+    return any("NoSuchUpload" in str(cause) for cause in causes(error))
 
 
 def _retry_after(error: BaseException) -> float:
