@@ -5,7 +5,6 @@ Defaults live in the dataclasses and nowhere else. Paths are relative to the rec
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,10 @@ from lora2serve.schema import build, repeated, shown
 FILE = "lora2serve.yaml"
 SHAPE = "see `lora2serve init` for every key"
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
-INITS = ("default", "gaussian", "orthogonal", "mica", "olora", "pissa", "pissa_niter_16")  # that need no data of their own
+PLAIN_INITS = ("default", "gaussian")  # that do not look at the weights of the base
+INITS = (*PLAIN_INITS, "orthogonal", "olora", "pissa", r"pissa_niter_\d+")  # PEFT's that need no data of their own
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+EMPTY = ""
 Quantize = Literal["nf4", "fp4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
@@ -55,7 +57,7 @@ class LoraRecipe:
     modules_to_save: tuple[str, ...] = ()
     rslora: bool = False
     dora: bool = False
-    init: str = "default"  # or gaussian, pissa, olora, orthogonal, ...: PEFT's init_lora_weights
+    init: str = "default"  # or gaussian, orthogonal, olora, pissa, pissa_niter_16: PEFT's init_lora_weights
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,14 @@ def _override(content: dict[str, Any], override: str, problems: list[str]) -> No
         return
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         value = text
     *parents, last = key.split(".")
     place = content
     for parent in parents:
-        if not isinstance(place.setdefault(parent, {}), dict):
+        if place.get(parent) is None:
+            place[parent] = {}
+        if not isinstance(place[parent], dict):
             problems.append(f"--set {override}: {parent} holds no keys")
             return
         place = place[parent]
@@ -188,46 +192,83 @@ def _override(content: dict[str, Any], override: str, problems: list[str]) -> No
 
 def _check(recipe: Recipe, problems: list[str]) -> None:
     """Values that no type can rule out."""
-    train, lora, data = recipe.train, recipe.train.lora, recipe.data
-    bounds = {
+    for key, (value, low, high) in _bounds(recipe).items():
+        if value is not None and not low <= value <= high:
+            problems.append(f"{key}: {shown(value)}, expected {low} to {high}")
+    train, parity = recipe.train, recipe.parity
+    positive = {
+        "train.epochs": (train.epochs, 1e6),
+        "train.learning_rate": (train.learning_rate, 1.0),
+        "train.lora.alpha": (train.lora.alpha, 1e6),
+        "parity.limit": (parity.limit, 1e9),
+    }
+    for key, (value, high) in positive.items():
+        if not 0 < value <= high:
+            problems.append(f"{key}: {value}, expected more than 0 and at most {high:g}")
+    if not re.fullmatch(NAME, recipe.name) or recipe.name == "latest":
+        problems.append(f"name: {shown(recipe.name)}, expected letters, digits, '.', '_' and '-', and not 'latest'")
+    texts = {"model.path": recipe.model.path, "data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    problems += [f"{key}: empty, expected a path or a Hub id" for key, text in texts.items() if text == EMPTY]
+    problems += _problems_of_lora(train)
+    problems += _problems_of_data(recipe)
+
+
+def _bounds(recipe: Recipe) -> dict[str, tuple[float | None, float, float]]:
+    train, lora, data, parity = recipe.train, recipe.train.lora, recipe.data, recipe.parity
+    return {
         "data.max_length": (data.max_length, 8, 1 << 20),
         "data.eval_split": (data.eval_split, 0.0, 0.9),
-        "train.epochs": (train.epochs, 0.0, 1e6),
         "train.steps": (train.steps, 1, 1 << 40),
         "train.batch_size": (train.batch_size, 1, 1 << 20),
         "train.accumulation": (train.accumulation, 1, 1 << 20),
-        "train.learning_rate": (train.learning_rate, 0.0, 1.0),
         "train.warmup": (train.warmup, 0.0, 1.0),
         "train.max_grad_norm": (train.max_grad_norm, 0.0, 1e9),
+        "train.weight_decay": (train.weight_decay, 0.0, 1.0),
+        "train.seed": (train.seed, 0, (1 << 32) - 1),  # what numpy takes
         "train.early_stopping": (train.early_stopping, 1, 1 << 20),
         "train.eval_steps": (train.eval_steps, 1, 1 << 40),
         "train.log_interval": (train.log_interval, 1, 1 << 20),
         "train.lora.rank": (lora.rank, 1, 1 << 14),
         "train.lora.dropout": (lora.dropout, 0.0, 0.99),
-        "parity.tokens": (recipe.parity.tokens, 1, 1 << 30),
-        "parity.window": (recipe.parity.window, 8, 1 << 20),
-        "parity.prompts": (recipe.parity.prompts, 1, 1 << 20),
-        "parity.new_tokens": (recipe.parity.new_tokens, 1, 1 << 20),
-        "parity.limit": (recipe.parity.limit, 0.001, 1e9),
+        "parity.tokens": (parity.tokens, 1, 1 << 30),
+        "parity.window": (parity.window, 8, 1 << 20),
+        "parity.prompts": (parity.prompts, 1, 1 << 20),
+        "parity.new_tokens": (parity.new_tokens, 1, 1 << 20),
     }
-    for key, (value, low, high) in bounds.items():
-        if value is not None and not low <= value <= high:
-            problems.append(f"{key}: {value}, expected {low} to {high}")
-    if lora.alpha <= 0:
-        problems.append(f"train.lora.alpha: {lora.alpha}, expected more than 0")
+
+
+def _problems_of_lora(train: TrainRecipe) -> list[str]:
+    lora, found = train.lora, []
     if isinstance(lora.targets, str) and lora.targets not in PRESETS:
-        problems.append(
-            f"train.lora.targets: unknown preset {lora.targets!r}{did_you_mean(lora.targets, PRESETS)}; "
+        found.append(
+            f"train.lora.targets: unknown preset {shown(lora.targets)}{did_you_mean(lora.targets, PRESETS)}; "
             f"presets: {', '.join(PRESETS)}, or a list of module names"
         )
+    if lora.targets == ():
+        found.append("train.lora.targets: an empty list, expected a preset or module names")
+    if not re.fullmatch("|".join(INITS), lora.init):
+        found.append(
+            f"train.lora.init: {shown(lora.init)}, expected one of {', '.join(INITS)}{did_you_mean(lora.init, INITS)}"
+        )
+    elif lora.init not in PLAIN_INITS and train.quantize != "none":
+        found.append(f"train.lora.init: {lora.init} needs the weights of the base in full: set train.quantize: none")
+    if lora.init == "orthogonal" and lora.rank % 2:
+        found.append(f"train.lora.rank: {lora.rank}, expected an even number with train.lora.init: orthogonal")
+    return found
+
+
+def _problems_of_data(recipe: Recipe) -> list[str]:
+    data, found = recipe.data, []
     if data.eval is not None and data.eval_split is not None:
-        problems.append("data.eval_split: expected either eval or eval_split, not both")
-    if (train.early_stopping or train.save_best) and data.eval is None and not data.eval_split:
-        problems.append("train.early_stopping, train.save_best: need eval data (data.eval or data.eval_split)")
+        found.append("data.eval_split: expected either eval or eval_split, not both")
+    if (recipe.train.early_stopping or recipe.train.save_best) and data.eval is None and not data.eval_split:
+        found.append("train.early_stopping, train.save_best: need eval data (data.eval or data.eval_split)")
+    return found
 
 
 def _absolute(recipe: Recipe, home: Path) -> Recipe:
     """Relative paths that exist beside the recipe become absolute; what is left may be a Hub id."""
+
     def place(text: str | None) -> str | None:
         return str(home / text) if text and (home / text).exists() else text
 
@@ -289,7 +330,7 @@ train:
     # modules_to_save: []
     # rslora: false
     # dora: false
-    # init: default       # gaussian, pissa, olora, orthogonal, ...
+    # init: default       # gaussian; without quantisation also orthogonal, olora, pissa, pissa_niter_16
 
 # parity:
 #   general: general.jsonl  # general text to compare on, beside the held-out rows
