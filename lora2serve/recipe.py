@@ -18,9 +18,8 @@ FILE = "lora2serve.yaml"
 SHAPE = "see `lora2serve init` for every key"
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
 PLAIN_INITS = ("default", "gaussian")  # that do not look at the weights of the base
-INITS = (*PLAIN_INITS, "orthogonal", "olora", "pissa", r"pissa_niter_\d+")  # PEFT's that need no data of their own
+INITS = (*PLAIN_INITS, "orthogonal", "olora", "pissa", "pissa_niter_N")  # PEFT's that need no data of their own
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-EMPTY = ""
 Quantize = Literal["nf4", "fp4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
@@ -159,6 +158,11 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     return content, problems
 
 
+def template() -> str:
+    """The commented recipe that `lora2serve init` writes."""
+    return (Path(__file__).parent / "init.yaml").read_text(encoding="utf-8")
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, fully resolved; ``load`` reads it back."""
     import yaml
@@ -208,7 +212,7 @@ def _check(recipe: Recipe, problems: list[str]) -> None:
     if not re.fullmatch(NAME, recipe.name) or recipe.name == "latest":
         problems.append(f"name: {shown(recipe.name)}, expected letters, digits, '.', '_' and '-', and not 'latest'")
     texts = {"model.path": recipe.model.path, "data.train": recipe.data.train, "data.eval": recipe.data.eval}
-    problems += [f"{key}: empty, expected a path or a Hub id" for key, text in texts.items() if text == EMPTY]
+    problems += [f"{key}: empty, expected a path or a Hub id" for key, text in texts.items() if text == ""]
     problems += _problems_of_lora(train)
     problems += _problems_of_data(recipe)
 
@@ -246,7 +250,7 @@ def _problems_of_lora(train: TrainRecipe) -> list[str]:
         )
     if lora.targets == ():
         found.append("train.lora.targets: an empty list, expected a preset or module names")
-    if not re.fullmatch("|".join(INITS), lora.init):
+    if re.sub(r"(?<=niter_)\d+", "N", lora.init) not in INITS:
         found.append(
             f"train.lora.init: {shown(lora.init)}, expected one of {', '.join(INITS)}{did_you_mean(lora.init, INITS)}"
         )
@@ -261,8 +265,9 @@ def _problems_of_data(recipe: Recipe) -> list[str]:
     data, found = recipe.data, []
     if data.eval is not None and data.eval_split is not None:
         found.append("data.eval_split: expected either eval or eval_split, not both")
-    if (recipe.train.early_stopping or recipe.train.save_best) and data.eval is None and not data.eval_split:
-        found.append("train.early_stopping, train.save_best: need eval data (data.eval or data.eval_split)")
+    if data.eval is None and not data.eval_split:
+        asked = {"early_stopping": recipe.train.early_stopping, "save_best": recipe.train.save_best}
+        found += [f"train.{key}: needs eval data (data.eval or data.eval_split)" for key, on in asked.items() if on]
     return found
 
 
@@ -287,53 +292,3 @@ def _builtin() -> Path:
     """The shipped recipes: inside the wheel, or beside the package in a checkout."""
     packed = Path(__file__).parent / "_recipes"
     return packed if packed.is_dir() else Path(__file__).parents[1] / "recipes"
-
-
-INIT = """\
-# lora2serve train
-name: my-model
-
-model:
-  path: meta-llama/Llama-3.2-1B-Instruct   # a directory, or a Hub id
-  # revision: main
-
-data:
-  train: train.jsonl      # rows of messages, prompt + completion, or text; JSONL, Parquet or a Hub data set
-  eval_split: 0.05        # hold out this share, or name a file: eval: eval.jsonl
-  max_length: 1024        # tokens; longer rows are cut
-  # packing: false
-  # completion_only: true # loss on what the assistant says only
-
-train:
-  quantize: nf4           # nf4, fp4 or none
-  # double_quant: true
-  epochs: 3               # or steps: 500
-  batch_size: 8
-  accumulation: 1
-  learning_rate: 2e-4
-  # schedule: cosine      # linear, cosine, constant, constant_with_warmup
-  # warmup: 0.03          # share of the steps
-  # max_grad_norm: 0.3
-  # weight_decay: 0
-  # gradient_checkpointing: true
-  # early_stopping: 3     # evaluations without a better eval loss
-  # save_best: false
-  # eval_steps: 50
-  # log_interval: 1
-  # seed: 42
-  # trackers: []          # wandb, tensorboard, ...
-  lora:
-    rank: 16
-    alpha: 32
-    # dropout: 0.0
-    targets: all-linear   # qv, attention, qv-mlp, all-linear, or a list of module names
-    # modules_to_save: []
-    # rslora: false
-    # dora: false
-    # init: default       # gaussian; without quantisation also orthogonal, olora, pissa, pissa_niter_16
-
-# parity:
-#   general: general.jsonl  # general text to compare on, beside the held-out rows
-#   require: [vllm, llama.cpp]
-#   thresholds: {Q4_K_M: {mean_kl: 0.1}}
-"""

@@ -12,7 +12,7 @@ from lora2serve.errors import did_you_mean
 
 SHOWN = 60  # characters of a value in a message
 WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-DUPLICATE = "given twice"
+UNKNOWN = "?"  # stands in for a text that is missing or wrong
 
 
 def build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
@@ -43,7 +43,7 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of over 4300 digits has no decimal form
-        text = f"a {type(value).__name__}"
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
@@ -61,7 +61,7 @@ def repeated(node: Any, path: str = "", seen: set[int] | None = None) -> list[st
         for key, item in node.value:
             here = f"{path}.{key.value}" if path else str(key.value)
             if key.id == "scalar" and key.value in keys:
-                found.append(f"{shown(here)[1:-1]}: {DUPLICATE}")
+                found.append(f"{shown(here)[1:-1]}: given twice")
             keys |= {key.value} if key.id == "scalar" else set()
             found += repeated(item, here, seen)
     return found
@@ -86,14 +86,14 @@ def _build_dataclass(kind: type[Any], value: Any, path: str, problems: list[str]
         nested = is_dataclass(hints[name])
         if name not in value and required and not nested:
             problems.append(f"{prefix}{name}: missing")
-            built[name] = ""
+            built[name] = UNKNOWN
         elif name in value or (required and nested):
             before = len(problems)
             made = build(hints[name], value.get(name), f"{prefix}{name}", problems)
             if len(problems) == before or nested:
                 built[name] = made
             elif required:
-                built[name] = "?"  # text that no later check looks at
+                built[name] = UNKNOWN
     return kind(**built)
 
 

@@ -19,7 +19,7 @@ def init(overwrite: bool) -> None:
     path = Path("lora2serve.yaml")
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: already here", "--overwrite replaces it")
-    path.write_text(recipe.INIT, encoding="utf-8")
+    path.write_text(recipe.template(), encoding="utf-8")
     console.result(str(path))
 
 
