@@ -82,6 +82,7 @@ TABLE: Mapping[str, Thresholds] = {
     "w4a16": _Q4,
     "nvfp4": _Q4,
     "mxfp4": _Q4,
+    "url": _W8,  # a deployment, whatever it computes in
 }
 
 

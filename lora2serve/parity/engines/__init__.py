@@ -62,7 +62,6 @@ ENGINES = {
     "transformers": "lora2serve.parity.engines.transformers:Transformers",
     "vllm": "lora2serve.parity.engines.vllm:Vllm",
     "llama.cpp": "lora2serve.parity.engines.llama_cpp:LlamaCpp",
-    "ollama": "lora2serve.parity.engines.ollama:Ollama",
     "openai": "lora2serve.parity.engines.openai:OpenAI",
     "tensors": "lora2serve.parity.tensors:Tensors",  # no engine, but run like one
 }
