@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lora2serve.cli.common import fetch, progress
 from lora2serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora2serve.run import Run
 
 
 @click.command()
@@ -40,7 +44,9 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
     told = progress(ctx)
     if resume:
         _refuse_with_resume(overrides, name)
-        here = run.latest() if recipe is None else run.Run(run.ROOT / recipe)
+        here = run.latest() if recipe is None else _begun(recipe)
+        if here.record.get("finished"):
+            raise UsageError(f"{here.path}: finished at step {here.record['steps']}", "train without --resume")
         chosen = recipes.load(here.recipe)
     else:
         chosen = recipes.load(recipes.find(recipe), overrides)
@@ -52,6 +58,16 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
     with run.kept_once_started(here):
         fine_tune(chosen, here, base=base, resume=resume, progress=told)
     console.result(str(here.path))
+
+
+def _begun(name: str) -> Run:
+    """A run to go on with, by path or by name under runs/."""
+    from lora2serve import run
+
+    for path in (Path(name), run.ROOT / name):
+        if (path / "recipe.yaml").is_file():
+            return run.Run(path)
+    raise UsageError(f"--resume {name}: no run", "name a directory under runs/, or none for the last run")
 
 
 def _refuse_with_resume(overrides: tuple[str, ...], name: str | None) -> None:

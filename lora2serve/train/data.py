@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.errors import DataError
+from lora2serve.progress import Progress
 from lora2serve.recipe import DataRecipe
 
 IGNORE = -100  # the label that no loss looks at (torch.nn.CrossEntropyLoss)
@@ -23,11 +24,21 @@ SHOWN = 10  # problems in words
 
 @dataclass(frozen=True)
 class Rows:
-    """A checked data set and where it came from."""
+    """A checked data set and where it came from: ``numbers`` are lines of a file, or row numbers."""
 
     rows: list[dict[str, Any]]
     path: str
     sha256: str
+    numbers: list[int]
+
+    def where(self, index: int) -> str:
+        """``train.jsonl:7``."""
+        return f"{self.path}:{self.numbers[index]}"
+
+    def pick(self, indexes: Sequence[int]) -> Rows:
+        """A part of it."""
+        chosen = [self.rows[n] for n in indexes], [self.numbers[n] for n in indexes]
+        return Rows(chosen[0], self.path, self.sha256, chosen[1])
 
     def record(self) -> dict[str, Any]:
         """What run.json keeps of it."""
@@ -42,6 +53,11 @@ class Tokens:
     labels: list[int]
     cut: bool  # whether it was longer than max_length
 
+    @property
+    def learned(self) -> bool:
+        """Whether a loss is taken on any token: the first one has nothing before it to be told from."""
+        return any(label != IGNORE for label in self.labels[1:])
+
 
 def load(recipe: DataRecipe) -> tuple[Rows, Rows | None]:
     """Training and held-out rows; DataError names every bad row."""
@@ -52,12 +68,10 @@ def load(recipe: DataRecipe) -> tuple[Rows, Rows | None]:
         return train, None
     order = list(range(len(train.rows)))
     random.Random(0).shuffle(order)
-    held = set(order[: max(1, round(len(order) * recipe.eval_split))])
-    parts = ([row for n, row in enumerate(train.rows) if (n in held) == keep] for keep in (False, True))
-    kept, held_out = (Rows(rows, train.path, train.sha256) for rows in parts)
-    if not kept.rows:
-        raise DataError(f"{train.path}: {len(train.rows)} rows, none left to train on", "lower data.eval_split")
-    return kept, held_out
+    held = max(1, round(len(order) * recipe.eval_split))
+    if held >= len(order):
+        raise DataError(f"{train.path}: {len(order)} rows, none left to train on", "lower data.eval_split")
+    return train.pick(sorted(order[held:])), train.pick(sorted(order[:held]))
 
 
 def read(name: str, split: str) -> Rows:
@@ -73,36 +87,48 @@ def _read_file(path: Path) -> Rows:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", "data paths are relative to the recipe's file") from None
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        numbered = list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-        problems: list[str] = []
-    else:
-        numbered, problems = _parse_lines(path, raw)
-    rows = []
+    numbered, problems = _parse_parquet(path) if path.suffix == ".parquet" else _parse_lines(path, raw)
+    rows, numbers = [], []
     for number, row in numbered:
         reason = problem_of(row)
         if reason:
-            problems.append(f"{path}:{number}: {reason}")
+            problems.append((number, reason))
         else:
             rows.append(normal(row))
-    _raise(problems, len(numbered))
+            numbers.append(number)
+    _raise([f"{path}:{number}: {reason}" for number, reason in sorted(problems)], len(rows) + len(problems))
     if not rows:
         raise DataError(f"{path}: no rows", "expected one JSON object a line")
-    return Rows(rows, str(path), hashlib.sha256(raw).hexdigest())
+    return Rows(rows, str(path), hashlib.sha256(raw).hexdigest(), numbers)
 
 
-def _parse_lines(path: Path, raw: bytes) -> tuple[list[tuple[int, Any]], list[str]]:
+def _parse_lines(path: Path, raw: bytes) -> tuple[list[tuple[int, Any]], list[tuple[int, str]]]:
+    """JSON by line number, and the lines that are none. Only \\n ends a line: U+2028 may stand inside JSON."""
+    if raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        raise DataError(f"{path}: a JSON array, expected JSON Lines", "write one object a line: jq -c '.[]' FILE")
     numbered, problems = [], []
-    for number, line in enumerate(raw.decode("utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            numbered.append((number, json.loads(line)))
-        except ValueError as error:
-            problems.append(f"{path}:{number}: not JSON ({error})")
+            numbered.append((number, json.loads(line.decode("utf-8"))))
+        except UnicodeDecodeError as error:
+            problems.append((number, f"not UTF-8 (byte {error.start} of the line)"))
+        except (ValueError, RecursionError) as error:
+            problems.append((number, f"not JSON ({error})"))
     return numbered, problems
+
+
+def _parse_parquet(path: Path) -> tuple[list[tuple[int, Any]], list[tuple[int, str]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        found = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
+    filled = ({key: value for key, value in row.items() if value is not None} for row in found)  # a column is in each
+    return list(enumerate(filled, 1)), []
 
 
 def _read_hub(name: str, split: str) -> Rows:
@@ -114,9 +140,9 @@ def _read_hub(name: str, split: str) -> Rows:
     except Exception as error:  # every backend of datasets has its own
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"data set {name}: {first}", "expected a file or a data set of the Hub") from error
-    problems = [f"{name}: row {n}: {reason}" for n, row in enumerate(found) if (reason := problem_of(row))]
+    problems = [f"{name}:{n}: {reason}" for n, row in enumerate(found) if (reason := problem_of(row))]
     _raise(problems, len(found))
-    return Rows([normal(row) for row in found], name, str(found._fingerprint))
+    return Rows([normal(row) for row in found], name, str(found._fingerprint), list(range(len(found))))
 
 
 def _raise(problems: Sequence[str], total: int) -> None:
@@ -164,6 +190,26 @@ def normal(row: Mapping[str, Any]) -> dict[str, Any]:
         if keys[0] in row:
             return {key: row[key] for key in keys}
     raise AssertionError("checked before")
+
+
+def tokenize_all(rows: Rows, tokenizer: Any, recipe: DataRecipe, progress: Progress) -> list[Tokens]:
+    """Every row in tokens; DataError names the line of a row that the chat template refuses."""
+    if any("messages" in row for row in rows.rows) and not tokenizer.chat_template:
+        raise DataError(
+            f"{rows.path}: rows of messages, but the tokenizer has no chat template",
+            "use prompt + completion, or an instruct model",
+        )
+    found = []
+    with progress.track("tokenize", len(rows.rows)) as advance:
+        for index, row in enumerate(rows.rows):
+            try:
+                found.append(tokenize(row, tokenizer, recipe))
+            except DataError as error:
+                raise DataError(f"{rows.where(index)}: {error.message}", error.hint) from None
+            except Exception as error:  # a template raises what it likes
+                raise DataError(f"{rows.where(index)}: the chat template refuses it: {error}") from error
+            advance(1)
+    return found
 
 
 def tokenize(row: Mapping[str, Any], tokenizer: Any, recipe: DataRecipe) -> Tokens:

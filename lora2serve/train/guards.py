@@ -39,7 +39,7 @@ def warnings(recipe: Recipe, rows: Sequence[Tokens], held_out: bool, checkpointi
         found.append(
             f"{cut} of {len(rows)} rows are longer than {recipe.data.max_length} tokens and were cut (data.max_length)"
         )
-    unlabelled = sum(all(label == -100 for label in row.labels) for row in rows)
+    unlabelled = sum(not row.learned for row in rows)
     if unlabelled:
         found.append(f"{unlabelled} rows have no token to learn from, once cut")
     return found

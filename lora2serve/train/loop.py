@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from lora2serve.errors import TrainError
+from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.progress import Progress
 from lora2serve.recipe import Recipe
 from lora2serve.run import Run
@@ -73,36 +72,62 @@ def fit(
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    total = total_steps(recipe, len(rows))
-    checkpoint = (
-        get_last_checkpoint(str(run.path / "checkpoints")) if resume and (run.path / "checkpoints").is_dir() else None
-    )
+    data = _dataset(rows, recipe)
+    total = total_steps(recipe, len(data))
+    checkpoint = last_checkpoint(run) if resume else None
     with progress.track("train", total, "steps") as advance:
         log = Log(run.path / "metrics.jsonl", advance)
         trainer = SFTTrainer(
             model=model,
             args=_arguments(recipe, run, where, total, bool(held_out), checkpointing),
-            train_dataset=_dataset(rows),
+            train_dataset=data,
             eval_dataset=_dataset(held_out) if held_out else None,
             processing_class=tokenizer,
             callbacks=[log, *_early_stopping(recipe)],
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        if not where.on_gpu:  # TRL casts the adapter of a 4-bit model to bfloat16, which is slow here and rounds
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+        # TRL casts the adapter of a 4-bit model to bfloat16, where late, small updates round to nothing; without
+        # AVX512-BF16 it is 25 times as slow on a CPU, too. Autocast computes in the device's type all the same.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         with log.stop_on_interrupt():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if log.stopped:
         progress.note(f"saved at step {trainer.state.global_step} of {total}: `lora2serve train --resume` goes on")
         raise KeyboardInterrupt
     return int(trainer.state.global_step)
 
 
+def last_checkpoint(run: Run) -> Path | None:
+    """The newest whole checkpoint: the trainer writes its state last, so a kill in between leaves none."""
+    whole = [path.parent for path in run.path.glob("checkpoints/checkpoint-*/trainer_state.json") if _is_json(path)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        return False
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """TrainError for a tracker that is unknown or not installed."""
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in recipe.train.trackers:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise TrainError(f"train.trackers: unknown tracker {name!r}{near}", f"known: {', '.join(sorted(known))}")
+        if name not in integration_utils.get_available_reporting_integrations():
+            raise TrainError(f"train.trackers: {name} is not installed", f"pip install {name.replace('_', '-')}")
+
+
 def total_steps(recipe: Recipe, rows: int) -> int:
-    """Optimizer steps in all."""
+    """Optimizer steps in all, for that many (packed) rows."""
     each_epoch = math.ceil(rows / (recipe.train.batch_size * recipe.train.accumulation))
     return recipe.train.steps or max(1, math.ceil(each_epoch * recipe.train.epochs))
 
@@ -126,7 +151,7 @@ def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bo
             warmup_steps=math.ceil(train.warmup * total),
             max_grad_norm=train.max_grad_norm,
             weight_decay=train.weight_decay,
-            optim="paged_adamw_8bit" if where.on_gpu and train.quantize != "none" else "adamw_torch",
+            optim="paged_adamw_32bit" if where.on_gpu and train.quantize != "none" else "adamw_torch",
             bf16=where.dtype == "bfloat16",
             fp16=where.dtype == "float16",
             use_cpu=not where.on_gpu,
@@ -144,8 +169,8 @@ def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bo
             metric_for_best_model="eval_loss" if best else None,
             greater_is_better=False if best else None,
             report_to=list(train.trackers) or "none",
-            packing=recipe.data.packing,
-            max_length=recipe.data.max_length,
+            padding_free=recipe.data.packing,  # rows are cut and packed before; each keeps its own positions
+            max_length=None,
             disable_tqdm=True,
             dataloader_pin_memory=where.on_gpu,
         )
@@ -159,7 +184,12 @@ def _early_stopping(recipe: Recipe) -> list[Any]:
     return [EarlyStoppingCallback(recipe.train.early_stopping)] if recipe.train.early_stopping else []
 
 
-def _dataset(rows: Sequence[Tokens]) -> Any:
+def _dataset(rows: Sequence[Tokens], packed: Recipe | None = None) -> Any:
+    """The trainer's form of the rows; packed where the recipe asks for it, so that the steps can be counted."""
     from datasets import Dataset
+    from trl import pack_dataset
 
-    return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    found = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    if packed is None or not packed.data.packing:
+        return found
+    return pack_dataset(found.shuffle(seed=packed.train.seed), packed.data.max_length, "bfd")

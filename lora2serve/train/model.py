@@ -10,10 +10,11 @@ from typing import Any
 from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.fourbit import use_plain_cpu_kernels
 from lora2serve.recipe import TrainRecipe
+from lora2serve.train.failures import first_line
 
 QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
 OTHER_TOWERS = ("vision", "visual", "audio")
-REBASING = ("pissa", "olora", "corda")  # inits that move a part of the base into the adapter
+REBASING = ("pissa", "olora")  # inits that move a part of the base into the adapter
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise TrainError(f"{path}: no tokenizer that transformers can load ({_first_line(error)})") from error
+        raise TrainError(f"{path}: no tokenizer that transformers can load ({first_line(error)})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -54,6 +55,7 @@ def load_tokenizer(path: Path) -> Any:
 def load_base(path: Path, recipe: TrainRecipe, where: Device) -> Any:
     """The causal language model at ``path``, quantised as the recipe says."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = getattr(torch, where.dtype)
@@ -69,31 +71,41 @@ def load_base(path: Path, recipe: TrainRecipe, where: Device) -> Any:
         given["device_map"] = {"": 0}
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), **given)
-    except ImportError as error:
-        raise TrainError(f"a library is missing: {_first_line(error)}", "pip install 'lora2serve[train]'") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise TrainError(
-            f"{path}: no causal language model that transformers can load ({_first_line(error)})",
+            f"{path}: no causal language model that transformers can load ({first_line(error)})",
             "name a text-generation model in model.path",
         ) from error
     model.config.use_cache = False
     return use_plain_cpu_kernels(model) if recipe.quantize != "none" else model
 
 
-def add_adapter(model: Any, recipe: TrainRecipe, *, checkpointing: bool) -> Any:
-    """A PEFT model with a fresh LoRA, ready to train."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+def prepare(model: Any, *, checkpointing: bool) -> Any:
+    """The base, frozen and ready to carry an adapter: norms, embeddings and head of a quantised one in float32."""
+    from peft import prepare_model_for_kbit_training
+
+    if getattr(model, "is_quantized", False):
+        return prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        )
+    if checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def add_adapter(model: Any, recipe: TrainRecipe) -> Any:
+    """A PEFT model with a fresh LoRA, ready to train; ``model`` comes from ``prepare``."""
+    from peft import LoraConfig, get_peft_model
 
     lora = recipe.lora
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        if lora.init.startswith(REBASING):
-            raise TrainError(
-                f"train.lora.init: {lora.init} takes a part of the base out, which a quantised base cannot give",
-                "set train.quantize: none, or another init",
-            )
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    elif checkpointing:
-        model.enable_input_require_grads()
+    if getattr(model, "is_quantized", False) and lora.init.startswith(REBASING):
+        raise TrainError(
+            f"train.lora.init: {lora.init} takes a part of the base out, which a quantised base cannot give",
+            "set another init, or model.path to the 16-bit model",
+        )
+    _refuse_unknown("train.lora.modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -108,36 +120,60 @@ def add_adapter(model: Any, recipe: TrainRecipe, *, checkpointing: bool) -> Any:
     )
     try:
         return get_peft_model(model, config)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise TrainError(f"train.lora: {_first_line(error)}") from error
+    except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        raise TrainError(f"train.lora: {first_line(error)}") from error
+
+
+def _refuse_unknown(key: str, names: Sequence[str], paths: Sequence[str]) -> None:
+    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    if unknown:
+        leaves = sorted({leaf for path in paths if (leaf := path.rsplit(".", 1)[-1]) and not leaf.isdigit()})
+        near = did_you_mean(unknown[0], leaves)
+        raise TrainError(
+            f"{key}: no module {', '.join(map(repr, unknown))} in this model{near}", f"it has: {', '.join(leaves)}"
+        )
 
 
 def targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
     """Module names for a preset, found in the real model, or the given names once each is known to be there."""
-    paths = linear_modules(model)
-    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
     if not isinstance(wanted, str):
-        unknown = [name for name in wanted if not any(path == name or path.endswith(f".{name}") for path in paths)]
-        if unknown:
-            near = did_you_mean(unknown[0], leaves)
-            raise TrainError(
-                f"train.lora.targets: no module {', '.join(map(repr, unknown))} in this model{near}",
-                f"it has: {', '.join(leaves)}",
-            )
+        _refuse_unknown("train.lora.targets", wanted, _adaptable(model))
         return list(wanted)
-    attention = {path.rsplit(".", 1)[-1] for path in paths if "attn" in path or "attention" in path}
-    qv = [leaf for leaf in leaves if leaf in QV]
+    paths = linear_modules(model)
+    attention = [path for path in paths if "attn" in path or "attention" in path]
+    qv = [path for path in paths if path.rsplit(".", 1)[-1] in QV]
     chosen = {
         "qv": qv,
-        "attention": sorted(attention),
-        "qv-mlp": qv + [leaf for leaf in leaves if leaf not in attention],
-        "all-linear": leaves,
+        "attention": attention,
+        "qv-mlp": qv + [path for path in paths if path not in set(attention)],
+        "all-linear": paths,
     }[wanted]
     if not chosen:
+        leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
         raise TrainError(
             f"train.lora.targets: preset {wanted} finds no module in this model", f"name them: {', '.join(leaves)}"
         )
-    return chosen
+    return _suffixes(chosen, paths)
+
+
+def _suffixes(chosen: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """The shortest endings that name the chosen modules and no other: GPT-2 has two kinds of ``c_proj``."""
+    left = set(paths) - set(chosen)
+    found = set()
+    for path in chosen:
+        parts = path.split(".")
+        endings = (".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1))
+        found.add(next(end for end in endings if not any(f".{other}".endswith(f".{end}") for other in left)))
+    return sorted(found)
+
+
+def _adaptable(model: Any) -> list[str]:
+    """Dotted names of every module that can carry a LoRA, head and embeddings too."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = torch.nn.Linear | torch.nn.Embedding | Conv1D
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def linear_modules(model: Any) -> list[str]:
@@ -157,6 +193,8 @@ def linear_modules(model: Any) -> list[str]:
 
 def quantized_modules(model: Any) -> list[str]:
     """Dotted names of the modules that bitsandbytes really replaced."""
+    if not getattr(model, "is_quantized", False):
+        return []
     import bitsandbytes as bnb
 
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
@@ -173,7 +211,3 @@ def _is_quantized(path: Path) -> bool:
     from lora2serve.checkpoint import read_config
 
     return bool(read_config(path).get("quantization_config"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

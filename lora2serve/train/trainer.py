@@ -11,100 +11,103 @@ from typing import Any
 
 from lora2serve import manifest
 from lora2serve.checkpoint import identity
-from lora2serve.errors import DataError, TrainError
+from lora2serve.errors import DataError
 from lora2serve.progress import Progress
 from lora2serve.recipe import Recipe, dump
 from lora2serve.run import Run
 from lora2serve.train import data, evaluate, guards
 from lora2serve.train.data import Rows, Tokens
-from lora2serve.train.model import Device, add_adapter, device, load_base, load_tokenizer, quantized_modules
+from lora2serve.train.failures import translated
+from lora2serve.train.model import (
+    REBASING,
+    Device,
+    add_adapter,
+    device,
+    load_base,
+    load_tokenizer,
+    prepare,
+    quantized_modules,
+)
 
 MOST_EVAL_ROWS = 1000  # kept in eval.jsonl for parity
 
 
 def train(recipe: Recipe, run: Run, *, base: Path, resume: bool, progress: Progress) -> None:
-    """Fine-tune ``base`` (a local directory) as ``recipe`` says; everything of the run directory is written."""
-    _quiet()
-    train_rows, eval_rows = data.load(recipe.data)
-    where = device()
-    tokenizer = load_tokenizer(base)
-    rows = _tokenize(train_rows, tokenizer, recipe)
-    held_out = _tokenize(eval_rows, tokenizer, recipe) if eval_rows else []
-    checkpointing = recipe.train.gradient_checkpointing
-    if checkpointing is None:
-        checkpointing = recipe.train.quantize != "none"
-    for warning in guards.warnings(recipe, rows, bool(held_out), checkpointing):
-        progress.warn(warning)
-    rows = [row for row in rows if any(label != data.IGNORE for label in row.labels)]
-    if not rows:
-        raise DataError(f"{train_rows.path}: no row has a token to learn from", "raise data.max_length")
-    (run.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    _write_eval(run, eval_rows)
+    """Fine-tune ``base`` (a local directory) as ``recipe`` says; everything of the run directory is written.
 
+    DataError and TrainError for what cannot be trained; KeyboardInterrupt once Ctrl-C has saved a checkpoint.
+    """
+    with translated():
+        _quiet()
+        from lora2serve.train.loop import check_trackers
+
+        check_trackers(recipe)
+        train_rows, eval_rows = data.load(recipe.data)
+        tokenizer = load_tokenizer(base)
+        rows, held_out = _tokens(train_rows, eval_rows, tokenizer, recipe, progress)
+        checkpointing = recipe.train.gradient_checkpointing
+        if checkpointing is None:
+            checkpointing = recipe.train.quantize != "none"
+        for warning in guards.warnings(recipe, rows, bool(held_out), checkpointing):
+            progress.warn(warning)
+        rows = [row for row in rows if row.learned]
+        if not rows:
+            raise DataError(f"{train_rows.path}: no row has a token to learn from", "raise data.max_length")
+        (run.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        _write_eval(run, eval_rows)
+        _train(recipe, run, base, tokenizer, (train_rows, eval_rows), (rows, held_out), checkpointing, resume, progress)
+
+
+def _train(
+    recipe: Recipe, run: Run, base: Path, tokenizer: Any, sets: tuple[Rows, Rows | None],
+    tokens: tuple[list[Tokens], list[Tokens]], checkpointing: bool, resume: bool, progress: Progress,
+) -> None:  # fmt: skip
+    """From the first warning to the last figure."""
     from transformers import set_seed
 
+    from lora2serve.train.loop import fit
+
+    rows, held_out = tokens
+    where = device()
     set_seed(recipe.train.seed)
-    model = load_base(base, recipe.train, where)
-    _record_start(run, recipe, base, where, model, train_rows, eval_rows)
-    model = add_adapter(model, recipe.train, checkpointing=checkpointing)
+    model = prepare(load_base(base, recipe.train, where), checkpointing=checkpointing)
+    _record_start(run, recipe, base, where, model, *sets)
+    # The base is measured before the adapter is there: some inits take a part of the base out.
+    _measure(run, "base", model, held_out, tokenizer, recipe, progress)
+    model = add_adapter(model, recipe.train)
     initial = _keep_initial(model, recipe, run)
-    metrics = _measure(run, "base", model, held_out, tokenizer, recipe, progress)
-    _fit(model, tokenizer, rows, held_out, recipe, run, where, checkpointing, resume, progress)
+    steps = fit(
+        model, tokenizer, rows, held_out, recipe, run, where,
+        checkpointing=checkpointing, resume=resume, progress=progress,
+    )  # fmt: skip
+    run.update({"steps": steps})
     _save(model, tokenizer, run, initial, base)
-    metrics |= _measure(run, "tuned", model, held_out, tokenizer, recipe, progress)
+    _measure(run, "tuned", model, held_out, tokenizer, recipe, progress)
     del model
     _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
     _plot(run)
+    run.update({"finished": True})
 
 
-def _fit(model: Any, tokenizer: Any, rows: Any, held_out: Any, recipe: Recipe, run: Run, *rest: Any) -> None:
-    from lora2serve.train.loop import fit
-
-    where, checkpointing, resume, progress = rest
-    options = {"checkpointing": checkpointing, "resume": resume, "progress": progress}
-    try:
-        steps = fit(model, tokenizer, rows, held_out, recipe, run, where, **options)
-    except ImportError as error:
-        raise TrainError(f"a library is missing: {error}", "pip install 'lora2serve[train]'") from error
-    except RuntimeError as error:
-        if "out of memory" in str(error):
-            hint = "lower train.batch_size or data.max_length, and raise train.accumulation"
-            raise TrainError(f"out of memory: {str(error).splitlines()[0][:160]}", hint) from error
-        raise
-    run.update({"steps": steps})
-
-
-def _tokenize(rows: Rows, tokenizer: Any, recipe: Recipe) -> list[Tokens]:
-    if any("messages" in row for row in rows.rows) and not tokenizer.chat_template:
-        raise DataError(
-            f"{rows.path}: rows of messages, but the tokenizer has no chat template",
-            "use prompt + completion, or an instruct model",
-        )
-    try:
-        return [data.tokenize(row, tokenizer, recipe.data) for row in rows.rows]
-    except Exception as error:  # a template raises what it likes
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{rows.path}: the chat template refuses a row: {error}") from error
+def _tokens(
+    train_rows: Rows, eval_rows: Rows | None, tokenizer: Any, recipe: Recipe, progress: Progress
+) -> tuple[list[Tokens], list[Tokens]]:
+    rows = data.tokenize_all(train_rows, tokenizer, recipe.data, progress)
+    held_out = data.tokenize_all(eval_rows, tokenizer, recipe.data, progress) if eval_rows else []
+    return rows, [row for row in held_out if row.learned]
 
 
 def _measure(
     run: Run, name: str, model: Any, rows: Sequence[Tokens], tokenizer: Any, recipe: Recipe, progress: Progress
-) -> dict[str, Any]:
-    """Evaluate the base (adapter off) or the tuned model on the base as trained; kept in run.json."""
+) -> None:
+    """Evaluate the base or the tuned model on the base as trained; kept in run.json."""
     kept = run.record.get("metrics") or {}
-    if not rows or (name == "base" and "base" in kept):
-        return kept
-    pad, batch = tokenizer.pad_token_id, recipe.train.batch_size
-    if name == "base":
-        with model.disable_adapter():
-            found = evaluate.evaluate(model, rows, pad, batch, progress, "eval before")
-    else:
-        found = evaluate.evaluate(model, rows, pad, batch, progress, "eval after")
-    kept = {**kept, name: found}
-    run.update({"metrics": kept})
+    if not rows or (name == "base" and "base" in kept):  # known since before --resume
+        return
+    label = "eval before" if name == "base" else "eval after"
+    found = evaluate.evaluate(model, rows, tokenizer.pad_token_id, recipe.train.batch_size, progress, label)
+    run.update({"metrics": {**kept, name: found}})
     progress.note(f"{name}: eval loss {found['eval_loss']:.4f}, perplexity {found['perplexity']:.2f}")
-    return kept
 
 
 def _measure_on_original(
@@ -134,7 +137,7 @@ def _record_start(
     if modules:
         config = model.config.quantization_config
         quantization = {
-            "type": config.bnb_4bit_quant_type,
+            "type": config.bnb_4bit_quant_type if config.load_in_4bit else "int8",
             "double_quant": config.bnb_4bit_use_double_quant,
             "block_size": 64,
             "compute_dtype": where.dtype,
@@ -154,7 +157,7 @@ def _record_start(
 
 def _keep_initial(model: Any, recipe: Recipe, run: Run) -> Path | None:
     """Inits that change the base are saved once at the start: the result can then be a plain LoRA for the true base."""
-    if not recipe.train.lora.init.startswith(("pissa", "olora", "corda")):
+    if not recipe.train.lora.init.startswith(REBASING):
         return None
     initial = run.path / "checkpoints" / "initial"
     model.peft_config["default"].init_lora_weights = True

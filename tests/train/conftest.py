@@ -1,0 +1,23 @@
+"""One data set and one small base for all tests of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import make_chat_model, rows, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """``data`` of a recipe: 24 training rows and 8 held-out ones, in chat form."""
+    root = tmp_path_factory.mktemp("chats")
+    train = write_jsonl(root / "train.jsonl", rows("train.jsonl", 24))
+    return {"train": str(train), "eval": str(write_jsonl(root / "eval.jsonl", rows("eval.jsonl", 8)))}
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base of 0.2 million parameters with the demo's tokenizer."""
+    return make_chat_model(tmp_path_factory.mktemp("small") / "base")
