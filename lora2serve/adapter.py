@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,44 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path / CONFIG}: not JSON ({str(error)[:100]})") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path / CONFIG}: a {type(config).__name__}, expected a JSON object")
-    problems = [
-        f"{CONFIG}: {key} is {config.get(key)!r}, expected a positive number"
-        for key in ("r", "lora_alpha")
-        if config.get("peft_type", "LORA") == "LORA"
-        and not (isinstance(config.get(key), int | float) and config[key] > 0)
-    ]
-    raise_all(problems, AdapterError)
+    raise_all([f"{path / CONFIG}: {problem}" for problem in _problems(config)], AdapterError)
     return config
+
+
+def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every field that no PEFT would have written so."""
+    method = config.get("peft_type", "LORA")
+    if not isinstance(method, str):
+        yield f"peft_type is {method!r}, expected a method's name such as 'LORA'"
+    elif method.upper() == "LORA":
+        for key in ("r", "lora_alpha"):
+            if not _is_positive(config.get(key)):
+                yield f"{key} is {config.get(key)!r}, expected a positive number"
+        for key in ("rank_pattern", "alpha_pattern"):
+            found = config.get(key) or {}
+            if not isinstance(found, dict) or not all(_is_pattern(k) and _is_positive(v) for k, v in found.items()):
+                yield f"{key} is {found!r}, expected patterns of module names with positive numbers"
+    ranges = config.get("layer_replication") or []
+    if not isinstance(ranges, list) or not all(_is_range(pair) for pair in ranges):
+        yield f"layer_replication is {ranges!r}, expected a list of [start, stop]"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _is_range(pair: Any) -> bool:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(type(end) is int for end in pair):
+        return False
+    return bool(0 <= pair[0] < pair[1])
 
 
 def _sort_tensors(adapter: Adapter) -> None:

@@ -86,8 +86,9 @@ class SafetensorsFiles:
 
     def close(self) -> None:
         """Release the handles. Safe twice."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        fds = getattr(self, "_fds", {})  # not there where opening failed
+        while fds:
+            os.close(fds.popitem()[1])
 
     def __del__(self) -> None:
         self.close()

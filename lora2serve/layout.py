@@ -49,6 +49,11 @@ def _replicate(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config:
             by_layer[int(number)].append(spec)
         else:
             rest.append(Slot(spec, spec.name))
+    missing = sorted(set(order) - by_layer.keys())
+    if missing:
+        raise MergeError(
+            f"layer_replication names layer {missing[0]}, the base has {len(by_layer)}", "name its base with --base"
+        )
     config["num_hidden_layers"] = len(order)
     if config.get("layer_types"):
         config["layer_types"] = [config["layer_types"][old] for old in order]

@@ -78,10 +78,17 @@ class PeftLayers:
         self._lock = Lock()
         self._init = _init(adapter.config) if adapter.is_lora else ""
         self._config = config
-        chosen = peft_config(adapter)
-        if self._init:
-            chosen.init_lora_weights = True  # the init needs the base's values: see _repeat_init
-        adapted = PeftModel.from_pretrained(weightless(meta_model(config)), str(adapter.path), config=chosen)
+        try:
+            chosen = peft_config(adapter)
+            if self._init:
+                chosen.init_lora_weights = True  # the init needs the base's values: see _repeat_init
+            adapted = PeftModel.from_pretrained(weightless(meta_model(config)), str(adapter.path), config=chosen)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            raise AdapterError(
+                f"{adapter.path}: PEFT cannot put this {adapter.method} adapter on the base ({first})",
+                "use the base and the version of PEFT that it was trained with",
+            ) from error
         self._layers = {
             name.removeprefix("base_model.model."): module
             for name, module in adapted.named_modules()

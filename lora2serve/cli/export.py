@@ -147,6 +147,10 @@ def _open_adapters(
             "--adapter with a RUN: expected one of the two", "name the run's adapter directory with --adapter"
         )
     paths = [fetch(name, told) for name in options["adapters"]]
+    if options["allow_pickle"]:
+        from lora2serve.pickles import convert
+
+        paths = [convert(path, _scratch()) for path in paths]
     base = options["base"] or read_config(paths[0]).get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{paths[0]}: its config does not name a base", "name it with --base")
@@ -157,9 +161,13 @@ def _open_adapters(
         from lora2serve.combine import combine
 
         weights = options["weights"] or (1.0,) * len(paths)
-        into = Path(click.get_current_context().with_resource(TemporaryDirectory(prefix="lora2serve-combine-")))
-        paths = [combine(paths, read_base_config(local), options["combine"], weights, options["density"], into)]
+        paths = [combine(paths, read_base_config(local), options["combine"], weights, options["density"], _scratch())]
     return models.open_adapters(paths, local, base, choice), Path("exports") / name
+
+
+def _scratch() -> Path:
+    """A folder that goes when the command ends."""
+    return Path(click.get_current_context().with_resource(TemporaryDirectory(prefix="lora2serve-")))
 
 
 def _warn_of_quantized(local: Path, name: str, told: Progress) -> None:
