@@ -29,7 +29,7 @@ def warnings(recipe: Recipe, rows: Sequence[Tokens], held_out: bool, checkpointi
         found.append(f"{len(rows)} rows will be memorised: set train.lora.dropout: 0.05 and train.early_stopping: 3")
     if lora.rank > 64:
         found.append(f"rank {lora.rank} is large: memory and overfitting grow, quality seldom does above 64")
-    trained = [name for name in lora.modules_to_save if name in EMBEDDINGS]
+    trained = [name for name in lora.modules_to_save if name.rpartition(".")[2] in EMBEDDINGS]
     if trained:
         found.append(
             f"{', '.join(trained)} trained in full: vLLM and llama.cpp refuse such an adapter, only merged exports work"
@@ -41,5 +41,5 @@ def warnings(recipe: Recipe, rows: Sequence[Tokens], held_out: bool, checkpointi
         )
     unlabelled = sum(not row.learned for row in rows)
     if unlabelled:
-        found.append(f"{unlabelled} rows have no token to learn from, once cut")
+        found.append(f"{unlabelled} of {len(rows)} rows have no token to learn from, once cut: they are left out")
     return found
