@@ -349,3 +349,26 @@ def test_prompt_methods_are_refused(bases: dict[str, Path], tmp_path: Path, meth
     adapter = make_adapter(tmp_path / "adapter", bases["llama"], method=method, **given)
     with pytest.raises(AdapterError, match=f"{method} has no weights that could be merged"):
         fold(bases["llama"], [adapter])
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(
+        tmp_path_factory.mktemp("moe") / "base", "qwen3_moe", num_experts=4, moe_intermediate_size=32, head_dim=16
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixture_of_experts_equals_peft(moe: Path, tmp_path: Path, kind: str) -> None:
+    """Every kind again on a mixture of experts: transformers fuses the experts, the files keep one each."""
+    given = {**KINDS[kind]}
+    if kind == "dora":  # PEFT has no DoRA for the experts' parameters
+        given["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if kind == "patterns":
+        given["rank_pattern"] = {"q_proj": 8, "layers.1.self_attn.v_proj": 2}
+    adapter = make_adapter(tmp_path / "adapter", moe, **given)
+    got = load_model(export_merged(moe, [adapter], tmp_path / "out"), torch.bfloat16).state_dict()
+    oracle, before = merged_by_peft(moe, adapter), load_model(moe, torch.bfloat16).state_dict()
+    worst = worst_ulp(got, oracle)
+    assert max(worst.values()) <= 1, worst
+    assert any(not torch.equal(got[name], before[name]) for name in got), "the control: something changed"
