@@ -19,6 +19,8 @@ from lora2serve.run import Run
 from lora2serve.train.data import Tokens
 from lora2serve.train.model import Device
 
+STATE = "trainer_state.json"  # of a checkpoint, written last
+
 
 class Log(TrainerCallback):  # type: ignore[misc]
     """Metrics into metrics.jsonl, steps into the bar, Ctrl-C into a checkpoint."""
@@ -75,6 +77,11 @@ def fit(
     data = _dataset(rows, recipe)
     total = total_steps(recipe, len(data))
     checkpoint = last_checkpoint(run) if resume else None
+    if checkpoint and _step(checkpoint) >= total:  # killed after the last step: the trainer would add another
+        best = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+        kept = checkpoint.with_name(Path(best).name) if best and _keeps_best(recipe, bool(held_out)) else checkpoint
+        model.load_adapter(str(kept), "default", is_trainable=True)
+        return _step(checkpoint)
     with progress.track("train", total, "steps") as advance:
         log = Log(run.path / "metrics.jsonl", advance)
         trainer = SFTTrainer(
@@ -102,8 +109,16 @@ def fit(
 
 def last_checkpoint(run: Run) -> Path | None:
     """The newest whole checkpoint: the trainer writes its state last, so a kill in between leaves none."""
-    whole = [path.parent for path in run.path.glob("checkpoints/checkpoint-*/trainer_state.json") if _is_json(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    whole = [path.parent for path in run.path.glob(f"checkpoints/checkpoint-*/{STATE}") if _is_json(path)]
+    return max(whole, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _keeps_best(recipe: Recipe, held_out: bool) -> bool:
+    return held_out and (recipe.train.save_best or recipe.train.early_stopping is not None)
 
 
 def _is_json(path: Path) -> bool:
@@ -138,7 +153,7 @@ def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bo
     train = recipe.train
     each_epoch = max(1, math.ceil(total / max(1.0, train.epochs))) if train.steps is None else total
     eval_steps = min(train.eval_steps or each_epoch, total)
-    best = held_out and (train.save_best or train.early_stopping is not None)
+    best = _keeps_best(recipe, held_out)
     try:
         return SFTConfig(
             output_dir=str(run.path / "checkpoints"),

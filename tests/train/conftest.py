@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.runs import make_chat_model, rows, write_jsonl
 
@@ -21,3 +23,14 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base of 0.2 million parameters with the demo's tokenizer."""
     return make_chat_model(tmp_path_factory.mktemp("small") / "base")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Here and in child processes: these models are too small for two, and the sums stay the same in all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)

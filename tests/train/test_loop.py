@@ -41,7 +41,7 @@ def test_packed_rows_do_not_see_each_other(tmp_path: Path, four: dict[str, str])
     ]
     model = AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32)
     with torch.no_grad():
-        joined = model(torch.tensor([sum(ids, [])])).logits
+        joined = model(torch.tensor([[token for row in ids for token in row]])).logits
         alone = model(torch.tensor([ids[-1]])).logits
     assert (joined[0, -len(ids[-1]) :] - alone[0]).abs().max() > 0.1, "the control: neighbours would be seen"
 
@@ -113,9 +113,11 @@ def test_weights_are_clipped_and_decayed_as_said(tmp_path: Path, small: Path) ->
 def harmful(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Training rows of noise and held-out rows of sense: the more steps, the worse."""
     root = tmp_path_factory.mktemp("harmful")
-    sense = [row for row in rows("general.jsonl", 4)]
     noise = [{"text": row["text"][::-1]} for row in rows("general.jsonl", 16)]
-    return {"train": str(write_jsonl(root / "t.jsonl", noise)), "eval": str(write_jsonl(root / "e.jsonl", sense))}
+    return {
+        "train": str(write_jsonl(root / "t.jsonl", noise)),
+        "eval": str(write_jsonl(root / "e.jsonl", rows("general.jsonl", 4))),
+    }
 
 
 EACH_STEP: dict[str, Any] = {"eval_steps": 1, "schedule": "constant", "warmup": 0, "learning_rate": 0.01}

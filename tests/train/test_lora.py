@@ -137,9 +137,9 @@ def test_every_init_gives_a_lora_for_the_true_base(
     with torch.no_grad():
         shift = (logits(run.path, run.adapter, small) - base(torch.arange(5, 25)[None]).logits).abs().max()
     assert 1e-3 < shift < 20
-    from lora2serve.train import data, evaluate
-    from lora2serve.recipe import DataRecipe
     from lora2serve.progress import Silent
+    from lora2serve.recipe import DataRecipe
+    from lora2serve.train import data, evaluate
 
     tokenizer = models.load_tokenizer(small)
     held_out = data.tokenize_all(data.read(chats["eval"], ""), tokenizer, DataRecipe(train=""), Silent())
