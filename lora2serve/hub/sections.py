@@ -109,21 +109,17 @@ def evaluation(facts: Facts) -> str:
 
 def parity(facts: Facts) -> str:
     """The parity table: what each export was measured at."""
-    rows, reports = [], []
+    rows = []
     for name, export in facts.exports.items():
         told = export.get("parity")
-        if not isinstance(told, Mapping):
-            continue
-        figures = told.get("metrics") or {}
-        shown = [_number(figures.get(key)) for key in ("mean_kl", "p99_9_kl", "top1", "greedy")]
-        rows.append([name, str(told.get("engine") or ""), *shown, "yes" if told.get("met") else "**no**"])
-        if told.get("report"):
-            reports.append(str(told["report"]))
+        engines = told.get("engines") if isinstance(told, Mapping) else None
+        for engine, figures in (engines or {}).items():
+            shown = [_number(figures.get(key)) for key in ("mean_kl", "p999_kl", "top1", "equal_answers")]
+            rows.append([name, engine, *shown, "yes" if figures.get("status") == "met" else "**no**"])
     if not rows:
         return ""
     text = "## Parity\n\nThe same token ids, scored by the trained model and by each export in its own engine.\n\n"
-    text += _table(["export", "engine", "mean KL", "p99.9 KL", "same top token", "same greedy text", "met"], rows)
-    return text + "".join(f"\n\nFull report: [{report}]({report})" for report in dict.fromkeys(reports))
+    return text + _table(["export", "engine", "mean KL", "p99.9 KL", "same top token", "same greedy text", "met"], rows)
 
 
 def files(facts: Facts) -> str:

@@ -253,9 +253,14 @@ def _shown(measured: Behaviour) -> tuple[Check, ...]:
     return tuple(Check(name, f.value, f.low, f.high) for name, f in measured.measure().items())
 
 
+KEPT = ("mean_kl", "p999_kl", "top1", "equal_answers", "retention")
+
+
 def _record(path: Path, row: Row) -> None:
-    """A summary into the export's manifest, one entry for each engine."""
-    shown = {name: found.value for name in ("mean_kl", "top1", "retention") if (found := row.check(name))}
-    summary = {"status": row.status, "reference": row.reference, "version": row.version, **shown}
-    before = manifest.read(path).get("parity") or {}
-    manifest.update(path, parity={**before, row.engine: summary})
+    """Into the export's manifest: whether it is met, and the figures in each engine that was asked."""
+    figures = {name: found.value for name in KEPT if (found := row.check(name))}
+    said = {"status": row.status, "reference": row.reference, "version": row.version, **figures}
+    before = (manifest.read(path).get("parity") or {}).get("engines") or {}
+    engines = {**before, row.engine: said}
+    found = [one["status"] for one in engines.values() if one["status"] != "missing"]
+    manifest.update(path, parity={"met": bool(found) and set(found) == {"met"}, "engines": engines})

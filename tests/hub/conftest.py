@@ -26,7 +26,7 @@ LINEAGE = {
     "merge_base": "original",
     "adapter": {"path": "/home/someone/adapter", "sha256": {"adapter_model.safetensors": "cd"}},
 }
-MET = {"met": True, "engine": "vllm", "metrics": {"mean_kl": 0.0001, "top1": 0.999}}
+MET = {"met": True, "engines": {"vllm": {"status": "met", "mean_kl": 0.0001, "top1": 0.999}}}
 
 
 def export(

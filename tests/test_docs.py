@@ -1,0 +1,91 @@
+"""What the README, the docs and the CI recipes say is true: commands exist, links lead somewhere, tables match the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from lora2serve.cli import cli
+from lora2serve.parity.thresholds import TABLE, Thresholds
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes" / "ci").glob("*.yml"))]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every ``lora2serve ...`` in code: fenced blocks, inline code, and the lines of CI files."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if page.suffix == ".md":
+            found = [line for block in re.findall(r"```[a-z]*\n(.*?)```", text, re.S) for line in block.splitlines()]
+            found += re.findall(r"`(lora2serve [a-z][^`]*)`", text.replace("\n", " "))
+        else:
+            found = [line.strip().removeprefix("- ").removeprefix("run: ") for line in text.splitlines()]
+        for line in found:
+            words = line.split("#")[0].strip()
+            if words.startswith("lora2serve ") and "${" not in words and "..." not in words:
+                yield page.name, words
+
+
+@pytest.mark.parametrize(("page", "words"), sorted(set(commands())))
+def test_commands_exist(page: str, words: str) -> None:
+    """Each parses: the command is there and so are its options. Capital words stand for values."""
+    args = [
+        re.sub(r"^([A-Z_]+)$", r"1", word) if word.isupper() and not word.startswith("-") else word
+        for word in shlex.split(words)[1:]
+    ]
+    args = [arg for arg in args if arg not in ("-v", "--quiet")]
+    command = cli.commands[args[0]]
+    with command.make_context(args[0], [arg.strip("[]") for arg in args[1:]], resilient_parsing=True):
+        pass
+    known = {
+        option
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in [*parameter.opts, *parameter.secondary_opts]
+    }
+    assert not [
+        arg for arg in args[1:] if arg.startswith("-") and arg.split("=")[0].strip("[]") not in {*known, "--help", "-h"}
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    for name in re.findall(
+        r"`((?:tests|benchmarks|recipes|lora2serve|converters)/[\w./]+)`", page.read_text(encoding="utf-8")
+    ):
+        assert (ROOT / name).exists(), name
+
+
+def test_thresholds_are_those_of_the_code() -> None:
+    columns = ("mean_kl", "p999_kl", "top1", "ln_ppl_ratio", "nmse", "retention", "tensor_nmse")
+    rows = re.findall(r"^\| ([^|]+?) \|(.*)\|$", (ROOT / "docs" / "parity.md").read_text(encoding="utf-8"), re.M)
+    told: dict[str, tuple[str, ...]] = {}
+    for names, rest in rows:
+        cells = tuple(cell.strip() for cell in rest.split("|"))
+        if len(cells) == len(columns) and cells[0][:1].isdigit():
+            told |= dict.fromkeys(names.split(", "), cells)
+    assert told.keys() == TABLE.keys()
+    for name, cells in told.items():
+        bounds = TABLE[name]
+        for column, cell in zip(columns, cells, strict=True):
+            assert getattr(bounds, column) == (float(cell) if cell else None), (name, column)
+    assert set(columns) <= {field.name for field in fields(Thresholds)}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "recipes" / "ci").glob("*.yml")), *sorted((ROOT / ".github").rglob("*.yml"))],
+    ids=lambda path: path.name,
+)
+def test_ci_files_are_yaml(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
