@@ -50,13 +50,15 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
         chosen = recipes.load(here.recipe)
     else:
         chosen = recipes.load(recipes.find(recipe), overrides)
+    from lora2serve.train import data
     from lora2serve.train.trainer import train as fine_tune
 
+    sets = data.load(chosen.data)  # before a base of many gigabytes is fetched
     base = fetch(f"{chosen.model.path}@{chosen.model.revision}" if chosen.model.revision else chosen.model.path, told)
     if not resume:
         here = run.create(name or chosen.name)
     with run.kept_once_started(here):
-        fine_tune(chosen, here, base=base, resume=resume, progress=told)
+        fine_tune(chosen, here, sets, base=base, resume=resume, progress=told)
     console.result(str(here.path))
 
 

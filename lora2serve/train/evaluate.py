@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.progress import Progress
-from lora2serve.train.data import Tokens
+from lora2serve.train.data import IGNORE, Tokens
 from lora2serve.train.model import Device
 
 
@@ -27,12 +27,11 @@ def evaluate(
             ids, mask, labels = pad_batch(part, pad)
             device = next(model.parameters()).device
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            shifted = labels[:, 1:].to(device)
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum"
-            )
-            total += float(loss)
-            count += int((shifted != -100).sum())
+            wanted = labels[:, 1:].to(device)
+            kept = wanted != IGNORE  # float32 logits of these only: the vocabulary is large
+            told = logits[:, :-1][kept].float()
+            total += float(torch.nn.functional.cross_entropy(told, wanted[kept], reduction="sum"))
+            count += int(kept.sum())
             advance(len(part))
     model.train(was_training)
     loss_each = total / max(1, count)
@@ -46,7 +45,7 @@ def pad_batch(rows: Sequence[Tokens], pad: int) -> tuple[Any, Any, Any]:
     longest = max(len(row.input_ids) for row in rows)
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    labels = torch.full((len(rows), longest), -100)
+    labels = torch.full((len(rows), longest), IGNORE)
     for n, row in enumerate(rows):
         ids[n, : len(row.input_ids)] = torch.tensor(row.input_ids)
         mask[n, : len(row.input_ids)] = 1

@@ -26,9 +26,8 @@ def translated() -> Iterator[None]:
         if any(words in str(error) for words in MEMORY):
             raise _out_of_memory(error) from error
         if getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in DISK):
-            raise TrainError(
-                f"the disk is full ({first_line(error)})", "make room; `lora2serve train --resume` goes on from there"
-            ) from error
+            hint = "make room; `lora2serve train --resume` goes on from the last whole checkpoint"
+            raise TrainError("the disk is full: the run could not be saved", hint) from error
         raise
 
 

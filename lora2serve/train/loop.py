@@ -23,10 +23,11 @@ STATE = "trainer_state.json"  # of a checkpoint, written last
 
 
 class Log(TrainerCallback):  # type: ignore[misc]
-    """Metrics into metrics.jsonl, steps into the bar, Ctrl-C into a checkpoint."""
+    """Metrics into metrics.jsonl, steps into the bar, checkpoints into words, Ctrl-C into a checkpoint."""
 
-    def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
-        self.path, self.advance = path, advance
+    def __init__(self, path: Path, advance: Callable[[int], None], note: Callable[[str], None]) -> None:
+        self.path, self.advance, self.note = path, advance, note
+        self.last: dict[str, float] = {}
         self.stopped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -48,8 +49,15 @@ class Log(TrainerCallback):  # type: ignore[misc]
             key: value for key, value in (logs or {}).items() if isinstance(value, int | float) and math.isfinite(value)
         }
         if {"loss", "eval_loss"} & kept.keys():
+            self.last |= kept
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One line a checkpoint, so that a log file shows that something moves."""
+        names = {"loss": "loss", "eval_loss": "eval loss"}
+        figures = [f"{names[key]} {self.last[key]:.4f}" for key in names if key in self.last]
+        self.note(f"step {state.global_step} of {state.max_steps}: {', '.join(figures)}")
 
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
@@ -82,8 +90,13 @@ def fit(
         kept = checkpoint.with_name(Path(best).name) if best and _keeps_best(recipe, bool(held_out)) else checkpoint
         model.load_adapter(str(kept), "default", is_trainable=True)
         return _step(checkpoint)
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    progress.note(
+        f"{len(rows)} rows, {len(held_out)} held out; {total} steps on {where.name} in {where.dtype}; "
+        f"{learned:,} parameters to learn"
+    )
     with progress.track("train", total, "steps") as advance:
-        log = Log(run.path / "metrics.jsonl", advance)
+        log = Log(run.path / "metrics.jsonl", advance, progress.note)
         trainer = SFTTrainer(
             model=model,
             args=_arguments(recipe, run, where, total, bool(held_out), checkpointing),

@@ -46,7 +46,10 @@ def load_tokenizer(path: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise TrainError(f"{path}: no tokenizer that transformers can load ({first_line(error)})") from error
+        raise TrainError(
+            f"{path}: no tokenizer that transformers can load ({first_line(error)})",
+            "name a directory with config.json, tokenizer.json and safetensors in model.path, or a Hub id",
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -95,9 +98,9 @@ def prepare(model: Any, *, checkpointing: bool) -> Any:
     return model
 
 
-def add_adapter(model: Any, recipe: TrainRecipe) -> Any:
-    """A PEFT model with a fresh LoRA, ready to train; ``model`` comes from ``prepare``."""
-    from peft import LoraConfig, get_peft_model
+def lora_config(model: Any, recipe: TrainRecipe) -> Any:
+    """PEFT's configuration for the recipe's adapter; TrainError for a module that ``model`` does not have."""
+    from peft import LoraConfig
 
     lora = recipe.lora
     if getattr(model, "is_quantized", False) and lora.init.startswith(REBASING):
@@ -106,7 +109,7 @@ def add_adapter(model: Any, recipe: TrainRecipe) -> Any:
             "set another init, or model.path to the 16-bit model",
         )
     _refuse_unknown("train.lora.modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
-    config = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -118,6 +121,12 @@ def add_adapter(model: Any, recipe: TrainRecipe) -> Any:
         use_dora=lora.dora,
         init_lora_weights=True if lora.init == "default" else lora.init,
     )
+
+
+def add_adapter(model: Any, config: Any) -> Any:
+    """A PEFT model with a fresh LoRA, ready to train; ``model`` comes from ``prepare``, ``config`` from above."""
+    from peft import get_peft_model
+
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError, AssertionError, NotImplementedError) as error:

@@ -25,6 +25,7 @@ from lora2serve.train.model import (
     device,
     load_base,
     load_tokenizer,
+    lora_config,
     prepare,
     quantized_modules,
 )
@@ -32,68 +33,64 @@ from lora2serve.train.model import (
 MOST_EVAL_ROWS = 1000  # kept in eval.jsonl for parity
 
 
-def train(recipe: Recipe, run: Run, *, base: Path, resume: bool, progress: Progress) -> None:
-    """Fine-tune ``base`` (a local directory) as ``recipe`` says; everything of the run directory is written.
+def train(
+    recipe: Recipe, run: Run, sets: tuple[Rows, Rows | None], *, base: Path, resume: bool, progress: Progress
+) -> None:
+    """Fine-tune ``base`` (a local directory) on ``sets`` (``data.load``); everything of the run directory is written.
 
     DataError and TrainError for what cannot be trained; KeyboardInterrupt once Ctrl-C has saved a checkpoint.
     """
     with translated():
+        from transformers import set_seed
+
+        from lora2serve.train.loop import check_trackers, fit
+
         _quiet()
-        from lora2serve.train.loop import check_trackers
-
         check_trackers(recipe)
-        train_rows, eval_rows = data.load(recipe.data)
         tokenizer = load_tokenizer(base)
-        rows, held_out = _tokens(train_rows, eval_rows, tokenizer, recipe, progress)
-        checkpointing = recipe.train.gradient_checkpointing
-        if checkpointing is None:
-            checkpointing = recipe.train.quantize != "none"
-        for warning in guards.warnings(recipe, rows, bool(held_out), checkpointing):
-            progress.warn(warning)
-        rows = [row for row in rows if row.learned]
-        if not rows:
-            raise DataError(f"{train_rows.path}: no row has a token to learn from", "raise data.max_length")
+        checkpointing = _checkpointing(recipe)
+        rows, held_out = _tokens(sets, tokenizer, recipe, checkpointing, progress)
         (run.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-        _write_eval(run, eval_rows)
-        _train(recipe, run, base, tokenizer, (train_rows, eval_rows), (rows, held_out), checkpointing, resume, progress)
+        _write_eval(run, sets[1])
+        where = device()
+        set_seed(recipe.train.seed)
+        model = prepare(load_base(base, recipe.train, where), checkpointing=checkpointing)
+        lora = lora_config(model, recipe.train)  # a module that is not there is met before the work
+        _record_start(run, recipe, base, where, model, sets)
+        # The base is measured before the adapter is there: some inits take a part of the base out.
+        _measure(run, "base", model, held_out, tokenizer, recipe, progress)
+        model = add_adapter(model, lora)
+        initial = _keep_initial(model, recipe, run)
+        steps = fit(
+            model, tokenizer, rows, held_out, recipe, run, where,
+            checkpointing=checkpointing, resume=resume, progress=progress,
+        )  # fmt: skip
+        run.update({"steps": steps})
+        _save(model, tokenizer, run, initial, base)
+        _measure(run, "tuned", model, held_out, tokenizer, recipe, progress)
+        del model
+        _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
+        _plot(run)
+        run.update({"finished": True})
 
 
-def _train(
-    recipe: Recipe, run: Run, base: Path, tokenizer: Any, sets: tuple[Rows, Rows | None],
-    tokens: tuple[list[Tokens], list[Tokens]], checkpointing: bool, resume: bool, progress: Progress,
-) -> None:  # fmt: skip
-    """From the first warning to the last figure."""
-    from transformers import set_seed
-
-    from lora2serve.train.loop import fit
-
-    rows, held_out = tokens
-    where = device()
-    set_seed(recipe.train.seed)
-    model = prepare(load_base(base, recipe.train, where), checkpointing=checkpointing)
-    _record_start(run, recipe, base, where, model, *sets)
-    # The base is measured before the adapter is there: some inits take a part of the base out.
-    _measure(run, "base", model, held_out, tokenizer, recipe, progress)
-    model = add_adapter(model, recipe.train)
-    initial = _keep_initial(model, recipe, run)
-    steps = fit(
-        model, tokenizer, rows, held_out, recipe, run, where,
-        checkpointing=checkpointing, resume=resume, progress=progress,
-    )  # fmt: skip
-    run.update({"steps": steps})
-    _save(model, tokenizer, run, initial, base)
-    _measure(run, "tuned", model, held_out, tokenizer, recipe, progress)
-    del model
-    _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
-    _plot(run)
-    run.update({"finished": True})
+def _checkpointing(recipe: Recipe) -> bool:
+    chosen = recipe.train.gradient_checkpointing
+    return recipe.train.quantize != "none" if chosen is None else chosen
 
 
 def _tokens(
-    train_rows: Rows, eval_rows: Rows | None, tokenizer: Any, recipe: Recipe, progress: Progress
+    sets: tuple[Rows, Rows | None], tokenizer: Any, recipe: Recipe, checkpointing: bool, progress: Progress
 ) -> tuple[list[Tokens], list[Tokens]]:
+    """Training and held-out rows in tokens, those without a token to learn from left out, after every warning."""
+    train_rows, eval_rows = sets
     rows = data.tokenize_all(train_rows, tokenizer, recipe.data, progress)
     held_out = data.tokenize_all(eval_rows, tokenizer, recipe.data, progress) if eval_rows else []
+    for warning in guards.warnings(recipe, rows, bool(held_out), checkpointing):
+        progress.warn(warning)
+    rows = [row for row in rows if row.learned]
+    if not rows:
+        raise DataError(f"{train_rows.path}: no row has a token to learn from", "raise data.max_length")
     return rows, [row for row in held_out if row.learned]
 
 
@@ -130,8 +127,9 @@ def _measure_on_original(
 
 
 def _record_start(
-    run: Run, recipe: Recipe, base: Path, where: Device, model: Any, train_rows: Rows, eval_rows: Rows | None
+    run: Run, recipe: Recipe, base: Path, where: Device, model: Any, sets: tuple[Rows, Rows | None]
 ) -> None:
+    train_rows, eval_rows = sets
     quantization = None
     modules = quantized_modules(model)
     if modules:

@@ -15,6 +15,7 @@ from lora2serve import recipe as recipes
 from lora2serve.progress import Unit
 from lora2serve.recipe import Recipe
 from lora2serve.run import Run
+from lora2serve.train import data
 from lora2serve.train.trainer import train
 from tests.tiny import make_model
 
@@ -81,7 +82,7 @@ def fit(file: Path, *, into: Path | None = None, resume: bool = False) -> tuple[
     recipe, told = recipes.load(file), Told()
     run = Run(into or file.parent / "run")
     run.path.mkdir(exist_ok=resume)
-    train(recipe, run, base=Path(recipe.model.path), resume=resume, progress=told)
+    train(recipe, run, data.load(recipe.data), base=Path(recipe.model.path), resume=resume, progress=told)
     return run, told, recipe
 
 

@@ -160,7 +160,7 @@ def test_a_rebasing_init_on_a_base_that_is_quantised_already(tmp_path: Path, sma
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32, quantization_config=config)
     with pytest.raises(TrainError, match="takes a part of the base out"):
-        models.add_adapter(models.prepare(model, checkpointing=False), TrainRecipe(lora=LoraRecipe(init="pissa")))
+        models.lora_config(models.prepare(model, checkpointing=False), TrainRecipe(lora=LoraRecipe(init="pissa")))
 
 
 def test_modules_to_save_are_trained_in_full(tmp_path: Path, small: Path, chats: dict[str, str]) -> None:
