@@ -262,5 +262,5 @@ def _record(path: Path, row: Row) -> None:
     said = {"status": row.status, "reference": row.reference, "version": row.version, **figures}
     before = (manifest.read(path).get("parity") or {}).get("engines") or {}
     engines = {**before, row.engine: said}
-    found = [one["status"] for one in engines.values() if one["status"] != "missing"]
-    manifest.update(path, parity={"met": bool(found) and set(found) == {"met"}, "engines": engines})
+    found = {str(one["status"]) for one in engines.values()} - {"missing"}
+    manifest.update(path, parity={"met": found == {"met"}, "engines": engines})
