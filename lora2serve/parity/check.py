@@ -262,5 +262,5 @@ def _record(path: Path, row: Row) -> None:
     said = {"status": row.status, "reference": row.reference, "version": row.version, **figures}
     before = (manifest.read(path).get("parity") or {}).get("engines") or {}
     engines = {**before, row.engine: said}
-    found = {str(one["status"]) for one in engines.values()} - {"missing"}
-    manifest.update(path, parity={"met": found == {"met"}, "engines": engines})
+    statuses = {str(one["status"]) for one in engines.values()} - {"missing"}
+    manifest.update(path, parity={"met": statuses == {"met"}, "engines": engines})
