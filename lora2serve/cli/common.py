@@ -33,11 +33,11 @@ def find_run(name: str | None) -> Run:
     raise UsageError(f"{name}: no finished run", "name a directory that `lora2serve train` made")
 
 
-def fetch(name: str, progress: Progress) -> Path:
-    """A local directory for a path or a Hub id."""
+def fetch(name: str, progress: Progress, *, pickle: bool = False) -> Path:
+    """A local directory for a path or a Hub id; ``pickle`` brings pickled adapters too."""
     from lora2serve.hub import fetch as pull
 
-    return pull(name).path
+    return pull(name, pickle=pickle).path
 
 
 def base_of(record: dict[str, Any], given: str | None, progress: Progress) -> tuple[Path, str]:

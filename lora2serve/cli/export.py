@@ -146,7 +146,7 @@ def _open_adapters(
         raise UsageError(
             "--adapter with a RUN: expected one of the two", "name the run's adapter directory with --adapter"
         )
-    paths = [fetch(name, told) for name in options["adapters"]]
+    paths = [fetch(name, told, pickle=options["allow_pickle"]) for name in options["adapters"]]
     if options["allow_pickle"]:
         from lora2serve.pickles import convert
 

@@ -1,0 +1,178 @@
+"""Pull by name: only what is needed, the commit on record, and one line for every failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora2serve.errors import HubError, InputError
+from lora2serve.hub import fetch, pull_check, push
+from tests.hub.conftest import TOKEN, client_env, export
+from tests.hub_server import HubServer
+from tests.tiny import make_adapter, make_model
+
+REPO = "org/model"
+FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", "README.md": b"# it"}
+OTHERS = {
+    "pytorch_model.bin": b"pickle",
+    "modeling_evil.py": b"boom",
+    "original/consolidated.00.pth": b"x",
+    "tf_model.h5": b"x",
+}
+
+
+def test_only_what_is_needed(hub: HubServer) -> None:
+    hub.add(REPO, {**FILES, **OTHERS})
+    found = fetch(REPO)
+    names = {path.name for path in found.path.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not names & {name.rsplit("/", 1)[-1] for name in OTHERS}
+    assert found.commit == hub.repos[REPO].refs["main"]
+
+
+def test_revisions(hub: HubServer) -> None:
+    first = hub.add(REPO, FILES)
+    hub.add(REPO, {"config.json": b'{"new": 1}'})
+    assert json.loads((fetch(REPO).path / "config.json").read_text()) == {"new": 1}
+    old = fetch(f"{REPO}@{first.oid}")
+    assert (old.commit, (old.path / "config.json").read_text()) == (first.oid, "{}")
+    with pytest.raises(HubError, match=r"no revision 'mian'.*did you mean 'main'"):
+        fetch(f"{REPO}@mian")
+
+
+def test_offline_takes_the_cache(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    hub.add(REPO, FILES)
+    online = fetch(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.requests)
+    assert fetch(REPO).path == online.path
+    with pytest.raises(HubError, match=r"not \(whole\) in the cache, and HF_HUB_OFFLINE is set") as caught:
+        fetch("org/other")
+    assert "hf download org/other" in caught.value.hint
+    assert len(hub.requests) == asked
+
+
+def test_no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.url, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with pytest.raises(HubError, match="cannot be reached") as caught:
+        fetch("org/other")
+    assert "network" in caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+def test_gated_private_and_missing(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/gated", FILES)
+    hub.repos["org/gated"].gated = True
+    hub.add("other/private", FILES)
+    hub.repos["other/private"].private = True
+    for name in ("other/private", "org/nothing"):
+        with pytest.raises(HubError, match="no such repository, or a private one"):
+            fetch(name)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="gated, and there is no token") as caught:
+        fetch("org/gated")
+    assert "hf auth login" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "a/b/c", "nothing/"])
+def test_a_path_that_is_not_there(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such directory"):
+        fetch(name)
+    assert not hub.requests
+
+
+def test_export_with_nothing_local(hub: HubServer, tmp_path: Path) -> None:
+    """``lora2serve export user/adapter``: the base is found from the adapter's config."""
+    base = make_model(tmp_path / "made" / "base")
+    adapter = make_adapter(tmp_path / "made" / "adapter", base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    for name, path in (("org/base", base), ("user/adapter", adapter)):
+        hub.add(name, {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()})
+    here = tmp_path / "here"
+    here.mkdir()
+    command = [sys.executable, "-m", "lora2serve", "export", "user/adapter", "-t", "vllm"]
+    done = subprocess.run(
+        command, cwd=here, env=client_env(hub, tmp_path / "home2"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    about = json.loads((here / done.stdout.strip() / "lora2serve.json").read_text())
+    assert about["base"]["id"] == "org/base"
+
+
+@pytest.mark.parametrize("words", [[], ["-v"]])
+@pytest.mark.parametrize("fault", [{"status": 503, "times": 300}, {"status": 403}, {"kind": "reset", "times": 300}, {}])
+def test_the_token_is_nowhere(hub: HubServer, tmp_path: Path, words: list[str], fault: dict[str, object]) -> None:
+    """Not in output or traceback, not in a file, not in an upload (the fixture looks there); the control: it was used."""
+    path = export(tmp_path, "vllm")
+    if fault:
+        hub.fail("commit", **fault)  # type: ignore[arg-type]
+    environment = client_env(hub, tmp_path / "home2")
+    program = "import lora2serve.hub.retry as r; r.WAITS = (0.0,) * 5; from lora2serve.cli import main; main()"
+    command = [sys.executable, "-c", program, *words, "push", str(path), "--repo-id", "user/demo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode == 0) == (not fault)
+    assert TOKEN not in done.stdout + done.stderr
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            assert TOKEN.encode() not in file.read_bytes(), file
+    assert any(request.authorized for request in hub.requests)
+
+
+def test_an_edited_card_is_kept(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    push([path], repo_id="user/demo")
+    card = hub.read(hub.repos["user/demo"].files("main")["README.md"]).decode()
+    assert "<!-- lora2serve:use -->" in card
+    assert "base_model" in card
+    own = card.replace("# demo\n", "# My model\n\nWords of my own.\n").replace(
+        "## How to run it", "## Edited inside a mark"
+    )
+    hub.add("user/demo", {"README.md": own.encode()})
+    other = export(tmp_path / "second", "vllm", seed=3)
+    push([other], repo_id="user/demo")
+    after = hub.read(hub.repos["user/demo"].files("main")["README.md"]).decode()
+    assert "Words of my own." in after
+    assert "## How to run it" in after
+    assert "Edited inside a mark" not in after
+
+
+@pytest.mark.slow
+def test_two_gigabytes_in_little_memory(hub: HubServer, tmp_path: Path) -> None:
+    """The peak of pushing 2 GB stays within 200 MB of the imports."""
+    path = export(tmp_path, "vllm")
+    from lora2serve.output import opened
+
+    with opened(tmp_path / "big", overwrite=False) as out:
+        file = out.file("model.safetensors", 2_000_000_000)
+        for start in range(0, 2_000_000_000, 50_000_000):
+            file.pwrite(bytes(50_000_000), start)
+        about = json.loads((path / "lora2serve.json").read_text())
+        out.publish({key: value for key, value in about.items() if key not in ("files", "format", "lora2serve")})
+    program = (
+        "import resource; import huggingface_hub, lora2serve.hub; from lora2serve.cli import run;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        f"code = run(['push', {str(tmp_path / 'big')!r}, '--repo-id', 'user/big']);"
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=client_env(hub, tmp_path / "home2"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    code, kilobytes = done.stdout.split()[-2:]
+    assert (code, int(kilobytes) < 200_000) == ("0", True), done.stdout
+    assert not pull_check("user/big").strangers
