@@ -48,7 +48,7 @@ class Log(TrainerCallback):  # type: ignore[misc]
         kept = {
             key: value for key, value in (logs or {}).items() if isinstance(value, int | float) and math.isfinite(value)
         }
-        if {"loss", "eval_loss"} & kept.keys():
+        if {"loss", "eval_loss", "train_runtime"} & kept.keys():  # the last one once, at the end
             self.last |= kept
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
