@@ -97,7 +97,7 @@ def test_evaluated_before_and_after_and_on_the_original_base(trained: tuple[Run,
     wrong = held_out_loss(run, four_bit=True, adapter=True, scale=1.1)
     assert abs(wrong - found["tuned"]) > 1e-3, "the control: alpha times 1.1"
     assert any(f"base: eval loss {found['base']:.4f}" in note for note in told.notes)
-    assert sum("eval loss" in note for note in told.notes) == 3
+    assert sum("perplexity" in note for note in told.notes) == 3
 
 
 def test_adapter_is_float32_and_has_learned(trained: tuple[Run, Told]) -> None:
