@@ -24,7 +24,7 @@ def adapter(repo_id: str, base: str, rank: int, chat: bool) -> list[tuple[str, s
         "from peft import AutoPeftModelForCausalLM\n"
         "from transformers import AutoTokenizer\n\n"
         f'model = AutoPeftModelForCausalLM.from_pretrained("{repo_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
     )
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {lora_rank(rank)} --lora-modules {name}={repo_id}"
     return [("vLLM", "shell", f"{serve}\n{curl(name, chat)}"), ("PEFT", "python", load + generate(chat))]

@@ -1,0 +1,80 @@
+"""The Python on the cards, as it stands there, run against a Hub that holds what was pushed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from lora2serve import manifest
+from lora2serve.hub import push
+from lora2serve.run import Run
+from tests.hub.conftest import client_env
+from tests.hub_server import HubServer
+
+MET = {"met": True, "engines": {"vllm": {"status": "met", "mean_kl": 0.0}}}
+
+
+@pytest.fixture
+def pushed(hub: HubServer, demo_run: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> HubServer:
+    """The demo's base and exports on the Hub, by the names that the cards use."""
+    base = Path(demo_run.record["base"]["path"])
+    hub.add("org/base", {path.name: path.read_bytes() for path in base.iterdir()})
+    exports = []
+    for name in ("vllm", "adapter", "gguf-Q4_K_M"):
+        path = Path(shutil.copytree(demo_exports[name], tmp_path / "exports" / name))
+        manifest.update(path, parity=MET, base={**manifest.read(path)["base"], "id": "org/base"})
+        if name == "adapter":
+            config = json.loads((path / "adapter_config.json").read_text())
+            (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+            files = {
+                **manifest.read(path)["files"],
+                "adapter_config.json": manifest.digest(path / "adapter_config.json"),
+            }
+            manifest.update(path, files=files)
+        exports.append(path)
+    push(exports, repo_id="user/demo", run=demo_run)
+    return hub
+
+
+@pytest.mark.parametrize("repository", ["user/demo", "user/demo-lora", "user/demo-GGUF"])
+def test_python(pushed: HubServer, tmp_path: Path, repository: str) -> None:
+    card = pushed.read(pushed.repos[repository].files("main")["README.md"]).decode()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=client_env(pushed, tmp_path / "home2"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{code}\n{done.stderr[-2000:]}"
+    assert done.stdout.endswith("\n")
+
+
+def test_shell(pushed: HubServer) -> None:
+    """Names of repositories, types and ranks in the other lines are those that were pushed."""
+    cards = {
+        name: pushed.read(repo.files("main")["README.md"]).decode()
+        for name, repo in pushed.repos.items()
+        if name != "org/base"
+    }
+    assert "vllm serve user/demo\n" in cards["user/demo"]
+    assert (
+        "vllm serve org/base --enable-lora --max-lora-rank 16 --lora-modules demo-lora=user/demo-lora"
+        in cards["user/demo-lora"]
+    )
+    for line in (
+        "ollama run hf.co/user/demo-GGUF:Q4_K_M",
+        "llama-server -hf user/demo-GGUF:Q4_K_M",
+        "lms get user/demo-GGUF@q4_k_m",
+    ):
+        assert line in cards["user/demo-GGUF"]
+    for body in re.findall(r"-d '(\{.*?\})'", "".join(cards.values())):
+        assert {"model", "messages", "max_tokens"} <= json.loads(body).keys()
