@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,7 +48,7 @@ class VllmSink:
         for name, path in self._model.files.items():
             self._out.copy(name, path)
         self._out.text("serve.yaml", serve_yaml(self._model, self._dtype))
-        return {"dtype": self._dtype}
+        return {"dtype": self._dtype, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
 
     def close(self) -> None:
         pass

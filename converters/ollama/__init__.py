@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -53,7 +54,7 @@ class OllamaSink:
     default_quant: ClassVar[str | None] = GgufSink.default_quant
 
     def __init__(self, model: Model, out: Output, options: OllamaOptions) -> None:
-        self._out = out
+        self._out, self._name = out, model.name.lower()
         self._chat = read_chat(model)
         if self._chat.jinja and not self._chat.derived:
             options = replace(options, chat_template=APART + self._chat.jinja)
@@ -75,7 +76,8 @@ class OllamaSink:
             **({"stop": list(self._modelfile.stop)} if self._modelfile.stop else {}),
         }
         self._out.text("params", json.dumps(params, indent=2, ensure_ascii=False) + "\n")
-        return {**said, "template": self._about()}
+        path = shlex.quote(str(self._out.target / "Modelfile"))
+        return {**said, "template": self._about(), "use": f"ollama create {self._name} -f {path}"}
 
     def close(self) -> None:
         self._gguf.close()

@@ -91,7 +91,7 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
     RUN is a run, a PEFT adapter directory, a plain model directory, or a Hub id of one of these.
     Prints the export directories.
     """
-    from lora2serve import console, exporter, stream
+    from lora2serve import console, exporter, manifest, stream
 
     told = progress(ctx)
     targets = {name: exporter.find(name) for name in dict.fromkeys(options["targets"])}
@@ -108,6 +108,9 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
         return
     for path in written:
         console.result(str(path))
+        use = manifest.read(path).get("use")
+        if use:
+            told.note(f"  {use}")
 
 
 def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Progress) -> tuple[Model, Path]:

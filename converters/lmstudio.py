@@ -1,0 +1,61 @@
+"""LM Studio: the GGUF where it looks for it, ``publisher/model/file.gguf`` below its models folder."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from converters.gguf import GgufOptions, GgufSink
+from lora2serve.exporter import Model
+from lora2serve.output import OutFile, Output
+from lora2serve.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PUBLISHER = "lora2serve"
+
+
+@dataclass(frozen=True)
+class LmStudioOptions(GgufOptions):
+    """Those of the GGUF, and ``publisher``: the first of the two folders."""
+
+    publisher: str = PUBLISHER
+
+
+class LmStudioSink:
+    """LM Studio sees a file only two folders deep (lmstudio.ai/docs, "sideload"); it takes merged models only."""
+
+    Options: ClassVar[type[LmStudioOptions]] = LmStudioOptions
+    quants: ClassVar[tuple[str, ...]] = GgufSink.quants
+    default_quant: ClassVar[str | None] = GgufSink.default_quant
+
+    def __init__(self, model: Model, out: Output, options: LmStudioOptions) -> None:
+        self._out, self._place = out, f"{options.publisher}/{model.name}"
+        self._gguf = GgufSink(model, Folder(out, self._place), options)
+        self.wanted = self._gguf.wanted
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        self._gguf.write(spec, rows, block)
+
+    def finish(self) -> Mapping[str, Any]:
+        file = f"{self._place}/{self._gguf.files[0]}"
+        path = shlex.quote(str(self._out.target / file))
+        return {**self._gguf.finish(), "file": file, "use": f"lms import --copy --user-repo {self._place} {path}"}
+
+    def close(self) -> None:
+        self._gguf.close()
+
+
+class Folder(Output):
+    """A folder inside another output."""
+
+    def __init__(self, out: Output, name: str) -> None:
+        self._out, self._name = out, name
+        self.target, self.path = out.target / name, Path(out.path / name)
+
+    def file(self, name: str, size: int) -> OutFile:
+        return self._out.file(f"{self._name}/{name}", size)

@@ -1,0 +1,105 @@
+"""Adapters as GGUF and the layout of LM Studio, in real llama.cpp against transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora2serve.run import Run
+from tests.conftest import lora2serve
+
+IDS = list(range(20, 90))
+
+
+def by_llama_cpp(model: Path, adapter: Path | None = None) -> np.ndarray:
+    from llama_cpp import Llama
+
+    llm = Llama(str(model), n_ctx=128, logits_all=True, lora_path=str(adapter) if adapter else None, verbose=False)
+    llm.eval(IDS)
+    return np.array(llm.scores[: len(IDS)], dtype=np.float64)
+
+
+def nmse(got: np.ndarray, expected: np.ndarray) -> float:
+    got, expected = (part - part.mean(axis=1, keepdims=True) for part in (got, expected))
+    return float(((got - expected) ** 2).sum() / (expected**2).sum())
+
+
+@pytest.fixture(scope="module")
+def base(demo_run: Run) -> Path:
+    return Path(demo_run.record["base"]["path"])
+
+
+@pytest.fixture(scope="module")
+def base_gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base-gguf")
+    (made,) = lora2serve("export", base, "-t", "gguf", "-q", "F32", "-o", out, cwd=out).split()
+    return next(Path(made).glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+        {
+            "rank_pattern": {"q_proj": 8},
+            "alpha_pattern": {"v_proj": 3},
+            "target_modules": ["q_proj", "k_proj", "v_proj"],
+        },
+        {"target_modules": ["o_proj", "lm_head"]},
+    ],
+)
+def test_equals_peft(base: Path, base_gguf: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
+    """Patterns and rsLoRA come out right; the control, the base without the adapter, is far off."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import make_adapter
+
+    adapter = make_adapter(tmp_path / "adapter", base, std=0.05, **kind)
+    (made,) = lora2serve(
+        "export", adapter, "--base", base, "-t", "gguf-adapter", "-o", tmp_path / "out", cwd=tmp_path
+    ).split()
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(plain, adapter)(torch.tensor([IDS])).logits[0].double().numpy()
+    assert nmse(by_llama_cpp(base_gguf, next(Path(made).glob("*.gguf"))), expected) < 1e-5
+    assert nmse(by_llama_cpp(base_gguf), expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector has no place"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight was trained in full"),
+        ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
+        ({"init_lora_weights": "olora"}, "took a part of the base"),
+    ],
+)
+def test_refused_by_name(
+    base: Path, tmp_path: Path, kind: dict[str, Any], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lora2serve.cli import run
+    from tests.tiny import make_adapter
+
+    adapter = make_adapter(tmp_path / "adapter", base, **kind)
+    assert run(["export", str(adapter), "--base", str(base), "-t", "gguf-adapter", "-o", str(tmp_path / "out")]) == 1
+    err = capfd.readouterr().err
+    assert said in err
+    assert "--target gguf merges it" in err
+
+
+def test_lmstudio(demo_run: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
+    """Two folders deep, the same bytes as the GGUF target's, and the line that imports it."""
+    (made,) = lora2serve("export", demo_run.path, "-t", "lmstudio", "-q", "Q8_0", "-o", tmp_path, cwd=tmp_path).split()
+    about = json.loads((Path(made) / "lora2serve.json").read_text())
+    assert list(about["files"]) == ["lora2serve/demo/demo-Q8_0.gguf"]
+    plain = demo_exports["gguf-Q8_0"] / "demo-Q8_0.gguf"
+    assert (Path(made) / "lora2serve/demo/demo-Q8_0.gguf").read_bytes() == plain.read_bytes()
+    assert about["use"].startswith("lms import --copy --user-repo lora2serve/demo ")
