@@ -61,17 +61,23 @@ class Log(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
-        """The first Ctrl-C finishes the step and saves; a second one ends at once."""
+        """The first Ctrl-C (or a scheduler's SIGTERM) finishes the step and saves; a second one ends at once."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def stop(number: int, frame: Any) -> None:
             self.stopped = True
-            signal.signal(signal.SIGINT, before)
+            restore()
 
-        before = signal.signal(signal.SIGINT, stop)
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        for number in before:
+            signal.signal(number, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            restore()
 
 
 def fit(

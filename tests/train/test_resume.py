@@ -118,6 +118,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, chats: dict[str, str
     assert f"runs/run: finished at step {STEPS}" in again.stderr
 
 
+def test_a_scheduler_s_sigterm_saves_too(tmp_path: Path, chats: dict[str, str]) -> None:
+    write_recipe(tmp_path, chats)
+    child = start(tmp_path)
+    _, err = stop_at(child, tmp_path, lambda: lines(tmp_path) >= 4, signal.SIGTERM)
+    assert child.returncode == 130, err
+    assert "saved at step" in err
+    assert last_checkpoint(Run(tmp_path / "runs" / "run"))
+
+
 def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path, chats: dict[str, str]) -> None:
     write_recipe(tmp_path, chats)
     child = start(tmp_path)
