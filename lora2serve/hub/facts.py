@@ -95,17 +95,21 @@ def gather(
         base_card=_base_card(local),
         record=run.record if run else {},
         recipe=public(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}) if recipe and recipe.is_file() else {},
-        chat=any(_has_template(path) for path in local),
+        chat=any(_has_template(place) for path in local for place in (path, _base_path(path))),
     )
 
 
-def _base_card(local: Sequence[Path]) -> dict[str, Any]:
+def _base_path(export: Path) -> Path:
+    """The base as it lay here when ``export`` was written; an adapter is served with its template."""
     from lora2serve import manifest
 
+    return Path((manifest.read(export).get("base") or {}).get("path") or export)
+
+
+def _base_card(local: Sequence[Path]) -> dict[str, Any]:
     for path in local:
-        base = (manifest.read(path).get("base") or {}).get("path")
-        readme = Path(base) / "README.md" if base else None
-        if readme and readme.is_file():
+        readme = _base_path(path) / "README.md"
+        if readme.is_file():
             try:
                 return read_metadata(readme.read_text(encoding="utf-8-sig"))
             except ValueError:  # someone else's card: what cannot be read tells nothing
