@@ -84,7 +84,7 @@ def rope_factors(config: Config) -> list[float] | None:
 
     freqs = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     factors = []
-    for freq in freqs.tolist():
+    for freq in freqs:  # float32 throughout, as there
         wavelength = 2 * math.pi / freq
         if wavelength < context / high:
             factors.append(1.0)
@@ -92,7 +92,7 @@ def rope_factors(config: Config) -> list[float] | None:
             factors.append(float(factor))
         else:
             smooth = (context / wavelength - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
+            factors.append(float(1 / ((1 - smooth) / factor + smooth)))
     return factors
 
 

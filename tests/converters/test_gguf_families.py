@@ -1,0 +1,182 @@
+"""Every native family: a small model made by transformers, exported in one pass, in real llama.cpp and beside upstream."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import lora2serve
+from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
+from tests.tiny import make_model
+from tests.upstream import llama_cpp_dir
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
+SHAPE = {
+    "vocab_size": 1536, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 1,
+}  # fmt: skip
+ROPE3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 5e5}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama3-rope": ("llama", {"rope_parameters": ROPE3}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-moe": ("qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}),
+    "qwen3": ("qwen3", {"head_dim": 64}),
+    "qwen3-moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 64, "norm_topk_prob": True}),
+    "gemma3": ("gemma3_text", {"vocab_size": 888, "head_dim": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {}),
+    "granite": ("granite", {"attention_multiplier": 0.1, "embedding_multiplier": 12.0, "residual_multiplier": 0.2, "logits_scaling": 1.5}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 64}),
+}  # fmt: skip
+EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
+OURS = {"general.size_label", "general.base_model.count"}  # keys that we say otherwise: see docs/gguf.md
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"root": tmp_path_factory.mktemp("families")}
+
+
+def model_of(models: dict[str, Path], family: str) -> Path:
+    """Saved once; weights scaled up so that the logits are far from uniform."""
+    if family not in models:
+        kind, changes = FAMILIES[family]
+        path = make_model(models["root"] / family, kind, **{**SHAPE, **changes})
+        _sharpen(path)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            shutil.copy(DEMO / name, path / name)
+        models[family] = path
+    return models[family]
+
+
+def _sharpen(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    torch.manual_seed(1)
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1:
+            tensors[name] = (tensor.float() * 3).to(tensor.dtype)
+        elif "norm" in name:
+            tensors[name] = (tensor.float() + 0.2 * torch.randn_like(tensor.float())).to(tensor.dtype)
+        else:
+            tensors[name] = (0.1 * torch.randn_like(tensor.float())).to(tensor.dtype)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def export(model: Path, out: Path, *words: str) -> Path:
+    (made,) = lora2serve("export", model, "-t", "gguf", "-o", out, *words, cwd=out.parent).split()
+    return next(Path(made).glob("*.gguf"))
+
+
+def by_transformers(model: Path) -> np.ndarray:
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits: np.ndarray = loaded(torch.tensor([list(range(20, 90))])).logits[0].double().numpy()
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_logits(models: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """NMSE under 1e-5 at F16, under 1e-3 for mixtures of experts; the control, a shuffled answer, is far off."""
+    model = model_of(models, family)
+    expected = by_transformers(model)
+    got = by_llama_cpp(export(model, tmp_path / "out", "-q", "F16"))
+    assert expected.std() > 0.5, "far from uniform"
+    assert nmse(got, expected) < (1e-3 if family in EXPERTS else 1e-5)
+    assert nmse(got[::-1], expected) > 0.1
+
+
+def upstream(model: Path, out: Path, kind: str, pre: str) -> Path:
+    """llama.cpp's own converter, then its own quantiser out of the same library."""
+    tree = llama_cpp_dir()
+    f16 = out / "upstream-f16.gguf"
+    environment = {**os.environ, "PYTHONPATH": f"{tree / 'gguf-py'}:{tree}"}
+    # It knows pre-tokenizers by a hash of real vocabularies, which a small one of ours is not.
+    program = (
+        "import runpy, sys; import conversion.base as base; name = sys.argv.pop();"
+        "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: name;"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    words = [tree / "convert_hf_to_gguf.py", model, "--outfile", f16, "--outtype", "f16", pre]
+    command = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-700:]
+    if kind == "F16":
+        return f16
+    program = (
+        "import ctypes, sys, llama_cpp; p = llama_cpp.llama_model_quantize_default_params(); p.ftype = int(sys.argv[3]);"
+        "sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(p)))"
+    )
+    quantised = out / f"upstream-{kind}.gguf"
+    from converters.gguf.types import PRESETS
+
+    subprocess.run(
+        [sys.executable, "-c", program, str(f16), str(quantised), str(PRESETS[kind])], capture_output=True, check=True
+    )
+    return quantised
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, bytes]]]:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    tensors = {tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in reader.tensors}
+    return keys, tensors
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: (ours.get(key), theirs.get(key))
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+        and not key.startswith(("general.", "lora2serve."))
+        and key != "quantize.imatrix.file"
+    }
+
+
+@pytest.mark.parametrize("kind", [pytest.param("F16", marks=pytest.mark.slow), "Q4_K_M"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_byte_identical_to_upstream(models: dict[str, Path], tmp_path: Path, family: str, kind: str) -> None:
+    """With ``--match-reference``: the same tensors, types and bytes, and the same metadata that the engine reads."""
+    model = model_of(models, family)
+    keys, tensors = read(export(model, tmp_path / "out", "-q", kind, "--match-reference"))
+    their_keys, theirs = read(upstream(model, tmp_path, kind, keys["tokenizer.ggml.pre"]))
+    assert tensors.keys() == theirs.keys()
+    assert {n: t for n, (t, _) in tensors.items()} == {n: t for n, (t, _) in theirs.items()}
+    assert [name for name in tensors if tensors[name] != theirs[name]] == []
+    assert differences(keys, their_keys) == {}
+
+
+def test_a_value_that_llama_cpp_cannot_express(
+    models: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lora2serve.cli import run
+
+    model = Path(shutil.copytree(model_of(models, "qwen3-moe"), tmp_path / "moe"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "norm_topk_prob": False}))
+    assert run(["export", str(model), "-t", "gguf", "-o", str(tmp_path / "out")]) == 1
+    assert "norm_topk_prob is False" in capfd.readouterr().err
+    config["architectures"] = ["NobodyKnowsForCausalLM"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert run(["export", str(model), "-t", "gguf", "-o", str(tmp_path / "out")]) == 1
+    assert "LlamaForCausalLM" in capfd.readouterr().err
