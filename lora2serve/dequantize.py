@@ -1,9 +1,10 @@
-"""Quantised weights shown as plain ones, and the round trip that a QLoRA base went through in training.
+"""Quantised weights shown as plain ones.
 
 * bitsandbytes 4-bit (nf4, fp4; absmax quantised or not): ``code[nibble] * absmax`` per block of 64, the
   high nibble first (``bitsandbytes/functional.py``, ``QuantState.as_dict``; https://arxiv.org/abs/2305.14314).
 * bitsandbytes int8: ``int8 * SCB / 127`` per row (https://arxiv.org/abs/2208.07339).
 * fp8 with one float32 scale per 128 x 128 block (``weight_scale_inv``: DeepSeek V3, Qwen3).
+* MXFP4 experts (gpt-oss): 4-bit floats, one power of two per 32 (OCP Microscaling Formats, 1.0).
 
 All in float32 and in row blocks, without a GPU and without bitsandbytes.
 """
@@ -14,17 +15,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora2serve.checkpoint import Checkpoint, model_dtype
 from lora2serve.errors import CheckpointError
-from lora2serve.tensors import ALL, DType, Source, TensorSpec
+from lora2serve.tensors import ALL, DType, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INT8_SCALE = 7.874015718698502e-3  # 1/127, as bitsandbytes spells it
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; the fourth bit is the sign
 DTYPE_NAMES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -48,9 +49,8 @@ class Dequantized:
         self.base = base
         self._packed: dict[str, Packed] = {}
         hidden = self._collapse(base.config.get("quantization_config") or {})
-        self._specs = [
-            self._packed[s.name].spec if s.name in self._packed else s for s in base.specs() if s.name not in hidden
-        ]
+        seen = {f"{name}_blocks" if isinstance(p, Mxfp4) else name: p.spec for name, p in self._packed.items()}
+        self._specs = [seen.get(s.name, s) for s in base.specs() if s.name not in hidden]
 
     def specs(self) -> Sequence[TensorSpec]:
         return self._specs
@@ -83,9 +83,13 @@ class Dequantized:
                 weight = name.removesuffix("_scale_inv")
                 self._packed[weight] = Fp8Blocks.open(self.base, weight, stored, config)
                 hidden.add(name)
+            elif name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names:
+                packed = Mxfp4.open(self.base, name.removesuffix("_blocks"), stored)
+                self._packed[packed.spec.name] = packed
+                hidden.add(f"{packed.spec.name}_scales")
         if not self._packed:
             raise CheckpointError(
-                f"{self.base.path}: quantised by {method!r}, expected bitsandbytes or block-scaled fp8",
+                f"{self.base.path}: quantised by {method!r}, expected bitsandbytes, block-scaled fp8 or MXFP4",
                 "name the full-precision base with --base",
             )
         return hidden
@@ -203,90 +207,33 @@ class Fp8Blocks:
         return values * scales.repeat_interleave(width, dim=-1)[..., : self.spec.shape[-1]]
 
 
-class RoundTrip:
-    """A float base as bitsandbytes showed it to the adapter in training: quantised to 4 bits and back.
+@dataclass(frozen=True)
+class Mxfp4:
+    """Stacked experts of 4-bit floats: (experts, out, groups, 16) bytes, seen as (experts, groups * 32, out)."""
 
-    Only ``modules`` go through it: those that bitsandbytes really replaced. Quantising is bitsandbytes' own, a
-    row block at a time; blocks of 64 stand alone, and the absmax, which double quantisation treats as a
-    whole, is computed for the whole weight first.
-    """
+    spec: TensorSpec
+    base: Checkpoint
 
-    def __init__(self, base: Source, modules: Sequence[str], kind: str, block: int, double: bool) -> None:
-        import bitsandbytes  # noqa: F401  (here, not first in several threads at once: its kernels register on import)
-
-        self.base, self.kind, self.block, self.double = base, kind, block, double
-        self._weights = {f"{module}.weight" for module in modules}
-        self._by_name = {spec.name: spec for spec in base.specs()}
-        missing = sorted(self._weights - self._by_name.keys())
-        if missing:
+    @classmethod
+    def open(cls, base: Checkpoint, weight: str, dtype: DType) -> Mxfp4:
+        blocks, scales = base.spec(f"{weight}_blocks"), base.spec(f"{weight}_scales")
+        if len(blocks.shape) != 4 or blocks.shape[-1] != 16 or scales.shape != blocks.shape[:-1]:
             raise CheckpointError(
-                f"{missing[0]}: quantised in training, but not in this base", "name the base of the training run"
+                f"{base.path}: {weight}: blocks {list(blocks.shape)} and scales {list(scales.shape)}, expected "
+                "[experts, out, groups, 16] and the same without the 16"
             )
-        self._absmax: dict[str, Tensor] = {}
-        self._lock = Lock()
+        experts, out, groups, _ = blocks.shape
+        return cls(TensorSpec(weight, (experts, groups * 32, out), dtype), base)
 
-    def specs(self) -> Sequence[TensorSpec]:
-        return self.base.specs()
-
-    def read(self, name: str, rows: slice = ALL) -> Tensor:
-        if name not in self._weights:
-            return self.base.read(name, rows)
-        spec = self._by_name[name]
-        start, stop, _ = rows.indices(spec.rows)
-        aligned = self._aligned(spec, start, stop)
-        codes, _ = self._quantize(self.base.read(name, aligned))
-        return self._dequantize(spec, codes, aligned)[start - aligned.start : stop - aligned.start]
-
-    def _aligned(self, spec: TensorSpec, start: int, stop: int) -> slice:
-        """Widen the rows until they begin and end at a block."""
-        while start and start * spec.row_numel % self.block:
-            start -= 1
-        while stop < spec.rows and stop * spec.row_numel % self.block:
-            stop += 1
-        return slice(start, stop)
-
-    def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        from bitsandbytes.functional import quantize_4bit
-
-        codes, state = quantize_4bit(rows, blocksize=self.block, quant_type=self.kind, compress_statistics=False)
-        return codes, state.absmax
-
-    def _dequantize(self, spec: TensorSpec, codes: Tensor, rows: slice) -> Tensor:
-        # Not bitsandbytes' dequantize_4bit: its CPU kernel counts blocks from the start of each row, which is
-        # another thing than the flat blocks of its own quantiser where a row is no multiple of the block.
-        from bitsandbytes.functional import get_4bit_type
-
-        first = rows.start * spec.row_numel // self.block
-        numel = (rows.stop - rows.start) * spec.row_numel
-        absmax = self._seen_absmax(spec)[first : first - (-numel // self.block)]
-        values = get_4bit_type(self.kind, device="cpu").index_select(0, nibbles(codes.flatten())[:numel])
-        return scale_blocks(values, absmax, self.block).view(rows.stop - rows.start, *spec.shape[1:])
-
-    def _seen_absmax(self, spec: TensorSpec) -> Tensor:
-        """The weight's absmax as the dequantiser saw it: (blocks,) float32."""
-        with self._lock:
-            if spec.name not in self._absmax:
-                while len(self._absmax) > 1:  # blocks come in order: the weight before this one may still be at work
-                    self._absmax.pop(next(iter(self._absmax)))
-                self._absmax[spec.name] = self._compute_absmax(spec)
-            return self._absmax[spec.name]
-
-    def _compute_absmax(self, spec: TensorSpec) -> Tensor:
+    def read(self, rows: slice) -> Tensor:
         import torch
-        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
-        rows_each = max(1, (1 << 20) // max(1, spec.row_numel)) * self.block
-        parts = []
-        for start in range(0, spec.rows, rows_each):
-            rows = self.base.read(spec.name, slice(start, min(start + rows_each, spec.rows)))
-            parts.append(self._quantize(rows)[1])
-        absmax = torch.cat(parts)
-        if not self.double:
-            return absmax
-        offset = absmax.mean()
-        codes, state = quantize_blockwise(absmax - offset, blocksize=256)
-        seen: Tensor = dequantize_blockwise(codes, state).float() + offset
-        return seen
+        packed = self.base.read(f"{self.spec.name}_blocks", rows)
+        powers = self.base.read(f"{self.spec.name}_scales", rows).int() - 127
+        table = torch.tensor([*FP4, *(-value for value in FP4)])
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)  # the low nibble first
+        values = torch.ldexp(table[codes.int()], powers[..., None])
+        return values.flatten(-2).transpose(1, 2)
 
 
 def nibbles(packed: Tensor) -> Tensor:

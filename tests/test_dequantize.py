@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora2serve.checkpoint import Checkpoint
-from lora2serve.dequantize import Dequantized, RoundTrip
+from lora2serve.dequantize import Dequantized
 from lora2serve.errors import CheckpointError
+from lora2serve.round_trip import RoundTrip
 from tests.folding import export_merged, stored, worst_ulp
 from tests.tiny import load_model, make_adapter, make_model, merged_by_peft
 
@@ -169,6 +170,25 @@ def test_fp8_blocks(
     start = data.draw(st.integers(0, rows - 1))
     assert [spec.name for spec in source.specs()] == ["w.weight"]
     assert torch.equal(source.read("w.weight", slice(start, rows)), expected[start:])
+
+
+def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
+    """The experts of gpt-oss: blocks and scales as one plain weight; the control swaps the nibbles."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 8, 4, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 130, (3, 8, 4), dtype=torch.uint8)
+    name = "model.layers.0.mlp.experts.down_proj"
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, tmp_path / "model.safetensors", {"format": "pt"})
+    config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = Dequantized(Checkpoint(tmp_path))
+    assert [(s.name, s.shape, s.dtype) for s in source.specs()] == [(name, (3, 128, 8), "BF16")]
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    assert torch.equal(source.read(name, slice(1, 3)), expected[1:])
+    swapped = (blocks >> 4) | (blocks << 4)
+    assert not torch.equal(source.read(name), convert_moe_packed_tensors(swapped, scales, dtype=torch.float32))
 
 
 def test_unknown_quantisation_is_refused(base: Path, tmp_path: Path) -> None:

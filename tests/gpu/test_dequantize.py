@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lora2serve.checkpoint import Checkpoint
-from lora2serve.dequantize import Dequantized, RoundTrip
+from lora2serve.dequantize import Dequantized
+from lora2serve.round_trip import RoundTrip
 from tests.tiny import make_model
 
 FOUR_BIT = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
