@@ -47,7 +47,7 @@ class GgufAdapterSink:
         specs = {spec.name: spec for spec in model.source.specs()}
         places = layout.lay_out(list(specs.values()), config, self._architecture)
         _refuse(self._adapter, places, model)
-        self._targets = {module: places[f"{module}.weight"] for module in self._adapter.layers}
+        self._targets = {module: places[f"{module}.weight"][0] for module in self._adapter.layers}
         self._out, self._name = out, f"{model.name}-lora.gguf"
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
@@ -93,7 +93,7 @@ class GgufAdapterSink:
         return a.contiguous(), (layout.permute(b, place.heads) if place.heads else b).contiguous()
 
 
-def _refuse(adapter: Adapter, places: Mapping[str, layout.Place], model: Model) -> None:
+def _refuse(adapter: Adapter, places: Mapping[str, Any], model: Model) -> None:
     """Everything that the format cannot hold, at once."""
     problems = [f"{name} was trained in full" for name in adapter.full if not _is_copy(name, adapter, model)]
     if not adapter.is_lora:

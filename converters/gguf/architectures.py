@@ -5,6 +5,7 @@ Facts from llama.cpp's ``conversion`` package and ``src/models``; the common key
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ class Architecture:
 
     ``permuted``: rows of q and k go from transformers' halves to llama.cpp's pairs. ``norm_shift``: norms are stored
     minus one. ``keys``: metadata beyond the common, without the ``{arch}.`` prefix. ``refuse``: a config value that
-    llama.cpp's graph cannot express, in words.
+    llama.cpp's graph cannot express, in words. ``sliding``: its graph has the sliding window, if the model has one.
+    ``fused_experts``: stacked experts, their input axis first (gpt-oss).
     """
 
     name: str
@@ -31,6 +33,8 @@ class Architecture:
     refuse: Callable[[Config], str] = lambda config: ""
     needs_sentencepiece: bool = False
     add_space_prefix: bool | None = None
+    sliding: bool = False
+    fused_experts: bool = False
     drop: tuple[str, ...] = ()  # tensors that llama.cpp has no use for
 
 
@@ -101,6 +105,56 @@ def _refuse_unnormalised(config: Config) -> str:
     return ""
 
 
+def _phi3(config: Config) -> Keys:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    context = config["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or context
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    keys: Keys = {
+        "rope.scaling.type": None,  # llama.cpp takes the factors from the two tensors
+        "rope.scaling.original_context_length": original,
+        "rope.dimension_count": int(share * config["hidden_size"]) // config["num_attention_heads"],
+        "attention.sliding_window": config.get("sliding_window") or 0,  # 0 tells Phi-4 from Phi-3
+        "attention.key_length": None,
+        "attention.value_length": None,
+    }
+    if rope.get("long_factor"):
+        scale = context / original
+        keys["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    return keys
+
+
+def _refuse_phi3(config: Config) -> str:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "longrope", "su"):
+        return f"rope type {kind!r}; llama.cpp's graph of Phi-3 has only longrope"
+    return ""
+
+
+def _mistral3(config: Config) -> Keys:
+    rope = config.get("rope_parameters") or {}
+    return _llama(config) | {
+        "rope.scaling.yarn_log_multiplier": float(rope["mscale_all_dim"]),
+        "attention.temperature_scale": float(rope["llama_4_scaling_beta"]),
+    }
+
+
+def _refuse_mistral3(config: Config) -> str:
+    rope = config.get("rope_parameters") or {}
+    missing = [name for name in ("mscale_all_dim", "llama_4_scaling_beta") if rope.get(name) is None]
+    if rope.get("rope_type") != "yarn" or missing:
+        return f"rope_parameters {rope.get('rope_type')!r} without {', '.join(missing) or 'yarn'}"
+    return ""
+
+
+def _gpt_oss(config: Config) -> Keys:
+    return {
+        "attention.sliding_window": config["sliding_window"],
+        "expert_feed_forward_length": config["intermediate_size"],
+    }
+
+
 def _olmo2(config: Config) -> Keys:
     if not config.get("sliding_window"):
         return {}
@@ -126,13 +180,17 @@ ARCHITECTURES = {
         keys=_gemma2,
         needs_sentencepiece=True,
         add_space_prefix=False,
+        sliding=True,
         drop=("lm_head.weight",),
     ),
-    "Gemma3ForCausalLM": Architecture("gemma3", norm_shift=True, keys=_gemma3, add_space_prefix=False),
+    "Gemma3ForCausalLM": Architecture("gemma3", norm_shift=True, keys=_gemma3, add_space_prefix=False, sliding=True),
     "SmolLM3ForCausalLM": Architecture("smollm3", permuted=True, keys=_llama),
     "GraniteForCausalLM": Architecture("granite", permuted=True, keys=_granite),
     "Olmo2ForCausalLM": Architecture("olmo2"),
-    "Olmo3ForCausalLM": Architecture("olmo2", keys=_olmo2),
+    "Olmo3ForCausalLM": Architecture("olmo2", keys=_olmo2, sliding=True),
+    "Phi3ForCausalLM": Architecture("phi3", keys=_phi3, refuse=_refuse_phi3, sliding=True),
+    "Ministral3ForCausalLM": Architecture("mistral3", permuted=True, keys=_mistral3, refuse=_refuse_mistral3),
+    "GptOssForCausalLM": Architecture("gpt-oss", keys=_gpt_oss, sliding=True, fused_experts=True),
 }
 
 

@@ -27,22 +27,26 @@ class Place:
     first: int = 0
     heads: int = 0  # > 0: rows are permuted within heads of that many rows
     add_one: bool = False
+    half: int | None = None  # 0 or 1: every other value of the last axis, from that one on
+    transposed: bool = False  # the last two axes change places
 
 
-def lay_out(specs: Sequence[TensorSpec], config: Config, architecture: Architecture) -> dict[str, Place]:
-    """Stored name -> place; ExportError lists every tensor that has none."""
+def lay_out(specs: Sequence[TensorSpec], config: Config, architecture: Architecture) -> dict[str, tuple[Place, ...]]:
+    """Stored name -> places; ExportError lists every tensor that has none."""
     names = _name_map(architecture, config["num_hidden_layers"])
     experts = int(config.get("num_local_experts") or config.get("num_experts") or 0)
     tied = bool(config.get("tie_word_embeddings")) or not any(spec.name == "lm_head.weight" for spec in specs)
-    places, unknown = {}, []
+    places: dict[str, Any] = {}
+    unknown = []
     for spec in specs:
         if spec.name.endswith(IGNORED) or spec.name in architecture.drop or (tied and spec.name == "lm_head.weight"):
             continue
-        place = _place(spec, names, config, architecture, experts)
-        if place is None:
-            unknown.append(spec.name)
+        found = _fused_experts(spec, names) if architecture.fused_experts else ()
+        place = None if found else _place(spec, names, config, architecture, experts)
+        if found or place:
+            places[spec.name] = found or (place,)
         else:
-            places[spec.name] = place
+            unknown.append(spec.name)
     if unknown:
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise ExportError(
@@ -68,6 +72,24 @@ def _place(spec: TensorSpec, names: Any, config: Config, architecture: Architect
     return Place(f"{target}.{leaf}", spec.shape, 0, heads, add_one)
 
 
+def _fused_experts(spec: TensorSpec, names: Any) -> tuple[Place, ...]:
+    """gpt-oss: stacked experts, input axis first, gate and up in turns; attention sinks, which have no suffix."""
+    head, _, leaf = spec.name.rpartition(".")
+    if leaf == "sinks":
+        return (Place(f"{_find(names, spec.name)}.weight", spec.shape),)
+    if not head.endswith(".experts"):
+        return ()
+    part, bias = leaf.removesuffix("_bias"), leaf.endswith("_bias")
+    halves: dict[str, int | None] = {"gate_proj": 0, "up_proj": 1} if part == "gate_up_proj" else {part: None}
+    width = spec.shape[-1] // len(halves)
+    shape = (spec.shape[0], width) if bias else (spec.shape[0], width, spec.shape[1])
+    suffix = "bias" if bias else "weight"
+    return tuple(
+        Place(f"{_find(names, f'{head}.{name}')}.{suffix}", shape, half=half, transposed=not bias)
+        for name, half in halves.items()
+    )
+
+
 def _layer(head: str) -> str:
     return head.removeprefix("model.")
 
@@ -84,22 +106,27 @@ def _find(names: Any, name: str) -> str | None:
     return str(found) if found else None
 
 
-def together(spec: TensorSpec, place: Place) -> int:
+def together(spec: TensorSpec, places: Sequence[Place]) -> int:
     """How many rows must come at once: 1-D tensors are one row of the file; permuted rows come in whole heads."""
     if len(spec.shape) == 1:
         return max(1, spec.rows)
-    return place.heads or 1
+    return max(place.heads or 1 for place in places)
 
 
 def rows_of(place: Place, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[int, Tensor]:
     """The first row in the GGUF tensor of a block of stored rows, and its values there: (n, ne0) float32."""
     values = block.float()
+    if place.half is not None:
+        values = values[..., place.half :: 2]
+    if place.transposed:
+        values = values.transpose(-1, -2)
     if place.heads:
         values = permute(values, place.heads)
     if place.add_one:
         values = values + 1
     columns = place.shape[-1]
-    return place.first + rows.start * spec.row_numel // columns, values.reshape(-1, columns)
+    each = spec.row_numel // (1 if place.half is None else 2)  # values of one stored row
+    return place.first + rows.start * each // columns, values.reshape(-1, columns)
 
 
 def permute(block: Tensor, height: int) -> Tensor:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from converters.gguf import vocab
 from converters.gguf.architectures import Architecture, head_dim
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
 
 Config = Mapping[str, Any]
+Sizes = tuple[int, int, int, int]  # parameters: all, outside the experts, of one expert; number of experts
 ROPE_SCALING = {"linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
 
 
@@ -38,10 +41,15 @@ def architecture_keys(config: Config, architecture: Architecture) -> dict[str, A
     if config.get("head_dim") is not None:
         found["attention.key_length"] = found["attention.value_length"] = config["head_dim"]
     found |= architecture.keys(config)
-    return {f"{architecture.name}.{key}": value for key, value in found.items()}
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window and not architecture.sliding:  # the graph attends to everything: right as long as that is the window
+        found["context_length"] = min(found["context_length"], window)
+    return {f"{architecture.name}.{key}": value for key, value in found.items() if value is not None}
 
 
-def general_keys(model: Model, architecture: Architecture, file_type: int, parameters: int) -> dict[str, Any]:
+def general_keys(
+    model: Model, architecture: Architecture, file_type: int, parameters: tuple[int, int, int, int]
+) -> dict[str, Any]:
     """``general.*``, and where the file came from."""
     from gguf import GGML_QUANT_VERSION, size_label
 
@@ -49,11 +57,12 @@ def general_keys(model: Model, architecture: Architecture, file_type: int, param
     found = {
         "general.architecture": architecture.name,
         "general.type": "model",
-        "general.name": model.name,
-        "general.size_label": size_label(parameters, 0, 0, 0),
+        "general.name": vocab.name_for_llama_cpp(model),
+        "general.size_label": size_label(*sizes),
         "general.file_type": file_type,
         "general.quantization_version": GGML_QUANT_VERSION,
         **_sampling(model),
+        **_card(model),
     }
     base = model.base
     if base and not base.startswith(("/", ".")):
@@ -68,6 +77,17 @@ def general_keys(model: Model, architecture: Architecture, file_type: int, param
         found["lora2serve.merge_base"] = str(lineage["merge_base"])
     if lineage.get("run"):
         found["lora2serve.run"] = str(lineage["run"])
+    return found
+
+
+def extra_tensors(config: Config) -> dict[str, list[float]]:
+    """Rope factors that llama.cpp reads as tensors: Llama 3's, and the two sets of longrope (Phi-3)."""
+    rope = _rope_parameters(config)
+    factors = rope_factors(config)
+    found = {"rope_freqs.weight": factors} if factors else {}
+    if rope.get("long_factor"):
+        found["rope_factors_long.weight"] = list(rope["long_factor"])
+        found["rope_factors_short.weight"] = list(rope["short_factor"])
     return found
 
 
@@ -118,8 +138,10 @@ def _rope(config: Config) -> dict[str, Any]:
             found |= {
                 key: float(rope[name])
                 for key, name in (
-                    ("rope.scaling.attn_factor", "attention_factor"),
+                    ("rope.scaling.yarn_attn_factor", "attention_factor"),
+                    ("rope.scaling.yarn_ext_factor", "extrapolation_factor"),
                     ("rope.scaling.yarn_beta_fast", "beta_fast"),
+                    ("rope.scaling.yarn_beta_slow", "beta_slow"),
                 )
                 if rope.get(name) is not None
             }
@@ -133,6 +155,32 @@ def _rope(config: Config) -> dict[str, Any]:
     if local:
         found["rope.freq_base_swa"] = float(local)
     return found
+
+
+def _card(model: Model) -> dict[str, Any]:
+    """Licence, tags and languages from the head of the base's model card."""
+    from huggingface_hub import ModelCard
+
+    path = (model.lineage.get("base") or {}).get("path")
+    readme = Path(path) / "README.md" if path else None
+    if readme is None or not readme.is_file():
+        return {}
+    try:
+        data: Any = ModelCard(readme.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data
+    except ValueError:  # someone else's card: what cannot be read tells nothing
+        return {}
+    told = data.to_dict()
+    found: dict[str, Any] = {}
+    names = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+    found |= {key: told[name] for name, key in names.items() if isinstance(told.get(name), str)}
+    tags = [*_list(told.get("tags")), *_list(told.get("pipeline_tag"))]
+    found |= {"tags": tags} if tags else {}
+    found |= {"languages": _list(told["language"])} if told.get("language") else {}
+    return {f"general.{key}": value for key, value in found.items()}
+
+
+def _list(value: Any) -> list[str]:
+    return [str(part) for part in value] if isinstance(value, list) else [str(value)] if value else []
 
 
 def _sampling(model: Model) -> dict[str, Any]:

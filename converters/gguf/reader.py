@@ -29,11 +29,11 @@ class GgufReader:
         config = architectures.text_config(model.config)
         specs = model.source.specs()
         self._places = layout.lay_out(specs, config, architectures.find(config))
-        planned = {place.target for place in self._places.values()}
+        planned = {place.target for places in self._places.values() for place in places}
         self.wanted: Mapping[str, int] = {
             spec.name: layout.together(spec, self._places[spec.name])
             for spec in specs
-            if spec.name in self._places and self._places[spec.name].target in self._tensors
+            if spec.name in self._places and all(place.target in self._tensors for place in self._places[spec.name])
         }
         self.differences = [f"{name}: missing" for name in sorted(planned - self._tensors.keys())]
         self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned - COMPUTED)]
@@ -41,9 +41,18 @@ class GgufReader:
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
         """See ``lora2serve.exporter.Reader``."""
         import torch
+
+        pairs = [self._pair(place, spec, rows, block) for place in self._places[spec.name]]
+        name = " and ".join(place.target for place in self._places[spec.name])
+        if len(pairs) == 1:
+            return name, *pairs[0]
+        planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*pairs, strict=True))
+        return name, planned, stored
+
+    def _pair(self, place: layout.Place, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
         from gguf.quants import dequantize
 
-        place = self._places[spec.name]
         stored = self._tensors[place.target]
         first, expected = layout.rows_of(place, spec, rows, block)
         shape = tuple(int(length) for length in reversed(stored.shape))
@@ -55,4 +64,4 @@ class GgufReader:
         if self._rounded_twice and kind != "F32":
             expected = expected.to(torch.bfloat16).to(torch.float16).float()
         plain = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind)
-        return place.target, expected.to(plain).float() if plain else expected, found.float()
+        return expected.to(plain).float() if plain else expected, found.float()

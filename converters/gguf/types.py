@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.gguf import ggml
+from converters.gguf.imatrix import Imatrix
 from lora2serve.errors import ExportError
 
 # --quant name -> llama.cpp's LLAMA_FTYPE number (include/llama.h)
@@ -36,21 +38,22 @@ class Planned:
     shape: tuple[int, ...]
 
 
-def choose(preset: str, tensors: Sequence[Planned], new_writer: Callable[[Path], Any]) -> dict[str, str]:
+def choose(
+    preset: str, tensors: Sequence[Planned], new_writer: Callable[[Path], Any], imatrix: Imatrix | None = None
+) -> dict[str, str]:
     """Tensor -> type for a preset; ``new_writer`` makes a GGUFWriter with the file's metadata."""
     if preset in PLAIN:
         return {tensor.name: preset if _is_matrix(tensor) else "F32" for tensor in tensors}
     with tempfile.TemporaryDirectory(prefix="lora2serve-types-") as folder:
         skeleton, answer = Path(folder) / "skeleton.gguf", Path(folder) / "answer.gguf"
         _write_skeleton(skeleton, tensors, new_writer)
-        _quantize(skeleton, answer, PRESETS[preset])
+        _quantize(skeleton, answer, PRESETS[preset], _shrink(imatrix, tensors) if imatrix else None)
         return _read_types(answer)
 
 
 def _is_matrix(tensor: Planned) -> bool:
-    return len(tensor.shape) > 1 and not tensor.name.endswith(
-        ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
-    )
+    small = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+    return len(tensor.shape) > 1 and tensor.name.endswith(".weight") and not tensor.name.endswith(small)
 
 
 def _write_skeleton(path: Path, tensors: Sequence[Planned], new_writer: Callable[[Path], Any]) -> None:
@@ -67,7 +70,41 @@ def _write_skeleton(path: Path, tensors: Sequence[Planned], new_writer: Callable
     writer.close()
 
 
-def _quantize(source: Path, out: Path, file_type: int) -> None:
+def _shrink(imatrix: Imatrix, tensors: Sequence[Planned]) -> dict[str, Any]:
+    """The matrix for the skeleton: of stacked experts there are two."""
+    found = {tensor.name: imatrix.of(tensor.name, tensor.shape) for tensor in tensors if len(tensor.shape) > 1}
+    return {name: values[:2] for name, values in found.items() if values is not None}
+
+
+def _entries(means: Mapping[str, Any]) -> Any:
+    """llama.cpp's own array, ended by an entry without a name."""
+    import llama_cpp
+
+    array = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()
+    for entry, (name, values) in zip(array, means.items(), strict=False):
+        entry.name = name.encode()
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = values.size
+    return array
+
+
+def require_imatrix(kinds: Mapping[str, str], imatrix: Imatrix | None) -> None:
+    """The lowest types are nonsense without: ExportError names each tensor that has none (llama.cpp refuses too)."""
+    missing = [
+        name
+        for name, kind in kinds.items()
+        if kind in ggml.NEEDS_IMATRIX
+        and name not in ("token_embd.weight", "output.weight")
+        and (imatrix is None or name not in imatrix.means)
+    ]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ExportError(
+            f"no importance matrix for {', '.join(missing[:5])}{more}", "calibrate on more data, or take a larger type"
+        )
+
+
+def _quantize(source: Path, out: Path, file_type: int, means: Mapping[str, Any] | None = None) -> None:
     try:
         import llama_cpp
     except ImportError:
@@ -77,6 +114,9 @@ def _quantize(source: Path, out: Path, file_type: int) -> None:
     with quiet_llama() as said:
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.nthread, params.pure = file_type, 1, False
+        entries = _entries(means) if means else None
+        if entries is not None:
+            params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
     if failed:
         raise ExportError(
@@ -113,8 +153,9 @@ class quiet_llama:  # noqa: N801
         pass
 
     def last_error(self) -> str:
-        """The last line of warning or error."""
-        return next((line for line in reversed(self._lines) if line), "no reason given")
+        """The last line of warning or error that gives a reason."""
+        told = [line for line in self._lines if line and not line.endswith("failed to load model")]
+        return (told or self._lines or ["no reason given"])[-1]
 
 
 def override(types: Mapping[str, str], wanted: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ recognises it by a hash of token ids, which does not survive an added token. The
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -227,6 +228,21 @@ def _space_prefix(architecture: Architecture) -> dict[str, Any]:
     if architecture.add_space_prefix is None:
         return {}
     return {"tokenizer.ggml.add_space_prefix": architecture.add_space_prefix}
+
+
+def name_for_llama_cpp(model: Model) -> str:
+    """The model's name with or without "phi-3" in it.
+
+    By that word alone llama.cpp decides that special tokens take the white space after them along (src/llama-vocab.cpp,
+    "set attributes by model/tokenizer/architecture name"), and that there is a token ``</s>``: else it does not load.
+    """
+    path = model.files.get("tokenizer.json")
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []) if path else []
+    strips = any(token.get("rstrip") for token in added) and any(token["content"] == "</s>" for token in added)
+    named = re.search("phi-?3", model.name, re.IGNORECASE)
+    if strips and not named:
+        return f"{model.name} (phi-3)"
+    return model.name if strips or not named else re.sub("(?i)(phi)-?3", r"\1 3", model.name)
 
 
 def _refuse_beyond(by_id: Mapping[int, str], rows: int) -> None:

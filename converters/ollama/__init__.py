@@ -13,6 +13,7 @@ from converters.gguf.vocab import tokenizer_directory
 from converters.ollama import template as templates
 from converters.ollama.modelfile import NUMBERS, Modelfile
 from converters.ollama.template import Derived, Unproven
+from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
 from lora2serve.output import Output
 from lora2serve.tensors import TensorSpec
@@ -54,6 +55,8 @@ class OllamaSink:
     default_quant: ClassVar[str | None] = GgufSink.default_quant
 
     def __init__(self, model: Model, out: Output, options: OllamaOptions) -> None:
+        if options.split_size is not None:
+            raise ExportError("--split-size: Ollama loads no split files", "leave it out for --target ollama")
         self._out, self._name = out, model.name.lower()
         self._chat = read_chat(model)
         if self._chat.jinja and not self._chat.derived:

@@ -83,6 +83,14 @@ if TYPE_CHECKING:
 @click.option(
     "--match-reference", is_flag=True, help="gguf: round to bf16 and f16 first, as merge, convert, quantise do."
 )
+@click.option(
+    "--imatrix", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="gguf: an importance matrix in llama.cpp's format; IQ1, IQ2 and IQ3_XXS need one.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", metavar="DATA", help="gguf: make the importance matrix from DATA; `train` is the run's own data."
+)
+@click.option("--split-size", metavar="SIZE", help="gguf: largest file, such as 5GB.")
 @click.option("--shard-size", metavar="SIZE", help="vllm: largest shard, such as 5GB.")
 @click.pass_context
 def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> None:
@@ -184,8 +192,8 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that belong to single targets, where the user set them."""
     from lora2serve.sizes import parse_size
 
-    sizes = ("shard_size",)
-    plain = ("tensor_type", "pre", "match_reference")
+    sizes = ("shard_size", "split_size")
+    plain = ("tensor_type", "pre", "match_reference", "imatrix")
     given = {key: options[key] for key in (*sizes, *plain) if options[key] not in (None, False, ())}
     return {key: parse_size(value) if key in sizes else value for key, value in given.items()}
 

@@ -27,6 +27,8 @@ SHAPE = {
     "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 1,
 }  # fmt: skip
 ROPE3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 5e5}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256, "long_factor": [1.0 + n / 32 for n in range(32)], "short_factor": [1.0 + n / 64 for n in range(32)]}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 128}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama3-rope": ("llama", {"rope_parameters": ROPE3}),
@@ -42,9 +44,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {"attention_multiplier": 0.1, "embedding_multiplier": 12.0, "residual_multiplier": 0.2, "logits_scaling": 1.5}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 64}),
+    "phi3": ("phi3", {"sliding_window": 512, "original_max_position_embeddings": 512}),
+    "phi3-longrope": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 256, "rope_parameters": LONGROPE}),
+    "ministral3": ("ministral3", {"head_dim": 64, "rope_parameters": YARN | {"mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1}}),
+    "gpt-oss": ("gpt_oss", {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "rope_parameters": YARN}),
+    "gemma2": ("gemma2", {"head_dim": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
 }  # fmt: skip
-EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
-OURS = {"general.size_label", "general.base_model.count"}  # keys that we say otherwise: see docs/gguf.md
+EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
+GPT2_CLASS = ("phi3", "phi3-longrope")  # upstream takes the byte-level tokenizer of Phi-4 only under this class's name
+# What we say otherwise: the name that the user gave, and a rope base that upstream leaves to a default for Gemma 2.
+OURS = {"general.name", "gemma2.rope.freq_base"}
+CARD = (
+    "---\nlicense: apache-2.0\ntags: [chat, test]\nlanguage: [en, de]\npipeline_tag: text-generation\n---\n# A model\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +72,30 @@ def model_of(models: dict[str, Path], family: str) -> Path:
         _sharpen(path)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             shutil.copy(DEMO / name, path / name)
+        (path / "README.md").write_text(CARD)
+        if family == "gemma2":
+            sentencepiece_tokenizer(path)
+        if family in GPT2_CLASS:
+            config = path / "tokenizer_config.json"
+            config.write_text(json.dumps({**json.loads(config.read_text()), "tokenizer_class": "GPT2Tokenizer"}))
         models[family] = path
     return models[family]
+
+
+def sentencepiece_tokenizer(path: Path) -> None:
+    """A real SentencePiece model in place of the byte-level one, as Gemma 2 has."""
+    from sentencepiece import SentencePieceTrainer
+
+    from converters.gguf.proof import TEXT
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines() * 3), model_prefix=str(path / "tokenizer"), model_type="bpe",
+        vocab_size=600, byte_fallback=True, split_digits=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+    )  # fmt: skip
+    (path / "tokenizer.json").unlink()
+    told = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (path / "tokenizer_config.json").write_text(json.dumps(told))
 
 
 def _sharpen(path: Path) -> None:
@@ -147,9 +181,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
     return {
         key: (ours.get(key), theirs.get(key))
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-        and not key.startswith(("general.", "lora2serve."))
-        and key != "quantize.imatrix.file"
+        if ours.get(key) != theirs.get(key) and not key.startswith("lora2serve.") and key not in OURS
     }
 
 

@@ -1,0 +1,161 @@
+"""A bounded look at a GGUF file before its library reads it: gguf's own reader may hang on a broken one.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the ways to be broken are those that llama.cpp's
+``tests/test-gguf.cpp`` lists. Every length is checked against what is left of the file before it is believed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora2serve.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
+STRING, ARRAY, UINT32 = 8, 9, 4
+MAX_NAME, MAX_KEY, MAX_DIMS = 63, 65535, 4  # GGML_MAX_NAME - 1; the specification; GGML_MAX_DIMS
+MAX_NUMEL = 2**63 - 1
+
+
+@dataclass
+class Cursor:
+    """A place in the file that cannot leave it."""
+
+    path: Path
+    data: Any
+    place: int = 0
+
+    def take(self, count: int, what: str) -> bytes:
+        """The next bytes; CheckpointError where the file has not so many."""
+        left = len(self.data) - self.place
+        if count > left:
+            self.fail(f"{what}: {count} bytes at byte {self.place}, but {left} are left")
+        self.place += count
+        return bytes(self.data[self.place - count : self.place])
+
+    def number(self, layout: str, what: str) -> int:
+        return int(struct.unpack(f"<{layout}", self.take(struct.calcsize(layout), what))[0])
+
+    def text(self, what: str, limit: int | None = None) -> str:
+        length = self.number("Q", f"length of {what}")
+        if limit is not None and length > limit:
+            self.fail(f"{what}: {length} bytes long, expected {limit} at most")
+        raw = self.take(length, what)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            if limit is not None:
+                self.fail(f"{what}: {raw[:40]!r} is no UTF-8")
+            return ""  # a value may hold any bytes, as tokens do
+
+    def fail(self, problem: str) -> None:
+        raise CheckpointError(f"{self.path}: no sound GGUF file: {problem}", "fetch or export it again")
+
+
+def scan(path: Path) -> None:
+    """Nothing, or CheckpointError with the first thing that is wrong. Reads headers, no tensor data."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            raise CheckpointError(f"{path}: no sound GGUF file: it is empty", "fetch or export it again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _scan(Cursor(path, data))
+
+
+def _scan(cursor: Cursor) -> None:
+    magic = cursor.take(4, "magic")
+    if magic != MAGIC:
+        cursor.fail(f"starts with {magic!r}, expected {MAGIC!r}")
+    version = cursor.number("I", "version")
+    if version not in VERSIONS:
+        cursor.fail(f"version {version}, expected one of {', '.join(map(str, VERSIONS))}")
+    tensors, pairs = cursor.number("Q", "tensor count"), cursor.number("Q", "key count")
+    left = len(cursor.data) - cursor.place
+    # the smallest key takes 8 + 1 + 4 + 1 bytes, the smallest tensor 8 + 1 + 4 + 8 + 4 + 8
+    if pairs * 14 > left or tensors * 33 > left:
+        cursor.fail(f"{tensors} tensors and {pairs} keys in {left} bytes")
+    alignment = _keys(cursor, pairs)
+    _tensors(cursor, tensors, alignment)
+
+
+def _keys(cursor: Cursor, count: int) -> int:
+    """Walk all keys; the alignment of tensor data."""
+    seen, alignment = set(), 32
+    for number in range(count):
+        key = cursor.text(f"key {number}", MAX_KEY)
+        if not key or key in seen:
+            cursor.fail(f"key {key!r} twice" if key else f"key {number} has no name")
+        seen.add(key)
+        kind = cursor.number("I", f"type of {key}")
+        if key == "general.alignment":
+            if kind != UINT32:
+                cursor.fail(f"general.alignment of type {kind}, expected {UINT32}")
+            alignment = cursor.number("I", key)
+            if alignment < 8 or alignment & (alignment - 1):
+                cursor.fail(f"general.alignment {alignment}, expected a power of two from 8 on")
+        else:
+            _value(cursor, kind, key)
+    return alignment
+
+
+def _value(cursor: Cursor, kind: int, key: str) -> None:
+    if kind == STRING:
+        cursor.text(key)
+    elif kind == ARRAY:
+        inner, length = cursor.number("I", f"element type of {key}"), cursor.number("Q", f"length of {key}")
+        if inner == STRING:
+            if length * 8 > len(cursor.data) - cursor.place:
+                cursor.fail(f"{key}: {length} strings, but the file ends before")
+            for _ in range(length):
+                cursor.text(key)
+        elif inner in SIZES:
+            _skip(cursor, length * SIZES[inner], key)
+        else:
+            cursor.fail(f"{key}: an array of type {inner}, expected numbers or strings")
+    elif kind in SIZES:
+        _skip(cursor, SIZES[kind], key)
+    else:
+        cursor.fail(f"{key}: type {kind}, expected 0 to 12")
+
+
+def _skip(cursor: Cursor, count: int, what: str) -> None:
+    if count > len(cursor.data) - cursor.place:
+        cursor.fail(f"{what}: {count} bytes, but {len(cursor.data) - cursor.place} are left")
+    cursor.place += count
+
+
+def _tensors(cursor: Cursor, count: int, alignment: int) -> None:
+    """Names, shapes, types and offsets; the data must lie in order, without holes, inside the file."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    kinds = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType}
+    seen, end, last = set(), 0, 0
+    for number in range(count):
+        name = cursor.text(f"name of tensor {number}", MAX_NAME)
+        if name in seen:
+            cursor.fail(f"tensor {name} twice")
+        seen.add(name)
+        dims = cursor.number("I", f"dimensions of {name}")
+        if dims > MAX_DIMS:
+            cursor.fail(f"{name}: {dims} dimensions, expected {MAX_DIMS} at most")
+        shape = [cursor.number("Q", f"shape of {name}") for _ in range(dims)]
+        kind, offset = cursor.number("I", f"type of {name}"), cursor.number("Q", f"offset of {name}")
+        if kind not in kinds:
+            cursor.fail(f"{name}: type {kind} is unknown")
+        numel = 1
+        for length in shape:
+            numel *= length
+        elements, size = kinds[kind]
+        if numel > MAX_NUMEL or (shape and shape[0] % elements):
+            cursor.fail(f"{name}: shape {shape}, expected rows of a multiple of {elements}")
+        if offset != end:
+            cursor.fail(f"{name}: data at {offset}, expected {end}")
+        last = end + numel // elements * size
+        end = last + -last % alignment
+    start = cursor.place + -cursor.place % alignment
+    if count and start + last > len(cursor.data):
+        cursor.fail(f"tensor data ends at byte {start + last}, but the file has {len(cursor.data)}")
