@@ -33,6 +33,7 @@ READERS = {
     "ollama": "converters.gguf.reader:GgufReader",
     "lmstudio": "converters.gguf.reader:GgufReader",
 }
+CALIBRATOR = "converters.gguf.calibrate:calibrate"  # makes an importance matrix
 GROUP = "lora2serve.exporters"
 
 
@@ -107,12 +108,11 @@ def known() -> list[str]:
 def find(name: str) -> Exporter:
     """The exporter of that name, imported now."""
     if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].partition(":")
-        exporter: Exporter = getattr(import_module(module), attribute)
+        exporter: Exporter = load(BUILTIN[name])
         return exporter
     for point in entry_points(group=GROUP, name=name):
-        loaded: Exporter = point.load()
-        return loaded
+        found: Exporter = point.load()
+        return found
     raise UsageError(
         f"--target {name}: unknown target{did_you_mean(name, known())}", f"known targets: {', '.join(known())}"
     )
@@ -122,9 +122,14 @@ def find_reader(target: str) -> type[Any] | None:
     """The reader for a target's exports, imported now; None where there is none."""
     if target not in READERS:
         return None
-    module, _, attribute = READERS[target].partition(":")
-    reader: type[Any] = getattr(import_module(module), attribute)
+    reader: type[Any] = load(READERS[target])
     return reader
+
+
+def load(name: str) -> Any:
+    """What ``module:attribute`` names, imported now."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def plan_options(

@@ -33,7 +33,7 @@ class Place:
 
 def lay_out(specs: Sequence[TensorSpec], config: Config, architecture: Architecture) -> dict[str, tuple[Place, ...]]:
     """Stored name -> places; ExportError lists every tensor that has none."""
-    names = _name_map(architecture, config["num_hidden_layers"])
+    names = name_map(architecture, config["num_hidden_layers"])
     experts = int(config.get("num_local_experts") or config.get("num_experts") or 0)
     tied = bool(config.get("tie_word_embeddings")) or not any(spec.name == "lm_head.weight" for spec in specs)
     places: dict[str, Any] = {}
@@ -59,12 +59,12 @@ def _place(spec: TensorSpec, names: Any, config: Config, architecture: Architect
     match = EXPERT.fullmatch(spec.name)
     if match:
         merged = f"{match['head']}.{match['block']}.experts.{match['part']}"
-        target = _find(names, merged) or _find(names, f"{_layer(match['head'])}.feed_forward.experts.{match['part']}")
+        target = find(names, merged) or find(names, f"{_layer(match['head'])}.feed_forward.experts.{match['part']}")
         if target is None:
             return None
         return Place(target + ".weight", (experts, *spec.shape), int(match["number"]) * spec.rows)
     name, _, leaf = spec.name.rpartition(".")
-    target = _find(names, name)
+    target = find(names, name)
     if target is None:
         return None
     heads = head_dim(config) if architecture.permuted and name.endswith(("q_proj", "k_proj")) else 0
@@ -76,7 +76,7 @@ def _fused_experts(spec: TensorSpec, names: Any) -> tuple[Place, ...]:
     """gpt-oss: stacked experts, input axis first, gate and up in turns; attention sinks, which have no suffix."""
     head, _, leaf = spec.name.rpartition(".")
     if leaf == "sinks":
-        return (Place(f"{_find(names, spec.name)}.weight", spec.shape),)
+        return (Place(f"{find(names, spec.name)}.weight", spec.shape),)
     if not head.endswith(".experts"):
         return ()
     part, bias = leaf.removesuffix("_bias"), leaf.endswith("_bias")
@@ -85,7 +85,7 @@ def _fused_experts(spec: TensorSpec, names: Any) -> tuple[Place, ...]:
     shape = (spec.shape[0], width) if bias else (spec.shape[0], width, spec.shape[1])
     suffix = "bias" if bias else "weight"
     return tuple(
-        Place(f"{_find(names, f'{head}.{name}')}.{suffix}", shape, half=half, transposed=not bias)
+        Place(f"{find(names, f'{head}.{name}')}.{suffix}", shape, half=half, transposed=not bias)
         for name, half in halves.items()
     )
 
@@ -94,14 +94,16 @@ def _layer(head: str) -> str:
     return head.removeprefix("model.")
 
 
-def _name_map(architecture: Architecture, layers: int) -> Any:
+def name_map(architecture: Architecture, layers: int) -> Any:
+    """gguf's own map of module names."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
     return get_tensor_name_map(MODEL_ARCH(arch), layers)
 
 
-def _find(names: Any, name: str) -> str | None:
+def find(names: Any, name: str) -> str | None:
+    """The GGUF name of a module, without suffix."""
     found = names.get_name(name)
     return str(found) if found else None
 

@@ -47,9 +47,7 @@ def architecture_keys(config: Config, architecture: Architecture) -> dict[str, A
     return {f"{architecture.name}.{key}": value for key, value in found.items() if value is not None}
 
 
-def general_keys(
-    model: Model, architecture: Architecture, file_type: int, parameters: tuple[int, int, int, int]
-) -> dict[str, Any]:
+def general_keys(model: Model, architecture: Architecture, file_type: int, sizes: Sizes) -> dict[str, Any]:
     """``general.*``, and where the file came from."""
     from gguf import GGML_QUANT_VERSION, size_label
 

@@ -8,6 +8,7 @@ because it is llama.cpp that applies them, and metadata that it would refuse is 
 from __future__ import annotations
 
 import ctypes
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,10 +99,15 @@ def require_imatrix(kinds: Mapping[str, str], imatrix: Imatrix | None) -> None:
         and (imatrix is None or name not in imatrix.means)
     ]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ExportError(
-            f"no importance matrix for {', '.join(missing[:5])}{more}", "calibrate on more data, or take a larger type"
-        )
+        raise _without_matrix(missing)
+
+
+def _without_matrix(names: Sequence[str]) -> ExportError:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ExportError(
+        f"no importance matrix for {', '.join(names[:5])}{more}",
+        "make one for this model with --calibrate, or take a larger type",
+    )
 
 
 def _quantize(source: Path, out: Path, file_type: int, means: Mapping[str, Any] | None = None) -> None:
@@ -118,6 +124,9 @@ def _quantize(source: Path, out: Path, file_type: int, means: Mapping[str, Any] 
         if entries is not None:
             params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
+    without = re.search(r"Missing importance matrix for tensor (\S+)", said.last_error())
+    if failed and without:
+        raise _without_matrix([without[1]])
     if failed:
         raise ExportError(
             f"llama.cpp refuses the model's metadata: {said.last_error()}",
@@ -160,8 +169,6 @@ class quiet_llama:  # noqa: N801
 
 def override(types: Mapping[str, str], wanted: Sequence[str]) -> dict[str, str]:
     """``pattern=TYPE`` over the preset's choice; a pattern that fits nothing is an error."""
-    import re
-
     from gguf import GGMLQuantizationType
 
     result = dict(types)

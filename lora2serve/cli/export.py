@@ -103,8 +103,11 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
 
     told = progress(ctx)
     targets = {name: exporter.find(name) for name in dict.fromkeys(options["targets"])}
-    planned = exporter.plan_options(targets, options["quants"], _given(options))
+    exporter.plan_options(targets, options["quants"], _given(options))  # what fits no target is said at once
     model, home = open_subject(subjects, options, told)
+    if options["calibrate"]:
+        options["imatrix"] = _calibrate(model, home, options, told)
+    planned = exporter.plan_options(targets, options["quants"], _given(options))
     folder = options["out"] or home
     plans = [stream.Plan(name, targets[name], chosen, folder / _folder(name, chosen)) for name, chosen in planned]
     if options["plan_only"]:
@@ -196,6 +199,30 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     plain = ("tensor_type", "pre", "match_reference", "imatrix")
     given = {key: options[key] for key in (*sizes, *plain) if options[key] not in (None, False, ())}
     return {key: parse_size(value) if key in sizes else value for key, value in given.items()}
+
+
+def _calibrate(model: Model, home: Path, options: Mapping[str, Any], told: Progress) -> Path:
+    """The importance matrix, kept beside the exports for the next time."""
+    from lora2serve import exporter, recipe, run
+    from lora2serve.train import data
+    from lora2serve.train.model import load_tokenizer
+
+    if options["imatrix"] or options["plan_only"]:
+        raise UsageError(f"--calibrate with {'--imatrix' if options['imatrix'] else '--plan'}: expected one of the two")
+    asked = recipe.DataRecipe(train=options["calibrate"])
+    if options["calibrate"] == "train":
+        if not run.is_run(home.parent):
+            raise UsageError("--calibrate train: this is no run", "name a data file, such as data.jsonl")
+        asked = recipe.load(run.Run(home.parent).recipe).data
+    rows, _ = data.load(asked)
+    trained = model.adapter if model.adapter and (model.adapter / "tokenizer.json").is_file() else None
+    tokenizer = load_tokenizer(trained or Path(model.lineage["base"]["path"]))
+    tokens = data.tokenize_all(rows, tokenizer, asked, told)
+    out = (options["out"] or (home.parent if run.is_run(home.parent) else home)) / "imatrix.gguf"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made: Path = exporter.load(exporter.CALIBRATOR)(model, [t.input_ids for t in tokens], rows.path, out, told)
+    told.note(f"importance matrix: {made}")
+    return made
 
 
 def _floats(text: str | None) -> tuple[float, ...]:

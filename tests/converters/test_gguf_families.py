@@ -59,7 +59,7 @@ CARD = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"root": tmp_path_factory.mktemp("families")}
 
