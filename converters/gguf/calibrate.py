@@ -84,7 +84,8 @@ def _load(model: Model) -> Any:
     from safetensors import safe_open
 
     with safe_open(model.adapter / "adapter_model.safetensors", "pt") as file:
-        rows = [file.get_slice(name).get_shape()[0] for name in file.keys() if name.endswith("embed_tokens.weight")]
+        names = [name for name in file.keys() if name.endswith("embed_tokens.weight")]  # noqa: SIM118 (no dict)
+        rows = [file.get_slice(name).get_shape()[0] for name in names]
     if rows and rows[0] != base.get_input_embeddings().weight.shape[0]:  # tokens were added at training
         base.resize_token_embeddings(rows[0], mean_resizing=False)
     return PeftModel.from_pretrained(base, str(model.adapter)).eval()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.gguf import architectures, layout
+from converters.gguf.scan import scan
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
 from lora2serve.tensors import TensorSpec
@@ -24,6 +25,8 @@ class GgufReader:
         from gguf import GGUFReader
 
         files = sorted(export.rglob("*.gguf"))
+        for file in files:
+            scan(file)
         self._tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
         self._rounded_twice = bool(about.get("match_reference"))
         config = architectures.text_config(model.config)

@@ -95,8 +95,8 @@ def _keys(cursor: Cursor, count: int) -> int:
             if kind != UINT32:
                 cursor.fail(f"general.alignment of type {kind}, expected {UINT32}")
             alignment = cursor.number("I", key)
-            if alignment < 8 or alignment & (alignment - 1):
-                cursor.fail(f"general.alignment {alignment}, expected a power of two from 8 on")
+            if not alignment or alignment & (alignment - 1):
+                cursor.fail(f"general.alignment {alignment}, expected a power of two")
         else:
             _value(cursor, kind, key)
     return alignment
@@ -133,7 +133,7 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     kinds = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType}
-    seen, end, last = set(), 0, 0
+    seen, end = set(), 0
     for number in range(count):
         name = cursor.text(f"name of tensor {number}", MAX_NAME)
         if name in seen:
@@ -154,8 +154,8 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> None:
             cursor.fail(f"{name}: shape {shape}, expected rows of a multiple of {elements}")
         if offset != end:
             cursor.fail(f"{name}: data at {offset}, expected {end}")
-        last = end + numel // elements * size
-        end = last + -last % alignment
+        end += numel // elements * size
+        end += -end % alignment
     start = cursor.place + -cursor.place % alignment
-    if count and start + last > len(cursor.data):
-        cursor.fail(f"tensor data ends at byte {start + last}, but the file has {len(cursor.data)}")
+    if count and start + end > len(cursor.data):
+        cursor.fail(f"tensor data ends at byte {start + end}, but the file has {len(cursor.data)}")
