@@ -93,3 +93,16 @@ def test_inspect_finds_a_flipped_bit(here: Path, pair: tuple[Path, Path], capfd:
 def test_verbose_shows_the_traceback(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["-v", "inspect", "nothing"]) == 1
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_options_of_the_adapter_target(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    base, _ = pair
+    adapter = str(make_adapter(here / "dora", base, use_dora=True, std=0.01))
+    words = ["export", adapter, "-t", "adapter", "-o", "out", "--served-base", "org/model"]
+    assert run(words) == 1, "the control: DoRA is refused"
+    assert "--as-lora-rank R" in capfd.readouterr().err
+    assert run([*words, "--as-lora-rank", "64"]) == 0
+    config = json.loads((here / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (64, "org/model")
+    assert run(["export", adapter, "-t", "vllm", "-o", "out", "--served-base", "org/model"]) == 2
+    assert "--served-base: not an option of --target vllm" in capfd.readouterr().err

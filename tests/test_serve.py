@@ -103,12 +103,12 @@ def test_what_is_started(demo_exports: Mapping[str, Path], capfd: pytest.Capture
 def test_refusals(demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected one, or several adapters"):
         plan(demo_exports["vllm"], demo_exports["gguf-F16"])
-    with pytest.raises(UsageError, match="share a name"):
+    with pytest.raises(UsageError, match="models share a name: base, demo, demo"):
         plan(demo_exports["adapter"], Path(shutil.copytree(demo_exports["adapter"], tmp_path / "twin")))
     stranger = Path(shutil.copytree(demo_exports["adapter"], tmp_path / "stranger"))
     base = {**manifest.read(stranger)["base"], "fingerprint": {"config": "x", "tensors": "y"}}
     manifest.update(stranger, base=base, name="stranger")
-    with pytest.raises(UsageError, match="adapters of 2 bases"):
+    with pytest.raises(UsageError, match="adapters of different bases"):
         plan(demo_exports["adapter"], stranger)
     with pytest.raises(UsageError, match="no adapter export"):
         serve.add("http://127.0.0.1:9", "x", demo_exports["vllm"], tmp_path)
