@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve import manifest
-from lora2serve.checkpoint import identity
+from lora2serve.checkpoint import identity, read_config
 from lora2serve.errors import DataError
 from lora2serve.progress import Progress
 from lora2serve.recipe import Recipe, dump
@@ -56,6 +56,7 @@ def train(
         set_seed(recipe.train.seed)
         model = prepare(load_base(base, recipe.train, where), checkpointing=checkpointing)
         lora = lora_config(model, recipe.train)  # a module that is not there is met before the work
+        _warn_of_multi_lora(lora, base, progress)
         _record_start(run, recipe, base, where, model, sets)
         # The base is measured before the adapter is there: some inits take a part of the base out.
         _measure(run, "base", model, held_out, tokenizer, recipe, progress)
@@ -72,6 +73,13 @@ def train(
         _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
         _plot(run)
         run.update({"finished": True})
+
+
+def _warn_of_multi_lora(lora: Any, base: Path, progress: Progress) -> None:
+    plain = lora.init_lora_weights if not str(lora.init_lora_weights).startswith(REBASING) else True  # as it is saved
+    warning = guards.multi_lora({**lora.to_dict(), "init_lora_weights": plain}, read_config(base))
+    if warning:
+        progress.warn(warning)
 
 
 def _checkpointing(recipe: Recipe) -> bool:
@@ -113,8 +121,6 @@ def _measure_on_original(
     """The merge needs to know which base suits the adapter better."""
     if not rows or not run.record.get("quantization"):
         return
-    from lora2serve.checkpoint import read_config
-
     if read_config(base).get("quantization_config"):
         return  # this base has no full-precision weights here
     pad, batch = tokenizer.pad_token_id, recipe.train.batch_size
