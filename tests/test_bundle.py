@@ -179,3 +179,9 @@ def test_served_where_the_base_lies_elsewhere(made: Path, here: Path) -> None:
     assert command[command.index("--model") + 1] == str(made / "base-model")
     command = serve.plan([Path("b")], base="org/copy", **given).command
     assert command[command.index("--model") + 1] == "org/copy"
+
+
+def test_a_bundle_is_not_pushed_as_one(made: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bundle(made, "-o", "b")
+    assert run(["push", "b", "--repo-id", "you/model", "--dry-run"]) == 2
+    assert "b: a bundle of adapters" in capfd.readouterr().err

@@ -38,6 +38,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (["export", "-t", "vllm", "-q", "Q9"], 2, "--quant Q9: unknown"),
         (["inspect", "nothing"], 1, "no run, export, adapter or model"),
         (["parity"], 2, "no runs/latest here"),
+        (["serve"], 2, "no runs/latest here"),
+        (["serve", "--print"], 2, "no runs/latest here"),
     ],
 )
 def test_words_and_codes(here: Path, capfd: pytest.CaptureFixture[str], args: list[str], code: int, said: str) -> None:

@@ -22,7 +22,7 @@ class ServeCommand(click.Command):
         own = args[: args.index("--")] if "--" in args else args
         ctx.meta[EXTRA] = tuple(args[len(own) + 1 :])
         told = []
-        for word, after in zip(own, [*own[1:], "-"], strict=True):
+        for word, after in zip(own, [*own[1:], "-"], strict=False):
             alone = word == "--print" and after not in KINDS and (after.startswith("-") or Path(after).exists())
             told.append("--print=command" if alone else word)
         return super().parse_args(ctx, told)
