@@ -38,11 +38,13 @@ def bundle(made: Path, *words: str, code: int = 0) -> None:
 
 def parsed_by_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What ``vllm serve --config serve.yaml`` understands, by vLLM's own parser."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     monkeypatch.chdir(folder)
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(["--config", "serve.yaml"])
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    return parser.parse_args(["serve", "--config", "serve.yaml"])
 
 
 def test_layout(made: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""Servers on other machines, rendered from exports: one file per kind, each a function from ``Facts`` to documents."""
+"""Servers on other machines, rendered from exports.
+
+One file per kind, each with ``header(facts)``, the words on top, and ``documents(facts)``, what YAML is made of.
+"""
 
 from __future__ import annotations
 

@@ -15,10 +15,14 @@ def header(facts: Facts) -> list[str]:
 
 
 def documents(facts: Facts) -> list[dict[str, Any]]:
-    mounts = {facts.adapter_path(name): folder for name, folder in facts.adapters.items()}
-    mounts |= {facts.model: facts.local} if facts.local else {}
+    volumes: dict[str, Any] = {} if facts.local else {"volumes": {HUB["source"]: {}}}
+    return [{"name": facts.name, "services": {"vllm": _service(facts)}, **volumes}]
+
+
+def _service(facts: Facts) -> dict[str, Any]:
     command = [facts.model, *facts.arguments(), "--host", "0.0.0.0", "--port", str(PORT)]
-    service: dict[str, Any] = {
+    devices = [{"driver": "nvidia", "count": facts.gpus, "capabilities": ["gpu"]}]
+    return {
         "image": IMAGE,
         "entrypoint": ["vllm", "serve"],
         "command": [word.replace("$", "$$") for word in command],  # Compose would read variables into it
@@ -28,17 +32,9 @@ def documents(facts: Facts) -> list[dict[str, Any]]:
             **({} if facts.local else {"HF_TOKEN": "${HF_TOKEN:-}"}),
         },
         "ports": [f"{facts.host}:{facts.port}:{PORT}"],
-        "volumes": [
-            *({"type": "bind", "source": str(source), "target": target, "read_only": True}
-              for target, source in sorted(mounts.items())),
-            *([] if facts.local else [HUB]),
-        ],
+        "volumes": [*_mounts(facts), *([] if facts.local else [HUB])],
         "ipc": "host",  # tensor parallel workers share memory
-        "deploy": {
-            "resources": {
-                "reservations": {"devices": [{"driver": "nvidia", "count": facts.gpus, "capabilities": ["gpu"]}]}
-            }
-        },
+        "deploy": {"resources": {"reservations": {"devices": devices}}},
         "healthcheck": {
             "test": ["CMD", "python3", "-c", CHECK],
             "interval": "10s",
@@ -47,11 +43,13 @@ def documents(facts: Facts) -> list[dict[str, Any]]:
             "start_period": "15m",
         },
         "restart": "unless-stopped",
-    }  # fmt: skip
+    }
+
+
+def _mounts(facts: Facts) -> list[dict[str, Any]]:
+    sources = {facts.adapter_path(name): folder for name, folder in facts.adapters.items()}
+    sources |= {facts.model: facts.local} if facts.local else {}
     return [
-        {
-            "name": facts.name,
-            "services": {"vllm": service},
-            **({} if facts.local else {"volumes": {HUB["source"]: {}}}),
-        }
+        {"type": "bind", "source": source, "target": target, "read_only": True}
+        for target, source in sorted(sources.items())
     ]

@@ -55,8 +55,7 @@ def train(
         where = device()
         set_seed(recipe.train.seed)
         model = prepare(load_base(base, recipe.train, where), checkpointing=checkpointing)
-        lora = lora_config(model, recipe.train)  # a module that is not there is met before the work
-        _warn_of_multi_lora(lora, base, progress)
+        lora = _adapter(model, recipe, base, progress)  # a module that is not there is met before the work
         _record_start(run, recipe, base, where, model, sets)
         # The base is measured before the adapter is there: some inits take a part of the base out.
         _measure(run, "base", model, held_out, tokenizer, recipe, progress)
@@ -75,11 +74,14 @@ def train(
         run.update({"finished": True})
 
 
-def _warn_of_multi_lora(lora: Any, base: Path, progress: Progress) -> None:
-    plain = lora.init_lora_weights if not str(lora.init_lora_weights).startswith(REBASING) else True  # as it is saved
-    warning = guards.multi_lora({**lora.to_dict(), "init_lora_weights": plain}, read_config(base))
+def _adapter(model: Any, recipe: Recipe, base: Path, progress: Progress) -> Any:
+    """PEFT's configuration, after a warning where vLLM will not serve what it gives beside others."""
+    config = lora_config(model, recipe.train)
+    init = True if recipe.train.lora.init.startswith(REBASING) else config.init_lora_weights  # as it will be saved
+    warning = guards.multi_lora({**config.to_dict(), "init_lora_weights": init}, read_config(base))
     if warning:
         progress.warn(warning)
+    return config
 
 
 def _checkpointing(recipe: Recipe) -> bool:
