@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora2serve import manifest
-from lora2serve.adapter import CONFIG, open_adapter
-from lora2serve.checkpoint import Checkpoint
+from lora2serve.adapter import CONFIG, Adapter, open_adapter
+from lora2serve.checkpoint import Checkpoint, read_config
 from lora2serve.errors import InputError
+from lora2serve.lint import lint
 from lora2serve.run import Run, is_run
 
 
@@ -43,6 +45,8 @@ def _export(path: Path) -> dict[str, Any]:
         "parity": (about.get("parity") or {}).get("met", "not run"),
         "problems": manifest.verify(path),
     }
+    if about["target"] == "adapter":
+        facts["multi-LoRA"] = _multi_lora(open_adapter(path), (about.get("base") or {}).get("path"))
     if survival:
         facts["delta that survives the cast"] = f"{min(survival.values()):.4f} to {max(survival.values()):.4f}"
     return facts
@@ -59,12 +63,12 @@ def _run(run: Run) -> dict[str, Any]:
         "quantisation": (record.get("quantization") or {}).get("type", "none"),
         "eval loss": losses,
         "exports": [path.name for path in run.list_exports()],
-        "adapter": _adapter(run.adapter),
+        "adapter": _adapter(run.adapter, (record.get("base") or {}).get("path")),
         "problems": [],
     }
 
 
-def _adapter(path: Path) -> dict[str, Any]:
+def _adapter(path: Path, base: str | None = None) -> dict[str, Any]:
     adapter = open_adapter(path)
     ranks = Counter(layer.parts["lora_A"].shape[0] for layer in adapter.layers.values() if "lora_A" in layer.parts)
     leaves = Counter(name.rsplit(".", 1)[-1] for name in adapter.layers)
@@ -75,8 +79,34 @@ def _adapter(path: Path) -> dict[str, Any]:
         "modules": dict(leaves),
         "trained in full": sorted(adapter.full),
         "ranks": dict(ranks),
+        "multi-LoRA": _multi_lora(adapter, base),
         "problems": [],
     }
+
+
+def _multi_lora(adapter: Adapter, base: str | None) -> list[str]:
+    """Whether vLLM serves the adapter beside others as it is, and if not, each reason with the way out."""
+    config = _base_config(base or adapter.base)
+    findings = lint(adapter.config, adapter.tensors.specs(), config or {})
+    said = [f"{one.rule}: {one.message} ({one.way_out})" for one in findings] or ["vLLM serves it as it is"]
+    unknown = "" if config else f"{adapter.base or 'the base'} is not here: the rules of its class were not asked"
+    return [*said, *([unknown] if unknown else [])]
+
+
+def _base_config(base: str | None) -> Mapping[str, Any] | None:
+    """config.json of a local directory or of a Hub id in the cache; nothing is fetched."""
+    if not base:
+        return None
+    if (Path(base) / "config.json").is_file():
+        return read_config(Path(base))
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(base, "config.json")
+    except HFValidationError:
+        return None
+    return read_config(Path(found).parent) if isinstance(found, str) else None
 
 
 def _model(path: Path) -> dict[str, Any]:

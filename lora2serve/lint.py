@@ -107,7 +107,7 @@ def _tensor_rules(tensors: Sequence[TensorSpec], base: Mapping[str, Any]) -> Ite
     if unsupported:
         more = f" and {len(unsupported) - 3} more" if len(unsupported) > 3 else ""
         yield Finding("tensors", f"no LoRA weights: {', '.join(unsupported[:3])}{more}", "extract")
-    odd = [spec.name for spec in tensors if ".lora_" in spec.name and len(spec.shape) != 2]
+    odd = [spec.name for spec in tensors if ".lora_" in spec.name and len(spec.shape) > 2]
     if odd:
         yield Finding("tensors", f"LoRA on a convolution: {odd[0]}", "merge")
     vocabulary = _text(base).get("vocab_size")

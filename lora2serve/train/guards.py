@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from lora2serve.lint import lint
 from lora2serve.recipe import Recipe
 from lora2serve.train.data import Tokens
 
@@ -32,7 +34,7 @@ def warnings(recipe: Recipe, rows: Sequence[Tokens], held_out: bool, checkpointi
     trained = [name for name in lora.modules_to_save if name.rpartition(".")[2] in EMBEDDINGS]
     if trained:
         found.append(
-            f"{', '.join(trained)} trained in full: vLLM and llama.cpp refuse such an adapter, only merged exports work"
+            f"{', '.join(trained)} trained in full: llama.cpp refuses such an adapter, only merged exports work"
         )
     cut = sum(row.cut for row in rows)
     if cut:
@@ -43,3 +45,15 @@ def warnings(recipe: Recipe, rows: Sequence[Tokens], held_out: bool, checkpointi
     if unlabelled:
         found.append(f"{unlabelled} of {len(rows)} rows have no token to learn from, once cut: they are left out")
     return found
+
+
+def multi_lora(adapter: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Why vLLM will not serve the adapter beside others, from PEFT's config and the base's; empty where it will.
+
+    What the export rewrites without loss is no reason.
+    """
+    reasons = [finding for finding in lint(adapter, [], base) if finding.fix != "export"]
+    if not reasons:
+        return ""
+    because = "; ".join(finding.message for finding in reasons)
+    return f"this adapter will not be servable as multi-LoRA, because {because} ({reasons[0].way_out})"

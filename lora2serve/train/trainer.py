@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve import manifest
-from lora2serve.checkpoint import identity
+from lora2serve.checkpoint import identity, read_config
 from lora2serve.errors import DataError
 from lora2serve.progress import Progress
 from lora2serve.recipe import Recipe, dump
@@ -55,7 +55,7 @@ def train(
         where = device()
         set_seed(recipe.train.seed)
         model = prepare(load_base(base, recipe.train, where), checkpointing=checkpointing)
-        lora = lora_config(model, recipe.train)  # a module that is not there is met before the work
+        lora = _adapter(model, recipe, base, progress)  # a module that is not there is met before the work
         _record_start(run, recipe, base, where, model, sets)
         # The base is measured before the adapter is there: some inits take a part of the base out.
         _measure(run, "base", model, held_out, tokenizer, recipe, progress)
@@ -72,6 +72,16 @@ def train(
         _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
         _plot(run)
         run.update({"finished": True})
+
+
+def _adapter(model: Any, recipe: Recipe, base: Path, progress: Progress) -> Any:
+    """PEFT's configuration, after a warning where vLLM will not serve what it gives beside others."""
+    config = lora_config(model, recipe.train)
+    init = True if recipe.train.lora.init.startswith(REBASING) else config.init_lora_weights  # as it will be saved
+    warning = guards.multi_lora({**config.to_dict(), "init_lora_weights": init}, read_config(base))
+    if warning:
+        progress.warn(warning)
+    return config
 
 
 def _checkpointing(recipe: Recipe) -> bool:
@@ -113,8 +123,6 @@ def _measure_on_original(
     """The merge needs to know which base suits the adapter better."""
     if not rows or not run.record.get("quantization"):
         return
-    from lora2serve.checkpoint import read_config
-
     if read_config(base).get("quantization_config"):
         return  # this base has no full-precision weights here
     pad, batch = tokenizer.pad_token_id, recipe.train.batch_size

@@ -10,7 +10,7 @@ import pytest
 from lora2serve.recipe import load
 from lora2serve.train import guards
 from lora2serve.train.data import Tokens
-from tests.train.runs import recipe_file
+from tests.train.runs import fit, recipe_file
 
 GOOD = Tokens([1, 2, 3], [-100, 2, 3], cut=False)
 LONG = Tokens([1, 2, 3], [-100, 2, 3], cut=True)
@@ -34,7 +34,7 @@ FAULTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "150 rows will be memorised: set train.lora.dropout: 0.05 and train.early_stopping: 3",
     ),
     ({"lora": {"rank": 65}}, {}, "rank 65 is large"),
-    ({"lora": {"modules_to_save": ["lm_head"]}}, {}, "lm_head trained in full: vLLM and llama.cpp refuse"),
+    ({"lora": {"modules_to_save": ["lm_head"]}}, {}, "lm_head trained in full: llama.cpp refuses"),
     ({"lora": {"modules_to_save": ["model.embed_tokens"]}}, {}, "model.embed_tokens trained in full"),
     ({}, {"rows": [GOOD] * 298 + [LONG] * 2}, "2 of 300 rows are longer than 128 tokens and were cut"),
     ({}, {"rows": [GOOD] * 299 + [EMPTY]}, "1 of 300 rows have no token to learn from"),
@@ -59,3 +59,28 @@ CONTROLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("train", "seen"), CONTROLS)
 def test_nothing_is_told_without_a_fault(tmp_path: Path, train: dict[str, Any], seen: dict[str, Any]) -> None:
     assert warned(tmp_path, train, **seen) == []
+
+
+SERVABLE: list[tuple[dict[str, Any], str]] = [
+    ({}, ""),
+    ({"rslora": True}, ""),
+    ({"init": "pissa"}, ""),  # saved as a plain LoRA for the true base
+    ({"dora": True}, "because DoRA rescales each row of the base"),
+    ({"modules_to_save": ["lm_head"]}, "because trained in full: lm_head"),
+]
+
+
+@pytest.mark.parametrize(("lora", "because"), SERVABLE, ids=str)
+def test_multi_lora(tmp_path: Path, small: Path, chats: dict[str, str], lora: dict[str, Any], because: str) -> None:
+    """A real training says before its first step whether vLLM will serve the adapter beside others."""
+    _, told, _ = fit(recipe_file(tmp_path, small, chats, steps=1, quantize="none", lora={"rank": 4, **lora}))
+    said = [line for line in told.warnings if "not be servable as multi-LoRA" in line]
+    assert len(said) == bool(because)
+    assert not said or (because in said[0] and "--target vllm merges it" in said[0])
+
+
+def test_multi_lora_asks_the_class_of_the_base(tmp_path: Path) -> None:
+    plain = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": {"c_attn"}}
+    assert "GPT2LMHeadModel takes no LoRA" in guards.multi_lora(plain, {"architectures": ["GPT2LMHeadModel"]})
+    assert guards.multi_lora(plain, {"architectures": ["LlamaForCausalLM"]}) == ""
+    assert guards.multi_lora({**plain, "init_lora_weights": "pissa"}, {}) == "", "the export rewrites it"
