@@ -78,8 +78,7 @@ def _build_dataclass(kind: type[Any], value: Any, path: str, problems: list[str]
     for key in value:
         if key not in known:
             near = did_you_mean(key, known) if isinstance(key, str) else ""
-            name = key if isinstance(key, str) and key.isprintable() and len(key) <= SHOWN else shown(key)
-            problems.append(f"{prefix}{name}: unknown key{near}")
+            problems.append(f"{prefix}{_name(key)}: unknown key{near}")
     built = {}
     for name, spec in known.items():
         required = spec.default is MISSING and spec.default_factory is MISSING
@@ -95,6 +94,11 @@ def _build_dataclass(kind: type[Any], value: Any, path: str, problems: list[str]
             elif required:
                 built[name] = UNKNOWN
     return kind(**built)
+
+
+def _name(key: Any) -> str:
+    """A key as it stands in a message, which is one line."""
+    return key if isinstance(key, str) and key.isprintable() and len(key) <= SHOWN else shown(key)
 
 
 def _build_union(kinds: Sequence[Any], value: Any, path: str, problems: list[str]) -> Any:
@@ -123,7 +127,7 @@ def _build_mapping(kind: Any, value: Any, path: str, problems: list[str]) -> Any
         problems.append(f"{path}: {shown(value)}, expected keys and values")
         return {}
     problems += [f"{path}: key {shown(key)}, expected text" for key in value if not isinstance(key, str)]
-    return {key: build(kind, item, f"{path}.{key}", problems) for key, item in value.items() if isinstance(key, str)}
+    return {key: build(kind, item, f"{path}.{_name(key)}", problems) for key, item in value.items() if isinstance(key, str)}
 
 
 def _build_scalar(kind: type[Any], value: Any, path: str, problems: list[str]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora2serve.errors import RecipeError, UsageError
@@ -334,6 +334,7 @@ def recipe_or_problems(path: Path) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.one_of(SECTIONS, st.dictionaries(KEYS, VALUES, max_size=5)))
+@example(content={"train": {"lora": {"rank_pattern": {"\x1e": "x"}}}})
 def test_any_mapping(tmp_path: Path, content: dict[Any, Any]) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(yaml.safe_dump(content, allow_unicode=True).encode("utf-8", errors="surrogatepass"))
