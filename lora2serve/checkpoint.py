@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora2serve import manifest
 from lora2serve.errors import CheckpointError
+from lora2serve.origin import origin
 from lora2serve.tensors import ALL, DTYPES, TensorSpec, itemsize, torch_dtype
 
 if TYPE_CHECKING:
@@ -157,15 +158,17 @@ def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
 def identity(path: Path, name: str | None = None, revision: str | None = None, content: bool = True) -> dict[str, Any]:
     """What a base is known by: id, revision, a hash of names and shapes, and its files' sha256.
 
+    A base from the Hub's cache is known by its repository and the commit, whatever it was named by.
     ``content=False`` leaves the file hashes out (they read every byte once, about 2 GB/s).
     """
+    pulled = origin(path)
     checkpoint = Checkpoint(path)
     shapes = sorted(f"{s.name} {list(s.shape)}" for s in checkpoint.specs())
     shards = sorted({item.file for item in checkpoint._stored.values()})
     return {
         "path": str(path.resolve()),
-        "id": name or str(path),
-        "revision": revision,
+        "id": pulled.id if pulled else name or str(path),
+        "revision": pulled.commit if pulled else revision,
         "fingerprint": {
             "config": manifest.digest(path / "config.json")["sha256"],
             "tensors": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),

@@ -13,6 +13,7 @@ from lora2serve.dequantize import Dequantized
 from lora2serve.errors import MergeError, UsageError
 from lora2serve.exporter import Model
 from lora2serve.merge import Merged
+from lora2serve.origin import origin, short_name
 from lora2serve.progress import Progress
 from lora2serve.round_trip import RoundTrip
 from lora2serve.run import Run
@@ -71,7 +72,7 @@ def open_adapters(adapters: Sequence[Path], base: Path, base_name: str, choice: 
         )
     checkpoint = Checkpoint(base)
     opened = [open_adapter(path) for path in adapters]
-    name = choice.name or adapters[0].resolve().name
+    name = choice.name or short_name(adapters[0])
     lineage = {"base": identity(base, base_name, content=False), "merge_base": "original"}
     return _model(Dequantized(checkpoint), checkpoint, opened, choice, name, lineage)
 
@@ -80,7 +81,7 @@ def open_plain(base: Path, base_name: str, choice: Choice) -> Model:
     """A model with nothing to fold."""
     checkpoint = Checkpoint(base)
     lineage = {"base": identity(base, base_name, content=False), "merge_base": "original"}
-    return _model(Dequantized(checkpoint), checkpoint, [], choice, choice.name or base.resolve().name, lineage)
+    return _model(Dequantized(checkpoint), checkpoint, [], choice, choice.name or short_name(base), lineage)
 
 
 def decide_merge_base(record: Mapping[str, Any], wanted: MergeBase) -> tuple[Literal["trained", "original"], str]:
@@ -131,10 +132,7 @@ def _model(
         config["dtype"] = {"BF16": "bfloat16", "F16": "float16"}.get(source.specs()[0].dtype, "float32")
     merged = Merged(source, adapters, config, dtype)
     adapter = adapters[0].path if adapters else None
-    folded = [
-        {"path": str(a.path.resolve()), "sha256": {n: content_hash(a.path / n) for n in (CONFIG, WEIGHTS)}}
-        for a in adapters
-    ]
+    folded = [_folded(adapter.path) for adapter in adapters]
     return Model(
         source=merged,
         config=merged.config,
@@ -144,3 +142,13 @@ def _model(
         adapter=adapter,
         lineage={**lineage, "adapter": folded[0] if folded else None, "adapters": folded},
     )
+
+
+def _folded(adapter: Path) -> dict[str, Any]:
+    """What the manifest says of an adapter: where it lay, the repository and commit if the Hub's, and its hashes."""
+    pulled = origin(adapter)
+    return {
+        "path": str(adapter.resolve()),
+        **({"id": pulled.id, "revision": pulled.commit} if pulled else {}),
+        "sha256": {name: content_hash(adapter / name) for name in (CONFIG, WEIGHTS)},
+    }

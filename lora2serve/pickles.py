@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lora2serve.adapter import CONFIG, PICKLE, WEIGHTS
 from lora2serve.errors import AdapterError
+from lora2serve.origin import short_name
 
 LIMIT = 600  # seconds
 CHILD = """
@@ -30,7 +31,7 @@ def convert(adapter: Path, into: Path) -> Path:
     """A copy of a PEFT directory with its pickle as safetensors; the directory itself where it has no pickle."""
     if (adapter / WEIGHTS).is_file() or not (adapter / PICKLE).is_file():
         return adapter
-    made = into / adapter.resolve().name
+    made = into / short_name(adapter)
     made.mkdir(parents=True)
     command = [sys.executable, "-I", "-c", CHILD, str(adapter / PICKLE), str(made / WEIGHTS)]
     try:

@@ -127,7 +127,9 @@ def _build_mapping(kind: Any, value: Any, path: str, problems: list[str]) -> Any
         problems.append(f"{path}: {shown(value)}, expected keys and values")
         return {}
     problems += [f"{path}: key {shown(key)}, expected text" for key in value if not isinstance(key, str)]
-    return {key: build(kind, item, f"{path}.{_name(key)}", problems) for key, item in value.items() if isinstance(key, str)}
+    return {
+        key: build(kind, item, f"{path}.{_name(key)}", problems) for key, item in value.items() if isinstance(key, str)
+    }
 
 
 def _build_scalar(kind: type[Any], value: Any, path: str, problems: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import socket
@@ -12,7 +13,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.hub_server import Blob, Commit, Fault, HubServer, PullRequest, Repo, Request
@@ -27,28 +28,29 @@ class Refused(Exception):
         self.status, self.code, self.message, self.body = status, code, message, body
 
 
+KIND = "(?P<kind>models|datasets)"
 ROUTES: list[tuple[str, str, str]] = [
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate"),
     ("GET", r"/api/whoami-v2", "whoami"),
-    ("POST", r"/api/models/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)", "preupload"),
-    ("POST", r"/api/models/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "commit"),
+    ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)", "preupload"),
+    ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "commit"),
     ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
     ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/verify", "verify"),
     ("PUT", r"/storage/(?P<oid>[0-9a-f]{64})", "put"),
     ("PUT", r"/storage/(?P<oid>[0-9a-f]{64})/(?P<part>\d+)", "part"),
     ("POST", r"/storage/(?P<oid>[0-9a-f]{64})/complete", "complete"),
     ("GET", r"/storage/(?P<oid>[0-9a-f]{64})", "storage"),
-    ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)/refs", "refs"),
-    ("POST", r"/api/models/(?P<id>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "branch"),
-    ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)/discussions", "discussions"),
-    ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)/discussions/(?P<num>\d+)", "discussion"),
-    ("POST", r"/api/models/(?P<id>[^/]+/[^/]+)/discussions/(?P<num>\d+)/merge", "merge"),
-    ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)", "tree"),
-    ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", "info"),
-    ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)", "info"),
-    ("HEAD", r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
-    ("GET", r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/refs", "refs"),
+    ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "branch"),
+    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions", "discussions"),
+    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions/(?P<num>\d+)", "discussion"),
+    ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions/(?P<num>\d+)/merge", "merge"),
+    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)", "tree"),
+    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", "info"),
+    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)", "info"),
+    ("HEAD", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
 ]
 WRITES = {"create", "preupload", "commit", "batch", "verify", "branch", "merge"}
 
@@ -79,7 +81,9 @@ class HubHandler(BaseHTTPRequestHandler):
             hub.requests.append(Request(endpoint, self.command, self.path, "Authorization" in self.headers))
             hub.received.append(self.path.encode())
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        self.values = {key: unquote(value) for key, value in match.groupdict().items()}
+        self.values = {key: unquote(value) for key, value in match.groupdict().items() if value}
+        if self.values.pop("kind", "models") == "datasets":
+            self.values["id"] = f"datasets/{self.values['id']}"
         self.rest = int(self.headers.get("Content-Length") or 0)
         self.injected = hub.fault(endpoint)
         if self.injected:
@@ -150,15 +154,18 @@ class HubHandler(BaseHTTPRequestHandler):
         return None
 
     def send(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
+        self.start(status, kind, {"Content-Length": str(len(body)), **headers})
         if self.command != "HEAD":
             slow = self.injected is not None and self.injected.kind == "slow"
             for start in range(0, len(body), 4096 if slow else max(1, len(body))):
                 self.wfile.write(body[start : start + 4096] if slow else body)
                 time.sleep(0.005 if slow else 0)
+
+    def start(self, status: int, kind: str, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Type": kind, **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
 
     # -- who may do what
 
@@ -174,10 +181,10 @@ class HubHandler(BaseHTTPRequestHandler):
         self.user, role = hub.tokens.get(token, ("", ""))
         if "id" in self.values:
             self.repo = hub.repos.get(self.values["id"])  # type: ignore[assignment]
-            if self.repo is None or (self.repo.private and self.repo.id.split("/")[0] != self.user):
+            if self.repo is None or (self.repo.private and self.repo.id.split("/")[-2] != self.user):
                 raise Refused(404 if token else 401, "RepoNotFound", "Repository not found")
-            if self.repo.gated and not token and endpoint == "resolve":
-                raise Refused(401, "GatedRepo", f"Access to model {self.repo.id} is restricted")
+            if self.repo.gated and self.user not in self.repo.granted and endpoint == "resolve":
+                raise Refused(403 if token else 401, "GatedRepo", f"Access to model {self.repo.id} is restricted")
         if endpoint in WRITES and role != "write":
             raise Refused(403 if token else 401, message="you need a write token for this")
 
@@ -220,7 +227,7 @@ class HubHandler(BaseHTTPRequestHandler):
         return {"errors": [], "warnings": [] if data else [{"message": "empty or missing yaml metadata in repo card"}]}
 
     def info(self) -> Any:
-        return {"id": self.repo.id, "sha": self.at().oid, "private": self.repo.private, "gated": self.repo.gated, "tags": [],
+        return {"id": self.repo.id.removeprefix("datasets/"), "sha": self.at().oid, "private": self.repo.private, "gated": self.repo.gated, "tags": [],
                 "siblings": [{"rfilename": name} for name in self.at().tree]}  # fmt: skip
 
     def refs(self) -> Any:
@@ -434,23 +441,28 @@ class HubHandler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size),
                         "Location": f"{self.hub.storage}/storage/{blob.sha256}"}  # fmt: skip
             return self.send(302, b"", "text/plain", headers)
-        return self.send_part(blob.content, headers | {"ETag": f'"{blob.oid}"'})
+        return self.send_part(io.BytesIO(blob.content), blob.size, headers | {"ETag": f'"{blob.oid}"'})
 
     def storage(self) -> None:
         path = self.hub.objects / self.values["oid"]
         if not path.is_file():
             raise Refused(404, message="no such object")
-        data = path.read_bytes()
-        if self.injected and self.injected.kind == "corrupt":
-            data = bytes([data[0] ^ 1]) + data[1:]
-        self.send_part(data, {"ETag": f'"{self.values["oid"]}"'})
+        with path.open("rb") as file:
+            self.send_part(file, path.stat().st_size, {"ETag": f'"{self.values["oid"]}"'})
 
-    def send_part(self, data: bytes, headers: dict[str, str]) -> None:
+    def send_part(self, file: BinaryIO, size: int, headers: dict[str, str]) -> None:
+        """The file from where the client wants it, a piece at a time: no body is ever whole in memory."""
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = int(wanted[1]) if wanted else 0
         if wanted:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        if self.command == "HEAD":
-            self.send(200, b"", "application/octet-stream", headers | {"Content-Length": str(len(data))})
-        else:
-            self.send(206 if wanted else 200, data[start:], "application/octet-stream", headers)
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        kind = self.injected.kind if self.injected else ""
+        file.seek(start)
+        pieces = iter(lambda: file.read(4096 if kind == "slow" else 1 << 20), b"")
+        if kind == "corrupt":
+            pieces = (bytes([piece[0] ^ 1]) + piece[1:] if n == 0 else piece for n, piece in enumerate(pieces))
+        length = size if self.command == "HEAD" else size - start
+        self.start(206 if wanted else 200, "application/octet-stream", {"Content-Length": str(length), **headers})
+        for piece in pieces if self.command != "HEAD" else ():
+            self.wfile.write(piece)
+            time.sleep(0.005 if kind == "slow" else 0)

@@ -1,7 +1,8 @@
 """A Hub for the unmodified huggingface_hub client: standard library only, on 127.0.0.1, with faults on demand.
 
 It answers the endpoints that huggingface_hub 2.4 really calls for create, upload, commit, pull request and
-download of models, in the LFS protocol (no Xet: run clients with HF_HUB_DISABLE_XET=1). Contents of large
+download of models, and for download of data sets (``repos["datasets/org/name"]``), in the LFS protocol (no Xet:
+run clients with HF_HUB_DISABLE_XET=1). Contents of large
 files lie on disk by their sha256, as in the Hub's storage; everything received is kept for inspection.
 
     with HubServer(tmp_path) as hub:            # hub.url goes into HF_ENDPOINT
@@ -61,6 +62,7 @@ class Repo:
     id: str
     private: bool = False
     gated: bool = False
+    granted: set[str] = field(default_factory=set)  # users who may read a gated one
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # branch, tag or refs/pr/N -> commit
     pulls: list[PullRequest] = field(default_factory=list)

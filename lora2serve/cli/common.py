@@ -37,7 +37,7 @@ def fetch(name: str, progress: Progress, *, pickle: bool = False) -> Path:
     """A local directory for a path or a Hub id; ``pickle`` brings pickled adapters too."""
     from lora2serve.hub import fetch as pull
 
-    return pull(name, pickle=pickle).path
+    return pull(name, pickle=pickle, progress=progress).path
 
 
 def base_of(record: dict[str, Any], given: str | None, progress: Progress) -> tuple[Path, str]:

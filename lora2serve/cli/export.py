@@ -167,6 +167,7 @@ def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Pr
     from lora2serve import model as models
     from lora2serve import run as runs
     from lora2serve.adapter import CONFIG
+    from lora2serve.origin import short_name
 
     choice = models.Choice(options["merge_base"], options["dtype"], options["allow_base_mismatch"], options["name"])
     if options["adapters"]:
@@ -180,14 +181,14 @@ def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Pr
     path = fetch(subject, told)
     if (path / CONFIG).is_file():
         return _open_adapters((), {**options, "adapters": (str(path),)}, choice, told)
-    return models.open_plain(path, subject, choice), Path("exports") / path.resolve().name
+    return models.open_plain(path, subject, choice), Path("exports") / short_name(path)
 
 
 def _open_adapters(
     subjects: tuple[str, ...], options: Mapping[str, Any], choice: Any, told: Progress
 ) -> tuple[Model, Path]:
     from lora2serve import model as models
-    from lora2serve.adapter import read_config
+    from lora2serve.origin import short_name
 
     if subjects:
         raise UsageError(
@@ -198,10 +199,8 @@ def _open_adapters(
         from lora2serve.pickles import convert
 
         paths = [convert(path, _scratch()) for path in paths]
-    base = options["base"] or read_config(paths[0]).get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{paths[0]}: its config does not name a base", "name it with --base")
-    local, name = fetch(base, told), paths[0].resolve().name
+    base = options["base"] or _base_in_config(paths[0])
+    local, name = fetch(base, told), short_name(paths[0])
     _warn_of_quantized(local, base, told)
     if options["combine"]:
         from lora2serve.checkpoint import read_config as read_base_config
@@ -210,6 +209,19 @@ def _open_adapters(
         weights = options["weights"] or (1.0,) * len(paths)
         paths = [combine(paths, read_base_config(local), options["combine"], weights, options["density"], _scratch())]
     return models.open_adapters(paths, local, base, choice), Path("exports") / name
+
+
+def _base_in_config(adapter: Path) -> str:
+    """The base that an adapter says it was trained on, at the revision it says, if any."""
+    from lora2serve.adapter import read_config
+
+    config = read_config(adapter)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base:
+        raise UsageError(f"{adapter}: its config does not name a base", "name it with --base")
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise UsageError(f"{adapter}: trained on {base}, which is not on this machine", "name the base with --base")
+    return f"{base}@{revision}" if revision and not Path(base).exists() else str(base)
 
 
 def _scratch() -> Path:
@@ -237,6 +249,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 def _calibrate(model: Model, home: Path, options: Mapping[str, Any], told: Progress) -> Path:
     """The importance matrix, kept beside the exports for the next time."""
     from lora2serve import exporter, recipe, run
+    from lora2serve.hub import pin_data
     from lora2serve.train import data
     from lora2serve.train.model import load_tokenizer
 
@@ -247,7 +260,7 @@ def _calibrate(model: Model, home: Path, options: Mapping[str, Any], told: Progr
         if not run.is_run(home.parent):
             raise UsageError("--calibrate train: this is no run", "name a data file, such as data.jsonl")
         asked = recipe.load(run.Run(home.parent).recipe).data
-    rows, _ = data.load(asked)
+    rows, _ = data.load(asked, pin_data)
     trained = model.adapter if model.adapter and (model.adapter / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(trained or Path(model.lineage["base"]["path"]))
     tokens = data.tokenize_all(rows, tokenizer, asked, told)

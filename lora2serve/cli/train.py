@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora2serve.cli.common import fetch, progress
+from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,11 +50,17 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
         chosen = recipes.load(here.recipe)
     else:
         chosen = recipes.load(recipes.find(recipe), overrides)
+    from lora2serve.hub import pin_data
     from lora2serve.train import data
     from lora2serve.train.trainer import train as fine_tune
 
-    sets = data.load(chosen.data)  # before a base of many gigabytes is fetched
-    base = fetch(f"{chosen.model.path}@{chosen.model.revision}" if chosen.model.revision else chosen.model.path, told)
+    sets = data.load(chosen.data, pin_data)  # before a base of many gigabytes is fetched
+    if resume and here.record.get("base"):
+        base, _ = base_of(here.record, None, told)  # at the commit it began with, wherever the branch is now
+    else:
+        base = fetch(
+            f"{chosen.model.path}@{chosen.model.revision}" if chosen.model.revision else chosen.model.path, told
+        )
     if not resume:
         here = run.create(name or chosen.name)
     with run.kept_once_started(here):

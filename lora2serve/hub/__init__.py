@@ -5,7 +5,7 @@
 """
 
 from lora2serve.hub.check import Checked, pull_check
-from lora2serve.hub.pull import Fetched, fetch
+from lora2serve.hub.pull import Fetched, fetch, pin_data
 from lora2serve.hub.push import Pushed, push
 
-__all__ = ["Checked", "Fetched", "Pushed", "fetch", "pull_check", "push"]
+__all__ = ["Checked", "Fetched", "Pushed", "fetch", "pin_data", "pull_check", "push"]

@@ -10,10 +10,14 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from lora2serve.errors import HubError, UsageError, did_you_mean
 from lora2serve.hub.retry import broken_line, causes
 from lora2serve.hub.secrets import masked
+from lora2serve.progress import Progress, Silent
+
+Kind = Literal["model", "dataset"]
 
 LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
 
@@ -61,7 +65,28 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def translated(repo_id: str, revision: str | None = None, doing: str = "reading") -> Iterator[None]:
+def bars(progress: Progress) -> Iterator[None]:
+    """huggingface_hub's own bars, which know how far each file is, unless ``progress`` says nothing.
+
+    On what is no terminal they stay away by themselves.
+    """
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    wanted = not getattr(progress, "quiet", isinstance(progress, Silent))
+    off = are_progress_bars_disabled()
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:  # else the user has decided
+        (enable_progress_bars if wanted else disable_progress_bars)()
+    try:
+        yield
+    finally:
+        if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
+            (disable_progress_bars if off else enable_progress_bars)()
+
+
+@contextmanager
+def translated(
+    repo_id: str, revision: str | None = None, doing: str = "reading", kind: Kind = "model"
+) -> Iterator[None]:
     """Turn what huggingface_hub raises inside into a ``HubError``."""
     import httpx2
     from huggingface_hub import errors
@@ -69,21 +94,23 @@ def translated(repo_id: str, revision: str | None = None, doing: str = "reading"
     try:
         yield
     except errors.RevisionNotFoundError:
-        known = _revisions(repo_id)
+        known = _revisions(repo_id, kind)
         hint = f"it has: {', '.join(known[:20])}" if known else ""
         raise HubError(f"{repo_id}: no revision {revision!r}{did_you_mean(revision or '', known)}", hint) from None
     except errors.GatedRepoError:
         yours = "your token has no access" if has_token() else "there is no token"
-        hint = f"ask for access at {page(repo_id)}" + ("" if has_token() else f", then {LOG_IN}")
+        where = page(f"datasets/{repo_id}" if kind == "dataset" else repo_id)
+        hint = f"ask for access at {where}" + ("" if has_token() else f", then {LOG_IN}")
         raise HubError(f"{repo_id}: gated, and {yours}", hint) from None
     except errors.RepositoryNotFoundError:
-        raise HubError(f"{repo_id}: no such repository, or a private one", _spelling()) from None
+        what = "data set" if kind == "dataset" else "repository"
+        raise HubError(f"{repo_id}: no such {what}, or a private one", _spelling()) from None
     except errors.HfHubHTTPError as error:
         raise _http_error(repo_id, doing, error) from None
-    except errors.LocalEntryNotFoundError as error:
-        raise _unreachable(repo_id, revision, error) from None
+    except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as error:
+        raise _unreachable(repo_id, revision, error, kind) from None
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError) as error:
-        raise _unreachable(repo_id, revision, error) from None
+        raise _unreachable(repo_id, revision, error, kind) from None
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:
             raise
@@ -127,7 +154,7 @@ def _wrapped(repo_id: str, revision: str | None, doing: str, error: Exception) -
     return error
 
 
-def _unreachable(repo_id: str, revision: str | None, error: Exception) -> HubError:
+def _unreachable(repo_id: str, revision: str | None, error: Exception, kind: Kind = "model") -> HubError:
     from huggingface_hub import constants
 
     wanted = f"{repo_id}@{revision}" if revision else repo_id
@@ -135,6 +162,7 @@ def _unreachable(repo_id: str, revision: str | None, error: Exception) -> HubErr
         return HubError(
             f"{wanted}: not (whole) in the cache, and HF_HUB_OFFLINE is set",
             f"fetch it once online: HF_HUB_OFFLINE=0 hf download {repo_id}"
+            + (" --repo-type dataset" if kind == "dataset" else "")
             + (f" --revision {revision}" if revision else ""),
         )
     from huggingface_hub.errors import HfHubHTTPError
@@ -147,11 +175,11 @@ def _unreachable(repo_id: str, revision: str | None, error: Exception) -> HubErr
     )
 
 
-def _revisions(repo_id: str) -> list[str]:
+def _revisions(repo_id: str, kind: Kind) -> list[str]:
     from huggingface_hub import HfApi
 
     try:
-        refs = HfApi().list_repo_refs(repo_id)
+        refs = HfApi().list_repo_refs(repo_id, repo_type=kind)
     except Exception:  # only for a better hint: the error that is being told is another one
         return []
     return [ref.name for ref in [*refs.branches, *refs.tags]]

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora2serve.errors import HubError, InputError, did_you_mean
-from lora2serve.hub.client import check_id, translated
+from lora2serve.hub.client import bars, check_id, translated
+from lora2serve.hub.retry import again
+from lora2serve.progress import Progress, Silent
 
 # What a model or adapter needs to be read. Nothing that runs: no .py, no pickle.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "README.md"]
@@ -24,7 +26,7 @@ class Fetched:
     id: str
 
 
-def fetch(name: str, revision: str | None = None, *, pickle: bool = False) -> Fetched:
+def fetch(name: str, revision: str | None = None, *, pickle: bool = False, progress: Progress | None = None) -> Fetched:
     """The directory that ``name`` means: a local path, or ``org/name[@revision]`` of the Hub or its cache.
 
     ``pickle`` also brings an ``adapter_model.bin``. Raises InputError for a path that is not there, HubError
@@ -34,29 +36,53 @@ def fetch(name: str, revision: str | None = None, *, pickle: bool = False) -> Fe
     if path.exists():
         return Fetched(path, None, name)
     _refuse_missing_path(name)
-    repo_id, at, after = name.partition("@")
-    revision = revision or after or None
-    if at and not revision:
-        raise InputError(f"{name}: no revision after '@'", f"{repo_id}@main, or without '@'")
-    check_id(repo_id)
+    repo_id, at_revision = _split(name)
+    revision = revision or at_revision
     try:
-        return _download(repo_id, revision, pickle)
+        return _download(repo_id, revision, pickle, progress or Silent())
     except HubError as error:
         raise HubError(_also_not_local(name, error.message), error.hint) from None
 
 
-def _download(repo_id: str, revision: str | None, pickle: bool) -> Fetched:
+def pin_data(name: str) -> tuple[str, str]:
+    """``org/name[@revision]`` of a data set as its id and commit, from the cache where the Hub is not to be had.
+
+    Raises like ``fetch``.
+    """
+    from huggingface_hub import HfApi
+
+    _refuse_missing_path(name)
+    repo_id, revision = _split(name)
+
+    def resolve() -> str:
+        return HfApi().resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
+
+    try:
+        with translated(repo_id, revision, kind="dataset"):
+            return repo_id, again(resolve, Silent(), repo_id, reached=False)
+    except HubError as error:
+        raise HubError(_also_not_local(name, error.message), error.hint) from None
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """``org/name[@revision]``, checked."""
+    repo_id, at, revision = name.partition("@")
+    if at and not revision:
+        raise InputError(f"{name}: no revision after '@'", f"{repo_id}@main, or without '@'")
+    check_id(repo_id)
+    return repo_id, revision or None
+
+
+def _download(repo_id: str, revision: str | None, pickle: bool, progress: Progress) -> Fetched:
     from huggingface_hub import snapshot_download
 
-    with translated(repo_id, revision):
-        path = Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=WANTED + (PICKLE if pickle else []),
-                ignore_patterns=UNWANTED,
-            )
-        )
+    wanted = WANTED + (PICKLE if pickle else [])
+
+    def download() -> str:
+        return str(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
+
+    with translated(repo_id, revision), bars(progress):
+        path = Path(again(download, progress, repo_id, reached=False))
     return Fetched(path, path.name, repo_id)
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +178,8 @@ class _Push:
     def _look(self, dry_run: bool) -> Remote:
         try:
             with translated(self.repo_id, self.revision):
-                return again(lambda: look(self.api, self.repo_id, self.revision), self.progress, self.repo_id)
+                look_there = partial(look, self.api, self.repo_id, self.revision)
+                return again(look_there, self.progress, self.repo_id, reached=False)
         except HubError as error:
             if not dry_run:
                 raise

@@ -17,13 +17,16 @@ LONGEST = 300.0  # seconds that a Retry-After may ask for
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
-def again(act: Callable[[], T], progress: Progress, what: str) -> T:
-    """Run ``act``, which must be safe to repeat, until it gets through or fails for good."""
+def again(act: Callable[[], T], progress: Progress, what: str, *, reached: bool = True) -> T:
+    """Run ``act``, which must be safe to repeat, until it gets through or fails for good.
+
+    ``reached`` says that the Hub answered before: else a machine that cannot be connected to is no network, told now.
+    """
     for wait in WAITS:
         try:
             return act()
         except Exception as error:
-            pause = _pause(error, wait)
+            pause = _pause(error, wait) if reached or not _no_network(error) else None
             if pause is None:
                 raise
             progress.note(f"{what}: {_brief(error)}; trying again in {pause:.0f} s")
@@ -53,6 +56,12 @@ def broken_line(error: BaseException) -> bool:
 
     kinds = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
     return any(isinstance(cause, kinds) for cause in causes(error))
+
+
+def _no_network(error: BaseException) -> bool:
+    import httpx2
+
+    return any(isinstance(cause, httpx2.ConnectError) for cause in causes(error))
 
 
 def _pause(error: BaseException, wait: float) -> float | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 SHOWN = 10  # problems in words
 
 
+Pin = Callable[[str], tuple[str, str | None]]  # org/name[@revision] -> id and commit
+
+
+def _as_named(name: str) -> tuple[str, str | None]:
+    repo, _, revision = name.partition("@")
+    return repo, revision or None
+
+
 @dataclass(frozen=True)
 class Rows:
     """A checked data set and where it came from: ``numbers`` are lines of a file, or row numbers."""
@@ -30,6 +39,7 @@ class Rows:
     path: str
     sha256: str
     numbers: list[int]
+    revision: str | None = None  # the commit of a data set on the Hub
 
     def where(self, index: int) -> str:
         """``train.jsonl:7``."""
@@ -38,11 +48,12 @@ class Rows:
     def pick(self, indexes: Sequence[int]) -> Rows:
         """A part of it."""
         chosen = [self.rows[n] for n in indexes], [self.numbers[n] for n in indexes]
-        return Rows(chosen[0], self.path, self.sha256, chosen[1])
+        return Rows(chosen[0], self.path, self.sha256, chosen[1], self.revision)
 
     def record(self) -> dict[str, Any]:
         """What run.json keeps of it."""
-        return {"path": self.path, "sha256": self.sha256, "rows": len(self.rows)}
+        pinned = {"revision": self.revision} if self.revision else {}
+        return {"path": self.path, "sha256": self.sha256, "rows": len(self.rows), **pinned}
 
 
 @dataclass(frozen=True)
@@ -59,11 +70,11 @@ class Tokens:
         return any(label != IGNORE for label in self.labels[1:])
 
 
-def load(recipe: DataRecipe) -> tuple[Rows, Rows | None]:
-    """Training and held-out rows; DataError names every bad row."""
-    train = read(recipe.train, recipe.split)
+def load(recipe: DataRecipe, pin: Pin = _as_named) -> tuple[Rows, Rows | None]:
+    """Training and held-out rows; DataError names every bad row. ``pin`` finds the commit of a data set on the Hub."""
+    train = read(recipe.train, recipe.split, pin)
     if recipe.eval is not None:
-        return train, read(recipe.eval, recipe.split)
+        return train, read(recipe.eval, recipe.split, pin)
     if not recipe.eval_split:
         return train, None
     order = list(range(len(train.rows)))
@@ -74,12 +85,12 @@ def load(recipe: DataRecipe) -> tuple[Rows, Rows | None]:
     return train.pick(sorted(order[held:])), train.pick(sorted(order[:held]))
 
 
-def read(name: str, split: str) -> Rows:
+def read(name: str, split: str, pin: Pin = _as_named) -> Rows:
     """A JSONL or Parquet file, or a data set of the Hub."""
     path = Path(name)
     if path.suffix in (".jsonl", ".json", ".parquet") or path.exists():
         return _read_file(path)
-    return _read_hub(name, split)
+    return _read_hub(name, split, pin)
 
 
 def _read_file(path: Path) -> Rows:
@@ -131,18 +142,30 @@ def _parse_parquet(path: Path) -> tuple[list[tuple[int, Any]], list[tuple[int, s
     return list(enumerate(filled, 1)), []
 
 
-def _read_hub(name: str, split: str) -> Rows:
+def _read_hub(name: str, split: str, pin: Pin) -> Rows:
     import datasets
 
-    repo, _, revision = name.partition("@")
+    repo, revision = pin(name)
     try:
-        found = datasets.load_dataset(repo, split=split, revision=revision or None)
+        found = datasets.load_dataset(repo, split=split, revision=revision)
     except Exception as error:  # every backend of datasets has its own
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"data set {name}: {first}", "expected a file or a data set of the Hub") from error
+    commit = _commit(found) or revision
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and commit != revision:  # offline, datasets takes the last
+        raise DataError(
+            f"data set {name}: the cache offers commit {commit}, expected {revision}", "load it once online"
+        )
     problems = [f"{name}:{n}: {reason}" for n, row in enumerate(found) if (reason := problem_of(row))]
     _raise(problems, len(found))
-    return Rows([normal(row) for row in found], name, str(found._fingerprint), list(range(len(found))))
+    rows = [normal(row) for row in found]
+    return Rows(rows, name, str(found._fingerprint), list(range(len(found))), commit)
+
+
+def _commit(found: Any) -> str | None:
+    """The commit that a data set of the Hub is of, also from the cache alone: datasets names its folder by it."""
+    folders = [Path(file["filename"]).parent.name for file in found.cache_files]
+    return next((name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)), None)
 
 
 def _raise(problems: Sequence[str], total: int) -> None:

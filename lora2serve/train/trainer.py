@@ -12,6 +12,7 @@ from typing import Any
 from lora2serve import manifest
 from lora2serve.checkpoint import identity, read_config
 from lora2serve.errors import DataError
+from lora2serve.origin import origin
 from lora2serve.progress import Progress
 from lora2serve.recipe import Recipe, dump
 from lora2serve.run import Run
@@ -173,7 +174,9 @@ def _keep_initial(model: Any, recipe: Recipe, run: Run) -> Path | None:
 
 def _save(model: Any, tokenizer: Any, run: Run, initial: Path | None, base: Path) -> None:
     given = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
-    model.peft_config["default"].base_model_name_or_path = str(base)
+    pulled = origin(base)
+    model.peft_config["default"].base_model_name_or_path = pulled.id if pulled else str(base)
+    model.peft_config["default"].revision = pulled.commit if pulled else None
     model.save_pretrained(str(run.adapter), **given)
     tokenizer.save_pretrained(str(run.adapter))
     (run.adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty card: `push` writes a true one

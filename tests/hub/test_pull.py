@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve.errors import HubError, InputError
-from lora2serve.hub import fetch, pull_check, push
+from lora2serve.hub import fetch, pin_data, pull_check, push
 from tests.hub.conftest import TOKEN, client_env, export
 from tests.hub_server import HubServer
 from tests.tiny import make_adapter, make_model
@@ -102,13 +102,23 @@ def test_export_with_nothing_local(hub: HubServer, tmp_path: Path) -> None:
         hub.add(name, {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()})
     here = tmp_path / "here"
     here.mkdir()
-    command = [sys.executable, "-m", "lora2serve", "export", "user/adapter", "-t", "vllm"]
-    done = subprocess.run(
-        command, cwd=here, env=client_env(hub, tmp_path / "home2"), capture_output=True, text=True, check=False
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):  # the second time from the cache alone
+        asked = len(hub.requests)
+        command = [sys.executable, "-m", "lora2serve", "export", "user/adapter", "-t", "vllm", "--overwrite"]
+        done = subprocess.run(
+            command, cwd=here, env=client_env(hub, tmp_path / "home2", **environment), capture_output=True, text=True, check=False
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        made = Path(done.stdout.strip())
+        assert made == here / "exports" / "adapter" / "vllm", "called by its name, and not by its commit"
+        assert not environment or len(hub.requests) == asked
+    about = json.loads((made / "lora2serve.json").read_text())
+    assert (about["base"]["id"], about["base"]["revision"]) == ("org/base", hub.repos["org/base"].refs["main"])
+    assert (about["adapter"]["id"], about["adapter"]["revision"]) == (
+        "user/adapter",
+        hub.repos["user/adapter"].refs["main"],
     )
-    assert done.returncode == 0, done.stderr
-    about = json.loads((here / done.stdout.strip() / "lora2serve.json").read_text())
-    assert about["base"]["id"] == "org/base"
+    assert about["name"] == "adapter"
 
 
 @pytest.mark.parametrize("words", [[], ["-v"]])
@@ -176,3 +186,55 @@ def test_two_gigabytes_in_little_memory(hub: HubServer, tmp_path: Path) -> None:
     code, kilobytes = done.stdout.split()[-2:]
     assert (code, int(kilobytes) < 200_000) == ("0", True), done.stdout
     assert not pull_check("user/big").strangers
+
+
+DATA = "datasets/org/data"
+PINNED = "from lora2serve.hub import pin_data; from lora2serve.train import data; import json, sys;" \
+         "print(json.dumps([r.record() | {'row': r.rows[0]} for r in [data.read(name, 'train', pin_data) for name in sys.argv[1:]]]))"  # fmt: skip
+
+
+def read_data(hub: HubServer, home: Path, *names: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``data.read`` by the real ``datasets`` in its own process, as ``train`` calls it."""
+    return subprocess.run(
+        [sys.executable, "-c", PINNED, *names],
+        env=client_env(hub, home, **environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_data_sets_by_name_and_revision(hub: HubServer, tmp_path: Path) -> None:
+    """The commit is on record; offline, another revision than the one in the cache is refused and not mistaken."""
+
+    def rows(word: str) -> dict[str, bytes]:
+        return {"train.jsonl": json.dumps({"prompt": "which", "completion": word}).encode()}
+
+    first, second = hub.add(DATA, rows("first")), hub.add(DATA, rows("second"))
+    home = tmp_path / "home2"
+    done = read_data(hub, home, f"org/data@{first.oid}", "org/data")
+    assert done.returncode == 0, done.stderr
+    older, newest = json.loads(done.stdout)
+    assert (newest["revision"], newest["row"]["completion"]) == (second.oid, "second")
+    assert (older["revision"], older["row"]["completion"]) == (first.oid, "first")
+    done = read_data(hub, home, "org/data", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["revision"] == second.oid
+    other = read_data(hub, home, "org/data@v9", HF_HUB_OFFLINE="1")
+    assert "org/data@v9: not (whole) in the cache, and HF_HUB_OFFLINE is set" in other.stderr
+    unknown = read_data(hub, home, f"org/data@{'0' * 40}", HF_HUB_OFFLINE="1")
+    assert "expected 0000" in unknown.stderr, unknown.stdout + unknown.stderr
+
+
+def test_data_sets_that_cannot_be_had(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(DATA, {"train.jsonl": b"{}"})
+    with pytest.raises(HubError, match=r"org/dota: no such data set, or a private one; nor is there a local"):
+        pin_data("org/dota")
+    with pytest.raises(HubError, match=r"org/data: no revision 'mian' \(did you mean 'main'\?\)"):
+        pin_data("org/data@mian")
+    with pytest.raises(InputError, match="no such directory"):
+        pin_data("./data/train")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets" / "train").mkdir(parents=True)
+    with pytest.raises(HubError, match=r"sets/trian: no such directory \(did you mean 'train'\?\)"):
+        pin_data("sets/trian")
