@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,19 @@ from typing import Any
 from lora2serve.checkpoint import SafetensorsFiles, inside, raise_all, read_header
 from lora2serve.deltas import AddVector, Delta, EmbeddingLora, Lora, Part, Replace, ReplaceRows
 from lora2serve.errors import AdapterError
+from lora2serve.methods import NATIVE, needs_peft
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-PROMPT_METHODS = (
-    "PREFIX_TUNING",
-    "PROMPT_TUNING",
-    "P_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "ADAPTION_PROMPT",
-    "CPT",
-    "CARTRIDGE",
-)
 
 # <module>.<kind>, the longest first; what no pattern takes is a tensor trained in full.
 _KINDS = re.compile(
     r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-    r"|token_adapter\.trainable_tokens_delta)(?:\.default)?(?P<leaf>\.weight|\.bias)?"
+    r"|(?:token_adapter\.)?trainable_tokens_delta)(?:\.default)?(?P<leaf>\.weight|\.bias)?"
+)
+_TOKENS = "trainable_tokens_delta"
+_WRAPPERS = re.compile(
+    r"(\.modules_to_save(\.default)?|\.base_layer|\.original_module|\.ln_tuning_layers)(?=\.(weight|bias)$)"
 )
 
 
@@ -72,7 +68,7 @@ class Adapter:
 
     @property
     def is_lora(self) -> bool:
-        """Whether the fold below knows it; other methods go through PEFT's own layer."""
+        """Whether it is a LoRA of any kind."""
         return self.method == "LORA"
 
     @property
@@ -97,12 +93,28 @@ class Adapter:
             found += self._layer_changes(layer)
         return found
 
+    def beside(self, wrapped: Container[str]) -> tuple[list[Change], list[str]]:
+        """What the file holds beside PEFT's ``wrapped`` modules: changes, trained in full or by token; and the keys
+        of the tensors that are PEFT's own.
+        """
+        changes, own = [], []
+        for spec in self.tensors.specs():
+            name, part = spec.name.removeprefix(PREFIX), Part(self.tensors, spec.name, spec.shape)
+            plain = _WRAPPERS.sub("", name)
+            module, _, leaf = plain.rpartition(".")
+            if match := _KINDS.fullmatch(name) if name.endswith(_TOKENS) else None:
+                changes += self._layer_changes(Layer(match["module"], {_TOKENS: part}))
+            elif leaf in ("weight", "bias") and spec.name != name and (plain != name or not _within(module, wrapped)):
+                changes.append(Change(plain, Replace(part)))
+            else:
+                own.append(spec.name)
+        return changes, own
+
     def _layer_changes(self, layer: Layer) -> list[Change]:
         parts, module = layer.parts, layer.module
         weight = f"{module}.weight"
-        if "token_adapter.trainable_tokens_delta" in parts:
-            value = parts["token_adapter.trainable_tokens_delta"]
-            return [Change(weight, ReplaceRows(value, self._token_indices(module)))]
+        if _TOKENS in parts:
+            return [Change(weight, ReplaceRows(parts[_TOKENS], self._token_indices(module)))]
         if "lora_embedding_A" in parts:
             a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
             return [
@@ -126,11 +138,6 @@ class Adapter:
 def open_adapter(path: Path) -> Adapter:
     """Read config and headers of a PEFT directory; every problem of it at once."""
     config = read_config(path)
-    if config.get("peft_type") in PROMPT_METHODS:
-        raise AdapterError(
-            f"{path}: {config['peft_type']} has no weights that could be merged",
-            "it can be served by PEFT itself only: no target of lora2serve can hold it",
-        )
     if not (path / WEIGHTS).is_file():
         if (path / PICKLE).is_file():
             raise AdapterError(
@@ -139,7 +146,7 @@ def open_adapter(path: Path) -> Adapter:
         raise AdapterError(f"{path}: no {WEIGHTS}", "name the directory that PEFT's save_pretrained wrote")
     tensors = SafetensorsFiles(read_header(inside(path, WEIGHTS)))
     adapter = Adapter(path, config, tensors)
-    if adapter.is_lora:
+    if adapter.method in NATIVE:
         _sort_tensors(adapter)
     return adapter
 
@@ -205,15 +212,12 @@ def _sort_tensors(adapter: Adapter) -> None:
         name = spec.name.removeprefix(PREFIX)
         match = _KINDS.fullmatch(name)
         if match:
-            bias = ".bias" if match["leaf"] == ".bias" else ""
-            grouped[match["module"]][match["kind"] + bias] = part
-            continue
-        if re.search(r"\.(lora_|hada_|lokr_|oft_|ia3_|vera_)", name):
+            kind = match["kind"].removeprefix("token_adapter.") + (".bias" if match["leaf"] == ".bias" else "")
+            grouped[match["module"]][kind] = part
+        elif not re.search(r"\.(lora_|hada_|lokr_|oft_|ia3_|vera_)", name):
+            adapter.full[_WRAPPERS.sub("", name)] = part
+        elif not needs_peft(adapter):  # which knows its own kinds
             problems.append(f"{spec.name}: unknown kind of adapter tensor")
-            continue
-        adapter.full[
-            re.sub(r"(\.modules_to_save(\.default)?|\.base_layer|\.original_module)(?=\.(weight|bias)$)", "", name)
-        ] = part
     for module, parts in grouped.items():
         problems += _incomplete(module, parts)
         adapter.layers[module] = Layer(module, parts)
@@ -227,9 +231,18 @@ def _incomplete(module: str, parts: Mapping[str, Part]) -> list[str]:
             problems.append(f"{module}: {a if a in parts else b} without its {b if a in parts else a}")
         elif a in parts and parts[a].shape[0] != parts[b].shape[-1]:
             problems.append(f"{module}: {a} has rank {parts[a].shape[0]}, {b} has {parts[b].shape[-1]}")
-    if not problems and not {"lora_A", "lora_embedding_A", "token_adapter.trainable_tokens_delta"} & parts.keys():
+    if not problems and not {"lora_A", "lora_embedding_A", _TOKENS} & parts.keys():
         problems.append(f"{module}: {', '.join(parts)} without lora_A and lora_B")
     return problems
+
+
+def _within(name: str, modules: Container[str]) -> bool:
+    """Whether ``name`` or any module around it is among ``modules``."""
+    while name:
+        if name in modules:
+            return True
+        name = name.rpartition(".")[0]
+    return False
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

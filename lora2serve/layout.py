@@ -10,7 +10,8 @@ from typing import Any
 from lora2serve.adapter import Adapter, Change
 from lora2serve.deltas import ReplaceRows
 from lora2serve.errors import MergeError
-from lora2serve.peft_layers import PeftLayers, needs_peft, refuse_unmergeable
+from lora2serve.methods import needs_peft, refuse_unmergeable
+from lora2serve.peft_layers import PeftLayers
 from lora2serve.tensors import TensorSpec
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")

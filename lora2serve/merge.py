@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from lora2serve.deltas import Delta, Replace
 from lora2serve.errors import MergeError
 from lora2serve.layout import EMBEDDINGS, HEAD, lay_out
 from lora2serve.names import Names
+from lora2serve.peft_layers import ByPeft, PeftLayers
 from lora2serve.tensors import ALL, FLOATS, DType, Source, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
@@ -64,6 +66,16 @@ class Merged:
             self._folded[slot.spec.name] = Folded(TensorSpec(slot.spec.name, shape, kept, whole), slot.stored, deltas)
         raise_all(problems, MergeError)
         self._resize_config()
+
+    def _weight_beside(self, name: str, layers: PeftLayers) -> Tensor:
+        """A whole weight as it is before the deltas of ``layers``, for the bias that depends on it."""
+        folded = self._folded[name]
+        weight = self.base.read(folded.stored).float()
+        for delta in folded.deltas:
+            if isinstance(delta, ByPeft) and delta.layers is layers:
+                break
+            weight = delta.apply(weight, slice(0, folded.spec.rows))
+        return weight
 
     def specs(self) -> Sequence[TensorSpec]:
         return [folded.spec for folded in self._folded.values()]
@@ -117,6 +129,8 @@ class Merged:
                     lost.append(f"{change.parameter}: the adapter changes it, the base has no such weight{near}")
                 for name, delta in places:
                     bound[name].append(delta)
+                    if isinstance(delta, ByPeft):
+                        delta.layers.weights[change.parameter] = partial(self._weight_beside, name, delta.layers)
         if lost:
             hint = "this adapter belongs to another base: name it with --base"
             total = sum(len(part) for part in changes)

@@ -6,12 +6,15 @@ is put in, PEFT merges, the weight is taken out: PEFT stays the authority, and m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lora2serve.adapter import Adapter, Change
+from lora2serve.adapter import PREFIX, Adapter, Change
+from lora2serve.checkpoint import raise_all
 from lora2serve.errors import AdapterError
+from lora2serve.methods import changes_bias, rebases
 from lora2serve.skeleton import meta_model, peft_config
 
 if TYPE_CHECKING:
@@ -19,120 +22,139 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# LoRA variants whose merge is PEFT's own; the rest of LoRA is folded natively.
-VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
-# Inits that took a part of the base into the adapter; PEFT takes it out again while it loads.
-REBASING = ("pissa", "olora")
-UNMERGEABLE = {
-    "alora_invocation_tokens": "activated LoRA switches on in mid-prompt",
-    "arrow_config": "Arrow chooses among adapters for each token",
-}
-UNREPEATABLE = ("corda", "loftq", "lora_ga", "pissa_niter")
-
-
-def needs_peft(adapter: Adapter) -> bool:
-    """Whether PEFT's own layer must do the merge."""
-    config = adapter.config
-    return not adapter.is_lora or any(config.get(key) for key in VARIANTS) or _init(config).startswith(REBASING)
-
-
-def refuse_unmergeable(adapter: Adapter) -> None:
-    """AdapterError for what no merge can hold, with the way out."""
-    for key, why in UNMERGEABLE.items():
-        if adapter.config.get(key):
-            raise AdapterError(f"{adapter.path}: {key}: {why}, so it cannot be merged", "serve it with PEFT itself")
-    if _init(adapter.config).startswith(UNREPEATABLE):
-        raise AdapterError(
-            f"{adapter.path}: init_lora_weights {_init(adapter.config)!r} changed the base: that cannot be repeated",
-            "save it as a plain LoRA by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)",
-        )
+Leaf = Literal["weight", "bias"]
 
 
 @dataclass(frozen=True)
 class ByPeft:
-    """One weight, merged by PEFT's layer."""
+    """One weight or one bias, merged by PEFT's layer."""
 
     layers: PeftLayers
     module: str
+    leaf: Leaf = "weight"
     whole: ClassVar[bool] = True
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
-        """The weight must be the one that PEFT's layer wraps."""
-        expected = self.layers.weight_shape(self.module)
+        """The parameter must be the one that PEFT's layer wraps."""
+        expected = self.layers.base_shape(self.module, self.leaf)
         if before != expected:
             raise ValueError(f"the adapter is for {list(expected)}, the base has {list(before)}")
         return before
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
-        """The whole weight in, the whole weight out."""
-        return self.layers.merge(self.module, weight.clone())
+        """The whole parameter in, the whole parameter out."""
+        return self.layers.merge(self.module, self.leaf, weight.clone())
 
 
 class PeftLayers:
     """The adapted model, real but for the base's values."""
 
     def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
-        from peft import PeftModel
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         self._lock = Lock()
-        self._init = _init(adapter.config) if adapter.is_lora else ""
-        self._config = config
+        self._adapter = adapter
+        self._rebases = rebases(adapter)
+        self.weights: dict[str, Callable[[], Tensor]] = {}  # by parameter, for a bias that depends on its weight
         try:
-            chosen = peft_config(adapter)
-            if self._init:
-                chosen.init_lora_weights = True  # the init needs the base's values: see _repeat_init
-            adapted = PeftModel.from_pretrained(weightless(meta_model(config)), str(adapter.path), config=chosen)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            self._layers = self._put_on_all(config)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
             first = (str(error).strip().splitlines() or [""])[0][:200]
             raise AdapterError(
                 f"{adapter.path}: PEFT cannot put this {adapter.method} adapter on the base ({first})",
                 "use the base and the version of PEFT that it was trained with",
             ) from error
-        self._layers = {
-            name.removeprefix("base_model.model."): module
-            for name, module in adapted.named_modules()
-            if isinstance(module, BaseTunerLayer)
-            and hasattr(module, "merge")
-            and hasattr(module.get_base_layer(), "weight")
-        }
 
     def changes(self) -> list[Change]:
-        """One change for each wrapped module."""
-        return [Change(f"{name}.weight", ByPeft(self, name)) for name in self._layers]
+        """What was trained beside the wrapped modules first, then one change for each wrapped parameter."""
+        found, _ = self._adapter.beside(self._layers)
+        for name, layer in self._layers.items():
+            if self._adapter.method != "BEFT":
+                found.append(Change(f"{name}.weight", ByPeft(self, name)))
+            if changes_bias(self._adapter) and getattr(layer.get_base_layer(), "bias", None) is not None:
+                found.append(Change(f"{name}.bias", ByPeft(self, name, "bias")))
+        return found
 
-    def weight_shape(self, module: str) -> tuple[int, ...]:
-        """Shape of the base weight."""
-        return tuple(self._layers[module].get_base_layer().weight.shape)
+    def base_shape(self, module: str, leaf: Leaf) -> tuple[int, ...]:
+        """Shape of the base's parameter."""
+        return tuple(getattr(self._layers[module].get_base_layer(), leaf).shape)
 
-    def merge(self, module: str, weight: Tensor) -> Tensor:
-        """The merged weight in float32; PEFT's layers change themselves, so one thread at a time."""
+    def merge(self, module: str, leaf: Leaf, value: Tensor) -> Tensor:
+        """The merged parameter in float32; PEFT's layers change themselves, so one thread at a time."""
         import torch
 
+        bias = value if leaf == "bias" else None
+        weight = self._weight_beside(module) if leaf == "bias" else value
         with self._lock, torch.no_grad():
             layer = self._layers[module]
             base = layer.get_base_layer()
-            empty, base.weight = base.weight, torch.nn.Parameter(weight, requires_grad=False)
-            bias, base.bias = getattr(base, "bias", None), None
+            before = base.weight, getattr(base, "bias", None)
             try:
-                if self._init.startswith(REBASING):
-                    self._repeat_init(layer)
+                base.weight = torch.nn.Parameter(weight, requires_grad=False)
+                base.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+                if self._rebases:
+                    layer = self._put_on(module, base)
                 layer.merge(safe_merge=False)
-                merged: Tensor = base.weight.data
+                merged: Tensor = getattr(base, leaf).data
             finally:
                 layer.merged_adapters.clear()
-                base.weight, base.bias = empty, bias
+                base.weight, base.bias = before
             return merged.float()
 
-    def _repeat_init(self, layer: Any) -> None:
-        """Let PEFT repeat the init that moved a part of the base into A and B, then put the trained A and B back."""
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        trained = a.data.clone(), b.data.clone()
-        if self._init.startswith("pissa"):
-            layer.pissa_init("default", self._init)
-        else:
-            layer.olora_init("default")
-        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = trained
+    def _put_on_all(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """PEFT's layers by module name, with the adapter's tensors in them."""
+        from peft import get_peft_model, set_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        chosen = self._config()
+        if self._adapter.method == "LORA" and self._rebases:
+            chosen.init_lora_weights = True  # another one needs the base's values: see _put_on
+        adapted = get_peft_model(weightless(meta_model(config)), chosen)
+        layers = {
+            name.removeprefix(PREFIX): module
+            for name, module in adapted.named_modules()
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "merge")
+        }
+        bare = [name for name, layer in layers.items() if not hasattr(layer.get_base_layer(), "weight")]
+        raise_all([f"{name}: PEFT's layer there has no weight to merge into" for name in bare], AdapterError)
+        _, own = self._adapter.beside(layers)
+        unknown = set_peft_model_state_dict(adapted, self._read(own)).unexpected_keys
+        raise_all([f"{self._adapter.path}: {name}: PEFT has no place for it" for name in unknown], AdapterError)
+        return layers
+
+    def _put_on(self, module: str, base: Any) -> Any:
+        """PEFT's layer made anew on the real weight: what the init takes out of the base is taken out again."""
+        import torch
+        from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+        *path, last = module.split(".")
+        root = parent = torch.nn.Module()
+        for name in path:
+            parent.add_module(name, torch.nn.Module())
+            parent = getattr(parent, name)
+        parent.add_module(last, base)
+        inject_adapter_in_model(self._config(), root)
+        _, own = self._adapter.beside(self._layers)
+        here = self._read([name for name in own if name.startswith(f"{PREFIX}{module}.")])
+        set_peft_model_state_dict(root, {name.removeprefix(PREFIX): value for name, value in here.items()})
+        return getattr(parent, last)
+
+    def _config(self) -> Any:
+        """The adapter's config for the wrapped modules alone: what was trained beside them is folded natively."""
+        chosen = peft_config(self._adapter)
+        chosen.inference_mode = True
+        for key, off in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
+            if hasattr(chosen, key):
+                setattr(chosen, key, off)
+        return chosen
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: self._adapter.tensors.read(name) for name in names}
+
+    def _weight_beside(self, module: str) -> Tensor:
+        import torch
+
+        if self._adapter.method == "GLORA":
+            return self.weights[f"{module}.weight"]()
+        return torch.zeros(self.base_shape(module, "weight"))
 
 
 def weightless(model: Any) -> Any:
@@ -146,8 +168,3 @@ def weightless(model: Any) -> Any:
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
     return model
-
-
-def _init(config: Mapping[str, Any]) -> str:
-    told = config.get("init_lora_weights")
-    return told.lower() if isinstance(told, str) else ""

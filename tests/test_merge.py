@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora2serve.errors import AdapterError, MergeError
+from lora2serve.errors import MergeError
 from tests.folding import export_merged, fold, stored, worst_ulp
 from tests.tiny import load_model, make_adapter, make_model, merged_by_peft
 
@@ -293,62 +293,6 @@ def test_survival_is_measured(bases: dict[str, Path], tmp_path: Path) -> None:
         shares[path.name] = json.loads((out / "lora2serve.json").read_text())["survival"]
     assert all(0.98 < share < 1.02 for share in shares["adapter"].values())
     assert any(not 0.98 < share < 1.02 for share in shares["small"].values()), "a delta below the type's step shows"
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "IA3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    "LOHA": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-    "LOKR": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-    "OFT": {"oft_block_size": 8, "target_modules": ["q_proj", "v_proj"]},
-    "BOFT": {"boft_block_size": 8, "target_modules": ["q_proj", "v_proj"]},
-    "VERA": {"r": 8, "target_modules": ["q_proj", "o_proj"]},
-    "HRA": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-    "FOURIERFT": {"n_frequency": 50, "target_modules": ["q_proj", "v_proj"]},
-    "C3A": {"block_size": 8, "target_modules": ["q_proj", "o_proj"]},
-    "SHIRA": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-    "ADALORA": {"init_r": 6, "target_r": 4, "total_step": 10, "target_modules": ["q_proj", "v_proj"]},
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_other_methods_through_peft(bases: dict[str, Path], tmp_path: Path, method: str) -> None:
-    adapter = make_adapter(tmp_path / "adapter", bases["llama"], method=method, std=0.01, **METHODS[method])
-    out = export_merged(bases["llama"], [adapter], tmp_path / "out")
-    check_equal(out, merged_by_peft(bases["llama"], adapter))
-    base = stored(bases["llama"])
-    assert any(not torch.equal(base[name], tensor) for name, tensor in stored(out).items()), (
-        "the control: something changed"
-    )
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_inits_that_changed_the_base(bases: dict[str, Path], tmp_path: Path, init: str) -> None:
-    adapter = make_adapter(tmp_path / "adapter", bases["llama"], init_lora_weights=init)
-    oracle = merged_by_peft(bases["llama"], adapter)
-    check_equal(export_merged(bases["llama"], [adapter], tmp_path / "out"), oracle)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": True}))
-    with pytest.raises(AssertionError):  # the control: taken for a plain LoRA, the merge is wrong
-        check_equal(export_merged(bases["llama"], [adapter], tmp_path / "plain"), oracle)
-
-
-@pytest.mark.parametrize("init", ["corda", "loftq", "pissa_niter_4", "lora_ga"])
-def test_inits_that_cannot_be_repeated(bases: dict[str, Path], tmp_path: Path, init: str) -> None:
-    adapter = make_adapter(tmp_path / "adapter", bases["llama"])
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": init}))
-    with pytest.raises(AdapterError, match=f"init_lora_weights '{init}' changed the base") as caught:
-        fold(bases["llama"], [adapter])
-    assert "path_initial_model_for_weight_conversion" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("method", "given"), [("PROMPT_TUNING", {"num_virtual_tokens": 4}), ("PREFIX_TUNING", {"num_virtual_tokens": 4})]
-)
-def test_prompt_methods_are_refused(bases: dict[str, Path], tmp_path: Path, method: str, given: dict[str, Any]) -> None:
-    adapter = make_adapter(tmp_path / "adapter", bases["llama"], method=method, **given)
-    with pytest.raises(AdapterError, match=f"{method} has no weights that could be merged"):
-        fold(bases["llama"], [adapter])
 
 
 @pytest.fixture(scope="module")
