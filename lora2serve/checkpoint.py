@@ -1,4 +1,4 @@
-"""A base model on disk: the header index of a safetensors directory, its config and side files.
+"""A base model on disk: the header index of a safetensors directory, its config and its identity.
 
 Format: a little-endian u64 header length, that many bytes of JSON, then the data without holes
 (https://github.com/huggingface/safetensors#format). Reads go by ``pread``, not by a mapping: nothing
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # the format's own limit
-SIDE_FILES = re.compile(
-    r"tokenizer.*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|tekken\.json"
-    r"|.*\.model|chat_template.*|additional_chat_templates/.*|generation_config\.json|(pre)?processor_config\.json"
-    r"|preprocessor_config\.json|video_preprocessor_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*"
-)
 
 
 @dataclass(frozen=True)
@@ -131,28 +126,6 @@ def model_dtype(config: Mapping[str, Any]) -> str | None:
         if isinstance(found, str):
             return found.removeprefix("torch.")
     return None
-
-
-def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
-    """Tokenizer, template, generation config and licence files to ship: file name -> path.
-
-    They come from the base, byte for byte: a tokenizer saved again by another version of transformers
-    may load as another class. The adapter's own are taken where training changed them: another
-    vocabulary (added tokens), another chat template.
-    """
-    found = _side_files(base)
-    if adapter is None:
-        return found
-    trained = _side_files(adapter)
-    if "tokenizer.json" in trained and _vocabulary(trained.get("tokenizer.json")) != _vocabulary(
-        found.get("tokenizer.json")
-    ):
-        found = {name: path for name, path in found.items() if not _belongs_to_tokenizer(name)}
-        return found | {name: path for name, path in trained.items() if _belongs_to_tokenizer(name)}
-    template = trained.get("chat_template.jinja")
-    if template and template.read_text(encoding="utf-8") != _chat_template(found):
-        found["chat_template.jinja"] = template
-    return found
 
 
 def identity(path: Path, name: str | None = None, revision: str | None = None, content: bool = True) -> dict[str, Any]:
@@ -303,28 +276,3 @@ def raise_all(problems: Sequence[str], error: Callable[[str], Exception] = Check
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise error("\n".join([*problems[:20], *more]))
-
-
-def _side_files(path: Path) -> dict[str, Path]:
-    found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
-    return {name: p for name, p in found.items() if SIDE_FILES.fullmatch(name)}
-
-
-def _belongs_to_tokenizer(name: str) -> bool:
-    return not name.startswith(("generation_config", "LICENSE", "NOTICE", "USE_POLICY"))
-
-
-def _vocabulary(path: Path | None) -> Any:
-    if path is None:
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return (content.get("model", {}).get("vocab"), [t.get("content") for t in content.get("added_tokens", [])])
-
-
-def _chat_template(files: Mapping[str, Path]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text(encoding="utf-8")
-    if "tokenizer_config.json" in files:
-        told = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template")
-        return told if isinstance(told, str) else None
-    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora2serve.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
-from lora2serve.checkpoint import Checkpoint, content_hash, identity, model_dtype, side_files
+from lora2serve.checkpoint import Checkpoint, content_hash, identity, model_dtype
 from lora2serve.dequantize import Dequantized
 from lora2serve.errors import MergeError, UsageError
 from lora2serve.exporter import Model
@@ -17,6 +17,7 @@ from lora2serve.origin import origin, short_name
 from lora2serve.progress import Progress
 from lora2serve.round_trip import RoundTrip
 from lora2serve.run import Run
+from lora2serve.side_files import side_files
 from lora2serve.tensors import DType, Source
 
 MergeBase = Literal["auto", "trained", "original"]
