@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.errors import Lora2ServeError
-from lora2serve.progress import Unit
+from lora2serve.progress import Advance, Unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ class Terminal:
         _stderr().print(f"[yellow]warning:[/] {_escape(text)}", highlight=False, soft_wrap=True)
 
     @contextmanager
-    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
+    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Advance]:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -67,11 +67,12 @@ class Terminal:
             TextColumn("{task.percentage:>3.0f}%"),
             *amount,
             TimeRemainingColumn(),
+            TextColumn("{task.fields[said]}"),
         ]
         console = _stderr()
         with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as bars:
-            task = bars.add_task(label, total=total)
-            yield lambda done: bars.update(task, advance=done)
+            task = bars.add_task(label, total=total, said="")
+            yield lambda amount, said="": bars.update(task, advance=amount, **({"said": said} if said else {}))
 
 
 def table(

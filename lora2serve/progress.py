@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Protocol
 
 Unit = Literal["", "bytes", "steps", "tokens"]
+
+
+class Advance(Protocol):
+    """Moves a bar; ``said`` stands beside it until something else is said."""
+
+    def __call__(self, amount: int, said: str = "") -> None: ...
 
 
 class Progress(Protocol):
@@ -20,7 +26,7 @@ class Progress(Protocol):
         """One line that the user should act on."""
         ...
 
-    def track(self, label: str, total: int, unit: Unit = "") -> AbstractContextManager[Callable[[int], None]]:
+    def track(self, label: str, total: int, unit: Unit = "") -> AbstractContextManager[Advance]:
         """``with progress.track("fold", n, "bytes") as advance: advance(k)``; ``advance`` is thread-safe."""
         ...
 
@@ -35,5 +41,5 @@ class Silent:
         pass
 
     @contextmanager
-    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
-        yield lambda amount: None
+    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Advance]:
+        yield lambda amount, said="": None

@@ -38,8 +38,9 @@ class DataRecipe:
 
     train: str
     eval: str | None = None  # a file or set of its own, or
-    eval_split: float | None = None  # the share of the training rows to hold out
-    split: str = "train"  # of a Hub data set
+    eval_split: float | str | None = None  # the share of the training rows to hold out, or a split of the data set
+    split: str = "train"  # of a data set with splits
+    subset: str | None = None  # of a data set with several
     max_length: int = 1024  # tokens; longer rows are cut
     packing: bool = False
     completion_only: bool = True  # loss on what the assistant says, not on the prompt
@@ -221,7 +222,7 @@ def _bounds(recipe: Recipe) -> dict[str, tuple[float | None, float, float]]:
     train, lora, data, parity = recipe.train, recipe.train.lora, recipe.data, recipe.parity
     return {
         "data.max_length": (data.max_length, 8, 1 << 20),
-        "data.eval_split": (data.eval_split, 0.0, 0.9),
+        "data.eval_split": (None if isinstance(data.eval_split, str) else data.eval_split, 0.0, 0.9),
         "train.steps": (train.steps, 1, 1 << 40),
         "train.batch_size": (train.batch_size, 1, 1 << 20),
         "train.accumulation": (train.accumulation, 1, 1 << 20),
@@ -265,6 +266,8 @@ def _problems_of_data(recipe: Recipe) -> list[str]:
     data, found = recipe.data, []
     if data.eval is not None and data.eval_split is not None:
         found.append("data.eval_split: expected either eval or eval_split, not both")
+    if data.eval_split == "":
+        found.append("data.eval_split: empty, expected a share such as 0.05, or the name of a split")
     if data.eval is None and not data.eval_split:
         asked = {"early_stopping": recipe.train.early_stopping, "save_best": recipe.train.save_best}
         found += [f"train.{key}: needs eval data (data.eval or data.eval_split)" for key, on in asked.items() if on]

@@ -104,14 +104,20 @@ def _name(key: Any) -> str:
 def _build_union(kinds: Sequence[Any], value: Any, path: str, problems: list[str]) -> Any:
     if value is None and type(None) in kinds:
         return None
-    real = [kind for kind in kinds if kind is not type(None)]
-    if len(real) == 1:
-        return build(real[0], value, path, problems)
-    fitting = [kind for kind in real if (get_origin(kind) is tuple) == isinstance(value, list)]
-    if not isinstance(value, str | list):
-        problems.append(f"{path}: {shown(value)}, expected text or a list")
-        return value
-    return build(fitting[0], value, path, problems)
+    told: dict[Any, list[str]] = {}
+    for kind in (kind for kind in kinds if kind is not type(None)):
+        found: list[str] = []
+        made = build(kind, value, path, found)
+        if not found:
+            return made
+        told[kind] = found
+    fitting = [kind for kind in told if (get_origin(kind) is tuple) == isinstance(value, list)]
+    if len(told) == 1 or (isinstance(value, list) and fitting):
+        problems += told[fitting[0] if fitting else next(iter(told))]
+    else:
+        words = " or ".join("a list" if get_origin(kind) is tuple else WORDS[kind.__name__] for kind in told)
+        problems.append(f"{path}: {shown(value)}, expected {words}")
+    return value
 
 
 def _build_tuple(kind: Any, value: Any, path: str, problems: list[str]) -> Any:

@@ -46,7 +46,7 @@ ROUTES: list[tuple[str, str, str]] = [
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions", "discussions"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions/(?P<num>\d+)", "discussion"),
     ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions/(?P<num>\d+)/merge", "merge"),
-    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)", "tree"),
+    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.+))?", "tree"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", "info"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)", "info"),
     ("HEAD", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
@@ -252,7 +252,15 @@ class HubHandler(BaseHTTPRequestHandler):
         return {}
 
     def tree(self) -> Any:
-        return [
+        """The files below a folder; with ``recursive=false`` only what lies in it, folders too."""
+        within = f"{self.values['path']}/" if "path" in self.values else ""
+        below = {path: blob for path, blob in sorted(self.at().tree.items()) if path.startswith(within)}
+        folders: dict[str, None] = {}
+        if self.query.get("recursive") == "false":
+            deeper = [path for path in below if "/" in path.removeprefix(within)]
+            folders = dict.fromkeys(within + path.removeprefix(within).split("/")[0] for path in deeper)
+            below = {path: blob for path, blob in below.items() if path not in deeper}
+        return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders] + [
             {
                 "type": "file",
                 "path": path,
@@ -262,7 +270,7 @@ class HubHandler(BaseHTTPRequestHandler):
                     {"lfs": {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}} if blob.content is None else {}
                 ),
             }
-            for path, blob in sorted(self.at().tree.items())
+            for path, blob in below.items()
         ]
 
     # -- uploads

@@ -98,6 +98,18 @@ def test_verbose_shows_the_traceback(here: Path, capfd: pytest.CaptureFixture[st
     assert "Traceback" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["inspect", "nothing", "-v"], ["inspect", "--verbose", "nothing"]])
+def test_verbose_may_stand_behind_the_command(here: Path, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert run(words) == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_what_the_system_says_is_one_line(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "lora2serve.yaml").mkdir()
+    assert run(["init", "--overwrite"]) == 1
+    assert capfd.readouterr().err == "error: lora2serve.yaml: Is a directory\n"
+
+
 def test_options_of_the_adapter_target(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     base, _ = pair
     adapter = str(make_adapter(here / "dora", base, use_dora=True, std=0.01))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import traceback
@@ -20,7 +21,13 @@ from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError, did_you_mean
 
 VERBOSE = {"-v", "--verbose"}
+EVERYWHERE = VERBOSE | {"--quiet"}  # options that may stand before the command or behind it
 EXTRAS = {"gguf": "gguf", "llama_cpp": "gguf", "gotpl": "gguf", "vllm": "vllm", "compressed_tensors": "vllm"}
+SYSTEM = {  # errno -> the way out
+    errno.EACCES: "run it in a folder that you may write to",
+    errno.EROFS: "run it in a folder that you may write to",
+    errno.ENOSPC: "make room on that disk, and run it again",
+}
 
 
 class Group(click.Group):
@@ -54,9 +61,8 @@ for command in (init, train, export, parity, serve, push, pull_check, inspect, d
 def main(args: Sequence[str] | None = None) -> None:
     """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
     given = list(sys.argv[1:] if args is None else args)
-    if not VERBOSE & set(
-        given
-    ):  # what the libraries have to say is not about the user's input; ours goes through Progress
+    if not VERBOSE & set(given):
+        # What the libraries have to say is not about the user's input; ours goes through Progress.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     sys.exit(run(given))
@@ -66,9 +72,8 @@ def run(args: list[str]) -> int:
     """Run one command line; the exit code."""
     from lora2serve import console
 
-    verbose = bool(VERBOSE & set(args))
     try:
-        cli.main(args, prog_name="lora2serve", standalone_mode=False)
+        cli.main(_options_first(args), prog_name="lora2serve", standalone_mode=False)
         return 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -81,23 +86,31 @@ def run(args: list[str]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # the reader is gone: nothing more to flush
         return 1
-    except Lora2ServeError as problem:
-        if verbose:
+    except Exception as problem:
+        if VERBOSE & set(args):
             traceback.print_exc()
-        console.error(problem)
-        return problem.exit_code
-    except ModuleNotFoundError as problem:
-        if verbose:
-            traceback.print_exc()
+        told = _in_our_words(problem)
+        console.error(told)
+        return told.exit_code
+
+
+def _options_first(args: list[str]) -> list[str]:
+    """``lora2serve train -v`` is ``lora2serve -v train``; what stands behind ``--`` is an engine's."""
+    own = args[: args.index("--")] if "--" in args else args
+    first = [word for word in own if word in EVERYWHERE]
+    return [*first, *(word for word in own if word not in EVERYWHERE), *args[len(own) :]]
+
+
+def _in_our_words(problem: Exception) -> Lora2ServeError:
+    """Any exception as an error of one line and a way out."""
+    first = (str(problem).strip().splitlines() or ["no message"])[0]
+    if isinstance(problem, Lora2ServeError):
+        return problem
+    if isinstance(problem, ModuleNotFoundError):
         package = (problem.name or "").split(".")[0]
         extra = EXTRAS.get(package, "train")
-        console.error(Lora2ServeError(f"{package} is not installed", f"pip install 'lora2serve[{extra}]'"))
-        return 1
-    except Exception as problem:
-        if verbose:
-            traceback.print_exc()
-        first = (str(problem).strip().splitlines() or ["no message"])[0]
-        console.error(
-            Lora2ServeError(f"{type(problem).__name__}: {first}", "unexpected: `lora2serve -v ...` shows the traceback")
-        )
-        return 1
+        return Lora2ServeError(f"{package} is not installed", f"pip install 'lora2serve[{extra}]'")
+    if isinstance(problem, OSError) and problem.strerror:  # a full disk, a folder that may not be written
+        where = f"{problem.filename}: " if problem.filename else ""
+        return Lora2ServeError(f"{where}{problem.strerror}", SYSTEM.get(problem.errno or 0, ""))
+    return Lora2ServeError(f"{type(problem).__name__}: {first}", "unexpected: `lora2serve -v ...` shows the traceback")

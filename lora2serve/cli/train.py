@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,8 @@ from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
+    from lora2serve.progress import Progress
+    from lora2serve.recipe import ModelRecipe
     from lora2serve.run import Run
 
 
@@ -52,20 +56,42 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
         chosen = recipes.load(recipes.find(recipe), overrides)
     from lora2serve.hub import pin_data
     from lora2serve.train import data
+    from lora2serve.train.failures import check_libraries
     from lora2serve.train.trainer import train as fine_tune
 
+    check_libraries(chosen.train.quantize)
     sets = data.load(chosen.data, pin_data)  # before a base of many gigabytes is fetched
     if resume and here.record.get("base"):
         base, _ = base_of(here.record, None, told)  # at the commit it began with, wherever the branch is now
     else:
-        base = fetch(
-            f"{chosen.model.path}@{chosen.model.revision}" if chosen.model.revision else chosen.model.path, told
-        )
+        base = _fetch_base(chosen.model, told)
     if not resume:
         here = run.create(name or chosen.name)
-    with run.kept_once_started(here):
+    with run.kept_once_started(here), _how_to_go_on(here, told):
         fine_tune(chosen, here, sets, base=base, resume=resume, progress=told)
+    told.note("next: `lora2serve export --target ollama` (or vllm, gguf, lmstudio, adapter), then `lora2serve parity`")
     console.result(str(here.path))
+
+
+def _fetch_base(model: ModelRecipe, told: Progress) -> Path:
+    if not model.revision:
+        return fetch(model.path, told)
+    if Path(model.path).exists():
+        raise UsageError(
+            f"model.revision: {model.revision}, but {model.path} is a directory", "leave it out, or name a Hub id"
+        )
+    return fetch(f"{model.path}@{model.revision}", told)
+
+
+@contextmanager
+def _how_to_go_on(here: Run, told: Progress) -> Iterator[None]:
+    """After Ctrl-C, at whatever stage: the way on, where there is a checkpoint to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (here.path / "checkpoints").exists():
+            told.note(f"{here.path} is kept: `lora2serve train --resume` goes on from its last checkpoint")
+        raise
 
 
 def _begun(name: str) -> Run:

@@ -72,25 +72,40 @@ class Tokens:
 
 def load(recipe: DataRecipe, pin: Pin = _as_named) -> tuple[Rows, Rows | None]:
     """Training and held-out rows; DataError names every bad row. ``pin`` finds the commit of a data set on the Hub."""
-    train = read(recipe.train, recipe.split, pin)
+    train = read(recipe.train, recipe.split, pin, recipe.subset)
     if recipe.eval is not None:
-        return train, read(recipe.eval, recipe.split, pin)
-    if not recipe.eval_split:
+        return train, read(recipe.eval, recipe.split, pin, recipe.subset)
+    if isinstance(recipe.eval_split, str):
+        if not _has_splits(recipe.train):
+            raise DataError(
+                f"data.eval_split: {recipe.eval_split}, but {recipe.train} is a file, which has no splits",
+                "set a share such as 0.05, or name a file of its own in data.eval",
+            )
+        return train, read(recipe.train, recipe.eval_split, pin, recipe.subset)
+    return _held_out(train, recipe.eval_split or 0.0)
+
+
+def _held_out(train: Rows, share: float) -> tuple[Rows, Rows | None]:
+    """A share of the rows kept apart, the same ones each time."""
+    if not share:
         return train, None
     order = list(range(len(train.rows)))
     random.Random(0).shuffle(order)
-    held = max(1, round(len(order) * recipe.eval_split))
+    held = max(1, round(len(order) * share))
     if held >= len(order):
         raise DataError(f"{train.path}: {len(order)} rows, none left to train on", "lower data.eval_split")
     return train.pick(sorted(order[held:])), train.pick(sorted(order[:held]))
 
 
-def read(name: str, split: str, pin: Pin = _as_named) -> Rows:
-    """A JSONL or Parquet file, or a data set of the Hub."""
+def read(name: str, split: str = "train", pin: Pin = _as_named, subset: str | None = None) -> Rows:
+    """A JSONL or Parquet file; or a data set with splits: a directory, or one of the Hub."""
+    return _read_set(name, split, pin, subset) if _has_splits(name) else _read_file(Path(name))
+
+
+def _has_splits(name: str) -> bool:
+    """Whether this is a data set's directory or Hub id, not a file."""
     path = Path(name)
-    if path.suffix in (".jsonl", ".json", ".parquet") or path.exists():
-        return _read_file(path)
-    return _read_hub(name, split, pin)
+    return path.is_dir() or not (path.suffix in (".jsonl", ".json", ".parquet") or path.exists())
 
 
 def _read_file(path: Path) -> Rows:
@@ -142,24 +157,26 @@ def _parse_parquet(path: Path) -> tuple[list[tuple[int, Any]], list[tuple[int, s
     return list(enumerate(filled, 1)), []
 
 
-def _read_hub(name: str, split: str, pin: Pin) -> Rows:
+def _read_set(name: str, split: str, pin: Pin, subset: str | None) -> Rows:
     import datasets
 
-    repo, revision = pin(name)
+    repo, revision = (name, None) if Path(name).is_dir() else pin(name)
     try:
-        found = datasets.load_dataset(repo, split=split, revision=revision)
+        found = datasets.load_dataset(repo, subset, split=split, revision=revision)
     except Exception as error:  # every backend of datasets has its own
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"data set {name}: {first}", "expected a file or a data set of the Hub") from error
+        first = " ".join(str(error).split())[:300] or type(error).__name__
+        parts = any(word in first.lower() for word in ("split", "config"))
+        hint = "data.split and data.subset name its parts" if parts else "expected a file or a data set of the Hub"
+        raise DataError(f"data set {name}: {first}", hint) from error
     commit = _commit(found) or revision
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and commit != revision:  # offline, datasets takes the last
         raise DataError(
             f"data set {name}: the cache offers commit {commit}, expected {revision}", "load it once online"
         )
-    problems = [f"{name}:{n}: {reason}" for n, row in enumerate(found) if (reason := problem_of(row))]
+    filled = [{key: value for key, value in row.items() if value is not None} for row in found]
+    problems = [f"{name}:{n}: {reason}" for n, row in enumerate(filled) if (reason := problem_of(row))]
     _raise(problems, len(found))
-    rows = [normal(row) for row in found]
-    return Rows(rows, name, str(found._fingerprint), list(range(len(found))), commit)
+    return Rows([normal(row) for row in filled], name, str(found._fingerprint), list(range(len(found))), commit)
 
 
 def _commit(found: Any) -> str | None:

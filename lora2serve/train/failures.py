@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +13,15 @@ from lora2serve.errors import TrainError
 EXTRA = "pip install 'lora2serve[train]'"
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 DISK = ("No space left", "file write failed", "os error 28", "unexpected pos")  # of open(2), torch.save and safetensors
+
+
+def check_libraries(quantize: str) -> None:
+    """TrainError that names every library that is not installed, before the first of them is imported."""
+    needed = ["torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "matplotlib"]
+    needed += ["bitsandbytes"] if quantize != "none" else []
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TrainError(f"not installed: {', '.join(missing)}", EXTRA)
 
 
 @contextmanager
@@ -22,13 +33,22 @@ def translated() -> Iterator[None]:
         raise TrainError(f"a library is missing: {first_line(error)}", EXTRA) from error
     except MemoryError as error:
         raise _out_of_memory(error) from error
-    except Exception as error:  # safetensors and torch have classes of their own
+    except Exception as error:  # bitsandbytes, safetensors and torch have classes of their own
+        if "python -m bitsandbytes" in str(error):  # its library for this CUDA could not be loaded
+            hint = "`python -m bitsandbytes` tells why; train.quantize: none does without it"
+            raise TrainError(f"bitsandbytes has no library that fits this GPU ({_cause(error)})", hint) from error
         if any(words in str(error) for words in MEMORY):
             raise _out_of_memory(error) from error
         if getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in DISK):
             hint = "make room; `lora2serve train --resume` goes on from the last whole checkpoint"
             raise TrainError("the disk is full: the run could not be saved", hint) from error
         raise
+
+
+def _cause(error: BaseException) -> str:
+    """What the loader said, out of bitsandbytes' page of advice."""
+    found = re.search(r"Original error: (.+)", str(error))
+    return found[1].strip()[:200] if found else first_line(error)
 
 
 def _out_of_memory(error: BaseException) -> TrainError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ def warnings(recipe: Recipe, rows: Sequence[Tokens], held_out: bool, checkpointi
     trained = [name for name in lora.modules_to_save if name.rpartition(".")[2] in EMBEDDINGS]
     if trained:
         found.append(
-            f"{', '.join(trained)} trained in full: llama.cpp refuses such an adapter, only merged exports work"
+            f"{', '.join(trained)} trained in full: vLLM, llama.cpp and Ollama refuse such an adapter, "
+            "only merged exports work"
         )
     cut = sum(row.cut for row in rows)
     if cut:
@@ -45,6 +47,25 @@ def warnings(recipe: Recipe, rows: Sequence[Tokens], held_out: bool, checkpointi
     if unlabelled:
         found.append(f"{unlabelled} of {len(rows)} rows have no token to learn from, once cut: they are left out")
     return found
+
+
+def idle_gpu() -> str:
+    """Why the NVIDIA GPU of this machine is not used, for a device that is the CPU; empty where there is none."""
+    import torch
+
+    try:
+        subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    if torch.version.cuda is None:
+        return (
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} is built for CPUs: training takes the CPU "
+            "(pip install --force-reinstall 'torch==2.13.*')"
+        )
+    return (
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: training takes the CPU "
+        "(nvidia-smi shows the driver's version, CUDA_VISIBLE_DEVICES which GPUs are allowed)"
+    )
 
 
 def multi_lora(adapter: Mapping[str, Any], base: Mapping[str, Any]) -> str:

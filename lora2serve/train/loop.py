@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lora2serve.errors import TrainError, did_you_mean
-from lora2serve.progress import Progress
+from lora2serve.progress import Advance, Progress
 from lora2serve.recipe import Recipe
 from lora2serve.run import Run
 from lora2serve.train.data import Tokens
@@ -25,9 +25,9 @@ STATE = "trainer_state.json"  # of a checkpoint, written last
 class Log(TrainerCallback):  # type: ignore[misc]
     """Metrics into metrics.jsonl, steps into the bar, checkpoints into words, Ctrl-C into a checkpoint."""
 
-    def __init__(self, path: Path, advance: Callable[[int], None], note: Callable[[str], None]) -> None:
-        self.path, self.advance, self.note = path, advance, note
-        self.last: dict[str, float] = {}
+    def __init__(self, path: Path, advance: Advance, progress: Progress) -> None:
+        self.path, self.advance, self.progress = path, advance, progress
+        self.last: dict[str, tuple[int, float]] = {}  # figure -> step, value
         self.stopped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -49,15 +49,21 @@ class Log(TrainerCallback):  # type: ignore[misc]
             key: value for key, value in (logs or {}).items() if isinstance(value, int | float) and math.isfinite(value)
         }
         if {"loss", "eval_loss", "train_runtime"} & kept.keys():  # the last one once, at the end
-            self.last |= kept
+            self.last |= {key: (state.global_step, value) for key, value in kept.items()}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+            self.advance(0, self._figures())
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One line a checkpoint, so that a log file shows that something moves."""
+        figures = self._figures(since=state.global_step - args.logging_steps + 1)
+        self.progress.note(f"step {state.global_step} of {state.max_steps}: {figures or 'saved'}")
+
+    def _figures(self, since: int = 0) -> str:
+        """The last figures, those of a step before ``since`` left out."""
         names = {"loss": "loss", "eval_loss": "eval loss"}
-        figures = [f"{names[key]} {self.last[key]:.4f}" for key in names if key in self.last]
-        self.note(f"step {state.global_step} of {state.max_steps}: {', '.join(figures)}")
+        known = {key: self.last[key] for key in names if key in self.last}
+        return ", ".join(f"{names[key]} {value:.4f}" for key, (step, value) in known.items() if step >= since)
 
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
@@ -85,45 +91,60 @@ def fit(
     where: Device, *, checkpointing: bool, resume: bool, progress: Progress,
 ) -> int:  # fmt: skip
     """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C."""
-    from transformers import PrinterCallback, ProgressCallback
-    from trl import SFTTrainer
-
     data = _dataset(rows, recipe)
     total = total_steps(recipe, len(data))
     checkpoint = last_checkpoint(run) if resume else None
     if checkpoint and _step(checkpoint) >= total:  # killed after the last step: the trainer would add another
-        best = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
-        kept = checkpoint.with_name(Path(best).name) if best and _keeps_best(recipe, bool(held_out)) else checkpoint
-        model.load_adapter(str(kept), "default", is_trainable=True)
+        _load_state(model, checkpoint, best=_keeps_best(recipe, bool(held_out)))
         return _step(checkpoint)
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    progress.note(
-        f"{len(rows)} rows, {len(held_out)} held out; {total} steps on {where.name} in {where.dtype}; "
-        f"{learned:,} parameters to learn"
-    )
+    progress.note(f"{total} steps on {where.name} in {where.dtype}; {learned:,} parameters to learn")
     with progress.track("train", total, "steps") as advance:
-        log = Log(run.path / "metrics.jsonl", advance, progress.note)
-        trainer = SFTTrainer(
-            model=model,
-            args=_arguments(recipe, run, where, total, bool(held_out), checkpointing),
-            train_dataset=data,
-            eval_dataset=_dataset(held_out) if held_out else None,
-            processing_class=tokenizer,
-            callbacks=[log, *_early_stopping(recipe)],
-        )
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        # TRL casts the adapter of a 4-bit model to bfloat16, where late, small updates round to nothing; without
-        # AVX512-BF16 it is 25 times as slow on a CPU, too. Autocast computes in the device's type all the same.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        log = Log(run.path / "metrics.jsonl", advance, progress)
+        arguments = _arguments(recipe, run, where, total, bool(held_out), checkpointing)
+        trainer = _trainer(model, tokenizer, data, held_out, arguments, [log, *_early_stopping(recipe)])
         with log.stop_on_interrupt():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if log.stopped:
-        progress.note(f"saved at step {trainer.state.global_step} of {total}: `lora2serve train --resume` goes on")
+        progress.note(f"saved at step {trainer.state.global_step} of {total}")
         raise KeyboardInterrupt
     return int(trainer.state.global_step)
+
+
+def _trainer(
+    model: Any, tokenizer: Any, data: Any, held_out: Sequence[Tokens], arguments: Any, callbacks: Sequence[Any]
+) -> Any:
+    """TRL's trainer, with our words instead of its own and an adapter in float32."""
+    from transformers import PrinterCallback, ProgressCallback
+    from transformers.integrations import TensorBoardCallback
+    from trl import SFTTrainer
+
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=_dataset(held_out) if held_out else None,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):  # else among the checkpoints, which may be removed
+            callback.logging_dir = callback.logging_dir or str(Path(arguments.output_dir).parent / "tensorboard")
+    # TRL casts the adapter of a 4-bit model to bfloat16, where late, small updates round to nothing; without
+    # AVX512-BF16 it is 25 times as slow on a CPU, too. Autocast computes in the device's type all the same.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def _load_state(model: Any, checkpoint: Path, *, best: bool) -> None:
+    """The adapter of a checkpoint into ``model``, or of the best one before it."""
+    known = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+    kept = checkpoint.with_name(Path(known).name) if known and best else checkpoint
+    model.load_adapter(str(kept), "default", is_trainable=True)
 
 
 def last_checkpoint(run: Run) -> Path | None:
@@ -203,6 +224,7 @@ def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bo
             metric_for_best_model="eval_loss" if best else None,
             greater_is_better=False if best else None,
             report_to=list(train.trackers) or "none",
+            run_name=run.name,
             padding_free=recipe.data.packing,  # rows are cut and packed before; each keeps its own positions
             max_length=None,
             disable_tqdm=True,

@@ -48,12 +48,13 @@ def train(
 
         _quiet()
         check_trackers(recipe)
+        where = device()
+        _announce(recipe, sets, where, progress)
         tokenizer = load_tokenizer(base)
         checkpointing = _checkpointing(recipe)
         rows, held_out = _tokens(sets, tokenizer, recipe, checkpointing, progress)
         (run.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         _write_eval(run, sets[1])
-        where = device()
         set_seed(recipe.train.seed)
         model = prepare(load_base(base, recipe.train, where), checkpointing=checkpointing)
         lora = _adapter(model, recipe, base, progress)  # a module that is not there is met before the work
@@ -73,6 +74,17 @@ def train(
         _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
         _plot(run)
         run.update({"finished": True})
+
+
+def _announce(recipe: Recipe, sets: tuple[Rows, Rows | None], where: Device, progress: Progress) -> None:
+    """What is about to be done, before the long silence of loading; and a warning where a GPU would stand idle."""
+    train_rows, eval_rows = sets
+    held_out = f", {len(eval_rows.rows)} held out" if eval_rows else ""
+    kind = "LoRA" if recipe.train.quantize == "none" else f"QLoRA ({recipe.train.quantize})"
+    progress.note(f"{recipe.name}: {kind} of {recipe.model.path} on {len(train_rows.rows)} rows{held_out}")
+    warning = "" if where.on_gpu else guards.idle_gpu()
+    if warning:
+        progress.warn(warning)
 
 
 def _adapter(model: Any, recipe: Recipe, base: Path, progress: Progress) -> Any:
@@ -102,7 +114,10 @@ def _tokens(
     rows = [row for row in rows if row.learned]
     if not rows:
         raise DataError(f"{train_rows.path}: no row has a token to learn from", "raise data.max_length")
-    return rows, [row for row in held_out if row.learned]
+    scored = [row for row in held_out if row.learned]
+    if eval_rows and not scored:
+        raise DataError(f"{eval_rows.path}: no held-out row has a token to score", "raise data.max_length")
+    return rows, scored
 
 
 def _measure(

@@ -29,6 +29,7 @@ class Told:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.bars: dict[str, list[int]] = {}
+        self.said: dict[str, str] = {}  # beside a bar, the last word
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -40,8 +41,9 @@ class Told:
     def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Any]:
         self.bars[label] = [0, total]
 
-        def advance(amount: int) -> None:
+        def advance(amount: int, said: str = "") -> None:
             self.bars[label][0] += amount
+            self.said[label] = said or self.said.get(label, "")
 
         yield advance
 

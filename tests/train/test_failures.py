@@ -19,7 +19,7 @@ from lora2serve.errors import CheckpointError, DataError, TrainError
 from lora2serve.run import Run
 from lora2serve.train.failures import translated
 from lora2serve.train.loop import last_checkpoint
-from tests.train.runs import DEMO, fit, recipe_file
+from tests.train.runs import DEMO, fit, recipe_file, write_jsonl
 
 
 @pytest.fixture
@@ -71,30 +71,40 @@ def test_no_row_with_a_token_to_learn_from(tmp_path: Path, small: Path, chats: d
         fit(recipe_file(tmp_path, small, {**chats, "max_length": 8}))
 
 
-@pytest.mark.parametrize("library", ["bitsandbytes", "trl", "peft", "datasets"])
-def test_a_missing_library_is_named_with_its_extra(tmp_path: Path, chats: dict[str, str], library: str) -> None:
-    """The real command in an interpreter where that library cannot be imported or found."""
+def test_missing_libraries_are_named_with_their_extra(
+    tmp_path: Path, chats: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All of them at once, before anything is read or made."""
+    import importlib.util as machinery
+
+    from lora2serve.cli import run
+
+    find = machinery.find_spec
+    gone = ("bitsandbytes", "trl")
+    monkeypatch.setattr(machinery, "find_spec", lambda name, *rest: None if name in gone else find(name, *rest))
+    monkeypatch.chdir(recipe_file(tmp_path, DEMO / "base", chats).parent)
+    assert run(["train"]) == 1
+    said = "error: not installed: trl, bitsandbytes\nhint: pip install 'lora2serve[train]'\n"
+    assert capfd.readouterr().err == said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_library_that_breaks_on_import(tmp_path: Path, chats: dict[str, str]) -> None:
+    """The real command in an interpreter where bitsandbytes is found, but cannot be imported."""
     recipe_file(tmp_path, DEMO / "base", chats)
     script = (
-        "import sys, importlib.abc, importlib.util as u\n"
-        "class Gone(importlib.abc.MetaPathFinder):\n"
+        "import sys, importlib.abc\n"
+        "class Broken(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] == {library!r}: raise ModuleNotFoundError('No module named ' + repr(name), name=name)\n"
-        "sys.meta_path.insert(0, Gone())\n"
-        "import importlib.metadata as m; version = m.version\n"
-        "def gone(name):\n"
-        f"    if name == {library!r}: raise m.PackageNotFoundError(name)\n"
-        "    return version(name)\n"
-        "m.version = gone\n"
-        "find = u.find_spec\n"
-        f"u.find_spec = lambda name, package=None: None if name == {library!r} else find(name, package)\n"
+        "        if name == 'bitsandbytes' and 'transformers' in sys.modules: raise ImportError('libfoo.so: no such file')\n"
+        "sys.meta_path.insert(0, Broken())\n"
         "from lora2serve.cli import main; main(['train'])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert library in line
+    assert "libfoo.so" in line or "bitsandbytes" in line
     assert "pip install 'lora2serve[train]'" in done.stderr
     assert not list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else True
 
@@ -123,6 +133,51 @@ def test_words_for_what_libraries_raise(problem: BaseException, said: str) -> No
     assert caught.value.hint
     with pytest.raises(KeyError), translated():
         raise KeyError("the control: everything else as it is")
+
+
+def test_bitsandbytes_without_a_library_for_this_gpu() -> None:
+    """Its own page of advice, as it raises it where the CUDA library cannot be loaded."""
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary
+
+    for loader in ("libcudart.so.14: cannot open shared object file", "No compatible CUDA binary found at /x.so"):
+        with pytest.raises(TrainError) as caught, translated():
+            ErrorHandlerMockBNBNativeLibrary(loader).cquantize_blockwise_fp16_nf4()
+        assert caught.value.message == f"bitsandbytes has no library that fits this GPU ({loader})"
+        assert "python -m bitsandbytes" in caught.value.hint
+
+
+def test_no_held_out_row_with_a_token_to_score(tmp_path: Path, small: Path, chats: dict[str, str]) -> None:
+    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "word " * 300, "completion": "x"}])
+    with pytest.raises(DataError, match=r"long\.jsonl: no held-out row has a token to score"):
+        fit(recipe_file(tmp_path, small, {**chats, "eval": str(long)}, early_stopping=1))
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that cannot be written to, not even by root where that can be had."""
+    place = tmp_path / "read-only"
+    place.mkdir(mode=0o555)
+    if os.geteuid():
+        yield place
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("root may write anywhere, and mounting is not allowed")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("words", [["init"], ["train", "demo"]], ids=" ".join)
+def test_a_folder_that_cannot_be_written_to(
+    read_only: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    from lora2serve.cli import run
+
+    monkeypatch.chdir(read_only)
+    assert run(words) == 1
+    first, second = capfd.readouterr().err.splitlines()[-2:]
+    assert first.startswith(f"error: {'lora2serve.yaml' if words == ['init'] else 'runs'}: ")
+    assert second == "hint: run it in a folder that you may write to"
 
 
 @pytest.fixture

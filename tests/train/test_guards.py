@@ -34,7 +34,7 @@ FAULTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "150 rows will be memorised: set train.lora.dropout: 0.05 and train.early_stopping: 3",
     ),
     ({"lora": {"rank": 65}}, {}, "rank 65 is large"),
-    ({"lora": {"modules_to_save": ["lm_head"]}}, {}, "lm_head trained in full: llama.cpp refuses"),
+    ({"lora": {"modules_to_save": ["lm_head"]}}, {}, "lm_head trained in full: vLLM, llama.cpp and Ollama refuse"),
     ({"lora": {"modules_to_save": ["model.embed_tokens"]}}, {}, "model.embed_tokens trained in full"),
     ({}, {"rows": [GOOD] * 298 + [LONG] * 2}, "2 of 300 rows are longer than 128 tokens and were cut"),
     ({}, {"rows": [GOOD] * 299 + [EMPTY]}, "1 of 300 rows have no token to learn from"),
@@ -84,3 +84,25 @@ def test_multi_lora_asks_the_class_of_the_base(tmp_path: Path) -> None:
     assert "GPT2LMHeadModel takes no LoRA" in guards.multi_lora(plain, {"architectures": ["GPT2LMHeadModel"]})
     assert guards.multi_lora(plain, {"architectures": ["LlamaForCausalLM"]}) == ""
     assert guards.multi_lora({**plain, "init_lora_weights": "pissa"}, {}) == "", "the export rewrites it"
+
+
+def test_a_gpu_that_would_stand_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Path, chats: dict[str, str]
+) -> None:
+    """The driver's tool finds a GPU, torch does not: a fine-tune of days on the CPU is not begun unsaid."""
+    import torch
+
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A10G (UUID: GPU-1)'\n")
+    tool.chmod(0o755)
+    assert guards.idle_gpu() == "", "the control: no GPU here"
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    _, told, _ = fit(recipe_file(tmp_path, small, chats, steps=1, quantize="none"))
+    assert any("is built for CPUs: training takes the CPU (pip install" in line for line in told.warnings)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "cannot use it: training takes the CPU (nvidia-smi shows the driver's version" in guards.idle_gpu()
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
+    assert guards.idle_gpu() == "", "the control: the tool without a GPU"

@@ -109,6 +109,44 @@ def test_weights_are_clipped_and_decayed_as_said(tmp_path: Path, small: Path) ->
     assert on_gpu.optim == "paged_adamw_32bit"
 
 
+def test_clipping_and_decay_do_something(tmp_path: Path, small: Path, chats: dict[str, str]) -> None:
+    """AdamW hides the size of a gradient until it is clipped below its epsilon; decay shrinks the untrained A."""
+
+    def trained(name: str, **options: Any) -> dict[str, torch.Tensor]:
+        flat = {"steps": 4, "warmup": 0, "schedule": "constant", "learning_rate": 0.01, **options}
+        run, _, _ = fit(recipe_file(tmp_path / name, small, {"train": chats["train"]}, **flat))
+        return load_file(run.adapter / "adapter_model.safetensors")
+
+    def size(tensors: dict[str, torch.Tensor], part: str) -> float:
+        return sum(float(tensor.norm()) for name, tensor in tensors.items() if part in name)
+
+    plain, off = trained("plain"), trained("off", max_grad_norm=0)
+    clipped, decayed = trained("clipped", max_grad_norm=1e-12), trained("decayed", weight_decay=1.0)
+    assert size(clipped, "lora_B") < 0.01 * size(plain, "lora_B")
+    assert size(off, "lora_B") == pytest.approx(size(plain, "lora_B"), rel=0.2), "0 is no clipping, not no gradient"
+    shrunk = (1 - 0.01 * 1.0) ** 4
+    assert size(decayed, "lora_A") == pytest.approx(shrunk * size(plain, "lora_A"), rel=0.01)
+
+
+def test_a_tracker_gets_the_losses(tmp_path: Path, small: Path, chats: dict[str, str]) -> None:
+    """TensorBoard's files, read back: records of length, checksum, event and checksum."""
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    run, _, _ = fit(recipe_file(tmp_path, small, chats, steps=3, trackers="tensorboard"))
+    (file,) = (run.path / "tensorboard").glob("events.*")
+    raw, place, found = file.read_bytes(), 0, {}
+    while place < len(raw):
+        length = int.from_bytes(raw[place : place + 8], "little")
+        event = Event.FromString(raw[place + 12 : place + 12 + length])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        place += 12 + length + 4
+    for step, loss in logged(run).items():
+        assert found["train/loss", step] == pytest.approx(loss)
+    plain, _, _ = fit(recipe_file(tmp_path / "b", small, chats, steps=1))
+    assert not (plain.path / "tensorboard").exists(), "the control: no tracker by default"
+
+
 @pytest.fixture(scope="module")
 def harmful(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Training rows of noise and held-out rows of sense: the more steps, the worse."""

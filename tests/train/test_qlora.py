@@ -70,6 +70,10 @@ def test_the_run_directory_is_whole(trained: tuple[Run, Told]) -> None:
     assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in run.adapter.iterdir()} >= {"adapter_model.safetensors", "tokenizer.json"}
     assert told.bars["train"] == [12, 12]
+    last = f"loss {logged(run)[12]:.4f}, eval loss {logged(run, 'eval_loss')[12]:.4f}"
+    assert told.said["train"] == last, "beside the bar"
+    assert f"step 12 of 12: {last}" in told.notes
+    assert f"step 6 of 12: loss {logged(run)[6]:.4f}" in told.notes, "without the eval loss of an earlier step"
 
 
 def test_loss_of_every_step_is_kept_and_falls(trained: tuple[Run, Told]) -> None:
@@ -140,6 +144,26 @@ def test_no_quantisation(tmp_path: Path, chats: dict[str, str]) -> None:
     assert run.record["metrics"]["tuned"]["eval_loss"] == pytest.approx(
         held_out_loss(run, four_bit=False, adapter=True), abs=2e-5
     )
+
+
+def test_a_full_base_that_does_not_fit_is_said_so(
+    tmp_path: Path, chats: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora2serve.model import decide_merge_base
+    from lora2serve.train import evaluate
+
+    monkeypatch.setattr(
+        evaluate, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size - 1
+    )
+    run, told, _ = fit(recipe_file(tmp_path / "a", DEMO / "base", chats, steps=1))
+    assert "tuned_on_original" not in run.record["metrics"]
+    assert any("does not fit: the adapter was not measured on it" in note for note in told.notes)
+    assert decide_merge_base(run.record, "auto")[0] == "original"
+    monkeypatch.setattr(
+        evaluate, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size + 1
+    )
+    fits, _, _ = fit(recipe_file(tmp_path / "b", DEMO / "base", chats, steps=1))
+    assert "tuned_on_original" in fits.record["metrics"], "the control"
 
 
 def test_a_base_that_is_quantised_already(tmp_path: Path, chats: dict[str, str]) -> None:

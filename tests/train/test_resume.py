@@ -105,7 +105,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, chats: dict[str, str
     run = Run(tmp_path / "runs" / "run")
     (told,) = [line for line in err.splitlines() if "saved at step" in line]
     step = int(told.split("saved at step ")[1].split()[0])
-    assert told == f"saved at step {step} of {STEPS}: `lora2serve train --resume` goes on"
+    assert told == f"saved at step {step} of {STEPS}"
+    assert "runs/run is kept: `lora2serve train --resume` goes on from its last checkpoint" in err
     checkpoint = last_checkpoint(run)
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{step}"
@@ -134,8 +135,31 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path, chats: dict
     assert child.returncode == 130, err
     assert "interrupted" in err
     assert "Traceback" not in err
+    assert "--resume" not in err, "there is nothing to go on from"
     assert not (tmp_path / "runs" / "run").exists()
     assert not (tmp_path / "runs" / "latest").is_symlink()
+
+
+def test_ctrl_c_after_the_last_step_says_how_to_go_on(
+    tmp_path: Path, chats: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While the tuned model is measured: the run is kept, --resume measures it and is done."""
+    from lora2serve.cli import run
+    from lora2serve.train import evaluate
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe_file(tmp_path, DEMO / "base", chats, steps=2)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "on_original", interrupted)
+        assert run(["train"]) == 130
+    assert "runs/run is kept: `lora2serve train --resume` goes on" in capfd.readouterr().err
+    assert "finished" not in Run(tmp_path / "runs" / "run").record
+    assert run(["train", "--resume"]) == 0
+    assert Run(tmp_path / "runs" / "run").record["finished"]
+    assert list(logged(Run(tmp_path / "runs" / "run"))) == [1, 2]
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path, unbroken: Run) -> None:
