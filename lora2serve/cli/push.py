@@ -13,6 +13,7 @@ from lora2serve.errors import ParityNotMet
 
 if TYPE_CHECKING:
     from lora2serve.hub import Pushed
+    from lora2serve.progress import Progress
     from lora2serve.run import Run
 
 
@@ -46,7 +47,7 @@ def push(ctx: click.Context, /, exports: tuple[Path, ...], repo_id: str, as_json
         console.result_json([asdict(one) for one in pushed])
         return
     for one in pushed:
-        _show(one)
+        _show(one, progress(ctx))
 
 
 @click.command("pull-check")
@@ -80,7 +81,7 @@ def _run_of(exports: tuple[Path, ...]) -> Run | None:
     return runs.Run(home) if exports and runs.is_run(home) else None
 
 
-def _show(pushed: Pushed) -> None:
+def _show(pushed: Pushed, told: Progress) -> None:
     from lora2serve import console
 
     if not pushed.dry_run:
@@ -89,5 +90,10 @@ def _show(pushed: Pushed) -> None:
     rows = [["add", path, console.size(size)] for path, size in pushed.uploaded.items()]
     rows += [["delete", path, ""] for path in pushed.deleted]
     rows += [["keep", path, ""] for path in pushed.unchanged]
-    console.table(f"{pushed.url} ({pushed.revision})", ["", "file", "size"], rows)
+    how = {0: "nothing to do", 1: "one commit"}.get(
+        pushed.commits, f"{pushed.commits} commits on a pull request, merged once its files are verified"
+    )
+    total = console.size(sum(pushed.uploaded.values()))
+    told.note(f"\n{pushed.url} at {pushed.revision}: {how}, {len(pushed.uploaded)} files of {total}")
+    console.table("", ["", "file", "size"], rows)
     console.result(pushed.card)

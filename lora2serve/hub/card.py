@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora2serve.hub import sections
-from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, Facts, hub_id, read_metadata
+from lora2serve.hub.client import page
+from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, Facts, hub_id, kind_of, read_metadata
 
 MARK = re.compile(r"<!-- lora2serve:(?P<name>[a-z-]+) -->\n.*?<!-- /lora2serve:(?P=name) -->", re.DOTALL)
 FOLLOWS = ("base_model", "base_model_relation")  # what ties the repository to its base follows every push
@@ -55,7 +56,8 @@ def metadata(facts: Facts) -> dict[str, Any]:
     base, relation = _base(facts, kind)
     results = _eval_results(facts)
     fields: dict[str, Any] = {
-        **{key: facts.base_card.get(key) for key in ("license", "license_name", "license_link", "language")},
+        **{key: facts.base_card.get(key) for key in ("license", "license_name", "language")},
+        "license_link": _licence_link(facts),
         "base_model": base,
         "datasets": _datasets(facts) or None,
         "library_name": LIBRARY[kind],
@@ -69,13 +71,22 @@ def metadata(facts: Facts) -> dict[str, Any]:
     return dict(data.to_dict())
 
 
+def _licence_link(facts: Facts) -> str | None:
+    """The base's link to its licence: a file beside its card is meant relative to the base, unless it came along."""
+    link = facts.base_card.get("license_link")
+    if not isinstance(link, str) or "://" in link or any(link in export["files"] for export in facts.exports.values()):
+        return link if isinstance(link, str) else None
+    return f"{page(facts.base)}/blob/main/{link}" if facts.base else None
+
+
 def _base(facts: Facts, kind: str) -> tuple[str | None, str]:
     """The repository this one derives from, and how: quantised files come from the merged model if pushed."""
-    quantized = kind == GGUF or (kind == MERGED and bool(facts.first.get("quant")))
-    merged = facts.siblings.get(MERGED)
-    if quantized and merged and merged != facts.repo_id:
-        return merged, "quantized"
-    return facts.base, "adapter" if kind in (ADAPTER, GGUF_ADAPTER) else "finetune"
+    if kind in (ADAPTER, GGUF_ADAPTER):
+        return facts.base, "adapter"
+    quantized = kind == GGUF or all(export.get("quant") for export in facts.exports.values())
+    whole = (repo for repo, about in facts.siblings.items() if kind_of(about) == MERGED and not about.get("quant"))
+    merged = next(whole, facts.repo_id)
+    return (merged, "quantized") if quantized and merged != facts.repo_id else (facts.base, "finetune")
 
 
 def _tags(facts: Facts, kind: str, base: str | None) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import glob
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora2serve import manifest
 from lora2serve.errors import HubError
-from lora2serve.hub.client import check_id, quiet, translated
+from lora2serve.hub.client import bars, check_id, quiet, translated
 from lora2serve.hub.facts import unproven
+from lora2serve.hub.retry import again
 from lora2serve.progress import Progress, Silent
 
 
@@ -40,8 +42,9 @@ def pull_check(name: str, revision: str | None = None, progress: Progress | None
     revision = revision or after or None
     check_id(repo_id)
     with quiet():
-        content, commit = _manifest(repo_id, revision)
-        path = _download(repo_id, commit, content)
+        content, commit = again(partial(_manifest, repo_id, revision), told, repo_id, reached=False)
+        with bars(told):
+            path = again(partial(_download, repo_id, commit, content), told, repo_id)
     problems = _compare(path, content["files"], told)
     if problems:
         raise HubError(
@@ -57,7 +60,7 @@ def pull_check(name: str, revision: str | None = None, progress: Progress | None
         bytes=sum(int(entry["size"]) for entry in content["files"].values()),
         exports=list(exports),
         unproven={export: why for export, told_of in exports.items() if (why := unproven(told_of))},
-        strangers=_strangers(repo_id, commit, content),
+        strangers=again(partial(_strangers, repo_id, commit, content), told, repo_id),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -20,6 +21,7 @@ from lora2serve.progress import Progress, Silent
 Kind = Literal["model", "dataset"]
 
 LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
+PUSHING = "pushing to"
 
 
 def has_token() -> bool:
@@ -68,11 +70,11 @@ def quiet() -> Iterator[None]:
 def bars(progress: Progress) -> Iterator[None]:
     """huggingface_hub's own bars, which know how far each file is, unless ``progress`` says nothing.
 
-    On what is no terminal they stay away by themselves.
+    Only on a terminal: those of Xet would draw anywhere.
     """
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    wanted = not getattr(progress, "quiet", isinstance(progress, Silent))
+    wanted = sys.stderr.isatty() and not getattr(progress, "quiet", isinstance(progress, Silent))
     off = are_progress_bars_disabled()
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:  # else the user has decided
         (enable_progress_bars if wanted else disable_progress_bars)()
@@ -108,9 +110,9 @@ def translated(
     except errors.HfHubHTTPError as error:
         raise _http_error(repo_id, doing, error) from None
     except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as error:
-        raise _unreachable(repo_id, revision, error, kind) from None
+        raise _unreachable(repo_id, revision, doing, error, kind) from None
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError) as error:
-        raise _unreachable(repo_id, revision, error, kind) from None
+        raise _unreachable(repo_id, revision, doing, error, kind) from None
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:
             raise
@@ -128,7 +130,9 @@ def _http_error(repo_id: str, doing: str, error: Exception) -> HubError:
     said = getattr(error, "server_message", None) or ""
     why = f" ({clean(said)})" if said else ""
     if status == 401:
-        return HubError(f"{doing} {repo_id}: the token was refused{why}", LOG_IN)
+        given = os.environ.get("HF_TOKEN")
+        hint = "HF_TOKEN holds it: set another, or unset it and `hf auth login`" if given else LOG_IN
+        return HubError(f"{doing} {repo_id}: the token was refused{why}", hint)
     if status == 403:
         return HubError(
             f"{doing} {repo_id}: forbidden{why}", "use a token with write access to it" if has_token() else LOG_IN
@@ -148,15 +152,22 @@ def _wrapped(repo_id: str, revision: str | None, doing: str, error: Exception) -
         if isinstance(cause, HfHubHTTPError):
             return _http_error(repo_id, doing, cause)
     if broken_line(error):
-        return _unreachable(repo_id, revision, error)
+        return _unreachable(repo_id, revision, doing, error)
     if "JSON" in type(error).__name__:
         return HubError(f"{doing} {repo_id}: the Hub's answer is no JSON", "run again later: it resumes")
     return error
 
 
-def _unreachable(repo_id: str, revision: str | None, error: Exception, kind: Kind = "model") -> HubError:
+def _unreachable(repo_id: str, revision: str | None, doing: str, error: Exception, kind: Kind = "model") -> HubError:
     from huggingface_hub import constants
 
+    if doing == PUSHING:
+        if constants.is_offline_mode():
+            return HubError(f"{doing} {repo_id}: HF_HUB_OFFLINE is set", "unset it, or set it to 0")
+        return HubError(
+            f"{doing} {repo_id}: {constants.ENDPOINT} cannot be reached",
+            "check the network and HF_ENDPOINT, then run again: it resumes",
+        )
     wanted = f"{repo_id}@{revision}" if revision else repo_id
     if constants.is_offline_mode():
         return HubError(

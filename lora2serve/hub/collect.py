@@ -23,6 +23,7 @@ CHUNK = 4 << 20
 IN_MEMORY = 1 << 20  # a file up to this size is sent from the bytes that were checked
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".imatrix", ".dat")
 CARD = "README.md"
+LOCAL = ("use",)  # what a manifest says for this machine only
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Package:
     exports: list[Export]
     items: dict[str, Item] = field(default_factory=dict)
     placed: dict[str, dict[str, str]] = field(default_factory=dict)  # export name -> its file -> path in the repository
+    reports: dict[str, list[Item]] = field(default_factory=dict)  # export name -> what is told of its parity
 
 
 def open_export(path: Path) -> Export:
@@ -163,12 +165,14 @@ def _chunks(file: Any) -> Iterator[bytes]:
 
 def _place(taken: Mapping[str, str], item: Item, folder: str, export: Export) -> Item:
     """The item where it goes in the repository; beside another of that name only if one of them is a side file."""
-    path = f"{folder}/{item.path}" if folder else item.path
+    # LM Studio's two folders are for its own disk: in a repository the file lies at the top, where engines look.
+    inner = PurePosixPath(item.path).name if export.target == "lmstudio" else item.path
+    path = f"{folder}/{inner}" if folder else inner
     if taken.get(path, item.sha256) != item.sha256:
         if item.path.endswith((*WEIGHTS, "config.json", "index.json")):
             raise UsageError(
-                f"{export.path}: its {item.path} and another export's differ, so they cannot share one repository",
-                "push them as separate repositories (without --single-repo)",
+                f"{export.path}: its {path} differs from that of another export, so they cannot share a repository",
+                "push one of them, or each with a --repo-id of its own",
             )
         pure = PurePosixPath(path)
         path = str(pure.with_name(f"{pure.stem}-{export.quant or export.target}{pure.suffix}"))
@@ -186,9 +190,15 @@ def text_item(path: str, text: str) -> Item:
 
 def repository_manifest(made: Package) -> dict[str, Any]:
     """``lora2serve.json`` of the repository: one export's own, or the union with each under ``exports``."""
-    files = {item.path: {"sha256": item.sha256, "size": item.size} for item in made.items.values()}
+    told = {name: {item.path: _entry(item) for item in items} for name, items in made.reports.items()}
+    files = {item.path: _entry(item) for item in made.items.values()} | {
+        k: v for t in told.values() for k, v in t.items()
+    }
     each = {
-        export.name: {**public(export.manifest), "files": _renamed(export, made.placed[export.name])}
+        export.name: {
+            **public({key: value for key, value in export.manifest.items() if key not in LOCAL}),
+            "files": {**_renamed(export, made.placed[export.name]), **told.get(export.name, {})},
+        }
         for export in made.exports
     }
     head = next(iter(each.values()))
@@ -196,6 +206,10 @@ def repository_manifest(made: Package) -> dict[str, Any]:
         same = {key: value for key, value in head.items() if all(other.get(key) == value for other in each.values())}
         head = {**same, "exports": each}
     return {**head, "files": dict(sorted(files.items()))}
+
+
+def _entry(item: Item) -> dict[str, Any]:
+    return {"sha256": item.sha256, "size": item.size}
 
 
 def _renamed(export: Export, placed: Mapping[str, str]) -> dict[str, Any]:

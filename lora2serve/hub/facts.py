@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ class Facts:
 
     repo_id: str
     exports: Mapping[str, Mapping[str, Any]]
-    siblings: Mapping[str, str]  # kind -> repository of the same push
+    siblings: Mapping[str, Mapping[str, Any]]  # repository of the same push -> the (first) manifest that it gets
     base_card: Mapping[str, Any] = field(default_factory=dict)  # the metadata of the base's own card
     record: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
+    context: int | None = None  # tokens that the model was made for
+    reported: frozenset[str] = frozenset()  # exports with a parity report beside them
 
     @property
     def first(self) -> Mapping[str, Any]:
@@ -52,6 +55,11 @@ class Facts:
         return str(self.first.get("name") or self.repo_id.split("/")[-1])
 
     @property
+    def rank(self) -> int | None:
+        """Of the adapter, where one is here."""
+        return next((e["rank"] for e in self.exports.values() if isinstance(e.get("rank"), int)), None)
+
+    @property
     def unproven(self) -> dict[str, str]:
         """Export name -> why its parity is not proven."""
         return {name: why for name, export in self.exports.items() if (why := unproven(export))}
@@ -67,7 +75,13 @@ def unproven(export: Mapping[str, Any]) -> str:
     parity = export.get("parity")
     if not isinstance(parity, Mapping):
         return "parity was not run"
-    return "" if parity.get("met") is True else "parity was not met"
+    engines = parity.get("engines")
+    if not isinstance(engines, Mapping) or not all(isinstance(figures, Mapping) for figures in engines.values()):
+        return "parity names no engine"
+    statuses = {str(figures.get("status")) for figures in engines.values()} - {"missing"}
+    if parity.get("met") is not True or statuses - {"met"}:
+        return "parity was not met"
+    return "" if statuses else "parity was run in no engine"
 
 
 def hub_id(name: Any) -> str | None:
@@ -81,21 +95,25 @@ def gather(
     repo_id: str,
     exports: Mapping[str, Mapping[str, Any]],
     local: Sequence[Path],
-    siblings: Mapping[str, str],
+    siblings: Mapping[str, Mapping[str, Any]],
     run: Run | None,
+    reported: Iterable[str] = (),
 ) -> Facts:
     """The facts for the card of ``repo_id``; ``local`` are the export directories that are at hand."""
     import yaml
 
     recipe = run.recipe if run else None
+    places = [place for path in local for place in (path, _base_path(path))]
     return Facts(
         repo_id=repo_id,
         exports=exports,
         siblings=siblings,
-        base_card=_base_card(local),
+        base_card=_base_card(local, hub_id((next(iter(exports.values())).get("base") or {}).get("id"))),
         record=run.record if run else {},
         recipe=public(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}) if recipe and recipe.is_file() else {},
-        chat=any(_has_template(place) for path in local for place in (path, _base_path(path))),
+        chat=any(_has_template(place) for place in places),
+        context=next((found for place in places if (found := _context(place))), None),
+        reported=frozenset(reported),
     )
 
 
@@ -106,15 +124,33 @@ def _base_path(export: Path) -> Path:
     return Path((manifest.read(export).get("base") or {}).get("path") or export)
 
 
-def _base_card(local: Sequence[Path]) -> dict[str, Any]:
-    for path in local:
-        readme = _base_path(path) / "README.md"
-        if readme.is_file():
-            try:
-                return read_metadata(readme.read_text(encoding="utf-8-sig"))
-            except ValueError:  # someone else's card: what cannot be read tells nothing
-                continue
-    return {}
+def _base_card(local: Sequence[Path], base: str | None) -> dict[str, Any]:
+    """The metadata of the base's card: from where the base lay here, else from the Hub or its cache."""
+    cards = [_base_path(path) / "README.md" for path in local]
+    found = next((card for card in cards if card.is_file()), None) or (_card_from_hub(base) if base else None)
+    try:
+        return read_metadata(found.read_text(encoding="utf-8-sig")) if found else {}
+    except ValueError:  # someone else's card: what cannot be read tells nothing
+        return {}
+
+
+def _card_from_hub(base: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(base, "README.md"))
+    except Exception:  # gated, gone, no network: the push is about another repository
+        return None
+
+
+def _context(path: Path) -> int | None:
+    """``max_position_embeddings`` of the config.json there."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = (config.get("text_config") or config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def read_metadata(card: str) -> dict[str, Any]:

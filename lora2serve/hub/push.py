@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora2serve import manifest
 from lora2serve.errors import HubError, ParityNotMet, UsageError
-from lora2serve.hub import card
-from lora2serve.hub.client import LOG_IN, check_id, has_token, page, quiet, translated
+from lora2serve.hub import card, reports
+from lora2serve.hub.client import LOG_IN, PUSHING, check_id, has_token, page, quiet, translated
 from lora2serve.hub.collect import CARD, Export, Item, open_export, package, repository_manifest, text_item
 from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, gather, kind_of, unproven
 from lora2serve.hub.remote import Change, Remote, change, look, old_exports, read_text
 from lora2serve.hub.retry import again
-from lora2serve.hub.upload import MAIN, Uploader
+from lora2serve.hub.upload import MAIN, Uploader, batches
 from lora2serve.progress import Progress, Silent
 from lora2serve.run import Run
 
@@ -44,6 +44,7 @@ class Pushed:
     unchanged: list[str]
     card: str
     dry_run: bool
+    commits: int = 1  # more than one go to a branch first
     commit: str | None = None
     pull_request: str | None = None
     unproven: dict[str, str] = field(default_factory=dict)
@@ -74,13 +75,14 @@ def push(
     told = progress or Silent()
     check_id(repo_id)
     if "/" not in repo_id:
-        raise UsageError(f"--repo-id {repo_id}: expected user/name")
+        raise UsageError(f"--repo-id {repo_id}: expected user/name", "`hf auth whoami` says who you are")
     opened = [open_export(path) for path in exports]
     if not opened:
         raise UsageError("nothing to push", "export first: `lora2serve export --target ...`")
     _refuse_unproven(opened, allow_unproven)
     grouped = group(opened, repo_id, single_repo)
-    siblings = {kind_of(export.manifest): name for name, members in grouped.items() for export in members}
+    siblings = {name: members[0].manifest for name, members in grouped.items()}
+    _warn_of_local_bases(opened, told)
     pushes = [_Push(name, members, siblings, revision or MAIN, run, told) for name, members in grouped.items()]
     if not dry_run and not has_token():
         raise HubError(f"{repo_id}: no token to push with", LOG_IN)
@@ -93,7 +95,8 @@ def push(
 def group(exports: Sequence[Export], repo_id: str, single_repo: bool) -> dict[str, list[Export]]:
     """Repository -> its exports, by convention or all in one."""
     grouped: dict[str, list[Export]] = {}
-    for export in exports:
+    order = list(SUFFIX)  # merged weights first: the other cards name them as what they are made from
+    for export in sorted(exports, key=lambda one: order.index(kind_of(one.manifest))):
         kind = kind_of(export.manifest)
         suffix = SUFFIX[kind] + (f"-{export.quant}" if kind == MERGED and export.quant else "")
         grouped.setdefault(repo_id if single_repo else repo_id + suffix, []).append(export)
@@ -110,13 +113,24 @@ def _refuse_unproven(exports: Sequence[Export], allowed: bool) -> None:
         raise ParityNotMet("\n".join(problems), "prove it (`lora2serve parity`), or push with --allow-unproven")
 
 
+def _warn_of_local_bases(exports: Sequence[Export], progress: Progress) -> None:
+    """An adapter is loaded by the name of its base: a path of this machine says nothing to others, and is published."""
+    for export in exports:
+        served = str(export.manifest.get("served_base") or "")
+        if served.startswith(("/", ".", "~")):
+            progress.warn(
+                f"{export.path}: names its base {served}, a path of this machine, for all to read; a Hub id instead: "
+                "lora2serve export --target adapter --served-base ORG/NAME --overwrite"
+            )
+
+
 @dataclass
 class _Push:
     """One repository on its way: prepared, then sent."""
 
     repo_id: str
     exports: list[Export]
-    siblings: Mapping[str, str]
+    siblings: Mapping[str, Mapping[str, Any]]
     revision: str
     run: Run | None
     progress: Progress
@@ -132,17 +146,23 @@ class _Push:
                 f"{self.repo_id}: exists and is public, asked was --private",
                 "make it private on its page, or choose another name",
             )
-        with translated(self.repo_id, self.revision):
-            before = old_exports(self.api, self.repo_id, self.remote)
-            existing = read_text(self.api, self.repo_id, self.remote, CARD)
+        with translated(self.repo_id, self.revision, PUSHING):
+            before = again(lambda: old_exports(self.api, self.repo_id, self.remote), self.progress, self.repo_id)
+            existing = again(lambda: read_text(self.api, self.repo_id, self.remote, CARD), self.progress, self.repo_id)
         kept = [old for old in before if self._goes_with(old)]
         made = package(self.repo_id, self.exports, self.progress, FOLDERS if single_repo else {}, kept)
+        made.reports = {one.name: reports.items(one.name, one.path, one.manifest, self.run) for one in self.exports}
         content = join(repository_manifest(made), kept)
         public = content.get("exports") or {self.exports[0].name: content}
-        self.facts = gather(self.repo_id, public, [export.path for export in self.exports], self.siblings, self.run)
+        reported = [name for name, export in public.items() if reports.page_of(name) in export["files"]]
+        local = [export.path for export in self.exports]
+        self.facts = gather(self.repo_id, public, local, self.siblings, self.run, reported)
         self.card = card.write(self.facts, existing)
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        self.items: list[Item] = [*made.items.values(), text_item(manifest.NAME, text), text_item(CARD, self.card)]
+        told = [item for items in made.reports.values() for item in items]
+        self.items: list[Item] = [
+            *made.items.values(), *told, text_item(manifest.NAME, text), text_item(CARD, self.card)
+        ]  # fmt: skip
         obsolete = {name for old in before for name in old["files"]} - content["files"].keys()
         self.change: Change = change(self.remote, self.items, obsolete)
 
@@ -151,7 +171,7 @@ class _Push:
         if not self.change:
             self.progress.note(f"{self.repo_id}: holds all of this already")
             return self.pushed(commit=self.remote.head)
-        with translated(self.repo_id, self.revision, "pushing to"), _xet_hint(self.repo_id):
+        with translated(self.repo_id, self.revision, PUSHING), _xet_hint(self.repo_id):
             uploader = Uploader(self.api, self.repo_id, self.revision, self.progress)
             self.remote = uploader.ensure(self.remote, private)
             landed = uploader.publish(self.change, self._title(), self.remote, create_pr=create_pr)
@@ -170,6 +190,7 @@ class _Push:
             unchanged=[item.path for item in self.items if item.path not in changed],
             card=self.card,
             dry_run=commit is None,
+            commits=len(list(batches(self.change))) if self.change else 0,
             commit=commit,
             pull_request=pull_request,
             unproven=self.facts.unproven,
@@ -177,7 +198,7 @@ class _Push:
 
     def _look(self, dry_run: bool) -> Remote:
         try:
-            with translated(self.repo_id, self.revision):
+            with translated(self.repo_id, self.revision, PUSHING):
                 look_there = partial(look, self.api, self.repo_id, self.revision)
                 return again(look_there, self.progress, self.repo_id, reached=False)
         except HubError as error:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PROMPT = "Hello! What can you do?"
 
 
-def merged(repo_id: str, chat: bool) -> list[tuple[str, str, str]]:
-    """``(title, language, code)`` for merged weights."""
-    return [
-        ("vLLM", "shell", f"vllm serve {repo_id}\n{curl(repo_id, chat)}"),
-        ("transformers", "python", transformers(repo_id, chat)),
-    ]
+def merged(repo_id: str, chat: bool, quant: str | None = None) -> list[tuple[str, str, str]]:
+    """``(title, language, code)`` for merged weights; quantised ones are for vLLM, where their parity is measured."""
+    vllm = ("vLLM", "shell", f"vllm serve {repo_id}\n{curl(repo_id, chat)}")
+    return [vllm] if quant else [vllm, ("transformers", "python", transformers(repo_id, chat))]
 
 
 def adapter(repo_id: str, base: str, rank: int, chat: bool) -> list[tuple[str, str, str]]:
@@ -30,8 +28,11 @@ def adapter(repo_id: str, base: str, rank: int, chat: bool) -> list[tuple[str, s
     return [("vLLM", "shell", f"{serve}\n{curl(name, chat)}"), ("PEFT", "python", load + generate(chat))]
 
 
-def gguf(repo_id: str, files: Mapping[str, str], chat: bool) -> list[tuple[str, str, str]]:
-    """The same for GGUF files; ``files`` maps a type, such as Q4_K_M, to its file."""
+def gguf(repo_id: str, files: Mapping[str, Sequence[str]], chat: bool) -> list[tuple[str, str, str]]:
+    """The same for GGUF files; ``files`` maps a type, such as Q4_K_M, to its files: several where it is split.
+
+    Ollama loads no split files (ollama/ollama issue 5245).
+    """
     kind = default_type(files)
     tag = f"{repo_id}:{kind}"
     ask = (
@@ -40,9 +41,12 @@ def gguf(repo_id: str, files: Mapping[str, str], chat: bool) -> list[tuple[str, 
         if chat
         else f'print(model({json.dumps(PROMPT)}, max_tokens=64)["choices"][0]["text"])\n'
     )
-    python = f'from llama_cpp import Llama\n\nmodel = Llama.from_pretrained("{repo_id}", "{files[kind]}")\n{ask}'
+    first, *more = files[kind]
+    others = f", additional_files={json.dumps(more)}" if more else ""
+    load = f'model = Llama.from_pretrained("{repo_id}", "{first}"{others}, verbose=False)'
+    python = f"from llama_cpp import Llama\n\n{load}\n{ask}"
     return [
-        ("Ollama", "shell", f"ollama run hf.co/{tag}"),
+        *([] if more else [("Ollama", "shell", f"ollama run hf.co/{tag}")]),
         ("llama.cpp", "shell", f"llama-server -hf {tag}"),
         ("LM Studio", "shell", f"lms get {repo_id}@{kind.lower()}"),
         ("llama-cpp-python", "python", python),

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from lora2serve.errors import HubError
+from lora2serve.errors import HubError, did_you_mean
+from lora2serve.hub.client import bars
 from lora2serve.hub.collect import Item
 from lora2serve.hub.remote import Change, Remote, change, look
 from lora2serve.hub.retry import again, status_of
@@ -24,7 +25,6 @@ T = TypeVar("T")
 MAIN = "main"
 FILES_PER_COMMIT = 200  # the Hub takes more, but grows slow and times out
 BYTES_PER_COMMIT = 64 << 20  # of small files, which travel inside the commit
-ALONE = 100 << 20  # a file from this size on is uploaded by itself, so that progress is seen
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Uploader:
 
     def publish(self, wanted: Change, title: str, start: Remote, *, create_pr: bool) -> Landed:
         """Bring ``wanted`` into the repository that looked like ``start``; verified by what the Hub then shows."""
-        batches = list(_batches(wanted))
+        parts = list(batches(wanted))
         self._upload(wanted.add, create_pr)
-        if create_pr or len(batches) > 1:
-            return self._through_pull_request(batches, wanted, title, start, create_pr)
+        if create_pr or len(parts) > 1:
+            return self._through_pull_request(parts, wanted, title, start, create_pr)
         head = self._commit(self.revision, wanted, title, start.head)
         self._verify(self.revision, wanted)
         return Landed(head)
@@ -58,22 +58,37 @@ class Uploader:
     def ensure(self, remote: Remote, private: bool) -> Remote:
         """The repository and the branch, made where they are not there yet."""
         if not remote.exists:
-            self._again(lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True))
+            self._again(lambda: self._create(private))
         if remote.head is None and self.revision != MAIN:
             self._again(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
         return remote if remote.head else self._again(lambda: look(self.api, self.repo_id, self.revision))
+
+    def _create(self, private: bool) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            self.api.create_repo(self.repo_id, private=private or None, exist_ok=True)
+        except HfHubHTTPError as error:
+            if status_of(error) != 403:
+                raise
+            owner, me = self.repo_id.split("/")[0], self.api.whoami()
+            spaces = [str(me["name"]), *(str(one["name"]) for one in me.get("orgs") or [])]
+            if owner in spaces:
+                raise
+            raise HubError(
+                f"{self.repo_id}: your token is {spaces[0]}'s, who may not make repositories of {owner}"
+                + did_you_mean(owner, spaces),
+                f"--repo-id {spaces[0]}/{self.repo_id.split('/')[1]}, or a token of {owner}",
+            ) from None
 
     # -- contents
 
     def _upload(self, items: Sequence[Item], create_pr: bool) -> None:
         """The contents of large files into the Hub's storage, where nobody sees them yet."""
-        small = [item for item in items if item.size < ALONE]
-        groups = ([small] if small else []) + [[item] for item in items if item.size >= ALONE]
-        with self.progress.track("upload", sum(item.size for item in items), "bytes") as advance:
-            for group in groups:
-                operations = [self._operation(item) for item in group]
-                self._again(lambda additions=operations: self._preupload(additions, create_pr))  # type: ignore[misc]
-                advance(sum(item.size for item in group))
+        operations = [self._operation(item) for item in items]
+        if operations:
+            with bars(self.progress):
+                self._again(lambda: self._preupload(operations, create_pr))
 
     def _preupload(self, additions: list[CommitOperationAdd], create_pr: bool) -> None:
         # An empty gitignore: the repository's own must not drop files of an export without a word.
@@ -131,18 +146,18 @@ class Uploader:
         return [*(self._operation(item) for item in wanted.add), *deletions]
 
     def _through_pull_request(
-        self, batches: Sequence[Change], wanted: Change, title: str, start: Remote, leave_open: bool
+        self, parts: Sequence[Change], wanted: Change, title: str, start: Remote, leave_open: bool
     ) -> Landed:
-        number, url = self._again(lambda: self._open_pull_request(batches[0], title, start))
+        number, url = self._again(lambda: self._open_pull_request(parts[0], title, start))
         revision = f"refs/pr/{number}"
-        for batch in batches:
+        for batch in parts:
             now = self._again(lambda: look(self.api, self.repo_id, revision))
             missing = change(now, batch.add, batch.delete)
             if missing:
                 self._commit(revision, missing, title, now.head)
-        self._verify(revision, wanted)
         if leave_open:
-            return Landed(str(look(self.api, self.repo_id, revision).head), url)
+            return Landed(self._verify(revision, wanted), url)
+        self._verify(revision, wanted)
         self._again(lambda: self._merge(number, start))
         return Landed(self._verify(self.revision, wanted))
 
@@ -194,7 +209,7 @@ class Uploader:
         return again(act, self.progress, self.repo_id)
 
 
-def _batches(wanted: Change) -> Iterator[Change]:
+def batches(wanted: Change) -> Iterator[Change]:
     """The change in commits that the Hub takes: one, nearly always."""
     batch: list[Item] = []
     inside = 0

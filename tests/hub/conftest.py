@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,18 +30,27 @@ MET = {"met": True, "engines": {"vllm": {"status": "met", "mean_kl": 0.0001, "to
 
 
 def export(
-    folder: Path, target: str, quant: str | None = None, parity: Any = MET, seed: int = 0, **extra: bytes
+    folder: Path,
+    target: str,
+    quant: str | None = None,
+    parity: Any = MET,
+    seed: int = 0,
+    content: bytes | None = None,
+    split: Mapping[str, bytes] | None = None,
+    **extra: bytes,
 ) -> Path:
     """A published export with real files of the target's kind, made through ``Output`` as the exporters do."""
     from safetensors.numpy import save
 
     draw = np.random.default_rng(seed)
     weights = save({"w": draw.standard_normal((64, 48)).astype(np.float32)})
-    files: dict[str, bytes] = {
+    gguf = content or b"GGUF" + draw.bytes(5000)
+    files: dict[str, Mapping[str, bytes]] = {
         "vllm": {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights, "serve.yaml": b"dtype: float32\n"},
         "adapter": {"adapter_config.json": b'{"peft_type": "LORA", "r": 4}', "adapter_model.safetensors": weights},
-        "gguf": {f"demo-{quant}.gguf": b"GGUF" + draw.bytes(5000)},
-        "ollama": {f"demo-{quant}.gguf": b"GGUF" + draw.bytes(5000), "Modelfile": f"FROM ./demo-{quant}.gguf\n".encode(),
+        "gguf": split or {f"demo-{quant}.gguf": gguf},
+        "lmstudio": {f"lora2serve/demo/demo-{quant}.gguf": gguf},
+        "ollama": {f"demo-{quant}.gguf": gguf, "Modelfile": f"FROM ./demo-{quant}.gguf\n".encode(),
                    "template": b"{{ .Prompt }}", "params": b'{"stop": ["x"]}'},
     }[target]  # fmt: skip
     path = folder / (f"{target}-{quant}" if quant else target)

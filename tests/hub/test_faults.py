@@ -12,34 +12,111 @@ import pytest
 
 from lora2serve import manifest
 from lora2serve.errors import HubError
-from lora2serve.hub import pull_check, push, upload
+from lora2serve.hub import fetch, pull_check, push, upload
 from tests.hub.conftest import TOKEN, client_env, connect, export, same
-from tests.hub_server import HubServer
+from tests.hub_handler import ROUTES
+from tests.hub_server import Fault, HubServer
 
 REPO = "user/demo"
 STEPS = ["create", "validate", "preupload", "batch", "put", "verify", "commit", "tree", "info"]
+PULL_REQUEST = ["whoami", "discussions", "discussion", "merge", "commit", "preupload"]  # of a push in several commits
+MULTIPART = ["part", "complete"]
+PULL = ["tree", "resolve", "storage"]
 GIVES_UP = 200  # more failures than any of the tries lasts
 
 
-def settle(hub: HubServer, path: Path) -> None:
-    """Push again without a fault; then one commit, the right files, no more."""
+def settle(hub: HubServer, path: Path, ref: str = "main") -> None:
+    """Push again without a fault; then one commit, the right files, no more, and byte-equal on pull."""
     for fault in hub.faults:
         fault.times = 0
-    push([path], repo_id=REPO)
-    same(hub, REPO, path)
-    assert len(hub.repos[REPO].log()) == 2, hub.repos[REPO].log()
-    assert not pull_check(REPO).strangers
+    push([path], repo_id=REPO, revision=None if ref == "main" else ref)
+    same(hub, REPO, path, ref)
+    assert len(hub.repos[REPO].log(ref)) == 2, hub.repos[REPO].log(ref)
+    checked = pull_check(REPO, ref)
+    assert not checked.strangers
+    for name in manifest.read(path)["files"]:
+        assert (checked.path / name).read_bytes() == (path / name).read_bytes()
+
+
+def failing(hub: HubServer, step: str, status: int, times: int = 2) -> Fault:
+    return hub.fail(step, status=status, times=times, headers={"Retry-After": "1"} if status == 429 else {})
+
+
+def test_every_endpoint_is_made_to_fail() -> None:
+    """What the server answers, and what the tests below let fail: the same list."""
+    answered = {endpoint for _, _, endpoint in ROUTES}
+    assert answered == {*STEPS, *PULL_REQUEST, *MULTIPART, *PULL, "branch", "refs"}
 
 
 @pytest.mark.parametrize("status", [503, 429])
 @pytest.mark.parametrize("step", STEPS)
 def test_two_failures_are_survived(hub: HubServer, tmp_path: Path, step: str, status: int) -> None:
     path = export(tmp_path, "vllm")
-    headers = {"Retry-After": "1"} if status == 429 else {}
-    fault = hub.fail(step, status=status, times=2, headers=headers)
+    fault = failing(hub, step, status)
     push([path], repo_id=REPO)
     assert fault.times == 0, "the fault was met"
     settle(hub, path)
+
+
+@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("step", PULL_REQUEST)
+def test_two_failures_on_the_way_through_a_pull_request(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, status: int
+) -> None:
+    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
+    path = export(tmp_path, "vllm")
+    fault = failing(hub, step, status)
+    push([path], repo_id=REPO)
+    assert fault.times == 0, "the fault was met"
+    settle(hub, path)
+    assert [pull.status for pull in hub.repos[REPO].pulls] == ["merged"]
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_two_failures_of_a_branch(hub: HubServer, tmp_path: Path, status: int) -> None:
+    path = export(tmp_path, "vllm")
+    fault = failing(hub, "branch", status)
+    push([path], repo_id=REPO, revision="v2")
+    assert fault.times == 0, "the fault was met"
+    settle(hub, path, "v2")
+
+
+@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("step", MULTIPART)
+def test_two_failures_of_a_multipart_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, status: int
+) -> None:
+    with HubServer(tmp_path / "hub", chunk=4000) as hub:
+        hub.tokens[TOKEN] = ("user", "write")
+        connect(hub, tmp_path / "home", monkeypatch)
+        path = export(tmp_path, "vllm")
+        fault = failing(hub, step, status)
+        push([path], repo_id=REPO)
+        assert fault.times == 0, "the fault was met"
+        settle(hub, path)
+
+
+@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("step", PULL)
+def test_two_failures_of_a_pull(hub: HubServer, tmp_path: Path, step: str, status: int) -> None:
+    path = export(tmp_path, "vllm")
+    push([path], repo_id=REPO)
+    fault = failing(hub, step, status)
+    checked = pull_check(REPO)
+    assert fault.times == 0, "the fault was met"
+    for name in manifest.read(path)["files"]:
+        assert (checked.path / name).read_bytes() == (path / name).read_bytes()
+    fetched = failing(hub, "info", status)
+    assert fetch(REPO).commit == checked.commit
+    assert fetched.times == 0
+
+
+def test_a_hub_that_does_not_even_tell_its_revisions(hub: HubServer) -> None:
+    """``refs`` is asked for a better hint only: without it, the error is the same."""
+    hub.add(REPO, {"config.json": b"{}"})
+    hub.fail("refs", status=503, times=GIVES_UP)
+    with pytest.raises(HubError, match="no revision 'mian'"):
+        fetch(f"{REPO}@mian")
 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if step != "verify"])  # what is stored needs no verdict
@@ -174,16 +251,44 @@ def test_slow_lines(hub: HubServer, tmp_path: Path) -> None:
     settle(hub, path)
 
 
+@pytest.mark.parametrize("step", ["put", "commit", "merge"])
+def test_a_killed_client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Killed while the Hub is at work, which may still do what it was asked for."""
+    per_commit = 2 if step == "merge" else 200
+    path = export(tmp_path, "vllm")
+    held = hub.fail(step, "hold")
+    client = run_client(hub, tmp_path, path, per_commit)
+    assert held.reached.wait(60)
+    assert hub.repos[REPO].log() == ["initial commit"], "a reader sees nothing of it"
+    os.kill(client.pid, signal.SIGKILL)
+    client.wait(10)
+    held.release.set()
+    monkeypatch.setattr(upload, "FILES_PER_COMMIT", per_commit)
+    settle(hub, path)
+
+
 @pytest.mark.parametrize("step", ["put", "commit"])
-def test_a_killed_client(hub: HubServer, tmp_path: Path, step: str) -> None:
+def test_interrupted(hub: HubServer, tmp_path: Path, step: str) -> None:
+    """Ctrl-C: one word, exit code 130, and soon; the next push goes on."""
     path = export(tmp_path, "vllm")
     held = hub.fail(step, "hold")
     client = run_client(hub, tmp_path, path)
     assert held.reached.wait(60)
-    os.kill(client.pid, signal.SIGKILL)
-    client.wait(10)
+    os.kill(client.pid, signal.SIGINT)
+    _, said = client.communicate(timeout=30)
+    assert (client.returncode, said.decode().strip()) == (130, "interrupted")
     held.release.set()
-    assert hub.repos[REPO].log()[-1] == "initial commit"
+    settle(hub, path)
+
+
+def test_a_hub_without_xet(hub: HubServer, tmp_path: Path) -> None:
+    """The client's default is Xet, which not every hub has: it fails there, and the way out is said."""
+    path = export(tmp_path, "vllm")
+    client = run_client(hub, tmp_path, path, HF_HUB_DISABLE_XET="0")
+    _, said = client.communicate(timeout=120)
+    assert client.returncode == 1
+    assert "if this hub has no Xet storage: HF_HUB_DISABLE_XET=1" in said.decode()
+    assert hub.repos[REPO].log() == ["initial commit"]
     settle(hub, path)
 
 
@@ -223,9 +328,11 @@ def test_pull_finds_corruption(hub: HubServer, tmp_path: Path) -> None:
         pull_check(REPO)
 
 
-def run_client(hub: HubServer, tmp_path: Path, path: Path) -> subprocess.Popen[bytes]:
-    """The command line in its own process."""
-    command = [sys.executable, "-m", "lora2serve", "push", str(path), "--repo-id", REPO]
-    return subprocess.Popen(
-        command, env=client_env(hub, tmp_path / "home2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+def run_client(
+    hub: HubServer, tmp_path: Path, path: Path, per_commit: int = 200, **environment: str
+) -> subprocess.Popen[bytes]:
+    """The command line in its own process, with so many files in one commit."""
+    program = f"from lora2serve.hub import upload; upload.FILES_PER_COMMIT = {per_commit}; from lora2serve.cli import main; main()"
+    command = [sys.executable, "-c", program, "push", str(path), "--repo-id", REPO]
+    environment = client_env(hub, tmp_path / "home2", **environment)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -123,7 +123,15 @@ def test_a_manifest_cannot_name_files_outside(hub: HubServer, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("parity", "words"), [(None, "not run"), ({**MET, "met": False}, "not met"), ({"met": "yes"}, "not met")]
+    ("parity", "words"),
+    [
+        (None, "was not run"),
+        ({**MET, "met": False}, "was not met"),
+        ({**MET, "met": "yes"}, "was not met"),
+        ({"met": True, "engines": {"vllm": {"status": "missed"}}}, "was not met"),  # what it says of itself is not it
+        ({"met": True, "engines": {"vllm": {"status": "missing"}}}, "was run in no engine"),
+        ({"met": True}, "names no engine"),
+    ],
 )
 def test_unproven(hub: HubServer, tmp_path: Path, parity: object, words: str) -> None:
     path = export(tmp_path, "vllm", parity=parity)
@@ -132,10 +140,10 @@ def test_unproven(hub: HubServer, tmp_path: Path, parity: object, words: str) ->
     assert not hub.requests
     push([path], repo_id=REPO, allow_unproven=True)
     assert (
-        f"Pushed without proof that it answers like the trained model (vllm: parity was {words})"
+        f"Pushed without proof that it answers like the trained model (vllm: parity {words})"
         in hub.read(hub.repos[REPO].files()["README.md"]).decode()
     )
-    assert pull_check(REPO).unproven == {"vllm": f"parity was {words}"}
+    assert pull_check(REPO).unproven == {"vllm": f"parity {words}"}
 
 
 def test_dry_run_sends_nothing(hub: HubServer, tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""The model card: what it tells of each kind of export, and what must not get onto it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora2serve import manifest
+from lora2serve.hub import pull_check, push
+from lora2serve.run import Run
+from tests.hub.conftest import export
+from tests.hub_server import HubServer
+
+REPO = "user/demo"
+SECRET = "a held-out row that is nobody's business"
+
+
+def card(hub: HubServer, repo: str = REPO) -> str:
+    return hub.read(hub.repos[repo].files()["README.md"]).decode()
+
+
+def metadata(hub: HubServer, repo: str = REPO) -> dict[str, Any]:
+    found = yaml.safe_load(card(hub, repo).split("---\n")[1])
+    assert isinstance(found, dict)
+    return found
+
+
+def a_run(path: Path, rows: list[dict[str, Any]]) -> Run:
+    """A run with a record, a recipe and a parity report, as ``train`` and ``parity`` leave them."""
+    (path / "parity").mkdir(parents=True)
+    (path / "run.json").write_text(
+        json.dumps(
+            {
+                "name": "demo",
+                "steps": 160,
+                "quantization": {"type": "nf4", "double_quant": True},
+                "data": {"train": {"path": "/home/someone/train.jsonl", "rows": 200}, "eval": {"rows": 20}},
+                "metrics": {
+                    "base": {"eval_loss": 1.5, "perplexity": 4.5, "tokens": 99},
+                    "tuned": {"eval_loss": 0.5, "perplexity": 1.6, "tokens": 99},
+                },
+            }
+        )
+    )
+    (path / "recipe.yaml").write_text(
+        "data: {train: /home/someone/train.jsonl, max_length: 128}\n"
+        "train: {batch_size: 8, learning_rate: 0.0002, schedule: cosine, lora: {rank: 16, alpha: 32.0, targets: qv}}\n"
+    )
+    report = {
+        "format": 1,
+        "data": {"positions": 2000, "task": 1000, "general": 1000, "conversations": 5, "prompts": 8, "path": "/home/x"},
+        "references": {"trained": {"version": "transformers 5.19.0"}},
+        "versions": {"torch": "2.13.0"},
+        "rows": rows,
+    }
+    (path / "parity" / "report.json").write_text(json.dumps(report))
+    return Run(path)
+
+
+def a_row(name: str, mean_kl: float) -> dict[str, Any]:
+    check = {"name": "mean_kl", "value": mean_kl, "low": 0.00009, "high": 0.0002, "bound": 0.001, "met": True}
+    return {
+        "export": name, "engine": "vllm", "version": "vllm 0.32.0", "kind": "bfloat16", "reference": "trained",
+        "status": "met", "seconds": 3.0,
+        "gates": [{"name": "behaviour", "status": "met", "first": SECRET, "cause": "", "checks": [check]}],
+        "prompts": [{"part": "task", "text": SECRET, "kl": [0.1]}],
+        "answers": [{"prompt": SECRET, "expected": SECRET, "got": SECRET, "parts": -1}],
+    }  # fmt: skip
+
+
+def test_the_report_goes_along_without_its_texts(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path / "runs" / "demo" / "exports", "vllm")
+    push([path], repo_id=REPO, run=a_run(tmp_path / "run", [a_row("vllm", 0.0001), a_row("other", 0.5)]))
+    there = hub.repos[REPO].files()
+    assert "[report](parity/vllm.md)" in card(hub)
+    page, figures = (hub.read(there[f"parity/vllm.{kind}"]).decode() for kind in ("md", "json"))
+    assert "| mean KL divergence (nats) | 0.0001 | 9e-05 to 0.0002 | 0.001 | met |" in page
+    assert [row["engine"] for row in json.loads(figures)["rows"]] == ["vllm"]
+    for text in (page, figures, card(hub)):
+        assert SECRET not in text and "/home/" not in text
+    assert pull_check(REPO).strangers == [], "the report is part of the export, and verified like it"
+    push([path], repo_id=REPO, run=Run(tmp_path / "run"))
+    assert len(hub.repos[REPO].log()) == 2
+
+
+@pytest.mark.parametrize("rows", [[a_row("vllm", 0.0002)], [a_row("other", 0.0001)], []])
+def test_a_report_on_something_else_is_not_linked(hub: HubServer, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    """Its figures are not those of the manifest: the export was made again since, or it is another."""
+    push([export(tmp_path, "vllm")], repo_id=REPO, run=a_run(tmp_path / "run", rows))
+    assert "](parity/" not in card(hub)
+    assert not [name for name in hub.repos[REPO].files() if name.startswith("parity/")]
+
+
+def test_recipe_and_evaluation(hub: HubServer, tmp_path: Path) -> None:
+    push([export(tmp_path, "vllm")], repo_id=REPO, run=a_run(tmp_path / "run", []))
+    text = card(hub)
+    for line in (
+        "| data | train.jsonl, 200 rows |",
+        "| LoRA | rank 16, alpha 32, on qv |",
+        "| steps | 160 of 8 rows |",
+        "| before: the base | 1.5 | 4.5 |",
+        "| after, as trained | 0.5 | 1.6 |",
+        "| vllm | vllm | 0.0001 | 99.90% | met |",
+    ):
+        assert line in text, text
+    (index,) = metadata(hub)["model-index"]
+    assert {metric["type"]: metric["value"] for metric in index["results"][0]["metrics"]} == {
+        "loss": 0.5,
+        "perplexity": 1.6,
+    }
+
+
+def test_what_each_is_made_from(hub: HubServer, tmp_path: Path) -> None:
+    """Quantised forms come from the merged repository of the same push, adapter and merged weights from the base."""
+    files = {"config.json": b'{"quantization_config": {}}'}
+    paths = [
+        export(tmp_path, "gguf", "Q8_0"),
+        export(tmp_path, "adapter", seed=1),
+        export(tmp_path, "vllm", seed=2),
+        export(tmp_path, "vllm", "fp8", seed=3, **files),
+    ]
+    pushed = push(paths, repo_id=REPO)
+    assert [one.repo_id for one in pushed] == [REPO, f"{REPO}-fp8", f"{REPO}-lora", f"{REPO}-GGUF"]
+    found = {one.repo_id: metadata(hub, one.repo_id) for one in pushed}
+    told = {name.removeprefix(REPO): (data["base_model"], data["base_model_relation"]) for name, data in found.items()}
+    assert told == {
+        "": ("acme/base-1b", "finetune"),
+        "-fp8": (REPO, "quantized"),
+        "-lora": ("acme/base-1b", "adapter"),
+        "-GGUF": (REPO, "quantized"),
+    }
+    assert [data["library_name"] for data in found.values()] == ["transformers", "transformers", "peft", "gguf"]
+    assert "merged weights, fp8" in card(hub) and "AutoModelForCausalLM" not in card(hub, f"{REPO}-fp8")
+
+
+def test_without_the_merged_one_the_base_is_named(hub: HubServer, tmp_path: Path) -> None:
+    push([export(tmp_path, "vllm", "w4a16")], repo_id=REPO)
+    assert metadata(hub, f"{REPO}-w4a16")["base_model"] == "acme/base-1b"
+
+
+def test_lm_studio_shares_the_file(hub: HubServer, tmp_path: Path) -> None:
+    """Its folders are for its own disk: the same GGUF lies in the repository once, where engines look for it."""
+    plain = export(tmp_path, "gguf", "Q8_0")
+    content = (plain / "demo-Q8_0.gguf").read_bytes()
+    made = export(tmp_path, "lmstudio", "Q8_0", content=content)
+    push([plain, made], repo_id=REPO)
+    there = hub.repos[f"{REPO}-GGUF"].files()
+    assert [name for name in there if name.endswith(".gguf")] == ["demo-Q8_0.gguf"]
+    checked = pull_check(f"{REPO}-GGUF")
+    assert checked.exports == ["gguf-Q8_0", "lmstudio-Q8_0"] and not checked.strangers
+
+
+def test_split_files(hub: HubServer, tmp_path: Path) -> None:
+    """Ollama does not pull them; llama-cpp-python must be told of the others."""
+    names = [f"demo-Q8_0-0000{n}-of-00002.gguf" for n in (1, 2)]
+    push([export(tmp_path, "gguf", "Q8_0", split={name: b"GGUF" + name.encode() for name in names})], repo_id=REPO)
+    text = card(hub, f"{REPO}-GGUF")
+    assert f'from_pretrained("user/demo-GGUF", "{names[0]}", additional_files=["{names[1]}"]' in text
+    assert "ollama run" not in text and "Ollama does not pull split files" in text
+
+
+def test_manifest_says_nothing_of_this_machine(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    manifest.update(path, use=f"vllm serve {path}")
+    push([path], repo_id=REPO)
+    for name, blob in hub.repos[REPO].files().items():
+        assert str(tmp_path).encode() not in hub.read(blob), name
+
+
+def test_the_licence_of_the_base(hub: HubServer, tmp_path: Path) -> None:
+    """From the base's card on the Hub, where the base does not lie here; its link leads to the base's file."""
+    front = b"---\nlicense: other\nlicense_name: acme\nlicense_link: LICENSE\nlanguage: [de]\n---\n# base\n"
+    hub.add("acme/base-1b", {"README.md": front, "config.json": b"{}"})
+    push([export(tmp_path, "vllm")], repo_id=REPO)
+    found = metadata(hub)
+    assert (found["license"], found["license_name"], found["language"]) == ("other", "acme", ["de"])
+    assert found["license_link"] == f"{hub.url}/acme/base-1b/blob/main/LICENSE"
+    push([export(tmp_path / "2", "vllm", LICENSE=b"words")], repo_id=f"{REPO}-2")
+    assert metadata(hub, f"{REPO}-2")["license_link"] == "LICENSE"
