@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-slow test-gpu test-hub lint bench-merge bench-gguf wheel clean
+.PHONY: help setup demo test test-slow test-gpu test-hub test-ollama lint bench-merge bench-gguf wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,13 +25,16 @@ test: $(READY)  ## Run the tests.
 	$(PYTEST) $(ARGS)
 
 test-slow: $(READY)  ## Run the slow tests too.
-	$(PYTEST) -m "not gpu and not hub" $(ARGS)
+	$(PYTEST) -m "not gpu and not hub and not ollama" $(ARGS)
 
 test-gpu: $(READY)  ## Run the tests that need an NVIDIA GPU.
 	$(PYTEST) -m gpu $(ARGS)
 
 test-hub: $(READY)  ## Run the tests against the real Hub (needs HF_TOKEN).
 	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m hub $(ARGS)
+
+test-ollama: $(READY)  ## Run the tests against the Ollama at OLLAMA_HOST.
+	$(PYTEST) -m ollama $(ARGS)
 
 lint: $(READY)  ## Check style (ruff) and types (mypy --strict).
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from converters.gguf import GgufOptions, GgufSink
+from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
 from lora2serve.output import OutFile, Output
 from lora2serve.tensors import TensorSpec
@@ -17,13 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PUBLISHER = "lora2serve"
+BAD = set('/<>:"\\|?*')
 
 
 @dataclass(frozen=True)
 class LmStudioOptions(GgufOptions):
-    """Those of the GGUF, and ``publisher``: the first of the two folders."""
+    """Those of the GGUF, and ``publisher``: the first of the two folders. ``install``: LM Studio's folder of models,
+    where the file must not be yet, unless it is to be replaced.
+    """
 
     publisher: str = PUBLISHER
+    install: Path | None = None
+    replace: bool = False
 
 
 class LmStudioSink:
@@ -34,8 +41,13 @@ class LmStudioSink:
     default_quant: ClassVar[str | None] = GgufSink.default_quant
 
     def __init__(self, model: Model, out: Output, options: LmStudioOptions) -> None:
+        for name in (options.publisher, model.name):
+            _refuse_name(name)
         self._out, self._place = out, f"{options.publisher}/{model.name}"
         self._gguf = GgufSink(model, Folder(out, self._place), options)
+        there = [options.install / self._place / name for name in self._gguf.files] if options.install else []
+        for path in (path for path in there if os.path.lexists(path) and not options.replace):
+            raise ExportError(f"{path}: LM Studio has that file", "--overwrite replaces it, or give another --name")
         self.wanted = self._gguf.wanted
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
@@ -48,6 +60,12 @@ class LmStudioSink:
 
     def close(self) -> None:
         self._gguf.close()
+
+
+def _refuse_name(name: str) -> None:
+    """What ``lms import`` takes for a folder's name (``isValidFolderName`` in its importCmd.ts)."""
+    if not 0 < len(name) <= 100 or name != name.strip() or name[0] == "." or name[-1] == "." or set(name) & BAD:
+        raise ExportError(f"{name!r}: no folder's name for LM Studio", "give another with --name")
 
 
 class Folder(Output):

@@ -22,6 +22,7 @@ BUILTIN = {
     "vllm": "converters.vllm:VllmSink",
     "gguf": "converters.gguf:GgufSink",
     "ollama": "converters.ollama:OllamaSink",
+    "ollama-adapter": "converters.ollama.adapter:OllamaAdapterSink",
     "lmstudio": "converters.lmstudio:LmStudioSink",
     "adapter": "converters.adapter:AdapterSink",
     "gguf-adapter": "converters.gguf.adapter:GgufAdapterSink",
@@ -34,6 +35,7 @@ READERS = {
     "lmstudio": "converters.gguf.reader:GgufReader",
 }
 CALIBRATOR = "converters.gguf.calibrate:calibrate"  # makes an importance matrix
+OLLAMA_REQUEST = "converters.ollama.create:request"  # an export as Ollama's /api/create wants it
 GROUP = "lora2serve.exporters"
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from lora2serve.run import Run
+from tests import golang
+from tests.ollama_server import OllamaServer
 
 
 def lora2serve(*words: str | Path, cwd: Path, code: int = 0) -> str:
@@ -43,3 +45,36 @@ def demo_exports(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dic
     )
     made = [lora2serve("export", demo_run.path, *words, "-o", out, cwd=out).split() for words in commands]
     return {Path(path).name: Path(path) for paths in made for path in paths}
+
+
+@pytest.fixture(scope="session")
+def go_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that renders Go templates, built once."""
+    return golang.build(tmp_path_factory.mktemp("go"))
+
+
+@pytest.fixture(scope="session")
+def go_render(go_program: Path) -> Iterator[golang.Renderer]:
+    """Go's own text/template, running."""
+    renderer = golang.Renderer(go_program)
+    yield renderer
+    renderer.close()
+
+
+@pytest.fixture
+def ollama(tmp_path: Path, go_render: golang.Renderer, monkeypatch: pytest.MonkeyPatch) -> Iterator[OllamaServer]:
+    """Our server, at OLLAMA_HOST."""
+    with OllamaServer(tmp_path / "ollama", go_render) as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        yield server
+
+
+@pytest.fixture(params=["ours", pytest.param("true", marks=pytest.mark.ollama)])
+def any_ollama(request: pytest.FixtureRequest) -> str:
+    """The address of our server, and with ``-m ollama`` that of a true one at OLLAMA_HOST."""
+    from lora2serve.ollama import Client, server_address
+
+    if request.param == "ours":
+        return str(request.getfixturevalue("ollama").url)
+    Client().version()
+    return server_address()

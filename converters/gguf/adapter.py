@@ -48,22 +48,22 @@ class GgufAdapterSink:
         places = layout.lay_out(list(specs.values()), config, self._architecture)
         _refuse(self._adapter, places, model)
         self._targets = {module: places[f"{module}.weight"][0] for module in self._adapter.layers}
-        self._out, self._name = out, f"{model.name}-lora.gguf"
+        self._out, self.name = out, f"{model.name}-lora.gguf"
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
         """Never called: nothing is wanted of the merged model."""
 
     def finish(self) -> Mapping[str, Any]:
         with tempfile.TemporaryDirectory(prefix="lora2serve-adapter-") as folder:
-            path = Path(folder) / self._name
+            path = Path(folder) / self.name
             self._write_file(path)
             content = path.read_bytes()
-        file = self._out.file(self._name, len(content))
+        file = self._out.file(self.name, len(content))
         file.pwrite(content, 0)
         return {
             "architecture": self._architecture.name,
-            "file": self._name,
-            "use": f"llama-server -m BASE.gguf --lora {self._out.target / self._name}",
+            "file": self.name,
+            "use": f"llama-server -m BASE.gguf --lora {self._out.target / self.name}",
         }
 
     def close(self) -> None:

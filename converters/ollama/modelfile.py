@@ -1,45 +1,30 @@
-"""The Modelfile: written, then read back by a port of Ollama's grammar (``parser/parser.go``) and compared.
-
-The grammar knows no escapes. A value runs to the end of its line, or from ``\"\"\"`` to the first line that ends with
-``\"\"\"``. Characters that Go's ``strconv.IsPrint`` refuses are dropped without a word.
-"""
+"""The Modelfile: written, then read back by the port of Ollama's grammar and compared."""
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from converters.ollama.grammar import PARAMETERS, ModelfileError, is_printable, parse
 from lora2serve.errors import ExportError
 
-COMMANDS = (
-    "from",
-    "license",
-    "template",
-    "system",
-    "adapter",
-    "parameter",
-    "message",
-    "renderer",
-    "parser",
-    "requires",
-    "draft",
-)
 NUMBERS = {  # generation_config.json -> PARAMETER
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }  # fmt: skip
 Value = str | int | float
+HINT = "use --target gguf, and the GGUF's own template"
 
 
 @dataclass(frozen=True)
 class Modelfile:
     """What we write; ``stop`` becomes one line each."""
 
-    model: str  # path of the GGUF, relative
+    model: str  # path of the GGUF, relative; or what to lay an adapter on
     template: str | None = None
     system: str | None = None
-    parameters: dict[str, Value] = field(default_factory=dict)
+    parameters: Mapping[str, Value] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     adapter: str | None = None
     requires: str | None = None
@@ -58,47 +43,24 @@ class Modelfile:
 
     def write(self) -> str:
         """The text; ExportError where Ollama would read something else."""
-        lines = [_line(name, value) for name, value in self.commands()]
-        text = "".join(f"{line}\n" for line in lines)
-        for (name, value), read in zip(self.commands(), parse(text), strict=True):
-            if read != (name, value):
-                raise ExportError(
-                    f"Modelfile: Ollama would read {name} {value!r} as {read[1]!r}",
-                    "use --target gguf, and a GGUF's own template",
-                )
+        written = list(self.commands())
+        text = "".join(f"{_line(name, value)}\n" for name, value in written)
+        try:
+            read = parse(text)
+        except ModelfileError as error:
+            raise ExportError(f"Modelfile: Ollama would not read it: {_one_line(error)}", HINT) from None
+        for (name, value), (found, other) in zip(written, read, strict=False):
+            if (found, other) != (name, value):
+                lost = "".join(sorted({c for c in value if c not in "\t\r\n" and not is_printable(c)}))
+                why = f" (it drops {lost!a})" if lost else ""
+                raise ExportError(f"Modelfile: Ollama would read {name} {value!r} as {found} {other!r}{why}", HINT)
+        if len(read) != len(written):
+            raise ExportError(f"Modelfile: Ollama would read {len(read)} commands, written were {len(written)}", HINT)
         return text
 
-
-class ModelfileError(ValueError):
-    """What Ollama's parser would say."""
-
-
-def parse(text: str) -> list[tuple[str, str]]:
-    """Every command as (name, value); a parameter stands under its own name, a message as ``role: text``."""
-    found: list[tuple[str, str]] = []
-    rest = text.removeprefix("\ufeff")
-    while rest := rest.lstrip(" \t\r\n"):
-        if rest.startswith("#"):
-            rest = rest[_end_of_line(rest) :]
-            continue
-        name, rest = _word(rest)
-        if name.lower() not in COMMANDS:
-            raise ModelfileError(f"command must be one of {', '.join(COMMANDS)}: {name!r}")
-        name, role = name.lower(), ""
-        if name == "parameter":
-            name, rest = _word(rest, digits=True)
-        elif name == "message":
-            role, rest = _word(rest)
-        value, rest = _value(rest)
-        found.append((name, f"{role}: {value}" if role else value))
-    if not any(name == "from" for name, _ in found):
-        raise ModelfileError("no FROM line")
-    return found
-
-
-def is_printable(character: str) -> bool:
-    """Go's ``unicode.IsPrint``: letters, marks, numbers, punctuation, symbols, and the ASCII space."""
-    return character == " " or unicodedata.category(character)[0] in "LMNPS"
+    def params(self) -> dict[str, Any]:
+        """The Hub's side file of that name."""
+        return {**self.parameters, **({"stop": list(self.stop)} if self.stop else {})}
 
 
 def _line(name: str, value: str) -> str:
@@ -106,7 +68,7 @@ def _line(name: str, value: str) -> str:
         return f"{name.upper()} {value}"
     if name in ("template", "system"):
         return f'{name.upper()} """{value}"""'
-    return f"PARAMETER {name} {value if name != 'stop' else _quoted(value)}"
+    return f"PARAMETER {name} {value if PARAMETERS.get(name) else _quoted(value)}"
 
 
 def _quoted(value: str) -> str:
@@ -117,46 +79,5 @@ def _number(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _word(text: str, digits: bool = False) -> tuple[str, str]:
-    """Letters (digits and underscores too in a parameter's name) up to exactly one blank."""
-    end = 0
-    while (
-        end < len(text)
-        and text[end].isascii()
-        and (text[end].isalpha() or (digits and (text[end].isdigit() or text[end] == "_")))
-    ):
-        end += 1
-    if end == 0 or end == len(text) or text[end] not in " \t":
-        raise ModelfileError(f"expected a word and one space, not {text[: end + 1]!r}")
-    return text[:end], text[end + 1 :]
-
-
-def _value(text: str) -> tuple[str, str]:
-    """The value and what follows its line: the first end of line at which it is whole."""
-    at = 0
-    while True:
-        at += _end_of_line(text[at:])
-        whole = _unquote(_kept(text[:at]).strip())
-        if whole is not None:
-            return whole, text[at:]
-        if at >= len(text):
-            raise ModelfileError(f"unexpected EOF: {text[:40]!r}")
-        at += 1
-
-
-def _kept(text: str) -> str:
-    return "".join(c for c in text if c in "\t\r\n" or is_printable(c))
-
-
-def _unquote(text: str) -> str | None:
-    if not text:
-        return None
-    for quote in ('"""', '"'):
-        if text.startswith(quote):
-            return text[len(quote) : -len(quote)] if len(text) >= 2 * len(quote) and text.endswith(quote) else None
-    return text
-
-
-def _end_of_line(text: str) -> int:
-    ends = [place for place in (text.find("\n"), text.find("\r")) if place >= 0]
-    return min(ends, default=len(text))
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

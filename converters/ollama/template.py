@@ -10,7 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
+from functools import lru_cache
 from typing import Any
+
+from converters.ollama import dates
+from converters.ollama.dates import Clock, Marks
+from converters.ollama.grammar import is_printable
+from converters.ollama.unproven import Unproven
 
 Messages = Sequence[Mapping[str, str]]
 Render = Callable[[Messages], str]  # raises where the template refuses a conversation
@@ -18,12 +25,14 @@ Render = Callable[[Messages], str]  # raises where the template refuses a conver
 USERS = tuple(f"Uq{n}vzx" for n in range(4))
 ANSWERS = tuple(f"Aq{n}vzx" for n in range(4))
 SYSTEM = "Sq7vzx"
+PADDED = ({"role": "user", "content": "  padded\n"},)
+THOUGHT = (
+    {"role": "user", "content": "One"},
+    {"role": "assistant", "content": "<think>\nTwo?\n</think>\n\nTwo"},
+    {"role": "user", "content": "Three"},
+)
 TOOLS = ("tools", "tool_call")  # what Ollama looks for in a Jinja: server/images.go
 THINKING = ("<think>", "enable_thinking", "reasoning_content", "thinking")
-
-
-class Unproven(Exception):
-    """Why no Go template stands for this Jinja template, in words."""
 
 
 @dataclass(frozen=True)
@@ -36,66 +45,114 @@ class Pieces:
     to_assistant: str  # between a user's content and the answer that follows
     to_user: str  # between an answer and the next user's content
     opening: str  # after the last user's content
+    system_last: bool = False  # the system message stands before the last user's content, inside that turn
 
 
 @dataclass(frozen=True)
 class Derived:
-    """A proven template. ``trims``: the Jinja cuts white space around contents, which Go's cannot."""
+    """A proven template, and what its Jinja does that a Go template cannot: ``trims`` cuts white space around contents,
+    ``drops_thoughts`` takes what stands in <think> out of earlier answers.
+    """
 
     pieces: Pieces
+    marks: Marks  # the dates in the pieces
     trims: bool
+    drops_thoughts: bool
+
+    @property
+    def dated(self) -> bool:
+        """Whether it prints today's date."""
+        return bool(self.marks.formats)
 
     def go(self, bos: str = "") -> str:
         """As Go; without ``bos`` at the start, where the engine itself adds it."""
-        return write_go(without_bos(self.pieces, bos) if bos else self.pieces)
+        return self.marks.to_go(write_go(without_bos(self.pieces, bos) if bos else self.pieces))
 
 
-def jinja(template: str, special: Mapping[str, str]) -> Render:
+@dataclass(frozen=True)
+class Jinja:
     """transformers' own sandboxed renderer; ``special`` holds bos_token, eos_token and their like."""
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    def render(messages: Messages, **more: Any) -> str:
-        rendered, _ = render_jinja_template(
-            [[dict(message) for message in messages]], chat_template=template, add_generation_prompt=True,
-            **special, **more,
-        )  # fmt: skip
-        return str(rendered[0])
+    template: str
+    special: Mapping[str, str]
 
-    if "strftime_now" in template:
+    def __call__(self, messages: Messages) -> str:
+        return self.at(None)(messages)
 
-        def on(day: str) -> Render:
-            return lambda messages: render(messages, strftime_now=lambda _: day)
+    def at(self, clock: Clock | None) -> Render:
+        """The renderer at another time than now."""
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-        if _attempt(on("one day"), turns(1)) != _attempt(on("another"), turns(1)):
-            raise Unproven("it prints today's date, which a Go template cannot")
-    return render
+        more = {"strftime_now": clock} if clock else {}
+
+        def render(messages: Messages) -> str:
+            rendered, _ = render_jinja_template(
+                [[dict(message) for message in messages]], chat_template=self.template, add_generation_prompt=True,
+                **self.special, **more,
+            )  # fmt: skip
+            return str(rendered[0])
+
+        return render
 
 
-def derive(render: Render) -> Derived:
+def derive(jinja: Jinja) -> Derived:
     """The proven template; ``Unproven`` says why there is none."""
-    pieces = _probe(render)
-    go = compile_go(write_go(pieces))
-    for messages in conversations(pieces.before_system is not None):
-        expected = _attempt(render, messages)
-        if expected is None:
-            raise Unproven(f"it refuses {len(messages)} plain turns")
-        found = go(messages)
-        if found != expected:
-            raise Unproven(f"no fixed pieces: {_difference(expected, found)}")
-    padded = [{"role": "user", "content": "  padded\n"}]
-    return Derived(pieces, _attempt(render, padded) != go(padded))
+    marks = Marks()
+    pieces = _probe(jinja.at(marks))
+    text = marks.to_go(write_go(pieces))
+    with_system = pieces.before_system is not None
+    for messages in conversations(with_system):
+        _prove(jinja, text, messages, next(dates.days()))
+    for day in dates.days() if marks.formats else ():
+        _prove(jinja, text, turns(2), day)
+        _prove(jinja, text, turns(2, SYSTEM if with_system else None), day)
+    trims, drops = (_differs(jinja, text, asked) for asked in (PADDED, THOUGHT))
+    return Derived(pieces, marks, trims, drops)
+
+
+def default_system(jinja: Jinja, made: Derived) -> str | None:
+    """The system message that the template brings along, where naming it as SYSTEM changes no prompt."""
+    pieces = made.pieces
+    if pieces.before_system is None or pieces.system_last or wants_native(jinja.template):
+        return None
+    before, after = pieces.before_system, pieces.after_system or ""
+    found = pieces.head.removeprefix(before).removesuffix(after)
+    if not found or before + found + after != pieces.head or found != found.strip() or made.marks.inside(found):
+        return None
+    same = all(_attempt(jinja, turns(n, found)) == _attempt(jinja, turns(n)) for n in (1, 2, 3))
+    return found if same and all(is_printable(c) or c in "\n\t" for c in found) else None
+
+
+def _differs(jinja: Jinja, go: str, messages: Messages) -> bool:
+    day = next(dates.days())
+    expected = _attempt(jinja.at(dates.on(day)), messages)
+    return expected is not None and expected != compile_go(go, day)(messages)
+
+
+def _prove(jinja: Jinja, go: str, messages: Messages, day: date) -> None:
+    """The same bytes on that day."""
+    expected = _attempt(jinja.at(dates.on(day)), messages)
+    if expected is None:
+        raise Unproven(f"it refuses {len(messages)} plain turns")
+    found = compile_go(go, day)(messages)
+    if found != expected:
+        raise Unproven(f"no fixed pieces: {_difference(expected, found)}")
 
 
 def write_go(pieces: Pieces) -> str:
     """The one shape of all our templates. ``.System`` is Ollama's: all system messages, or the Modelfile's SYSTEM."""
-    head = quote(pieces.head)
+    head, turn, index = quote(pieces.head), "", ""
     if pieces.before_system is not None:
-        system = f"{quote(pieces.before_system)}{{{{ .System }}}}{quote(pieces.after_system or '')}"
-        head = f"{{{{ if .System }}}}{system}{{{{ else }}}}{head}{{{{ end }}}}"
+        system = f"{quote(pieces.before_system)}{{{{ $.System }}}}{quote(pieces.after_system or '')}"
+        if pieces.system_last:
+            index = "$index, $_ := "
+            turn = f"{{{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}}}{system}{{{{ end }}}}"
+        else:
+            head = f"{{{{ if .System }}}}{system}{{{{ else }}}}{head}{{{{ end }}}}"
     return (
-        f"{head}{{{{ $first := true }}}}{{{{ range .Messages }}}}"
+        f"{head}{{{{ $first := true }}}}{{{{ range {index}.Messages }}}}"
         f'{{{{ if eq .Role "user" }}}}{{{{ if $first }}}}{{{{ $first = false }}}}{{{{ else }}}}{quote(pieces.to_user)}'
-        "{{ end }}{{ .Content }}"
+        f"{{{{ end }}}}{turn}{{{{ .Content }}}}"
         f'{{{{ else if eq .Role "assistant" }}}}{quote(pieces.to_assistant)}{{{{ .Content }}}}'
         f"{{{{ end }}}}{{{{ end }}}}{quote(pieces.opening)}"
     )
@@ -121,11 +178,12 @@ def _go_string(text: str) -> str:
     )
 
 
-def compile_go(template: str) -> Render:
-    """The Go template, rendered as Ollama does it, by gotpl."""
+@lru_cache(maxsize=32)
+def compile_go(template: str, day: date = date.min) -> Render:
+    """The Go template, rendered as Ollama does it on that day, by gotpl."""
     import gotpl
 
-    compiled = gotpl.Template(template, missing_key="zero")
+    compiled = gotpl.Template(template, missing_key="zero", functions={"currentDate": day.isoformat})
 
     def render(messages: Messages) -> str:
         return str(compiled.render(ollama_data(messages)))
@@ -142,11 +200,9 @@ def ollama_data(messages: Messages) -> dict[str, Any]:
 def without_bos(pieces: Pieces, bos: str) -> Pieces:
     """The pieces without BOS at the start."""
     before = pieces.before_system
-    return replace(
-        pieces,
-        head=pieces.head.removeprefix(bos),
-        before_system=before.removeprefix(bos) if before is not None else None,
-    )
+    if before is not None and not pieces.system_last:
+        before = before.removeprefix(bos)
+    return replace(pieces, head=pieces.head.removeprefix(bos), before_system=before)
 
 
 def wants_native(template: str) -> bool:
@@ -193,16 +249,21 @@ def _probe(render: Render) -> Pieces:
         raise Unproven("turns look different at different places")
     if _split(one, [USERS[0]]) != [head, opening]:
         raise Unproven("the first turn looks different when others follow")
-    before, after = _probe_system(render)
-    return Pieces(head, before, after, between[0], between[1], opening)
+    return _probe_system(render, Pieces(head, None, None, between[0], between[1], opening))
 
 
-def _probe_system(render: Render) -> tuple[str | None, str | None]:
-    said = _attempt(render, turns(1, SYSTEM))
+def _probe_system(render: Render, plain: Pieces) -> Pieces:
+    """The pieces with those around a system message, at the start or in the last turn."""
+    said = _attempt(render, turns(3, SYSTEM))
     if said is None or SYSTEM not in said:
-        return None, None
-    before, after, _ = _split(said, [SYSTEM, USERS[0]])
-    return before, after
+        return plain
+    if said.find(SYSTEM) < said.find(USERS[0]):
+        before, after, *_ = _split(said, [SYSTEM, USERS[0]])
+        return replace(plain, before_system=before, after_system=after)
+    *_, before, after, _ = _split(said, [USERS[0], ANSWERS[0], USERS[1], ANSWERS[1], SYSTEM, USERS[2]])
+    if not before.startswith(plain.to_user):
+        raise Unproven("the turn with the system message begins otherwise")
+    return replace(plain, before_system=before.removeprefix(plain.to_user), after_system=after, system_last=True)
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora2serve.cli import handover
 from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import UsageError
 
@@ -99,6 +100,15 @@ if TYPE_CHECKING:
     metavar="R",
     help="adapter: extract a plain LoRA of this rank from what vLLM does not serve; reports the error.",
 )
+@click.option(
+    "--as",
+    "as_kind",
+    type=click.Choice(["model", "adapter"]),
+    help="ollama: a model of its own (default), or the adapter on a base that Ollama has.",
+)
+@click.option("--from", "from_model", metavar="BASE", help="ollama --as adapter: the base's name there, or its GGUF.")
+@click.option("--create", metavar="NAME", help="ollama: create the model on the server at OLLAMA_HOST; ask it once.")
+@click.option("--install", is_flag=True, help="lmstudio: put it into LM Studio's own folder of models too.")
 @click.pass_context
 def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> None:
     """Export RUN (default: runs/latest) to one or more targets, in one pass over the weights.
@@ -109,8 +119,9 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
     from lora2serve import exporter, stream
 
     told = progress(ctx)
-    targets = {name: exporter.find(name) for name in dict.fromkeys(options["targets"])}
+    targets = {name: exporter.find(name) for name in handover.targets(options)}
     planned = exporter.plan_options(targets, options["quants"], _given(options))
+    handover.refuse(options, planned)
     if len(subjects) > 1 and not options["adapters"]:
         _export_bundle(subjects, planned, options, told)
         return
@@ -124,7 +135,8 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
         _show_plan(stream.rehearse(model, plans), options["as_json"])
         return
     written = stream.export(model, plans, told, overwrite=options["overwrite"])
-    _show(written, options["as_json"], told)
+    _show(written, options, told)
+    handover.hand_over(written, options, told)
 
 
 def _export_bundle(
@@ -146,19 +158,20 @@ def _export_bundle(
     if options["plan_only"]:
         _show_plan(bundle.rehearse(models, chosen, out), options["as_json"])
         return
-    _show([bundle.export(models, chosen, out, told, overwrite=options["overwrite"])], options["as_json"], told)
+    _show([bundle.export(models, chosen, out, told, overwrite=options["overwrite"])], options, told)
 
 
-def _show(written: list[Path], as_json: bool, told: Progress) -> None:
+def _show(written: list[Path], options: Mapping[str, Any], told: Progress) -> None:
     from lora2serve import console, manifest
 
-    if as_json:
+    if options["as_json"]:
         console.result_json([str(path) for path in written])
         return
     for path in written:
         console.result(str(path))
-        use = manifest.read(path).get("use")
-        if use:
+        about = manifest.read(path)
+        use = about.get("use")
+        if use and not handover.creates(about, options):
             told.note(f"  {use}")
 
 
@@ -241,8 +254,9 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     from lora2serve.sizes import parse_size
 
     sizes = ("shard_size", "split_size")
-    plain = ("tensor_type", "pre", "match_reference", "imatrix", "served_base", "as_lora_rank")
+    plain = ("tensor_type", "pre", "match_reference", "imatrix", "served_base", "as_lora_rank", "from_model")
     given = {key: options[key] for key in (*sizes, *plain) if options[key] not in (None, False, ())}
+    given |= handover.install_options(options)
     return {key: parse_size(value) if key in sizes else value for key, value in given.items()}
 
 
