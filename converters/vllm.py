@@ -6,10 +6,14 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from converters.safetensors import SHARD, ShardWriter
-from lora2serve.exporter import Model
+from converters.compressed.quantizer import Quantizer
+from converters.compressed.reader import CompressedReader
+from converters.compressed.schemes import SCHEMES
+from converters.safetensors import SHARD, SafetensorsReader, ShardWriter
+from lora2serve.exporter import Model, Reader
 from lora2serve.output import Output
 from lora2serve.tensors import FLOATS, TensorSpec
 
@@ -21,37 +25,54 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """``shard_size`` in bytes."""
+    """``shard_size`` in bytes; ``quant`` a name of ``converters.compressed.schemes``, or None for plain weights."""
 
     shard_size: int = SHARD
+    quant: str | None = None
 
 
 class VllmSink:
-    """Merged weights in safetensors, config, tokenizer, chat template and generation config."""
+    """Merged weights in safetensors, plain or quantised; config, tokenizer, chat template and generation config."""
 
     Options: ClassVar[type[VllmOptions]] = VllmOptions
-    quants: ClassVar[tuple[str, ...]] = ()
+    quants: ClassVar[tuple[str, ...]] = tuple(SCHEMES)
     default_quant: ClassVar[str | None] = None
 
     def __init__(self, model: Model, out: Output, options: VllmOptions) -> None:
         self._model, self._out = model, out
         specs = list(model.source.specs())
-        self.wanted: Mapping[str, int] = {spec.name: 1 for spec in specs}
         self._dtype = _main_dtype(specs)
-        self._writer = ShardWriter(out, specs, options.shard_size)
+        self._quantizer = Quantizer(options.quant, specs, model.config, out.path) if options.quant else None
+        self.wanted: Mapping[str, int] = self._quantizer.wanted if self._quantizer else {spec.name: 1 for spec in specs}
+        self._writer = ShardWriter(out, self._quantizer.specs if self._quantizer else specs, options.shard_size)
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
-        self._writer.write(spec.name, rows, block)
+        if self._quantizer and spec.name in self._quantizer:
+            self._quantizer.write(spec.name, rows, block, self._writer.write)
+        else:
+            self._writer.write(spec.name, rows, block)
 
     def finish(self) -> Mapping[str, Any]:
-        self._out.json("config.json", served_config(self._model.config, self._dtype))
+        config = served_config(self._model.config, self._dtype)
+        if self._quantizer:
+            config["quantization_config"] = self._quantizer.config()
+        self._out.json("config.json", config)
         for name, path in self._model.files.items():
             self._out.copy(name, path)
         self._out.text("serve.yaml", serve_yaml(self._model, self._dtype))
-        return {"dtype": self._dtype, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
+        about = {"compressed": self._quantizer.about()} if self._quantizer else {}
+        return {"dtype": self._dtype, **about, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
 
     def close(self) -> None:
-        pass
+        if self._quantizer:
+            self._quantizer.close()
+
+
+def open_reader(export: Path, about: Mapping[str, Any], model: Model) -> Reader:
+    """The reader for an export, plain or quantised."""
+    if about.get("quant"):
+        return CompressedReader(export, about, model)
+    return SafetensorsReader(export, about, model)
 
 
 def served_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

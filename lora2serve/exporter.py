@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -29,7 +29,7 @@ BUILTIN = {
 }
 # What reads an export back, for parity's tensor gate.
 READERS = {
-    "vllm": "converters.safetensors:SafetensorsReader",
+    "vllm": "converters.vllm:open_reader",
     "gguf": "converters.gguf.reader:GgufReader",
     "ollama": "converters.gguf.reader:GgufReader",
     "lmstudio": "converters.gguf.reader:GgufReader",
@@ -78,8 +78,15 @@ class Sink(Protocol):
 class Reader(Protocol):
     """An export, opened by its format's own library. Made from ``(directory, manifest, model)``."""
 
-    wanted: Mapping[str, int]  # as a sink's
-    differences: Sequence[str]  # planned and absent, or there and not planned
+    @property
+    def wanted(self) -> Mapping[str, int]:
+        """As a sink's."""
+        ...
+
+    @property
+    def differences(self) -> Sequence[str]:
+        """Names that were planned and are absent, or are there and were not planned."""
+        ...
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
         """The stored tensor's name, the planned values of the rows, and the stored ones, both float32 and equal in
@@ -120,11 +127,11 @@ def find(name: str) -> Exporter:
     )
 
 
-def find_reader(target: str) -> type[Any] | None:
+def find_reader(target: str) -> Callable[[Path, Mapping[str, Any], Model], Reader] | None:
     """The reader for a target's exports, imported now; None where there is none."""
     if target not in READERS:
         return None
-    reader: type[Any] = load(READERS[target])
+    reader: Callable[[Path, Mapping[str, Any], Model], Reader] = load(READERS[target])
     return reader
 
 

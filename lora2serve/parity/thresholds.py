@@ -76,6 +76,7 @@ TABLE: Mapping[str, Thresholds] = {
     "Q3_K_S": _Q3,
     "Q2_K": _Q2,
     "fp8": _W8,
+    "fp8-block": _W8,
     "fp8-static": _W8,
     "int8": _W8,
     "w8a16": _Q8,
