@@ -1,25 +1,41 @@
 #!/usr/bin/env bash
 # Make .venv with everything, once: `make` calls this whenever pyproject.toml or this file changed.
-#   PYTHON          the interpreter (3.11 or newer)
+#   PYTHON          the interpreter (3.11 to 3.14)
 #   XDG_CACHE_HOME  where the wheel of llama-cpp-python is kept (default: ~/.cache)
-set -euo pipefail
+set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { echo "setup: $*" >&2; }
 fail() { say "$*"; exit 1; }
+trap 'say "stopped by the error above; what is installed so far is kept: once that is mended, run it again"' ERR
 
-is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
-if [ -n "${PYTHON:-}" ]; then
-    is_new_enough "$PYTHON" || fail "PYTHON=$PYTHON is no Python 3.11 or newer"
+# The interpreter: PYTHON, or the first that fits.
+fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1; }
+wanted=${PYTHON:-}
+if [ -n "$wanted" ]; then
+    fits "$wanted" || fail "PYTHON=$wanted is no Python 3.11 to 3.14"
 else
-    for candidate in python3 python3.13 python3.12 python3.11; do
-        if is_new_enough "$candidate"; then PYTHON=$candidate; break; fi
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+        if fits "$candidate"; then PYTHON=$candidate; break; fi
     done
-    [ -n "${PYTHON:-}" ] || fail "no Python 3.11 or newer found; name one with PYTHON=..."
+    [ -n "${PYTHON:-}" ] || fail "no Python 3.11 to 3.14 found; name one with PYTHON=..."
 fi
-[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || fail "venv failed; on Debian and Ubuntu: apt install python3-venv"
+
+# The environment: one that was left half-made (Debian without python3-venv leaves one without pip) is made again.
 python=.venv/bin/python
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+is_whole() { fits "$python" && pip --version >/dev/null 2>&1; }
+if ! is_whole; then
+    [ ! -e .venv ] || say ".venv is not whole: making it again"
+    say "setting up .venv: about ten minutes the first time, most of it building llama.cpp"
+    if ! "$PYTHON" -m venv --clear .venv || ! is_whole; then
+        fail "venv failed; on Debian and Ubuntu: apt install python3-venv"
+    fi
+elif [ -n "$wanted" ] && [ "$("$wanted" -V)" != "$("$python" -V)" ]; then
+    say ".venv is of $("$python" -V) and stays; remove it to make it of PYTHON=$wanted"
+fi
+free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1000000) }')
+[ -e .venv/.ready ] || [ "$free" -ge 8 ] || say "warning: $free GB of disk free here; about 8 are needed, with CUDA 20"
 pip install --quiet --upgrade pip
 
 # vLLM comes as two packages, and pip would take the newest CUDA build of torch on any machine:

@@ -123,6 +123,22 @@ def test_options_of_the_adapter_target(here: Path, pair: tuple[Path, Path], capf
     assert "--served-base: not an option of --target vllm" in capfd.readouterr().err
 
 
+def test_inspect_and_doctor_are_for_people(
+    here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = pair
+    assert run(["inspect", str(adapter)]) == 0
+    assert run(["inspect", str(base)]) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert "ranks: 4 ×6" in said
+    assert "types: BF16 ×21" in said
+    assert not any("{" in line or "[" in line for line in said)
+    assert run(["doctor"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("python ")
+    assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if "  " in line[1:]}) == 1, "aligned"
+
+
 def test_inspect_says_whether_vllm_serves_it(
     here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,13 +28,16 @@ def test_setup_is_bash() -> None:
     assert bash(f"bash -n {SETUP}").returncode == 0
     assert bash(f"bash -n <(cat {SETUP}; echo 'if')").returncode != 0, "the control"
     assert SETUP.read_text().startswith("#!/usr/bin/env bash\n")
-    assert "set -euo pipefail" in SETUP.read_text()
+    assert "set -Eeuo pipefail" in SETUP.read_text()
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck() -> None:
-    done = bash(f"shellcheck {SETUP} {ROOT}/.ci/run")
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not tool:
+        pytest.skip("shellcheck is not installed")
+    done = bash(f"{tool} {SETUP} {ROOT}/.ci/run")
     assert done.returncode == 0, done.stdout
+    assert bash(f"{tool} <(echo '#!/bin/sh'; echo 'cd $1')").returncode != 0, "the control"
 
 
 def test_setup_names_the_python_it_needs(tmp_path: Path) -> None:
@@ -43,8 +46,50 @@ def test_setup_names_the_python_it_needs(tmp_path: Path) -> None:
     shutil.copy(SETUP, tmp_path / "scripts")
     done = bash(f"bash {tmp_path}/scripts/setup.sh", PYTHON="/bin/false")
     assert done.returncode == 1
-    assert done.stderr == "setup: PYTHON=/bin/false is no Python 3.11 or newer\n"
+    assert done.stderr == "setup: PYTHON=/bin/false is no Python 3.11 to 3.14\n"
     assert not (tmp_path / ".venv").exists()
+
+
+def test_setup_makes_a_broken_environment_again(tmp_path: Path) -> None:
+    """The real script, no further than the environment: pip is not let near an index.
+
+    Left behind was a .venv without pip; python3 is too old, python3.11 or its like stands later on the path.
+    """
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SETUP, tmp_path / "scripts")
+    tools, home = tmp_path / "tools", tmp_path / "home"
+    tools.mkdir()
+    (tools / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "python3").chmod(0o755)
+    (tools / f"python3.{sys.version_info.minor}").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    for word in ("python3.11", "python3.12", "python3.13", "python3.14"):
+        if not (tools / word).is_symlink():
+            shutil.copy(tools / "python3", tools / word)
+    venv.create(tmp_path / ".venv", with_pip=False, symlinks=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "--version"]
+    assert subprocess.run(pip, capture_output=True, check=False).returncode != 0, "the control: it is broken"
+
+    cut = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "HOME": str(home), "XDG_CACHE_HOME": str(home)}
+    done = bash(f"bash {tmp_path}/scripts/setup.sh", PATH=f"{tools}:{os.environ['PATH']}", PYTHON="", **cut)
+    assert done.returncode != 0, "torch cannot be had without an index"
+    assert "setup: .venv is not whole: making it again" in done.stderr
+    assert "torch" in done.stderr
+    assert subprocess.run(pip, capture_output=True, check=False).returncode == 0
+    assert not (tmp_path / ".venv" / ".ready").exists()
+
+
+def test_a_second_make_installs_nothing(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SETUP, tmp_path / "scripts")
+    (tmp_path / ".venv").mkdir()
+    for target in ("demo", "test", "lint"):
+        (tmp_path / ".venv" / ".ready").touch()
+        assert "setup.sh" not in bash(f"make -n -C {tmp_path} {target}").stdout
+        os.utime(tmp_path / ".venv" / ".ready", (1, 1))
+        assert "bash scripts/setup.sh" in bash(f"make -n -C {tmp_path} {target}").stdout, "the control: an older one"
 
 
 def test_pins_of_the_script_are_those_of_the_project() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,11 +25,41 @@ def inspect(path: Path, as_json: bool) -> None:
     if as_json:
         console.result_json(facts)
     else:
-        for key, value in facts.items():
-            if value not in (None, [], {}):
-                console.result(f"{key}: {value}")
+        for line in _lines(facts):
+            console.result(line)
     if problems:
         raise InputError(f"{path}: {len(problems)} problems\n" + "\n".join(problems), "export again, or fetch it again")
+
+
+def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Facts as ``key: value``, deeper ones indented below; what is empty is left out."""
+    from lora2serve import console
+
+    for key, value in facts.items():
+        if value in (None, [], {}):
+            continue
+        if key == "bytes":
+            yield f"{indent}size: {console.size(value)}"
+        elif isinstance(value, Mapping) and "kind" in value:
+            yield f"{indent}{key}:"
+            yield from _lines({name: fact for name, fact in value.items() if name != "kind"}, indent + "  ")
+        elif isinstance(value, Mapping):
+            yield f"{indent}{key}: " + ", ".join(_pair(name, fact) for name, fact in value.items())
+        elif isinstance(value, list) and any("," in str(item) for item in value):  # sentences
+            yield f"{indent}{key}:"
+            yield from (f"{indent}  {item}" for item in value)
+        else:
+            yield f"{indent}{key}: " + (", ".join(map(str, value)) if isinstance(value, list) else _plain(value))
+
+
+def _pair(name: Any, fact: Any) -> str:
+    return f"{name} ×{fact}" if type(fact) is int else f"{name} {_plain(fact)}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @click.command()
@@ -47,5 +79,6 @@ def doctor(ctx: click.Context, fix: bool, as_json: bool) -> None:
     if as_json:
         console.result_json([asdict(fact) for fact in facts])
         return
+    width = max(len(fact.what) for fact in facts)
     for fact in facts:
-        console.result(f"{fact.what}: {fact.found}" + (f"\n    {fact.fix}" if fact.fix else ""))
+        console.result(f"{fact.what:<{width}}  {fact.found}" + (f"\n{'':<{width}}  -> {fact.fix}" if fact.fix else ""))

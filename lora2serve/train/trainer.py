@@ -30,6 +30,7 @@ from lora2serve.train.model import (
     prepare,
     quantized_modules,
 )
+from lora2serve.train.picture import plot
 
 MOST_EVAL_ROWS = 1000  # kept in eval.jsonl for parity
 
@@ -72,7 +73,7 @@ def train(
         _measure(run, "tuned", model, held_out, tokenizer, recipe, progress)
         del model
         _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
-        _plot(run)
+        plot(run)
         run.update({"finished": True})
 
 
@@ -201,27 +202,6 @@ def _write_eval(run: Run, rows: Rows | None) -> None:
     if rows:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows.rows[:MOST_EVAL_ROWS]]
         run.eval_data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _plot(run: Run) -> None:
-    """loss.png: training and eval loss by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, style in (("loss", "-"), ("eval_loss", "o--")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), markersize=4)
-    axes.set(xlabel="step", ylabel="loss", title=run.name)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(run.path / "loss.png", dpi=120)
-    pyplot.close(figure)
 
 
 def _quiet() -> None:

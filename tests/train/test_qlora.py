@@ -84,6 +84,27 @@ def test_loss_of_every_step_is_kept_and_falls(trained: tuple[Run, Told]) -> None
     assert sum(list(loss.values())[-3:]) < 0.8 * sum(list(loss.values())[:3])
 
 
+def test_the_picture_starts_at_the_base(trained: tuple[Run, Told], tmp_path: Path) -> None:
+    from PIL import Image
+
+    from lora2serve.train import picture
+
+    run, _ = trained
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    evaluated = picture._evaluated(run, lines)
+    assert evaluated == [(0, run.record["metrics"]["base"]["eval_loss"]), *logged(run, "eval_loss").items()]
+    assert picture.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert picture.smooth([1.0] * 50 + [0.0] * 50)[-1] < 0.01 < 0.5 < picture.smooth([1.0] * 50 + [0.0] * 50)[51]
+    with Image.open(run.path / "loss.png") as image:
+        colours = {colour for count, colour in image.convert("RGB").getcolors(1 << 20) if count > 50}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours, "both curves are there"
+    empty = Run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train_runtime": 1.0}\n')
+    picture.plot(empty)
+    with Image.open(tmp_path / "loss.png") as image:
+        assert (255, 127, 14) not in {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}, "the control"
+
+
 def test_evaluated_before_and_after_and_on_the_original_base(trained: tuple[Run, Told]) -> None:
     run, told = trained
     metrics = run.record["metrics"]
