@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from converters.calibrated import CALIBRATED, AwqReader, CalibratedWriter
 from converters.compressed.quantizer import Quantizer
 from converters.compressed.reader import CompressedReader
 from converters.compressed.schemes import SCHEMES
 from converters.safetensors import SHARD, SafetensorsReader, ShardWriter
-from lora2serve.exporter import Model, Reader
+from lora2serve.exporter import Calibration, Model, Reader
 from lora2serve.output import Output
 from lora2serve.tensors import FLOATS, TensorSpec
 
@@ -25,26 +26,36 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """``shard_size`` in bytes; ``quant`` a name of ``converters.compressed.schemes``, or None for plain weights."""
+    """``shard_size`` in bytes; ``quant`` a name of ``converters.compressed.schemes``, or None for plain weights.
+
+    ``calibration`` is the data for ``awq`` and ``gptq``.
+    """
 
     shard_size: int = SHARD
     quant: str | None = None
+    calibration: Calibration | None = None
 
 
 class VllmSink:
     """Merged weights in safetensors, plain or quantised; config, tokenizer, chat template and generation config."""
 
     Options: ClassVar[type[VllmOptions]] = VllmOptions
-    quants: ClassVar[tuple[str, ...]] = tuple(SCHEMES)
+    quants: ClassVar[tuple[str, ...]] = (*SCHEMES, *CALIBRATED)
     default_quant: ClassVar[str | None] = None
 
     def __init__(self, model: Model, out: Output, options: VllmOptions) -> None:
         self._model, self._out = model, out
         specs = list(model.source.specs())
         self._dtype = _main_dtype(specs)
-        self._quantizer = Quantizer(options.quant, specs, model.config, out.path) if options.quant else None
+        self._quantizer = self._calibrated = None
+        if options.quant in CALIBRATED:
+            self._calibrated = CalibratedWriter(model, out, specs, options.quant, options.calibration)
+        elif options.quant:
+            self._quantizer = Quantizer(options.quant, specs, model.config, out.path)
         self.wanted: Mapping[str, int] = self._quantizer.wanted if self._quantizer else {spec.name: 1 for spec in specs}
-        self._writer = ShardWriter(out, self._quantizer.specs if self._quantizer else specs, options.shard_size)
+        self._writer = self._calibrated or ShardWriter(
+            out, self._quantizer.specs if self._quantizer else specs, options.shard_size
+        )
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
         if self._quantizer and spec.name in self._quantizer:
@@ -56,20 +67,25 @@ class VllmSink:
         config = served_config(self._model.config, self._dtype)
         if self._quantizer:
             config["quantization_config"] = self._quantizer.config()
+        about: dict[str, Any] = {"compressed": self._quantizer.about()} if self._quantizer else {}
+        if self._calibrated:
+            config["quantization_config"], about = self._calibrated.finish(config)
         self._out.json("config.json", config)
         for name, path in self._model.files.items():
             self._out.copy(name, path)
         self._out.text("serve.yaml", serve_yaml(self._model, self._dtype))
-        about = {"compressed": self._quantizer.about()} if self._quantizer else {}
         return {"dtype": self._dtype, **about, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
 
     def close(self) -> None:
-        if self._quantizer:
-            self._quantizer.close()
+        for part in (self._quantizer, self._calibrated):
+            if part:
+                part.close()
 
 
 def open_reader(export: Path, about: Mapping[str, Any], model: Model) -> Reader:
     """The reader for an export, plain or quantised."""
+    if about.get("quant") == "awq":
+        return AwqReader(export, about, model)
     if about.get("quant"):
         return CompressedReader(export, about, model)
     return SafetensorsReader(export, about, model)

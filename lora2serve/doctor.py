@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lora2serve.errors import EngineError
+from lora2serve import environment
+from lora2serve.errors import EngineError, Lora2ServeError
 from lora2serve.progress import Progress
 
 
@@ -50,8 +51,19 @@ def examine() -> list[Fact]:
     facts.append(Fact("vllm", vllm or "missing", "" if vllm else f"pip install 'lora2serve[{extra}]'"))
     ollama = shutil.which("ollama") or os.environ.get("OLLAMA_HOST")
     facts.append(Fact("ollama", ollama or "not here", "" if ollama else "optional: https://ollama.com/download"))
-    facts.append(_source_package())
+    facts += [_source_package(), _compressor()]
     return facts
+
+
+def fix(progress: Progress) -> list[Lora2ServeError]:
+    """Bring everything that can be brought; what did not come."""
+    failed = []
+    for bring in (unpack_source_package, environment.make):
+        try:
+            bring(progress)
+        except Lora2ServeError as error:
+            failed.append(error)
+    return failed
 
 
 def _gpu() -> Fact:
@@ -92,6 +104,14 @@ def _source_package() -> Fact:
     there = (tree / "conversion").is_dir()
     fix = "" if there else "lora2serve doctor --fix (for architectures beyond the native ones)"
     return Fact("llama.cpp converter", str(tree) if there else "not unpacked", fix)
+
+
+def _compressor() -> Fact:
+    there = environment.python() is not None
+    found = f"{environment.folder()}" if there else "no environment"
+    return Fact(
+        "llm-compressor", found, "" if there else f"{environment.FIX} (for --quant awq and gptq; 1.5 GB and more)"
+    )
 
 
 def unpack_source_package(progress: Progress) -> Path:

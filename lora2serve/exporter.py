@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.progress import Progress
 from lora2serve.tensors import Source, TensorSpec
 
 if TYPE_CHECKING:
@@ -50,6 +51,15 @@ class Model:
     base: str  # repo id or path of the base, as the user named it
     adapter: Path | None = None  # the PEFT directory that was folded in, if any
     lineage: Mapping[str, Any] = field(default_factory=dict)  # goes into the manifest as it is
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Data that a target measures activations on, tokenised when it asks, and how its long work speaks."""
+
+    source: str  # as the user named it
+    rows: Callable[[], Sequence[Sequence[int]]]  # token ids; DataError where it cannot be read
+    progress: Progress
 
 
 class Sink(Protocol):

@@ -102,6 +102,10 @@ class Output:
         self._files[name] = opened
         return opened
 
+    def inside(self, name: str) -> Output:
+        """An output of its own in here, for what only the making needs; its maker removes it."""
+        return Output(self.path / name)
+
     def text(self, name: str, content: str) -> None:
         """A small UTF-8 text file."""
         self.bytes(name, content.encode())
@@ -161,6 +165,11 @@ class Rehearsal(Output):
     def file(self, name: str, size: int) -> OutFile:
         self.sizes[name] = size
         return NoFile(self.path / name, size)
+
+    def inside(self, name: str) -> Output:
+        made = Rehearsal(self.target / name)
+        made.sizes = self.sizes  # what is only needed on the way takes disk too
+        return made
 
 
 class NoFile(OutFile):

@@ -40,9 +40,22 @@ LIGHT = (
 )
 # What a part of the toolchain must not import, at the top or inside a function.
 APART = {part: {"train", "stream", "parity", "hub"} - {part} for part in ("train", "stream", "parity", "hub")}
-CONVERTERS_MAY = {"tensors", "errors", "checkpoint", "adapter", "manifest", "exporter", "output", "progress", "lint"}
+CONVERTERS_MAY = {
+    "tensors",
+    "errors",
+    "checkpoint",
+    "adapter",
+    "manifest",
+    "exporter",
+    "output",
+    "progress",
+    "lint",
+    "child",
+    "environment",
+}
 CONVERTER_PAIRS = {
-    "vllm": {"safetensors", "compressed"},
+    "vllm": {"safetensors", "compressed", "calibrated"},
+    "calibrated": {"safetensors", "compressed"},
     "adapter": {"safetensors"},
     "ollama": {"gguf"},
     "lmstudio": {"gguf", "ollama"},

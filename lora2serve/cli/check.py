@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lora2serve.cli.common import progress
-from lora2serve.errors import InputError
+from lora2serve.errors import EngineError, InputError
 
 
 @click.command()
@@ -63,7 +63,9 @@ def _plain(value: Any) -> str:
 
 
 @click.command()
-@click.option("--fix", is_flag=True, help="Fetch what can be fetched into the user's cache: llama.cpp's converter.")
+@click.option(
+    "--fix", is_flag=True, help="Bring into the user's cache what can be: llama.cpp's converter, llm-compressor."
+)
 @click.option("--json", "as_json", is_flag=True, help="Facts as JSON.")
 @click.pass_context
 def doctor(ctx: click.Context, fix: bool, as_json: bool) -> None:
@@ -73,12 +75,12 @@ def doctor(ctx: click.Context, fix: bool, as_json: bool) -> None:
     from lora2serve import console
     from lora2serve import doctor as doctors
 
-    if fix:
-        doctors.unpack_source_package(progress(ctx))
+    failed = doctors.fix(progress(ctx)) if fix else []
     facts = doctors.examine()
     if as_json:
         console.result_json([asdict(fact) for fact in facts])
-        return
     width = max(len(fact.what) for fact in facts)
-    for fact in facts:
+    for fact in [] if as_json else facts:
         console.result(f"{fact.what:<{width}}  {fact.found}" + (f"\n{'':<{width}}  -> {fact.fix}" if fact.fix else ""))
+    if failed:
+        raise EngineError("\n".join(error.message for error in failed), failed[0].hint)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "quants",
     multiple=True,
     metavar="TYPE",
-    help="Q4_K_M, Q8_0, F16, ... or fp8, int8, w4a16, ...; several in one pass.",
+    help="Q4_K_M, Q8_0, F16, ... or fp8, int8, w4a16, awq, ...; several in one pass.",
 )
 @click.option(
     "-o",
@@ -89,8 +89,9 @@ if TYPE_CHECKING:
     help="gguf: an importance matrix in llama.cpp's format; IQ1, IQ2 and IQ3_XXS need one.",
 )  # fmt: skip
 @click.option(
-    "--calibrate", metavar="DATA", help="gguf: make the importance matrix from DATA; `train` is the run's own data."
-)
+    "--calibrate", metavar="DATA",
+    help="vllm awq, gptq: measure on DATA; gguf: make the importance matrix from it. `train` is the run's own data.",
+)  # fmt: skip
 @click.option("--split-size", metavar="SIZE", help="gguf: largest file, such as 5GB.")
 @click.option("--shard-size", metavar="SIZE", help="vllm: largest shard, such as 5GB.")
 @click.option("--served-base", metavar="NAME", help="adapter: the model as the server is told it (default: the base).")
@@ -117,6 +118,7 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
     Several RUNs with --target adapter make one bundle of adapters for one server. Prints the export directories.
     """
     from lora2serve import exporter, stream
+    from lora2serve.cli import calibration
 
     told = progress(ctx)
     targets = {name: exporter.find(name) for name in handover.targets(options)}
@@ -126,9 +128,8 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
         _export_bundle(subjects, planned, options, told)
         return
     model, home = open_subject(subjects, options, told)
-    if options["calibrate"]:
-        options["imatrix"] = _calibrate(model, home, options, told)
-        planned = exporter.plan_options(targets, options["quants"], _given(options))
+    calibrated = calibration.prepare(targets, model, home, options, told)
+    planned = exporter.plan_options(targets, options["quants"], {**_given(options), **calibrated})
     folder = options["out"] or home
     plans = [stream.Plan(name, targets[name], chosen, folder / _folder(name, chosen)) for name, chosen in planned]
     if options["plan_only"]:
@@ -258,31 +259,6 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: options[key] for key in (*sizes, *plain) if options[key] not in (None, False, ())}
     given |= handover.install_options(options)
     return {key: parse_size(value) if key in sizes else value for key, value in given.items()}
-
-
-def _calibrate(model: Model, home: Path, options: Mapping[str, Any], told: Progress) -> Path:
-    """The importance matrix, kept beside the exports for the next time."""
-    from lora2serve import exporter, recipe, run
-    from lora2serve.hub import pin_data
-    from lora2serve.train import data
-    from lora2serve.train.model import load_tokenizer
-
-    if options["imatrix"] or options["plan_only"]:
-        raise UsageError(f"--calibrate with {'--imatrix' if options['imatrix'] else '--plan'}: expected one of the two")
-    asked = recipe.DataRecipe(train=options["calibrate"])
-    if options["calibrate"] == "train":
-        if not run.is_run(home.parent):
-            raise UsageError("--calibrate train: this is no run", "name a data file, such as data.jsonl")
-        asked = recipe.load(run.Run(home.parent).recipe).data
-    rows, _ = data.load(asked, pin_data)
-    trained = model.adapter if model.adapter and (model.adapter / "tokenizer.json").is_file() else None
-    tokenizer = load_tokenizer(trained or Path(model.lineage["base"]["path"]))
-    tokens = data.tokenize_all(rows, tokenizer, asked, told)
-    out = (options["out"] or (home.parent if run.is_run(home.parent) else home)) / "imatrix.gguf"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made: Path = exporter.load(exporter.CALIBRATOR)(model, [t.input_ids for t in tokens], rows.path, out, told)
-    told.note(f"importance matrix: {made}")
-    return made
 
 
 def _floats(text: str | None) -> tuple[float, ...]:

@@ -81,6 +81,8 @@ TABLE: Mapping[str, Thresholds] = {
     "int8": _W8,
     "w8a16": _Q8,
     "w4a16": _Q4,
+    "awq": _Q4,
+    "gptq": _Q4,
     "nvfp4": _Q4,
     "mxfp4": _Q4,
     "url": _W8,  # a deployment, whatever it computes in

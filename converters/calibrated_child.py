@@ -1,0 +1,133 @@
+"""AWQ or GPTQ by llm-compressor, run as a script by its own environment's Python, which has no lora2serve.
+
+AWQ: https://arxiv.org/abs/2306.00978; GPTQ: https://arxiv.org/abs/2210.17323. Both write the compressed-tensors format
+(pack-quantized, 4 bits in groups along the input): AWQ with zero points, GPTQ symmetric.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+TOGETHER = 8192  # tokens in one forward
+
+
+def compress(
+    advance: Callable[[int], None], *, model: str, out: str, quant: str, tokens: str, group: int, ignore: list[str]
+) -> dict[str, Any]:
+    """Quantise the model directory ``model`` into ``out``; ``tokens`` is a JSON file of rows of token ids.
+
+    ``advance`` is told 1 for the model loaded, for each decoder layer and for the rest. Returns versions.
+    """
+    import compressed_tensors
+    import llmcompressor
+    import torch
+
+    rows = json.loads(Path(tokens).read_text(encoding="utf-8"))
+    loaded, dtype = _load(model)
+    advance(1)
+    data: Any = torch.utils.data.DataLoader(list(batches(rows)), batch_size=None)  # type: ignore[arg-type]
+    recipe = _recipe(quant, group, ignore, advance)
+    llmcompressor.oneshot(model=loaded, recipe=recipe, dataset=data, pipeline="sequential")
+    loaded.to(dtype).save_pretrained(out, save_compressed=True)
+    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    return {
+        "llmcompressor": llmcompressor.__version__,
+        "compressed-tensors": compressed_tensors.__version__,
+        "device": device,
+    }
+
+
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
+    """Rows of one length together, so that nothing is padded, cut or mixed; (n, length) int64 each."""
+    import torch
+
+    by_length: dict[int, list[Sequence[int]]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    for length, alike in sorted(by_length.items()):
+        step = max(1, TOGETHER // length)
+        for start in range(0, len(alike), step):
+            ids = torch.tensor(alike[start : start + step])
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    """The model, and the type that it is stored in. In float32 on a CPU, where few have a fast bfloat16."""
+    import torch
+    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    dtype = config.dtype or torch.bfloat16
+    if torch.accelerator.is_available():
+        wanted = dtype
+    else:
+        wanted = torch.float32
+        IntermediatesCache.pin_memory = lambda *_, **__: None  # 0.14.0.1 pins for a GPU also where there is none
+    with load_quantizable_moe():
+        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=wanted)
+    loaded.config.dtype = dtype
+    return loaded, dtype
+
+
+def _recipe(quant: str, group: int, ignore: list[str], advance: Callable[[int], None]) -> list[Any]:
+    from llmcompressor.modifiers import Modifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform import AWQModifier
+
+    class Tell(Modifier):  # type: ignore[misc]
+        """Stands behind the others and says when they are done with a part of the model."""
+
+        def on_initialize(self, state: Any, **_: Any) -> bool:
+            return True
+
+        def on_finalize(self, state: Any, **_: Any) -> bool:
+            return True
+
+        def on_sequential_epoch_end(self, state: Any, event: Any, **_: Any) -> None:
+            advance(1)
+
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group, "symmetric": quant == "gptq"}
+    groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ignore}
+    if quant == "gptq":
+        return [GPTQModifier(**groups), Tell()]
+    return [AWQModifier(), QuantizationModifier(**groups), Tell()]
+
+
+def _end_with_parent(asked: int) -> None:
+    """Nothing more comes from the parent: its pipe closes when it is gone, and then nobody wants the result."""
+    while os.read(asked, 1 << 16):
+        pass
+    os._exit(1)
+
+
+def main(asked: int, answers: int) -> None:
+    """One job from the pipe; its signs of life, then its result or error, into the other."""
+    line = b""
+    while not line.endswith(b"\n"):
+        line += os.read(asked, 1 << 16) or os._exit(1)  # type: ignore[func-returns-value]
+    threading.Thread(target=_end_with_parent, args=(asked,), daemon=True).start()
+
+    def say(message: dict[str, Any]) -> None:
+        os.write(answers, json.dumps(message).encode() + b"\n")
+
+    try:
+        say({"result": compress(lambda done: say({"advance": done}), **json.loads(line)["arguments"])})
+    except BaseException as error:
+        traceback.print_exc()
+        first = (str(error).strip().splitlines() or ["no message"])[0][:300]
+        say({"error": f"{type(error).__name__}: {first}"})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # libraries with threads of their own would hang here
