@@ -181,3 +181,21 @@ def test_the_licence_of_the_base(hub: HubServer, tmp_path: Path) -> None:
     assert found["license_link"] == f"{hub.url}/acme/base-1b/blob/main/LICENSE"
     push([export(tmp_path / "2", "vllm", LICENSE=b"words")], repo_id=f"{REPO}-2")
     assert metadata(hub, f"{REPO}-2")["license_link"] == "LICENSE"
+
+
+def test_an_edited_card_is_kept(hub: HubServer, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    push([path], repo_id="user/demo")
+    card = hub.read(hub.repos["user/demo"].files("main")["README.md"]).decode()
+    assert "<!-- lora2serve:use -->" in card
+    assert "base_model" in card
+    own = card.replace("# demo\n", "# My model\n\nWords of my own.\n").replace(
+        "## How to run it", "## Edited inside a mark"
+    )
+    hub.add("user/demo", {"README.md": own.encode()})
+    other = export(tmp_path / "second", "vllm", seed=3)
+    push([other], repo_id="user/demo")
+    after = hub.read(hub.repos["user/demo"].files("main")["README.md"]).decode()
+    assert "Words of my own." in after
+    assert "## How to run it" in after
+    assert "Edited inside a mark" not in after
