@@ -12,6 +12,7 @@ from lora2serve.adapter import CONFIG, Adapter, open_adapter
 from lora2serve.checkpoint import Checkpoint, read_config
 from lora2serve.errors import InputError
 from lora2serve.lint import lint
+from lora2serve.origin import origin
 from lora2serve.run import Run, is_run
 
 
@@ -33,6 +34,21 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def _export(path: Path) -> dict[str, Any]:
     about = manifest.read(path)
+    pulled = origin(path)  # of the Hub's cache, where only what a model needs lies, by links
+    said = {
+        "pulled from": f"{pulled.id}@{pulled.commit}" if pulled else None,
+        "verify it": f"lora2serve pull-check {pulled.id}@{pulled.commit}" if pulled else None,
+        "problems": [] if pulled else manifest.verify(path),
+    }
+    if "exports" in about:
+        return {"kind": "exports", "exports": [_facts(one) for one in about["exports"].values()], **said}
+    facts = {**_facts(about), **said}
+    if about["target"] == "adapter":
+        facts["multi-LoRA"] = _multi_lora(open_adapter(path), (about.get("base") or {}).get("path"))
+    return facts
+
+
+def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
     survival = about.get("survival") or {}
     facts = {
         "kind": "export",
@@ -43,10 +59,7 @@ def _export(path: Path) -> dict[str, Any]:
         "files": len(about["files"]),
         "bytes": sum(file["size"] for file in about["files"].values()),
         "parity": (about.get("parity") or {}).get("met", "not run"),
-        "problems": manifest.verify(path),
     }
-    if about["target"] == "adapter":
-        facts["multi-LoRA"] = _multi_lora(open_adapter(path), (about.get("base") or {}).get("path"))
     if survival:
         facts["delta that survives the cast"] = f"{min(survival.values()):.4f} to {max(survival.values()):.4f}"
     return facts

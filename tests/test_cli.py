@@ -36,7 +36,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (["export", "-t", "vllm"], 2, "no runs/latest here"),
         (["export", "no-such-dir", "-t", "vllm"], 1, "no-such-dir"),
         (["export", "-t", "vllm", "-q", "Q9"], 2, "--quant Q9: unknown"),
-        (["inspect", "nothing"], 1, "no run, export, adapter or model"),
+        (["inspect", "nothing"], 1, "nor is there a local directory nothing"),
         (["parity"], 2, "no runs/latest here"),
         (["serve"], 2, "no runs/latest here"),
         (["serve", "--print"], 2, "no runs/latest here"),

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lora2serve.cli.common import progress
+from lora2serve.cli.common import fetch, progress
 from lora2serve.errors import EngineError, InputError
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Facts as JSON.")
-def inspect(path: Path, as_json: bool) -> None:
-    """Say what PATH is (run, export, adapter or model), verify it, and which targets can serve it, or why not."""
+@click.pass_context
+def inspect(ctx: click.Context, path: str, as_json: bool) -> None:
+    """Say what PATH is (run, export, adapter or model), verify it, and which targets can serve it, or why not.
+
+    A Hub id is fetched first; `lora2serve pull-check` verifies what was pushed there.
+    """
     from lora2serve import console
     from lora2serve.inspect import inspect as examine
 
-    facts = examine(path)
+    facts = examine(fetch(path, progress(ctx)))
     problems = facts["problems"]
     if as_json:
         console.result_json(facts)

@@ -68,7 +68,9 @@ def pull_check(ctx: click.Context, repository: str, allow_unproven: bool, as_jso
     if checked.unproven and not allow_unproven:
         problems = [f"{repository}: {name}: {why}" for name, why in checked.unproven.items()]
         raise ParityNotMet("\n".join(problems), "--allow-unproven looks at the files only")
+    proven = [name for name in checked.exports if name not in checked.unproven]
     told.note(f"{checked.files} files, {console.size(checked.bytes)}, as pushed, at commit {checked.commit}")
+    told.note(f"parity met: {', '.join(proven) or 'none'}")
     if not as_json:
         console.result(str(checked.path))
 

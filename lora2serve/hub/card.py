@@ -24,7 +24,8 @@ def write(facts: Facts, existing: str | None) -> str:
     """The text of README.md; ``existing`` is the card that is there, if any."""
     from huggingface_hub import ModelCard
 
-    parts = {name: text for name, make in sections.ALL.items() if (text := make(facts).strip())}
+    # Marks stand around empty sections too: what is measured later finds its place, what was taken out stays out.
+    parts = {name: make(facts).strip() for name, make in sections.ALL.items()}
     ours = metadata(facts)
     if existing is None:
         body = f"# {facts.repo_id.split('/')[-1]}\n\n" + "\n\n".join(

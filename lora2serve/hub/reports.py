@@ -86,20 +86,14 @@ def _against(row: Mapping[str, Any]) -> str:
 
 
 def _check(check: Mapping[str, Any]) -> list[str]:
-    low, high, bound = check.get("low"), check.get("high"), check.get("bound")
-    interval = "" if low is None or low == high else f"{_short(low)} to {_short(high)}"
+    name, bound = str(check["name"]), check.get("bound")
+    ends = [figure(name, end) for end in (check.get("low"), check.get("high")) if end is not None]
+    ends = ends[::-1] if name == "retention" else ends  # shown is what is kept, measured what is lost
+    interval = " to ".join(ends) if len(set(ends)) == 2 else ""
+    sign = "≥" if name in ("top1", "equal_answers", "retention") else "≤"
     verdict = {True: "met", False: "**missed**"}.get(check.get("met"), "")  # type: ignore[arg-type]
-    return [
-        title(str(check["name"])),
-        figure(str(check["name"]), check["value"]),
-        interval,
-        "" if bound is None else _short(bound),
-        verdict,
-    ]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) else str(value)
+    return [title(name), figure(name, check["value"]), interval, f"{sign} {figure(name, bound)}" * (bound is not None),
+            verdict]  # fmt: skip
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ FIGURES = {
     "equal_answers": "same greedy answers",
     "retention": "adapter's signal kept",
 }
+ENGINES = {"vllm": "vLLM"}
 WEIGHTS = (".gguf", ".safetensors")
 
 
@@ -83,7 +84,8 @@ def _glance(facts: Facts) -> list[list[str]]:
 def _proof(facts: Facts) -> str:
     if facts.unproven:
         return "**not proven**, see above"
-    engines = {engine: None for e in facts.exports.values() for engine in (e.get("parity") or {}).get("engines") or {}}
+    parities = [export.get("parity") or {} for export in facts.exports.values()]
+    engines = dict.fromkeys(ENGINES.get(name, name) for told in parities for name in told.get("engines") or {})
     return f"answers like the trained model in {listed(engines)}: [parity](#parity)" if engines else ""
 
 
@@ -181,15 +183,19 @@ def evaluation(facts: Facts) -> str:
 
 def parity(facts: Facts) -> str:
     """The parity table: what each export was measured at, and where the whole report is."""
-    rows = []
+    rows: list[list[str]] = []
+    seen: set[tuple[str, ...]] = set()  # the same weights in the same engine: an Ollama and an LM Studio export, say
     for name, export in facts.exports.items():
         told = export.get("parity")
+        weights = sorted(file for file in export["files"] if file.endswith(WEIGHTS))
         engines = told.get("engines") if isinstance(told, Mapping) else None
         report = f"[report]({page_of(name)})" if name in facts.reported else ""
         for engine, figures in (engines or {}).items():
             shown = [figure(key, figures.get(key)) for key in FIGURES]
             met = {"met": "met", "missing": "not asked"}.get(str(figures.get("status")), "**not met**")
-            rows.append([name, engine, *shown, met, report])
+            if (key := (*weights, engine, *shown, met)) not in seen:
+                rows.append([name, ENGINES.get(engine, engine), *shown, met, report])
+            seen.add(key)
     if not rows:
         return ""
     heads = ["export", "engine", *FIGURES.values(), "", ""]

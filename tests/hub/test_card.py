@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from lora2serve import manifest
 from lora2serve.hub import pull_check, push
 from lora2serve.run import Run
-from tests.hub.conftest import export
+from tests.hub.conftest import MET, export
 from tests.hub_server import HubServer
 
 REPO = "user/demo"
@@ -78,7 +79,7 @@ def test_the_report_goes_along_without_its_texts(hub: HubServer, tmp_path: Path)
     there = hub.repos[REPO].files()
     assert "[report](parity/vllm.md)" in card(hub)
     page, figures = (hub.read(there[f"parity/vllm.{kind}"]).decode() for kind in ("md", "json"))
-    assert "| mean KL divergence (nats) | 0.0001 | 9e-05 to 0.0002 | 0.001 | met |" in page
+    assert "| mean KL divergence (nats) | 0.0001 | 9e-05 to 0.0002 | ≤ 0.001 | met |" in page
     assert [row["engine"] for row in json.loads(figures)["rows"]] == ["vllm"]
     for text in (page, figures, card(hub)):
         assert SECRET not in text and "/home/" not in text
@@ -104,7 +105,7 @@ def test_recipe_and_evaluation(hub: HubServer, tmp_path: Path) -> None:
         "| steps | 160 of 8 rows |",
         "| before: the base | 1.5 | 4.5 |",
         "| after, as trained | 0.5 | 1.6 |",
-        "| vllm | vllm | 0.0001 | 99.90% | met |",
+        "| vllm | vLLM | 0.0001 | 99.90% | met |",
     ):
         assert line in text, text
     (index,) = metadata(hub)["model-index"]
@@ -199,3 +200,16 @@ def test_an_edited_card_is_kept(hub: HubServer, tmp_path: Path) -> None:
     assert "Words of my own." in after
     assert "## How to run it" in after
     assert "Edited inside a mark" not in after
+
+
+def test_a_section_fills_when_there_is_something_to_tell(hub: HubServer, tmp_path: Path) -> None:
+    """Pushed unproven first, proven later: the parity table comes. A section that the user took out stays out."""
+    path = export(tmp_path, "vllm", parity=None)
+    push([path], repo_id=REPO, allow_unproven=True)
+    assert "## Parity" not in card(hub) and "[!WARNING]" in card(hub)
+    without = re.sub(r"<!-- lora2serve:limits -->.*<!-- /lora2serve:limits -->", "", card(hub), flags=re.S)
+    hub.add(REPO, {"README.md": without.encode()})
+    manifest.update(path, parity=MET)
+    push([path], repo_id=REPO)
+    assert "| vllm | vLLM | 0.0001 |" in card(hub) and "[!WARNING]" not in card(hub)
+    assert "## Limits" not in card(hub)

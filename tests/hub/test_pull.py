@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from lora2serve.errors import HubError, InputError
-from lora2serve.hub import fetch, pin_data
-from tests.hub.conftest import client_env
+from lora2serve.hub import fetch, pin_data, pull_check, push
+from lora2serve.inspect import inspect
+from tests.hub.conftest import TOKEN, client_env, export
 from tests.hub_server import HubServer
 from tests.tiny import make_adapter, make_model
 
@@ -82,6 +83,42 @@ def test_gated_private_and_missing(hub: HubServer, monkeypatch: pytest.MonkeyPat
     with pytest.raises(HubError, match="gated, and there is no token") as caught:
         fetch("org/gated")
     assert "hf auth login" in caught.value.hint
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(HubError, match="gated, and your token has no access") as caught:
+        fetch("org/gated")
+    assert f"ask for access at {hub.url}/org/gated" in caught.value.hint
+    hub.repos["org/gated"].granted.add("user")
+    assert (fetch("org/gated").path / "config.json").is_file()
+
+
+def test_half_a_download_is_not_taken_for_a_whole_one(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line broke for good in the second file: offline says so, and online goes on."""
+    from huggingface_hub import constants
+
+    hub.add(REPO, FILES)
+    broken = hub.fail("resolve", status=404, times=1, skip=3)
+    with pytest.raises(HubError):
+        fetch(REPO)
+    assert broken.times == 0
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(HubError, match=r"not \(whole\) in the cache"):
+            fetch(REPO)
+    assert {path.name for path in fetch(REPO).path.iterdir()} == set(FILES)
+
+
+def test_inspect_what_was_pushed(hub: HubServer, tmp_path: Path) -> None:
+    """By its Hub id: what it is, and the command that verifies it; also where several share a repository."""
+    push(
+        [export(tmp_path, "gguf", kind) for kind in ("Q8_0", "Q4_K_M")] + [export(tmp_path, "vllm")],
+        repo_id="user/demo",
+    )
+    for name in ("user/demo", "user/demo-GGUF"):
+        facts = inspect(fetch(name).path)
+        commit = hub.repos[name].refs["main"]
+        assert facts["verify it"] == f"lora2serve pull-check {name}@{commit}" and not facts["problems"]
+        assert pull_check(f"{name}@{commit}").commit == commit
+    assert [one["quant"] for one in facts["exports"]] == ["Q8_0", "Q4_K_M"]
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "a/b/c", "nothing/"])

@@ -11,6 +11,7 @@ import pytest
 from lora2serve import manifest
 from lora2serve.errors import HubError, InputError, ParityNotMet, UsageError
 from lora2serve.hub import fetch, pull_check, push
+from lora2serve.progress import Silent
 from tests.hub.conftest import MET, export, same
 from tests.hub_server import HubServer
 
@@ -220,3 +221,46 @@ def test_no_token(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(HubError, match="no token") as caught:
         push([export(tmp_path, "vllm")], repo_id=REPO)
     assert "hf auth login" in caught.value.hint
+
+
+def test_another_namespace(hub: HubServer, tmp_path: Path) -> None:
+    """A typo in the owner: the Hub only says 403, which of several things it is."""
+    with pytest.raises(HubError, match=r"your token is user's, .* of usr \(did you mean 'user'\?\)") as caught:
+        push([export(tmp_path, "vllm")], repo_id="usr/demo")
+    assert "--repo-id user/demo" in caught.value.hint and not hub.repos
+
+
+def test_pushing_without_a_network(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    path = export(tmp_path, "vllm")
+    with monkeypatch.context() as broken:
+        broken.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(HubError, match=r"pushing to user/demo: http://127.0.0.1:9 cannot be reached"):
+            push([path], repo_id=REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="pushing to user/demo: HF_HUB_OFFLINE is set"):
+        push([path], repo_id=REPO)
+
+
+def test_a_base_that_only_this_machine_knows(hub: HubServer, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Words(Silent):
+        def warn(self, text: str) -> None:
+            told.append(text)
+
+    for base in ("/home/someone/base-1b", "acme/base-1b"):
+        path = export(tmp_path / base.strip("/").replace("/", "-"), "adapter")
+        manifest.update(path, served_base=base)
+        push([path], repo_id=REPO, progress=Words(), dry_run=True)
+    assert len(told) == 1 and "--served-base" in told[0]
+
+
+def test_the_plan_says_how_many_commits(hub: HubServer, tmp_path: Path) -> None:
+    many = {f"shard-{n:04}.safetensors": b"%d" % n for n in range(450)}
+    one, several = (
+        push([export(tmp_path / name, "vllm", **more)], repo_id=REPO, dry_run=True)[0]
+        for name, more in (("a", {}), ("b", many))
+    )
+    assert (one.commits, several.commits) == (1, 3)
