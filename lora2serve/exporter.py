@@ -179,7 +179,7 @@ def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], giv
     known_quants = {quant.lower(): quant for exporter in targets.values() for quant in exporter.quants}
     known_options = {f.name for exporter in targets.values() for f in fields(exporter.Options)}
     problems = [
-        f"--quant {quant}: unknown for {shown}{did_you_mean(quant.lower(), known_quants)}"
+        f"--quant {quant}: unknown for {shown}{_nearest_quant(quant, known_quants)}"
         for quant in quants
         if quant.lower() not in known_quants
     ]
@@ -187,3 +187,9 @@ def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], giv
     if problems:
         hint = f"known types: {', '.join(known_quants.values())}" if known_quants else ""
         raise UsageError("\n".join(problems), hint)
+
+
+def _nearest_quant(quant: str, known: Mapping[str, str]) -> str:
+    """The nearest type as it is written, whatever the case of what was typed."""
+    near = did_you_mean(quant.lower(), known)
+    return next((near.replace(repr(low), repr(name)) for low, name in known.items() if repr(low) in near), near)

@@ -101,7 +101,7 @@ def served(*words: str | Path, home: Path) -> Iterator[str]:
             line = process.stderr.readline()
             assert line, "\n".join(told)
             told.append(line)
-        assert "trusted" in "".join(told)
+        assert ("trusted" in "".join(told)) == ("--allow-updates" in words)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
@@ -113,6 +113,12 @@ def served(*words: str | Path, home: Path) -> Iterator[str]:
                 return
         time.sleep(0.2)
     pytest.fail("the server outlived its parent")
+
+
+def test_llama_cpp_serves_a_gguf(demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("starlette_context", reason="llama-cpp-python[server] is not whole")
+    with served(demo_exports["gguf-F16"], home=tmp_path) as address:
+        assert "Leon Lake" in ask(address, models(address).pop(), "Who governs Wexley?")
 
 
 def test_a_bundle_on_one_server(demo_run: Run, rival: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     "--target",
     "targets",
     multiple=True,
-    required=True,
     metavar="TARGET",
     help="vllm, gguf, ollama, lmstudio, adapter or gguf-adapter; several in one pass.",
 )
@@ -121,6 +120,8 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
     from lora2serve.cli import calibration
 
     told = progress(ctx)
+    if not options["targets"]:
+        raise UsageError("no --target given", f"one or more of {', '.join(exporter.known())}")
     targets = {name: exporter.find(name) for name in handover.targets(options)}
     planned = exporter.plan_options(targets, options["quants"], _given(options))
     handover.refuse(options, planned)

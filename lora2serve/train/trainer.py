@@ -50,7 +50,7 @@ def train(
         _quiet()
         check_trackers(recipe)
         where = device()
-        _announce(recipe, sets, where, progress)
+        _announce(run, recipe, sets, where, progress)
         tokenizer = load_tokenizer(base)
         checkpointing = _checkpointing(recipe)
         rows, held_out = _tokens(sets, tokenizer, recipe, checkpointing, progress)
@@ -77,12 +77,12 @@ def train(
         run.update({"finished": True})
 
 
-def _announce(recipe: Recipe, sets: tuple[Rows, Rows | None], where: Device, progress: Progress) -> None:
+def _announce(run: Run, recipe: Recipe, sets: tuple[Rows, Rows | None], where: Device, progress: Progress) -> None:
     """What is about to be done, before the long silence of loading; and a warning where a GPU would stand idle."""
     train_rows, eval_rows = sets
     held_out = f", {len(eval_rows.rows)} held out" if eval_rows else ""
     kind = "LoRA" if recipe.train.quantize == "none" else f"QLoRA ({recipe.train.quantize})"
-    progress.note(f"{recipe.name}: {kind} of {recipe.model.path} on {len(train_rows.rows)} rows{held_out}")
+    progress.note(f"{run.path}: {kind} of {recipe.model.path} on {len(train_rows.rows)} rows{held_out}")
     warning = "" if where.on_gpu else guards.idle_gpu()
     if warning:
         progress.warn(warning)
