@@ -57,13 +57,13 @@ def _find(model: Model, home: Path, asked: str | None, told: Progress) -> Calibr
 
 def _tokens(model: Model, wanted: DataRecipe, told: Progress) -> list[list[int]]:
     from lora2serve.hub import pin_data
-    from lora2serve.train import data
+    from lora2serve.train import data, tokens
     from lora2serve.train.model import load_tokenizer
 
     rows, _ = data.load(wanted, pin_data)
     trained = model.adapter if model.adapter and (model.adapter / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(trained or Path(model.lineage["base"]["path"]))
-    return [row.input_ids for row in data.tokenize_all(rows, tokenizer, wanted, told)]
+    return [row.input_ids for row in tokens.tokenize_all(rows, tokenizer, wanted, told)]
 
 
 def _importance(model: Model, home: Path, data: Calibration | None, options: Mapping[str, Any], told: Progress) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.progress import Progress
-from lora2serve.train.data import IGNORE, Tokens
 from lora2serve.train.model import Device
+from lora2serve.train.tokens import IGNORE, Tokens
 
 
 def evaluate(

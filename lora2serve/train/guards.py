@@ -8,7 +8,7 @@ from typing import Any
 
 from lora2serve.lint import lint
 from lora2serve.recipe import Recipe
-from lora2serve.train.data import Tokens
+from lora2serve.train.tokens import Tokens
 
 FEW_ROWS = 200
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")

@@ -16,8 +16,8 @@ from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.progress import Advance, Progress
 from lora2serve.recipe import Recipe
 from lora2serve.run import Run
-from lora2serve.train.data import Tokens
 from lora2serve.train.model import Device
+from lora2serve.train.tokens import Tokens
 
 STATE = "trainer_state.json"  # of a checkpoint, written last
 

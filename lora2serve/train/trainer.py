@@ -16,8 +16,8 @@ from lora2serve.origin import origin
 from lora2serve.progress import Progress
 from lora2serve.recipe import Recipe, dump
 from lora2serve.run import Run
-from lora2serve.train import data, evaluate, guards
-from lora2serve.train.data import Rows, Tokens
+from lora2serve.train import evaluate, guards
+from lora2serve.train.data import Rows
 from lora2serve.train.failures import translated
 from lora2serve.train.model import (
     REBASING,
@@ -31,6 +31,7 @@ from lora2serve.train.model import (
     quantized_modules,
 )
 from lora2serve.train.picture import plot
+from lora2serve.train.tokens import Tokens, tokenize_all
 
 MOST_EVAL_ROWS = 1000  # kept in eval.jsonl for parity
 
@@ -108,8 +109,8 @@ def _tokens(
 ) -> tuple[list[Tokens], list[Tokens]]:
     """Training and held-out rows in tokens, those without a token to learn from left out, after every warning."""
     train_rows, eval_rows = sets
-    rows = data.tokenize_all(train_rows, tokenizer, recipe.data, progress)
-    held_out = data.tokenize_all(eval_rows, tokenizer, recipe.data, progress) if eval_rows else []
+    rows = tokenize_all(train_rows, tokenizer, recipe.data, progress)
+    held_out = tokenize_all(eval_rows, tokenizer, recipe.data, progress) if eval_rows else []
     for warning in guards.warnings(recipe, rows, bool(held_out), checkpointing):
         progress.warn(warning)
     rows = [row for row in rows if row.learned]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lora2serve.errors import DataError
 from lora2serve.progress import Silent
 from lora2serve.recipe import DataRecipe
-from lora2serve.train import data
+from lora2serve.train import data, tokens
 from tests.train.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -33,10 +33,10 @@ def tokenizer() -> Any:
 
 def learned(row: dict[str, Any], tokenizer: Any, **recipe: Any) -> str:
     """The text that a loss is taken on."""
-    found = data.tokenize(row, tokenizer, DataRecipe(train="", **recipe))
+    found = tokens.tokenize(row, tokenizer, DataRecipe(train="", **recipe))
     assert len(found.input_ids) == len(found.labels)
-    assert all(label in (data.IGNORE, token) for token, label in zip(found.input_ids, found.labels, strict=True))
-    return tokenizer.decode([label for label in found.labels if label != data.IGNORE])
+    assert all(label in (tokens.IGNORE, token) for token, label in zip(found.input_ids, found.labels, strict=True))
+    return tokenizer.decode([label for label in found.labels if label != tokens.IGNORE])
 
 
 def test_loss_on_completions_only(tokenizer: Any) -> None:
@@ -60,11 +60,11 @@ def test_loss_on_everything_is_the_control(tokenizer: Any) -> None:
 
 def test_cut_rows_are_marked(tokenizer: Any) -> None:
     long = {"text": "word " * 50}
-    cut = data.tokenize(long, tokenizer, DataRecipe(train="", max_length=16))
+    cut = tokens.tokenize(long, tokenizer, DataRecipe(train="", max_length=16))
     assert (len(cut.input_ids), cut.cut, cut.learned) == (16, True, True)
-    assert not data.tokenize(TEXT, tokenizer, DataRecipe(train="")).cut
+    assert not tokens.tokenize(TEXT, tokenizer, DataRecipe(train="")).cut
     prompt = {"prompt": "word " * 50, "completion": "x"}
-    assert not data.tokenize(prompt, tokenizer, DataRecipe(train="", max_length=16)).learned
+    assert not tokens.tokenize(prompt, tokenizer, DataRecipe(train="", max_length=16)).learned
 
 
 def test_the_masked_loss_is_what_the_trainer_takes(tmp_path: Path) -> None:
@@ -214,10 +214,10 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tokenizer: Any
     system = {"messages": [{"role": "system", "content": "S"}, *CHAT["messages"]]}
     found = data.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT, TEXT, system])), "train")
     with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses it: no system turn"):
-        data.tokenize_all(found, strict, DataRecipe(train=""), Silent())
+        tokens.tokenize_all(found, strict, DataRecipe(train=""), Silent())
     strict.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        data.tokenize_all(found, strict, DataRecipe(train=""), Silent())
+        tokens.tokenize_all(found, strict, DataRecipe(train=""), Silent())
 
 
 def test_a_template_that_rewrites_an_answer_fails_aloud(tmp_path: Path, tokenizer: Any) -> None:
@@ -227,8 +227,8 @@ def test_a_template_that_rewrites_an_answer_fails_aloud(tmp_path: Path, tokenize
     moody.chat_template = "{{ messages | length }}: " + moody.chat_template
     found = data.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT])), "train")
     with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template renders a conversation differently"):
-        data.tokenize_all(found, moody, DataRecipe(train=""), Silent())
-    assert data.tokenize_all(found, moody, DataRecipe(train="", completion_only=False), Silent())
+        tokens.tokenize_all(found, moody, DataRecipe(train=""), Silent())
+    assert tokens.tokenize_all(found, moody, DataRecipe(train="", completion_only=False), Silent())
 
 
 VALUES = st.recursive(

@@ -9,7 +9,7 @@ import pytest
 
 from lora2serve.recipe import load
 from lora2serve.train import guards
-from lora2serve.train.data import Tokens
+from lora2serve.train.tokens import Tokens
 from tests.train.runs import fit, recipe_file
 
 GOOD = Tokens([1, 2, 3], [-100, 2, 3], cut=False)

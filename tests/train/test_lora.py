@@ -139,10 +139,10 @@ def test_every_init_gives_a_lora_for_the_true_base(
     assert 1e-3 < shift < 20
     from lora2serve.progress import Silent
     from lora2serve.recipe import DataRecipe
-    from lora2serve.train import data, evaluate
+    from lora2serve.train import data, evaluate, tokens
 
     tokenizer = models.load_tokenizer(small)
-    held_out = data.tokenize_all(data.read(chats["eval"], ""), tokenizer, DataRecipe(train=""), Silent())
+    held_out = tokens.tokenize_all(data.read(chats["eval"], ""), tokenizer, DataRecipe(train=""), Silent())
     from peft import PeftModel
 
     on_disk = evaluate.evaluate(PeftModel.from_pretrained(base, run.adapter), held_out, 0, 4, Silent(), "")
