@@ -6,17 +6,17 @@ Plan, header, then blocks at their final offsets from any thread. Format: the GG
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from converters.gguf import architectures, ggml, imatrix, layout, metadata, proof, types
-from converters.gguf.files import Files
-from converters.gguf.header import Header
-from converters.gguf.metadata import Sizes
-from converters.gguf.types import NEEDS_IMATRIX, PRESETS, Planned
+from converters.gguf import imatrix, proof
+from converters.gguf.lanes import layouts
+from converters.gguf.part import Part
+from converters.gguf.types import NEEDS_IMATRIX, PRESETS
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
 from lora2serve.output import Output
@@ -43,7 +43,7 @@ class GgufOptions:
 
 
 class GgufSink:
-    """One GGUF file, or a split one."""
+    """One GGUF file, or a split one; beside it that of the projector, where the model has other senses than text."""
 
     Options: ClassVar[type[GgufOptions]] = GgufOptions
     quants: ClassVar[tuple[str, ...]] = tuple(PRESETS)
@@ -55,95 +55,46 @@ class GgufSink:
                 f"--quant {options.quant} needs an importance matrix", "give --imatrix FILE or --calibrate DATA"
             )
         self._options = options
-        self._config = architectures.text_config(model.config)
-        self._architecture = architectures.find(self._config)
-        specs = list(model.source.specs())
-        self._places = layout.lay_out(specs, self._config, self._architecture)
-        self._extra = metadata.extra_tensors(self._config)
-        tensors = self._plan_tensors(specs)
-        self._shapes = {tensor.name: tensor.shape for tensor in tensors}
-        self._imatrix = imatrix.fit(imatrix.read(options.imatrix), self._shapes) if options.imatrix else None
-        header = Header(
-            model,
-            self._config,
-            self._architecture,
-            options,
-            _parameters(tensors),
-            _embedding_rows(specs),
-            self._imatrix,
-        )
-        chosen = types.choose(options.quant, tensors, header.new_writer, self._imatrix)
-        self._types = types.override(chosen, options.tensor_type)
-        types.require_imatrix(self._types, self._imatrix)
-        self.proof = proof.prove(model, header.new_writer)
-        ggml.prepare(set(self._types.values()))
-        self.wanted: Mapping[str, int] = {
-            spec.name: layout.together(spec, self._places[spec.name]) for spec in specs if spec.name in self._places
-        }
-        self._files = Files(out, f"{model.name}-{options.quant}", header, tensors, self._types, options.split_size)
-        self.files = self._files.names
+        with ExitStack() as stack:  # what was opened is closed where the rest is refused
+            main, *others = self._layouts = layouts(model, options)
+            for layout in self._layouts:
+                stack.callback(layout.close)
+            shapes = {tensor.name: tensor.shape for tensor in main.tensors}
+            matrix = imatrix.fit(imatrix.read(options.imatrix), shapes) if options.imatrix else None
+            rounded = options.match_reference
+            self._parts = [Part(main, matrix, options.tensor_type, match_reference=rounded)]
+            self._parts += [Part(layout, None, match_reference=rounded) for layout in others]
+            self.proof = proof.prove(model, self._parts[0].pretend)
+            self.files = self._parts[0].lay(out, f"{model.name}-{options.quant}", options.split_size)
+            self.projectors = [
+                name for part in self._parts[1:] for name in part.lay(out, f"mmproj-{model.name}-{part.layout.preset}")
+            ]
+            stack.pop_all()
+        self.wanted: Mapping[str, int] = _together(part.layout.wanted for part in self._parts)
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
-        for place in self._places[spec.name]:
-            self._put(place.target, *layout.rows_of(place, spec, rows, block))
+        for part in self._parts:
+            part.write(spec, rows, block)
 
     def finish(self) -> Mapping[str, Any]:
-        import torch
-
-        for name, values in self._extra.items():
-            self._put(name, 0, torch.tensor([values]))
+        for part in self._parts:
+            part.finish()
         return {
-            "architecture": self._architecture.name,
+            "architecture": self._layouts[0].architecture,
             "file": self.files[0],
+            **({"projector": self.projectors[0]} if self.projectors else {}),
             "match_reference": self._options.match_reference,
             "tokens_proven": self.proof.ids,
         }
 
     def close(self) -> None:
-        pass
-
-    def _put(self, target: str, first: int, values: Tensor) -> None:
-        import torch
-
-        kind, shape = self._types[target], self._shapes[target]
-        if self._options.match_reference and kind != "F32":
-            values = values.to(torch.bfloat16).to(torch.float16).float()
-        weights = self._imatrix.of(target, shape) if self._imatrix and len(shape) > 1 else None
-        if weights is None:
-            self._files.pwrite(target, first, shape[-1], ggml.encode(values, kind))
-            return
-        for start, expert, part in _by_expert(first, values, shape[-2]):  # each has its own importance
-            self._files.pwrite(target, start, shape[-1], ggml.encode(part, kind, weights[expert]))
-
-    def _plan_tensors(self, specs: list[TensorSpec]) -> list[Planned]:
-        """Every GGUF tensor once, in file order."""
-        planned = {name: Planned(name, (len(values),)) for name, values in self._extra.items()}
-        for spec in specs:
-            for place in self._places.get(spec.name, ()):
-                planned.setdefault(place.target, Planned(place.target, place.shape))
-        return list(planned.values())
+        for layout in self._layouts:
+            layout.close()
 
 
-def _by_expert(first: int, values: Tensor, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows cut where the experts of a stacked weight begin: (first row, expert, its rows)."""
-    done = 0
-    while done < len(values):
-        expert, inside = divmod(first + done, rows)
-        count = min(rows - inside, len(values) - done)
-        yield first + done, expert, values[done : done + count]
-        done += count
-
-
-def _parameters(tensors: Sequence[Planned]) -> Sizes:
-    """(all, outside the experts, of one expert, experts): what ``gguf.size_label`` makes "8x7B" of."""
-    stacked = [tensor.shape for tensor in tensors if "_exps." in tensor.name]
-    total = sum(prod(tensor.shape) for tensor in tensors)
-    inside = sum(prod(shape) for shape in stacked)
-    return total, total - inside, sum(prod(shape[1:]) for shape in stacked), stacked[0][0] if stacked else 0
-
-
-def _embedding_rows(specs: list[TensorSpec]) -> int:
-    found = [spec.rows for spec in specs if spec.name.endswith("embed_tokens.weight")]
-    if not found:
-        raise ExportError("no embed_tokens.weight in this model", "serve it with --target vllm")
-    return found[0]
+def _together(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Rows that must come at once for every part that wants them."""
+    found: dict[str, int] = {}
+    for wanted in parts:
+        found |= {name: lcm(found.get(name, 1), rows) for name, rows in wanted.items()}
+    return found

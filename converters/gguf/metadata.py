@@ -51,8 +51,7 @@ def general_keys(model: Model, architecture: Architecture, file_type: int, sizes
     """``general.*``, and where the file came from."""
     from gguf import GGML_QUANT_VERSION, size_label
 
-    lineage = model.lineage
-    found = {
+    return {
         "general.architecture": architecture.name,
         "general.type": "model",
         "general.name": vocab.name_for_llama_cpp(model),
@@ -61,11 +60,17 @@ def general_keys(model: Model, architecture: Architecture, file_type: int, sizes
         "general.quantization_version": GGML_QUANT_VERSION,
         **_sampling(model),
         **_card(model),
+        **lineage_keys(model),
     }
-    base = model.base
+
+
+def lineage_keys(model: Model) -> dict[str, Any]:
+    """The base, and where the file came from."""
+    found: dict[str, Any] = {}
+    base, lineage = model.base, model.lineage
     if base and not base.startswith(("/", ".")):
         organisation, _, name = base.rpartition("/")
-        found |= {
+        found = {
             "general.base_model.count": 1,
             "general.base_model.0.name": name,
             "general.base_model.0.organization": organisation or name,
@@ -198,3 +203,17 @@ def _sampling(model: Model) -> dict[str, Any]:
         for key, (name, kind) in kinds.items()
         if isinstance(given.get(key), int | float)
     }
+
+
+def add_key(writer: Any, key: str, value: Any) -> None:
+    """One key of a GGUFWriter, in the type llama.cpp reads it in."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

@@ -32,29 +32,51 @@ class Proof:
     adds_bos: bool
 
 
-def prove(model: Model, new_writer: Callable[[Path], Any]) -> Proof:
-    """Compare ids on the text above and on every special token; ExportError names the first that differs."""
+def prove(model: Model, write: Callable[[Path], None]) -> Proof:
+    """Compare ids on the text above and on every special token; ExportError names the first that differs.
+
+    ``write`` makes the planned file with its metadata and its tensors' names, types and shapes, but without their data:
+    llama.cpp loads it without allocating them, so what its graph cannot take is found now.
+    """
     try:
         import llama_cpp
     except ImportError:
         raise ExportError("the tokenizer's proof needs llama.cpp's library", "pip install 'lora2serve[gguf]'") from None
-    with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder:
-        path = Path(folder) / "vocab.gguf"
-        writer = new_writer(path)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        with quiet_llama() as said:
-            try:
-                loaded = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-            except ValueError:
-                raise ExportError(
-                    f"llama.cpp cannot load the tokenizer: {said.last_error()}", "try another --pre"
-                ) from None
-            compared = _compare(model, lambda text: loaded.tokenize(text.encode(), add_bos=False, special=True))
-            vocab = llama_cpp.llama_model_get_vocab(loaded.model)
+    with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder, quiet_llama() as said:
+        path = Path(folder) / "empty.gguf"
+        write(path)
+        params = llama_cpp.llama_model_default_params()
+        params.no_alloc, params.load_mode, params.n_gpu_layers = True, 0, 0  # LLAMA_LOAD_MODE_NONE
+        llama_cpp.llama_backend_init()
+        loaded = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not loaded:
+            raise _not_loaded(said.last_error().removeprefix("llama_model_load: error loading model: "))
+        try:
+            vocab = llama_cpp.llama_model_get_vocab(loaded)
+            compared = _compare(model, lambda text: _tokenize(vocab, text.encode()))
             return Proof(compared, bool(llama_cpp.llama_vocab_get_add_bos(vocab)))
+        finally:
+            llama_cpp.llama_model_free(loaded)
+
+
+def _not_loaded(why: str) -> ExportError:
+    of_tokens = "vocab" in why or "token" in why
+    return ExportError(
+        f"llama.cpp does not load this model: {why}",
+        "try another --pre" if of_tokens else "serve it with --target vllm",
+    )
+
+
+def _tokenize(vocab: Any, text: bytes) -> list[int]:
+    """llama.cpp's ids, special tokens recognised, none added."""
+    import llama_cpp
+
+    room = len(text) + 8
+    ids = (llama_cpp.llama_token * room)()
+    count = llama_cpp.llama_tokenize(vocab, text, len(text), ids, room, False, True)
+    if count < 0:
+        raise ExportError(f"llama.cpp makes {-count} tokens of {len(text)} bytes", "try another --pre")
+    return list(ids[:count])
 
 
 def _compare(model: Model, theirs: Callable[[str], list[int]]) -> int:

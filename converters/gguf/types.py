@@ -33,23 +33,34 @@ _keep: list[Any] = []  # a log callback that is collected crashes the library at
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file: its name and its shape, as llama.cpp counts rows (the last is a row's length)."""
+    """One tensor of the file: its name and its shape, as llama.cpp counts rows (the last is a row's length).
+
+    ``kind``: its type where llama.cpp's converter makes an F16 file; None for its general rule. ``fixed``: no other.
+    """
 
     name: str
     shape: tuple[int, ...]
+    kind: str | None = None
+    fixed: bool = False
+
+    @property
+    def source(self) -> str:
+        """The type in a 16-bit or 32-bit file: that type itself where it is one of matrices, else F32."""
+        return self.kind or ("F16" if _is_matrix(self) else "F32")
 
 
 def choose(
     preset: str, tensors: Sequence[Planned], new_writer: Callable[[Path], Any], imatrix: Imatrix | None = None
 ) -> dict[str, str]:
     """Tensor -> type for a preset; ``new_writer`` makes a GGUFWriter with the file's metadata."""
+    fixed = {tensor.name: tensor.source for tensor in tensors if tensor.fixed}
     if preset in PLAIN:
-        return {tensor.name: preset if _is_matrix(tensor) else "F32" for tensor in tensors}
+        return {tensor.name: preset if tensor.source in PLAIN[1:] else "F32" for tensor in tensors} | fixed
     with tempfile.TemporaryDirectory(prefix="lora2serve-types-") as folder:
         skeleton, answer = Path(folder) / "skeleton.gguf", Path(folder) / "answer.gguf"
         _write_skeleton(skeleton, tensors, new_writer)
         _quantize(skeleton, answer, PRESETS[preset], _shrink(imatrix, tensors) if imatrix else None)
-        return _read_types(answer)
+        return _read_types(answer) | fixed
 
 
 def _is_matrix(tensor: Planned) -> bool:
@@ -59,12 +70,15 @@ def _is_matrix(tensor: Planned) -> bool:
 
 def _write_skeleton(path: Path, tensors: Sequence[Planned], new_writer: Callable[[Path], Any]) -> None:
     import numpy
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
 
     writer = new_writer(path)
     for tensor in tensors:
+        kind = GGMLQuantizationType[tensor.source]
         shape = tuple(min(2, length) for length in tensor.shape[:-1]) + tensor.shape[-1:]
-        kind = numpy.float16 if _is_matrix(tensor) else numpy.float32
-        writer.add_tensor(tensor.name, numpy.zeros(shape, kind))
+        zeros = numpy.zeros(quant_shape_to_byte_shape(shape, kind), numpy.uint8)
+        writer.add_tensor(tensor.name, zeros, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,6 +114,18 @@ def require_imatrix(kinds: Mapping[str, str], imatrix: Imatrix | None) -> None:
     ]
     if missing:
         raise _without_matrix(missing)
+
+
+def require_whole_blocks(kinds: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Rows hold whole blocks; ExportError names every tensor whose rows do not."""
+    bad = [
+        f"{name}: rows of {shapes[name][-1]} values, expected a multiple of {ggml.block_size(kind)[0]} for {kind}"
+        for name, kind in kinds.items()
+        if shapes[name][-1] % ggml.block_size(kind)[0]
+    ]
+    if bad:
+        more = [f"... and {len(bad) - 5} more"] if len(bad) > 5 else []
+        raise ExportError("\n".join([*bad[:5], *more]), "name another type for them with --tensor-type")
 
 
 def _without_matrix(names: Sequence[str]) -> ExportError:

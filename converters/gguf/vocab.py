@@ -68,13 +68,21 @@ class Vocab:
 def tokenizer_directory(model: Model) -> Iterator[Path]:
     """The model's tokenizer files and config in one directory, as the readers of other libraries want them."""
     with tempfile.TemporaryDirectory(prefix="lora2serve-tokenizer-") as name:
-        folder = Path(name)
-        for file, path in model.files.items():
-            place = folder / file
-            place.parent.mkdir(parents=True, exist_ok=True)
+        fill_tokenizer_directory(Path(name), model)
+        yield Path(name)
+
+
+def fill_tokenizer_directory(folder: Path, model: Model) -> None:
+    """Links to the files; configs without ``auto_map``, so that no reader fetches or runs code of the model's."""
+    for file, path in model.files.items():
+        place = folder / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file == "tokenizer_config.json" and "auto_map" in (told := json.loads(path.read_text(encoding="utf-8"))):
+            place.write_text(json.dumps({key: value for key, value in told.items() if key != "auto_map"}))
+        else:
             place.symlink_to(path.resolve())
-        (folder / "config.json").write_text(json.dumps(model.config), encoding="utf-8")
-        yield folder
+    config = {key: value for key, value in model.config.items() if key != "auto_map"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def read_vocab(model: Model, architecture: Architecture, rows: int, pre: str | None) -> Vocab:

@@ -1,0 +1,258 @@
+"""llama.cpp's own converter in a process of its own: its classes, its ``gguf``, and tensors that the parent hands over.
+
+Run as a script by upstream.py. What a class does to a tensor is recorded as it is planned (its tensors are lazy), and
+done when the parent asks for the result. Nothing of the checkpoint is read here, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Recorded:
+    """Stands where upstream has a converted array: the values before it, and the type it was to have.
+
+    ``shape``, ``dtype`` and ``nbytes`` are what upstream's writer asks an array for.
+    """
+
+    values: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    nbytes: int = 0
+
+
+class Child:
+    """One model of the parent's, seen through one of upstream's classes."""
+
+    def __init__(self, link: Connection, asked: Mapping[str, Any]) -> None:
+        self._link, self._asked = link, asked
+        self._specs = {name: (tuple(shape), dtype) for name, shape, dtype in asked["specs"]}
+        self._given: dict[str, Any] = {}
+        self._targets: dict[str, Any] = {}
+        self._gguf, self._base = import_module("gguf"), import_module("conversion.base")
+        self._lazy = self._base.LazyTorchTensor
+        self._model = self._open()
+
+    def plan(self) -> dict[str, Any]:
+        """Everything of the file but the data of its tensors."""
+        self._model.prepare_tensors()
+        self._model.prepare_metadata(vocab_only=False)
+        writer = self._model.gguf_writer
+        tensors = [self._describe(name, info) for part in writer.tensors for name, info in part.items()]
+        keys = [
+            (key, kept.value, int(kept.type), None if kept.sub_type is None else int(kept.sub_type))
+            for key, kept in writer.kv_data[0].items()
+        ]
+        return {"architecture": writer.arch, "keys": keys, "tensors": tensors}
+
+    def make(self, target: str, given: Mapping[str, Any]) -> Any:
+        """The values of one planned tensor, float32 and contiguous."""
+        import numpy
+
+        self._given = dict(given)
+        try:
+            root = self._targets[target]
+            return numpy.ascontiguousarray(self._evaluate(root, self._uses(root), {}), numpy.float32)
+        finally:
+            self._given = {}
+
+    def _open(self) -> Any:
+        """Upstream's class for the architecture, with our index of tensors and our answer to what is no fact of it."""
+        conversion, base = import_module("conversion"), self._base
+        kinds = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
+        found = conversion.get_model_class(self._asked["architecture"], mmproj=self._asked["projector"])
+        base.ModelBase.index_tensors = self._index_tensors()
+        self._gguf.quants.quantize = self._record
+        record = self._record
+        self._gguf.LazyChunkedTensor.quantize = lambda self, kind: record(self, kind)  # noqa: PLW0108 (it is a method)
+        base.TextModel.get_vocab_base_pre = self._pre_tokenizer(base.TextModel.get_vocab_base_pre)
+        folder = Path(self._asked["folder"])
+        return found(folder, self._gguf.LlamaFileType[kinds[self._asked["file_type"]]], folder / "unwritten.gguf")
+
+    def _index_tensors(self) -> Any:
+        """In place of the method that opens the checkpoint's files."""
+
+        def index_tensors(model: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+            kept = (model.filter_tensors((name, partial(self._leaf, name))) for name in self._specs)
+            return dict(item for item in kept if item is not None)
+
+        return index_tensors
+
+    def _pre_tokenizer(self, by_hash: Any) -> Any:
+        """``tokenizer.ggml.pre``: as the user names it, else upstream's hash, else what the parent found."""
+
+        def name(model: Any, tokenizer: Any) -> str:
+            if self._asked["pre"]:
+                return str(self._asked["pre"])
+            try:
+                return str(by_hash(model, tokenizer))
+            except NotImplementedError:
+                if self._asked["pre_found"]:
+                    return str(self._asked["pre_found"])
+                raise
+
+        return name
+
+    def _leaf(self, name: str) -> Any:
+        """A tensor of the parent's, not yet here."""
+        import torch
+
+        shape, dtype = self._specs[name]
+        meta = self._lazy.meta_with_dtype_and_shape(getattr(torch, dtype), shape)
+        leaf = self._lazy(meta=meta, args=(name,), func=self._load)
+        leaf.source = name
+        return leaf
+
+    def _load(self, name: str) -> Any:
+        if name not in self._given:
+            self._link.send(("need", name))
+            return receive(self._link, *self._specs[name])
+        return self._given[name]
+
+    def _record(self, values: Any, kind: Any) -> Recorded:
+        import numpy
+
+        return Recorded(values, tuple(values.shape), numpy.dtype(numpy.float32))
+
+    def _describe(self, name: str, info: Any) -> dict[str, Any]:
+        """Shape, upstream's type, and where the values come from: rows as they are, a computation, or a constant."""
+        import numpy
+
+        found: dict[str, Any] = {"name": name, "shape": [int(n) for n in info.shape], "kind": info.dtype.name}
+        kept = info.tensor
+        if not isinstance(kept, Recorded):  # converted by the class itself: its bytes are the file's
+            stored = self._gguf.LazyNumpyTensor.to_eager(kept)
+            return found | {"stored": numpy.ascontiguousarray(stored).tobytes()}
+        if isinstance(kept.values, numpy.ndarray):
+            return found | {"constant": numpy.ascontiguousarray(kept.values, numpy.float32)}
+        self._targets[name] = kept.values
+        straight = list(self._straight(kept.values))
+        return found | {"straight": straight, "sources": [] if straight else sorted(self._sources(kept.values))}
+
+    def _straight(self, values: Any) -> Iterator[tuple[str, int]]:
+        """(source, first row) where the rows of sources are stored one after another as they are; else nothing."""
+        import torch
+
+        inner: Any = values._args[0] if type(values) is self._gguf.LazyNumpyTensor and len(values._args) == 1 else None
+        plain = type(inner) is self._lazy and inner.dtype in (torch.float32, torch.float16)
+        if not plain or not values._func.__qualname__.startswith("LazyTorchTensor.numpy."):
+            return
+        if source_of(inner):
+            yield source_of(inner), 0
+            return
+        parts = inner._args[0] if inner._func in (torch.stack, torch.cat) and inner._args else ()
+        axis = [*inner._args[1:], *inner._kwargs.values()]
+        if axis in ([], [0]) and all(source_of(part) for part in parts) and self._rows_alike(parts):
+            first = 0
+            for part in parts:
+                yield source_of(part), first
+                first += int(part.numel() // part.shape[-1])
+
+    @staticmethod
+    def _rows_alike(parts: Any) -> bool:
+        return len({part.shape[-1] for part in parts if len(part.shape) > 1}) == 1 and all(
+            len(part.shape) > 1 for part in parts
+        )
+
+    def _sources(self, root: Any) -> set[str]:
+        """Every tensor of the parent's that a value is made from, as far as the graph shows it."""
+        return {source_of(node) for node, _ in self._uses(root).values() if source_of(node)}
+
+    def _uses(self, root: Any) -> dict[int, tuple[Any, int]]:
+        """The lazy values in a graph, and how often each is used in it."""
+        found: dict[int, tuple[Any, int]] = {}
+        waiting = [root]
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, list | tuple):
+                waiting += node
+            elif isinstance(node, self._gguf.LazyBase):
+                times = found.get(id(node), (node, 0))[1]
+                found[id(node)] = (node, times + 1)
+                waiting += [] if times else [node._args, list(node._kwargs.values())]
+        return found
+
+    def _evaluate(self, node: Any, uses: Mapping[int, tuple[Any, int]], done: dict[int, Any]) -> Any:
+        """What upstream's ``to_eager`` gives, but nothing is kept: memory is freed, a value may be asked for again."""
+        if isinstance(node, list | tuple):
+            return type(node)([self._evaluate(part, uses, done) for part in node])
+        if isinstance(node, self._gguf.LazyChunkedTensor):
+            import numpy
+
+            return numpy.concatenate([chunk() for chunk in node._chunks]).reshape(node.shape)
+        if not isinstance(node, self._gguf.LazyBase):
+            return node
+        if node._data is not None:
+            return node._data
+        if id(node) in done:
+            return done[id(node)]
+        value = node._func(*self._evaluate(node._args, uses, done), **node._kwargs)
+        if uses[id(node)][1] > 1:
+            done[id(node)] = value
+        return value
+
+
+def source_of(node: Any) -> str:
+    """The parent's name of a tensor that nothing was done to; empty for any other."""
+    return str(vars(node).get("source", "")) if hasattr(node, "__dict__") else ""
+
+
+def receive(link: Connection, shape: tuple[int, ...], dtype: str) -> Any:
+    """The tensor whose bytes come next."""
+    import torch
+
+    buffer = torch.empty(shape, dtype=getattr(torch, dtype))
+    view = buffer.reshape(-1).view(torch.uint8).numpy().data if buffer.numel() else memoryview(b"")
+    while view:
+        got = os.readv(link.fileno(), [view])
+        if not got:
+            raise EOFError
+        view = view[got:]
+    return buffer
+
+
+def send(link: Connection, values: Any) -> None:
+    """The bytes of an array."""
+    view = memoryview(values).cast("B") if values.size else memoryview(b"")
+    while view:
+        view = view[os.write(link.fileno(), view) :]
+
+
+def serve(link: Connection) -> None:
+    """Plan once, then answer until the parent goes away."""
+    import torch
+
+    with torch.inference_mode():
+        child = Child(link, link.recv())
+        link.send(("plan", child.plan()))
+        while True:
+            target, given = link.recv()
+            made = child.make(target, {name: receive(link, *child._specs[name]) for name in given})
+            link.send(("made", made.shape))
+            send(link, made)
+
+
+def main() -> None:
+    """``upstream_child.py TREE FD``."""
+    tree, link = sys.argv[1], Connection(int(sys.argv[2]))
+    sys.path[:0] = [tree, f"{tree}/gguf-py"]  # the first is where upstream looks for its built-in vocabularies
+    try:
+        serve(link)
+    except (EOFError, BrokenPipeError):
+        return  # the parent has all it wants
+    except Exception as error:
+        link.send(("error", f"{type(error).__name__}: {error}"))
+        raise
+
+
+if __name__ == "__main__":
+    main()
