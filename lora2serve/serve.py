@@ -182,7 +182,7 @@ def _llama_cpp(export: Path, about: Mapping[str, Any], host: str, port: int, ext
         raise EngineError(
             f"llama-cpp-python's server needs {', '.join(missing)}", "pip install 'llama-cpp-python[server]==0.3.36'"
         )
-    files = sorted(export.rglob("*.gguf"))
+    files = sorted(file for file in export.rglob("*.gguf") if not file.name.startswith("mmproj-"))
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(files[0]), "--host", host, "--port", str(port)]
     name = str(about["name"])
     return Serving("llama.cpp", (*command, "--model_alias", name, "--n_ctx", "0", *extra), (name,), host, port)

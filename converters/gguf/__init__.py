@@ -6,15 +6,13 @@ Plan, header, then blocks at their final offsets from any thread. Format: the GG
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from converters.gguf import imatrix, proof
-from converters.gguf.lanes import layouts
+from converters.gguf import imatrix, lanes, proof
 from converters.gguf.part import Part
 from converters.gguf.types import NEEDS_IMATRIX, PRESETS
 from lora2serve.errors import ExportError
@@ -56,7 +54,7 @@ class GgufSink:
             )
         self._options = options
         with ExitStack() as stack:  # what was opened is closed where the rest is refused
-            main, *others = self._layouts = layouts(model, options)
+            main, *others = self._layouts = lanes.layouts(model, options)
             for layout in self._layouts:
                 stack.callback(layout.close)
             shapes = {tensor.name: tensor.shape for tensor in main.tensors}
@@ -70,7 +68,7 @@ class GgufSink:
                 name for part in self._parts[1:] for name in part.lay(out, f"mmproj-{model.name}-{part.layout.preset}")
             ]
             stack.pop_all()
-        self.wanted: Mapping[str, int] = _together(part.layout.wanted for part in self._parts)
+        self.wanted: Mapping[str, int] = lanes.together(part.layout.wanted for part in self._parts)
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
         for part in self._parts:
@@ -90,11 +88,3 @@ class GgufSink:
     def close(self) -> None:
         for layout in self._layouts:
             layout.close()
-
-
-def _together(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Rows that must come at once for every part that wants them."""
-    found: dict[str, int] = {}
-    for wanted in parts:
-        found |= {name: lcm(found.get(name, 1), rows) for name, rows in wanted.items()}
-    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from math import lcm
 from typing import Any
 
 from converters.gguf import tree
@@ -28,4 +30,12 @@ def layouts(model: Model, options: Any) -> list[Layout]:
     found: list[Layout] = [Upstream(model, options, there)]
     if name in tree.known(there, projector=True) and any(model.config.get(key) for key in SENSES):
         found.append(Upstream(model, options, there, projector=True))
+    return found
+
+
+def together(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Rows that must come at once for every file that wants them: tensor -> rows."""
+    found: dict[str, int] = {}
+    for wanted in parts:
+        found |= {name: lcm(found.get(name, 1), rows) for name, rows in wanted.items()}
     return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.gguf import architectures, layout
+from converters.gguf import GgufOptions, lanes
 from converters.gguf.scan import scan
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
@@ -15,11 +15,9 @@ from lora2serve.tensors import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-COMPUTED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # from the config
-
 
 class GgufReader:
-    """The tensors of an export, dequantised row by row."""
+    """The tensors of an export, dequantised row by row; those of the projector too, where it has one."""
 
     def __init__(self, export: Path, about: Mapping[str, Any], model: Model) -> None:
         from gguf import GGUFReader
@@ -29,42 +27,46 @@ class GgufReader:
             scan(file)
         self._tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
         self._rounded_twice = bool(about.get("match_reference"))
-        config = architectures.text_config(model.config)
-        specs = model.source.specs()
-        self._places = layout.lay_out(specs, config, architectures.find(config))
-        planned = {place.target for places in self._places.values() for place in places}
-        self.wanted: Mapping[str, int] = {
-            spec.name: layout.together(spec, self._places[spec.name])
-            for spec in specs
-            if spec.name in self._places and all(place.target in self._tensors for place in self._places[spec.name])
-        }
+        options = GgufOptions(quant=str(about.get("quant") or "F16"), match_reference=self._rounded_twice)
+        self._layouts = lanes.layouts(model, options)
+        self.wanted: Mapping[str, int] = lanes.together(layout.wanted for layout in self._layouts)
+        planned = {tensor.name for layout in self._layouts for tensor in layout.tensors}
         self.differences = [f"{name}: missing" for name in sorted(planned - self._tensors.keys())]
-        self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned - COMPUTED)]
+        self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned)]
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
-        """See ``lora2serve.exporter.Reader``."""
+        """See ``lora2serve.exporter.Reader``. Several parts of the file that one block goes to are laid end to end."""
         import torch
 
-        pairs = [self._pair(place, spec, rows, block) for place in self._places[spec.name]]
-        name = " and ".join(place.target for place in self._places[spec.name])
+        names, pairs = [], []
+        for target, first, values in self._targets(spec, rows, block):
+            names.append(target)
+            pairs.append(self._pair(target, first, values))
         if len(pairs) == 1:
-            return name, *pairs[0]
+            return names[0], *pairs[0]
+        if not pairs:
+            return spec.name, torch.empty(0), torch.empty(0)
         planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*pairs, strict=True))
-        return name, planned, stored
+        return " and ".join(names), planned, stored
 
-    def _pair(self, place: layout.Place, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[Tensor, Tensor]:
+    def _targets(self, spec: TensorSpec, rows: slice, block: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        for layout in self._layouts:
+            if spec.name in layout.wanted:
+                found = layout.targets(spec, rows, block)
+                yield from ((target, first, values) for target, first, values in found if target in self._tensors)
+
+    def _pair(self, target: str, first: int, expected: Tensor) -> tuple[Tensor, Tensor]:
         import torch
         from gguf.quants import dequantize
 
-        stored = self._tensors[place.target]
-        first, expected = layout.rows_of(place, spec, rows, block)
-        shape = tuple(int(length) for length in reversed(stored.shape))
-        if shape != tuple(place.shape):
-            raise ExportError(f"{place.target}: shape {list(shape)}, expected {list(place.shape)}")
+        stored = self._tensors[target]
+        columns = int(stored.shape[0])
+        if columns != expected.shape[-1]:
+            raise ExportError(f"{target}: rows of {columns} values, expected {expected.shape[-1]}", "export again")
         data = stored.data.reshape(-1, stored.data.shape[-1])[first : first + len(expected)]
         found = torch.from_numpy(dequantize(data, stored.tensor_type).reshape(tuple(expected.shape)).copy())
         kind = stored.tensor_type.name
         if self._rounded_twice and kind != "F32":
-            expected = expected.to(torch.bfloat16).to(torch.float16).float()
+            expected = expected.to(torch.float16).float()
         plain = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind)
         return expected.to(plain).float() if plain else expected, found.float()

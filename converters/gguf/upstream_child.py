@@ -6,7 +6,9 @@ done when the parent asks for the result. Nothing of the checkpoint is read here
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 
@@ -49,7 +52,7 @@ class Child:
         writer = self._model.gguf_writer
         tensors = [self._describe(name, info) for part in writer.tensors for name, info in part.items()]
         keys = [
-            (key, kept.value, int(kept.type), None if kept.sub_type is None else int(kept.sub_type))
+            (key, plain(kept.value), int(kept.type), None if kept.sub_type is None else int(kept.sub_type))
             for key, kept in writer.kv_data[0].items()
         ]
         return {"architecture": writer.arch, "keys": keys, "tensors": tensors}
@@ -75,8 +78,25 @@ class Child:
         record = self._record
         self._gguf.LazyChunkedTensor.quantize = lambda self, kind: record(self, kind)  # noqa: PLW0108 (it is a method)
         base.TextModel.get_vocab_base_pre = self._pre_tokenizer(base.TextModel.get_vocab_base_pre)
-        folder = Path(self._asked["folder"])
-        return found(folder, self._gguf.LlamaFileType[kinds[self._asked["file_type"]]], folder / "unwritten.gguf")
+        folder, file_type = Path(self._asked["folder"]), self._gguf.LlamaFileType[kinds[self._asked["file_type"]]]
+        settings = self._settings(folder)
+        found.no_mtp = found.supports_mtp_export and not self._predicts_more(settings)
+        return found(folder, file_type, folder / "unwritten.gguf", hparams=settings)
+
+    def _predicts_more(self, settings: Mapping[str, Any]) -> bool:
+        """Whether layers that predict more than one token are there: transformers leaves them out when it saves."""
+        layers = {**settings, **settings.get("text_config", {})}.get("num_hidden_layers", 0)
+        numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in self._specs)
+        beyond = any(found and int(found[1]) >= layers for found in numbers)
+        return beyond or any("mtp." in name for name in self._specs)
+
+    def _settings(self, folder: Path) -> dict[str, Any]:
+        """The config as upstream reads it, and what is in the file under names that transformers 5 has given up."""
+        read: dict[str, Any] = self._base.ModelBase.load_hparams(folder, False)
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        rope = read.get("rope_parameters") or {}
+        older = {"n_ctx": read.get("n_positions"), "rotary_pct": rope.get("partial_rotary_factor")}
+        return {**{key: value for key, value in older.items() if value is not None}, **stored, **read}
 
     def _index_tensors(self) -> Any:
         """In place of the method that opens the checkpoint's files."""
@@ -201,6 +221,17 @@ class Child:
         return value
 
 
+def plain(value: Any) -> Any:
+    """A metadata value without upstream's own classes and numpy's, which the parent cannot read."""
+    if isinstance(value, str | bytes | bytearray | bool):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return int(value) if isinstance(value, int) else value
+
+
 def source_of(node: Any) -> str:
     """The parent's name of a tensor that nothing was done to; empty for any other."""
     return str(vars(node).get("source", "")) if hasattr(node, "__dict__") else ""
@@ -250,8 +281,14 @@ def main() -> None:
     except (EOFError, BrokenPipeError):
         return  # the parent has all it wants
     except Exception as error:
-        link.send(("error", f"{type(error).__name__}: {error}"))
+        link.send(("error", f"{type(error).__name__}: {error} ({place_of(error)})"))
         raise
+
+
+def place_of(error: BaseException) -> str:
+    """Where upstream's code gave up: many of its assertions say nothing else."""
+    frame = extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _engines(path: Path, target: str, base: Path, window: int) -> list[tuple[str
 
 def gguf_file(path: Path) -> Path:
     """The GGUF of an export; the first file where it is split."""
-    files = sorted(path.rglob("*.gguf"))
+    files = sorted(file for file in path.rglob("*.gguf") if not file.name.startswith("mmproj-"))
     if not files:
         raise InputError(f"{path}: no .gguf in it", "export again")
     return files[0]

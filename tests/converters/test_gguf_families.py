@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import lora2serve
 from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
 from tests.tiny import make_model
-from tests.upstream import llama_cpp_dir
+from tests.upstream import convert, quantize
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
 SHAPE = {
@@ -114,8 +110,11 @@ def _sharpen(path: Path) -> None:
 
 
 def export(model: Path, out: Path, *words: str) -> Path:
-    (made,) = lora2serve("export", model, "-t", "gguf", "-o", out, *words, cwd=out.parent).split()
-    return next(Path(made).glob("*.gguf"))
+    """The first file of an export, by the command line in this process: a new one would take seconds to start."""
+    from lora2serve.cli import run
+
+    assert run(["export", str(model), "-t", "gguf", "-o", str(out), *words]) == 0
+    return min(file for file in out.rglob("*.gguf") if not file.name.startswith("mmproj-"))
 
 
 def by_transformers(model: Path) -> np.ndarray:
@@ -138,34 +137,10 @@ def test_same_logits(models: dict[str, Path], tmp_path: Path, family: str) -> No
     assert nmse(got[::-1], expected) > 0.1
 
 
-def upstream(model: Path, out: Path, kind: str, pre: str) -> Path:
+def upstream(model: Path, out: Path, kind: str, pre: str = "") -> Path:
     """llama.cpp's own converter, then its own quantiser out of the same library."""
-    tree = llama_cpp_dir()
-    f16 = out / "upstream-f16.gguf"
-    environment = {**os.environ, "PYTHONPATH": f"{tree / 'gguf-py'}:{tree}"}
-    # It knows pre-tokenizers by a hash of real vocabularies, which a small one of ours is not.
-    program = (
-        "import runpy, sys; import conversion.base as base; name = sys.argv.pop();"
-        "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: name;"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    words = [tree / "convert_hf_to_gguf.py", model, "--outfile", f16, "--outtype", "f16", pre]
-    command = [sys.executable, "-c", program, *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-700:]
-    if kind == "F16":
-        return f16
-    program = (
-        "import ctypes, sys, llama_cpp; p = llama_cpp.llama_model_quantize_default_params(); p.ftype = int(sys.argv[3]);"
-        "sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(p)))"
-    )
-    quantised = out / f"upstream-{kind}.gguf"
-    from converters.gguf.types import PRESETS
-
-    subprocess.run(
-        [sys.executable, "-c", program, str(f16), str(quantised), str(PRESETS[kind])], capture_output=True, check=True
-    )
-    return quantised
+    f16 = convert(model, out / "upstream-f16.gguf", pre=pre)
+    return f16 if kind == "F16" else quantize(f16, out / f"upstream-{kind}.gguf", kind)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, bytes]]]:

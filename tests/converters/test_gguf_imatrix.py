@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import struct
 from pathlib import Path
@@ -12,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from converters.gguf import imatrix, types
-from converters.gguf.types import PRESETS
+from converters.gguf import imatrix
 from lora2serve.cli import run
 from lora2serve.errors import CheckpointError, ExportError
-from tests.conftest import lora2serve
 from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
 from tests.converters.test_gguf_families import export, model_of, models, read
+from tests.upstream import quantize
 
 __all__ = ["models"]
 DATA = [{"text": f"The number {n} has the square {n * n}; its half is {n / 2}."} for n in range(40)]
@@ -37,7 +35,7 @@ def matrix(
 ) -> tuple[Path, Path]:
     """A model and the matrix that an export left behind."""
     model, out = model_of(models, request.param), tmp_path_factory.mktemp("matrix")
-    lora2serve("export", model, "-t", "gguf", "-q", "IQ3_XXS", "-o", out, "--calibrate", data, cwd=out)
+    export(model, out, "-q", "IQ3_XXS", "--calibrate", str(data))
     return model, out / "imatrix.gguf"
 
 
@@ -68,25 +66,13 @@ def test_means_of_activations(matrix: tuple[Path, Path]) -> None:
     assert "output.weight" not in found.means
 
 
-def quantised_by_llama_cpp(source: Path, out: Path, kind: str, matrix: Path) -> dict[str, tuple[str, bytes]]:
-    import llama_cpp
-
-    means = imatrix.read(matrix).means  # kept until the end: the entries only point to it
-    entries = types._entries(means)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = PRESETS[kind]
-    params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
-    return read(out)[1]
-
-
 @pytest.mark.parametrize("kind", ["IQ3_XXS", "Q4_K_M", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
 def test_byte_identical_to_llama_quantize(matrix: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     """The same types and bytes as llama.cpp's quantiser with the same matrix; without it they are others."""
     model, path = matrix
     plain = export(model, tmp_path / "f16", "-q", "F16", "--match-reference")
     keys, tensors = read(export(model, tmp_path / "ours", "-q", kind, "--match-reference", "--imatrix", str(path)))
-    theirs = quantised_by_llama_cpp(plain, tmp_path / "theirs.gguf", kind, path)
+    theirs = read(quantize(plain, tmp_path / "theirs.gguf", kind, imatrix.read(path).means))[1]
     assert {name: found[0] for name, found in tensors.items()} == {name: found[0] for name, found in theirs.items()}
     assert [name for name in tensors if tensors[name] != theirs[name]] == []
     assert keys["quantize.imatrix.entries_count"] == len(imatrix.read(path).means)

@@ -1,0 +1,262 @@
+"""Architectures that are not ours: llama.cpp's own converter on our merged tensors, beside its own files and transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from converters.gguf import tree
+from lora2serve.cli import run
+from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
+from tests.converters.test_gguf_families import (
+    CARD,
+    DEMO,
+    SHAPE,
+    _sharpen,
+    by_transformers,
+    differences,
+    export,
+    read,
+    sentencepiece_tokenizer,
+    upstream,
+)
+from tests.tiny import make_adapter, make_model
+from tests.upstream import convert, llama_cpp_dir
+
+# fmt: off
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi-2": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "intermediate_size": 1024}),
+    "stablelm": ("stablelm", {}),
+    "gemma": ("gemma", {"head_dim": 64, "tie_word_embeddings": True}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2, "ffn_hidden_size": 1024}),
+    "gpt-2": ("gpt2", {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512, "tie_word_embeddings": True}),
+    "gpt-neox": ("gpt_neox", {"intermediate_size": 1024}),
+    "starcoder2": ("starcoder2", {"use_bias": True, "tie_word_embeddings": True}),
+    "cohere": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.0625}),
+    "deepseek-v2": ("deepseek_v2", {"q_lora_rank": 64, "kv_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "first_k_dense_replace": 1, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "routed_scaling_factor": 1.0, "norm_topk_prob": False}),
+    "qwen3-next": ("qwen3_next", {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64}),
+    "mamba-2": ("mamba2", {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1, "expand": 2}),
+}
+# fmt: on
+# What its own program cannot read as transformers 5 saves it, and ours can: names of the config that were given up.
+RENAMED = ("gpt-2", "gpt-neox", "qwen3-next")
+SLOW = ("mamba-2", "qwen3-next", "gpt-neox", "cohere", "stablelm")
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHAPES]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    llama_cpp_dir()
+    return tmp_path_factory.mktemp("upstream")
+
+
+def model_of(root: Path, name: str) -> Path:
+    path = root / name
+    if not path.exists():
+        kind, changes = SHAPES[name]
+        make_model(path, kind, **{**SHAPE, **changes})
+        dress(path)
+        if name == "gemma":
+            sentencepiece_tokenizer(path)
+    return path
+
+
+def dress(path: Path) -> None:
+    _sharpen(path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(DEMO / file, path / file)
+    (path / "README.md").write_text(CARD)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_logits_and_bytes(root: Path, tmp_path: Path, name: str) -> None:
+    """F16 answers as transformers does; with ``--match-reference`` tensors and metadata are those of upstream."""
+    model = model_of(root, name)
+    expected = by_transformers(model)
+    got = by_llama_cpp(export(model, tmp_path / "f16", "-q", "F16"))
+    assert expected.std() > 0.1, "far from uniform"
+    assert nmse(got, expected) < 1e-5
+    assert nmse(got[::-1], expected) > 0.01
+    if name in RENAMED:
+        return
+    keys, tensors = read(export(model, tmp_path / "q", "-q", "Q4_K_M", "--match-reference"))
+    their_keys, theirs = read(upstream(model, tmp_path, "Q4_K_M", keys["tokenizer.ggml.pre"]))
+    assert {n: t for n, (t, _) in tensors.items()} == {n: t for n, (t, _) in theirs.items()}
+    assert [n for n in tensors if tensors[n] != theirs[n]] == []
+    assert differences(keys, their_keys) == {}
+
+
+def test_an_adapter_is_folded(root: Path, tmp_path: Path) -> None:
+    """The lane reads the merged model; the base alone, the control, is far off. Nothing else is written to disk."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = model_of(root, "falcon")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query_key_value", "dense"], std=0.1)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        ids = torch.tensor([list(range(20, 90))])
+        expected = PeftModel.from_pretrained(plain, adapter)(ids).logits[0].double().numpy()
+    file = export(adapter, tmp_path / "out", "--base", str(base), "-q", "F16")
+    assert nmse(by_llama_cpp(file), expected) < 1e-5
+    assert nmse(by_transformers(base), expected) > 1e-3
+
+
+def test_refused_before_the_first_byte(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody knows it; its name is a little wrong; llama.cpp's graph has no such shape; the tree is not there."""
+    model = Path(shutil.copytree(model_of(root, "phi-2"), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+
+    def said(**changes: Any) -> str:
+        (model / "config.json").write_text(json.dumps({**config, **changes}))
+        assert run(["export", str(model), "-t", "gguf", "-o", str(tmp_path / "out")]) == 1
+        assert not list((tmp_path / "out").glob("*"))
+        return capfd.readouterr().err
+
+    known = said(architectures=["PhyForCausalLM"])
+    assert "did you mean 'PhiForCausalLM'?" in known
+    assert "known: PhiForCausalLM" in known, "the nearest first"
+    assert all(name in known for name in ("LlamaForCausalLM", "MambaForCausalLM", "ZZZ")[:2])
+    assert "wrong shape" in said(num_key_value_heads=2, rope_parameters=config["rope_parameters"], intermediate_size=99)
+
+
+def test_without_the_tree(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    model = model_of(root, "phi-2")
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    assert tree.converter() is None
+    assert run(["export", str(model), "-t", "gguf", "-o", str(tmp_path / "out")]) == 1
+    err = capfd.readouterr().err
+    assert "architecture PhiForCausalLM" in err
+    assert "lora2serve doctor --fix" in err
+
+
+def test_its_gguf_stays_out_of_our_process(root: Path, tmp_path: Path) -> None:
+    """Planning and writing by that lane imports neither its ``conversion`` nor its ``gguf`` here."""
+    program = (
+        "import sys; from lora2serve.cli import run;"
+        "code = run(['export', sys.argv[1], '-t', 'gguf', '-q', 'Q8_0', '-o', sys.argv[2]]);"
+        "import gguf; print(code, 'conversion' in sys.modules, 'site-packages' in gguf.__file__)"
+    )
+    command = [sys.executable, "-c", program, str(model_of(root, "gpt-2")), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
+    assert done.stdout.splitlines()[-1] == "0 False True"
+
+
+def test_no_child_stays(root: Path, tmp_path: Path) -> None:
+    """The converter's process ends with the export, also where that is refused."""
+    import psutil
+
+    def children() -> list[str]:
+        found = psutil.Process().children(recursive=True)
+        return [child.name() for child in found if "upstream_child" in " ".join(child.cmdline())]
+
+    export(model_of(root, "gpt-2"), tmp_path / "out", "-q", "Q8_0")
+    assert (
+        run(["export", str(model_of(root, "gpt-2")), "-t", "gguf", "-o", str(tmp_path), "--tensor-type", "x=Q8_0"]) == 1
+    )
+    assert children() == []
+
+
+def multimodal(root: Path, kind: str) -> Path:
+    """A small model with random weights that sees, and what its processor is told."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    path = root / kind
+    if path.exists():
+        return path
+    text = {k: v for k, v in SHAPE.items() if not k.endswith("token_id")}
+    if kind == "gemma3":
+        text |= {
+            "head_dim": 64,
+            "query_pre_attn_scalar": 64,
+            "vocab_size": 888,
+            "tie_word_embeddings": True,
+            "sliding_window": 64,
+            "model_type": "gemma3_text",
+        }
+        vision = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "model_type": "siglip_vision_model",
+        }
+        extra: dict[str, Any] = {
+            "mm_tokens_per_image": 4,
+            "image_token_index": 5,
+            "boi_token_index": 6,
+            "eoi_token_index": 7,
+            "tie_word_embeddings": True,
+        }
+    else:
+        text |= {
+            "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
+            "model_type": "qwen2_vl_text",
+        }
+        vision = {
+            "embed_dim": 64,
+            "hidden_size": 256,
+            "depth": 2,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "image_size": 56,
+        }
+        extra = {
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+            "tie_word_embeddings": False,
+        }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, **extra)
+    model = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(path)
+    dress(path)
+    told = {
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "min_pixels": 3136,
+        "max_pixels": 12544,
+        "size": {"shortest_edge": 3136, "longest_edge": 12544},
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(told))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "gemma3"])
+def test_multimodal(root: Path, tmp_path: Path, kind: str) -> None:
+    """The text model answers as transformers' does; the projector is upstream's, byte for byte."""
+    from transformers import AutoModelForImageTextToText
+
+    model = multimodal(root, kind)
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected: np.ndarray = loaded(torch.tensor([list(range(20, 90))])).logits[0].double().numpy()
+    file = export(model, tmp_path / "out", "-q", "F16", "--match-reference")
+    got = by_llama_cpp(file)
+    assert nmse(got, expected) < 1e-5
+    assert nmse(got[::-1], expected) > 0.01
+    (projector,) = file.parent.glob("mmproj-*.gguf")
+    keys, tensors = read(projector)
+    their_keys, theirs = read(convert(model, tmp_path / "theirs.gguf", "--mmproj"))
+    assert [name for name in theirs if tensors.get(name) != theirs[name]] == []
+    assert tensors.keys() == theirs.keys()
+    assert differences(keys, their_keys) == {}
+    about = json.loads((file.parent / "lora2serve.json").read_text())
+    assert (about["file"], about["projector"]) == (file.name, projector.name)
