@@ -90,9 +90,10 @@ def one_pass(root: Path, kind: str) -> Way:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure; the scratch folder may be named and needs 12 GB."""
-    from converters.gguf.upstream import llama_cpp_dir
+    from lora2serve.doctor import unpack_source_package
+    from lora2serve.progress import Silent
 
-    tree = llama_cpp_dir()
+    tree, load = unpack_source_package(Silent()), os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="bench-gguf-", dir=arguments[0] if arguments else None) as folder:
         root = Path(folder)
         subprocess.run([sys.executable, "-m", "benchmarks.models", str(root), str(LAYERS)], cwd=ROOT, check=True)
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     result = {
         "machine": machine(),
         "command": "make bench-gguf",
+        "load": [round(load[0], 1), round(os.getloadavg()[0], 1)],  # before and after: 0 on a machine of one's own
         "runs": {kind: {name: asdict(way) for name, way in ways.items()} for kind, ways in found.items()},
         "times_faster": {kind: round(ways["chain"].wall / ways["one pass"].wall, 2) for kind, ways in found.items()},
     }

@@ -52,6 +52,7 @@ CONVERTERS_MAY = {
     "lint",
     "child",
     "environment",
+    "doctor",
 }
 CONVERTER_PAIRS = {
     "vllm": {"safetensors", "compressed", "calibrated"},

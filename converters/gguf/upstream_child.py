@@ -19,6 +19,8 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
+VISION = "vision_tower.vision_model."
+
 
 @dataclass
 class Recorded:
@@ -102,7 +104,7 @@ class Child:
         """In place of the method that opens the checkpoint's files."""
 
         def index_tensors(model: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
-            kept = (model.filter_tensors((name, partial(self._leaf, name))) for name in self._specs)
+            kept = (model.filter_tensors((older_name(name), partial(self._leaf, name))) for name in self._specs)
             return dict(item for item in kept if item is not None)
 
         return index_tensors
@@ -219,6 +221,11 @@ class Child:
         if uses[id(node)][1] > 1:
             done[id(node)] = value
         return value
+
+
+def older_name(name: str) -> str:
+    """A vision tower saved by transformers 5 under the name that upstream knows, with one level more."""
+    return re.sub(r"^vision_tower\.(?=(embeddings|encoder|head|pre_layrnorm|post_layernorm)\.)", VISION, name)
 
 
 def plain(value: Any) -> Any:

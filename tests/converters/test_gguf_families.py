@@ -94,14 +94,14 @@ def sentencepiece_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(told))
 
 
-def _sharpen(path: Path) -> None:
+def _sharpen(path: Path, by: float = 3) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path / "model.safetensors")
     torch.manual_seed(1)
     for name, tensor in tensors.items():
         if tensor.dim() > 1:
-            tensors[name] = (tensor.float() * 3).to(tensor.dtype)
+            tensors[name] = (tensor.float() * by).to(tensor.dtype)
         elif "norm" in name:
             tensors[name] = (tensor.float() + 0.2 * torch.randn_like(tensor.float())).to(tensor.dtype)
         else:
