@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from converters.compressed.quantizer import Quantizer
 from converters.compressed.reader import CompressedReader
 from converters.compressed.schemes import SCHEMES
 from converters.safetensors import SHARD, SafetensorsReader, ShardWriter
+from converters.serving import generation_config, serve_yaml
 from lora2serve.exporter import Calibration, Model, Reader
 from lora2serve.output import Output
 from lora2serve.tensors import FLOATS, TensorSpec
@@ -71,8 +71,12 @@ class VllmSink:
         if self._calibrated:
             config["quantization_config"], about = self._calibrated.finish(config)
         self._out.json("config.json", config)
+        ends = generation_config(self._model)
         for name, path in self._model.files.items():
-            self._out.copy(name, path)
+            if name != "generation_config.json" or ends is None:
+                self._out.copy(name, path)
+        if ends is not None:
+            self._out.json("generation_config.json", ends)
         self._out.text("serve.yaml", serve_yaml(self._model, self._dtype))
         return {"dtype": self._dtype, **about, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
 
@@ -99,15 +103,6 @@ def served_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         if part.endswith("_config") and isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
             served[part] = {**value, _dtype_key(value): dtype}
     return served
-
-
-def serve_yaml(model: Model, dtype: str) -> str:
-    """Arguments for ``vllm serve DIR --config DIR/serve.yaml``: what this model needs and vLLM may not find itself."""
-    config = model.config.get("text_config") or model.config
-    lines = ["# vllm serve . --config serve.yaml", f"served-model-name: {json.dumps(model.name)}", f"dtype: {dtype}"]
-    if config.get("max_position_embeddings"):
-        lines.append(f"max-model-len: {config['max_position_embeddings']}")
-    return "\n".join(lines) + "\n"
 
 
 def _dtype_key(config: Mapping[str, Any]) -> str:

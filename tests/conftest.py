@@ -37,10 +37,11 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def demo_exports(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Exports of the demo run by folder name, made in two passes."""
+    """Exports of the demo run by folder name, made in three passes."""
     out = tmp_path_factory.mktemp("exports")
     commands: Sequence[Sequence[str]] = (
         ("-t", "vllm", "-t", "ollama", "-t", "adapter"),
+        ("-t", "vllm", "-q", "fp8", "-q", "w4a16"),
         ("-t", "gguf", "-q", "F16", "-q", "Q8_0", "-q", "Q4_K_M"),
     )
     made = [lora2serve("export", demo_run.path, *words, "-o", out, cwd=out).split() for words in commands]

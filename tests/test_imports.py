@@ -55,7 +55,7 @@ CONVERTERS_MAY = {
     "doctor",
 }
 CONVERTER_PAIRS = {
-    "vllm": {"safetensors", "compressed", "calibrated"},
+    "vllm": {"safetensors", "compressed", "calibrated", "serving"},
     "calibrated": {"safetensors", "compressed"},
     "adapter": {"safetensors"},
     "ollama": {"gguf"},

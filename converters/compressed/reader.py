@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from converters.compressed.library import library, refuse_missing
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
-from lora2serve.tensors import TensorSpec
+from lora2serve.tensors import FLOATS, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,24 +41,22 @@ class CompressedReader:
         self._compressor = library().compressors.get_value_from_registry(groups[0].get("format") or config["format"])
         planned = {spec.name: spec for spec in model.source.specs()}
         self._parts = {name: self._stored(name) for name in planned}
+        self._quantized = {name for name, parts in self._parts.items() if self._is_quantized(parts)}
+        self.differences = [f"{name}: missing" for name, parts in self._parts.items() if not parts]
+        lost = {name: self._lost(name) for name in self._quantized}
+        self.differences += [part for parts in lost.values() for part in parts]
         self.wanted: Mapping[str, int] = {
-            name: self._together() if "weight_scale" in parts else 1 for name, parts in self._parts.items() if parts
+            name: self._together() if name in self._quantized else 1
+            for name, parts in self._parts.items()
+            if parts and not lost.get(name)
         }
         known = {stored for parts in self._parts.values() for stored in parts.values()}
-        self.differences = [f"{name}: missing" for name, parts in self._parts.items() if not parts]
-        self.differences += [
-            f"{name.removesuffix('weight')}{key}: missing"
-            for name, parts in self._parts.items()
-            if "weight_scale" in parts
-            for key in self._compressor.compression_param_names(self._how)
-            if key not in parts and key not in self._unused()
-        ]
         self.differences += [f"{name}: not planned" for name in sorted(self._files.keys() - known)]
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
         """The stored name, the planned rows and the dequantised ones, or those of a plain tensor, in float32."""
         parts = self._parts[spec.name]
-        if "weight_scale" not in parts:
+        if spec.name not in self._quantized:
             stored = self._files[spec.name].get_slice(spec.name)
             found = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
             _refuse_shape(spec, tuple(stored.get_shape()))
@@ -80,6 +78,18 @@ class CompressedReader:
         keys = (*WEIGHTS, "weight_scale", ZERO, *PER_TENSOR)
         found = {key: module + key for key in keys if module + key in self._files}
         return found if any(key in found for key in WEIGHTS) else {}
+
+    def _is_quantized(self, parts: Mapping[str, str]) -> bool:
+        plain = parts.get("weight")
+        return "weight_packed" in parts or (
+            bool(plain) and self._files[plain].get_slice(plain).get_dtype() not in FLOATS
+        )
+
+    def _lost(self, name: str) -> list[str]:
+        """What must lie beside a quantised weight and does not."""
+        keys = self._compressor.compression_param_names(self._how)
+        missing = [key for key in keys if key not in self._parts[name] and key not in self._unused()]
+        return [f"{name.removesuffix('weight')}{key}: missing" for key in missing]
 
     def _unused(self) -> set[str]:
         """Names that the library lists for a format, and that this scheme of it has not."""

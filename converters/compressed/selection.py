@@ -16,6 +16,7 @@ BLOCK = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 OTHER_TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projector|mtp|encoder)([._]|$)")
 # Routers, gates of shared experts, norms and embeddings inside a block: vLLM makes them without a quantisation.
 PLAIN = re.compile(r"(^|\.)([a-z_]*gate|[a-z_]*router|[a-z_]*embed[a-z_]*|[a-z_]*norm|altup|conv1d)(\.|$)")
+EMBEDDING = re.compile(r"(^|\.)([a-z_]*embed[a-z_]*|wte|wpe)(\.|$)")  # no linear layer: no target of the config
 # vLLM loads the parts of each into one parameter (``packed_modules_mapping`` of its models; w1 and w3 of its experts).
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -54,9 +55,9 @@ def select(specs: Sequence[TensorSpec], config: Mapping[str, Any], scheme: Schem
     if problems:
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise ExportError("\n".join([*problems[:SHOWN], *more]), PLAIN_HINT)
-    kept = [s.name.removesuffix(".weight") for s in specs if s.name.endswith(".weight") and len(s.shape) > 1]
-    ignore = ["lm_head", *(name for name in kept if f"{name}.weight" not in weights)]
-    return Selection(fitted, weights, fused, tuple(dict.fromkeys(ignore)))
+    kept = [s.name.removesuffix(".weight") for s in specs if s.name.endswith(".weight") and len(s.shape) == 2]
+    ignore = [name for name in kept if f"{name}.weight" not in weights and not EMBEDDING.search(name)]
+    return Selection(fitted, weights, fused, tuple(dict.fromkeys([*ignore, "lm_head"])))
 
 
 PLAIN_HINT = "export it in 16 bits, without --quant"

@@ -52,10 +52,7 @@ def of_url(run: Run, url: str, model: str | None) -> Subject:
 
 def _engines(path: Path, target: str, base: Path, window: int) -> list[tuple[str, dict[str, Any]]]:
     if target == "vllm":
-        engines: list[tuple[str, dict[str, Any]]] = [("vllm", {"model": str(path), "window": window})]
-        if not _is_compressed(path):
-            engines.insert(0, ("transformers", {"model": str(path)}))
-        return engines
+        return [("transformers", {"model": str(path)}), ("vllm", {"model": str(path), "window": window})]
     if target == "adapter":
         return [("vllm", {"model": str(base), "window": window, "adapter": str(path), "rank": largest_rank(path)})]
     if target in ("gguf", "ollama", "lmstudio"):
@@ -77,9 +74,3 @@ def largest_rank(adapter: Path) -> int:
 
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return max([int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values())])
-
-
-def _is_compressed(path: Path) -> bool:
-    import json
-
-    return "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -19,6 +19,10 @@ ROWS = {
     ("ollama-Q4_K_M", "llama.cpp"): "trained",
     ("vllm", "transformers"): "trained",
     ("vllm", "vllm"): "trained",
+    ("vllm-fp8", "transformers"): "trained",
+    ("vllm-fp8", "vllm"): "trained",
+    ("vllm-w4a16", "transformers"): "trained",
+    ("vllm-w4a16", "vllm"): "trained",
 }
 
 

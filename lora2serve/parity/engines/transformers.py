@@ -1,7 +1,8 @@
-"""transformers: a directory of plain weights, and what the reference shares with it."""
+"""transformers: a merged directory, plain or quantised, and what the reference shares with it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ class Transformers:
         quiet(threads)
         where = device()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, device_map=where).eval()
+        given: dict[str, Any] = {"dtype": torch.float32, "device_map": where, **_decompressed(model)}
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, **given).float().eval()
         self.version = f"transformers {transformers.__version__} float32 {where}"
 
     def render(self, messages: Messages) -> str | None:
@@ -43,6 +45,16 @@ class Transformers:
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         stop = self.stop_ids() or []
         return [greedy(self.model, ids, new_tokens, stop)[0] for ids in prompts]
+
+
+def _decompressed(model: str) -> dict[str, Any]:
+    """Weights of compressed-tensors dequantised as they are loaded; activations are quantised as the scheme says."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" not in config:
+        return {}
+    from transformers import CompressedTensorsConfig
+
+    return {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
 
 
 def quiet(threads: int | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora2serve.parity.engines import Ids, Messages, Scores
+from lora2serve.parity.worker import EngineMissing
 
 ENTRIES = 1 << 22  # log-probabilities of one request at most: vLLM hands each over as Python objects, 4M are 0.4 GB
 AT_ONCE = 64  # requests handed over together
@@ -47,8 +48,14 @@ class Vllm:
             given |= {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= rank)}
         if not on_cpu:
             given["gpu_memory_utilization"] = 0.5
-        self._dtype = dtype or ("float32" if on_cpu else "auto")
-        self.llm: Any = LLM(model, dtype=self._dtype, **given)
+        self._dtype = dtype or (_cpu_dtype(model) if on_cpu else "auto")
+        try:
+            self.llm: Any = LLM(model, dtype=self._dtype, **given)
+        except ValueError as error:
+            if "kernel" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "ask it on a GPU") from None
         self.lora = LoRARequest("parity", 1, adapter) if adapter else None
         self.version = f"vllm {_version()} {self.llm.model_config.dtype} {current_platform.device_type}".replace(
             "torch.", ""
@@ -141,6 +148,13 @@ class Vllm:
             true = np.flatnonzero(names == ids[row + 1])
             target[row] = logprobs[first][true[0]] if len(true) else np.nan
         return Scores(values, top, target)
+
+
+def _cpu_dtype(model: str) -> str:
+    """Float32, but where vLLM's CPU kernel (weights packed to 4 bits) has none for it."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    packed = (config.get("quantization_config") or {}).get("format") == "pack-quantized"
+    return "bfloat16" if packed else "float32"
 
 
 def _length(model: str, window: int) -> int:

@@ -1,0 +1,281 @@
+"""Quantised vLLM directories: the library's own bytes, its own loader, real vLLM, and damage that must be seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from converters.compressed import library
+from converters.compressed.reader import CompressedReader
+from converters.compressed.schemes import SCHEMES
+from converters.compressed.selection import FUSED
+from lora2serve import tensors
+from lora2serve.errors import ExportError
+from lora2serve.exporter import Model, find
+from lora2serve.parity import thresholds
+from lora2serve.parity.tensors import Difference, _parts
+from lora2serve.progress import Silent
+from lora2serve.stream import Plan, export
+from tests.folding import fold, stored
+from tests.tiny import make_adapter, make_model
+
+SHAPE = {"hidden_size": 256, "intermediate_size": 384, "num_key_value_heads": 2, "head_dim": 64}
+
+
+def written(base: Path, out: Path, *quants: str, adapters: tuple[Path, ...] = ()) -> dict[str, Path]:
+    """All of them in one pass over ``base``."""
+    merged, exporter = fold(base, adapters), find("vllm")
+    model = Model(merged, merged.config, {}, "tiny", str(base))
+    plans = [Plan("vllm", exporter, exporter.Options(quant=quant), out / quant) for quant in quants]
+    return dict(zip(quants, export(model, plans, Silent()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 base: nothing is rounded before the library sees it. Its k_proj are four times as large as the rest."""
+    path = make_model(tmp_path_factory.mktemp("base") / "plain", dtype=torch.float32, **SHAPE)
+    content = load_file(path / "model.safetensors")
+    save_file(
+        {k: v * 4 if "k_proj" in k else v for k, v in content.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return written(plain, tmp_path_factory.mktemp("made"), *SCHEMES)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Any]:
+    """compressed-tensors imported as everybody does, with its compiled function as plain Python."""
+    import compressed_tensors
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(disable=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield compressed_tensors
+
+
+def by_the_library(weights: dict[str, torch.Tensor], quant: str) -> dict[str, torch.Tensor]:
+    """One fused group, each weight in a Linear of its own, initialised and compressed by the library."""
+    from compressed_tensors.compressors.base import compress_module
+    from compressed_tensors.quantization import initialize_module_for_quantization, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    found = {}
+    low, high = (torch.stack([f(w) for w in weights.values()]) for f in (torch.min, torch.max))
+    for name, weight in weights.items():
+        scheme = preset_name_to_scheme(SCHEMES[quant].preset, ["Linear"])
+        module = torch.nn.Linear(*reversed(weight.shape), bias=False)
+        module.weight.data.copy_(weight)
+        initialize_module_for_quantization(module, scheme)
+        factor = generate_gparam(low.min(), high.max()) if hasattr(module, "weight_global_scale") else None
+        if factor is not None:
+            module.weight_global_scale.data.copy_(factor)
+        args, (out, into) = scheme.weights, weight.shape
+        shape = {"channel": (out, 1, 1, into), "block": (out // 128, 128, into // 128, 128)}.get(
+            args.strategy, (out, 1, into // (args.group_size or 1), args.group_size or 1)
+        )
+        tiles = weight.view(shape)
+        scale, _ = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), args, global_scale=factor)
+        assert module.weight_scale.shape == scale.shape, "the shape that the library itself expects"
+        module.weight_scale.data.copy_(scale)
+        compress_module(module)
+        assert module.quantization_scheme.format.value == SCHEMES[quant].format, "the format that it chooses itself"
+        found |= {f"{name.removesuffix('weight')}{key}": value.data for key, value in module.state_dict().items()}
+    return found
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_the_bytes_are_the_librarys(quant: str, plain: Path, made: dict[str, Path], whole: Any) -> None:
+    """Names, types, shapes and every byte, where rows came in blocks and the library had whole weights."""
+    ours, source = stored(made[quant]), stored(plain)
+    for parts in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        names = [f"model.layers.1.{part}.weight" for part in parts]
+        expected = by_the_library({name: source[name] for name in names}, quant)
+        assert {name for name in ours if any(f"layers.1.{part}." in name for part in parts)} == expected.keys()
+        for name, value in expected.items():
+            assert ours[name].dtype == value.dtype and ours[name].shape == value.shape, name
+            assert torch.equal(ours[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_the_config_is_the_librarys(quant: str, made: dict[str, Path], whole: Any) -> None:
+    """What it writes for the same model with the same layers quantised; transformers and vLLM read it."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    said = json.loads((made[quant] / "config.json").read_text())["quantization_config"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made[quant]))
+    scheme = whole.quantization.preset_name_to_scheme(SCHEMES[quant].preset, ["Linear"])
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    theirs = QuantizationConfig.from_pretrained(model, SCHEMES[quant].format).model_dump(mode="json")
+    theirs["config_groups"]["group_0"]["format"] = SCHEMES[quant].format
+    assert said["config_groups"] == theirs["config_groups"]
+    assert said["ignore"] == theirs["ignore"] == ["lm_head"]
+    assert (said["format"], said["quant_method"]) == (SCHEMES[quant].format, "compressed-tensors")
+    assert said["quantization_status"] == "compressed"
+    assert CompressedTensorsConfig.from_config(said).quant_format == SCHEMES[quant].format
+
+
+def test_other_weights_stay(plain: Path, made: dict[str, Path]) -> None:
+    source, ours = stored(plain), stored(made["nvfp4"])
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"):
+        assert torch.equal(source[name], ours[name])
+    layer = "model.layers.0."
+    for parts in FUSED[:2]:
+        prefix = layer + ("self_attn." if "q_proj" in parts else "mlp.")
+        assert len({float(ours[f"{prefix}{part}.weight_global_scale"]) for part in parts}) == 1
+    apart = [float(ours[f"model.layers.{n}.mlp.down_proj.weight_global_scale"]) for n in (0, 1)]
+    assert apart[0] != apart[1], "the control: what is not fused has a scale of its own"
+
+
+def test_small_blocks_give_the_same_bytes(
+    plain: Path, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "BLOCK", 4096)
+    again = written(plain, tmp_path, *SCHEMES)
+    for quant, path in again.items():
+        assert (path / "model.safetensors").read_bytes() == (made[quant] / "model.safetensors").read_bytes(), quant
+        assert not [file.name for file in path.iterdir() if file.name.startswith("tmp")]
+
+
+def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[list[Difference], list[str]]:
+    """The tensor gate's figures."""
+    merged = fold(base, adapters)
+    reader = CompressedReader(path, {"quant": quant}, Model(merged, merged.config, {}, "tiny", str(base)))
+    found = {name: Difference(name) for name in reader.wanted}
+    for spec, rows in _parts(Model(merged, merged.config, {}, "tiny", str(base)), reader.wanted):
+        found[spec.name].add(*reader.pair(spec, rows, merged.read(spec.name, rows))[1:])
+    return list(found.values()), list(reader.differences)
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_dequantised_it_is_the_fold(quant: str, tmp_path: Path) -> None:
+    """A bf16 base with an adapter; the error is that of the format, and none where nothing is quantised."""
+    base = make_model(tmp_path / "base", **SHAPE)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    out = written(base, tmp_path / "out", quant, adapters=(adapter,))[quant]
+    found, missing = differences(base, out, quant, adapter)
+    bound = thresholds.lookup(quant).tensor_nmse
+    assert bound and not missing
+    assert max(one.nmse for one in found) < bound
+    assert max(one.worst for one in found) < 10 * bound
+    assert all(one.nmse == 0 for one in found if "proj" not in one.name)
+    without, _ = differences(base, out, quant)
+    changed = next(one for one in without if "layers.0.self_attn.v_proj" in one.name)
+    assert changed.nmse > bound, "the control: without the adapter it is another model"
+
+
+def damage(path: Path, to: Path, change: Any) -> Path:
+    shutil.copytree(path, to)
+    content = load_file(to / "model.safetensors")
+    change(content)
+    save_file(content, to / "model.safetensors")
+    return to
+
+
+LAYER = "model.layers.0.self_attn."
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_damage_is_seen(quant: str, plain: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    """Two tensors' scales swapped, a scale lost, values packed in the other order."""
+    bound = thresholds.lookup(quant).tensor_nmse
+    assert bound
+
+    def swap(content: dict[str, torch.Tensor]) -> None:
+        one, two = (f"{LAYER}{name}.weight_scale" for name in ("k_proj", "v_proj"))
+        content[one], content[two] = content[two].clone(), content[one].clone()
+
+    def lose(content: dict[str, torch.Tensor]) -> None:
+        del content[f"{LAYER}q_proj.weight_scale"]
+
+    def turn(content: dict[str, torch.Tensor]) -> None:
+        name = f"{LAYER}q_proj.{SCHEMES[quant].weight}"
+        content[name] = content[name].view(torch.uint8).flip(1).contiguous().view(content[name].dtype)
+
+    swapped, _ = differences(plain, damage(made[quant], tmp_path / "swapped", swap), quant)
+    assert max(one.nmse for one in swapped) > bound
+    turned, _ = differences(plain, damage(made[quant], tmp_path / "turned", turn), quant)
+    assert max(one.nmse for one in turned) > bound
+    lost = damage(made[quant], tmp_path / "lost", lose)
+    merged = fold(plain, ())
+    reader = CompressedReader(lost, {"quant": quant}, Model(merged, merged.config, {}, "tiny", str(plain)))
+    assert [name for name in reader.differences if "q_proj.weight" in name]
+
+
+def test_the_library_stays_apart(whole: Any) -> None:
+    """The light copy is not the one that others import, and is the same version."""
+    import sys
+
+    ours = library.library()
+    assert ours.version == whole.__version__
+    assert sys.modules["compressed_tensors"] is whole
+    assert ours.compressors is not whole.compressors.BaseCompressor
+
+
+def test_refusals(tmp_path: Path) -> None:
+    """Before the first byte, each by the name of what does not fit."""
+    cases: list[tuple[str, dict[str, Any], str, str]] = [
+        ("llama", {}, "fp8-block", r"k_proj.weight: 32 rows, expected a multiple of 128"),
+        ("llama", {"intermediate_size": 136}, "w4a16", r"down_proj.weight: 136 columns, expected a multiple of 32"),
+        ("gpt2", {"n_embd": 64, "n_layer": 1, "n_head": 4}, "fp8", r"gpt2: its weights lie transposed"),
+    ]
+    for number, (kind, changes, quant, said) in enumerate(cases):
+        base = make_model(tmp_path / f"base{number}", kind, **changes)
+        with pytest.raises(ExportError, match=said) as error:
+            written(base, tmp_path / "out", quant)
+        assert error.value.hint == "export it in 16 bits, without --quant"
+        assert not list((tmp_path / "out").glob("*"))
+    narrow = make_model(tmp_path / "narrow")
+    finer = json.loads((written(narrow, tmp_path / "out", "w4a16")["w4a16"] / "config.json").read_text())
+    assert finer["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] == 64
+
+
+MOE = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts(kind: str, tmp_path: Path) -> None:
+    """Each expert by itself, as vLLM loads them, with gate and up (w1 and w3) under one scale; routers stay."""
+    base = make_model(tmp_path / "base", kind, num_experts_per_tok=2, num_hidden_layers=1, **MOE)
+    out = written(base, tmp_path / "out", "nvfp4", "fp8")
+    found = stored(out["nvfp4"])
+    pair = ("w1", "w3") if kind == "mixtral" else ("gate_proj", "up_proj")
+    experts = {name.rsplit(".", 2)[0] for name in found if ".experts." in name}
+    assert len(experts) == 4
+    for expert in experts:
+        assert len({float(found[f"{expert}.{part}.weight_global_scale"]) for part in pair}) == 1
+    config = json.loads((out["fp8"] / "config.json").read_text())["quantization_config"]
+    routers = [name for name in config["ignore"] if name.endswith("gate")]
+    assert routers and all(found[f"{name}.weight"].dtype == torch.bfloat16 for name in routers)
+    assert not differences(base, out["fp8"], "fp8")[1]
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_transformers_loads_it(quant: str, plain: Path, made: dict[str, Path]) -> None:
+    """``from_pretrained``, as parity does it; the activations' share of the error is in, if the scheme has one."""
+    from lora2serve.parity.engines.transformers import _decompressed
+    from tests.tiny import load_model
+
+    given = {"dtype": torch.float32, **_decompressed(str(made[quant]))}
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(made[quant], **given).float()
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        ours, theirs = (m(ids).logits.double() for m in (model, load_model(plain)))
+    share = float((ours - theirs).square().sum() / theirs.square().sum())
+    assert 0 < share < 4 * (thresholds.lookup(quant).tensor_nmse or 0), share
