@@ -34,6 +34,7 @@ ROUTES: list[tuple[str, str, str]] = [
     ("POST", r"/api/validate-yaml", "validate"),
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)", "preupload"),
+    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/xet-write-token/(?P<rev>[^/]+)", "xet"),
     ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "commit"),
     ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
     ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/verify", "verify"),
@@ -386,11 +387,16 @@ class HubHandler(BaseHTTPRequestHandler):
             tree[path] = hub.blob(base64.b64decode(value["content"]))
             hub.received.append(hub.read(tree[path]))
         elif key == "lfsFile":
-            if not (hub.objects / value["oid"]).is_file():
+            if not hub.xet and not (hub.objects / value["oid"]).is_file():
                 raise Refused(400, message=f"LFS object {value['oid']} was not uploaded")
             tree[path] = Blob(None, value["oid"], value["size"])
         elif key == "deletedFile" and tree.pop(path, None) is None:
             raise Refused(404, "EntryNotFound", f"A file with this name doesn't exist: {path}")
+
+    def xet(self) -> Any:
+        if not self.hub.xet:
+            raise Refused(404, "EntryNotFound", "no such endpoint: this hub has no Xet storage")
+        return {"casUrl": f"local://{self.hub.xet}", "accessToken": "for-xet-only", "exp": int(time.time()) + 3600}
 
     # -- pull requests
 

@@ -119,10 +119,14 @@ class Request:
 
 
 class HubServer:
-    """The server and its state. ``chunk`` turns multipart uploads on, with parts of that many bytes."""
+    """The server and its state.
 
-    def __init__(self, root: Path, *, chunk: int | None = None) -> None:
-        self.root, self.chunk = root, chunk
+    ``chunk`` turns multipart uploads on, with parts of that many bytes. ``xet`` is a directory for Xet's own client
+    to store into, as it can (hf_xet, ``local://``): what lies there this server cannot read, nor give back.
+    """
+
+    def __init__(self, root: Path, *, chunk: int | None = None, xet: Path | None = None) -> None:
+        self.root, self.chunk, self.xet = root, chunk, xet
         self.objects = root / "objects"
         self.objects.mkdir(parents=True, exist_ok=True)
         self.repos: dict[str, Repo] = {}

@@ -41,7 +41,7 @@ def push(ctx: click.Context, /, exports: tuple[Path, ...], repo_id: str, as_json
     chosen, run = list(exports), _run_of(exports)
     if not chosen:
         run = runs.latest()
-        chosen = run.list_exports()
+        chosen = hub.choose(run.list_exports(), progress(ctx))
     pushed = hub.push(chosen, repo_id=repo_id, run=run, progress=progress(ctx), **options)
     if as_json:
         console.result_json([asdict(one) for one in pushed])

@@ -5,7 +5,8 @@
 """
 
 from lora2serve.hub.check import Checked, pull_check
+from lora2serve.hub.choose import choose
 from lora2serve.hub.pull import Fetched, fetch, pin_data
 from lora2serve.hub.push import Pushed, push
 
-__all__ = ["Checked", "Fetched", "Pushed", "fetch", "pin_data", "pull_check", "push"]
+__all__ = ["Checked", "Fetched", "Pushed", "choose", "fetch", "pin_data", "pull_check", "push"]

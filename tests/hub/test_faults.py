@@ -45,7 +45,7 @@ def failing(hub: HubServer, step: str, status: int, times: int = 2) -> Fault:
 def test_every_endpoint_is_made_to_fail() -> None:
     """What the server answers, and what the tests below let fail: the same list."""
     answered = {endpoint for _, _, endpoint in ROUTES}
-    assert answered == {*STEPS, *PULL_REQUEST, *MULTIPART, *PULL, "branch", "refs"}
+    assert answered == {*STEPS, *PULL_REQUEST, *MULTIPART, *PULL, "branch", "refs", "xet"}
 
 
 @pytest.mark.parametrize("status", [503, 429])
@@ -290,6 +290,28 @@ def test_a_hub_without_xet(hub: HubServer, tmp_path: Path) -> None:
     assert "if this hub has no Xet storage: HF_HUB_DISABLE_XET=1" in said.decode()
     assert hub.repos[REPO].log() == ["initial commit"]
     settle(hub, path)
+
+
+@pytest.mark.parametrize("fault", [{}, {"status": 503}, {"status": 429}], ids=str)
+def test_through_xet(tmp_path: Path, fault: dict[str, object]) -> None:
+    """The client's default: hf_xet stores the large files, and the commit names them by the sha256 that we gave."""
+    with HubServer(tmp_path / "hub", xet=tmp_path / "xet") as hub:
+        hub.tokens[TOKEN] = ("user", "write")
+        path = export(tmp_path, "vllm")
+        if fault:
+            hub.fail("xet", **fault)  # type: ignore[arg-type]
+        for _ in range(2):
+            client = run_client(hub, tmp_path, path, HF_HUB_DISABLE_XET="0")
+            _, said = client.communicate(timeout=120)
+            assert client.returncode == 0, said.decode()
+        there = hub.repos[REPO].files()
+        listed = manifest.read(path)["files"]
+        assert {name: there[name].sha256 for name in listed} == {
+            name: entry["sha256"] for name, entry in listed.items()
+        }
+        assert not hub.count("batch") and hub.count("commit") == 1
+        stored = [file for file in (tmp_path / "xet").rglob("*") if file.is_file()]
+        assert sum(file.stat().st_size for file in stored) > listed["model.safetensors"]["size"] * 0.9
 
 
 def test_multipart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

