@@ -113,7 +113,7 @@ def main(asked: int, answers: int) -> None:
     """One job from the pipe; its signs of life, then its result or error, into the other."""
     line = b""
     while not line.endswith(b"\n"):
-        line += os.read(asked, 1 << 16) or os._exit(1)  # type: ignore[func-returns-value]
+        line += os.read(asked, 1 << 16) or os._exit(1)
     threading.Thread(target=_end_with_parent, args=(asked,), daemon=True).start()
 
     def say(message: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ def _show(report: Report, exports: list[Path]) -> None:
     styles = {number: "red" for number, row in enumerate(report.subjects) if row.red}
     console.table("", columns, rows, styles)
     if report.asked:
-        console.table("", [report.asked["prompt"], ""], [list(pair) for pair in report.asked["answers"].items()])
+        console.table("", [report.asked["prompt"], "answer"], [list(pair) for pair in report.asked["answers"].items()])
 
 
 def _summary(report: Report) -> str:
