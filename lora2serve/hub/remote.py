@@ -81,7 +81,16 @@ def old_exports(api: HfApi, repo_id: str, remote: Remote) -> list[dict[str, Any]
     if not isinstance(content, dict) or content.get("format") != manifest.FORMAT:
         return []
     exports = content.get("exports")
-    return list(exports.values()) if isinstance(exports, dict) else [content]
+    found = list(exports.values()) if isinstance(exports, dict) else [content]
+    return found if all(map(_is_manifest, found)) else []
+
+
+def _is_manifest(content: Any) -> bool:
+    """Whether it has what we look at; it may have been edited there."""
+    if not isinstance(content, dict) or not isinstance(content.get("target"), str):
+        return False
+    files = content.get("files")
+    return isinstance(files, dict) and all(isinstance(file, dict) and "sha256" in file for file in files.values())
 
 
 def change(remote: Remote, items: Iterable[Item], obsolete: Iterable[str]) -> Change:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve import manifest
 from lora2serve.errors import HubError, InputError
 from lora2serve.hub import fetch, pin_data, pull_check, push
 from lora2serve.inspect import inspect
@@ -208,3 +209,15 @@ def test_data_sets_that_cannot_be_had(hub: HubServer, tmp_path: Path, monkeypatc
     (tmp_path / "sets" / "train").mkdir(parents=True)
     with pytest.raises(HubError, match=r"sets/trian: no such directory \(did you mean 'train'\?\)"):
         pin_data("sets/trian")
+
+
+def test_serve_takes_a_revision(tmp_path: Path) -> None:
+    """``--base org/name@revision``, and a base that went from the cache: by id and the commit that was trained on."""
+    from lora2serve import serve
+
+    path = export(tmp_path, "adapter")
+    manifest.update(path, rank=4, served_base="acme/base-1b")
+    how = {"engine": None, "host": "127.0.0.1", "port": 8000}
+    for base, expected in (("org/base@v2", ("org/base", "v2")), (None, ("acme/base-1b", "0" * 40))):
+        command = serve.plan([path], base=base, **how).command  # type: ignore[arg-type]
+        assert (command[command.index("--model") + 1], command[command.index("--revision") + 1]) == expected

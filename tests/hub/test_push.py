@@ -290,3 +290,21 @@ def test_what_a_push_without_names_takes(
     assert pull_check(f"{REPO}-GGUF").exports == ["gguf-Q8_0", "ollama-Q4_K_M"]
     with pytest.raises(UsageError, match=r"its demo-Q4_K_M.gguf differs from that of another export"):
         push(made, repo_id=f"{REPO}-2")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"no json", b"[1]", b'{"format": 1}', b'{"format": 1, "files": []}', b'{"format": 1, "exports": [], "files": {}}',
+     b'{"format": 1, "target": "vllm", "files": {"x": 1}}', b'{"format": 1, "exports": {"a": 1}, "files": {}}',
+     b'{"format": 1, "target": "vllm", "files": {"../x": {"sha256": "a", "size": 1}}}'],
+)  # fmt: skip
+def test_a_damaged_manifest_over_there(hub: HubServer, tmp_path: Path, content: bytes) -> None:
+    """Someone edited it: pull-check says so in one line, and a push puts it right."""
+    hub.add(REPO, {"lora2serve.json": content})
+    with pytest.raises(HubError, match=r"lora2serve.json (is damaged|has format)") as caught:
+        pull_check(REPO)
+    assert "\n" not in caught.value.message
+    path = export(tmp_path, "vllm")
+    push([path], repo_id=REPO)
+    same(hub, REPO, path)
+    assert pull_check(REPO).exports == ["vllm"]
