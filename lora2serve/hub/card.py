@@ -16,6 +16,7 @@ from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, Facts, hub
 
 MARK = re.compile(r"<!-- lora2serve:(?P<name>[a-z-]+) -->\n.*?<!-- /lora2serve:(?P=name) -->", re.DOTALL)
 FOLLOWS = ("base_model", "base_model_relation")  # what ties the repository to its base follows every push
+FILES = (".jsonl", ".json", ".parquet")  # ``data/train.jsonl`` would pass for an id
 HELD_OUT = "held-out rows of the training set"
 LIBRARY = {MERGED: "transformers", ADAPTER: "peft", GGUF: "gguf", GGUF_ADAPTER: "gguf"}
 
@@ -62,7 +63,7 @@ def metadata(facts: Facts) -> dict[str, Any]:
         "base_model": base,
         "datasets": _datasets(facts) or None,
         "library_name": LIBRARY[kind],
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _task(facts, kind),
         "tags": _tags(facts, kind, base),
         "base_model_relation": relation if base else None,
         "eval_results": results or None,
@@ -70,6 +71,13 @@ def metadata(facts: Facts) -> dict[str, Any]:
     }
     data: Any = ModelCardData(**fields)
     return dict(data.to_dict())
+
+
+def _task(facts: Facts, kind: str) -> str:
+    """What the base is for; GGUF files look at pictures only with their projector beside them."""
+    seen = any("mmproj" in name for export in facts.exports.values() for name in export["files"])
+    pictures = facts.base_card.get("pipeline_tag") == "image-text-to-text" and (kind != GGUF or seen)
+    return "image-text-to-text" if pictures else "text-generation"
 
 
 def _licence_link(facts: Facts) -> str | None:
@@ -110,7 +118,8 @@ def _datasets(facts: Facts) -> list[str]:
     data = facts.recipe.get("data")
     named = data.values() if isinstance(data, Mapping) else [data]
     flat = [inner for value in named for inner in (value if isinstance(value, list) else [value])]
-    return [name for value in flat if isinstance(value, str) and (name := hub_id(value.partition("@")[0]))]
+    names = [value.partition("@")[0] for value in flat if isinstance(value, str) and not value.endswith(FILES)]
+    return [name for name in names if hub_id(name)]
 
 
 def _eval_results(facts: Facts) -> list[Any]:

@@ -213,3 +213,17 @@ def test_a_section_fills_when_there_is_something_to_tell(hub: HubServer, tmp_pat
     push([path], repo_id=REPO)
     assert "| vllm | vLLM | 0.0001 |" in card(hub) and "[!WARNING]" not in card(hub)
     assert "## Limits" not in card(hub)
+
+
+def test_pictures_and_data_sets(hub: HubServer, tmp_path: Path) -> None:
+    """The task is the base's, where the export can do it; of the recipe's data, what is on the Hub is named."""
+    hub.add("acme/base-1b", {"README.md": b"---\npipeline_tag: image-text-to-text\n---\n"})
+    run = a_run(tmp_path / "run", [])
+    run.recipe.write_text("data: {train: org/chats@v1, eval: data/eval.jsonl, split: train}\n")
+    blind = export(tmp_path, "gguf", "Q4_0")
+    seeing = export(tmp_path, "gguf", "Q8_0", **{"mmproj-demo-f16.gguf": b"GGUF"})
+    for number, (path, task) in enumerate([(blind, "text-generation"), (seeing, "image-text-to-text")]):
+        push([path], repo_id=f"{REPO}-{number}", run=run)
+        found = metadata(hub, f"{REPO}-{number}-GGUF")
+        assert (found["pipeline_tag"], found["datasets"]) == (task, ["org/chats"])
+    assert "mmproj" not in card(hub, f"{REPO}-1-GGUF").split("## Files")[0], "what is loaded is the model"
