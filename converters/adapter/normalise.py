@@ -21,6 +21,8 @@ from lora2serve.tensors import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+EXPERTS = re.compile(r"\.experts(\.base_layer)?$")  # what PEFT calls the layers of ``target_parameters``
+
 
 @dataclass(frozen=True)
 class Normalised:
@@ -88,7 +90,7 @@ def _rank(adapter: Adapter, module: str) -> int:
 
 def _experts(adapter: Adapter, module: str) -> int:
     """How many experts' ranks A holds: more than one with PEFT's ``target_parameters`` only."""
-    if not adapter.config.get("target_parameters") or not re.search(r"\.experts(\.base_layer)?$", module):
+    if not adapter.config.get("target_parameters") or not EXPERTS.search(module):
         return 1
     # scale = alpha / rank, so this is the rank that PEFT gave the module
     rank = adapter.rank(_pattern_name(module))

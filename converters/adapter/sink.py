@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from converters.adapter import extract
 from converters.adapter.extract import Extracted, Folded
-from converters.adapter.normalise import Normalised, normalise, split
+from converters.adapter.normalise import EXPERTS, Normalised, normalise, split
 from converters.safetensors import as_bytes, encode_header
 from lora2serve.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from lora2serve.errors import ExportError
@@ -80,10 +80,17 @@ def plain_config(adapter: Adapter, product: Normalised | Extracted, served_base:
         "base_model_name_or_path": served_base,
         "r": product.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "target_modules": sorted({split(spec.name)[0] for spec in product.specs}),
+        "target_modules": _targets(adapter, product),
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _targets(adapter: Adapter, product: Normalised | Extracted) -> list[str]:
+    """The modules by their full names; fused experts are no modules to PEFT but ``target_parameters``."""
+    names = sorted({split(spec.name)[0] for spec in product.specs})
+    fused = adapter.config.get("target_parameters")
+    return [name for name in names if not (fused and EXPERTS.search(name))]
 
 
 def engine_check(config: Mapping[str, Any]) -> None:

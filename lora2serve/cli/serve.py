@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lora2serve.cli.common import progress
 from lora2serve.errors import UsageError
@@ -33,7 +34,11 @@ class ServeCommand(click.Command):
 
 @click.command(cls=ServeCommand)
 @click.argument("exports", metavar="[EXPORT]...", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--engine", type=click.Choice(["vllm", "llama.cpp"]), help="Default: the one that the export is for.")
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "llama.cpp", "ollama"]),
+    help="Default: the one that the export is for; ollama where one runs.",
+)
 @click.option("--base", metavar="MODEL", help="Adapters: the base to load (default: the one trained on).")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Who may connect; 0.0.0.0 is everybody.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
@@ -68,6 +73,9 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
     if options["added"] or options["removed"]:
         _update(options, told)
         return
+    if options["engine"] == "ollama":
+        _in_ollama(ctx, exports, options, told)
+        return
     if options["printed"] not in (None, "command"):
         console.result(_rendered(exports, options, ctx.meta[EXTRA]))
         return
@@ -87,6 +95,35 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
         ctx.exit(1)
 
 
+def _in_ollama(ctx: click.Context, exports: tuple[Path, ...], options: dict[str, Any], told: Any) -> None:
+    """Ollama runs by itself: the model is made there, and stays."""
+    from lora2serve import console, manifest, ollama
+    from lora2serve.serve import first_question
+
+    given = [key for key in ("host", "port") if ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE]
+    if given or ctx.meta[EXTRA]:
+        word = f"--{given[0]}" if given else "--"
+        raise UsageError(f"--engine ollama with {word}: its server runs already", "OLLAMA_HOST names it")
+    if options["printed"] not in (None, "command"):
+        raise UsageError(f"--print {options['printed']}: vLLM only", "--print alone prints the command of ollama")
+    paths = exports or (_default(("ollama",)),)
+    about = manifest.read(paths[0])
+    if len(paths) > 1 or not str(about["target"]).startswith("ollama"):
+        raise UsageError(
+            f"--engine ollama: {len(paths)} exports for {about['target']}, expected one for ollama",
+            "`lora2serve export --target ollama` makes one",
+        )
+    name = str(about["name"])
+    if options["printed"]:
+        console.result(f"{ollama.command(paths[0], name)} && ollama run {name}")
+        return
+    client = ollama.Client()
+    client.version()
+    ollama.create(client, paths[0], name, told)
+    told.note(f"{client.address} serves {name}")
+    told.note(first_question(client.address, name))
+
+
 def _rendered(exports: tuple[Path, ...], options: dict[str, Any], extra: tuple[str, ...]) -> str:
     from lora2serve import deploy
 
@@ -102,25 +139,25 @@ def _parallel(options: dict[str, Any]) -> list[str]:
     return [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
 
 
-def _default() -> Path:
+def _default(wanted: tuple[str, ...] = PREFERRED) -> Path:
     from lora2serve import manifest, run
 
     found = {str(manifest.read(path)["target"]): path for path in reversed(run.latest().list_exports())}
-    for target in PREFERRED:
+    for target in wanted:
         if target in found:
             return found[target]
-    raise UsageError("runs/latest has no export to serve", "`lora2serve export --target vllm` makes one")
+    raise UsageError("runs/latest has no export to serve", f"`lora2serve export --target {wanted[0]}` makes one")
 
 
 def _update(options: dict[str, Any], told: Any) -> None:
-    from lora2serve import serve
+    from lora2serve import updates
 
     if options["removed"]:
-        serve.remove(options["url"], options["removed"])
+        updates.remove(options["url"], options["removed"])
         told.note(f"{options['removed']} is gone from {options['url']}")
     if options["added"]:
         name, found, path = options["added"].partition("=")
         if not found or not name or not path:
             raise UsageError(f"--add {options['added']}: expected NAME=DIR")
-        copy = serve.add(options["url"], name, Path(path), Path("~/.cache/lora2serve/adapters").expanduser())
+        copy = updates.add(options["url"], name, Path(path), updates.cache())
         told.note(f"{options['url']} serves {name} from {copy}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from converters.adapter.sink import KEPT
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model, find
 from lora2serve.progress import Silent
@@ -58,6 +59,16 @@ def test_lossless(kind: str, base: Path, tmp_path: Path) -> None:
     config = config_of(product)
     assert config["r"] in (1, 8, 16, 32) and not {"use_rslora", "rank_pattern", "alpha_pattern"} & config.keys()
     assert config["base_model_name_or_path"] == "served"
+    assert config.keys() <= {
+        *KEPT,
+        "peft_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "bias",
+        "inference_mode",
+    }, "nothing about training"
     assert distance(base, source, product) < 2e-7
     broken = stored(source)
     scaled = tmp_path / "scaled"
@@ -65,6 +76,24 @@ def test_lossless(kind: str, base: Path, tmp_path: Path) -> None:
     save_file({k: v * 1.1 if "lora_B" in k else v for k, v in broken.items()}, scaled / "adapter_model.safetensors")
     (scaled / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
     assert distance(base, scaled, product) > 1e-3, "the control: alpha times 1.1 is seen"
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("more", [{}, {"rank_pattern": {"down_proj": 2}}, {"use_rslora": True}], ids=str)
+def test_experts(more: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT's ``target_parameters``: the ranks of all experts lie in one tensor, and each is padded by itself."""
+    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    base = make_model(tmp_path / "moe", "qwen3_moe", **shape)
+    source = make_adapter(tmp_path / "source", base, r=3, target_modules=["q_proj"], target_parameters=EXPERTS, **more)
+    product = write(base, source, tmp_path / "out")
+    assert config_of(product)["r"] == 8 and set(config_of(product)["target_parameters"]) == set(EXPERTS)
+    name = next(name for name in stored(product) if "experts.lora_A" in name)
+    assert stored(product)[name].shape[0] == 4 * 8
+    assert distance(base, source, product) < 2e-7
+    unmerged = load_model(base).state_dict()
+    assert max(float((v - unmerged[n]).abs().max()) for n, v in merged_by_peft(base, product).items()) > 1e-3
 
 
 def test_values_stay_as_they_are(base: Path, tmp_path: Path) -> None:
