@@ -220,6 +220,7 @@ def held_out(demo: Run) -> list[list[int]]:
 
 @needs_environment
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("quant", calibrated.CALIBRATED)
 def test_the_true_thing(quant: str, demo_run: Run, tmp_path: Path) -> None:
     """llm-compressor on the run's own data; compressed-tensors' loader and vLLM say that it is the fine-tune."""
