@@ -79,14 +79,24 @@ def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[int, str] | None = None
 ) -> None:
     """A table on stderr; ``styles`` colours whole rows."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(title=title or None, title_justify="left", show_edge=False, pad_edge=False)
+    shown = Table(
+        title=title or None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for column in columns:
         shown.add_column(column, overflow="fold")
     for number, row in enumerate(rows):
         shown.add_row(*(_escape(cell) for cell in row), style=(styles or {}).get(number))
-    _stderr().print(shown)
+    console = _stderr()
+    console.print()
+    console.print(shown)
 
 
 def size(count: float) -> str:

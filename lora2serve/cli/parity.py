@@ -125,18 +125,8 @@ def _show(report: Report, exports: list[Path]) -> None:
         figures = [figure(name, row.check(name)) for name in ("mean_kl", "top1", "equal_answers", "retention")]
         size = console.size(sizes[row.export]) if row.export in sizes else ""
         verdict = row.status if row.gate is None else f"{row.status}: {row.gate.cause or row.gate.first}"
-        rows.append([row.export, size, row.engine, verdict, *figures, row.reference])
-    columns = [
-        "export",
-        "size",
-        "engine",
-        "verdict",
-        "mean KL",
-        "same top token",
-        "same answers",
-        "signal kept",
-        "against",
-    ]
+        rows.append([row.export, size, row.engine, verdict, *(cell.replace("100.00%", "100%") for cell in figures)])
+    columns = ["export", "size", "engine", "verdict", "mean KL", "top\ntoken", "same\nanswers", "signal\nkept"]
     styles = {number: "red" for number, row in enumerate(report.subjects) if row.red}
     console.table("", columns, rows, styles)
     if report.asked:

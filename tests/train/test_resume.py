@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora2serve.cli import run as command
 from lora2serve.run import Run
 from lora2serve.train.loop import last_checkpoint
 from tests.train.runs import DEMO, fit, logged, recipe_file
@@ -95,7 +96,13 @@ def test_kill_9_then_resume_ends_like_an_unbroken_run(tmp_path: Path, chats: dic
     assert "eval before" not in told.bars, "the base is not measured again"
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, chats: dict[str, str], unbroken: Run) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tmp_path: Path,
+    chats: dict[str, str],
+    unbroken: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     write_recipe(tmp_path, chats)
     child = start(tmp_path)
     out, err = stop_at(child, tmp_path, lambda: lines(tmp_path) >= 6, signal.SIGINT)
@@ -114,9 +121,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, chats: dict[str, str
     done = resume(tmp_path)
     assert (done.returncode, done.stdout) == (0, "runs/run\n"), done.stderr
     assert_same_end(run, unbroken)
-    again = resume(tmp_path)
-    assert again.returncode == 2
-    assert f"runs/run: finished at step {STEPS}" in again.stderr
+    monkeypatch.chdir(tmp_path)
+    assert command(["train", "--resume"]) == 2
+    assert f"runs/run: finished at step {STEPS}" in capfd.readouterr().err
 
 
 def test_a_scheduler_s_sigterm_saves_too(tmp_path: Path, chats: dict[str, str]) -> None:
@@ -144,7 +151,6 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
     tmp_path: Path, chats: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """While the tuned model is measured: the run is kept, --resume measures it and is done."""
-    from lora2serve.cli import run
     from lora2serve.train import evaluate
 
     def interrupted(*_: object) -> None:
@@ -154,10 +160,10 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "on_original", interrupted)
-        assert run(["train"]) == 130
+        assert command(["train"]) == 130
     assert "runs/run is kept: `lora2serve train --resume` goes on" in capfd.readouterr().err
     assert "finished" not in Run(tmp_path / "runs" / "run").record
-    assert run(["train", "--resume"]) == 0
+    assert command(["train", "--resume"]) == 0
     assert Run(tmp_path / "runs" / "run").record["finished"]
     assert list(logged(Run(tmp_path / "runs" / "run"))) == [1, 2]
 
@@ -207,8 +213,6 @@ def test_nothing_to_resume(
     words: tuple[str, ...],
     said: str,
 ) -> None:
-    from lora2serve.cli import run
-
     monkeypatch.chdir(tmp_path)
-    assert run(["train", *words]) == 2
+    assert command(["train", *words]) == 2
     assert said in capfd.readouterr().err
