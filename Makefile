@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-slow test-gpu test-hub test-ollama lint bench-merge bench-gguf wheel clean
+.PHONY: help setup demo test test-slow test-gpu test-hub test-ollama lint bench-merge bench-gguf bench-vllm wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ bench-merge: $(READY)  ## Time the merge beside cp and PEFT.
 
 bench-gguf: $(READY)  ## Time the GGUF export beside the usual chain.
 	$(BIN)/python -m benchmarks.gguf
+
+bench-vllm: $(READY)  ## Time the quantised exports beside the 16-bit one.
+	$(BIN)/python -m benchmarks.vllm
 
 wheel: $(READY)  ## Build the wheel.
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -1,22 +1,24 @@
 """compressed-tensors' own scale, quantise and pack functions, at a price that an export can pay.
 
 ``import compressed_tensors`` executes transformers' model classes, torch._dynamo and triton: 260 MB and several
-seconds, for functions that need none of them. Here the library's modules are loaded from its files, but not the
+seconds, for functions that need none of them. Here the library's modules are loaded from its files, but neither
+transformers, of which they want two names for annotations, nor the
 ``__init__`` of the packages around them; they stay out of ``sys.modules``, where the whole library may be or come.
 """
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from threading import Lock
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from lora2serve.errors import ExportError
@@ -44,6 +46,8 @@ class Library:
     scheme: Any  # QuantizationScheme
     qparams: Any  # calculate_qparams
     global_scale: Any  # generate_gparam
+    limits: Any  # calculate_range
+    rounded: Any  # round_to_quantized_type_args
     pad: Any  # maybe_pad_tensor_for_block_quant
     compressors: Any  # BaseCompressor: the registry of formats
 
@@ -80,6 +84,8 @@ def _load() -> Library:
         schemes.QuantizationScheme,
         helpers.calculate_qparams,
         helpers.generate_gparam,
+        helpers.calculate_range,
+        import_module(f"{NAME}.quantization.quant_args").round_to_quantized_type_args,
         helpers.maybe_pad_tensor_for_block_quant,
         import_module(f"{NAME}.compressors.base").BaseCompressor,
     )
@@ -99,6 +105,7 @@ def _apart(root: Path) -> Iterator[None]:
     # A kernel compiled for each shape of block would cost more than it saves, and needs a compiler.
     torch.compile = lambda function=None, **_: function  # type: ignore[assignment]
     try:
+        _load_helpers(root)
         yield
     finally:
         torch.compile = compiled
@@ -122,3 +129,19 @@ def _bare(root: Path, package: str, parts: tuple[str, ...]) -> ModuleType:
 
     module.__getattr__ = find  # type: ignore[method-assign]
     return module
+
+
+def _load_helpers(root: Path) -> None:
+    """``utils.helpers`` without transformers, which it imports at its top."""
+    name = f"{NAME}.utils.helpers"
+    spec = spec_from_file_location(name, root / "utils" / "helpers.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+
+    def light(wanted: str, *rest: Any, **named: Any) -> Any:
+        names = SimpleNamespace(AutoConfig=object, PretrainedConfig=object)
+        return names if wanted == "transformers" else __import__(wanted, *rest, **named)
+
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": light}  # of this module only
+    sys.modules[name] = module
+    spec.loader.exec_module(module)

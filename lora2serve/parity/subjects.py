@@ -52,12 +52,22 @@ def of_url(run: Run, url: str, model: str | None) -> Subject:
 
 def _engines(path: Path, target: str, base: Path, window: int) -> list[tuple[str, dict[str, Any]]]:
     if target == "vllm":
-        return [("transformers", {"model": str(path)}), ("vllm", {"model": str(path), "window": window})]
+        asked: list[tuple[str, dict[str, Any]]] = [("vllm", {"model": str(path), "window": window})]
+        if _stored_as(path) in (None, "compressed-tensors"):  # transformers needs another package for AWQ's own format
+            asked.insert(0, ("transformers", {"model": str(path)}))
+        return asked
     if target == "adapter":
         return [("vllm", {"model": str(base), "window": window, "adapter": str(path), "rank": largest_rank(path)})]
     if target in ("gguf", "ollama", "lmstudio"):
         return [("llama.cpp", {"model": str(gguf_file(path)), "window": window})]
     raise InputError(f"{path}: target {target!r} has no engine to compare in")
+
+
+def _stored_as(path: Path) -> str | None:
+    import json
+
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return (config.get("quantization_config") or {}).get("quant_method")
 
 
 def gguf_file(path: Path) -> Path:
