@@ -218,11 +218,11 @@ def _open_adapters(
     local, name = fetch(base, told), short_name(paths[0])
     _warn_of_quantized(local, base, told)
     if options["combine"]:
-        from lora2serve.checkpoint import read_config as read_base_config
+        from lora2serve.checkpoint import Checkpoint
         from lora2serve.combine import combine
 
         weights = options["weights"] or (1.0,) * len(paths)
-        paths = [combine(paths, read_base_config(local), options["combine"], weights, options["density"], _scratch())]
+        paths = [combine(paths, Checkpoint(local), options["combine"], weights, options["density"], _scratch())]
     return models.open_adapters(paths, local, base, choice), Path("exports") / name
 
 
