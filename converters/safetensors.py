@@ -14,11 +14,12 @@ from lora2serve.checkpoint import INDEX, SINGLE
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
 from lora2serve.output import OutFile, Output
-from lora2serve.tensors import TensorSpec, itemsize, torch_dtype
+from lora2serve.tensors import TensorSpec, all_finite, itemsize, kept_rounded, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGEST = {"F16": "float16 (65504", "BF16": "bfloat16 (3.39e38"}
 SHARD = 5_000_000_000  # bytes, what save_pretrained uses by default
 
 
@@ -74,13 +75,17 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | Non
 
 
 def cast(block: Tensor, spec: TensorSpec) -> Tensor:
-    """The block in the type it is stored in; a value that float16 cannot hold is an error."""
-    import torch
-
-    stored = block.to(torch_dtype(spec.dtype))
-    if spec.dtype == "F16" and block.dtype != torch.float16 and not torch.isfinite(stored).all():
-        worst = float(block.abs().max())
-        raise ExportError(f"{spec.name}: {worst:.4g} does not fit float16 (65504 at most)", "export with --dtype bf16")
+    """The block in the type it is stored in; a value that this type cannot hold is an error."""
+    dtype = torch_dtype(spec.dtype)
+    known = block if block.dtype == dtype else kept_rounded(block, spec.dtype)
+    if known is not None:
+        return known
+    stored = block.to(dtype)
+    if spec.dtype in LARGEST and not all_finite(stored):
+        raise ExportError(
+            f"{spec.name}: {float(block.abs().max()):.4g} does not fit {LARGEST[spec.dtype]} at most)",
+            f"export with --dtype {'bf16' if spec.dtype == 'F16' else 'fp32'}",
+        )
     return stored
 
 

@@ -68,14 +68,18 @@ class Lora:
             raise ValueError(f"the adapter is for {list(expected)}, the base has {list(before)}")
         return before
 
-    def apply(self, weight: Tensor, rows: slice) -> Tensor:
-        import torch
-
+    def added(self, rows: slice) -> Tensor:
+        """``scale * B @ A`` for those rows of the stored weight, a new tensor."""
         if self.transposed:
             delta = (self.b.read() @ self.a.read()[:, rows]).T.contiguous()
         else:
             delta = self.b.read(rows) @ self.a.read()
-        merged = delta.mul_(self.scale).add_(weight)
+        return delta.mul_(self.scale)
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        import torch
+
+        merged = self.added(rows).add_(weight)
         if self.magnitude is None:
             return merged
         if self.transposed:  # one norm per column, over all rows: such a weight is read whole
@@ -194,8 +198,9 @@ class ReplaceRows:
             raise ValueError(
                 f"the adapter has {list(self.value.shape)} for {len(self.indices)} tokens, the base {list(before)}"
             )
-        if max(self.indices) >= before[0]:
-            raise ValueError(f"the adapter trains token {max(self.indices)}, the base has {before[0]}")
+        strange = [index for index in self.indices if not 0 <= index < before[0]]
+        if strange:
+            raise ValueError(f"the adapter trains token {strange[0]}, the base has 0 to {before[0] - 1}")
         return before
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:

@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from lora2serve.adapter import Adapter, Change
 from lora2serve.checkpoint import raise_all
-from lora2serve.deltas import Delta, Replace
+from lora2serve.deltas import Delta, Lora, Replace
 from lora2serve.errors import MergeError
 from lora2serve.layout import EMBEDDINGS, HEAD, lay_out
 from lora2serve.names import Names
 from lora2serve.peft_layers import ByPeft, PeftLayers
-from lora2serve.tensors import ALL, FLOATS, DType, Source, TensorSpec, torch_dtype
+from lora2serve.tensors import ALL, FLOATS, DType, Source, TensorSpec, all_finite, keep_rounded, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+VANISHED = 0.01  # share of a delta that survives the cast, below which it is not there
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,21 @@ class Merged:
 
         name, deltas = folded.spec.name, folded.deltas
         if isinstance(deltas[0], Replace):  # the base's rows do not matter, and there may be fewer of them
-            before = weight = _finite(deltas[0].apply(torch.empty(0), rows), name, "adapter")
+            stored = before = weight = _finite(deltas[0].apply(torch.empty(0), rows), name, "adapter")
             deltas = deltas[1:]
         else:
-            before = weight = self.base.read(folded.stored, rows).float()
-        for delta in deltas:
-            weight = delta.apply(weight, rows)
-        if deltas and not self.survival.add(folded.spec, before, weight):
+            stored = self.base.read(folded.stored, rows)
+            before = weight = stored.float()
+        wanted = None
+        if len(deltas) == 1 and isinstance(deltas[0], Lora) and deltas[0].magnitude is None:
+            change = deltas[0].added(rows)
+            wanted = _squared(change)
+            weight = change.add_(before)
+        else:
+            for delta in deltas:
+                weight = delta.apply(weight, rows)
+        on_grid = stored.dtype == torch_dtype(folded.spec.dtype)
+        if deltas and not self.survival.add(folded.spec, before, weight, wanted, on_grid):
             _finite(before, name, "base")
             _finite(weight, name, "adapter, or the sum of base and adapter")
         return weight
@@ -157,42 +168,55 @@ class Merged:
 
 
 class Survival:
-    """How much of each delta is left after the cast: ``|cast(W') - W| / |W' - W|``, in Frobenius norms."""
+    """How much of each delta is left after the cast: ``|cast(W') - cast(W)| / |dW|``, in Frobenius norms.
+
+    Where the base is stored in the type that is written, ``cast(W)`` is ``W``. Elsewhere the cast of the base alone
+    is no part of the delta, and would hide one that vanished.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._lock = Lock()
 
-    def add(self, spec: TensorSpec, before: Tensor, after: Tensor) -> bool:
-        """Count one block, both float32. True if that proves that every value in both is finite.
+    def add(self, spec: TensorSpec, before: Tensor, after: Tensor, wanted: float | None, on_grid: bool) -> bool:
+        """Count one block, both float32; ``wanted`` is the delta's squared norm, where it is known already.
 
-        A NaN or an infinity on either side makes the difference one, and so its norm.
+        True if that proves that every value is finite, before, after and as stored: one that is not makes the
+        difference NaN or infinite, and so its norm.
         """
         if spec.dtype not in FLOATS or before.shape != after.shape:
             return False
-        change = after - before
-        kept = wanted = _squared(change)
+        if wanted is None:
+            wanted = _squared(after - before)
         stored = after.to(torch_dtype(spec.dtype))
-        if stored is not after:
-            kept = _squared(change.copy_(stored).sub_(before))
+        start = before if on_grid else before.to(stored.dtype).float()
+        kept = _squared(stored - start if stored is after else stored.float().sub_(start))
+        if isfinite(kept):
+            keep_rounded(after, stored)
         with self._lock:
             sums = self._sums[spec.name]
             sums[0] += kept
             sums[1] += wanted
-        return isfinite(wanted)
+        return isfinite(kept)
 
     def shares(self) -> dict[str, float]:
         """Tensor -> share; 0 where the adapter changes nothing."""
         return {name: (kept / wanted) ** 0.5 if wanted else 0.0 for name, (kept, wanted) in sorted(self._sums.items())}
 
-    def check(self) -> None:
-        """An adapter that changes nothing at all is an error: a wrong or a fresh one."""
+    def check(self) -> list[str]:
+        """Warnings that name tensors whose delta vanished. MergeError where all did: a wrong adapter, or a fresh one."""
         shares = self.shares()
-        if shares and max(shares.values()) < 0.01:
+        gone = [name for name, share in shares.items() if share < VANISHED]
+        if gone and len(gone) == len(shares):
             raise MergeError(
                 f"the adapter changes nothing: at most {max(shares.values()):.4f} of any delta survives",
                 "B is still zero (a fresh adapter), or alpha is far too small",
             )
+        if not gone:
+            return []
+        named = ", ".join(f"{name} ({shares[name]:.4f} survives)" for name in gone[:3])
+        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+        return [f"the adapter changes nothing in {len(gone)} of {len(shares)} tensors: {named}{more}"]
 
 
 def _squared(values: Tensor) -> float:
@@ -203,15 +227,11 @@ def _squared(values: Tensor) -> float:
 
 
 def _finite(block: Tensor, name: str, what: str) -> Tensor:
-    """The block, if every value in it is finite; a sum finds out in one pass where all is well."""
-    import torch
-
-    if block.is_floating_point() and block.element_size() > 1:
-        total = block.sum(dtype=torch.float32)
-        if not torch.isfinite(total) and not torch.isfinite(block).all():
-            raise MergeError(
-                f"{name}: NaN or infinity, from the {what}", "such weights give nonsense: train or fetch again"
-            )
+    """The block, if every value in it is finite."""
+    if block.is_floating_point() and block.element_size() > 1 and not all_finite(block):
+        raise MergeError(
+            f"{name}: NaN or infinity, from the {what}", "such weights give nonsense: train or fetch again"
+        )
     return block
 
 

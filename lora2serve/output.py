@@ -26,14 +26,17 @@ from lora2serve import manifest
 from lora2serve.errors import ExportError
 
 CHUNK = 4 << 20  # bytes read back at a time while hashing
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+KEPT = 16 << 20  # bytes of one file that wait in memory to be hashed
+FLUSH = 64 << 20  # bytes that are sent to the disk together
+_AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2  # linux/fcntl.h, linux/fs.h
 
 
 class OutFile:
     """One file of a known size, written at any offset from any thread, hashed behind the writers.
 
-    The hash follows the longest written prefix and reads it back from the page cache, so it holds no
-    block in memory and speaks of the bytes that are really in the file.
+    The hash needs the pieces in file order: whichever thread finds nobody hashing takes the next ones, from memory
+    while they are there (``KEPT`` at most), else back from the page cache. Written pieces start on their way to the
+    disk behind the hash, so that little is left for the sync at the end.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -42,49 +45,66 @@ class OutFile:
         self._fd = os.open(path, flags, 0o666)
         self._lock = threading.Lock()
         self._hashing = threading.Lock()
-        self._written: dict[int, int] = {}  # start -> end of pieces beyond the prefix
-        self._prefix = self._hashed = 0
+        self._pieces: dict[int, tuple[int, memoryview | None]] = {}  # start -> end, and the bytes if still kept
+        self._kept = self._hashed = self._flushed = 0
         self._sha256 = hashlib.sha256()
         _allocate(self._fd, size)
 
     def pwrite(self, data: memoryview | bytes, offset: int) -> None:
-        """Write all of ``data`` at ``offset``; the pieces of one file must not overlap."""
+        """Write all of ``data`` at ``offset``. It must stay as it is from here on; pieces must not overlap."""
         view = memoryview(data).cast("B")
-        if offset + len(view) > self.size:
-            raise ExportError(f"{self.path.name}: bytes up to {offset + len(view)} written, planned were {self.size}")
+        end = offset + len(view)
+        if end > self.size:
+            raise ExportError(f"{self.path.name}: bytes up to {end} written, planned were {self.size}")
         done = 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
         with self._lock:
-            self._written[offset] = offset + len(view)
-            while self._prefix in self._written:
-                self._prefix = self._written.pop(self._prefix)
+            keep = self._kept + len(view) <= KEPT
+            self._kept += len(view) * keep
+            self._pieces[offset] = (end, view if keep else None)
         if self._hashing.acquire(blocking=False):
             try:
-                self._hash_to(self._prefix)
+                self._hash()
             finally:
                 self._hashing.release()
 
     def finish(self) -> str:
         """The file's sha256, after a sync; an error if a planned byte was never written."""
-        if self._prefix != self.size:
-            raise ExportError(f"{self.path.name}: byte {self._prefix} of {self.size} was never written")
         with self._hashing:
-            self._hash_to(self.size)
+            self._hash()
+        if self._hashed != self.size:
+            raise ExportError(f"{self.path.name}: byte {self._hashed} of {self.size} was never written")
         os.fsync(self._fd)
         return self._sha256.hexdigest()
 
     def close(self) -> None:
         """Release the handle. Safe twice."""
+        self._pieces.clear()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def _hash_to(self, end: int) -> None:
-        while self._hashed < end:
-            piece = os.pread(self._fd, min(CHUNK, end - self._hashed), self._hashed)
-            self._sha256.update(piece)
-            self._hashed += len(piece)
+    def _hash(self) -> None:
+        """Hash on, piece by piece, up to the first that is not written yet."""
+        while True:
+            with self._lock:
+                end, view = self._pieces.pop(self._hashed, (0, None))
+                self._kept -= len(view) if view is not None else 0
+            if view is not None:
+                self._sha256.update(view)
+            elif end:
+                self._hash_back(end)
+            else:
+                return
+            self._hashed = end
+            if end - self._flushed >= FLUSH:
+                _start_writing(self._fd, self._flushed, end - self._flushed)
+                self._flushed = end
+
+    def _hash_back(self, end: int) -> None:
+        for start in range(self._hashed, end, CHUNK):
+            self._sha256.update(os.pread(self._fd, min(CHUNK, end - start), start))
 
 
 class Output:
@@ -245,6 +265,13 @@ def _allocate(fd: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(fd, size)
+
+
+def _start_writing(fd: int, offset: int, count: int) -> None:
+    """Ask the kernel to begin with those dirty pages (sync_file_range(2)); where it cannot, the sync does it all."""
+    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if begin:
+        begin(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
 
 
 def _sync(path: Path) -> None:

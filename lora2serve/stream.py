@@ -6,12 +6,12 @@ import ctypes
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from math import lcm
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 from lora2serve import manifest, output
@@ -54,7 +54,8 @@ def export(
         try:
             _stream(model, sinks, progress, threads_for(threads))
             if isinstance(model.source, Merged):
-                model.source.survival.check()
+                for warning in model.source.survival.check():
+                    progress.warn(warning)
             abouts = [_about(model, plan, sink.finish()) for plan, sink in zip(plans, sinks, strict=True)]
         except OSError as error:
             raise ExportError(
@@ -99,7 +100,6 @@ def _stream(model: Model, sinks: Sequence[Sink], progress: Progress, threads: in
     specs = [spec for spec in model.source.specs() if any(spec.name in sink.wanted for sink in sinks)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the pool is the parallelism: BLAS threads inside it would fight over the same cores
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="fold")
     try:
         with progress.track("export", sum(spec.numel for spec in specs)) as advance:
 
@@ -110,10 +110,8 @@ def _stream(model: Model, sinks: Sequence[Sink], progress: Progress, threads: in
                         sink.write(spec, rows, block)
                 advance(max(1, (rows.stop - rows.start) * spec.row_numel))
 
-            jobs = (partial(fold, spec, rows) for spec in specs for rows in _blocks(spec, sinks))
-            _run(pool, jobs, 2 * threads)
+            _run(((spec, rows) for spec in specs for rows in _blocks(spec, sinks)), fold, threads)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
 
 
@@ -125,17 +123,25 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _run(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], None]], ahead: int) -> None:
-    """Run the jobs in order with at most ``ahead`` under way; the first error ends it."""
-    under_way: set[Future[None]] = set()
-    for job in jobs:
-        if len(under_way) >= ahead:
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-        under_way.add(pool.submit(job))
-    for future in under_way:
-        future.result()
+def _run(jobs: Iterator[tuple[TensorSpec, slice]], work: Callable[[TensorSpec, slice], None], threads: int) -> None:
+    """Do the jobs in order, each by the next free thread; the first error, or Ctrl-C, ends it."""
+    lock, stop = Lock(), Event()
+
+    def worker() -> None:
+        while not stop.is_set():
+            with lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            work(*job)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="fold") as pool:
+        try:
+            running = [pool.submit(worker) for _ in range(threads)]
+            for done in as_completed(running):
+                done.result()
+        finally:
+            stop.set()
 
 
 def _blocks(spec: TensorSpec, sinks: Sequence[Sink]) -> Iterator[slice]:

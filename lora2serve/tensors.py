@@ -88,6 +88,25 @@ def row_blocks(spec: TensorSpec, unit: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + step, spec.rows))
 
 
+def keep_rounded(block: Tensor, stored: Tensor) -> None:
+    """Keep the block as it is stored beside it, found to be finite: so that it is rounded and looked at once."""
+    block._rounded = stored  # type: ignore[attr-defined]
+
+
+def kept_rounded(block: Tensor, dtype: DType) -> Tensor | None:
+    """What ``keep_rounded`` kept in that type."""
+    stored: Tensor | None = getattr(block, "_rounded", None)
+    return stored if stored is not None and stored.dtype == torch_dtype(dtype) else None
+
+
+def all_finite(block: Tensor) -> bool:
+    """Whether every value is finite. A sum says so in one pass; only one that is not is looked at in full."""
+    import torch
+
+    total = block.sum(dtype=torch.float32 if block.element_size() < 8 else torch.float64)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(block).all())
+
+
 class Source(Protocol):
     """A model, read by rows. Checkpoint, Dequantized and Merged each wrap the one before."""
 

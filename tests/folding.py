@@ -13,7 +13,7 @@ from lora2serve.checkpoint import Checkpoint
 from lora2serve.dequantize import Dequantized
 from lora2serve.exporter import Model, find
 from lora2serve.merge import Merged
-from lora2serve.progress import Silent
+from lora2serve.progress import Progress, Silent
 from lora2serve.stream import Plan, export
 from lora2serve.tensors import DType
 
@@ -25,12 +25,19 @@ def fold(base: Path, adapters: Sequence[Path], dtype: DType | None = None) -> Me
     return Merged(Dequantized(checkpoint), [open_adapter(path) for path in adapters], config, dtype)
 
 
-def export_merged(base: Path, adapters: Sequence[Path], out: Path, dtype: DType | None = None, **options: Any) -> Path:
+def export_merged(
+    base: Path,
+    adapters: Sequence[Path],
+    out: Path,
+    dtype: DType | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Path:
     """Merge into a vLLM directory by the real sink and stream."""
     merged = fold(base, adapters, dtype)
     exporter = find("vllm")
     model = Model(merged, merged.config, {}, "tiny", str(base))
-    return export(model, [Plan("vllm", exporter, exporter.Options(**options), out)], Silent())[0]
+    return export(model, [Plan("vllm", exporter, exporter.Options(**options), out)], progress or Silent())[0]
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:

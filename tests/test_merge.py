@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora2serve.errors import MergeError
+from lora2serve.errors import ExportError, MergeError
+from lora2serve.progress import Silent
 from tests.folding import export_merged, fold, stored, worst_ulp
 from tests.tiny import load_model, make_adapter, make_model, merged_by_peft
 
@@ -39,6 +40,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 16, "tie_word_embeddings": True},
 }
+
+
+class Told(Silent):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +284,6 @@ def test_nan_is_named(bases: dict[str, Path], tmp_path: Path, where: str) -> Non
 def test_fp16_overflow_is_named(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from lora2serve.errors import ExportError
-
     base = make_model(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e6
@@ -282,6 +291,40 @@ def test_fp16_overflow_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"model.norm.weight: 9.994e\+05 does not fit float16") as caught:
         export_merged(base, [], tmp_path / "out", "F16")
     assert "bf16" in caught.value.hint
+
+
+@pytest.mark.parametrize("base_type", [torch.float32, torch.bfloat16])
+def test_an_adapter_below_the_step_of_the_type_has_vanished(tmp_path: Path, base_type: torch.dtype) -> None:
+    """What rounding the base alone changes is no part of the delta: a float32 base must not hide the loss."""
+    base = make_model(tmp_path / "base", dtype=base_type)
+    adapter = make_adapter(tmp_path / "adapter", base, lora_alpha=1e-7)
+    with pytest.raises(MergeError, match=r"the adapter changes nothing: at most 0\.00"):
+        export_merged(base, [adapter], tmp_path / "out", "BF16")
+    if base_type is torch.float32:  # the control: in float32 it survives
+        export_merged(base, [make_adapter(tmp_path / "more", base, lora_alpha=1e-3)], tmp_path / "kept", "F32")
+
+
+def test_one_module_that_vanished_is_told(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases["llama"], alpha_pattern={"layers.1.self_attn.v_proj": 1e-7})
+    told = Told()
+    out = export_merged(bases["llama"], [adapter], tmp_path / "out", progress=told)
+    shares = json.loads((out / "lora2serve.json").read_text())["survival"]
+    assert [name for name, share in shares.items() if share < 0.01] == ["model.layers.1.self_attn.v_proj.weight"]
+    assert told.warnings == [
+        "the adapter changes nothing in 1 of 6 tensors: model.layers.1.self_attn.v_proj.weight (0.0000 survives)"
+    ]
+
+
+def test_bfloat16_overflow_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = make_model(tmp_path / "base", dtype=torch.float32)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = 3.4e38
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"model.norm.weight: 3.4e\+38 does not fit bfloat16") as caught:
+        export_merged(base, [], tmp_path / "out", "BF16")
+    assert "fp32" in caught.value.hint
 
 
 def test_survival_is_measured(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.errors import ExportError
+from lora2serve.tensors import all_finite
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -57,7 +58,7 @@ def encode(block: Tensor, name: str, importance: ndarray[Any, Any] | None = None
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if name in plain:
         stored = block.to(plain[name])
-        if name == "F16" and not torch.isfinite(stored).all():
+        if name == "F16" and not all_finite(stored):
             raise ExportError(f"{float(block.abs().max()):.4g} does not fit F16 (65504 at most)", "use --quant BF16")
         return stored.contiguous().flatten().view(torch.uint8).numpy().data
     rows = block.to(torch.float32).contiguous()
