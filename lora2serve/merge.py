@@ -204,7 +204,7 @@ class Survival:
         return {name: (kept / wanted) ** 0.5 if wanted else 0.0 for name, (kept, wanted) in sorted(self._sums.items())}
 
     def check(self) -> list[str]:
-        """Warnings that name tensors whose delta vanished. MergeError where all did: a wrong adapter, or a fresh one."""
+        """Warnings that name tensors whose delta vanished. MergeError where all did: a wrong or a fresh adapter."""
         shares = self.shares()
         gone = [name for name, share in shares.items() if share < VANISHED]
         if gone and len(gone) == len(shares):
