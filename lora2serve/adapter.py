@@ -7,7 +7,6 @@ and then ``lora_A.weight``, ``lora_embedding_A``, ``lora_magnitude_vector``, ...
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora2serve.checkpoint import SafetensorsFiles, inside, raise_all, read_header
+from lora2serve.checkpoint import SafetensorsFiles, inside, raise_all, read_header, read_json
 from lora2serve.deltas import AddVector, Delta, EmbeddingLora, Lora, Part, Replace, ReplaceRows
 from lora2serve.errors import AdapterError
 from lora2serve.methods import NATIVE, needs_peft
@@ -155,14 +154,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """``adapter_config.json`` of a PEFT directory."""
     if not path.is_dir():
         raise AdapterError(f"{path}: no such adapter directory", "name a run, a PEFT directory or a Hub id")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: no {CONFIG}, so no PEFT adapter") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path / CONFIG}: not JSON ({str(error)[:100]})") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path / CONFIG}: a {type(config).__name__}, expected a JSON object")
+    config = read_json(path / CONFIG, f"no {CONFIG}, so no PEFT adapter", AdapterError)
     raise_all([f"{path / CONFIG}: {problem}" for problem in _problems(config)], AdapterError)
     return config
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2serve import manifest
-from lora2serve.errors import CheckpointError
+from lora2serve.errors import CheckpointError, InputError
 from lora2serve.origin import origin
 from lora2serve.tensors import ALL, DTYPES, TensorSpec, itemsize, torch_dtype
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000  # the format's own limit
+MAX_HEADER = 100_000_000  # bytes: the format's own limit, and ours for an index or a config
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,19 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path / "config.json", "no config.json, so no model directory")
 
 
-def read_json(path: Path, if_missing: str) -> dict[str, Any]:
-    """A JSON object from a small file; one line where it is missing or no object."""
+def read_json(path: Path, if_missing: str, error: type[InputError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object from a small file; one line where it is missing, too large or no object."""
     try:
+        size = path.stat().st_size
+        if size > MAX_HEADER:
+            raise error(f"{path}: {size} bytes, expected {MAX_HEADER} at most", "the file is damaged or hostile")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {if_missing}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({str(error)[:100]})") from None
+        raise error(f"{path.parent}: {if_missing}") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not JSON ({str(problem)[:100]})") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: a {type(content).__name__}, expected a JSON object")
+        raise error(f"{path}: a {type(content).__name__}, expected a JSON object")
     return content
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -144,7 +145,12 @@ class Output:
         self.bytes(name, source.read_bytes())
 
     def publish(self, about: Mapping[str, Any]) -> Path:
-        """Sync every file, write the manifest last, and swap the directory in."""
+        """``seal`` and ``swap``."""
+        self.seal(about)
+        return self.swap()
+
+    def seal(self, about: Mapping[str, Any]) -> None:
+        """Sync every file, and write the manifest last: all that can still fail for want of disk."""
         sums = {name: {"sha256": file.finish(), "size": file.size} for name, file in self._files.items()}
         for file in self._files.values():
             file.close()
@@ -157,6 +163,9 @@ class Output:
         _sync(self.path / manifest.NAME)
         for folder in [*(p for p in self.path.rglob("*") if p.is_dir()), self.path]:
             _sync(folder)
+
+    def swap(self) -> Path:
+        """Rename the sealed directory into its place."""
         _swap(self.path, self.target)
         _sync(self.target.parent)
         return self.target
@@ -206,9 +215,12 @@ class NoFile(OutFile):
 def opened(target: Path, *, overwrite: bool) -> Iterator[Output]:
     """An ``Output`` for ``target`` under its lock; what is not published is removed on the way out."""
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{target.parent}: {error.strerror}", "name another place with -o") from None
     with _locked(target):
-        for stale in target.parent.glob(f"{target.name}.partial-*"):
+        for stale in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
             shutil.rmtree(stale, ignore_errors=True)
         _refuse_existing(target, overwrite)
         output = Output(target)
@@ -234,7 +246,10 @@ def _locked(target: Path) -> Iterator[None]:
     """An exclusive lock that leaves no file behind: the holder unlinks it, a waiter checks it is still there."""
     path = target.with_name(f".{target.name}.lock")
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:  # a link there (ELOOP), or a directory that takes no files
+            raise ExportError(f"{path}: {error.strerror}", "name another place with -o") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lora2serve.checkpoint import read_json
 
 SIDE_FILES = re.compile(
     r"tokenizer.*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|tekken\.json"
@@ -49,7 +50,7 @@ def _belongs_to_tokenizer(name: str) -> bool:
 def _vocabulary(path: Path | None) -> Any:
     if path is None:
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, "no tokenizer.json")
     return (content.get("model", {}).get("vocab"), [t.get("content") for t in content.get("added_tokens", [])])
 
 
@@ -57,6 +58,6 @@ def _chat_template(files: Mapping[str, Path]) -> str | None:
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].read_text(encoding="utf-8")
     if "tokenizer_config.json" in files:
-        told = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template")
+        told = read_json(files["tokenizer_config.json"], "no tokenizer_config.json").get("chat_template")
         return told if isinstance(told, str) else None
     return None

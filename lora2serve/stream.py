@@ -56,13 +56,14 @@ def export(
             if isinstance(model.source, Merged):
                 for warning in model.source.survival.check():
                     progress.warn(warning)
-            abouts = [_about(model, plan, sink.finish()) for plan, sink in zip(plans, sinks, strict=True)]
+            for plan, sink, out in zip(plans, sinks, outputs, strict=True):
+                out.seal(_about(model, plan, sink.finish()))
         except OSError as error:
             raise ExportError(
                 f"{error.filename or plans[0].out}: {error.strerror}",
                 "nothing was left behind; free the disk and run again",
             ) from error
-        return [out.publish(about) for out, about in zip(outputs, abouts, strict=True)]
+        return [out.swap() for out in outputs]
 
 
 def threads_for(asked: int | None) -> int:

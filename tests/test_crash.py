@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import stat
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,21 +25,25 @@ from tests.conftest import lora2serve
 from tests.folding import export_merged
 from tests.tiny import make_adapter, make_model
 
-# Writing slowly enough to be met: the child exports again and again over the same place.
-LOOP = """
-import sys
+# Imports once, then forks one child for each line it reads: the child exports again and again over the same place.
+FORKER = """
+import os, sys
 from pathlib import Path
-from tests.folding import export_merged
-base, first, second, out = map(Path, sys.argv[1:])
+import torch
+import converters.vllm, lora2serve.stream
 from tests import folding
-import lora2serve.stream as stream
-export = stream.export
+torch.set_num_threads(1)
+base, first, second, out = map(Path, sys.argv[1:])
+export = folding.export
 folding.export = lambda *given, **more: export(*given, **{**more, "overwrite": True})
-print("ready", flush=True)
-number = 0
-while True:
-    export_merged(base, [(first, second)[number % 2]], out)
-    number += 1
+for line in sys.stdin:
+    child = os.fork()
+    number = int(line)
+    while not child:
+        folding.export_merged(base, [(first, second)[number % 2]], out)
+        number += 1
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
@@ -57,25 +63,28 @@ def kill_many(parts: tuple[Path, Path, Path], tmp_path: Path, times: int) -> Non
     }
     assert len(whole) == 2
     seen, partial = set(), 0
-    dice = random.Random(0)
-    for _ in range(times):
-        child = subprocess.Popen([sys.executable, "-c", LOOP, base, one, two, out], stdout=subprocess.PIPE)
-        assert child.stdout
-        child.stdout.readline()
-        while not out.exists():
-            assert child.poll() is None
-            time.sleep(0.01)
-        time.sleep(dice.random() * 0.5)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-        assert manifest.verify(out) == []
-        content = (out / "model.safetensors").read_bytes()
-        assert content in whole
-        seen.add(content)
-        partial += bool(list(out.parent.glob("*.partial-*")))
+    dice, one_export = random.Random(0), 0.0
+    command = [sys.executable, "-c", FORKER, *map(str, (base, one, two, out))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forker:
+        assert forker.stdin and forker.stdout
+        for number in range(times):
+            print(number, file=forker.stdin, flush=True)
+            child, started = int(forker.stdout.readline()), time.perf_counter()
+            while not out.exists():
+                time.sleep(0.01)
+                one_export = time.perf_counter() - started
+            time.sleep(dice.random() * 3 * one_export)
+            os.kill(child, signal.SIGKILL)
+            assert int(forker.stdout.readline()) == signal.SIGKILL, "it was still at work"
+            assert manifest.verify(out) == []
+            content = (out / "model.safetensors").read_bytes()
+            assert content in whole
+            seen.add(content)
+            partial += bool(list(out.parent.glob("*.partial-*")))
+        forker.stdin.close()
     assert seen == whole
     assert partial, "no kill met an export under way: this test proves nothing"
+    print(f"{times} kills, {partial} of them in mid-export")
     with opened(out, overwrite=True):
         pass  # the next run clears what the killed ones left
     assert [path.name for path in out.parent.iterdir()] == ["vllm"]
@@ -86,6 +95,7 @@ def test_kills(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_kills(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     kill_many(parts, tmp_path, 200)
 
@@ -131,6 +141,72 @@ def test_a_full_disk(parts: tuple[Path, Path, Path], disk: Path, share: int, tar
     assert [path.name for path in (disk / "out").iterdir()] == [target]
     (disk / "ballast").unlink()
     lora2serve(*words, "--overwrite", cwd=disk)
+
+
+@pytest.mark.parametrize("share", [1, 50, 99])
+def test_a_file_that_may_not_grow(parts: tuple[Path, Path, Path], tmp_path: Path, share: int) -> None:
+    """The same by a limit on the size of files, which needs no right to mount: one line, nothing left."""
+    base, adapter, _ = parts
+    whole = lora2serve("export", adapter, "--base", base, "-t", "vllm", "-o", tmp_path / "whole", cwd=tmp_path).strip()
+    limit = (Path(whole) / "model.safetensors").stat().st_size * share // 100
+    words = ["export", adapter, "--base", base, "-t", "vllm", "-o", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lora2serve", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C in mid-export: exit code 130, one word, and the old export as it was."""
+    base = make_model(tmp_path / "base", vocab_size=60_000, hidden_size=512)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    words = ["export", adapter, "--base", base, "-t", "vllm", "-o", tmp_path / "out"]
+    lora2serve(*words, cwd=tmp_path)
+    kept = manifest.read(tmp_path / "out" / "vllm")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lora2serve", *map(str, words), "--overwrite"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not any((tmp_path / "out").glob("*.partial-*")):
+        assert child.poll() is None
+        time.sleep(0.001)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate()
+    assert (child.returncode, out, err.strip()) == (130, "", "interrupted")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["vllm"]
+    assert manifest.verify(tmp_path / "out" / "vllm") == []
+    assert manifest.read(tmp_path / "out" / "vllm") == kept
+
+
+def test_all_outputs_or_none(parts: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last moment at which the disk can fill is before any of several outputs has appeared."""
+    from lora2serve.exporter import Model, find
+    from lora2serve.progress import Silent
+    from lora2serve.stream import Plan, export
+    from tests.folding import fold
+
+    merged, kind = fold(parts[0], [parts[1]]), find("vllm")
+    plans = [Plan("vllm", kind, kind.Options(), tmp_path / "out" / name) for name in ("one", "two")]
+    write, calls = manifest.write, []
+
+    def full(directory: Path, content: Any) -> None:
+        calls.append(directory)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", str(directory))
+        write(directory, content)
+
+    monkeypatch.setattr(manifest, "write", full)
+    with pytest.raises(ExportError, match="No space left on device"):
+        export(Model(merged, merged.config, {}, "tiny", "base"), plans, Silent())
+    assert len(calls) == 2
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_an_error_half_way_leaves_nothing(tmp_path: Path) -> None:

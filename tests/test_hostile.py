@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lora2serve.adapter import open_adapter
 from lora2serve.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from lora2serve.cli import run
-from lora2serve.errors import AdapterError, CheckpointError, Lora2ServeError, MergeError
+from lora2serve.errors import AdapterError, CheckpointError, ExportError, InputError, Lora2ServeError, MergeError
 from tests.folding import export_merged
 from tests.tiny import make_adapter, make_model
 
@@ -162,6 +163,48 @@ def test_any_damaged_byte_is_read_or_refused(tmp_path: Path, place: int, value: 
     except CheckpointError:
         return
     assert sum(item.spec.nbytes for item in stored) <= path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "adapter_config.json"])
+def test_200_megabytes_of_json_are_not_read(sharded: Path, name: str) -> None:
+    with (sharded / name).open("wb") as file:
+        file.truncate(200_000_000)  # a hole: reading it would take memory, and the parser would meet NULs
+    opener = open_adapter if name.startswith("adapter") else Checkpoint
+    with pytest.raises(InputError, match=f"{name}: 200000000 bytes, expected 100000000 at most"):
+        opener(sharded)
+
+
+def test_a_wrong_total_size_is_put_right(sharded: Path, tmp_path: Path) -> None:
+    """No loader needs it, and repositories have it wrong; ours is counted."""
+    content = json.loads((sharded / INDEX).read_text())
+    right, content["metadata"]["total_size"] = content["metadata"]["total_size"], 7
+    (sharded / INDEX).write_text(json.dumps(content))
+    out = export_merged(sharded, [], tmp_path / "out", shard_size=60_000)
+    assert json.loads((out / INDEX).read_text())["metadata"]["total_size"] == right
+
+
+def test_names_that_lead_away_are_names_only(tmp_path: Path) -> None:
+    """A tensor may be called ``../../x``: no file is ever called after a tensor."""
+    base = make_model(tmp_path / "deep" / "base")
+    tensors = load_file(base / SINGLE)
+    save_file({**tensors, "../../x": torch.ones(2)}, base / SINGLE, {"format": "pt"})
+    out = export_merged(base, [], tmp_path / "deep" / "out")
+    assert load_file(out / SINGLE)["../../x"].tolist() == [1, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}
+
+
+def test_links_where_output_goes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Neither the target nor its lock is followed."""
+    base, adapter = pair
+    victim = tmp_path / "victim"
+    victim.write_text("keep")
+    (tmp_path / ".out.lock").symlink_to(victim)
+    with pytest.raises(ExportError, match=r"\.out\.lock: Too many levels of symbolic links"):
+        export_merged(base, [adapter], tmp_path / "out")
+    (tmp_path / ".out.lock").unlink()
+    with pytest.raises(ExportError, match=r"victim: (File exists|Not a directory)"):
+        export_merged(base, [adapter], victim / "out")
+    assert victim.read_text() == "keep"
 
 
 INDEXES = st.recursive(
