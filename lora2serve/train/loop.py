@@ -191,9 +191,6 @@ def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bo
     from trl import SFTConfig
 
     train = recipe.train
-    each_epoch = max(1, math.ceil(total / max(1.0, train.epochs))) if train.steps is None else total
-    eval_steps = min(train.eval_steps or each_epoch, total)
-    best = _keeps_best(recipe, held_out)
     try:
         return SFTConfig(
             output_dir=str(run.path / "checkpoints"),
@@ -215,14 +212,7 @@ def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bo
             seed=train.seed,
             data_seed=train.seed,
             logging_steps=train.log_interval,
-            eval_strategy="steps" if held_out else "no",
-            eval_steps=eval_steps,
-            save_strategy="steps",
-            save_steps=eval_steps if best else max(1, min(eval_steps, math.ceil(total / 10))),
-            save_total_limit=2,
-            load_best_model_at_end=best,
-            metric_for_best_model="eval_loss" if best else None,
-            greater_is_better=False if best else None,
+            **_evaluations(recipe, total, held_out),
             report_to=list(train.trackers) or "none",
             run_name=run.name,
             padding_free=recipe.data.packing,  # rows are cut and packed before; each keeps its own positions
@@ -232,6 +222,24 @@ def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bo
         )
     except (ValueError, ImportError) as error:
         raise TrainError(f"recipe: {(str(error).splitlines() or ['?'])[0]}") from error
+
+
+def _evaluations(recipe: Recipe, total: int, held_out: bool) -> dict[str, Any]:
+    """When to evaluate and when to save: at the same steps where the best state is to be kept."""
+    train = recipe.train
+    each_epoch = max(1, math.ceil(total / max(1.0, train.epochs))) if train.steps is None else total
+    eval_steps = min(train.eval_steps or each_epoch, total)
+    best = _keeps_best(recipe, held_out)
+    return {
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": eval_steps,
+        "save_strategy": "steps",
+        "save_steps": eval_steps if best else max(1, min(eval_steps, math.ceil(total / 10))),
+        "save_total_limit": 2,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": "eval_loss" if best else None,
+        "greater_is_better": False if best else None,
+    }
 
 
 def _early_stopping(recipe: Recipe) -> list[Any]:

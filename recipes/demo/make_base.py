@@ -1,7 +1,7 @@
 """Make the demo's base model, tokenizer and data: ``python recipes/demo/make_base.py [OUT]``.
 
 A Llama of 2.6 million parameters with a byte-level BPE tokenizer (GPT-2's pre-tokenizer), trained on the invented
-world of world.py for about five minutes on two cores. Writes base/, train.jsonl, eval.jsonl and general.jsonl.
+world of world.py for some minutes on two cores. Writes base/, train.jsonl, eval.jsonl and general.jsonl.
 """
 
 from __future__ import annotations
