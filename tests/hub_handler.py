@@ -31,6 +31,7 @@ class Refused(Exception):
 KIND = "(?P<kind>models|datasets)"
 ROUTES: list[tuple[str, str, str]] = [
     ("POST", r"/api/repos/create", "create"),
+    ("DELETE", r"/api/repos/delete", "delete"),
     ("POST", r"/api/validate-yaml", "validate"),
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)", "preupload"),
@@ -53,7 +54,7 @@ ROUTES: list[tuple[str, str, str]] = [
     ("HEAD", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
 ]
-WRITES = {"create", "preupload", "commit", "batch", "verify", "branch", "merge"}
+WRITES = {"create", "delete", "preupload", "commit", "batch", "verify", "branch", "merge"}
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -106,7 +107,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.cut()
         self.answer(made)
 
-    do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815 - the names that http.server calls
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any  # noqa: N815 - the names that http.server calls
 
     # -- reading and answering
 
@@ -207,6 +208,12 @@ class HubHandler(BaseHTTPRequestHandler):
                 raise Refused(409, message="You already created this model repo", url=f"{hub.url}/{repo_id}")
             hub.create(repo_id, private=asked.get("visibility") == "private")
         return {"url": f"{hub.url}/{repo_id}"}
+
+    def delete(self) -> Any:
+        asked = json.loads(self.body())
+        if self.hub.repos.pop(f"{asked['organization'] or self.user}/{asked['name']}", None) is None:
+            raise Refused(404, "RepoNotFound", "Repository not found")
+        return {}
 
     def whoami(self) -> Any:
         if not self.user:

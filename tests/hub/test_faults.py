@@ -45,7 +45,7 @@ def failing(hub: HubServer, step: str, status: int, times: int = 2) -> Fault:
 def test_every_endpoint_is_made_to_fail() -> None:
     """What the server answers, and what the tests below let fail: the same list."""
     answered = {endpoint for _, _, endpoint in ROUTES}
-    assert answered == {*STEPS, *PULL_REQUEST, *MULTIPART, *PULL, "branch", "refs", "xet"}
+    assert answered == {*STEPS, *PULL_REQUEST, *MULTIPART, *PULL, "branch", "refs", "xet", "delete"}
 
 
 @pytest.mark.parametrize("status", [503, 429])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lora2serve import manifest
-from lora2serve.hub import pull_check, push
+from lora2serve.hub import pull_check, push, upload
+from lora2serve.hub.push import SUFFIX
 from tests.hub.conftest import export
 
 pytestmark = [
@@ -21,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture
 def repository() -> Iterator[str]:
-    """A private repository of the token's user, removed at the end."""
+    """A name for private repositories of the token's user, removed at the end."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -29,14 +30,38 @@ def repository() -> Iterator[str]:
     try:
         yield name
     finally:
-        api.delete_repo(name, missing_ok=True)
+        for suffix in SUFFIX.values():
+            api.delete_repo(name + suffix, missing_ok=True)
+
+
+def same(repository: str, path: Path, revision: str | None = None) -> None:
+    checked = pull_check(repository, revision)
+    assert not checked.strangers
+    for name in manifest.read(path)["files"]:
+        assert (checked.path / name).read_bytes() == (path / name).read_bytes()
 
 
 @pytest.mark.parametrize(("target", "quant"), [("vllm", None), ("adapter", None), ("gguf", "Q8_0")])
 def test_round_trip(repository: str, tmp_path: Path, target: str, quant: str | None) -> None:
     path = export(tmp_path, target, quant)
-    push([path], repo_id=repository, single_repo=True, private=True)
-    push([path], repo_id=repository, single_repo=True, private=True)
-    checked = pull_check(repository)
-    for name in manifest.read(path)["files"]:
-        assert (checked.path / name).read_bytes() == (path / name).read_bytes()
+    first = push([path], repo_id=repository, private=True)[0]
+    again = push([path], repo_id=repository, private=True)[0]
+    assert (again.commit, again.uploaded) == (first.commit, {})
+    same(first.repo_id, path)
+
+
+def test_several_commits(repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a pull request, verified by the Hub's own object ids, and merged: main moves once."""
+    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
+    path = export(tmp_path, "vllm")
+    push([path], repo_id=repository, private=True)
+    same(repository, path)
+
+
+def test_branch_and_pull_request(repository: str, tmp_path: Path) -> None:
+    path = export(tmp_path, "vllm")
+    push([path], repo_id=repository, private=True, revision="v2")
+    same(repository, path, "v2")
+    left_open = push([path], repo_id=repository, private=True, create_pr=True)[0]
+    assert left_open.pull_request and left_open.pull_request.endswith("/discussions/1")
+    same(repository, path, "refs/pr/1")
