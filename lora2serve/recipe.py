@@ -90,6 +90,7 @@ class ParityRecipe:
     """``thresholds``: format -> {figure: bound}, over the built-in table; ``general`` is a set of general text."""
 
     general: str | None = None
+    engines: tuple[str, ...] = ()  # the only ones to ask; default: every one that an export is for
     require: tuple[str, ...] = ()  # engines that must be there
     thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: int = 2048  # scored, half of them held-out rows, half general text

@@ -247,6 +247,22 @@ def run(serving: Serving, progress: Progress) -> int:
     return 0 if stopping else code
 
 
+def start(serving: Serving, log: Path) -> subprocess.Popen[bytes]:
+    """Start it in this process's own group and return once it answers; EngineError with what its log says."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            serving.command, env={**os.environ, **serving.environment}, stdin=subprocess.DEVNULL, stdout=out,
+            stderr=subprocess.STDOUT, cwd=serving.folder,
+        )  # fmt: skip
+    try:
+        _wait(serving, process, log)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return process
+
+
 def _wait(serving: Serving, process: subprocess.Popen[bytes], log: Path) -> None:
     path = "/health" if serving.engine == "vllm" else "/v1/models"
     for _ in range(READY * 2):

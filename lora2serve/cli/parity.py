@@ -8,27 +8,34 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora2serve.cli.common import base_of, find_run, progress
+from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import ParityNotMet, UsageError
 
 if TYPE_CHECKING:
+    from lora2serve.parity.origin import Origin
     from lora2serve.parity.report import Report
-    from lora2serve.recipe import ParityRecipe
-    from lora2serve.run import Run
+    from lora2serve.progress import Progress
 
 
 @click.command()
-@click.argument("given", metavar="[RUN] [EXPORT]...", nargs=-1)
+@click.argument("given", metavar="[MODEL] [EXPORT]...", nargs=-1)
 @click.option(
     "--report",
     "report_dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Where the report goes (default: the run's parity/).",
+    help="Where the report goes (default: the run's parity/, or parity/ beside the exports).",
 )
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 @click.option("--ask", metavar="PROMPT", help="Also let the base, the trained model and every export answer this.")
 @click.option("--base", metavar="MODEL", help="The base: a path or a Hub id (default: the one trained on).")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Held-out rows to score (default: the run's).",
+)
+@click.option("--engine", metavar="ENGINE,ENGINE", help="Ask these only; vllm-server starts the export's own server.")
 @click.option("--require", metavar="ENGINE,ENGINE", help="Engines that must be there: a missing one is red.")
 @click.option("--url", metavar="URL", help="Also compare a deployment that runs: its OpenAI-compatible address.")
 @click.option("--url-model", metavar="NAME", help="The model's name at --url (default: the first it lists).")
@@ -47,8 +54,10 @@ if TYPE_CHECKING:
 )
 @click.pass_context
 def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> None:
-    """Compare every EXPORT of RUN (default: all of runs/latest) with the trained model, each in its real engine.
+    """Compare every EXPORT of MODEL with the trained model, each in its real engine.
 
+    MODEL is a run, an adapter directory, a plain model, or a Hub id of one of these; without one, it is what the
+    first EXPORT was made from. Without EXPORTs, all of MODEL's; without both, all of runs/latest.
     Exit code 3 when one is further off than its format allows. Prints the report's path.
     """
     from lora2serve import console
@@ -56,17 +65,17 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
     from lora2serve.parity.baseline import regressions
     from lora2serve.parity.check import check
 
-    run, exports = _find(given)
     told = progress(ctx)
-    base, _ = base_of(run.record, options["base"], told)
-    settings = _settings(run, options)
-    compared = subjects.of_exports(run, exports, base, settings.window)
+    origin, exports = _find(given, options, told)
+    origin = _with_settings(origin, options)
+    compared = subjects.of_exports(origin, exports)
     if options["url"]:
-        compared.append(subjects.of_url(run, options["url"], options["url_model"]))
-    report = check(run, compared, base=base, settings=settings, progress=told, ask=options["ask"] or "")
+        compared.append(subjects.of_url(origin, options["url"], options["url_model"]))
+    _refuse_unused(options["require"], [subject.engine for subject in compared])
+    report = check(origin, compared, progress=told, ask=options["ask"] or "")
     if options["baseline"]:
         report = replace(report, regressions=regressions(report, options["baseline"]))
-    directory = options["report_dir"] or run.parity
+    directory = options["report_dir"] or origin.home
     page = files.write(report, directory)
     if not ctx.find_root().obj["quiet"]:
         _show(report, exports)
@@ -78,29 +87,84 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
         raise ParityNotMet(_summary(report), f"{page} shows where")
 
 
-def _find(given: tuple[str, ...]) -> tuple[Run, list[Path]]:
-    """The run and its exports; an export alone belongs to the run it lies in, or to the one made last."""
+def _find(given: tuple[str, ...], options: dict[str, Any], told: Progress) -> tuple[Origin, list[Path]]:
+    """The trained model and its exports, from what the user named of the two."""
     from lora2serve import run as runs
+    from lora2serve.parity import origin as origins
 
-    first = given[0] if given else None
-    if first is None or not (Path(first) / "lora2serve.json").is_file():
-        run, paths = find_run(first), [Path(path) for path in given[1:]]
+    first = given[0] if given else str(runs.latest().path)
+    if (Path(first) / MANIFEST).is_file():
+        exports = _exports(given)
+        run = origins.run_of(exports[0])
+        origin = _of_run(run, options, told) if run else _of_manifest(exports, options, told)
     else:
-        paths = [Path(path) for path in given]
-        home = paths[0].resolve().parent.parent
-        run = runs.Run(home) if runs.is_run(home) else runs.latest()
-    exports = paths or run.list_exports()
-    missing = [str(path) for path in exports if not (path / "lora2serve.json").is_file()]
+        origin = _of_model(first, options, told)
+        exports = _exports(given[1:]) or _default_exports(origin)
+    origins.refuse_others(origin, exports)
+    return origin, exports
+
+
+MANIFEST = "lora2serve.json"
+
+
+def _exports(names: tuple[str, ...]) -> list[Path]:
+    paths = [Path(name) for name in names]
+    missing = [str(path) for path in paths if not (path / MANIFEST).is_file()]
     if missing:
         raise UsageError(f"{', '.join(missing)}: no export", "name a directory that `lora2serve export` printed")
-    return run, exports
+    return paths
 
 
-def _settings(run: Run, options: dict[str, Any]) -> ParityRecipe:
+def _default_exports(origin: Origin) -> list[Path]:
+    """Where ``export`` puts them when it is not told."""
+    from lora2serve.run import Run
+
+    return origin.run.list_exports() if origin.run else Run(origin.home.parent).list_exports()
+
+
+def _of_run(run: Any, options: dict[str, Any], told: Progress) -> Origin:
+    from lora2serve.parity import origin as origins
+
+    return origins.of_run(run, base_of(run.record, options["base"], told)[0])
+
+
+def _of_manifest(exports: list[Path], options: dict[str, Any], told: Progress) -> Origin:
+    """An export without a run: its manifest names the adapters and the base."""
+    from lora2serve.parity import origin as origins
+
+    record, adapters = origins.parts_of(exports)
+    base, _ = base_of({"base": record}, options["base"], told)
+    name = (adapters[0] if adapters else base).resolve().name
+    return origins.of_parts(name, base, adapters, exports[0].resolve().parent / "parity")
+
+
+def _of_model(name: str, options: dict[str, Any], told: Progress) -> Origin:
+    """A run, an adapter directory or a plain model, by path, by name under runs/, or by its Hub id."""
+    from lora2serve import run as runs
+    from lora2serve.adapter import CONFIG, read_config
+    from lora2serve.parity import origin as origins
+
+    for place in (Path(name), runs.ROOT / name):
+        if runs.is_run(place):
+            return _of_run(runs.Run(place), options, told)
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in (CONFIG, "config.json")):
+        raise UsageError(f"{name}: no run, export, adapter or model", "name what was trained, or an export of it")
+    path = fetch(name, told)
+    short = path.resolve().name
+    home = Path("exports") / short / "parity"
+    if not (path / CONFIG).is_file():
+        return origins.of_parts(short, path, (), home)
+    base = options["base"] or read_config(path).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{path}: its config does not name a base", "name it with --base")
+    return origins.of_parts(short, fetch(base, told), (path,), home)
+
+
+def _with_settings(origin: Origin, options: dict[str, Any]) -> Origin:
     """The recipe's ``parity`` section with the command line over it."""
-    from lora2serve import recipe
+    from lora2serve.parity.subjects import check_names
 
-    settings = recipe.load(run.recipe).parity
+    settings = origin.settings
     thresholds = {name: dict(bounds) for name, bounds in settings.thresholds.items()}
     for text in options["thresholds"]:
         path, _, bound = text.partition("=")
@@ -111,8 +175,24 @@ def _settings(run: Run, options: dict[str, Any]) -> ParityRecipe:
             raise UsageError(
                 f"--threshold {text}: expected FORMAT.FIGURE=NUMBER", "such as Q4_K_M.mean_kl=0.1"
             ) from None
-    require = tuple(options["require"].split(",")) if options["require"] else settings.require
-    return replace(settings, thresholds=thresholds, require=require)
+    engines, require = _names(options["engine"]) or settings.engines, _names(options["require"]) or settings.require
+    settings = replace(settings, thresholds=thresholds, engines=engines, require=require)
+    check_names("require", settings.require)
+    return replace(origin, settings=settings, rows=options["data"] or origin.rows)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
+
+
+def _refuse_unused(require: str | None, engines: list[str]) -> None:
+    """``--require`` an engine that nothing here is compared in could never be red."""
+    unused = [name for name in _names(require) if name not in engines]
+    if unused:
+        raise UsageError(
+            f"--require {','.join(unused)}: no export here is compared in it",
+            f"here: {', '.join(dict.fromkeys(engines))}",
+        )
 
 
 def _show(report: Report, exports: list[Path]) -> None:

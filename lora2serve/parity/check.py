@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,153 +17,113 @@ import numpy as np
 from lora2serve import manifest
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.parity import gates, jobs, thresholds
-from lora2serve.parity.data import Amount, Data, load_saved
 from lora2serve.parity.gates import Behaviour, Check, Gate
+from lora2serve.parity.origin import Origin, ReferenceName
+from lora2serve.parity.references import References
 from lora2serve.parity.report import Answer, PromptFigures, Report, Row
-from lora2serve.parity.subjects import ReferenceName, Subject
+from lora2serve.parity.subjects import Subject
 from lora2serve.parity.worker import Child, EngineMissing
 from lora2serve.progress import Progress
-from lora2serve.recipe import ParityRecipe
-from lora2serve.run import Run
 
 
-def check(
-    run: Run, subjects: Sequence[Subject], *, base: Path, settings: ParityRecipe, progress: Progress, ask: str = ""
-) -> Report:
+def check(origin: Origin, subjects: Sequence[Subject], *, progress: Progress, ask: str = "") -> Report:
     """The report on all subjects, which ``subjects.py`` makes; ``ask`` is a prompt that all of them answer beside.
 
     A missing or dying engine is a row; only what cannot be begun raises.
     """
     if not subjects:
-        raise UsageError(f"{run.path}: no exports to compare", "`lora2serve export --target ...` makes some")
+        raise UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
     for subject in subjects:  # a name that does not exist is said before the work
-        thresholds.lookup(thresholds.kind_of(subject.about), settings.thresholds)
-    run.parity.mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".work-", dir=run.parity))
+        thresholds.lookup(thresholds.kind_of(subject.about), origin.settings.thresholds)
+    origin.home.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".work-", dir=origin.home))
+    logs = work / "logs"
+    logs.mkdir()
     try:
-        with Bench(run, base, work, settings, progress, ask) as bench:
-            rows = [bench.examine(subject) for subject in subjects]
-            report = Report(
-                run.name, bench.about(), bench.versions, tuple(rows), manifest.versions(), bench.asked(rows)
-            )
+        references = References(origin, work, logs, progress, ask)
+        try:
+            bench = Bench(origin, references, work, progress, ask)
+            rows = tuple(bench.examine(subject) for subject in subjects)
+            asked = _asked(references, rows, ask)
+        finally:
+            references.close()
     finally:
         shutil.rmtree(work, ignore_errors=True)
     for subject, row in zip(subjects, rows, strict=True):
         if subject.path:
             _record(subject.path, row)
-    return report
+    return Report(origin.name, references.about(), references.versions, rows, manifest.versions(), asked)
+
+
+def _asked(references: References, rows: Sequence[Row], ask: str) -> dict[str, Any]:
+    """The user's own question and who answers what."""
+    if not ask:
+        return {}
+    words = references.words(list(references.said.values()))
+    said = dict(zip(references.said, (one.strip() for one in words), strict=True))
+    return {"prompt": ask, "answers": said | {f"{row.export} in {row.engine}": row.said for row in rows}}
 
 
 WORST = 20  # tensors in the report
+WORST_TEXTS = 6  # shown token by token
 
 
 class Bench:
-    """The references, measured once, and what compares subjects with them.
+    """What compares subjects with the references. Memory of this process: figures only."""
 
-    Disk: two references of positions x V x 4 bytes. Memory of this process: figures only.
-    """
-
-    def __init__(
-        self, run: Run, base: Path, work: Path, settings: ParityRecipe, progress: Progress, ask: str = ""
-    ) -> None:
-        self.run, self.work, self.settings, self.progress, self.ask = run, work, settings, progress, ask
-        self.versions: dict[str, Any] = {}
-        self._log = work / "logs"
-        self._log.mkdir()
-        quantization = run.record.get("quantization")
-        options = {"base": str(base), "adapter": str(run.adapter), "tokenizer": str(run.adapter)}
-        self._options: dict[ReferenceName, dict[str, Any]] = {"original": options}
-        if quantization:
-            self._options["trained"] = {**options, "quantization": quantization}
-        self._children: dict[str, Child] = {}
-        self._base: dict[str, Any] = {}
-        self._greedy: dict[str, Any] = {}
-        self._base_path, self._compared = base, dict[Path, Any]()
-
-    def __enter__(self) -> Bench:
-        first = next(iter(self._options))
-        try:
-            for name in self._options:
-                self._children[name] = self._child("peft", self._options[name], f"reference-{name}")
-            amount = Amount(self.settings.tokens, self.settings.window, self.settings.prompts)
-            rows = str(self.run.eval_data) if self.run.eval_data.is_file() else None
-            place = {"out": str(self._data_path), "eval_rows": rows, "general": self.settings.general}
-            self._children[first].call("prepare_data", None, **place, amount=vars(amount))
-            self.data: Data = load_saved(self._data_path)
-            for name in self._options:
-                self._measure(name)
-        except BaseException:
-            self.__exit__()
-            raise
-        lengths = [len(text.ids) - 1 for text in self.data.sequences]
-        self.sequences = np.repeat(np.arange(len(lengths)), lengths)
-        self.task = np.repeat([text.part == "task" for text in self.data.sequences], lengths)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for child in self._children.values():
-            child.close()
-
-    @property
-    def _data_path(self) -> Path:
-        return self.work / "data.json"
+    def __init__(self, origin: Origin, references: References, work: Path, progress: Progress, ask: str = "") -> None:
+        self.origin, self.references, self.work, self.progress, self.ask = origin, references, work, progress, ask
+        self.settings, self.data = origin.settings, references.data
+        self._compared: dict[Path, Any] = {}
 
     def _child(self, engine: str, options: Any, log: str) -> Child:
-        return Child(engine, options, self._log / f"{log}.log", self.settings.limit)
-
-    def _measure(self, name: ReferenceName) -> None:
-        child = self._children[name]
-        place = {"out": str(self.work / f"{name}.f32"), "positions": str(self.work / f"{name}.npz")}
-        with self.progress.track(f"reference: {name}", self.data.positions, "tokens") as advance:
-            self.versions[name] = child.call("write_reference", advance, data=str(self._data_path), **place)
-        self._greedy[name] = child.call("likeliest", data=str(self._data_path), new_tokens=self.settings.new_tokens)
-        self._base[name] = jobs.load_positions(self.work / f"{name}.npz")["base"]
-
-    def about(self) -> dict[str, Any]:
-        """What was scored."""
-        parts = {part: int((self.task == (part == "task")).sum()) for part in ("task", "general")}
-        return {
-            "positions": self.data.positions,
-            **parts,
-            "sequences": len(self.data.sequences),
-            "conversations": len(self.data.conversations),
-            "prompts": len(self.data.prompts),
-        }
-
-    def asked(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The prompt of ``ask`` and who answers what."""
-        if not self.ask:
-            return {}
-        child = next(iter(self._children.values()))
-        said = {who: self._answer(child, base=who == "base") for who in ("base", "trained")}
-        said |= {f"{row.export} in {row.engine}": row.said for row in rows}
-        return {"prompt": self.ask, "answers": said}
-
-    def _answer(self, child: Child, **how: Any) -> str:
-        ids = child.call("answer", prompt=self.ask, new_tokens=self.settings.new_tokens, **how)
-        return self._words([ids])[0].strip()
+        return Child(engine, options, self.work / "logs" / f"{log}.log", self.settings.limit)
 
     def examine(self, subject: Subject) -> Row:
         """All gates of one subject; what goes wrong becomes its verdict."""
         started = time.monotonic()
         kind = thresholds.kind_of(subject.about)
         required = subject.engine in self.settings.require
-        reference: ReferenceName = subject.reference if subject.reference in self._options else "original"
-        row = Row(subject.name, subject.target, kind, subject.engine, "", reference, (), required=required)
+        row = Row(subject.name, subject.target, kind, subject.engine, "", subject.reference, (), required=required)
         passed: list[Gate] = []
         log = f"{subject.name}-{subject.engine}".replace("/", "_")
         try:
-            with self._child(subject.engine, subject.options, log) as child:
+            with self._child(subject.engine, self._options(subject), log) as child:
                 row = self._through_gates(row, subject, child, passed)
         except EngineMissing as error:
             row = replace(row, gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)))
         except EngineError as error:
             name = gates.NAMES[min(len(passed), len(gates.NAMES) - 1)]
             row = replace(row, gates=(*passed, Gate(name, "failed", (), error.message, error.hint)))
-        return replace(row, seconds=round(time.monotonic() - started, 1))
+        row = replace(row, seconds=round(time.monotonic() - started, 1))
+        self.progress.note(f"{row.export} in {row.engine}: {row.status} ({row.seconds:.0f} s)")
+        return row
+
+    def _options(self, subject: Subject) -> dict[str, Any]:
+        """What makes the engine: with room for the longest text, and the base as GGUF where an adapter needs it."""
+        options = dict(subject.options)
+        if "window" in options:
+            options["window"] = self.data.longest(self.settings.new_tokens)
+        if subject.target == "gguf-adapter":
+            options["model"] = str(self._base_gguf())
+        return options
+
+    def _base_gguf(self) -> Path:
+        """The served base as GGUF, in its own type, so that nothing but the adapter is in question."""
+        folder = self.work / "base"
+        if not folder.is_dir():
+            kind = {"float16": "F16", "float32": "F32"}.get(_dtype(self.origin.base), "BF16")
+            command = [sys.executable, "-m", "lora2serve", "export", str(self.origin.base), "-t", "gguf", "-q", kind]
+            done = subprocess.run([*command, "-o", str(folder)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = " ".join(done.stderr.split())[-300:]
+                raise EngineError(f"llama.cpp: the base cannot be written as GGUF: {said}")
+        return next(folder.rglob("*.gguf"))
 
     def _through_gates(self, row: Row, subject: Subject, child: Child, passed: list[Gate]) -> Row:
-        said = child.call("tokens", data=str(self._data_path))
+        label = f"{row.export} in {row.engine}: loading, prompts"
+        with self.progress.track(label, len(self.data.conversations)) as advance:
+            said = child.call("tokens", advance, data=str(self.references.path))
         row = replace(row, version=said["version"], said=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, said))
         if passed[-1].status == "met" and subject.path:
@@ -170,12 +132,16 @@ class Bench:
             row = replace(row, tensors=worst)
         if passed[-1].status not in ("met", "skipped"):
             return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in gates.NAMES[len(passed) :])))
-        return self._behaviour(row, subject, child, passed)
+        return self._behaviour(row, child, passed)
+
+    def _answer(self, child: Child) -> str:
+        ids = child.call("answer", prompt=self.ask, new_tokens=self.settings.new_tokens)
+        return self.references.words([ids])[0].strip()
 
     def _tensors(self, export: Path, kind: str) -> tuple[Gate, tuple[dict[str, Any], ...]]:
         """The tensor gate, once for each export, and its worst tensors."""
         if export not in self._compared:
-            options = {"run": str(self.run.path), "base": str(self._base_path), "export": str(export)}
+            options = {"origin": self.origin.json(), "export": str(export)}
             with self._child("tensors", options, f"{export.name}-tensors") as child:
                 self._compared[export] = child.call("compare")
         found = self._compared[export]
@@ -184,16 +150,16 @@ class Bench:
         gate = gates.tensors(found, thresholds.lookup(kind, self.settings.thresholds))
         return gate, tuple(found["tensors"][:WORST])
 
-    def _behaviour(self, row: Row, subject: Subject, child: Child, passed: list[Gate]) -> Row:
-        scored = self.work / "scored.npz"
-        place = {name: str(self.work / f"{name}.f32") for name in self._options}
+    def _behaviour(self, row: Row, child: Child, passed: list[Gate]) -> Row:
+        known, scored = self.references, self.work / "scored.npz"
+        place = {name: str(path) for name, path in known.files.items()}
         with self.progress.track(f"{row.export} in {row.engine}", self.data.positions, "tokens") as advance:
-            child.call("score", advance, data=str(self._data_path), references=place, out=str(scored))
-        answers = child.call("generate", data=str(self._data_path), new_tokens=self.settings.new_tokens)
+            child.call("score", advance, data=str(known.path), references=place, out=str(scored))
+        answers = child.call("generate", data=str(known.path), new_tokens=self.settings.new_tokens)
         measured: dict[str, Behaviour] = {
             name: Behaviour(
-                positions, self._base[name], self.sequences, self.task,
-                gates.greedy(self._greedy[name], answers, self.data.stop),
+                positions, known.base[name], known.sequences, known.task,
+                gates.greedy(known.greedy[name], answers, self.data.stop),
             )
             for name, positions in jobs.load_positions(scored).items()
         }  # fmt: skip
@@ -211,46 +177,54 @@ class Bench:
         )
 
     def _name_of(self, position: int) -> str:
-        number = int(self.sequences[position])
-        inside = position - int(np.flatnonzero(self.sequences == number)[0])
+        number = int(self.references.sequences[position])
+        inside = position - int(np.flatnonzero(self.references.sequences == number)[0])
         text = self.data.sequences[number]
-        token = self._words([text.ids[inside + 1 : inside + 2]])[0]
+        token = self.references.words([text.ids[inside + 1 : inside + 2]])[0]
         return f"{text.part} text {number} ({text.text[:40]!r}), position {inside + 1}, next token {token!r}"
-
-    def _words(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        words: list[str] = next(iter(self._children.values())).call("text", ids=[list(part) for part in ids])
-        return words
 
     def _parts(self, measured: Behaviour) -> dict[str, tuple[Check, ...]]:
         found = {}
         for part, where in (("task", measured.task), ("general", ~measured.task)):
             if where.any():
                 one = replace(
-                    measured, positions=measured.positions.take(where), base=measured.base.take(where),
+                    measured, positions=measured.positions.take(where),
+                    base=measured.base.take(where) if measured.base else None,
                     sequences=measured.sequences[where], task=np.ones(int(where.sum()), dtype=bool), greedy=None,
                 )  # fmt: skip
                 found[part] = _shown(one)
         return found
 
     def _prompts(self, measured: Behaviour) -> tuple[PromptFigures, ...]:
+        """The KL of every text by position; the worst texts also token by token."""
+        lengths = [len(text.ids) - 1 for text in self.data.sequences]
+        parts = np.split(measured.positions.kl, np.cumsum(lengths)[:-1])
+        worst = set(sorted(range(len(parts)), key=lambda number: -parts[number].max())[:WORST_TEXTS])
+        words = {n: self.references.words([[token] for token in self.data.sequences[n].ids]) for n in worst}
         return tuple(
-            PromptFigures(text.part, text.text[:200], tuple(measured.positions.kl[self.sequences == number].tolist()))
-            for number, text in enumerate(self.data.sequences)
+            PromptFigures(text.part, text.text[:200], tuple(kl.tolist()), tuple(words.get(number, ())))
+            for number, (text, kl) in enumerate(zip(self.data.sequences, parts, strict=True))
         )
 
     def _answers(
         self, reference: ReferenceName, measured: Behaviour, answers: Sequence[Sequence[int]]
     ) -> tuple[Answer, ...]:
         assert measured.greedy is not None
-        expected = self._words([tokens for tokens, _ in self._greedy[reference]])
-        got = self._words(answers)
+        expected = self.references.words([tokens for tokens, _ in self.references.greedy[reference]])
+        got = self.references.words(answers)
         asked = [prompt.messages[-1]["content"] if prompt.messages else prompt.text for prompt in self.data.prompts]
         return tuple(Answer(*four) for four in zip(asked, expected, got, measured.greedy.parts, strict=True))
 
 
+def _dtype(base: Path) -> str:
+    from lora2serve.checkpoint import read_config
+
+    config = read_config(base)
+    return str(config.get("dtype") or config.get("torch_dtype"))
+
+
 def _shown(measured: Behaviour) -> tuple[Check, ...]:
-    """Figures without a verdict."""
-    return tuple(Check(name, f.value, f.low, f.high) for name, f in measured.measure().items())
+    return tuple(Check(name, figure.value, figure.low, figure.high) for name, figure in measured.measure().items())
 
 
 KEPT = ("mean_kl", "p999_kl", "top1", "equal_answers", "retention")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -58,11 +58,18 @@ class Data:
     stop: tuple[int, ...]  # the tokens at which the trained model stops
     bos: int | None
     vocab: int  # tokens the tokenizer knows
+    window: int  # tokens of one sequence at most
 
     @property
     def positions(self) -> int:
         """Predicted tokens in all."""
         return sum(len(sequence.ids) - 1 for sequence in self.sequences)
+
+    def longest(self, new_tokens: int) -> int:
+        """Tokens that an engine must have room for: the longest text, or prompt with its answer."""
+        texts = [len(sequence.ids) + 1 for sequence in self.sequences]
+        asked = [len(one.ids) + new_tokens for one in (*self.conversations, *self.prompts)]
+        return max([*texts, *asked])
 
     def save(self, path: Path) -> None:
         """As JSON, for a child process."""
@@ -77,7 +84,7 @@ def load_saved(path: Path) -> Data:
         tuple(Conversation(c["messages"], c["text"], tuple(c["ids"])) for c in raw[key])
         for key in ("conversations", "prompts")
     )
-    return Data(texts, conversations, prompts, tuple(raw["stop"]), raw["bos"], raw["vocab"])
+    return Data(texts, conversations, prompts, tuple(raw["stop"]), raw["bos"], raw["vocab"], raw["window"])
 
 
 @dataclass(frozen=True)
@@ -87,29 +94,62 @@ class Amount:
     tokens: int = 2048  # scored, at least, where the data has as many; half of them task, half general
     window: int = 512  # tokens of one sequence at most
     prompts: int = 8  # greedy answers
+    new_tokens: int = 32  # of one answer
 
 
-def prepare(tokenizer: Any, eval_rows: Path | None, general: str | None, stop: Iterable[int], amount: Amount) -> Data:
-    """Tokenize held-out rows and general text. Rows are taken in order: the same run gives the same data."""
+def prepare(
+    tokenizer: Any,
+    eval_rows: Path | None,
+    general: str | None,
+    stop: Iterable[int],
+    amount: Amount,
+    most: int | None = None,
+) -> Data:
+    """Tokenize held-out rows and general text. Rows are taken in order: the same run gives the same data.
+
+    ``most`` is what the model has positions for; None where it has no limit. Longer texts are cut to it and to the
+    window, prompts that leave no room for an answer are left out.
+    """
     rows = _read(eval_rows) if eval_rows and eval_rows.is_file() else []
     text = _read(Path(general)) if general else _shipped()
+    window = min(amount.window, most or amount.window)
+    task, more = _sequences(rows, text, tokenizer, replace(amount, window=window))
+    room = (most or LONGEST) - amount.new_tokens
+    own = _conversations((_opening(row) for row in rows), tokenizer, room, CONVERSATIONS)
+    probes = _conversations(PROBES, tokenizer, room, CONVERSATIONS)
+    asked = own or probes or _conversations((_opening(row) for row in text), tokenizer, room, CONVERSATIONS)
+    conversations = {c.text: c for c in [*own, *probes]} or {c.text: c for c in asked}
+    if not conversations:
+        raise DataError(f"no prompt is shorter than {room} tokens", "parity.new_tokens leaves more room if it is less")
+    return Data(
+        (*task, *more), tuple(conversations.values()), tuple(asked[: amount.prompts]),
+        tuple(sorted(set(stop))), tokenizer.bos_token_id, len(tokenizer), window,
+    )  # fmt: skip
+
+
+CONVERSATIONS = 32  # held-out ones for the tokens gate
+LONGEST = 4096  # tokens of one of them, where the model has no limit
+
+
+def _sequences(
+    rows: Sequence[Mapping[str, Any]], text: Sequence[Mapping[str, Any]], tokenizer: Any, amount: Amount
+) -> tuple[list[Text], list[Text]]:
+    """Half from the task, half general; where one of them is short, the rest from the other."""
     task = list(_until((_row(row, tokenizer, "task", amount.window) for row in rows), amount.tokens // 2))
     scored = sum(len(sequence.ids) - 1 for sequence in task)
     more = list(_until((_row(row, tokenizer, "general", amount.window) for row in text), amount.tokens - scored))
     scored += sum(len(sequence.ids) - 1 for sequence in more)
-    if scored < amount.tokens:  # little general text: the rest from the task
+    if scored < amount.tokens:
         rest = (_row(row, tokenizer, "task", amount.window) for row in rows[len(task) :])
         task += _until(rest, amount.tokens - scored)
     if not task and not more:
         raise DataError("nothing to score: neither held-out rows nor general text", "name a set with parity.general")
-    own = [found for row in islice(rows, 32) if (found := _conversation(_opening(row), tokenizer))]
-    probes = [found for probe in PROBES if (found := _conversation(probe, tokenizer))]
-    prompts = own[: amount.prompts] or probes[: amount.prompts]
-    conversations = {c.text: c for c in [*own, *probes]}
-    return Data(
-        (*task, *more), tuple(conversations.values()), tuple(prompts),
-        tuple(sorted(set(stop))), tokenizer.bos_token_id, len(tokenizer),
-    )  # fmt: skip
+    return task, more
+
+
+def _conversations(openings: Iterable[Messages | str], tokenizer: Any, room: int, most: int) -> list[Conversation]:
+    made = (found for opening in openings if (found := _conversation(opening, tokenizer)))
+    return list(islice((one for one in made if len(one.ids) <= room), most))
 
 
 def _until(sequences: Iterator[Text | None], tokens: int) -> Iterator[Text]:
@@ -125,6 +165,8 @@ def _until(sequences: Iterator[Text | None], tokens: int) -> Iterator[Text]:
 def _row(row: Mapping[str, Any], tokenizer: Any, part: Part, window: int) -> Text | None:
     """The whole row as training saw it, cut at ``window``; None where no token is left to predict."""
     if "messages" in row:
+        if not tokenizer.chat_template:
+            raise DataError("rows of messages, and the trained tokenizer has no chat template", "give rows of text")
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     elif "text" in row:

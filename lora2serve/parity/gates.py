@@ -62,6 +62,9 @@ def tokens(data: Data, said: Mapping[str, Any]) -> Gate:
     if missing:
         where = f"the trained model stops at token {missing[0]}, the export does not"
         return _tokens_missed(where, "end token: missing in the export's generation config or tokenizer", count)
+    if said.get("eos") is not None and data.stop and said["eos"] not in data.stop:
+        where = f"the file's end token is {said['eos']}, the trained model stops at {', '.join(map(str, data.stop))}"
+        return _tokens_missed(where, "end token: the file names another", count)
     return Gate("tokens", "met", _counts(count))
 
 
@@ -93,11 +96,11 @@ def _bos_difference(data: Data, conversation: Conversation, ids: Sequence[int] |
     expected, found = (
         sum(1 for _ in takewhile(lambda token: token == data.bos, part)) for part in (conversation.ids, ids)
     )
-    if found == expected:
+    if found == expected <= 1:
         return None
-    first = f"prompt {_name(conversation)!r}: BOS {found} times at the start, expected {expected}"
+    first = f"prompt {_name(conversation)!r}: BOS {found} times at the start, expected {min(expected, 1)}"
     if found > 1:
-        return first, "BOS: the template writes it and the engine adds it again"
+        return first, "BOS: the template writes it twice, or the engine adds it again"
     return (
         first,
         "BOS: lost; neither template nor engine writes it" if expected else "BOS: added, and training had none",
@@ -210,7 +213,7 @@ class Behaviour:
     """Everything measured of one engine against one reference."""
 
     positions: Positions
-    base: Positions  # how far the model without adapter is from the same reference
+    base: Positions | None  # how far the model without adapter is from the same reference; None: there is no adapter
     sequences: Ints  # (P,) sequence of each position
     task: np.ndarray  # (P,) bool: from held-out rows
     greedy: Greedy | None = None
@@ -219,8 +222,9 @@ class Behaviour:
     def measure(self) -> dict[str, Figure]:
         """All figures with their intervals."""
         found = figures(self.positions, self.sequences)
-        where = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
-        found["retention"] = ratio(self.positions.kl[where], self.base.kl[where], self.sequences[where])
+        if self.base is not None:
+            where = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
+            found["retention"] = ratio(self.positions.kl[where], self.base.kl[where], self.sequences[where])
         if self.greedy:
             for name, value in (("equal_answers", self.greedy.equal), ("first_difference", self.greedy.excusable)):
                 found[name] = Figure(value, value, value)
@@ -253,6 +257,8 @@ def _check(name: str, figure: Figure, bound: float | None) -> Check:
 def _cause(measured: Behaviour, found: Mapping[str, Figure], broken: bool) -> str:
     if broken:
         return "dtype: NaN or infinity in the export's logits"
+    if measured.base is None:
+        return "damaged weights, dtype or rounding: the export answers otherwise than the model it was made from"
     kept = found["retention"].value
     if not np.isfinite(kept) or float(measured.base.kl.mean()) < 1e-9:
         return "adapter: the trained model answers like its base, so nothing was learned or the adapter was not loaded"

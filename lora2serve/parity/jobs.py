@@ -25,52 +25,52 @@ LIKELIEST = 20  # of the reference, at each step of a greedy answer: vLLM's own 
 
 
 class Reference:
-    """A reference's logits on disk: (P, V) float32.
+    """A reference's logits on disk: (P, V) float32, read back one text at a time.
 
     Float32, because float16 moves a log-probability of -10 by up to 0.004: llama.cpp's 16-bit files have a noise floor
     of 5.5e-4 nats, which is the bound of the tightest format here. 2048 positions of a 128k vocabulary are 1.05 GB of
-    disk, read back one sequence at a time.
+    disk. Not mapped into memory: every page that was looked at would count as this process's own.
     """
 
-    def __init__(self, path: Path, data: Data, vocab: int | None = None) -> None:
-        given: dict[str, Any] = {"mode": "w+", "shape": (data.positions, vocab)} if vocab else {"mode": "r"}
-        if not vocab:
-            given["shape"] = (data.positions, path.stat().st_size // 4 // data.positions)
-        self.values: NDArray[np.float32] = np.memmap(path, dtype=np.float32, **given)
-        self.data = data
+    def __init__(self, path: Path, data: Data) -> None:
+        self.path, self.data = path, data
+        self.vocab = path.stat().st_size // 4 // data.positions
 
-    def rows(self) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.int64]]]:
-        """For each sequence its number, its (n-1, V) part and its (n-1,) true next tokens."""
-        start = 0
-        for number, sequence in enumerate(self.data.sequences):
-            stop = start + len(sequence.ids) - 1
-            yield number, self.values[start:stop], np.array(sequence.ids[1:])
-            start = stop
+    def rows(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """For each text its (n-1, V) part and its (n-1,) true next tokens."""
+        with self.path.open("rb") as file:
+            for sequence in self.data.sequences:
+                count = len(sequence.ids) - 1
+                values = np.fromfile(file, dtype=np.float32, count=count * self.vocab)
+                yield values.reshape(count, self.vocab), np.array(sequence.ids[1:])
 
 
 def prepare_data(
     engine: Any, advance: Advance, *, out: str, eval_rows: str | None, general: str | None, amount: dict[str, int]
-) -> None:
-    """Token ids of everything that is scored, by the trained tokenizer; written to ``out``."""
+) -> int:
+    """Token ids of everything that is scored, by the trained tokenizer; written to ``out``. Returns V."""
     rows = Path(eval_rows) if eval_rows else None
-    prepare(engine.tokenizer, rows, general, engine.stop_ids(), Amount(**amount)).save(Path(out))
+    asked = Amount(**amount)
+    prepare(engine.tokenizer, rows, general, engine.stop_ids(), asked, engine.positions()).save(Path(out))
+    return int(engine.vocab())
 
 
 def write_reference(engine: Any, advance: Advance, *, data: str, out: str, positions: str) -> dict[str, Any]:
-    """The tuned model's logits to ``out``, and how far its base is from it, by position, to ``positions``."""
-    asked = load_saved(Path(data))
-    stored: Reference | None = None
-    found = []
-    for tuned, base in engine.pairs([sequence.ids for sequence in asked.sequences]):
-        if stored is None:
-            stored = Reference(Path(out), asked, tuned.values.shape[1])
-            rows = stored.rows()
-        _, place, targets = next(rows)
-        place[:] = tuned.values
-        found.append(metrics.compare(tuned.values, base.values, targets))
-        advance(len(targets))
-    _save(Path(positions), {"base": found})
-    return {"version": engine.version, "vocab": stored.values.shape[1] if stored else 0}
+    """The tuned model's logits to ``out``, and how far its base is from it, by position, to ``positions``.
+
+    A model without adapter has no base beside it: ``positions`` is then empty.
+    """
+    asked, found, vocab = load_saved(Path(data)), [], 0
+    with Path(out).open("wb") as file:
+        pairs = engine.pairs([sequence.ids for sequence in asked.sequences])
+        for sequence, (tuned, base) in zip(asked.sequences, pairs, strict=True):
+            vocab = tuned.values.shape[1]
+            file.write(np.ascontiguousarray(tuned.values, dtype=np.float32).data)
+            if base is not None:
+                found.append(metrics.compare(tuned.values, base.values, np.array(sequence.ids[1:])))
+            advance(len(sequence.ids) - 1)
+    _save(Path(positions), {"base": found} if found else {})
+    return {"version": engine.version, "vocab": vocab}
 
 
 def likeliest(engine: Any, advance: Advance, *, data: str, new_tokens: int) -> list[Any]:
@@ -83,10 +83,11 @@ def likeliest(engine: Any, advance: Advance, *, data: str, new_tokens: int) -> l
 def tokens(engine: Engine, advance: Advance, *, data: str) -> dict[str, Any]:
     """What the engine makes of every conversation."""
     found: dict[str, Any] = {"version": engine.version, "rendered": [], "ids": [], "stop": engine.stop_ids()}
+    found["eos"] = engine.eos_id() if hasattr(engine, "eos_id") else None
     for conversation in load_saved(Path(data)).conversations:
         found["rendered"].append(engine.render(conversation.messages) if conversation.messages else None)
         found["ids"].append(engine.prompt_ids(conversation.messages, conversation.text))
-        advance(0)
+        advance(1)
     return found
 
 
@@ -98,7 +99,7 @@ def score(engine: Engine, advance: Advance, *, data: str, references: dict[str, 
     whole = True
     for scores in engine.score([sequence.ids for sequence in asked.sequences]):
         for name, rows in opened.items():
-            _, reference, targets = next(rows)
+            reference, targets = next(rows)
             found[name].append(_compare(reference, scores, targets))
         whole = whole and scores.ids is None
         advance(len(scores.values))

@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 Array = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-ROWS = 32  # positions reduced at once: 32 x 128k tokens x 8 bytes is 34 MB per working array
+ENTRIES = 1 << 20  # positions x tokens reduced at once: 8 MB for each of the ten working arrays
 BLOCK = 32  # positions of one bootstrap block: neighbours in a text are not independent
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -62,8 +62,8 @@ def compare(reference: Array, values: Array, targets: Ints) -> Positions:
 
     A NaN or an infinity in ``values`` makes that position's KL infinite.
     """
-    rows = range(0, len(targets), ROWS)
-    parts = (slice(start, start + ROWS) for start in rows)
+    step = max(1, ENTRIES // reference.shape[1])
+    parts = (slice(start, start + step) for start in range(0, len(targets), step))
     return join([_compare(reference[part], values[part], targets[part]) for part in parts])
 
 

@@ -1,76 +1,62 @@
-"""report.html: one file that needs nothing else. Tables, pictures of the KL, answers side by side; light and dark."""
+"""report.html: one file that needs nothing else. Tables, pictures of the KL, texts side by side; light and dark."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib import resources
 
 from lora2serve.parity.gates import Check, Gate
-from lora2serve.parity.pictures import by_position, by_prompt
+from lora2serve.parity.pictures import by_position, by_prompt, heat, key
 from lora2serve.parity.report import Answer, Report, Row
+from lora2serve.parity.thresholds import LOWER
 from lora2serve.parity.words import NAMES, figure
 
-SHOWN = 8  # worst prompts, answers and tensors
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6570; --line: #d9dee4; --paper: #fff; --card: #f6f8fa;
-  --good: #1a7f37; --bad: #c62828; --idle: #8a6d00; --mark: #ffd8d8; --plot: #2f6fde; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa5b1; --line: #30363d; --paper: #0d1117;
-  --card: #161b22; --good: #4cc26a; --bad: #ff7b72; --idle: #d6b450; --mark: #67211f; --plot: #6ea8ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-h3 { font-size: .95rem; margin: 1.25rem 0 .25rem; color: var(--soft); font-weight: 600; }
-p { margin: .25rem 0; } .soft { color: var(--soft); } code { font-size: .9em; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; font-size: .85rem; } td.n, th.n { text-align: right; white-space: nowrap; }
-.met { color: var(--good); } .missed, .failed { color: var(--bad); } .missing, .skipped { color: var(--idle); }
-.met, .missed, .failed, .missing { font-weight: 600; } .skipped { font-weight: 400; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .25rem 1rem 1rem;
-  margin: 1rem 0; } section h2 { margin-top: .75rem; }
-svg { width: 100%; height: auto; display: block; } .axis { stroke: var(--line); } .label { fill: var(--soft);
-  font: 11px system-ui, sans-serif; } .dot { fill: var(--plot); fill-opacity: .55; } .bar { fill: var(--plot); }
-.bound { stroke: var(--bad); stroke-dasharray: 4 3; } mark { background: var(--mark); color: inherit; }
-.first { border-left: 3px solid var(--bad); padding-left: .75rem; margin: .5rem 0; overflow-wrap: anywhere; }
-"""
+SHOWN = 8  # answers and tensors
 
 
 def render(report: Report) -> str:
     """The page."""
-    verdict = "met" if report.met else "missed"
+    verdict = '<span class="pill met">met</span>' if report.met else '<span class="pill missed">not met</span>'
     parts = [
-        f'<h1>Parity of {escape(report.run)}: <span class="{verdict}">{"met" if report.met else "not met"}</span></h1>',
-        f'<p class="soft">{_scored(report)}</p>',
-        *(f'<p class="missed">{escape(line)}</p>' for line in report.regressions),
-        _table(["Export", "Engine", "Verdict", "Mean KL", "Same top token", "Same answers", "Signal kept", "Against"],
+        f"<header><h1>Parity of {escape(report.run)} {verdict}</h1>",
+        f'<p class="soft">{_scored(report)}</p></header>',
+        *(f'<div class="first"><b>Worse than the baseline</b>{escape(line)}</div>' for line in report.regressions),
+        _table(["Export", "Engine", "", "Mean KL", "Same top token", "Same answers", "Signal kept", "Against"],
                [_line(row) for row in report.subjects], numbers=(3, 4, 5, 6)),
         _asked(report),
         *(_row(row) for row in report.subjects),
         _made_with(report),
     ]  # fmt: skip
+    style = resources.files("lora2serve.parity").joinpath("report.css").read_text(encoding="utf-8")
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>Parity of {escape(report.run)}</title>\n<style>{STYLE}</style>\n'
+        f'<link rel="icon" href="data:,">\n<title>Parity of {escape(report.run)}</title>\n<style>\n{style}</style>\n'
         f"</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
 def _scored(report: Report) -> str:
     data = report.data
+    short = f" ({data['asked']:,} were asked for)" if data["positions"] < data.get("asked", 0) else ""
     return (
-        f"{data['positions']} tokens scored: {data['task']} of held-out data, {data['general']} of general text; "
-        f"{data['conversations']} prompts compared byte for byte, {data['prompts']} answered."
+        f"{data['positions']:,} tokens scored{short}: {data['task']:,} of held-out rows, "
+        f"{data['general']:,} of general text. {data['conversations']} prompts compared byte for byte, "
+        f"{data['prompts']} answered."
     )
 
 
 def _line(row: Row) -> list[str]:
     cells = [figure(name, row.check(name)) for name in ("mean_kl", "top1", "equal_answers", "retention")]
-    status = f'<span class="{row.status}">{row.status}</span>'
-    return [f'<a href="#{_anchor(row)}">{escape(row.export)}</a>', escape(row.engine), status, *cells, row.reference]
+    return [f'<a href="#{_anchor(row)}">{escape(row.export)}</a>', escape(row.engine), _pill(row.status), *cells,
+            row.reference]  # fmt: skip
+
+
+def _pill(status: str) -> str:
+    return f'<span class="pill {status}">{status}</span>'
 
 
 def _anchor(row: Row) -> str:
@@ -81,70 +67,109 @@ def _asked(report: Report) -> str:
     if not report.asked:
         return ""
     rows = [[escape(who), escape(said)] for who, said in report.asked["answers"].items()]
-    return f"<h2>{escape(report.asked['prompt'])}</h2>" + _table(["Who", "Answer"], rows)
+    return f"<h3>Asked: {escape(report.asked['prompt'])}</h3>" + _table(["Who", "Answer"], rows)
 
 
 def _row(row: Row) -> str:
-    parts = [f'<section id="{_anchor(row)}"><h2>{escape(row.export)} in {escape(row.engine)}</h2>']
-    parts.append(f'<p class="soft">{escape(row.version)}; thresholds of {escape(row.kind)}; {row.seconds} s</p>')
-    parts += [_gate(gate) for gate in row.gates]
-    if row.prompts:
-        bound = next((c.bound for g in row.gates for c in g.checks if c.name == "mean_kl"), None)
-        parts.append("<h3>KL by position</h3>" + by_position([prompt.kl for prompt in row.prompts]))
-        parts.append("<h3>Mean KL by text, the worst first</h3>" + by_prompt(row.prompts, bound))
-    parts += [_both_references(row), _worst_prompts(row), _answers(row.answers), _tensors(row), "</section>"]
+    """One export in one engine; open where something is red."""
+    steps = "".join(f"<li>{gate.name} {_pill(gate.status)}</li>" for gate in row.gates)
+    parts = [
+        f'<section id="{_anchor(row)}"><details{" open" if row.red else ""}>',
+        f"<summary><h2>{escape(row.export)} in {escape(row.engine)}</h2>{_pill(row.status)}</summary>",
+        f'<div class="body"><ol class="steps">{steps}</ol>',
+        f'<p class="soft">{escape(row.version)}; bounds of {escape(row.kind)}; {row.seconds} s</p>',
+        *(_cause(gate) for gate in row.gates),
+        *(_gate(gate) for gate in row.gates),
+        _pictures(row),
+        _beside(row),
+        _worst_texts(row),
+        _answers(row.answers),
+        _tensors(row),
+        "</div></details></section>",
+    ]
     return "\n".join(part for part in parts if part)
 
 
+def _cause(gate: Gate) -> str:
+    if not gate.cause and not gate.first:
+        return ""
+    return f'<div class="first"><b>{escape(gate.cause or gate.status)}</b>{escape(gate.first)}</div>'
+
+
 def _gate(gate: Gate) -> str:
-    head = f'<h3>Gate: {gate.name} <span class="{gate.status}">{gate.status}</span></h3>'
-    said = f'<div class="first"><p>{escape(gate.cause)}</p><p class="soft">{escape(gate.first)}</p></div>'
     rows = [_check(check) for check in gate.checks]
-    table = _table(["Figure", "Value", "95 % interval", "Bound", ""], rows, numbers=(1, 2, 3)) if rows else ""
-    return head + (said if gate.cause or gate.first else "") + table
+    heads = ["Figure", "Value", "95 % interval", "Bound", "Used of it"]
+    return f"<h3>{gate.name}</h3>" + _table(heads, rows, numbers=(1, 2, 3, 4)) if rows else ""
 
 
 def _check(check: Check) -> list[str]:
     interval = "" if check.low is None or check.low == check.high else f"{check.low:.3g} to {check.high:.3g}"
-    verdict = "" if check.met is None else f'<span class="{_word(check.met)}">{_word(check.met)}</span>'
-    bound = "" if check.bound is None else f"{check.bound:g}"
-    return [escape(NAMES.get(check.name, check.name)), f"{check.value:.4g}", interval, bound, verdict]
+    bound = "" if check.bound is None else f"{'at least' if check.name in LOWER else 'at most'} {check.bound:g}"
+    return [escape(NAMES.get(check.name, check.name)), f"{check.value:.4g}", interval, bound, _meter(check)]
 
 
-def _word(met: bool) -> str:
-    return "met" if met else "missed"
-
-
-def _both_references(row: Row) -> str:
-    if not row.beside:
+def _meter(check: Check) -> str:
+    """How much of its bound the worse end of the interval takes."""
+    if check.bound is None or check.met is None:
         return ""
-    names = ("mean_kl", "top1", "ln_ppl_ratio")
-    shown: dict[str, dict[str, Check]] = {row.reference: {c.name: c for g in row.gates for c in g.checks}}
-    shown |= {name: {c.name: c for c in checks} for name, checks in row.beside.items()}
-    rows = [[name, *(figure(key, found.get(key)) for key in names)] for name, found in shown.items()]
-    head = "<h3>Against both references: as trained, and on the full-precision base</h3>"
-    return head + _table(["Reference", *(NAMES[name] for name in names)], rows, numbers=(1, 2, 3))
+    low, high = (check.value if end is None else end for end in (check.low, check.high))
+    used, room = (1 - low, 1 - check.bound) if check.name in LOWER else (max(abs(low), abs(high)), check.bound)
+    share = min(1.0, used / room) if room > 0 and math.isfinite(used) else float(not check.met)
+    said = "met" if check.met else "missed"
+    return f'<span class="meter {said}" title="{said}"><i style="width:{100 * share:.0f}%"></i></span>'
 
 
-def _worst_prompts(row: Row) -> str:
-    worst = sorted(row.prompts, key=lambda one: max(one.kl, default=0.0), reverse=True)[:SHOWN]
-    rows = []
+def _pictures(row: Row) -> str:
+    if not row.prompts:
+        return ""
+    bound = next((c.bound for gate in row.gates for c in gate.checks if c.name == "p999_kl"), None)
+    dots = "<h3>KL by position, in nats</h3>" + by_position(row.prompts, bound)
+    return dots + "<h3>Mean KL by text, the worst first</h3>" + key() + by_prompt(row.prompts)
+
+
+def _beside(row: Row) -> str:
+    """Both references, and both parts of the data."""
+    if not row.beside and not row.parts:
+        return ""
+    names = ("mean_kl", "p99_kl", "top1", "ln_ppl_ratio")
+    main = {c.name: c for g in row.gates for c in g.checks}
+    told = {"original": "on the full-precision base", "trained": "as trained, on the quantised base"}
+    shown = {f"all, {told[row.reference]} (the verdict)": main}
+    shown |= {f"all, {told[name]}": {c.name: c for c in checks} for name, checks in row.beside.items()}
+    words = {"task": "held-out rows", "general": "general text"}
+    shown |= {f"{words[name]}": {c.name: c for c in checks} for name, checks in row.parts.items()}
+    rows = [[said, *(figure(key, found.get(key)) for key in names)] for said, found in shown.items()]
+    return "<h3>Against the trained model</h3>" + _table(["Compared", *(NAMES[n] for n in names)], rows, (1, 2, 3, 4))
+
+
+def _worst_texts(row: Row) -> str:
+    """The texts with the largest KL, token by token."""
+    worst = sorted((one for one in row.prompts if one.tokens), key=lambda one: max(one.kl), reverse=True)
+    if not worst:
+        return ""
+    parts = []
     for one in worst:
-        if one.kl:
-            mean, largest = sum(one.kl) / len(one.kl), max(one.kl)
-            place = str(one.kl.index(largest) + 1)
-            rows.append([one.part, escape(one.text[:120]), f"{mean:.3g}", f"{largest:.3g}", place])
-    head = "<h3>Texts with the largest KL</h3>"
-    return head + _table(["Part", "Text", "Mean KL", "Largest", "at"], rows, numbers=(2, 3, 4)) if rows else ""
+        at = one.kl.index(max(one.kl))
+        said = (
+            f"largest {max(one.kl):.2g} at token {at + 2}, {one.tokens[at + 1]!r}; mean {sum(one.kl) / len(one.kl):.2g}"
+        )
+        parts.append(f'<p class="soft">{escape(said)}</p>{heat(one)}')
+    return "<h3>Texts with the largest KL</h3>" + "".join(parts)
 
 
 def _answers(answers: Sequence[Answer]) -> str:
     """The greedy answers, those that part first; from the parting on they are marked."""
     if not answers:
         return ""
-    ordered = sorted(answers, key=lambda one: one.parts < 0)[:SHOWN]
-    rows = [[escape(one.prompt), *_marked(one.expected, one.got)] for one in ordered]
-    return "<h3>Greedy answers</h3>" + _table(["Prompt", "Trained", "Export"], rows)
+    pairs = []
+    for one in sorted(answers, key=lambda one: one.parts < 0)[:SHOWN]:
+        expected, got = _marked(one.expected, one.got)
+        verdict = "the same" if one.parts < 0 else f"parts at token {one.parts + 1}"
+        pairs.append(
+            f'<div class="pair"><p><b>{escape(one.prompt)}</b> <span class="soft">{verdict}</span></p>'
+            f"<div><small>Trained</small>{expected}</div><div><small>Export</small>{got}</div></div>"
+        )
+    return "<h3>Greedy answers side by side</h3>" + "".join(pairs)
 
 
 def _marked(expected: str, got: str) -> tuple[str, str]:
@@ -157,15 +182,18 @@ def _marked(expected: str, got: str) -> tuple[str, str]:
 
 def _tensors(row: Row) -> str:
     worst = [one for one in row.tensors if one["nmse"]][:SHOWN]
-    rows = [[f"<code>{escape(one['name'])}</code>", f"{one['nmse']:.3g}", f"{one['largest']:.3g}"] for one in worst]
-    head = "<h3>Tensors with the largest error</h3>"
-    return head + _table(["Tensor", "NMSE", "Largest difference"], rows, numbers=(1, 2)) if rows else ""
+    rows = [
+        [f"<code>{escape(one['name'])}</code>", f"{one['nmse']:.3g}", f"{one['worst']:.3g}", f"{one['largest']:.3g}"]
+        for one in worst
+    ]
+    heads = ["Tensor", "NMSE", "Its worst 256 values", "Largest difference"]
+    return "<h3>Tensors with the largest error</h3>" + _table(heads, rows, numbers=(1, 2, 3)) if rows else ""
 
 
 def _made_with(report: Report) -> str:
     said = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     references = "; ".join(f"{name}: {one['version']}" for name, one in report.references.items())
-    return f'<p class="soft">References: {escape(references)}.</p><p class="soft">{escape(said)}.</p>'
+    return f"<footer><p>References: {escape(references)}.</p><p>{escape(said)}.</p></footer>"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:

@@ -13,10 +13,9 @@ import pytest
 
 if TYPE_CHECKING:
     from lora2serve.parity.gates import Gate
+    from lora2serve.parity.origin import Origin
     from lora2serve.parity.report import Report, Row
     from lora2serve.parity.subjects import Subject
-    from lora2serve.recipe import ParityRecipe
-    from lora2serve.run import Run
 
 GATES = ("tokens", "tensors", "behaviour")
 
@@ -53,7 +52,7 @@ class Exports(pytest.Directory):
     _report: Report | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
-        for subject in _compared(self.path)[-1]:
+        for subject in _compared(self.path)[1]:
             for gate in GATES:
                 name = f"{subject.name}-{subject.engine}-{gate}"
                 yield Check.from_parent(self, name=name, export=subject.name, engine=subject.engine, gate=gate)
@@ -64,8 +63,8 @@ class Exports(pytest.Directory):
             from lora2serve.parity.check import check
             from lora2serve.progress import Silent
 
-            run, base, settings, subjects = _compared(self.path)
-            self._report = check(run, subjects, base=base, settings=settings, progress=Silent())
+            origin, subjects = _compared(self.path)
+            self._report = check(origin, subjects, progress=Silent())
         return self._report
 
 
@@ -99,14 +98,19 @@ class Check(pytest.Item):
         return self.path, None, self.name
 
 
-def _compared(exports: Path) -> tuple[Run, Path, ParityRecipe, list[Subject]]:
-    """The run that the folder belongs to, its base, its settings, and what is in the folder."""
-    from lora2serve import recipe
+def _compared(exports: Path) -> tuple[Origin, list[Subject]]:
+    """What the folder's exports were trained as, and what is in it."""
+    from lora2serve.errors import Lora2ServeError
+    from lora2serve.parity.origin import of_run, refuse_others
     from lora2serve.parity.subjects import of_exports
     from lora2serve.run import Run, is_run
 
     run = Run(exports.parent)
     if not is_run(run.path):
         raise pytest.UsageError(f"--lora2serve-exports {exports}: expected the exports/ folder of a run")
-    base, settings = Path(run.record["base"]["path"]), recipe.load(run.recipe).parity
-    return run, base, settings, of_exports(run, run.list_exports(), base, settings.window)
+    try:
+        origin = of_run(run, Path(run.record["base"]["path"]))
+        refuse_others(origin, run.list_exports())
+        return origin, of_exports(origin, run.list_exports())
+    except Lora2ServeError as error:
+        raise pytest.UsageError(f"--lora2serve-exports {exports}: {error.message}") from None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lora2serve.parity.gates import Check, Gate
-from lora2serve.parity.subjects import ReferenceName
+from lora2serve.parity.origin import ReferenceName
 
 FORMAT = 1
 
@@ -20,6 +20,7 @@ class PromptFigures:
     part: str
     text: str  # its beginning
     kl: tuple[float, ...]  # by position, against the reference of the verdict
+    tokens: tuple[str, ...] = ()  # of the texts with the largest KL: one more than ``kl``, whose first is the second's
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2serve import exporter, manifest
-from lora2serve import model as models
 from lora2serve.exporter import Model
 from lora2serve.merge import Merged
-from lora2serve.progress import Silent
-from lora2serve.run import Run
+from lora2serve.parity.origin import open_model
+from lora2serve.parity.subjects import ADAPTERS
 from lora2serve.tensors import TensorSpec, row_blocks
 
 if TYPE_CHECKING:
@@ -78,9 +77,11 @@ def _share(error: float, power: float) -> float:
 class Tensors:
     """One export and the model it was planned from."""
 
-    def __init__(self, run: str, base: str, export: str) -> None:
-        self.path, self.run, self.base = Path(export), Run(Path(run)), Path(base)
+    def __init__(self, origin: Mapping[str, Any], export: str) -> None:
+        self.path = Path(export)
         self.about = manifest.read(self.path)
+        served_on_plain = self.about["target"] in ADAPTERS  # whatever it was trained on
+        self.origin = {**origin, "run": None} if served_on_plain else origin
 
     def compare(self, advance: Callable[[int], None]) -> dict[str, Any] | None:
         """Every tensor's difference, the largest first; None where the target has no reader."""
@@ -89,7 +90,7 @@ class Tensors:
         kind = exporter.find_reader(str(self.about["target"]))
         if kind is None:
             return None
-        model = self._planned()
+        model = open_model(self.origin, self.about)
         merged = model.source
         assert isinstance(merged, Merged)
         reader: exporter.Reader = kind(self.path, self.about, model)
@@ -107,21 +108,23 @@ class Tensors:
 
     def _compare_adapters(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """A raw adapter, folded, against the trained one, folded."""
-        choice = models.Choice(merge_base="original")
         trained, exported = (
-            models.open_adapters([path], self.base, str(self.base), choice) for path in (self.run.adapter, self.path)
+            open_model({**self.origin, "adapters": adapters}, self.about)
+            for adapters in (self.origin["adapters"], [str(self.path)])
         )
+        merged, other = trained.source, exported.source
+        assert isinstance(merged, Merged)
         found: dict[str, Difference] = {}
-        for spec, rows in _parts(trained, {spec.name: 1 for spec in trained.source.specs()}):
-            expected, stored = (model.source.read(spec.name, rows) for model in (trained, exported))
-            found.setdefault(spec.name, Difference(spec.name)).add(expected, stored)
+        for spec, rows in _parts(trained, dict.fromkeys(merged.changed(), 1)):
+            one = found.setdefault(spec.name, Difference(spec.name))
+            expected, stored = merged.read(spec.name, rows), other.read(spec.name, rows)
+            one.add(expected, stored)
+            base = merged.before(spec.name, rows)
+            if base.numel() == expected.numel():
+                one.add_change(base, expected, stored)
             advance(expected.numel())
-        return _told(found, [])
-
-    def _planned(self) -> Model:
-        mismatch = bool(self.about.get("base_mismatch"))
-        choice = models.Choice(merge_base=self.about["merge_base"], allow_base_mismatch=mismatch)
-        return models.open_run(self.run, self.base, choice, Silent())
+        assert isinstance(other, Merged)
+        return _told(found, [f"{name}: not planned" for name in sorted({*other.changed()} - {*merged.changed()})])
 
 
 def _told(found: Mapping[str, Difference], missing: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Exports that are wrong in one known way each: every one is red, and for the right reason."""
+"""Exports that are wrong in one known way each, merged and as GGUF: every one is red, and for the right reason."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from lora2serve import manifest, recipe
+from lora2serve import exporter, manifest, stream
+from lora2serve import model as models
 from lora2serve.parity.check import check
+from lora2serve.parity.origin import of_run
 from lora2serve.parity.report import Report, Row
 from lora2serve.parity.subjects import Subject, of_exports
 from lora2serve.progress import Silent
 from lora2serve.run import Run
 from tests.conftest import lora2serve
+
+pytestmark = pytest.mark.timeout(1800)  # the one fixture compares thirty exports
 
 Weights = dict[str, torch.Tensor]
 Q = "model.layers.{}.self_attn.q_proj.weight"
@@ -26,13 +32,17 @@ Q = "model.layers.{}.self_attn.q_proj.weight"
 
 @dataclass(frozen=True)
 class Control:
-    """``gate`` is the one that must be missed, ``cause`` a part of what it says; ``blind`` without the tensor gate."""
+    """``gate`` is the one that must be missed, ``cause`` and ``first`` parts of what it says.
+
+    ``blind`` is the cause without the tensor gate; ``in_gguf`` what stands in ``first`` for a GGUF, whose names differ.
+    """
 
     damage: Callable[[Path, Run], None]
     gate: str
     cause: str
     first: str = ""
     blind: str | None = None
+    in_gguf: str = ""
 
 
 def weights(change: Callable[[Weights, Weights], None]) -> Callable[[Path, Run], None]:
@@ -67,7 +77,7 @@ def too_strong(merged: Weights, base: Weights) -> None:
 
 def other_layer(merged: Weights, base: Weights) -> None:
     deltas = [merged[Q.format(n)].float() - base[Q.format(n)].float() for n in (0, 1)]
-    merged[Q.format(0)] = (base[Q.format(0)].float() + deltas[1]).to(torch.bfloat16)
+    merged[Q.format(0)] = (base[Q.format(0)].float() + deltas[1]).to(merged[Q.format(0)].dtype)
 
 
 def transposed(merged: Weights, base: Weights) -> None:
@@ -97,17 +107,23 @@ def double_bos(export: Path, run: Run) -> None:
 
 
 def no_eos(export: Path, run: Run) -> None:
-    (export / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
-    text("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"')(export, run)
+    """The end of a turn is gone: what is left is a token that the model never says."""
+    (export / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": PAD}))
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**config, "eos_token_id": PAD}))
+    text("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|pad|>"')(export, run)
+
+
+PAD = 1  # <|pad|> of the demo
 
 
 CONTROLS = {
     "adapter not applied": Control(weights(not_applied), "tensors", "adapter: not applied", blind="adapter: not applied"),
     "alpha times 1.1": Control(weights(too_strong), "tensors", "scale: the adapter is there at 1.10", blind="scale or rounding"),
-    "another layer's B": Control(weights(other_layer), "tensors", "one part is damaged", Q.format(0), blind=""),
-    "one matrix transposed": Control(weights(transposed), "tensors", "one part is damaged", Q.format(1), blind=""),
+    "another layer's B": Control(weights(other_layer), "tensors", "one part is damaged", Q.format(0), blind="", in_gguf="blk.0.attn_q.weight"),
+    "one matrix transposed": Control(weights(transposed), "tensors", "one part is damaged", Q.format(1), blind="", in_gguf="blk.1.attn_q.weight"),
     "wrong base": Control(weights(other_base), "tensors", "wrong base", blind="wrong base"),
-    "one NaN": Control(weights(one_nan), "tensors", "NaN", Q.format(0), blind="NaN"),
+    "one NaN": Control(weights(one_nan), "tensors", "NaN", Q.format(0), blind="NaN", in_gguf="blk.0.attn_q.weight"),
     "template lost a newline": Control(text("chat_template.jinja", r"+ '\n' }}{%- endfor", "}}{%- endfor"), "tokens", "template: white space"),
     "double BOS": Control(double_bos, "tokens", "BOS: the template writes it", "BOS 2 times"),
     "two ids swapped": Control(two_ids_swapped, "tokens", "tokenizer"),
@@ -117,42 +133,70 @@ CONTROLS = {
 
 @pytest.fixture(scope="module")
 def report(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """Every control, and again without a path so that only behaviour can find it, beside the sound export."""
+    """Every control, and again without a path so that only behaviour can find it, and as GGUF, beside sound ones."""
     root = tmp_path_factory.mktemp("controls")
     run = Run(root / "run")
     shutil.copytree(demo_run.path, run.path, symlinks=True, ignore=shutil.ignore_patterns("exports", "checkpoints"))
-    base, settings = Path(run.record["base"]["path"]), recipe.load(run.recipe).parity
+    origin = of_run(run, Path(run.record["base"]["path"]))
+    wide = ("export", run.path, "-t", "vllm", "-t", "gguf", "-q", "F32", "--dtype", "fp32", "-o", root / "wide")
+    exact, gguf = map(Path, lora2serve(*wide, cwd=root).split())
     subjects: list[Subject] = []
     for name, control in {"sound": None, **CONTROLS}.items():
-        export = root / name
-        shutil.copytree(demo_exports["vllm"], export)
-        if control:
-            control.damage(export, run)
-        seen = next(s for s in of_exports(run, [export], base, settings.window) if s.engine == "transformers")
+        export = damaged(demo_exports["vllm"], root / name, control, run)
+        seen = next(s for s in of_exports(origin, [export]) if s.engine == "transformers")
         subjects.append(seen)
         if control is None or control.blind is not None:
             subjects.append(replace(seen, name=f"{name}, blind", path=None))
-    return check(run, subjects, base=base, settings=settings, progress=Silent())
+        made = as_gguf(damaged(exact, root / f"{name} fp32", control, run), gguf, root / f"{name}, gguf")
+        subjects += of_exports(origin, [made])
+    return check(origin, subjects, progress=Silent())
+
+
+def damaged(sound: Path, out: Path, control: Control | None, run: Run) -> Path:
+    shutil.copytree(sound, out)
+    if control:
+        control.damage(out, run)
+    return out
+
+
+def as_gguf(merged: Path, sound: Path, out: Path) -> Path:
+    """A GGUF of damaged weights and files, under the manifest of a sound one."""
+    weights = load_file(merged / "model.safetensors")
+    broken = {name: tensor for name, tensor in weights.items() if tensor.isnan().any()}
+    if broken:  # the exporter refuses what is not finite: a bit of the file went over
+        save_file({n: t.nan_to_num(1.0) for n, t in weights.items()}, merged / "model.safetensors")
+    model = models.open_plain(merged, "damaged", models.Choice(name="demo"))
+    sink = exporter.find("gguf")
+    stream.export(model, [stream.Plan("gguf", sink, sink.Options(quant="F32"), out)], Silent())
+    for _ in broken:
+        file = next(out.glob("*.gguf"))
+        found = next(t for t in GGUFReader(file, "r+").tensors if t.name == "blk.0.attn_q.weight")
+        found.data[3, 5] = np.nan
+        found.data.flush()
+    shutil.copy(sound / manifest.NAME, out / manifest.NAME)
+    return out
 
 
 def row_of(report: Report, name: str) -> Row:
     return next(row for row in report.subjects if row.export == name)
 
 
-def test_the_sound_export_is_met(report: Report) -> None:
-    row = row_of(report, "sound")
-    assert [gate.status for gate in row.gates] == ["met", "met", "met"]
+@pytest.mark.parametrize("name", ["sound", "sound, gguf"])
+def test_the_sound_export_is_met(report: Report, name: str) -> None:
+    row = row_of(report, name)
+    assert [gate.status for gate in row.gates] == ["met", "met", "met"], row.gate
     assert row_of(report, "sound, blind").status == "met"
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_red_for_the_right_reason(report: Report, name: str) -> None:
-    control, row = CONTROLS[name], row_of(report, name)
+@pytest.mark.parametrize("format", ["", ", gguf"])
+def test_red_for_the_right_reason(report: Report, name: str, format: str) -> None:
+    control, row = CONTROLS[name], row_of(report, name + format)
     assert row.red
     assert row.gate is not None
     assert row.gate.name == control.gate
     assert control.cause in row.gate.cause
-    assert control.first in row.gate.first
+    assert (control.in_gguf or control.first if format else control.first) in row.gate.first
     assert [gate.status for gate in row.gates][-1] == "skipped"
 
 
@@ -172,10 +216,8 @@ def test_a_coarser_type_under_a_finer_name(demo_run: Run, demo_exports: dict[str
     named = tmp_path / "gguf-Q8_0"
     Path(made).rename(named)
     manifest.update(named, quant="Q8_0")
-    base, settings = Path(demo_run.record["base"]["path"]), recipe.load(demo_run.recipe).parity
-    (row,) = check(
-        demo_run, of_exports(demo_run, [named], base, 512), base=base, settings=settings, progress=Silent()
-    ).subjects
+    origin = of_run(demo_run, Path(demo_run.record["base"]["path"]))
+    (row,) = check(origin, of_exports(origin, [named]), progress=Silent()).subjects
     assert row.red
     assert row.gate is not None
     assert (row.gate.name, row.gate.cause) == ("tensors", "rounding: stored more coarsely than its name says")

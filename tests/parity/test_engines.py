@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve import recipe
 from lora2serve.parity.check import check
 from lora2serve.parity.engines.openai import OpenAI
+from lora2serve.parity.origin import Origin, of_run
 from lora2serve.parity.report import Row
 from lora2serve.parity.subjects import Subject, of_exports, of_url
 from lora2serve.parity.worker import Child, EngineMissing
@@ -59,15 +59,19 @@ def server(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytes
         process.wait(60)
 
 
+def origin_of(run: Run) -> Origin:
+    origin = of_run(run, Path(run.record["base"]["path"]))
+    return replace(origin, settings=replace(origin.settings, tokens=400, window=64))
+
+
 def rows(run: Run, subjects: list[Subject]) -> list[Row]:
-    base = Path(run.record["base"]["path"])
-    settings = replace(recipe.load(run.recipe).parity, tokens=400, window=64)
-    return list(check(run, subjects, base=base, settings=settings, progress=Silent()).subjects)
+    return list(check(origin_of(run), subjects, progress=Silent()).subjects)
 
 
 def test_a_deployment(server: str, demo_run: Run) -> None:
     """The adapter by name is met; the control, the base under the same address, is red because the adapter is not there."""
-    tuned, base = rows(demo_run, [of_url(demo_run, f"{server}/v1", "tuned"), of_url(demo_run, server, "base")])
+    origin = origin_of(demo_run)
+    tuned, base = rows(demo_run, [of_url(origin, f"{server}/v1", "tuned"), of_url(origin, server, "base")])
     assert tuned.status == "met", tuned.gate
     kl = tuned.check("mean_kl")
     assert kl is not None
@@ -78,7 +82,7 @@ def test_a_deployment(server: str, demo_run: Run) -> None:
 
 
 def test_a_model_it_does_not_serve(server: str, demo_run: Run) -> None:
-    (row,) = rows(demo_run, [of_url(demo_run, server, "tunde")])
+    (row,) = rows(demo_run, [of_url(origin_of(demo_run), server, "tunde")])
     assert row.status == "failed"
     assert row.gate is not None
     assert "it serves: base, tuned" in row.gate.cause
@@ -88,14 +92,13 @@ def test_nobody_there(demo_run: Run) -> None:
     """A missing server is a row, red only where the engine is required."""
     with pytest.raises(EngineMissing, match="no answer"):
         OpenAI("http://127.0.0.1:9", str(demo_run.adapter))
-    (row,) = rows(demo_run, [of_url(demo_run, "http://127.0.0.1:9", None)])
+    (row,) = rows(demo_run, [of_url(origin_of(demo_run), "http://127.0.0.1:9", None)])
     assert row.status == "missing"
 
 
 def test_an_engine_that_dies_or_hangs(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
     """Its row fails and says how; the others go on."""
-    base = Path(demo_run.record["base"]["path"])
-    sound = next(s for s in of_exports(demo_run, [demo_exports["gguf-F16"]], base, 64))
+    sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(Path(str(sound.options["model"])).read_bytes()[:4000])
     bad = replace(sound, name="broken", path=None, options={**sound.options, "model": str(broken)})

@@ -62,8 +62,10 @@ ENGINES = {
     "transformers": "lora2serve.parity.engines.transformers:Transformers",
     "vllm": "lora2serve.parity.engines.vllm:Vllm",
     "llama.cpp": "lora2serve.parity.engines.llama_cpp:LlamaCpp",
+    "vllm-server": "lora2serve.parity.engines.vllm_server:VllmServer",
     "openai": "lora2serve.parity.engines.openai:OpenAI",
-    "tensors": "lora2serve.parity.tensors:Tensors",  # no engine, but run like one
+    "tensors": "lora2serve.parity.tensors:Tensors",  # no engines, but run like them
+    "tokenizer": "lora2serve.parity.engines.tokenizer:Words",
 }
 
 

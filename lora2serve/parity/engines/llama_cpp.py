@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-
 from lora2serve.errors import EngineError
 from lora2serve.parity.engines import Ids, Messages, Scores
 
 TEMPLATE = "tokenizer.chat_template"
+BATCH = 64  # tokens at a time: llama.cpp holds the logits of a batch beside those of the text
 
 
 class LlamaCpp:
@@ -22,7 +21,7 @@ class LlamaCpp:
 
         try:
             self.llm: Any = Llama(
-                model, n_ctx=window + 64, n_batch=window + 64, logits_all=True, lora_path=adapter, n_threads=threads,
+                model, n_ctx=window, n_batch=BATCH, logits_all=True, lora_path=adapter, n_threads=threads,
                 n_threads_batch=threads, n_gpu_layers=-1, verbose=False, seed=0,
             )  # fmt: skip
         except ValueError as error:
@@ -58,11 +57,16 @@ class LlamaCpp:
             self._stops = [token for token in range(self.llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, token)]
         return self._stops
 
+    def eos_id(self) -> int | None:
+        """The end token that the file names; llama.cpp knows others by their text."""
+        found = int(self.llm.token_eos())
+        return found if found >= 0 else None
+
     def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
         for ids in sequences:
             self.llm.reset()
             self.llm.eval(list(ids))
-            yield Scores(np.array(self.llm.scores[: len(ids) - 1], dtype=np.float32))
+            yield Scores(self.llm.scores[: len(ids) - 1])  # seen, not copied: the next text writes over them
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         stop = set(self.stop_ids() or ())

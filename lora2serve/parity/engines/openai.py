@@ -1,13 +1,15 @@
 """Any server that speaks OpenAI's completions API: vLLM, llama.cpp's server, a gateway before them.
 
 Positions are scored by one request for each prefix, with the likeliest next tokens in the answer. That works on every
-such server and with adapters; what is not among them bounds the KL from below (see ``metrics.compare_top``).
+such server and with adapters; what is not among them bounds the KL from below (see ``metrics.compare_top``). A small
+vocabulary is shown whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -22,8 +24,17 @@ from lora2serve.parity.engines import Ids, Messages, Scores
 from lora2serve.parity.worker import EngineMissing
 
 AT_ONCE = 16  # requests under way
-TOP = 20  # likeliest tokens in an answer: vLLM's default limit
+TOPS = (256, 20, 5)  # likeliest tokens to ask for: more than most servers grant, vLLM's default limit, OpenAI's
 TIMEOUT = 120.0  # seconds for one request
+WAITS = (1.0, 4.0)  # seconds before a busy server is asked again
+
+
+class Refused(EngineError):
+    """The server does not take the request as it is."""
+
+
+class Busy(EngineError):
+    """The server, or the gateway before it, may answer later."""
 
 
 class OpenAI:
@@ -42,6 +53,7 @@ class OpenAI:
         if model is not None and model not in served:
             raise EngineError(f"{url} has no model {model!r}", f"it serves: {', '.join(served)}")
         self.model = model or served[0]
+        self._top = 0  # as many as the server grants; known after the first answer
         self.version = f"{self.model} at {self.root}"
 
     def render(self, messages: Messages) -> str | None:
@@ -65,7 +77,7 @@ class OpenAI:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for ids in sequences:
                 found = list(pool.map(self._next, [list(ids[:end]) for end in range(1, len(ids))]))
-                yield _scores(found, ids)
+                yield _scores(found, ids, len(self.tokenizer))
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -77,7 +89,8 @@ class OpenAI:
         said = (answer.get("logprobs") or {}).get("top_logprobs") or []
         if not said:
             raise EngineError(f"{self.root} answers without log-probabilities", "start it with logprobs allowed")
-        return {token: value for text, value in said[0].items() if (token := self._id(text)) is not None}
+        named = {self._id(text): np.nan if value is None else value for text, value in said[0].items()}
+        return {token: float(value) for token, value in named.items() if token is not None}
 
     def _continue(self, prompt: list[int], new_tokens: int) -> list[int]:
         answer = self._complete(prompt, new_tokens)
@@ -88,10 +101,19 @@ class OpenAI:
 
     def _complete(self, prompt: list[int], tokens: int) -> dict[str, Any]:
         given = {
-            "model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": TOP,
+            "model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "seed": 0,
             "return_tokens_as_token_ids": True,
         }  # fmt: skip
-        choice: dict[str, Any] = self._ask("POST", "/v1/completions", given)["choices"][0]
+        tops = [self._top] if self._top else [min(top, len(self.tokenizer)) for top in TOPS]
+        for top in tops:
+            try:
+                choice: dict[str, Any] = self._ask("POST", "/v1/completions", {**given, "logprobs": top})["choices"][0]
+            except Refused:
+                if top == tops[-1]:
+                    raise
+                continue
+            self._top = top
+            break
         return choice
 
     def _id(self, text: str) -> int | None:
@@ -105,6 +127,15 @@ class OpenAI:
         return self._ids.get(text)
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The answer as JSON; a server that is busy is asked again."""
+        for wait in WAITS:
+            try:
+                return self._ask_once(method, path, body)
+            except Busy:
+                time.sleep(wait)
+        return self._ask_once(method, path, body)
+
+    def _ask_once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
@@ -116,7 +147,8 @@ class OpenAI:
         except urllib.error.HTTPError as error:
             said = " ".join(error.read().decode("utf-8", "replace").split())[:200]
             hint = "OPENAI_API_KEY holds the server's key" if error.code in (401, 403) else ""
-            raise EngineError(f"{self.root}{path} answers {error.code}: {said}", hint) from None
+            kind = Refused if error.code in (400, 422) else Busy if error.code in (429, 502, 503, 504) else EngineError
+            raise kind(f"{self.root}{path} answers {error.code}: {said}", hint) from None
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", error)
             raise EngineMissing(f"{self.root}: no answer ({reason})", "check the address, and that it runs") from None
@@ -124,8 +156,14 @@ class OpenAI:
             raise EngineError(f"{self.root}{path}: no JSON in the answer ({error})") from None
 
 
-def _scores(found: Sequence[Mapping[int, float]], ids: Ids) -> Scores:
+def _scores(found: Sequence[Mapping[int, float]], ids: Ids, vocab: int) -> Scores:
+    """All tokens where the server showed all, or else the likeliest."""
     width = max(len(one) for one in found)
+    if all(len(one) >= vocab and max(one) < width for one in found):
+        whole = np.full((len(found), width), np.nan, dtype=np.float32)
+        for row, one in enumerate(found):
+            whole[row, list(one)] = list(one.values())
+        return Scores(whole)
     names = np.full((len(found), width), -1, dtype=np.int64)
     values = np.full((len(found), width), np.nan, dtype=np.float32)
     target = np.full(len(found), np.nan, dtype=np.float32)

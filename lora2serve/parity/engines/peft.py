@@ -13,14 +13,14 @@ from lora2serve.parity.engines.transformers import Transformers, device, greedy,
 class Peft(Transformers):
     """transformers + PEFT on the base as it was trained (``quantization`` as in run.json) or in full precision.
 
-    The base is loaded in the type that training computed in, since bitsandbytes dequantises to that; the arithmetic
-    is float32.
+    Several ``adapters`` are active together: their changes add up. With none it is the base alone. The base is loaded
+    in the type that training computed in, since bitsandbytes dequantises to that; the arithmetic is float32.
     """
 
     def __init__(
         self,
         base: str,
-        adapter: str,
+        adapters: Sequence[str],
         tokenizer: str,
         quantization: Mapping[str, Any] | None = None,
         threads: int | None = None,
@@ -44,14 +44,25 @@ class Peft(Transformers):
         rows = len(self.tokenizer)
         if rows > model.get_input_embeddings().weight.shape[0]:  # tokens were added at training
             model.resize_token_embeddings(rows, mean_resizing=False)
-        self.model = PeftModel.from_pretrained(model, adapter).eval()
+        self.adapters = [f"part{number}" for number in range(len(adapters))]
+        self.model = model.eval()
+        for name, path in zip(self.adapters, adapters, strict=True):
+            if name == self.adapters[0]:
+                self.model = PeftModel.from_pretrained(model, path, name).eval()
+            else:
+                self.model.load_adapter(path, name)
+        if len(self.adapters) > 1:
+            self.model.base_model.set_adapter(self.adapters)
         named = f"{quantization['type']} base" if quantization else "full-precision base"
         self.version = f"peft {peft.__version__} on transformers {transformers.__version__}, {named}, float32 {where}"
 
-    def pairs(self, sequences: Sequence[Ids]) -> Iterator[tuple[Scores, Scores]]:
-        """The tuned model and its base (adapter off) on each sequence."""
+    def pairs(self, sequences: Sequence[Ids]) -> Iterator[tuple[Scores, Scores | None]]:
+        """The tuned model and its base (adapter off) on each sequence; None where there is no adapter."""
         for ids in sequences:
             tuned = logits(self.model, ids)
+            if not self.adapters:
+                yield Scores(tuned), None
+                continue
             with self.model.disable_adapter():
                 yield Scores(tuned), Scores(logits(self.model, ids))
 

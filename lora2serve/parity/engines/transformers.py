@@ -38,6 +38,16 @@ class Transformers:
     def stop_ids(self) -> list[int] | None:
         return stop_ids(self.model, self.tokenizer)
 
+    def positions(self) -> int | None:
+        """Tokens of one text that the model was made for; None where its config names no limit."""
+        config = self.model.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        return int(found) if found else None
+
+    def vocab(self) -> int:
+        """Logits for each position."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
     def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
         for ids in sequences:
             yield Scores(logits(self.model, ids))

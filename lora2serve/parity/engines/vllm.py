@@ -16,7 +16,6 @@ from lora2serve.parity.worker import EngineMissing
 
 ENTRIES = 1 << 22  # log-probabilities of one request at most: vLLM hands each over as Python objects, 4M are 0.4 GB
 AT_ONCE = 64  # requests handed over together
-ANSWER = 256  # tokens beside a sequence, for a greedy answer
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
 
 
@@ -158,10 +157,10 @@ def _cpu_dtype(model: str) -> str:
 
 
 def _length(model: str, window: int) -> int:
-    """Tokens of one request: a sequence and an answer, or what the model was made for."""
+    """Tokens of one request: ``window``, or what the model was made for."""
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     most = (config.get("text_config") or config).get("max_position_embeddings")
-    return min(window + ANSWER, most or window + ANSWER)
+    return min(window, most or window)
 
 
 def _version() -> str:
