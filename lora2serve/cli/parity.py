@@ -117,9 +117,9 @@ def _exports(names: tuple[str, ...]) -> list[Path]:
 
 def _default_exports(origin: Origin) -> list[Path]:
     """Where ``export`` puts them when it is not told."""
-    from lora2serve.run import Run
-
-    return origin.run.list_exports() if origin.run else Run(origin.home.parent).list_exports()
+    if origin.run:
+        return origin.run.list_exports()
+    return sorted(path.parent for path in origin.home.parent.glob(f"*/{MANIFEST}"))
 
 
 def _of_run(run: Any, options: dict[str, Any], told: Progress) -> Origin:

@@ -24,7 +24,7 @@ def render(report: Report) -> str:
         f'<p class="soft">{_scored(report)}</p></header>',
         *(f'<div class="first"><b>Worse than the baseline</b>{escape(line)}</div>' for line in report.regressions),
         _table(["Export", "Engine", "", "Mean KL", "Same top token", "Same answers", "Signal kept", "Against"],
-               [_line(row) for row in report.subjects], numbers=(3, 4, 5, 6)),
+               [_line(row) for row in report.subjects], (3, 4, 5, 6), "overview"),
         _asked(report),
         *(_row(row) for row in report.subjects),
         _made_with(report),
@@ -98,14 +98,15 @@ def _cause(gate: Gate) -> str:
 
 def _gate(gate: Gate) -> str:
     rows = [_check(check) for check in gate.checks]
-    heads = ["Figure", "Value", "95 % interval", "Bound", "Used of it"]
-    return f"<h3>{gate.name}</h3>" + _table(heads, rows, numbers=(1, 2, 3, 4)) if rows else ""
+    heads = ["Figure", "Value", "Bound"]
+    return f"<h3>{gate.name}</h3>" + _table(heads, rows, numbers=(1, 2)) if rows else ""
 
 
 def _check(check: Check) -> list[str]:
-    interval = "" if check.low is None or check.low == check.high else f"{check.low:.3g} to {check.high:.3g}"
-    bound = "" if check.bound is None else f"{'at least' if check.name in LOWER else 'at most'} {check.bound:g}"
-    return [escape(NAMES.get(check.name, check.name)), f"{check.value:.4g}", interval, bound, _meter(check)]
+    told = check.low is not None and check.low != check.high
+    interval = f"<small>{check.low:.3g} to {check.high:.3g}</small>" if told else ""
+    bound = "" if check.bound is None else f"{'≥' if check.name in LOWER else '≤'} {check.bound:g}"
+    return [escape(NAMES.get(check.name, check.name)), f"{check.value:.4g}{interval}", f"{bound}{_meter(check)}"]
 
 
 def _meter(check: Check) -> str:
@@ -196,10 +197,10 @@ def _made_with(report: Report) -> str:
     return f"<footer><p>References: {escape(references)}.</p><p>{escape(said)}.</p></footer>"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), kind: str = "") -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
-        kind = [f'<{tag} class="n">' if n in numbers else f"<{tag}>" for n in range(len(values))]
-        return "".join(f"{k}{value}</{tag}>" for k, value in zip(kind, values, strict=True))
+        opened = [f'<{tag} class="n">' if n in numbers else f"<{tag}>" for n in range(len(values))]
+        return "".join(f"{start}{value}</{tag}>" for start, value in zip(opened, values, strict=True))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{cells("th", heads)}</tr>{body}</table></div>'
+    return f'<div class="wide"><table class="{kind}"><tr>{cells("th", heads)}</tr>{body}</table></div>'

@@ -31,8 +31,8 @@ def by_position(prompts: Sequence[PromptFigures], bound: float | None) -> str:
     if bound:
         words.append(f'<hr class="bound" style="bottom:{100 * up(bound):.2f}%">')
         words.append(f'<span class="bound" style="bottom:{100 * up(bound):.2f}%">bound for 99.9 %: {bound:g}</span>')
-    words.append('<span class="x" style="left:0">1st token</span>')
-    words.append(f'<span class="x" style="right:0">{longest}th</span>')
+    words.append('<span class="x" style="left:0">token 1</span>')
+    words.append(f'<span class="x" style="right:0">token {longest}</span>')
     paths = [
         f'<path class="{part}" vector-effect="non-scaling-stroke" d="{marks}"/>'
         for part in PARTS

@@ -20,6 +20,8 @@ NAMES: Mapping[str, str] = {
     "retention": "KL(tuned, export) / KL(tuned, base)",
     "equal_answers": "Same greedy answers",
     "first_difference": "First difference excusable",
+    "equal prompts": "Prompts equal byte for byte",
+    "equal ids": "Prompts with equal ids",
     "tensors": "Tensors compared",
     "tensor_nmse": "NMSE of the worst tensor",
     "block_nmse": "NMSE of the worst 256 values",

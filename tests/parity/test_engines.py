@@ -9,19 +9,22 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from lora2serve.errors import EngineError
 from lora2serve.parity.check import check
 from lora2serve.parity.engines.openai import OpenAI
 from lora2serve.parity.origin import Origin, of_run
 from lora2serve.parity.report import Row
 from lora2serve.parity.subjects import Subject, of_exports, of_url
 from lora2serve.parity.worker import Child, EngineMissing
-from lora2serve.progress import Silent
+from lora2serve.progress import Silent, Unit
 from lora2serve.run import Run
 
 RANK = 16
@@ -96,18 +99,71 @@ def test_nobody_there(demo_run: Run) -> None:
     assert row.status == "missing"
 
 
-def test_an_engine_that_dies_or_hangs(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
+class Hit(Silent):
+    """Sends a signal to the engine's process while it scores the first export."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    @contextmanager
+    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
+        def advance(amount: int) -> None:
+            if label == "hit in llama.cpp" and unit == "tokens":
+                (engine,) = [one for one in psutil.Process().children() if "llama.cpp" in one.cmdline()]
+                engine.send_signal(self.number)
+
+        yield advance
+
+
+def test_a_file_that_the_engine_does_not_load(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
     """Its row fails and says how; the others go on."""
     sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(Path(str(sound.options["model"])).read_bytes()[:4000])
     bad = replace(sound, name="broken", path=None, options={**sound.options, "model": str(broken)})
     first, second = rows(demo_run, [bad, replace(sound, path=None)])
-    assert first.status == "failed"
-    assert second.status == "met"
-    child = Child("llama.cpp", {**sound.options}, tmp_path / "log", limit=0.05)
-    with pytest.raises(Exception, match=r"no sign of life for 0 s"):
-        child.call("tokens", data=str(tmp_path / "nothing"))
-    os.kill((dying := Child("llama.cpp", {**sound.options}, tmp_path / "log2"))._process.pid, signal.SIGKILL)
-    with pytest.raises(Exception, match="died"):
-        dying.call("tokens", data=str(tmp_path / "nothing"))
+    assert (first.status, second.status) == ("failed", "met")
+    assert first.gate is not None
+    assert "llama.cpp" in first.gate.first
+
+
+def test_an_engine_that_dies(demo_run: Run, demo_exports: dict[str, Path]) -> None:
+    """A segmentation fault in the middle of scoring is a failed row that says so; the next row goes on."""
+    sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
+    subjects = [replace(sound, name="hit", path=None), replace(sound, path=None)]
+    first, second = check(origin_of(demo_run), subjects, progress=Hit(signal.SIGSEGV)).subjects
+    assert (first.status, second.status) == ("failed", "met")
+    assert first.gate is not None
+    assert first.gate.name == "behaviour"
+    assert "llama.cpp died (signal SIGSEGV)" in first.gate.first
+
+
+def test_an_engine_that_hangs(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
+    """One that stops in the middle is given up after its limit, and nothing of it is left."""
+    sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
+    with Child("llama.cpp", sound.options, tmp_path / "log") as child:
+        assert child.call("answer", prompt="Hello", new_tokens=2)
+        engine = psutil.Process(child._process.pid)
+        engine.send_signal(signal.SIGSTOP)
+        child.limit = 2
+        with pytest.raises(EngineError, match=r"llama.cpp: no sign of life for 2 s"):
+            child.call("answer", prompt="Hello", new_tokens=2)
+        assert not engine.is_running()
+
+
+def test_an_engine_that_is_not_installed(
+    demo_run: Run, demo_exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A row that says how to install it; red only where it is required."""
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'llama_cpp'\")")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    origin = origin_of(demo_run)
+    (sound,) = of_exports(origin, [demo_exports["gguf-F16"]])
+    for require in ((), ("llama.cpp",)):
+        asked = replace(origin, settings=replace(origin.settings, require=require))
+        (row,) = check(asked, [replace(sound, path=None)], progress=Silent()).subjects
+        assert (row.status, row.red) == ("missing", bool(require))
+        assert row.gate is not None
+        assert "not installed" in row.gate.first
+        assert "lora2serve[gguf]" in row.gate.cause

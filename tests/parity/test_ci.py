@@ -1,0 +1,129 @@
+"""What people put into their CI: the action's own steps, the pytest plugin, the files of both services."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora2serve.cli import run as command
+from lora2serve.run import Run
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "ci"
+
+
+@pytest.fixture(scope="module")
+def place(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run in it as ``runs/latest``, scoring little, and the exports that the action makes."""
+    root = tmp_path_factory.mktemp("ci")
+    run = root / "runs" / "demo"
+    shutil.copytree(
+        demo_run.path, run, symlinks=True, ignore=shutil.ignore_patterns("exports", "checkpoints", "parity")
+    )
+    (run.parent / "latest").symlink_to("demo")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["parity"] |= {"tokens": 200, "prompts": 2}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def step(name: str, root: Path, **inputs: str) -> subprocess.CompletedProcess[str]:
+    """One step of action.yml as GitHub runs it: its own shell line, with its inputs in its environment."""
+    action = yaml.safe_load((RECIPES / "action.yml").read_text())
+    given = {key: str(one["default"]) for key, one in action["inputs"].items()} | inputs
+    (found,) = [one for one in action["runs"]["steps"] if one["name"] == name]
+    own = {
+        key: re.sub(r"\$\{\{ inputs\.(\w+) \}\}", lambda match: given[match[1]], value)
+        for key, value in found.get("env", {}).items()
+    }
+    assert "${{" not in found["run"], "what a user hands in goes through the environment, never into the shell's text"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, **own, "PATH": path, "GITHUB_STEP_SUMMARY": str(root / "summary")}
+    words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", found["run"]]
+    return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_action(place: Path) -> None:
+    """Export, parity, summary; then the control: red against a baseline that was better."""
+    inputs = {"targets": "gguf", "require": "llama.cpp"}
+    for name in ("Export", "Parity", "Summary"):
+        done = step(name, place, **inputs)
+        assert done.returncode == 0, done.stderr
+    assert "| gguf-Q4_K_M | llama.cpp | ✅ met |" in (place / "summary").read_text()
+    report = json.loads((place / "parity" / "report.json").read_text())
+    (row,) = report["rows"]
+    for check in row["gates"][2]["checks"]:
+        if check["name"] == "mean_kl":
+            check |= {"value": 1e-9, "low": 1e-9, "high": 1e-9}
+    (place / "better.json").write_text(json.dumps(report))
+    done = step("Parity", place, **inputs, baseline="better.json")
+    assert done.returncode == 3
+    assert "mean_kl 1e-09 became" in done.stderr
+
+
+def test_the_plugin(place: Path) -> None:
+    """One test for each export and gate; with a bound that cannot be met, one of them fails and says why."""
+    run = place / "runs" / "demo"
+    if not (run / "exports" / "gguf-Q4_K_M").is_dir():
+        assert step("Export", place, targets="gguf").returncode == 0
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA", "--lora2serve-exports"]
+    done = subprocess.run([*words, run / "exports"], cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    for gate in ("tokens", "tensors", "behaviour"):
+        assert re.search(rf"PASSED .*gguf-Q4_K_M-llama.cpp-{gate}", done.stdout), done.stdout
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["parity"]["thresholds"] = {"Q4_K_M": {"mean_kl": 1e-12}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = subprocess.run([*words, run / "exports"], cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "1 failed, 2 passed" in done.stdout
+    assert "first: " in done.stdout
+    done = subprocess.run([*words, place], cwd=place, capture_output=True, text=True, check=False)
+    assert "expected the exports/ folder of a run" in done.stdout + done.stderr
+
+
+def commands(lines: Any) -> list[str]:
+    return [line for line in lines if line.startswith("lora2serve ")]
+
+
+def test_the_files_of_both_services() -> None:
+    """They train, export and compare, and keep the report whatever comes out."""
+    (job,) = yaml.safe_load((RECIPES / "github.yml").read_text())["jobs"].values()
+    assert [one["run"].split("#")[0].strip() for one in job["steps"] if one.get("name") == "Train"] == [
+        "lora2serve train"
+    ]
+    assert "./recipes/ci" in [one.get("uses") for one in job["steps"]]
+    (kept,) = [one for one in job["steps"] if "upload-artifact" in one.get("uses", "")]
+    assert kept["if"] == "always()"
+    gitlab = yaml.safe_load((RECIPES / "gitlab.yml").read_text())["parity"]
+    assert [line.split()[1] for line in commands(gitlab["script"])] == ["train", "export", "parity"]
+    assert gitlab["artifacts"]["reports"]["junit"] == "parity/report.xml"
+    assert gitlab["artifacts"]["when"] == "always"
+    own = yaml.safe_load((RECIPES.parents[1] / ".github" / "workflows" / "ci.yml").read_text())
+    assert "./recipes/ci" in [one.get("uses") for one in own["jobs"]["parity"]["steps"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--require", "vlm"], "unknown engine 'vlm' (did you mean 'vllm'?)"),
+        (["--engine", "lama.cpp"], "did you mean 'llama.cpp'?"),
+        (["--engine", "vllm"], "no export here is compared in vllm"),
+        (["--require", "vllm"], "--require vllm: no export here is compared in it"),
+    ],
+)
+def test_engines_that_cannot_be(place: Path, capfd: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    """Refused before any work: an engine that is required and never asked could not turn red."""
+    export = place / "runs" / "demo" / "exports" / "gguf-Q4_K_M"
+    if not export.is_dir():
+        assert step("Export", place, targets="gguf").returncode == 0
+    assert command(["parity", str(export), *words]) == 2
+    assert said in capfd.readouterr().err

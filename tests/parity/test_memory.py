@@ -1,0 +1,54 @@
+"""What a large vocabulary costs: one text at a time, never all of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_model
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
+VOCABULARY, WINDOW = 128_256, 256
+BOUND = 5 * WINDOW * VOCABULARY * 4  # bytes: the engine's text and the reference's, each also while it is made
+PROGRAM = """
+import json, resource, sys
+from lora2serve.cli import run
+code = run(sys.argv[1:])
+peak = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps({"code": code, "peak": max(peak)}))
+"""
+
+
+def peak_of(root: Path, vocabulary: int) -> int:
+    """Bytes that the largest process of a parity run takes at most, with a model of that vocabulary."""
+    root.mkdir()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": WINDOW}
+    base = make_model(root / "base", vocab_size=vocabulary, **shape)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / file, base / file)
+    whole = [sys.executable, "-m", "lora2serve", "export", str(base), "-t", "vllm", "-o", "made"]
+    subprocess.run(whole, cwd=root, check=True, capture_output=True)
+    words = [sys.executable, "-c", PROGRAM, "parity", "made/vllm", "--engine", "transformers", "--report", "parity"]
+    done = subprocess.run(words, cwd=root, check=True, capture_output=True, text=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["code"] == 0, done.stderr
+    report = json.loads((root / "parity" / "report.json").read_text())
+    assert report["data"]["window"] == WINDOW
+    assert report["data"]["positions"] * VOCABULARY * 4 > BOUND, (
+        "the control: all texts at once are more than the bound"
+    )
+    return int(told["peak"])
+
+
+@pytest.mark.timeout(1200)
+def test_a_vocabulary_of_128k(tmp_path: Path) -> None:
+    small, large = (peak_of(tmp_path / str(size), size) for size in (1536, VOCABULARY))
+    print(
+        f"{small / 1e9:.2f} GB, and {(large - small) / 1e9:.2f} GB more with {VOCABULARY} tokens (bound {BOUND / 1e9:.2f})"
+    )
+    assert large - small < BOUND
