@@ -59,10 +59,27 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
         "files": len(about["files"]),
         "bytes": sum(file["size"] for file in about["files"].values()),
         "parity": (about.get("parity") or {}).get("met", "not run"),
+        "parity by engine": _parity(about),
     }
     if survival:
         facts["delta that survives the cast"] = f"{min(survival.values()):.4f} to {max(survival.values()):.4f}"
     return facts
+
+
+def _parity(about: Mapping[str, Any]) -> dict[str, str]:
+    """Engine -> its verdict, and what stands behind it."""
+    found = {}
+    for engine, said in ((about.get("parity") or {}).get("engines") or {}).items():
+        figures = [f"mean KL {said['mean_kl']:.2g}"] if isinstance(said.get("mean_kl"), float) else []
+        figures += [f"same top token {said['top1']:.2%}"] if isinstance(said.get("top1"), float) else []
+        against = f"against {said.get('reference')}, {said.get('version')}"
+        found[engine] = "; ".join([str(said.get("status")), *figures, against])
+    return found
+
+
+def _verdict(about: Mapping[str, Any]) -> str:
+    parity = about.get("parity") or {}
+    return {True: "met", False: "not met"}.get(parity.get("met"), "not run")
 
 
 def _run(run: Run) -> dict[str, Any]:
@@ -76,6 +93,7 @@ def _run(run: Run) -> dict[str, Any]:
         "quantisation": (record.get("quantization") or {}).get("type", "none"),
         "eval loss": losses,
         "exports": [path.name for path in run.list_exports()],
+        "parity": {path.name: _verdict(manifest.read(path)) for path in run.list_exports()},
         "adapter": _adapter(run.adapter, (record.get("base") or {}).get("path")),
         "problems": [],
     }

@@ -112,7 +112,7 @@ def prepare(
     """
     rows = _read(eval_rows) if eval_rows and eval_rows.is_file() else []
     text = _read(Path(general)) if general else _shipped()
-    window = min(amount.window, most or amount.window)
+    window = min(amount.window, most - 1) if most else amount.window  # engines want room for one token more
     task, more = _sequences(rows, text, tokenizer, replace(amount, window=window))
     room = (most or LONGEST) - amount.new_tokens
     own = _conversations((_opening(row) for row in rows), tokenizer, room, CONVERSATIONS)

@@ -27,7 +27,7 @@ print(json.dumps({"code": code, "peak": max(peak)}))
 def peak_of(root: Path, vocabulary: int) -> int:
     """Bytes that the largest process of a parity run takes at most, with a model of that vocabulary."""
     root.mkdir()
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": WINDOW}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": WINDOW + 1}
     base = make_model(root / "base", vocab_size=vocabulary, **shape)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / file, base / file)
