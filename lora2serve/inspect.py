@@ -79,7 +79,7 @@ def _parity(about: Mapping[str, Any]) -> dict[str, str]:
 
 def _verdict(about: Mapping[str, Any]) -> str:
     parity = about.get("parity") or {}
-    return {True: "met", False: "not met"}.get(parity.get("met"), "not run")
+    return {"True": "met", "False": "not met"}.get(str(parity.get("met")), "not run")
 
 
 def _run(run: Run) -> dict[str, Any]:

