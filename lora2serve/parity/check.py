@@ -43,7 +43,10 @@ def check(origin: Origin, subjects: Sequence[Subject], *, progress: Progress, as
         references = References(origin, work, logs, progress, ask)
         try:
             bench = Bench(origin, references, work, progress, ask)
-            rows = tuple(bench.examine(subject) for subject in subjects)
+            try:
+                rows = tuple(bench.examine(subject) for subject in subjects)
+            finally:
+                bench.close()
             asked = _asked(references, rows, ask)
         finally:
             references.close()
@@ -75,6 +78,12 @@ class Bench:
         self.origin, self.references, self.work, self.progress, self.ask = origin, references, work, progress, ask
         self.settings, self.data = origin.settings, references.data
         self._compared: dict[Path, Any] = {}
+        self._comparer: Child | None = None
+
+    def close(self) -> None:
+        """End the child that reads exports back."""
+        if self._comparer:
+            self._comparer.close()
 
     def _child(self, engine: str, options: Any, log: str) -> Child:
         return Child(engine, options, self.work / "logs" / f"{log}.log", self.settings.limit)
@@ -141,9 +150,13 @@ class Bench:
     def _tensors(self, export: Path, kind: str) -> tuple[Gate, tuple[dict[str, Any], ...]]:
         """The tensor gate, once for each export, and its worst tensors."""
         if export not in self._compared:
-            options = {"origin": self.origin.json(), "export": str(export)}
-            with self._child("tensors", options, f"{export.name}-tensors") as child:
-                self._compared[export] = child.call("compare")
+            if self._comparer is None:
+                self._comparer = self._child("tensors", {"origin": self.origin.json()}, "tensors")
+            try:
+                self._compared[export] = self._comparer.call("compare", export=str(export))
+            except EngineError:  # it ended with its child; the next export gets another
+                self._comparer = None
+                raise
         found = self._compared[export]
         if found is None:
             return Gate("tensors", "skipped"), ()

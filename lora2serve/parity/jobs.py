@@ -109,9 +109,9 @@ def score(engine: Engine, advance: Advance, *, data: str, references: dict[str, 
     return {"version": engine.version, "whole": whole}
 
 
-def compare(engine: Any, advance: Advance) -> Any:
+def compare(engine: Any, advance: Advance, *, export: str) -> Any:
     """The tensor gate's figures."""
-    return engine.compare(advance)
+    return engine.compare(Path(export), advance)
 
 
 def generate(engine: Engine, advance: Advance, *, data: str, new_tokens: int) -> list[list[int]]:

@@ -75,16 +75,16 @@ def _share(error: float, power: float) -> float:
 
 
 class Tensors:
-    """One export and the model it was planned from."""
+    """What compares exports with the model they were planned from, one after another: the libraries load once."""
 
-    def __init__(self, origin: Mapping[str, Any], export: str) -> None:
-        self.path = Path(export)
-        self.about = manifest.read(self.path)
-        served_on_plain = self.about["target"] in ADAPTERS  # whatever it was trained on
-        self.origin = {**origin, "run": None} if served_on_plain else origin
+    def __init__(self, origin: Mapping[str, Any]) -> None:
+        self._given = origin
 
-    def compare(self, advance: Callable[[int], None]) -> dict[str, Any] | None:
+    def compare(self, export: Path, advance: Callable[[int], None]) -> dict[str, Any] | None:
         """Every tensor's difference, the largest first; None where the target has no reader."""
+        self.path, self.about = export, manifest.read(export)
+        served_on_plain = self.about["target"] in ADAPTERS  # whatever it was trained on
+        self.origin = {**self._given, "run": None} if served_on_plain else self._given
         if self.about["target"] == "adapter":
             return self._compare_adapters(advance)
         kind = exporter.find_reader(str(self.about["target"]))
