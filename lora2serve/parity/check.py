@@ -102,7 +102,7 @@ class Bench:
         except EngineMissing as error:
             row = replace(row, gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)))
         except EngineError as error:
-            name = gates.NAMES[min(len(passed), len(gates.NAMES) - 1)]
+            name = gates.NAMES[min(len(passed), 2)] if subject.path or not passed else "behaviour"
             row = replace(row, gates=(*passed, Gate(name, "failed", (), error.message, error.hint)))
         row = replace(row, seconds=round(time.monotonic() - started, 1))
         self.progress.note(f"{row.export} in {row.engine}: {row.status} ({row.seconds:.0f} s)")
