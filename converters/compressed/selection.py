@@ -14,8 +14,10 @@ from lora2serve.tensors import FLOATS, TensorSpec
 # Linear layers lie in numbered blocks of the text model; embeddings and heads lie outside.
 BLOCK = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 OTHER_TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projector|mtp|encoder)([._]|$)")
-# Routers, gates of shared experts, norms and embeddings inside a block: vLLM makes them without a quantisation.
-PLAIN = re.compile(r"(^|\.)([a-z_]*gate|[a-z_]*router|[a-z_]*embed[a-z_]*|[a-z_]*norm|altup|conv1d)(\.|$)")
+# Routers, gates (of shared experts, of linear attention), norms and embeddings inside a block stay as they are.
+PLAIN = re.compile(
+    r"(^|\.)([a-z_]*gate|[a-z_]*router|[a-z_]*embed[a-z_]*|[a-z_]*norm|altup|conv1d|in_proj_(a|b|ba))(\.|$)"
+)
 EMBEDDING = re.compile(r"(^|\.)([a-z_]*embed[a-z_]*|wte|wpe)(\.|$)")  # no linear layer: no target of the config
 # vLLM loads the parts of each into one parameter (``packed_modules_mapping`` of its models; w1 and w3 of its experts).
 FUSED = (
@@ -24,7 +26,7 @@ FUSED = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
+    ("c_fc_0", "c_fc_1"),
 )
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")  # transformers' Conv1D: [in, out]
 SHOWN = 5
