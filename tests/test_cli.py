@@ -52,6 +52,11 @@ def test_words_and_codes(here: Path, capfd: pytest.CaptureFixture[str], args: li
         assert len([line for line in err.splitlines() if line.startswith(("error", "Error"))]) <= 1
 
 
+def test_help_cuts_no_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert "..." not in capfd.readouterr().out.split("Commands:")[1]
+
+
 def test_export_prints_directories_only(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     _, adapter = pair
     assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 0

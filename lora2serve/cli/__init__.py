@@ -44,7 +44,11 @@ class Group(click.Group):
         return list(self.commands)  # in the order of the work
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Group,
+    epilog="Start with `lora2serve train demo`, or with `lora2serve init` in an empty folder.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="lora2serve")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and the libraries' own words.")
 @click.option("--quiet", is_flag=True, help="No progress, only results, warnings and errors.")

@@ -11,7 +11,7 @@ from lora2serve.cli.common import fetch, progress
 from lora2serve.errors import EngineError, InputError
 
 
-@click.command()
+@click.command(short_help="Say what a directory is, and verify it.")
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Facts as JSON.")
 @click.pass_context
@@ -65,7 +65,7 @@ def _plain(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-@click.command()
+@click.command(short_help="Show what is here, what is missing, and how to get it.")
 @click.option(
     "--fix", is_flag=True, help="Bring into the user's cache what can be: llama.cpp's converter, llm-compressor."
 )

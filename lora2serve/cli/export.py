@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora2serve.progress import Progress
 
 
-@click.command()
+@click.command(short_help="Write a run for vLLM, llama.cpp, Ollama or LM Studio.")
 @click.argument("subjects", metavar="[RUN]...", nargs=-1)
 @click.option(
     "-t",

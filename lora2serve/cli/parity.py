@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora2serve.progress import Progress
 
 
-@click.command()
+@click.command(short_help="Compare exports with the trained model, in their engines.")
 @click.argument("given", metavar="[MODEL] [EXPORT]...", nargs=-1)
 @click.option(
     "--report",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora2serve.run import Run
 
 
-@click.command()
+@click.command(short_help="Push exports to the Hugging Face Hub.")
 @click.argument("exports", metavar="[EXPORT]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--repo-id", required=True, metavar="USER/NAME", help="Where to; -lora and -GGUF are appended by convention."
@@ -50,7 +50,7 @@ def push(ctx: click.Context, /, exports: tuple[Path, ...], repo_id: str, as_json
         _show(one, progress(ctx))
 
 
-@click.command("pull-check")
+@click.command("pull-check", short_help="Pull a pushed export back and verify it.")
 @click.argument("repository", metavar="USER/NAME[@REVISION]")
 @click.option("--allow-unproven", is_flag=True, help="Do not ask for parity.")
 @click.option("--json", "as_json", is_flag=True, help="Results as JSON.")

@@ -32,7 +32,7 @@ class ServeCommand(click.Command):
         return [*super().collect_usage_pieces(ctx), "[-- ENGINE ARGUMENTS]"]
 
 
-@click.command(cls=ServeCommand)
+@click.command(cls=ServeCommand, short_help="Start the engine that an export is for.")
 @click.argument("exports", metavar="[EXPORT]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--engine",

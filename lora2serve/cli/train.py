@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora2serve.run import Run
 
 
-@click.command()
+@click.command(short_help="Write a commented lora2serve.yaml here.")
 @click.option("--overwrite", is_flag=True, help="Replace a lora2serve.yaml that is here already.")
 def init(overwrite: bool) -> None:
     """Write a commented lora2serve.yaml here."""
@@ -31,11 +31,13 @@ def init(overwrite: bool) -> None:
     console.result(str(path))
 
 
-@click.command()
+@click.command(short_help="Fine-tune as a recipe says.")
 @click.argument("recipe", required=False)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field: train.lora.rank=32.")
 @click.option("--name", help="Name of the run directory (default: the recipe's name).")
-@click.option("--resume", is_flag=True, help="Go on with the last run from its last checkpoint.")
+@click.option(
+    "--resume", is_flag=True, help="Go on from the last checkpoint of the last run, or of the run named here."
+)
 @click.pass_context
 def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: bool) -> None:
     """Fine-tune as RECIPE says: a path, a built-in name such as "demo", or lora2serve.yaml here.
