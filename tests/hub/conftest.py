@@ -49,6 +49,7 @@ def export(
         "vllm": {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights, "serve.yaml": b"dtype: float32\n"},
         "adapter": {"adapter_config.json": b'{"peft_type": "LORA", "r": 4}', "adapter_model.safetensors": weights},
         "gguf": split or {f"demo-{quant}.gguf": gguf},
+        "gguf-adapter": {"demo-lora.gguf": gguf},
         "lmstudio": {f"lora2serve/demo/demo-{quant}.gguf": gguf},
         "ollama": {f"demo-{quant}.gguf": gguf, "Modelfile": f"FROM ./demo-{quant}.gguf\n".encode(),
                    "template": b"{{ .Prompt }}", "params": b'{"stop": ["x"]}'},

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import yaml
 from lora2serve import manifest
 from lora2serve.hub import pull_check, push
 from lora2serve.run import Run
-from tests.hub.conftest import MET, export
+from tests.hub.conftest import MET, client_env, export
 from tests.hub_server import HubServer
 
 REPO = "user/demo"
@@ -227,3 +230,18 @@ def test_pictures_and_data_sets(hub: HubServer, tmp_path: Path) -> None:
         found = metadata(hub, f"{REPO}-{number}-GGUF")
         assert (found["pipeline_tag"], found["datasets"]) == (task, ["org/chats"])
     assert "mmproj" not in card(hub, f"{REPO}-1-GGUF").split("## Files")[0], "what is loaded is the model"
+
+
+def test_an_adapter_as_gguf(hub: HubServer, tmp_path: Path) -> None:
+    """The lines that fetch it and write the Modelfile do so, by a shell; the engines themselves are not here."""
+    path = export(tmp_path, "gguf-adapter")
+    push([path], repo_id=REPO)
+    blocks = re.findall(r"```shell\n(.*?)```", card(hub, f"{REPO}-lora-GGUF"), re.S)
+    code = "\n".join(line for block in blocks for line in block.splitlines() if line.startswith(("hf ", "printf ")))
+    here = tmp_path / "here"
+    here.mkdir()
+    environment = client_env(hub, tmp_path / "home2", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    subprocess.run(["bash", "-ec", code], cwd=here, env=environment, check=True, capture_output=True)
+    assert (here / "demo-lora.gguf").read_bytes() == (path / "demo-lora.gguf").read_bytes()
+    assert (here / "Modelfile").read_text() == "FROM ./base.gguf\nADAPTER ./demo-lora.gguf\n"
+    assert metadata(hub, f"{REPO}-lora-GGUF")["base_model_relation"] == "adapter"
