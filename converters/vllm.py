@@ -77,7 +77,9 @@ class VllmSink:
                 self._out.copy(name, path)
         if ends is not None:
             self._out.json("generation_config.json", ends)
-        self._out.text("serve.yaml", serve_yaml(self._model, self._dtype))
+        quantized = self._quantizer or self._calibrated
+        served = "bfloat16" if quantized and self._dtype == "float32" else self._dtype  # no kernel for it in float32
+        self._out.text("serve.yaml", serve_yaml(self._model, served))
         return {"dtype": self._dtype, **about, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
 
     def close(self) -> None:

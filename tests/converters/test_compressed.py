@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from converters.compressed import library
 from converters.compressed.reader import CompressedReader
 from converters.compressed.schemes import SCHEMES
-from converters.compressed.selection import FUSED
+from converters.compressed.selection import FUSED, select
 from lora2serve import tensors
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model, find
@@ -133,6 +133,25 @@ def test_the_config_is_the_librarys(quant: str, made: dict[str, Path], whole: An
     assert CompressedTensorsConfig.from_config(said).quant_format == SCHEMES[quant].format
 
 
+def test_towers_stay() -> None:
+    """Of a multimodal model the text part is quantised; the rest is named in ``ignore``."""
+    text, tower = "model.language_model.layers.0.", "model.visual.blocks.0."
+    names = {
+        f"{text}self_attn.q_proj", f"{text}mlp.experts.0.up_proj", f"{text}linear_attn.in_proj_qkv",
+        f"{text}mlp.gate", f"{text}mlp.shared_expert_gate", f"{text}linear_attn.in_proj_a", "lm_head",
+        f"{tower}attn.qkv", f"{tower}mlp.fc1", "model.visual.merger.linear_fc1", "multi_modal_projector.linear_1",
+        "vision_tower.vision_model.encoder.layers.3.self_attn.q_proj", "audio_tower.layers.0.fc1",
+    }  # fmt: skip
+    specs = [tensors.TensorSpec(f"{name}.weight", (64, 64), "BF16") for name in sorted(names)]
+    found = select(specs, {"text_config": {"model_type": "qwen3_5_moe"}}, SCHEMES["fp8"])
+    quantised = {name.removesuffix(".weight") for name in found.weights}
+    assert quantised == {name for name in names if name.startswith(text) and name.endswith(("_proj", "_qkv"))}
+    assert set(found.ignore) == names - quantised
+    stack = tensors.TensorSpec(f"{text}mlp.experts.gate_up_proj", (4, 128, 64), "BF16")
+    with pytest.raises(ExportError, match="experts in one tensor"):
+        select([*specs, stack], {}, SCHEMES["fp8"])
+
+
 def test_other_weights_stay(plain: Path, made: dict[str, Path]) -> None:
     source, ours = stored(plain), stored(made["nvfp4"])
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"):
@@ -141,6 +160,7 @@ def test_other_weights_stay(plain: Path, made: dict[str, Path]) -> None:
     for parts in FUSED[:2]:
         prefix = layer + ("self_attn." if "q_proj" in parts else "mlp.")
         assert len({float(ours[f"{prefix}{part}.weight_global_scale"]) for part in parts}) == 1
+    assert "dtype: bfloat16" in (made["nvfp4"] / "serve.yaml").read_text(), "its kernels have no float32"
     apart = [float(ours[f"model.layers.{n}.mlp.down_proj.weight_global_scale"]) for n in (0, 1)]
     assert apart[0] != apart[1], "the control: what is not fused has a scale of its own"
 
