@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from difflib import SequenceMatcher
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 from lora2serve.doctor import source_package
@@ -29,6 +31,22 @@ def known(tree: Path, projector: bool = False) -> frozenset[str]:
         if isinstance(target, ast.Name) and target.id == wanted and isinstance(node, ast.AnnAssign) and node.value:
             return frozenset(ast.literal_eval(node.value))
     raise ExportError(f"{tree}: its converter has no {wanted}", "LLAMA_CPP_DIR names a tree of another time")
+
+
+def pre_tokenizer_by_hash(path: Path) -> str | None:
+    """Upstream's name for the pre-tokenizer of a tokenizer.json: a hash of the ids of one text tells real ones."""
+    tree = converter()
+    if tree is None:
+        return None
+    from tokenizers import Tokenizer
+
+    source = (tree / "conversion" / "base.py").read_text(encoding="utf-8")
+    text = re.search(r"^ +chktxt = ('.*')$", source, re.MULTILINE)
+    table = dict(re.findall(r'if chkhsh == "([0-9a-f]{64})":\n(?: *#.*\n)* *res = "([^"]+)"', source))
+    if text is None:
+        return None
+    ids = Tokenizer.from_file(str(path)).encode(ast.literal_eval(text[1])).ids
+    return table.get(sha256(str(ids).encode()).hexdigest())
 
 
 def refuse(name: str, native: list[str], tree: Path | None) -> ExportError:

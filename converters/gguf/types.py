@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ PRESETS = {
     "IQ4_NL": 25, "MXFP4": 38, "IQ3_S": 26, "IQ3_M": 27, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ2_M": 29, "IQ2_S": 28,
     "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
 }  # fmt: skip
-NEEDS_IMATRIX = ("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+NEEDS_IMATRIX = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 PLAIN = ("F32", "F16", "BF16")
+UNIFORM = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # what gguf's numpy code makes where ggml's library is missing
 _keep: list[Any] = []  # a log callback that is collected crashes the library at its next word
 
 
@@ -56,11 +58,20 @@ def choose(
     fixed = {tensor.name: tensor.source for tensor in tensors if tensor.fixed}
     if preset in PLAIN:
         return {tensor.name: preset if tensor.source in PLAIN[1:] else "F32" for tensor in tensors} | fixed
+    if preset in UNIFORM and find_spec("llama_cpp") is None:
+        return {tensor.name: _uniform(preset, tensor) for tensor in tensors} | fixed
     with tempfile.TemporaryDirectory(prefix="lora2serve-types-") as folder:
         skeleton, answer = Path(folder) / "skeleton.gguf", Path(folder) / "answer.gguf"
         _write_skeleton(skeleton, tensors, new_writer)
         _quantize(skeleton, answer, PRESETS[preset], _shrink(imatrix, tensors) if imatrix else None)
         return _read_types(answer) | fixed
+
+
+def _uniform(kind: str, tensor: Planned) -> str:
+    """Without llama.cpp to ask: one type for every matrix, F16 where no whole blocks fit in a row."""
+    if tensor.source not in PLAIN[1:]:
+        return tensor.source
+    return kind if tensor.shape[-1] % ggml.block_size(kind)[0] == 0 else "F16"
 
 
 def _is_matrix(tensor: Planned) -> bool:
@@ -141,7 +152,8 @@ def _quantize(source: Path, out: Path, file_type: int, means: Mapping[str, Any] 
         import llama_cpp
     except ImportError:
         raise ExportError(
-            "mixed types need llama.cpp's library", "pip install 'lora2serve[gguf]', or use --quant F16"
+            "mixed types need llama.cpp's library",
+            f"pip install 'lora2serve[gguf]', or take one of {', '.join((*PLAIN, *UNIFORM))}",
         ) from None
     with quiet_llama() as said:
         params = llama_cpp.llama_model_quantize_default_params()

@@ -150,7 +150,7 @@ def _pre_tokenizer(model: Model) -> str | None:
     """Our own name for the pre-tokenizer, where we have one."""
     path = model.files.get("tokenizer.json")
     try:
-        return vocab.pre_tokenizer(json.loads(path.read_text(encoding="utf-8"))) if path else None
+        return vocab.pre_tokenizer(path, json.loads(path.read_text(encoding="utf-8"))) if path else None
     except ExportError:
         return None
 

@@ -16,6 +16,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from converters.gguf import tree
 from converters.gguf.architectures import Architecture
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
@@ -130,13 +131,16 @@ def _bpe(path: Path, content: Mapping[str, Any], rows: int, pre: str | None) -> 
             kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
         tokens.append(token)
         types.append(kind)
-    return Vocab("gpt2", tokens, [int(kind) for kind in types], pre=pre or pre_tokenizer(content))
+    return Vocab("gpt2", tokens, [int(kind) for kind in types], pre=pre or pre_tokenizer(path, content))
 
 
-def pre_tokenizer(content: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a tokenizer.json; ExportError where it has none."""
+def pre_tokenizer(path: Path, content: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json: by its steps, else by upstream's hash.
+
+    ExportError where neither knows it.
+    """
     steps = tuple(_steps(content.get("pre_tokenizer") or {}))
-    found = PRE_TOKENIZERS.get(steps)
+    found = PRE_TOKENIZERS.get(steps) or tree.pre_tokenizer_by_hash(path)
     if found is None:
         raise ExportError(
             f"tokenizer: no llama.cpp name is known for the pre-tokenizer {' + '.join(steps)[:160] or 'none'}",

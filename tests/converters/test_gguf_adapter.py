@@ -37,9 +37,27 @@ def base(demo_run: Run) -> Path:
 
 @pytest.fixture(scope="module")
 def base_gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("base-gguf")
-    (made,) = lora2serve("export", base, "-t", "gguf", "-q", "F32", "-o", out, cwd=out).split()
-    return next(Path(made).glob("*.gguf"))
+    return exported(tmp_path_factory.mktemp("base-gguf"), base, "-t", "gguf", "-q", "F32")
+
+
+@pytest.fixture(scope="module")
+def by_base(base_gguf: Path) -> np.ndarray:
+    return by_llama_cpp(base_gguf)
+
+
+@pytest.fixture(scope="module")
+def loaded(base: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def exported(out: Path, *words: str | Path) -> Path:
+    """The GGUF of an export, by the command line in this process: a new one would take seconds to start."""
+    from lora2serve.cli import run
+
+    assert run(["export", *map(str, words), "-o", str(out)]) == 0
+    return next(out.rglob("*.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -55,22 +73,22 @@ def base_gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"target_modules": ["o_proj", "lm_head"]},
     ],
 )
-def test_equals_peft(base: Path, base_gguf: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
+def test_equals_peft(
+    base: Path, base_gguf: Path, by_base: np.ndarray, loaded: Any, tmp_path: Path, kind: dict[str, Any]
+) -> None:
     """Patterns and rsLoRA come out right; the control, the base without the adapter, is far off."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     from tests.tiny import make_adapter
 
     adapter = make_adapter(tmp_path / "adapter", base, std=0.05, **kind)
-    (made,) = lora2serve(
-        "export", adapter, "--base", base, "-t", "gguf-adapter", "-o", tmp_path / "out", cwd=tmp_path
-    ).split()
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    file = exported(tmp_path / "out", adapter, "--base", base, "-t", "gguf-adapter")
+    tuned = PeftModel.from_pretrained(loaded, adapter)
     with torch.no_grad():
-        expected = PeftModel.from_pretrained(plain, adapter)(torch.tensor([IDS])).logits[0].double().numpy()
-    assert nmse(by_llama_cpp(base_gguf, next(Path(made).glob("*.gguf"))), expected) < 1e-5
-    assert nmse(by_llama_cpp(base_gguf), expected) > 1e-3
+        expected = tuned(torch.tensor([IDS])).logits[0].double().numpy()
+    tuned.unload()
+    assert nmse(by_llama_cpp(base_gguf, file), expected) < 1e-5
+    assert nmse(by_base, expected) > 1e-3
 
 
 @pytest.mark.parametrize(
