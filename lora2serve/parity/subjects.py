@@ -85,8 +85,6 @@ def _engines(path: Path, target: str, about: Mapping[str, Any], origin: Origin) 
 
 
 def _stored_as(path: Path) -> str | None:
-    import json
-
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return (config.get("quantization_config") or {}).get("quant_method")
 

@@ -12,6 +12,7 @@ from lora2serve.cli import run as command
 from lora2serve.run import Run
 
 ROWS = {
+    ("adapter", "peft"): "original",
     ("adapter", "vllm"): "original",
     ("gguf-F16", "llama.cpp"): "trained",
     ("gguf-Q4_K_M", "llama.cpp"): "trained",
