@@ -35,6 +35,7 @@ READERS = {
     "ollama": "converters.gguf.reader:GgufReader",
     "lmstudio": "converters.gguf.reader:GgufReader",
     "gguf-adapter": "converters.gguf.adapter_reader:GgufAdapterReader",
+    "ollama-adapter": "converters.gguf.adapter_reader:GgufAdapterReader",
 }
 CALIBRATOR = "converters.gguf.calibrate:calibrate"  # makes an importance matrix
 OLLAMA_REQUEST = "converters.ollama.create:request"  # an export as Ollama's /api/create wants it

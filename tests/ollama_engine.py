@@ -32,6 +32,7 @@ class Stored:
     parameters: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, str]] = field(default_factory=list)
     requires: str = ""
+    adds_bos: bool | None = None  # None: as the GGUF says
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,12 @@ class Loaded:
     def _complete(self, prompt: str, options: Mapping[str, Any], top: int | None) -> Said:
         import llama_cpp
 
-        adds = self.llm.metadata.get("tokenizer.ggml.add_bos_token", "false") == "true"
+        said = self.llm.metadata.get("tokenizer.ggml.add_bos_token", "false") == "true"
+        adds = said if self.stored.adds_bos is None else self.stored.adds_bos
         bos = self._piece(self.llm.token_bos(), special=True) if adds else b""
         if self.native and bos:  # llama-server takes the template's own away; a text's it does not
             prompt = prompt.removeprefix(bos.decode())
-        tokens = self.llm.tokenize(prompt.encode(), add_bos=adds, special=True)
+        tokens = [self.llm.token_bos()] * adds + self.llm.tokenize(prompt.encode(), add_bos=False, special=True)
         vocab = llama_cpp.llama_model_get_vocab(self.llm.model)
         most, text, shown, reason = int(options.get("num_predict", 128)), b"", [], "length"
         how = {"temp": float(options.get("temperature", 0.8)), "top_k": int(options.get("top_k", 40)),

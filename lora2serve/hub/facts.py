@@ -20,6 +20,7 @@ KINDS = {
     "ollama": GGUF,
     "lmstudio": GGUF,
     "gguf-adapter": GGUF_ADAPTER,
+    "ollama-adapter": GGUF_ADAPTER,
 }
 
 

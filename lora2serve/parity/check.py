@@ -64,7 +64,7 @@ def _asked(references: References, rows: Sequence[Row], ask: str) -> dict[str, A
         return {}
     words = references.words(list(references.said.values()))
     said = dict(zip(references.said, (one.strip() for one in words), strict=True))
-    return {"prompt": ask, "answers": said | {f"{row.export} in {row.engine}": row.said for row in rows}}
+    return {"prompt": ask, "answers": said | {f"{row.export} in {row.engine}": row.said for row in rows if row.version}}
 
 
 WORST = 20  # tensors in the report

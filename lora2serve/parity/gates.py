@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal, get_args
 
@@ -220,7 +220,16 @@ class Behaviour:
     found: dict[str, Figure] = field(default_factory=dict)
 
     def measure(self) -> dict[str, Figure]:
-        """All figures with their intervals."""
+        """All figures with their intervals, over the positions of which the engine says something."""
+        known = ~np.isnan(self.positions.kl)
+        if not known.all():
+            base = self.base.take(known) if self.base else None
+            one = replace(
+                self, positions=self.positions.take(known), base=base,
+                sequences=self.sequences[known], task=self.task[known],
+            )  # fmt: skip
+            share = float(known.mean())
+            return {**one.measure(), "known": Figure(share, share, share)}
         found = figures(self.positions, self.sequences)
         if self.base is not None:
             where = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
@@ -237,7 +246,7 @@ def behaviour(measured: Behaviour, found: Mapping[str, Figure], bounds: Threshol
     missed = [check for check in checks if check.met is False]
     if not missed:
         return Gate("behaviour", "met", tuple(checks))
-    worst = int(measured.positions.kl.argmax())
+    worst = int(np.nanargmax(measured.positions.kl))
     broken = np.flatnonzero(np.isinf(measured.positions.kl))
     at = int(broken[0]) if len(broken) else worst
     first = f"{name_of(at)}: KL {measured.positions.kl[at]:.3g}"

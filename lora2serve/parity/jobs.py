@@ -184,7 +184,9 @@ def main(asked: int, answers: int, name: str, options: str) -> None:
             except Exception as error:
                 traceback.print_exc()
                 say(_told(error))
-                return
+                break
+        if engine is not None and hasattr(engine, "close"):
+            engine.close()
 
 
 def _told(error: Exception) -> dict[str, Any]:

@@ -93,12 +93,16 @@ def compare_top(reference: Array, ids: Ints, top: Array, target: Array, targets:
 
     ``target`` is the engine's (P,) log-probability of the true next token, NaN where it did not say.
     The KL is that of the coarser distribution in which all other tokens are one: never more than the true one.
+    It is NaN where no token is known at all.
     """
     figures = []
     for row in range(len(targets)):
         ref = log_softmax(reference[row : row + 1])[0]
         known = ids[row] >= 0
-        if not known.any() or not np.isfinite(top[row][known]).all():
+        if not known.any():
+            figures.append((np.nan, False, np.nan, np.nan, -ref[targets[row]]))
+            continue
+        if not np.isfinite(top[row][known]).all():
             figures.append((np.inf, False, np.inf, np.nan, -ref[targets[row]]))
             continue
         names, got = ids[row][known], top[row][known].astype(np.float64)

@@ -12,7 +12,7 @@ from lora2serve import manifest
 from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.parity.origin import Origin, ReferenceName
 
-ADAPTERS = ("adapter", "gguf-adapter")  # served on the full-precision base
+ADAPTERS = ("adapter", "gguf-adapter", "ollama-adapter")  # served on the full-precision base
 NAMES = ("transformers", "peft", "vllm", "vllm-server", "llama.cpp", "ollama", "openai")
 ASKED_FOR = ("vllm-server",)  # only where it is named: the same arithmetic as vllm, and a server start more
 
@@ -77,8 +77,12 @@ def _engines(path: Path, target: str, about: Mapping[str, Any], origin: Origin) 
         tuned = {"model": base, "window": window, "adapter": str(path), "rank": largest_rank(path)}
         plain = {"base": base, "adapters": [str(path)], "tokenizer": str(origin.tokenizer)}
         return [("peft", plain), ("vllm", tuned), ("vllm-server", server)]
+    hosted = {"export": str(path), "tokenizer": str(origin.tokenizer), "window": window}
     if target in ("gguf", "ollama", "lmstudio"):
-        return [("llama.cpp", {"model": str(gguf_file(path)), "window": window})]
+        file = {"model": str(gguf_file(path)), "window": window}
+        return [("llama.cpp", file), ("ollama", hosted)] if target == "ollama" else [("llama.cpp", file)]
+    if target == "ollama-adapter":
+        return [("ollama", hosted)]
     if target == "gguf-adapter":
         return [("llama.cpp", {"model": base, "window": window, "adapter": str(gguf_file(path))})]
     raise InputError(f"{path}: target {target!r} has no engine to compare in")

@@ -92,7 +92,7 @@ TABLE: Mapping[str, Thresholds] = {
 
 def kind_of(about: Mapping[str, object]) -> str:
     """The row of the table for an export, from its manifest."""
-    if about.get("target") in ("adapter", "gguf-adapter"):
+    if about.get("target") in ("adapter", "gguf-adapter", "ollama-adapter"):
         return "lora"
     return str(about.get("quant") or about.get("dtype") or "bfloat16")
 

@@ -38,7 +38,8 @@ def whole(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest
     return run
 
 
-def test_every_row_is_met(whole: Run, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_row_is_met(whole: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")  # no Ollama: a row that says so, and no red one
     code = command(["parity", str(whole.path), "--json", "--ask", "Who governs Wexley?"])
     out, err = capfd.readouterr()
     assert code == 0, err
@@ -51,7 +52,10 @@ def test_every_row_is_met(whole: Run, capfd: pytest.CaptureFixture[str]) -> None
         assert row["status"] == "met"
         assert row["reference"] == (merge_base if reference == "trained" else reference)
         assert [gate["status"] for gate in row["gates"]] == ["met", "met", "met"]
-    assert not rows
+    (key,) = rows
+    assert key == ("ollama-Q4_K_M", "ollama")
+    assert rows[key]["status"] == "missing"
+    assert "not running" in rows[key]["gates"][0]["first"]
     assert report["data"]["positions"] >= 2000
     answers = report["asked"]["answers"]
     assert "Leon Lake" in answers["trained"]

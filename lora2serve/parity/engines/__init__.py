@@ -22,8 +22,9 @@ class Scores:
     """What an engine says of one sequence of n tokens: for each of its n - 1 predicted positions ...
 
     ``values``: ... (n-1, V) float32 logits or log-probabilities of all tokens, or with ``ids`` (n-1, k) int64 those of
-    the k most likely, log-probabilities then, -1 in ``ids`` where there are fewer; ``target`` is then the (n-1,)
-    log-probability of the true next token, NaN where unknown.
+    the k most likely, log-probabilities then, -1 in ``ids`` where there are fewer (a whole row: nothing is known there,
+    and the position is left out); ``target`` is then the (n-1,) log-probability of the true next token, NaN where
+    unknown.
     """
 
     values: NDArray[np.float32]
@@ -64,6 +65,7 @@ ENGINES = {
     "llama.cpp": "lora2serve.parity.engines.llama_cpp:LlamaCpp",
     "vllm-server": "lora2serve.parity.engines.vllm_server:VllmServer",
     "openai": "lora2serve.parity.engines.openai:OpenAI",
+    "ollama": "lora2serve.parity.engines.ollama:Ollama",
     "tensors": "lora2serve.parity.tensors:Tensors",  # no engines, but run like them
     "tokenizer": "lora2serve.parity.engines.tokenizer:Words",
 }
