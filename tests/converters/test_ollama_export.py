@@ -1,0 +1,113 @@
+"""``--target ollama`` on models whose template or generation config is not the usual."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.gguf.scan import scan
+from converters.ollama import APART
+from converters.ollama.grammar import parse
+from converters.ollama.template import turns
+from lora2serve import manifest
+from lora2serve.cli import run
+from lora2serve.ollama import Client, create
+from lora2serve.progress import Silent
+from lora2serve.run import Run
+from tests.ollama_server import OllamaServer
+
+NUMBERED = (
+    "{% for m in messages %}<|im_start|>{{ loop.index }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>\n{% endif %}"
+)
+DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %B %Y') }}.<|im_end|>\n"
+
+
+@pytest.fixture
+def base(demo_run: Run, tmp_path: Path) -> Path:
+    """The demo's base, to be changed."""
+    return Path(shutil.copytree(demo_run.record["base"]["path"], tmp_path / "base"))
+
+
+def exported(base: Path, out: Path) -> Path:
+    assert run(["export", str(base), "-t", "ollama", "-q", "F16", "-o", str(out)]) == 0
+    return out / "ollama-F16"
+
+
+def rendered(server: OllamaServer, export: Path) -> str:
+    create(Client(), export, "demo", Silent())
+    return Client().render("demo", turns(2, "Be brief."))
+
+
+def trained(base: Path) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return str(tokenizer.apply_chat_template(turns(2, "Be brief."), tokenize=False, add_generation_prompt=True))
+
+
+def test_an_unproven_template(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:
+    """No TEMPLATE and no guess: the GGUF's own Jinja, kept apart from those that look like it, and REQUIRES."""
+    (base / "chat_template.jinja").write_text(NUMBERED)
+    made = exported(base, tmp_path)
+    commands = dict(parse((made / "Modelfile").read_text()))
+    assert "template" not in commands
+    assert commands["requires"] == "0.30.0"
+    assert not (made / "template").exists()
+    about = manifest.read(made)["template"]
+    assert (about["kind"], about["requires"]) == ("jinja", "0.30.0")
+    assert "turns look different" in about["why"]
+    scan(next(made.glob("*.gguf")))
+    assert rendered(ollama, made) == trained(base)
+    assert ollama.load("demo:latest").jinja == APART + NUMBERED
+
+
+def test_a_dated_template(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:
+    place = base / "chat_template.jinja"
+    place.write_text(DATED + place.read_text())
+    made = exported(base, tmp_path)
+    assert dict(parse((made / "Modelfile").read_text()))["requires"] == "0.14.0"
+    assert manifest.read(made)["template"]["dated"] is True
+    assert "currentDate" in (made / "template").read_text()
+    assert rendered(ollama, made) == trained(base)
+
+
+def test_a_default_system_message(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:
+    """All three side files, and the same prompt with it and without."""
+    place = base / "chat_template.jinja"
+    default = "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nBe kind.<|im_end|>\n' }}{%- endif %}"
+    place.write_text(default + place.read_text())
+    made = exported(base, tmp_path)
+    assert (made / "system").read_text() == "Be kind."
+    assert {"Modelfile", "template", "system", "params"} <= set(manifest.read(made)["files"])
+    create(Client(), made, "demo", Silent())
+    assert ollama.models["demo:latest"].system == "Be kind."
+    plain = Client().render("demo", turns(1))
+    assert plain.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
+    assert plain.count("Be kind.") == 1
+
+
+def test_sampling_defaults_and_stops(base: Path, tmp_path: Path) -> None:
+    """Numbers in Ollama's types; every end token of the generation config as text."""
+    path = base / "generation_config.json"
+    given = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 1, "repetition_penalty": 1.05}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **given, "eos_token_id": [0, 1, 88, 10**6]}))
+    made = exported(base, tmp_path)
+    params = json.loads((made / "params").read_text())
+    stop = params.pop("stop")
+    assert params == {"temperature": 0.7, "top_p": 1.0, "top_k": 20, "repeat_penalty": 1.05}
+    assert {"<|im_end|>", "<|endoftext|>"} <= set(stop)
+    assert not [word for word in stop if "Ġ" in word or not word]
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_k", 0.5), ("temperature", "hot"), ("top_p", True)])
+def test_a_sampling_default_that_is_none(base: Path, tmp_path: Path, capfd: Any, key: str, value: Any) -> None:
+    path = base / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, key: value}))
+    assert run(["export", str(base), "-t", "ollama", "-q", "F16", "-o", str(tmp_path / "out")]) == 1
+    assert f"generation_config.json: {key} is {value!r}" in capfd.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
