@@ -207,9 +207,7 @@ def _llama_cpp(export: Path, about: Mapping[str, Any], host: str, port: int, ext
         raise EngineError("llama-cpp-python is not installed", "pip install 'lora2serve[gguf]'")
     missing = [name for name in ("fastapi", "uvicorn", "sse_starlette", "starlette_context") if find_spec(name) is None]
     if missing:
-        raise EngineError(
-            f"llama-cpp-python's server needs {', '.join(missing)}", "pip install 'llama-cpp-python[server]==0.3.36'"
-        )
+        raise EngineError(f"llama-cpp-python's server needs {', '.join(missing)}", "pip install 'lora2serve[gguf]'")
     files = sorted(file for file in export.rglob("*.gguf") if not file.name.startswith("mmproj-"))
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(files[0]), "--host", host, "--port", str(port)]
     name = str(about["name"])

