@@ -32,7 +32,9 @@ def cost(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cost:
     """
     assert "torch" not in sys.modules, "a child inherits the peak of its parent"
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL)
+    given = {**os.environ, **(env or {})}
+    given.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once, not in each process
+    process = subprocess.Popen(command, cwd=ROOT, env=given, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -24,6 +24,7 @@ from lora2serve.tensors import TensorSpec, row_blocks
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 BYTES_IN_FLIGHT = 20  # per element of a block: as stored, before and after the fold, the delta, as written
+AROUND = 32 << 20  # bytes for headers, handles and what is imported late: measured
 
 
 @dataclass(frozen=True)
@@ -185,5 +186,5 @@ def rehearse(model: Model, plans: Sequence[Plan]) -> dict[str, Any]:
             },
             "disk": sum(sum(out.sizes.values()) for out in outputs),
             "free": shutil.disk_usage(place).free,
-            "memory": threads_for(None) * largest * BYTES_IN_FLIGHT,
+            "memory": threads_for(None) * largest * BYTES_IN_FLIGHT + len(outputs) * output.KEPT + AROUND,
         }

@@ -101,8 +101,10 @@ def test_a_plan_for_70b(
     started = time.perf_counter()
     assert run(["export", str(seventy), "-t", "vllm", "-o", "out", "--plan", "--json"]) == 0
     seconds = time.perf_counter() - started
-    plan = json.loads(capfd.readouterr().out)
+    said = capfd.readouterr()
+    plan = json.loads(said.out)
     assert plan["tensors"] == 723
+    assert ("141.1 GB to write" in said.err) == (plan["free"] < plan["disk"]), "the disk is asked"
     assert plan["disk"] > 141_000_000_000
     assert plan["memory"] < 300 << 20
     assert not (tmp_path / "out").exists()

@@ -134,7 +134,7 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
     folder = options["out"] or home
     plans = [stream.Plan(name, targets[name], chosen, folder / _folder(name, chosen)) for name, chosen in planned]
     if options["plan_only"]:
-        _show_plan(stream.rehearse(model, plans), options["as_json"])
+        _show_plan(stream.rehearse(model, plans), options["as_json"], told)
         return
     written = stream.export(model, plans, told, overwrite=options["overwrite"])
     _show(written, options, told)
@@ -158,7 +158,7 @@ def _export_bundle(
     out = options["out"] or Path("exports") / "+".join(model.name for model in models)
     chosen = planned[0][1]
     if options["plan_only"]:
-        _show_plan(bundle.rehearse(models, chosen, out), options["as_json"])
+        _show_plan(bundle.rehearse(models, chosen, out), options["as_json"], told)
         return
     _show([bundle.export(models, chosen, out, told, overwrite=options["overwrite"])], options, told)
 
@@ -274,9 +274,13 @@ def _folder(target: str, options: Any) -> str:
     return f"{target}-{quant}" if quant else target
 
 
-def _show_plan(plan: Any, as_json: bool) -> None:
+def _show_plan(plan: Any, as_json: bool, told: Progress) -> None:
     from lora2serve import console
 
+    if plan["disk"] > plan["free"]:
+        told.warn(
+            f"{console.size(plan['disk'])} to write, {console.size(plan['free'])} free: the export would be refused"
+        )
     if as_json:
         console.result_json(plan)
         return
