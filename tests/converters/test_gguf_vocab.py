@@ -1,0 +1,131 @@
+"""Real vocabularies, rebuilt from llama.cpp's own vocab-only files: named by their rules, proven by llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+
+from converters.gguf import vocab
+from lora2serve.cli import run
+from tests.upstream import llama_cpp_dir
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+RULES = {name: steps for steps, name in vocab.PRE_TOKENIZERS.items()}
+# file -> our name for its rules, where llama.cpp gives several names to the same ones
+BYTE_LEVEL = {
+    "llama-bpe": "llama-bpe",
+    "qwen2": "qwen2",
+    "gpt-2": "gpt-2",
+    "starcoder": "smollm",
+}
+
+
+def read(name: str) -> tuple[dict[str, Any], list[str], list[list[int]]]:
+    """The vocabulary's metadata, upstream's test texts, and the ids it expects."""
+    path = llama_cpp_dir() / "models" / f"ggml-vocab-{name}.gguf"
+    keys = {key: field.contents() for key, field in GGUFReader(path).fields.items() if key.startswith("tokenizer")}
+    texts = Path(f"{path}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    ids = [[int(word) for word in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]
+    return keys, texts[: len(ids)], ids
+
+
+def steps(rules: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The steps of a tokenizer.json: the inverse of ``vocab._steps``."""
+    made: list[dict[str, Any]] = []
+    for rule in rules:
+        if rule == "digits:single":
+            made.append({"type": "Digits", "individual_digits": True})
+        elif rule.startswith("bytelevel"):
+            regex = rule == "bytelevel:regex"
+            made.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex})
+        else:
+            made.append({"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False})
+    return made
+
+
+def rebuild(name: str, path: Path) -> int:
+    """A tokenizer.json from a byte-level vocabulary; how many tokens it has."""
+    keys, _, _ = read(name)
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    added = [
+        {"id": number, "content": token, "special": kind == CONTROL, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    model = {
+        "type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)},
+        "merges": keys["tokenizer.ggml.merges"], "ignore_merges": name == "llama-bpe",
+    }  # fmt: skip
+    pre = {"type": "Sequence", "pretokenizers": steps(RULES[BYTE_LEVEL[name]])}
+    content = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": pre, "model": model}
+    content["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return len(tokens)
+
+
+def model_around(path: Path, rows: int) -> None:
+    """The smallest Llama with that vocabulary; its weights are never read."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": rows, "hidden_size": 32,
+        "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float16",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    layer = "model.layers.0."
+    square = [f"{layer}self_attn.{part}_proj.weight" for part in "qkvo"]
+    square += [f"{layer}mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    shapes: dict[str, list[int]] = {key: [32, 32] for key in square}
+    shapes |= {f"{layer}{part}_layernorm.weight": [32] for part in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": [32], "model.embed_tokens.weight": [rows, 32]}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name], end = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}, end + size
+    raw = json.dumps(header).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt-2", *(pytest.param(n, marks=pytest.mark.slow) for n in BYTE_LEVEL if n != "gpt-2")]
+)
+def test_byte_level(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The rebuilt tokenizer gives upstream's ids, is named by its rules, and llama.cpp splits our text the same way."""
+    from tokenizers import Tokenizer
+
+    rows = rebuild(name, tmp_path)
+    model_around(tmp_path, rows + 64)  # a padded embedding
+    _, texts, ids = read(name)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [tokenizer.encode(text, add_special_tokens=False).ids for text in texts] == ids
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert vocab.pre_tokenizer(tmp_path / "tokenizer.json", content) == BYTE_LEVEL[name]
+    words = ["export", str(tmp_path), "-t", "gguf", "-q", "F16", "--plan", "-o", str(tmp_path / "out")]
+    assert run(words) == 0, capfd.readouterr().err
+    other = "gpt-2" if name == "qwen2" else "qwen2"
+    assert run([*words, "--pre", other]) == 1, "the control: another split is found out"
+    assert "llama.cpp splits" in capfd.readouterr().err
+
+
+def test_the_hash_is_the_second_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rules are unknown to us, upstream's table of hashes knows a real vocabulary, and no other."""
+    rebuild("llama-bpe", tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    bos = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [128000], "tokens": ["<|begin_of_text|>"]}}}  # fmt: skip
+    path.write_text(json.dumps({**content, "post_processor": bos}))
+    monkeypatch.setattr(vocab, "PRE_TOKENIZERS", {})
+    assert vocab.pre_tokenizer(path, content) == "llama-bpe"
+    from lora2serve.errors import ExportError
+
+    fewer = {**content["model"], "merges": content["model"]["merges"][:1000]}
+    path.write_text(json.dumps({**content, "model": fewer, "post_processor": bos}))
+    with pytest.raises(ExportError, match=r"no llama\.cpp name"):
+        vocab.pre_tokenizer(path, content)
