@@ -42,7 +42,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-2": ("gpt2", {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512, "tie_word_embeddings": True}),
     "gpt-neox": ("gpt_neox", {"intermediate_size": 1024}),
     "starcoder2": ("starcoder2", {"use_bias": True, "tie_word_embeddings": True}),
-    "cohere": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.0625}),
+    "cohere": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.5}),
     "deepseek-v2": ("deepseek_v2", {"q_lora_rank": 64, "kv_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "first_k_dense_replace": 1, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "routed_scaling_factor": 1.0, "norm_topk_prob": False}),
     "qwen3-next": ("qwen3_next", {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64}),
     "mamba-2": ("mamba2", {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1, "expand": 2}),
