@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.gguf.types import quiet_llama
+from converters.gguf.vocab import space_scheme, tokenizer_directory
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
 
@@ -85,7 +86,8 @@ def _compare(model: Model, theirs: Callable[[str], list[int]]) -> int:
     specials = _special_tokens(model)
     compared = 0
     texts = [*TEXT.splitlines(keepends=True), TEXT, *specials, f"a {' b '.join(specials)} c"]
-    for text in texts:
+    before = specials[0] if specials and space_scheme(model) == "first" else ""  # as in a prompt, which BOS begins
+    for text in (before + text for text in texts):
         expected, got = ours(text), theirs(text)
         if expected != got:
             place = next(
@@ -107,8 +109,6 @@ def _encoder(model: Model) -> Callable[[str], list[int]]:
         tokenizer = Tokenizer.from_file(str(model.files["tokenizer.json"]))
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
     from transformers import AutoTokenizer
-
-    from converters.gguf.vocab import tokenizer_directory
 
     with tokenizer_directory(model) as folder:
         slow = AutoTokenizer.from_pretrained(str(folder))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -104,7 +104,7 @@ def read_vocab(model: Model, architecture: Architecture, rows: int, pre: str | N
     if kind != "BPE":
         raise ExportError(f"tokenizer.json holds a {kind} model, expected BPE", "serve it with --target vllm")
     if content["model"].get("byte_fallback"):
-        return _bpe_of_sentencepiece(content, rows, architecture)
+        return _bpe_of_sentencepiece(model, content, rows, architecture)
     return _bpe(model.files["tokenizer.json"], content, rows, pre)
 
 
@@ -165,13 +165,18 @@ def _steps(part: Mapping[str, Any]) -> Iterator[str]:
         yield str(kind).lower()
 
 
-def _bpe_of_sentencepiece(content: Mapping[str, Any], rows: int, architecture: Architecture) -> Vocab:
-    """A SentencePiece BPE that only tokenizer.json tells of (Llama 2 style): pieces are scored by their place."""
+def _bpe_of_sentencepiece(model: Model, content: Mapping[str, Any], rows: int, architecture: Architecture) -> Vocab:
+    """A SentencePiece BPE that only tokenizer.json tells of (Llama 2 style).
+
+    The scores of the pieces are gone, but not what they decide: which merge comes first. A piece is scored by the rank
+    of its first merge. Its id would not do: Llama 2's "▁▁" has the lowest score of all, and the first id.
+    """
     vocab = {number: token for token, number in content["model"]["vocab"].items()}
     added = {token["id"]: token for token in content.get("added_tokens", [])}
     vocab |= {number: token["content"] for number, token in added.items()}
     _refuse_beyond(vocab, rows)
     tokens, types, scores = [], [], []
+    ranks = _merge_ranks(content["model"]["merges"])
     for number in range(rows):
         token = vocab.get(number)
         kind = _piece_kind(token, added.get(number), number == content["model"].get("unk_id"))
@@ -179,8 +184,16 @@ def _bpe_of_sentencepiece(content: Mapping[str, Any], rows: int, architecture: A
             kind = TokenType.UNKNOWN
         tokens.append((token if token is not None else f"[PAD{number}]").encode())
         types.append(int(kind))
-        scores.append(-1000.0 if number in added else -10000.0 if token is None else -float(number))
-    return Vocab("llama", tokens, types, scores, pre="default", extra=_space_prefix(architecture))
+        scores.append(-1000.0 if number in added else -float(ranks.get(token or "", len(ranks))))
+    return Vocab("llama", tokens, types, scores, pre="default", extra=_space_prefix(architecture, model))
+
+
+def _merge_ranks(merges: Sequence[str | Sequence[str]]) -> dict[str, int]:
+    """Piece -> the place, among all pieces, of the first merge that makes it."""
+    made: dict[str, int] = {}
+    for merge in merges:
+        made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), len(made))
+    return made
 
 
 def _piece_kind(token: str | None, added: Mapping[str, Any] | None, unknown: bool) -> TokenType:
@@ -214,7 +227,9 @@ def _sentencepiece(model: Model, rows: int, architecture: Architecture) -> Vocab
             tokens[number] = token["content"].replace("▁", " ").encode()
             types[number] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
             scores[number] = -1000.0
-    return Vocab("llama", tokens[:rows], types[:rows], scores[:rows], pre="default", extra=_space_prefix(architecture))
+    return Vocab(
+        "llama", tokens[:rows], types[:rows], scores[:rows], pre="default", extra=_space_prefix(architecture, model)
+    )
 
 
 def _sentencepiece_kind(pieces: Any, number: int) -> TokenType:
@@ -236,10 +251,23 @@ def _added_tokens(model: Model) -> dict[int, dict[str, Any]]:
     return {int(number): token for number, token in given.items()}
 
 
-def _space_prefix(architecture: Architecture) -> dict[str, Any]:
-    if architecture.add_space_prefix is None:
+def _space_prefix(architecture: Architecture, model: Model) -> dict[str, Any]:
+    """llama.cpp's ``add_space_prefix``: a space before each text and after each special token, by default."""
+    if architecture.add_space_prefix is None and space_scheme(model) not in ("first", "never"):
         return {}
-    return {"tokenizer.ggml.add_space_prefix": architecture.add_space_prefix}
+    return {"tokenizer.ggml.add_space_prefix": bool(architecture.add_space_prefix)}
+
+
+def space_scheme(model: Model) -> str | None:
+    """``prepend_scheme`` of the tokenizer's Metaspace step: always, never, or first; None where there is no such step.
+
+    "first" (Mistral 0.3) puts a space only before a text that nothing precedes, not even BOS. llama.cpp has no such
+    rule. Without its space prefix it is right for whatever follows a special token: every prompt.
+    """
+    path = model.files.get("tokenizer.json")
+    step = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") if path else None
+    steps = (step or {}).get("pretokenizers", [step] if step else [])
+    return next((one.get("prepend_scheme") for one in steps if one.get("type") == "Metaspace"), None)
 
 
 def name_for_llama_cpp(model: Model) -> str:

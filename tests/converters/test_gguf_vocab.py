@@ -129,3 +129,60 @@ def test_the_hash_is_the_second_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_text(json.dumps({**content, "model": fewer, "post_processor": bos}))
     with pytest.raises(ExportError, match=r"no llama\.cpp name"):
         vocab.pre_tokenizer(path, content)
+
+
+def rebuild_sentencepiece(path: Path) -> int:
+    """Llama 2's tokenizer.json: its merges follow from pieces and scores; how many tokens it has."""
+    keys, _, _ = read("llama-spm")
+    tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    ids = {token: number for number, token in enumerate(tokens)}
+    merges = [
+        (-keys["tokenizer.ggml.scores"][number], ids[token[:cut]], ids[token[cut:]])
+        for token, number in ids.items()
+        if kinds[number] == NORMAL
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    added = [
+        {"id": number, "content": token, "special": True, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for number, token in enumerate(tokens[:3])
+    ]
+    model = {
+        "type": "BPE", "vocab": ids, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+        "merges": [[tokens[left], tokens[right]] for _, left, right in sorted(merges)],
+    }  # fmt: skip
+    spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    content = {"version": "1.0", "added_tokens": added, "pre_tokenizer": None, "model": model}
+    content["normalizer"] = {"type": "Sequence", "normalizers": spaces}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return len(tokens)
+
+
+def test_sentencepiece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Llama 2's, without its tokenizer.model: the scores come from the merges, and llama.cpp splits as before."""
+    from tokenizers import Tokenizer
+
+    model_around(tmp_path, rebuild_sentencepiece(tmp_path))
+    _, texts, ids = read("llama-spm")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [tokenizer.encode(text, add_special_tokens=False).ids for text in texts] == ids
+    words = ["export", str(tmp_path), "-t", "gguf", "-q", "F16", "--plan", "-o", str(tmp_path / "out")]
+    assert run(words) == 0, capfd.readouterr().err
+    monkeypatch.setattr(vocab, "_merge_ranks", lambda merges: {})
+    assert run(words) == 1, "the control: pieces without scores"
+    assert "llama.cpp splits" in capfd.readouterr().err
+
+
+def test_spaces_before_a_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Mistral 0.3 puts a space only where nothing precedes: right in llama.cpp after any special token, so in prompts."""
+    model_around(tmp_path, rebuild_sentencepiece(tmp_path))
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for scheme in ("first", "never", "always"):
+        step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        path.write_text(json.dumps({**content, "normalizer": None, "pre_tokenizer": step}))
+        code = run(["export", str(tmp_path), "-t", "gguf", "-q", "F16", "-o", str(tmp_path / "out"), "--plan"])
+        said = capfd.readouterr().err
+        assert code == (scheme == "always"), said
+    assert "llama.cpp splits" in said, "the control: a space unless there is one is nothing that llama.cpp can do"
