@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from converters.gguf import lean  # isort: skip  # noqa: F401 (before whatever imports gguf)
 from converters.gguf import imatrix, lanes, proof
 from converters.gguf.part import Part
 from converters.gguf.types import NEEDS_IMATRIX, PRESETS
