@@ -9,10 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lora2serve.run import Run
 from tests import golang
 from tests.ollama_server import OllamaServer
+
+# the same examples in every run: a red build is red again; `--hypothesis-profile default` draws new ones
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 def lora2serve(*words: str | Path, cwd: Path, code: int = 0) -> str:

@@ -148,7 +148,7 @@ def test_merge_onto_a_four_bit_checkpoint(base: Path, tmp_path: Path) -> None:
     assert max(worst_ulp(got, oracle).values()) <= 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 300), columns=st.integers(1, 300), block=st.sampled_from([(128, 128), (64, 32)]), data=st.data()
 )

@@ -150,7 +150,7 @@ def test_a_header_that_lies(tmp_path: Path, kind: str) -> None:
     assert "\n" not in caught.value.message
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 40))
 def test_any_damaged_byte_is_read_or_refused(tmp_path: Path, place: int, value: int, cut: int) -> None:
     """Never a traceback of another kind, and never a tensor that reaches beyond the file."""
@@ -214,7 +214,7 @@ INDEXES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=INDEXES)
 def test_any_index_is_read_or_refused(tmp_path: Path, content: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
@@ -240,7 +240,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CONFIGS)
 def test_any_adapter_config_is_folded_or_refused(
     pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]

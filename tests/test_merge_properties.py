@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -50,7 +50,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("base") / "llama", attention_bias=True)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CANCELS = {  # the orthonormal start takes away most of a small weight
+    "target_modules": ["down_proj"],
+    "r": 3,
+    "lora_alpha": 12.73948308170152,
+    "use_rslora": True,
+    "use_dora": True,
+    "init_lora_weights": "olora",
+    "trainable_token_indices": [0, 1],
+}
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(config=CANCELS, dtype="BF16", shard=20_000)
 @given(config=CONFIGS, dtype=st.sampled_from(["BF16", "F16"]), shard=st.integers(20_000, 400_000))
 def test_any_lora_equals_peft(
     base: Path, tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], dtype: DType, shard: int
@@ -63,7 +75,7 @@ def test_any_lora_equals_peft(
     oracle = merged_by_peft(base, adapter)
     got = stored(export_merged(base, [adapter], place / "out", dtype, shard_size=shard))
     assert {name: tensor.shape for name, tensor in got.items()} == {n: t.shape for n, t in stored(base).items()}
-    worst = {name: ulp for name, ulp in worst_ulp(got, oracle).items() if ulp > 1}
+    worst = {name: ulp for name, ulp in worst_ulp(got, oracle, stored(base)).items() if ulp > 1}
     assert not worst
 
 
@@ -89,7 +101,7 @@ def write_shards(path: Path, tensors: dict[str, tuple[list[int], torch.dtype, in
     return values
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors=TENSORS, data=st.data())
 def test_any_shards_are_read_as_safetensors_reads_them(
     tmp_path_factory: pytest.TempPathFactory,
@@ -117,7 +129,7 @@ LIES: dict[str, Callable[[dict[str, str], str], object]] = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tensors=TENSORS, lie=st.sampled_from(sorted(LIES)), data=st.data())
 def test_any_index_that_lies_is_refused(
     tmp_path_factory: pytest.TempPathFactory,

@@ -251,7 +251,7 @@ def real(name: str) -> tuple[Jinja, Derived]:
     return template, derive(template)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(REAL),
     st.lists(SAID, min_size=1, max_size=7).filter(lambda said: len(said) % 2),

@@ -131,9 +131,11 @@ def test_memory_does_not_grow_with_the_file(ollama: OllamaServer, tmp_path: Path
         file.truncate(256 * MB)
     with path.open("rb") as file:
         digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    # VmHWM and not ru_maxrss: that one a child inherits from the process that started it (getrusage(2)).
     script = (
-        "import resource, sys; from pathlib import Path; from lora2serve.ollama import Client; "
-        "from lora2serve.progress import Silent; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "import sys; from pathlib import Path; from lora2serve.ollama import Client; "
+        "from lora2serve.progress import Silent; "
+        "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]);"
         "client = Client(); client.version(); before = peak(); path = Path(sys.argv[2]);"
         "client.upload(sys.argv[1], path, Silent()) if sys.argv[3] == 'upload' else path.read_bytes();"
         "print((peak() - before) >> 10)"

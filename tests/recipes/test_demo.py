@@ -63,7 +63,7 @@ def test_tokenizer(tokenizer: Any) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|pad|>"):
         assert len(tokenizer.encode(token)) == 1
-    assert pre_tokenizer(json.loads((DEMO / "base" / "tokenizer.json").read_text())) == "gpt-2"
+    assert pre_tokenizer(DEMO / "base", json.loads((DEMO / "base" / "tokenizer.json").read_text())) == "gpt-2"
     eos = json.loads((DEMO / "base" / "generation_config.json").read_text())["eos_token_id"]
     assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]) == eos
 

@@ -241,7 +241,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(row=VALUES)
 def test_any_value_is_a_row_or_has_a_reason(row: Any) -> None:
     reason = data.problem_of(row)
