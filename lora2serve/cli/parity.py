@@ -215,8 +215,13 @@ def _show(report: Report, exports: list[Path]) -> None:
 
 def _summary(report: Report) -> str:
     red = [row for row in report.subjects if row.red]
-    lines = [f"parity not met: {len(red)} of {len(report.subjects)} rows red"] if red else ["parity got worse"]
-    for row in red:
+    if red:
+        lines = [f"parity not met: {len(red)} of {len(report.subjects)} rows red"]
+    else:
+        lines = [
+            "parity got worse" if report.regressions else "nothing was compared: no engine of these exports is here"
+        ]
+    for row in red or ([] if report.regressions else report.subjects):
         gate = row.gate
         assert gate is not None
         lines.append(f"{row.export} in {row.engine}: {gate.name}: {gate.cause}; first: {gate.first}")

@@ -162,8 +162,10 @@ def test_an_engine_that_is_not_installed(
     (sound,) = of_exports(origin, [demo_exports["gguf-F16"]])
     for require in ((), ("llama.cpp",)):
         asked = replace(origin, settings=replace(origin.settings, require=require))
-        (row,) = check(asked, [replace(sound, path=None)], progress=Silent()).subjects
+        report = check(asked, [replace(sound, path=None)], progress=Silent())
+        (row,) = report.subjects
         assert (row.status, row.red) == ("missing", bool(require))
+        assert not report.met, "nothing was proven"
         assert row.gate is not None
         assert "not installed" in row.gate.first
         assert "lora2serve[gguf]" in row.gate.cause

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora2serve.errors import EngineError
+from lora2serve.fourbit import use_plain_cpu_kernels
 from lora2serve.parity.engines import Ids, Scores
 from lora2serve.parity.engines.transformers import Transformers, device, greedy, logits, quiet
 
@@ -110,7 +111,7 @@ def _compute_in_float32(model: Any) -> None:
     import bitsandbytes as bnb
     import torch
 
-    for module in model.modules():
+    for module in use_plain_cpu_kernels(model).modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
     for tensor in [*model.parameters(), *model.buffers()]:
