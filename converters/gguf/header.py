@@ -12,6 +12,7 @@ from typing import Any
 from converters.gguf import metadata
 from converters.gguf.imatrix import Imatrix
 from converters.gguf.types import Planned
+from lora2serve.errors import ExportError
 
 ALIGNMENT = 32  # general.alignment, its default
 NewWriter = Callable[[Path], Any]  # makes a GGUFWriter with all metadata and no tensors
@@ -33,6 +34,21 @@ def with_imatrix(writer: Any, imatrix: Imatrix | None) -> Any:
     return writer
 
 
+def _refuse_twins(writer: Any) -> None:
+    """Two tokens of one text: llama.cpp ends its process, and with it ours, when it loads such a file."""
+    tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value if "tokenizer.ggml.tokens" in writer.kv_data[0] else []
+    if len(set(tokens)) == len(tokens):
+        return
+    seen: dict[Any, int] = {}
+    for number, token in enumerate(tokens):
+        if token in seen:
+            raise ExportError(
+                f"tokenizer: tokens {seen[token]} and {number} are both {token!r}, expected each text once",
+                "mend tokenizer.json: llama.cpp takes no vocabulary with two tokens of one text",
+            )
+        seen[token] = number
+
+
 def encode(
     new_writer: NewWriter, tensors: Sequence[Planned], kinds: Mapping[str, str], shard: Shard | None = None
 ) -> bytes:
@@ -44,6 +60,7 @@ def encode(
     with tempfile.TemporaryDirectory(prefix="lora2serve-header-") as folder:
         path = Path(folder) / "header.gguf"
         writer = new_writer(path)
+        _refuse_twins(writer)
         if shard is not None:
             if shard.number:
                 writer.kv_data[0].clear()

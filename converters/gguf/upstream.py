@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.gguf import metadata, vocab
+from converters.gguf import metadata, pretokenizer, vocab
 from converters.gguf.conversation import Conversation
 from converters.gguf.layout import Place, rows_of, together
 from converters.gguf.types import PLAIN, PRESETS, Planned
@@ -150,7 +150,7 @@ def _pre_tokenizer(model: Model) -> str | None:
     """Our own name for the pre-tokenizer, where we have one."""
     path = model.files.get("tokenizer.json")
     try:
-        return vocab.pre_tokenizer(path, json.loads(path.read_text(encoding="utf-8"))) if path else None
+        return pretokenizer.pre_tokenizer(path, json.loads(path.read_text(encoding="utf-8"))) if path else None
     except ExportError:
         return None
 

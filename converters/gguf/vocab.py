@@ -1,7 +1,7 @@
 """The tokenizer's part of a GGUF file: tokens, types, merges, special ids, pre-tokenizer name, chat template.
 
-``tokenizer.ggml.pre`` follows from the pre-tokenizer's regular expressions, which survive fine-tuning; upstream
-recognises it by a hash of token ids, which does not survive an added token. Then it is proven: proof.py.
+The pre-tokenizer's name follows from its rules (pretokenizer.py), which survive fine-tuning; upstream recognises it by
+a hash of token ids, which does not survive an added token. Then it is proven: proof.py.
 """
 
 from __future__ import annotations
@@ -16,30 +16,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from converters.gguf import tree
 from converters.gguf.architectures import Architecture
+from converters.gguf.pretokenizer import pre_tokenizer
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
-
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_LEAD = r"[^\r\n\p{L}\p{N}]?"
-_REST = r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT4O = _LEAD + _CASED % ("*", "+") + "%s|" + _LEAD + _CASED % ("+", "*") + "%s" + _REST
-
-# The split patterns of tokenizer.json (with the digit and byte-level steps around them) -> llama.cpp's name.
-PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
-    ("bytelevel:regex",): "gpt-2",
-    ("digits:single", "bytelevel:regex"): "smollm",
-    (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL, "bytelevel"): "llama-bpe",
-    (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL, "bytelevel"): "qwen2",
-    (_GPT4O % ("", "", ""), "bytelevel"): "tekken",
-    (_GPT4O % (_ENDING, _ENDING, "{1,3}"), "bytelevel"): "gpt-4o",
-    (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL, "bytelevel:dbrx"): "dbrx",
-}
 
 
 class TokenType(IntEnum):
@@ -132,37 +112,6 @@ def _bpe(path: Path, content: Mapping[str, Any], rows: int, pre: str | None) -> 
         tokens.append(token)
         types.append(kind)
     return Vocab("gpt2", tokens, [int(kind) for kind in types], pre=pre or pre_tokenizer(path, content))
-
-
-def pre_tokenizer(path: Path, content: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a tokenizer.json: by its steps, else by upstream's hash.
-
-    ExportError where neither knows it.
-    """
-    steps = tuple(_steps(content.get("pre_tokenizer") or {}))
-    found = PRE_TOKENIZERS.get(steps) or tree.pre_tokenizer_by_hash(path)
-    if found is None:
-        raise ExportError(
-            f"tokenizer: no llama.cpp name is known for the pre-tokenizer {' + '.join(steps)[:160] or 'none'}",
-            "name it with --pre (such as llama-bpe, qwen2, gpt-2): a wrong one is found out before anything is written",
-        )
-    return found
-
-
-def _steps(part: Mapping[str, Any]) -> Iterator[str]:
-    kind = part.get("type")
-    if kind == "Sequence":
-        for inner in part.get("pretokenizers", []):
-            yield from _steps(inner)
-    elif kind == "Split":
-        pattern = part.get("pattern", {})
-        yield pattern.get("Regex") or f"text:{pattern.get('String')}"
-    elif kind == "Digits":
-        yield "digits:single" if part.get("individual_digits") else "digits"
-    elif kind == "ByteLevel":
-        yield "bytelevel:regex" if part.get("use_regex", True) else "bytelevel"
-    elif kind:
-        yield str(kind).lower()
 
 
 def _bpe_of_sentencepiece(model: Model, content: Mapping[str, Any], rows: int, architecture: Architecture) -> Vocab:

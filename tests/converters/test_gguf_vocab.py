@@ -10,19 +10,27 @@ from typing import Any
 import pytest
 from gguf import GGUFReader
 
-from converters.gguf import vocab
+from converters.gguf import pretokenizer, vocab
 from lora2serve.cli import run
 from tests.upstream import llama_cpp_dir
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
-RULES = {name: steps for steps, name in vocab.PRE_TOKENIZERS.items()}
+RULES = {name: steps for steps, name in pretokenizer.PRE_TOKENIZERS.items()}
 # file -> our name for its rules, where llama.cpp gives several names to the same ones
 BYTE_LEVEL = {
     "llama-bpe": "llama-bpe",
     "qwen2": "qwen2",
+    "qwen35": "qwen35",
     "gpt-2": "gpt-2",
+    "mpt": "gpt-2",
     "starcoder": "smollm",
+    "refact": "smollm",
+    "command-r": "smollm",
+    "falcon": "falcon",
+    "deepseek-coder": "deepseek-coder",
+    "deepseek-llm": "deepseek-llm",
 }
+NORMALIZERS = {"command-r": "NFC", "qwen2": "NFC", "mpt": "NFC"}
 
 
 def read(name: str) -> tuple[dict[str, Any], list[str], list[list[int]]]:
@@ -35,11 +43,13 @@ def read(name: str) -> tuple[dict[str, Any], list[str], list[list[int]]]:
 
 
 def steps(rules: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The steps of a tokenizer.json: the inverse of ``vocab._steps``."""
+    """The steps of a tokenizer.json: the inverse of ``pretokenizer._steps``."""
     made: list[dict[str, Any]] = []
     for rule in rules:
-        if rule == "digits:single":
-            made.append({"type": "Digits", "individual_digits": True})
+        if rule.startswith("digits"):
+            made.append({"type": "Digits", "individual_digits": rule == "digits:single"})
+        elif rule == "punctuation":
+            made.append({"type": "Punctuation", "behavior": "Contiguous"})
         elif rule.startswith("bytelevel"):
             regex = rule == "bytelevel:regex"
             made.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex})
@@ -53,7 +63,7 @@ def rebuild(name: str, path: Path) -> int:
     keys, _, _ = read(name)
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     added = [
-        {"id": number, "content": token, "special": kind == CONTROL, "normalized": False}
+        {"id": number, "content": token, "special": kind == CONTROL, "normalized": kind != CONTROL}
         | {"single_word": False, "lstrip": False, "rstrip": False}
         for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (CONTROL, USER_DEFINED)
@@ -64,6 +74,8 @@ def rebuild(name: str, path: Path) -> int:
     }  # fmt: skip
     pre = {"type": "Sequence", "pretokenizers": steps(RULES[BYTE_LEVEL[name]])}
     content = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": pre, "model": model}
+    if name in NORMALIZERS:
+        content["normalizer"] = {"type": NORMALIZERS[name]}
     content["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     (path / "tokenizer.json").write_text(json.dumps(content))
     return len(tokens)
@@ -106,12 +118,26 @@ def test_byte_level(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [tokenizer.encode(text, add_special_tokens=False).ids for text in texts] == ids
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert vocab.pre_tokenizer(tmp_path / "tokenizer.json", content) == BYTE_LEVEL[name]
+    assert pretokenizer.pre_tokenizer(tmp_path / "tokenizer.json", content) == BYTE_LEVEL[name]
     words = ["export", str(tmp_path), "-t", "gguf", "-q", "F16", "--plan", "-o", str(tmp_path / "out")]
     assert run(words) == 0, capfd.readouterr().err
-    other = "gpt-2" if name == "qwen2" else "qwen2"
+    other = "gpt-2" if name in ("qwen2", "deepseek-coder", "deepseek-llm") else "qwen2"
     assert run([*words, "--pre", other]) == 1, "the control: another split is found out"
     assert "llama.cpp splits" in capfd.readouterr().err
+
+
+def test_two_tokens_of_one_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """llama.cpp would end the process: an added token that is no text of its own reads as another one does."""
+    rows = rebuild("gpt-2", tmp_path)
+    model_around(tmp_path, rows + 64)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    plain = {"special": False, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"] += [{"id": rows + n, "content": token, **plain} for n, token in enumerate(("öö", "õõ"))]
+    path.write_text(json.dumps(content))
+    words = ["export", str(tmp_path), "-t", "gguf", "-q", "F16", "--plan", "-o", str(tmp_path / "out")]
+    assert run(words) == 1
+    assert f"tokens {rows} and {rows + 1} are both '\ufffd\ufffd'" in capfd.readouterr().err
 
 
 def test_the_hash_is_the_second_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,14 +147,14 @@ def test_the_hash_is_the_second_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     content = json.loads(path.read_text())
     bos = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [128000], "tokens": ["<|begin_of_text|>"]}}}  # fmt: skip
     path.write_text(json.dumps({**content, "post_processor": bos}))
-    monkeypatch.setattr(vocab, "PRE_TOKENIZERS", {})
-    assert vocab.pre_tokenizer(path, content) == "llama-bpe"
+    monkeypatch.setattr(pretokenizer, "PRE_TOKENIZERS", {})
+    assert pretokenizer.pre_tokenizer(path, content) == "llama-bpe"
     from lora2serve.errors import ExportError
 
     fewer = {**content["model"], "merges": content["model"]["merges"][:1000]}
     path.write_text(json.dumps({**content, "model": fewer, "post_processor": bos}))
     with pytest.raises(ExportError, match=r"no llama\.cpp name"):
-        vocab.pre_tokenizer(path, content)
+        pretokenizer.pre_tokenizer(path, content)
 
 
 def rebuild_sentencepiece(path: Path) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from converters.gguf.vocab import pre_tokenizer
+from converters.gguf.pretokenizer import pre_tokenizer
 from lora2serve.recipe import find, load
 from lora2serve.train.data import problem_of
 
