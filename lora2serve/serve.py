@@ -265,7 +265,7 @@ def _wait(serving: Serving, process: subprocess.Popen[bytes], log: Path) -> None
     path = "/health" if serving.engine == "vllm" else "/v1/models"
     for _ in range(READY * 2):
         if process.poll() is not None:
-            reason = _reason(log)
+            reason = first_error(log.read_text(encoding="utf-8", errors="replace"))
             hint = next((way for sign, way in WAYS_OUT.items() if sign in reason), "")
             raise EngineError(
                 f"{serving.engine} ended with code {process.returncode}: {reason}", f"{hint}its log: {log}"
@@ -278,9 +278,8 @@ def _wait(serving: Serving, process: subprocess.Popen[bytes], log: Path) -> None
     raise EngineError(f"{serving.engine} did not answer within {READY} s", f"its log: {log}")
 
 
-def _reason(log: Path) -> str:
+def first_error(text: str) -> str:
     """The first exception in a long log, without what its process puts before each line."""
-    text = log.read_text(encoding="utf-8", errors="replace")
     lines = [PREFIX.sub("", line.strip()) for line in text.splitlines() if line.strip()]
     raised = [line for line in lines if EXCEPTION.match(line)]
     errors = [line for line in lines if "Error" in line and "Traceback" not in line]

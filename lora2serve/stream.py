@@ -22,7 +22,7 @@ from lora2serve.output import Output, Rehearsal
 from lora2serve.progress import Progress
 from lora2serve.tensors import TensorSpec, row_blocks
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 BYTES_IN_FLIGHT = 20  # per element of a block: as stored, before and after the fold, the delta, as written
 AROUND = 32 << 20  # bytes for headers, handles and what is imported late: measured
 
@@ -118,11 +118,16 @@ def _stream(model: Model, sinks: Sequence[Sink], progress: Progress, threads: in
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc hand the memory of one block to the next: fresh pages for each would cost more than the fold."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc; others keep their ways
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    """Let malloc hand the memory of one block to the next: fresh pages for each would cost more than the fold.
+
+    From one heap for all threads: with one each, every heap would keep what its own largest moment took.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc; others keep their ways
+        libc.malloc_trim(0)  # what planning has left
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _run(jobs: Iterator[tuple[TensorSpec, slice]], work: Callable[[TensorSpec, slice], None], threads: int) -> None:

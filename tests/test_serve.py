@@ -297,15 +297,11 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 """
 
 
-def test_the_reason_in_a_log(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text(LOG)
-    assert serve._reason(tmp_path / "log") == NEEDED
-    (tmp_path / "log").write_text("something odd\nAnOddError without a colon\nlast words\n")
-    assert serve._reason(tmp_path / "log") == "AnOddError without a colon"
-    (tmp_path / "log").write_text("a\nlast words\n\n")
-    assert serve._reason(tmp_path / "log") == "last words"
-    (tmp_path / "log").write_text("")
-    assert serve._reason(tmp_path / "log") == "nothing in its log"
+def test_the_reason_in_a_log() -> None:
+    assert serve.first_error(LOG) == NEEDED
+    assert serve.first_error("something odd\nAnOddError without a colon\nlast words\n") == "AnOddError without a colon"
+    assert serve.first_error("a\nlast words\n\n") == "last words"
+    assert serve.first_error("") == "nothing in its log"
 
 
 @pytest.mark.slow

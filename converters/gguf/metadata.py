@@ -162,12 +162,12 @@ def _rope(config: Config) -> dict[str, Any]:
 
 def _card(model: Model) -> dict[str, Any]:
     """Licence, tags and languages from the head of the base's model card."""
-    from huggingface_hub import ModelCard
-
     path = (model.lineage.get("base") or {}).get("path")
     readme = Path(path) / "README.md" if path else None
     if readme is None or not readme.is_file():
         return {}
+    from huggingface_hub import ModelCard
+
     try:
         data: Any = ModelCard(readme.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data
     except ValueError:  # someone else's card: what cannot be read tells nothing

@@ -47,14 +47,11 @@ class Vllm:
             given |= {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= rank)}
         if not on_cpu:
             given["gpu_memory_utilization"] = 0.5
-        self._dtype = dtype or (_cpu_dtype(model) if on_cpu else "auto")
+        self._dtype = dtype or (cpu_dtype(model) if on_cpu else "auto")
         try:
             self.llm: Any = LLM(model, dtype=self._dtype, **given)
         except ValueError as error:
-            if "kernel" not in str(error):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "ask it on a GPU") from None
+            raise no_kernel(str(error)) or error from None
         self.lora = LoRARequest("parity", 1, adapter) if adapter else None
         self.version = f"vllm {_version()} {self.llm.model_config.dtype} {current_platform.device_type}".replace(
             "torch.", ""
@@ -149,7 +146,15 @@ class Vllm:
         return Scores(values, top, target)
 
 
-def _cpu_dtype(model: str) -> str:
+def no_kernel(said: str) -> EngineMissing | None:
+    """Where vLLM's build for this machine has nothing that computes with such weights."""
+    if "kernel" not in said:
+        return None
+    reason = " ".join(said.split())[:200]
+    return EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "ask it on a GPU")
+
+
+def cpu_dtype(model: str) -> str:
     """Float32, but where vLLM's CPU kernel (weights packed to 4 bits) has none for it."""
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     packed = (config.get("quantization_config") or {}).get("format") == "pack-quantized"

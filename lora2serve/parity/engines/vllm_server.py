@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora2serve import serve
-from lora2serve.parity.engines.openai import OpenAI
+from lora2serve.errors import EngineError
+from lora2serve.parity.engines.openai import Busy, OpenAI, Refused
+from lora2serve.parity.engines.vllm import cpu_dtype, no_kernel
 
 
 class VllmServer(OpenAI):
     """The server of ``export`` with its own serve.yaml, template and names, on a free port; ``base`` for adapters.
 
-    Float32 on a CPU; on a GPU the type that the export is served in. It ends with this process's group.
+    On a CPU in float32 where its kernels can; on a GPU in the type that the export is served in. It ends with this
+    process's group.
     """
 
     def __init__(self, export: str, base: str, tokenizer: str, window: int) -> None:
@@ -26,12 +31,25 @@ class VllmServer(OpenAI):
         extra = ["--max-model-len", str(window), "--max-logprobs", "-1", "--enforce-eager", "--seed", "0"]
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-            extra += ["--dtype", "float32"]
+            merged = (Path(export) / "config.json").is_file()
+            extra += ["--dtype", cpu_dtype(export if merged else base)]
         serving = serve.plan([Path(export)], base=base, engine="vllm", host="127.0.0.1", port=port, extra=extra)
         log = Path(tempfile.gettempdir()) / f"lora2serve-parity-{os.getpid()}.log"
         try:
             self.process = serve.start(serving, log)
-        finally:
-            log.unlink(missing_ok=True)
+        except EngineError as error:  # the log stays: the error names it
+            raise no_kernel(error.message) or error from None
+        self._log = log.open(encoding="utf-8", errors="replace")
+        log.unlink()
         super().__init__(serving.address, tokenizer, serving.models[-1])
         self.version = f"vllm server, {self.model}"
+
+    def _ask_once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        """The answer; of a server that broke, what its log says."""
+        try:
+            return super()._ask_once(method, path, body)
+        except (Refused, Busy):
+            raise
+        except EngineError as error:
+            self._log.seek(0)
+            raise EngineError(f"{error.message.split(' answers ')[0]}: {serve.first_error(self._log.read())}") from None
