@@ -50,7 +50,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 # fmt: on
 # What its own program cannot read as transformers 5 saves it, and ours can: names of the config that were given up.
 RENAMED = ("gpt-2", "gpt-neox", "qwen3-next")
-SLOW = ("mamba-2", "qwen3-next", "gpt-neox", "cohere", "stablelm")
+SLOW = ("falcon", "starcoder2", "mamba-2", "qwen3-next", "gpt-neox", "cohere", "stablelm")
 FAMILIES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHAPES]
 
 
