@@ -281,16 +281,25 @@ def test_nan_is_named(bases: dict[str, Path], tmp_path: Path, where: str) -> Non
         export_merged(base, [adapter], tmp_path / "out")
 
 
-def test_fp16_overflow_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("base_type", "value", "dtype", "said", "way_out"),
+    [
+        (torch.bfloat16, 1e6, "F16", r"9.994e\+05 does not fit float16", "bf16"),
+        (torch.float32, 3.4e38, "BF16", r"3.4e\+38 does not fit bfloat16", "fp32"),
+    ],
+)
+def test_an_overflow_is_named(
+    tmp_path: Path, base_type: torch.dtype, value: float, dtype: Any, said: str, way_out: str
+) -> None:
     from safetensors.torch import load_file, save_file
 
-    base = make_model(tmp_path / "base")
+    base = make_model(tmp_path / "base", dtype=base_type)
     tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"][0] = 1e6
+    tensors["model.norm.weight"][0] = value
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ExportError, match=r"model.norm.weight: 9.994e\+05 does not fit float16") as caught:
-        export_merged(base, [], tmp_path / "out", "F16")
-    assert "bf16" in caught.value.hint
+    with pytest.raises(ExportError, match=f"model.norm.weight: {said}") as caught:
+        export_merged(base, [], tmp_path / "out", dtype)
+    assert way_out in caught.value.hint
 
 
 @pytest.mark.parametrize("base_type", [torch.float32, torch.bfloat16])
@@ -313,18 +322,6 @@ def test_one_module_that_vanished_is_told(bases: dict[str, Path], tmp_path: Path
     assert told.warnings == [
         "the adapter changes nothing in 1 of 6 tensors: model.layers.1.self_attn.v_proj.weight (0.0000 survives)"
     ]
-
-
-def test_bfloat16_overflow_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    base = make_model(tmp_path / "base", dtype=torch.float32)
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"][0] = 3.4e38
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ExportError, match=r"model.norm.weight: 3.4e\+38 does not fit bfloat16") as caught:
-        export_merged(base, [], tmp_path / "out", "BF16")
-    assert "fp32" in caught.value.hint
 
 
 def test_survival_is_measured(bases: dict[str, Path], tmp_path: Path) -> None:

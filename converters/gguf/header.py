@@ -60,13 +60,13 @@ def encode(
     with tempfile.TemporaryDirectory(prefix="lora2serve-header-") as folder:
         path = Path(folder) / "header.gguf"
         writer = new_writer(path)
-        _refuse_twins(writer)
         if shard is not None:
             if shard.number:
                 writer.kv_data[0].clear()
             writer.add_uint16("split.no", shard.number)
             writer.add_uint16("split.count", shard.count)
             writer.add_int32("split.tensors.count", shard.tensors)
+        _refuse_twins(writer)
         for tensor in tensors:
             kind = GGMLQuantizationType[kinds[tensor.name]]
             shape = quant_shape_to_byte_shape(tensor.shape, kind)

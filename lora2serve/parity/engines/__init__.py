@@ -31,6 +31,18 @@ class Scores:
     ids: NDArray[np.int64] | None = None
     target: NDArray[np.float32] | None = None
 
+    @classmethod
+    def of_likeliest(cls, found: Sequence[Mapping[int, float]], ids: Ids) -> Scores:
+        """From the likeliest tokens of each position, token -> log-probability; an empty one: nothing is known."""
+        width = max([1, *(len(one) for one in found)])
+        names = np.full((len(found), width), -1, dtype=np.int64)
+        values = np.full((len(found), width), np.nan, dtype=np.float32)
+        target = np.full(len(found), np.nan, dtype=np.float32)
+        for row, one in enumerate(found):
+            names[row, : len(one)], values[row, : len(one)] = list(one), list(one.values())
+            target[row] = one.get(ids[row + 1], np.nan)
+        return cls(values, names, target)
+
 
 class Engine(Protocol):
     """An engine with one model in it."""

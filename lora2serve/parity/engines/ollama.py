@@ -17,8 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora2serve import manifest, ollama
 from lora2serve.errors import EngineError
 from lora2serve.parity.engines import Ids, Messages, Scores
@@ -93,7 +91,7 @@ class Ollama:
         for ids in sequences:
             found = [self._next(list(ids[:end])) for end in range(1, len(ids))]
             asked, known = asked + len(found), known + sum(map(bool, found))
-            yield _scores(found, ids)
+            yield Scores.of_likeliest(found, ids)
         if known < LEAST * asked:
             raise EngineError(f"Ollama says something of {known} of {asked} positions only")
 
@@ -179,14 +177,3 @@ def _piece(one: Mapping[str, Any]) -> str:
     """By its bytes, where the server gives them: its ``token`` may have lost some."""
     raw = one.get("bytes")
     return bytes(raw).decode("utf-8", "replace") if raw else str(one.get("token", ""))
-
-
-def _scores(found: Sequence[Mapping[int, float]], ids: Ids) -> Scores:
-    width = max(1, *(len(one) for one in found))
-    names = np.full((len(found), width), -1, dtype=np.int64)
-    values = np.full((len(found), width), np.nan, dtype=np.float32)
-    target = np.full(len(found), np.nan, dtype=np.float32)
-    for row, one in enumerate(found):
-        names[row, : len(one)], values[row, : len(one)] = list(one), list(one.values())
-        target[row] = one.get(ids[row + 1], np.nan)
-    return Scores(values, names, target)

@@ -164,10 +164,4 @@ def _scores(found: Sequence[Mapping[int, float]], ids: Ids, vocab: int) -> Score
         for row, one in enumerate(found):
             whole[row, list(one)] = list(one.values())
         return Scores(whole)
-    names = np.full((len(found), width), -1, dtype=np.int64)
-    values = np.full((len(found), width), np.nan, dtype=np.float32)
-    target = np.full(len(found), np.nan, dtype=np.float32)
-    for row, one in enumerate(found):
-        names[row, : len(one)], values[row, : len(one)] = list(one), list(one.values())
-        target[row] = one.get(ids[row + 1], np.nan)
-    return Scores(values, names, target)
+    return Scores.of_likeliest(found, ids)
