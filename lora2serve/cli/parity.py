@@ -58,7 +58,7 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
 
     MODEL is a run, an adapter directory, a plain model, or a Hub id of one of these; without one, it is what the
     first EXPORT was made from. Without EXPORTs, all of MODEL's; without both, all of runs/latest.
-    Exit code 3 when one is further off than its format allows. Prints the report's path.
+    Exit code 3 when one is further off than its format allows, or no engine is there. Prints the report's path.
     """
     from lora2serve import console
     from lora2serve.parity import files, subjects
