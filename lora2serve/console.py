@@ -51,6 +51,9 @@ class Terminal:
 
     @contextmanager
     def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Advance]:
+        if self.quiet:  # no bar, and no 6 MB for a library of bars
+            yield lambda amount, said="": None
+            return
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -70,7 +73,7 @@ class Terminal:
             TextColumn("{task.fields[said]}"),
         ]
         console = _stderr()
-        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as bars:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
             task = bars.add_task(label, total=total, said="")
             yield lambda amount, said="": bars.update(task, advance=amount, **({"said": said} if said else {}))
 

@@ -27,7 +27,7 @@ from lora2serve import manifest
 from lora2serve.errors import ExportError
 
 CHUNK = 4 << 20  # bytes read back at a time while hashing
-KEPT = 16 << 20  # bytes of one file that wait in memory to be hashed
+KEPT = 4 << 20  # bytes of one file that wait in memory to be hashed
 FLUSH = 64 << 20  # bytes that are sent to the disk together
 _AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2  # linux/fcntl.h, linux/fs.h
 

@@ -65,14 +65,14 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Any = None) -> Path:
     """``llama_model_quantize`` to a preset; ``imatrix``: GGUF tensor -> means."""
     import llama_cpp
 
-    from converters.gguf import types
+    from converters.gguf import llama_child, types
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = types.PRESETS[kind]
-    entries = types._entries(imatrix) if imatrix else None
+    entries = llama_child.entries(imatrix) if imatrix else None
     if entries is not None:
         params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-    with types.quiet_llama() as said:
+    with llama_child.quiet_llama() as said:
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
     assert failed == 0, said.last_error()
     return out

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from converters.gguf import lean  # isort: skip  # noqa: F401 (before whatever imports gguf)
 from converters.gguf import imatrix, lanes, proof
+from converters.gguf.llama import Llama
 from converters.gguf.part import Part
 from converters.gguf.types import NEEDS_IMATRIX, PRESETS
 from lora2serve.errors import ExportError
@@ -54,16 +55,16 @@ class GgufSink:
                 f"--quant {options.quant} needs an importance matrix", "give --imatrix FILE or --calibrate DATA"
             )
         self._options = options
-        with ExitStack() as stack:  # what was opened is closed where the rest is refused
+        with Llama() as llama, ExitStack() as stack:  # what was opened is closed where the rest is refused
             main, *others = self._layouts = lanes.layouts(model, options)
             for layout in self._layouts:
                 stack.callback(layout.close)
             shapes = {tensor.name: tensor.shape for tensor in main.tensors}
             matrix = imatrix.fit(imatrix.read(options.imatrix), shapes) if options.imatrix else None
             rounded = options.match_reference
-            self._parts = [Part(main, matrix, options.tensor_type, match_reference=rounded)]
-            self._parts += [Part(layout, None, match_reference=rounded) for layout in others]
-            self.proof = proof.prove(model, self._parts[0].pretend)
+            self._parts = [Part(main, llama, matrix, options.tensor_type, match_reference=rounded)]
+            self._parts += [Part(layout, llama, None, match_reference=rounded) for layout in others]
+            self.proof = proof.prove(model, self._parts[0].pretend, llama)
             self.files = self._parts[0].lay(out, f"{model.name}-{options.quant}", options.split_size)
             self.projectors = [
                 name for part in self._parts[1:] for name in part.lay(out, f"mmproj-{model.name}-{part.layout.preset}")
@@ -76,8 +77,6 @@ class GgufSink:
             part.write(spec, rows, block)
 
     def finish(self) -> Mapping[str, Any]:
-        for part in self._parts:
-            part.finish()
         return {
             "architecture": self._layouts[0].architecture,
             "file": self.files[0],

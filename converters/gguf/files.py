@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from converters.gguf import ggml
-from converters.gguf.header import ALIGNMENT, NewWriter, Shard, encode
+from converters.gguf.header import ALIGNMENT, Shard
 from converters.gguf.types import Planned
 from lora2serve.output import OutFile, Output
+
+Header = Callable[[Sequence[Planned], Shard | None], bytes]  # the bytes before the data of these tensors
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Files:
     """``split``: the most bytes of tensor data in one file; a larger tensor has a file of its own."""
 
     def __init__(
-        self, out: Output, stem: str, new_writer: NewWriter, tensors: Sequence[Planned], kinds: Mapping[str, str],
+        self, out: Output, stem: str, header: Header, tensors: Sequence[Planned], kinds: Mapping[str, str],
         split: int | None = None,
     ) -> None:  # fmt: skip
         self._kinds = kinds
@@ -38,7 +40,7 @@ class Files:
         )
         for number, (name, group) in enumerate(zip(self.names, groups, strict=True)):
             shard = Shard(number, count, len(tensors)) if count > 1 else None
-            self._lay(out, name, encode(new_writer, group, kinds, shard), group)
+            self._lay(out, name, header(group, shard), group)
 
     def pwrite(self, target: str, row: int, columns: int, data: memoryview) -> None:
         """Encoded rows of one tensor, from that row on."""

@@ -48,9 +48,9 @@ class Native:
 
     def rest(self) -> Iterator[tuple[str, Tensor | bytes]]:
         """Tensors that are computed from the config."""
-        import torch
-
         for name, values in self._extra.items():
+            import torch  # a model without such tensors is planned without torch
+
             yield name, torch.tensor([values])
 
     def new_writer(self, path: Path) -> Any:

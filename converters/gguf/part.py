@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from converters.gguf import ggml, header, types
 from converters.gguf.files import Files, padded, size_of
 from converters.gguf.imatrix import Imatrix
+from converters.gguf.llama import Llama
 from converters.gguf.types import Planned
 from lora2serve.output import Output
 from lora2serve.tensors import BLOCK, TensorSpec
@@ -43,50 +44,60 @@ class Layout(Protocol):
 
 
 class Part:
-    """Planned and refused in the constructor; ``lay`` claims the files."""
+    """Planned and refused in the constructor; ``lay`` claims the files, ``write`` fills them."""
 
     def __init__(
-        self, layout: Layout, imatrix: Imatrix | None, overrides: Sequence[str] = (), *, match_reference: bool = False
-    ) -> None:
+        self, layout: Layout, llama: Llama, imatrix: Imatrix | None, overrides: Sequence[str] = (), *,
+        match_reference: bool = False,
+    ) -> None:  # fmt: skip
         self.layout, self._imatrix, self._match_reference = layout, imatrix, match_reference
         self._shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
-        chosen = types.choose(layout.preset, layout.tensors, self.new_writer, imatrix)
+        chosen = types.choose(layout.preset, layout.tensors, self.new_writer, llama, imatrix)
         self._types = types.override(chosen, overrides)
         types.require_imatrix(self._types, imatrix)
         types.require_whole_blocks(self._types, self._shapes)
         ggml.prepare(set(self._types.values()))
         self._files: Files | None = None
+        self._whole: bytes | None = None  # from the proof until it is laid
 
     def new_writer(self, path: Path) -> Any:
         """The layout's, and what llama-quantize writes about an importance matrix."""
         return header.with_imatrix(self.layout.new_writer(path), self._imatrix)
 
     def lay(self, out: Output, stem: str, split_size: int | None = None) -> list[str]:
-        """Write the headers; the files' names."""
-        self._files = Files(out, stem, self.new_writer, self.layout.tensors, self._types, split_size)
+        """Write the headers, and what comes from no stored tensor; the files' names.
+
+        That often stands first in a file, and nothing can be hashed before it is there.
+        """
+        self._files = Files(out, stem, self._header, self.layout.tensors, self._types, split_size)
+        self._whole = None
+        for target, values in self.layout.rest():
+            if isinstance(values, bytes):
+                self._files.pwrite(target, 0, self._shapes[target][-1], memoryview(values))
+            else:
+                self._put(target, 0, values)
         return self._files.names
 
     def pretend(self, path: Path) -> None:
         """The whole file in one piece, its tensors' data left out (a hole on the disk)."""
-        raw = header.encode(self.new_writer, self.layout.tensors, self._types)
+        raw = self._header(self.layout.tensors, None)
         with path.open("wb") as file:
             file.write(raw)
             file.truncate(len(raw) + sum(padded(size_of(tensor, self._types)) for tensor in self.layout.tensors))
+
+    def _header(self, tensors: Sequence[Planned], shard: header.Shard | None) -> bytes:
+        """The bytes before the data; of the whole file once, as proven and as written: a vocabulary takes its time."""
+        if shard is not None:
+            return header.encode(self.new_writer, tensors, self._types, shard)
+        if self._whole is None:
+            self._whole = header.encode(self.new_writer, tensors, self._types)
+        return self._whole
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
         """Take a block of stored rows."""
         if spec.name in self.layout.wanted:
             for target, first, values in self.layout.targets(spec, rows, block):
                 self._put(target, first, values)
-
-    def finish(self) -> None:
-        """Write what comes from no stored tensor."""
-        assert self._files is not None
-        for target, values in self.layout.rest():
-            if isinstance(values, bytes):
-                self._files.pwrite(target, 0, self._shapes[target][-1], memoryview(values))
-            else:
-                self._put(target, 0, values)
 
     def _put(self, target: str, first: int, values: Tensor) -> None:
         """Rows (n, ne0) of one tensor, encoded a block at a time."""

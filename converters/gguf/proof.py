@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from converters.gguf.types import quiet_llama
+from converters.gguf.llama import Llama
 from converters.gguf.vocab import space_scheme, tokenizer_directory
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
@@ -34,31 +32,29 @@ class Proof:
     adds_bos: bool
 
 
-def prove(model: Model, write: Callable[[Path], None]) -> Proof:
+def prove(model: Model, write: Callable[[Path], None], llama: Llama) -> Proof:
     """Compare ids on the text above and on every special token; ExportError names the first that differs.
 
     ``write`` makes the planned file with its metadata and its tensors' names, types and shapes, but without their data:
     llama.cpp loads it without allocating them, so what its graph cannot take is found now.
     """
-    if find_spec("llama_cpp") is None:
+    if not llama.there:
         return Proof(0, False)  # nothing to ask: the manifest says that no token was compared
-    import llama_cpp
-
-    with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder, quiet_llama() as said:
+    texts = _texts(model)
+    with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder:
         path = Path(folder) / "empty.gguf"
         write(path)
-        params = llama_cpp.llama_model_default_params()
-        params.no_alloc, params.load_mode, params.n_gpu_layers = True, 0, 0  # LLAMA_LOAD_MODE_NONE
-        llama_cpp.llama_backend_init()
-        loaded = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not loaded:
-            raise _not_loaded(said.last_error().removeprefix("llama_model_load: error loading model: "))
-        try:
-            vocab = llama_cpp.llama_model_get_vocab(loaded)
-            compared = _compare(model, lambda text: _tokenize(vocab, text.encode()))
-            return Proof(compared, bool(llama_cpp.llama_vocab_get_add_bos(vocab)))
-        finally:
-            llama_cpp.llama_model_free(loaded)
+        found = llama.tokens(path, texts)
+    if "refused" in found:
+        raise _not_loaded(found["refused"])
+    return Proof(_compare(model, texts, found["ids"]), found["adds_bos"])
+
+
+def _texts(model: Model) -> list[str]:
+    specials = _special_tokens(model)
+    before = specials[0] if specials and space_scheme(model) == "first" else ""  # as in a prompt, which BOS begins
+    texts = [*TEXT.splitlines(keepends=True), TEXT, *specials, f"a {' b '.join(specials)} c"]
+    return [before + text for text in texts]
 
 
 def _not_loaded(why: str) -> ExportError:
@@ -69,26 +65,11 @@ def _not_loaded(why: str) -> ExportError:
     )
 
 
-def _tokenize(vocab: Any, text: bytes) -> list[int]:
-    """llama.cpp's ids, special tokens recognised, none added."""
-    import llama_cpp
-
-    room = len(text) + 8
-    ids = (llama_cpp.llama_token * room)()
-    count = llama_cpp.llama_tokenize(vocab, text, len(text), ids, room, False, True)
-    if count < 0:
-        raise ExportError(f"llama.cpp makes {-count} tokens of {len(text)} bytes", "try another --pre")
-    return list(ids[:count])
-
-
-def _compare(model: Model, theirs: Callable[[str], list[int]]) -> int:
+def _compare(model: Model, texts: Sequence[str], theirs: Sequence[Sequence[int]]) -> int:
+    """How many ids there are, every one of them the same; ExportError with the first that is not."""
     ours = _encoder(model)
-    specials = _special_tokens(model)
-    compared = 0
-    texts = [*TEXT.splitlines(keepends=True), TEXT, *specials, f"a {' b '.join(specials)} c"]
-    before = specials[0] if specials and space_scheme(model) == "first" else ""  # as in a prompt, which BOS begins
-    for text in (before + text for text in texts):
-        expected, got = ours(text), theirs(text)
+    for text, got in zip(texts, theirs, strict=True):
+        expected = ours(text)
         if expected != got:
             place = next(
                 (n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
@@ -98,8 +79,7 @@ def _compare(model: Model, theirs: Callable[[str], list[int]]) -> int:
                 f"expected {expected[place : place + 3]}",
                 "the pre-tokenizer is another one: name it with --pre",
             )
-        compared += len(got)
-    return compared
+    return sum(len(ids) for ids in theirs)
 
 
 def _encoder(model: Model) -> Callable[[str], list[int]]:

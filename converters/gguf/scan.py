@@ -57,16 +57,16 @@ class Cursor:
         raise CheckpointError(f"{self.path}: no sound GGUF file: {problem}", "fetch or export it again")
 
 
-def scan(path: Path) -> None:
-    """Nothing, or CheckpointError with the first thing that is wrong. Reads headers, no tensor data."""
+def scan(path: Path) -> dict[str, str]:
+    """Tensor -> type, in file order; CheckpointError with the first thing that is wrong. Reads no tensor data."""
     with path.open("rb") as file:
         if not path.stat().st_size:
             raise CheckpointError(f"{path}: no sound GGUF file: it is empty", "fetch or export it again")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _scan(Cursor(path, data))
+            return _scan(Cursor(path, data))
 
 
-def _scan(cursor: Cursor) -> None:
+def _scan(cursor: Cursor) -> dict[str, str]:
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
         cursor.fail(f"starts with {magic!r}, expected {MAGIC!r}")
@@ -79,7 +79,7 @@ def _scan(cursor: Cursor) -> None:
     if pairs * 14 > left or tensors * 33 > left:
         cursor.fail(f"{tensors} tensors and {pairs} keys in {left} bytes")
     alignment = _keys(cursor, pairs)
-    _tensors(cursor, tensors, alignment)
+    return _tensors(cursor, tensors, alignment)
 
 
 def _keys(cursor: Cursor, count: int) -> int:
@@ -128,17 +128,17 @@ def _skip(cursor: Cursor, count: int, what: str) -> None:
     cursor.place += count
 
 
-def _tensors(cursor: Cursor, count: int, alignment: int) -> None:
-    """Names, shapes, types and offsets; the data must lie in order, without holes, inside the file."""
+def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
+    """Names and types; the shapes and offsets must have the data in order, without holes, inside the file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    kinds = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType}
-    seen, end = set(), 0
+    kinds = {kind.value: kind for kind in GGMLQuantizationType}
+    found: dict[str, str] = {}
+    end = 0
     for number in range(count):
         name = cursor.text(f"name of tensor {number}", MAX_NAME)
-        if name in seen:
+        if name in found:
             cursor.fail(f"tensor {name} twice")
-        seen.add(name)
         dims = cursor.number("I", f"dimensions of {name}")
         if dims > MAX_DIMS:
             cursor.fail(f"{name}: {dims} dimensions, expected {MAX_DIMS} at most")
@@ -149,7 +149,8 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> None:
         numel = 1
         for length in shape:
             numel *= length
-        elements, size = kinds[kind]
+        found[name] = kinds[kind].name
+        elements, size = GGML_QUANT_SIZES[kinds[kind]]
         if numel > MAX_NUMEL or (shape and shape[0] % elements):
             cursor.fail(f"{name}: shape {shape}, expected rows of a multiple of {elements}")
         if offset != end:
@@ -159,3 +160,4 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> None:
     start = cursor.place + -cursor.place % alignment
     if count and start + end > len(cursor.data):
         cursor.fail(f"tensor data ends at byte {start + end}, but the file has {len(cursor.data)}")
+    return found

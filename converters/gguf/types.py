@@ -1,23 +1,23 @@
 """Which type each tensor of a preset gets: llama.cpp decides.
 
-A shrunken copy of the planned file (the same metadata, the same row lengths, two rows a tensor) goes through
+A shrunken copy of the planned file (its metadata but the vocabulary, its row lengths, two rows a tensor) goes through
 ``llama_model_quantize``, and the types are read back. Rules such as "the 70B gets better attention" then hold
 because it is llama.cpp that applies them, and metadata that it would refuse is found before any work.
 """
 
 from __future__ import annotations
 
-import ctypes
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from converters.gguf import ggml
 from converters.gguf.imatrix import Imatrix
+from converters.gguf.llama import Llama
+from converters.gguf.scan import scan
 from lora2serve.errors import ExportError
 
 # --quant name -> llama.cpp's LLAMA_FTYPE number (include/llama.h)
@@ -30,7 +30,6 @@ PRESETS = {
 NEEDS_IMATRIX = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 PLAIN = ("F32", "F16", "BF16")
 UNIFORM = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # what gguf's numpy code makes where ggml's library is missing
-_keep: list[Any] = []  # a log callback that is collected crashes the library at its next word
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,20 @@ class Planned:
 
 
 def choose(
-    preset: str, tensors: Sequence[Planned], new_writer: Callable[[Path], Any], imatrix: Imatrix | None = None
-) -> dict[str, str]:
+    preset: str, tensors: Sequence[Planned], new_writer: Callable[[Path], Any], llama: Llama,
+    imatrix: Imatrix | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Tensor -> type for a preset; ``new_writer`` makes a GGUFWriter with the file's metadata."""
     fixed = {tensor.name: tensor.source for tensor in tensors if tensor.fixed}
     if preset in PLAIN:
         return {tensor.name: preset if tensor.source in PLAIN[1:] else "F32" for tensor in tensors} | fixed
-    if preset in UNIFORM and find_spec("llama_cpp") is None:
+    if preset in UNIFORM and not llama.there:
         return {tensor.name: _uniform(preset, tensor) for tensor in tensors} | fixed
     with tempfile.TemporaryDirectory(prefix="lora2serve-types-") as folder:
         skeleton, answer = Path(folder) / "skeleton.gguf", Path(folder) / "answer.gguf"
         _write_skeleton(skeleton, tensors, new_writer)
-        _quantize(skeleton, answer, PRESETS[preset], _shrink(imatrix, tensors) if imatrix else None)
-        return _read_types(answer) | fixed
+        _quantize(llama, skeleton, answer, PRESETS[preset], _shrink(imatrix, tensors) if imatrix else None)
+        return scan(answer) | fixed
 
 
 def _uniform(kind: str, tensor: Planned) -> str:
@@ -85,6 +85,8 @@ def _write_skeleton(path: Path, tensors: Sequence[Planned], new_writer: Callable
     from gguf.quants import quant_shape_to_byte_shape
 
     writer = new_writer(path)
+    for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.")]:
+        del writer.kv_data[0][key]  # most of the file, and no rule of a preset asks for it
     for tensor in tensors:
         kind = GGMLQuantizationType[tensor.source]
         shape = tuple(min(2, length) for length in tensor.shape[:-1]) + tensor.shape[-1:]
@@ -100,18 +102,6 @@ def _shrink(imatrix: Imatrix, tensors: Sequence[Planned]) -> dict[str, Any]:
     """The matrix for the skeleton: of stacked experts there are two."""
     found = {tensor.name: imatrix.of(tensor.name, tensor.shape) for tensor in tensors if len(tensor.shape) > 1}
     return {name: values[:2] for name, values in found.items() if values is not None}
-
-
-def _entries(means: Mapping[str, Any]) -> Any:
-    """llama.cpp's own array, ended by an entry without a name."""
-    import llama_cpp
-
-    array = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()
-    for entry, (name, values) in zip(array, means.items(), strict=False):
-        entry.name = name.encode()
-        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        entry.size = values.size
-    return array
 
 
 def require_imatrix(kinds: Mapping[str, str], imatrix: Imatrix | None) -> None:
@@ -147,62 +137,21 @@ def _without_matrix(names: Sequence[str]) -> ExportError:
     )
 
 
-def _quantize(source: Path, out: Path, file_type: int, means: Mapping[str, Any] | None = None) -> None:
-    try:
-        import llama_cpp
-    except ImportError:
+def _quantize(llama: Llama, source: Path, out: Path, file_type: int, means: Mapping[str, Any] | None = None) -> None:
+    if not llama.there:
         raise ExportError(
             "mixed types need llama.cpp's library",
             f"pip install 'lora2serve[gguf]', or take one of {', '.join((*PLAIN, *UNIFORM))}",
-        ) from None
-    with quiet_llama() as said:
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.nthread, params.pure = file_type, 1, False
-        entries = _entries(means) if means else None
-        if entries is not None:
-            params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
-    without = re.search(r"Missing importance matrix for tensor (\S+)", said.last_error())
-    if failed and without:
+        )
+    refused = llama.quantize(source, out, file_type, means or None)
+    without = re.search(r"Missing importance matrix for tensor (\S+)", refused)
+    if without:
         raise _without_matrix([without[1]])
-    if failed:
+    if refused:
         raise ExportError(
-            f"llama.cpp refuses the model's metadata: {said.last_error()}",
+            f"llama.cpp refuses the model's metadata: {refused}",
             "please report this: it is a mistake of the export",
         )
-
-
-def _read_types(path: Path) -> dict[str, str]:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    return {tensor.name: str(tensor.tensor_type.name) for tensor in reader.tensors}
-
-
-class quiet_llama:  # noqa: N801
-    """Keep llama.cpp's words off the terminal while it is used; the last error stays readable."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def __enter__(self) -> quiet_llama:
-        import llama_cpp
-
-        def hear(level: int, text: bytes, data: Any) -> None:
-            if level >= 3:  # GGML_LOG_LEVEL_WARN
-                self._lines.append(text.decode("utf-8", errors="replace").strip())
-
-        _keep.append(llama_cpp.llama_log_callback(hear))
-        llama_cpp.llama_log_set(_keep[-1], ctypes.c_void_p(0))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def last_error(self) -> str:
-        """The last line of warning or error that gives a reason."""
-        told = [line for line in self._lines if line and not line.endswith("failed to load model")]
-        return (told or self._lines or ["no reason given"])[-1]
 
 
 def override(types: Mapping[str, str], wanted: Sequence[str]) -> dict[str, str]:

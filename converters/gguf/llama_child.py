@@ -1,0 +1,118 @@
+"""The process that asks llama.cpp itself: run by llama.py, with nothing of ours imported."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+_keep: list[Any] = []  # a log callback that is collected crashes the library at its next word
+
+
+def quantize(source: str, out: str, file_type: int, means: str | None) -> str:
+    """``llama_model_quantize``; what it says where it fails, else nothing. ``means``: an .npz, tensor -> float32."""
+    import llama_cpp
+    import numpy
+
+    with quiet_llama() as said:
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.nthread, params.pure = file_type, 1, False
+        loaded = dict(numpy.load(means)) if means else {}
+        array = entries(loaded)
+        if means:
+            params.imatrix = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+        failed = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
+    return said.last_error() if failed else ""
+
+
+def tokens(path: str, texts: list[str]) -> dict[str, Any]:
+    """``ids`` of each text, special tokens recognised and none added, and ``adds_bos``; or ``refused``: why not.
+
+    The file needs no tensor data: its tensors are checked against the graph, but not allocated.
+    """
+    import llama_cpp
+
+    with quiet_llama() as said:
+        params = llama_cpp.llama_model_default_params()
+        params.no_alloc, params.load_mode, params.n_gpu_layers = True, 0, 0  # LLAMA_LOAD_MODE_NONE
+        llama_cpp.llama_backend_init()
+        loaded = llama_cpp.llama_model_load_from_file(path.encode(), params)
+    if not loaded:
+        return {"refused": said.last_error().removeprefix("llama_model_load: error loading model: ")}
+    vocab = llama_cpp.llama_model_get_vocab(loaded)
+    ids = [_tokenize(vocab, text.encode()) for text in texts]
+    adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(vocab))
+    llama_cpp.llama_model_free(loaded)
+    return {"ids": ids, "adds_bos": adds_bos}
+
+
+def _tokenize(vocab: Any, text: bytes) -> list[int]:
+    import llama_cpp
+
+    room = len(text) + 8
+    while True:
+        ids = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(vocab, text, len(text), ids, room, False, True)
+        if count >= 0:
+            return list(ids[:count])
+        room = -count  # as many as it needs
+
+
+def entries(means: Mapping[str, Any]) -> Any:
+    """llama.cpp's own array of importances (which stay alive as long as ``means``), ended by one without a name."""
+    import llama_cpp
+
+    array = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()
+    for entry, (name, values) in zip(array, means.items(), strict=False):
+        entry.name = name.encode()
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = values.size
+    return array
+
+
+class quiet_llama:  # noqa: N801
+    """Keep llama.cpp's words off the terminal while it is used; the last error stays readable."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def __enter__(self) -> quiet_llama:
+        import llama_cpp
+
+        def hear(level: int, text: bytes, data: Any) -> None:
+            if level >= 3:  # GGML_LOG_LEVEL_WARN
+                self._lines.append(text.decode("utf-8", errors="replace").strip())
+
+        _keep.append(llama_cpp.llama_log_callback(hear))
+        llama_cpp.llama_log_set(_keep[-1], ctypes.c_void_p(0))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def last_error(self) -> str:
+        """The last line of warning or error that gives a reason."""
+        told = [line for line in self._lines if line and not line.endswith("failed to load model")]
+        return (told or self._lines or ["no reason given"])[-1]
+
+
+def main(asked: int, answers: int) -> None:
+    """One line of JSON for each job, and one with its result, until the parent closes its end."""
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # an assertion's own line is its last word
+    jobs: dict[str, Any] = {"quantize": quantize, "tokens": tokens}
+    with os.fdopen(asked, "rb") as lines, os.fdopen(answers, "wb") as out:
+        for line in lines:
+            given = json.loads(line)
+            try:
+                answer = {"result": jobs[given["job"]](**given["arguments"])}
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            out.write(json.dumps(answer).encode() + b"\n")
+            out.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
