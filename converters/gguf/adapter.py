@@ -7,12 +7,13 @@ module's own scale goes into its B, and alpha is 0: rsLoRA and the rank and alph
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from converters.gguf import architectures, layout
+from converters.gguf.moves import Move, Moves
 from lora2serve.adapter import Adapter, open_adapter
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
@@ -42,12 +43,10 @@ class GgufAdapterSink:
         if model.adapter is None or len(model.lineage.get("adapters") or [0]) != 1:
             raise ExportError("--target gguf-adapter: expected one adapter", "combine them with --combine")
         self._adapter = open_adapter(model.adapter)
-        config = architectures.text_config(model.config)
-        self._architecture = architectures.find(config)
-        specs = {spec.name: spec for spec in model.source.specs()}
-        places = layout.lay_out(list(specs.values()), config, self._architecture)
-        _refuse(self._adapter, places, model)
-        self._targets = {module: places[f"{module}.weight"][0] for module in self._adapter.layers}
+        with Moves(model) as moves:
+            self._architecture = moves.architecture
+            self._moves = {module: moves.of(f"{module}.weight") for module in self._adapter.layers}
+        _refuse(self._adapter, self._moves, model)
         self._out, self.name = out, f"{model.name}-lora.gguf"
 
     def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
@@ -61,7 +60,7 @@ class GgufAdapterSink:
         file = self._out.file(self.name, len(content))
         file.pwrite(content, 0)
         return {
-            "architecture": self._architecture.name,
+            "architecture": self._architecture,
             "file": self.name,
             "use": f"llama-server -m BASE.gguf --lora {self._out.target / self.name}",
         }
@@ -72,28 +71,46 @@ class GgufAdapterSink:
     def _write_file(self, path: Path) -> None:
         from gguf import GGUFWriter
 
-        writer = GGUFWriter(path, self._architecture.name)
+        writer = GGUFWriter(path, self._architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 0.0)
-        for module, place in self._targets.items():
-            a, b = self._factors(module, place)
-            writer.add_tensor(f"{place.target}.lora_a", a.numpy())
-            writer.add_tensor(f"{place.target}.lora_b", b.numpy())
+        for target, parts in _by_target(self._moves).items():
+            a, b = self._factors(parts)
+            writer.add_tensor(f"{target}.lora_a", a.numpy())
+            writer.add_tensor(f"{target}.lora_b", b.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
-    def _factors(self, module: str, place: layout.Place) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank) with the scale in B, rows in the order of the GGUF's own."""
-        parts = self._adapter.layers[module].parts
-        a, b = (self._adapter.tensors.read(parts[kind].name).float() for kind in ("lora_A", "lora_B"))
-        b = b * self._adapter.scale(module, a.shape[0])
-        return a.contiguous(), (layout.permute(b, place.heads) if place.heads else b).contiguous()
+    def _factors(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) of one tensor, the scale in B; modules that were fused lie side by side.
+
+        ``parts``: module -> which of its outputs is in each row of the tensor, -1 for none.
+        """
+        import torch
+
+        above, beside = [], []
+        for module, outputs in parts.items():
+            layer = self._adapter.layers[module].parts
+            a, b = (self._adapter.tensors.read(layer[kind].name).float() for kind in ("lora_A", "lora_B"))
+            above.append(a)
+            ordered = b[outputs.clamp(min=0)] * (outputs >= 0)[:, None]
+            beside.append(ordered * self._adapter.scale(module, a.shape[0]))
+        return torch.cat(above).contiguous(), torch.cat(beside, dim=1).contiguous()
 
 
-def _refuse(adapter: Adapter, places: Mapping[str, Any], model: Model) -> None:
+def _by_target(moves: Mapping[str, Sequence[Move]]) -> dict[str, dict[str, Tensor]]:
+    """GGUF tensor -> the modules that lie in it, and their outputs there."""
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for module, places in moves.items():
+        for move in places:
+            found[move.target][module] = move.outputs
+    return found
+
+
+def _refuse(adapter: Adapter, moves: Mapping[str, Sequence[Move]], model: Model) -> None:
     """Everything that the format cannot hold, at once."""
     problems = [f"{name} was trained in full" for name in adapter.full if not _is_copy(name, adapter, model)]
     if not adapter.is_lora:
@@ -104,7 +121,7 @@ def _refuse(adapter: Adapter, places: Mapping[str, Any], model: Model) -> None:
         extra = sorted(set(layer.parts) - PLAIN)
         if extra:
             problems.append(f"{module}: {', '.join(extra)} has no place in a GGUF adapter")
-        elif f"{module}.weight" not in places:
+        elif not moves[module]:
             problems.append(f"{module}: no such tensor in the GGUF of this model")
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []

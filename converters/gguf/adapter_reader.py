@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.gguf import architectures, layout
+from converters.gguf.moves import Moves
 from converters.gguf.scan import scan
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
@@ -29,30 +29,42 @@ class GgufAdapterReader:
         reader = GGUFReader(path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._alpha = float(reader.fields[ALPHA].contents()) if ALPHA in reader.fields else 0.0
-        config = architectures.text_config(model.config)
         source: Any = model.source
-        specs = {spec.name: spec for spec in source.specs()}
-        places = layout.lay_out(list(specs.values()), config, architectures.find(config))
-        changed = {name: places[name][0] for name in source.changed() if name in places}
-        planned = {f"{place.target}.{part}" for place in changed.values() for part in ("lora_a", "lora_b")}
-        self._source, self._places = source, changed
+        with Moves(model) as moves:
+            self._moves = {name: found for name in source.changed() if (found := moves.of(name))}
+        self._source = source
+        planned = {
+            f"{move.target}.{part}" for found in self._moves.values() for move in found for part in ("lora_a", "lora_b")
+        }
+        rows = {spec.name: spec.rows for spec in source.specs()}
         self.wanted: Mapping[str, int] = {
-            name: specs[name].rows  # heads are permuted: a tensor comes whole
-            for name, place in changed.items()
-            if f"{place.target}.lora_a" in self._tensors and f"{place.target}.lora_b" in self._tensors
+            name: rows[name]  # its outputs may lie in any order: a tensor comes whole
+            for name, found in self._moves.items()
+            if all(f"{move.target}.{part}" in self._tensors for move in found for part in ("lora_a", "lora_b"))
         }
         self.differences = [f"{name}: missing" for name in sorted(planned - self._tensors.keys())]
         self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned)]
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
         """The base's rows with the stored change, beside the planned ones, in the order of the GGUF's rows."""
-        place = self._places[spec.name]
+        import torch
+
         base = self._source.before(spec.name, rows).float()
-        a, b = self._factor(f"{place.target}.lora_a"), self._factor(f"{place.target}.lora_b")
-        if (b.shape[0], a.shape[1]) != tuple(base.shape) or b.shape[1] != a.shape[0]:
-            raise ExportError(f"{place.target}: B {list(b.shape)} and A {list(a.shape)} for {list(base.shape)}")
-        scale = self._alpha / a.shape[0] if self._alpha else 1.0
-        return place.target, _ordered(block, place), _ordered(base, place) + scale * (b @ a)
+        sides: list[tuple[Tensor, Tensor]] = []
+        for move in self._moves[spec.name]:
+            a, b = self._factor(f"{move.target}.lora_a"), self._factor(f"{move.target}.lora_b")
+            if (b.shape[0], a.shape[0]) != (len(move.outputs), b.shape[1]):
+                raise ExportError(
+                    f"{move.target}: B {list(b.shape)} and A {list(a.shape)} for {len(move.outputs)} rows"
+                )
+            mine = move.outputs >= 0
+            change = (self._alpha / a.shape[0] if self._alpha else 1.0) * (b[mine] @ a)
+            before, planned = (values.float().T if move.turned else values.float() for values in (base, block))
+            order = move.outputs[mine]
+            sides.append((planned[order], before[order] + change))
+        names = " and ".join(move.target for move in self._moves[spec.name])
+        planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*sides, strict=True))
+        return names, planned, stored
 
     def _factor(self, name: str) -> Tensor:
         import torch
@@ -61,7 +73,3 @@ class GgufAdapterReader:
         stored = self._tensors[name]
         shape = tuple(int(length) for length in reversed(stored.shape))
         return torch.from_numpy(dequantize(stored.data, stored.tensor_type).reshape(shape).copy()).float()
-
-
-def _ordered(values: Tensor, place: layout.Place) -> Tensor:
-    return (layout.permute(values, place.heads) if place.heads else values).float()

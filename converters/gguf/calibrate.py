@@ -7,11 +7,12 @@ transformers, with the adapter unfolded. As there, the head is left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.gguf import architectures, imatrix, layout
+from converters.gguf import imatrix
+from converters.gguf.moves import Moves
 from lora2serve.errors import ExportError
 from lora2serve.exporter import Model
 from lora2serve.progress import Progress
@@ -45,11 +46,9 @@ def calibrate(model: Model, sequences: Sequence[Sequence[int]], dataset: str, ou
     """Write the matrix of ``model`` on these token ids to ``out``, in llama.cpp's GGUF format."""
     import torch
 
-    config = architectures.text_config(model.config)
     loaded = _load(model)
     sums = Sums()
-    handles = list(_hook(loaded, architectures.find(config), config, sums))
-    if not handles:
+    if not list(_hook(loaded, _targets(model), sums)):
         raise ExportError("--calibrate: found no linear module that GGUF knows", "give --imatrix FILE")
     used = list(_within(sequences, TOKENS))
     with progress.track("calibrate", sum(map(len, used))) as advance, torch.no_grad():
@@ -91,26 +90,37 @@ def _load(model: Model) -> Any:
     return PeftModel.from_pretrained(base, str(model.adapter)).eval()
 
 
-def _hook(loaded: Any, architecture: architectures.Architecture, config: Any, sums: Sums) -> Iterator[Any]:
-    """Hooks on every module whose weight has a place in the GGUF."""
-    import torch
+def _targets(model: Model) -> dict[str, list[str]]:
+    """Module -> the GGUF tensors that its outputs lie in, whose columns are its inputs."""
+    with Moves(model) as moves:
+        found = {spec.name: moves.of(spec.name) for spec in model.source.specs()}
+    return {_known_as(name.removesuffix(".weight")): [move.target for move in made] for name, made in found.items()}
 
-    names = layout.name_map(architecture, config["num_hidden_layers"])
-    seen = set()
+
+def _known_as(path: str) -> str:
+    """A module by one name, in a checkpoint, in transformers and under PEFT."""
+    plain = path.removeprefix("base_model.model.").replace(".base_layer", "").replace("language_model.", "")
+    return plain.removeprefix("model.")
+
+
+def _hook(loaded: Any, targets: Mapping[str, Sequence[str]], sums: Sums) -> Iterator[Any]:
+    """Hooks on every module whose weight has a place in the GGUF; of those that are fused there, one is enough."""
+    seen = {"output.weight", "token_embd.weight"}
     for path, module in loaded.named_modules():
-        name = path.removeprefix("base_model.model.").replace(".base_layer", "").replace("language_model.", "")
+        name = _known_as(path)
         if ".lora_" in name or name in seen:
             continue
-        if isinstance(module, torch.nn.Linear) or hasattr(module, "lora_A"):
-            target = layout.find(names, name)
-            if target and target != "output":
-                seen.add(name)
-                yield module.register_forward_pre_hook(_counter(sums, f"{target}.weight"))
-        elif EXPERTS.fullmatch(name) and getattr(module, "gate_up_proj", None) is not None:
+        found = [] if hasattr(module, "num_embeddings") else targets.get(name, [])
+        experts = EXPERTS.fullmatch(name)
+        if found:
             seen.add(name)
-            layer = EXPERTS.fullmatch(name)
-            assert layer is not None
-            yield module.register_forward_pre_hook(_expert_counter(sums, f"blk.{layer[1]}.ffn"), with_kwargs=True)
+            for target in (target for target in found if target not in seen):
+                seen.add(target)
+                yield module.register_forward_pre_hook(_counter(sums, target))
+        elif experts and getattr(module, "gate_up_proj", None) is not None:
+            seen.add(name)
+            prefix = f"blk.{experts[1]}.ffn"
+            yield module.register_forward_pre_hook(_expert_counter(sums, prefix), with_kwargs=True)
 
 
 def _counter(sums: Sums, target: str) -> Any:

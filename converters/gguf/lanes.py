@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import lcm
+from pathlib import Path
 from typing import Any
 
 from converters.gguf import tree
@@ -21,16 +22,37 @@ def layouts(model: Model, options: Any) -> list[Layout]:
 
     ``options`` is a GgufOptions.
     """
-    name = (model.config.get("architectures") or ["none"])[0]
-    if name in ARCHITECTURES:
+    if is_native(model):
         return [Native(model, options)]
-    there = tree.converter()
-    if there is None or name not in tree.known(there):
-        raise tree.refuse(name, sorted(ARCHITECTURES), there)
+    name, there = _architecture(model), _converter(model)
     found: list[Layout] = [Upstream(model, options, there)]
     if name in tree.known(there, projector=True) and any(model.config.get(key) for key in SENSES):
         found.append(Upstream(model, options, there, projector=True))
     return found
+
+
+def is_native(model: Model) -> bool:
+    """Whether the model is of a family in our tables."""
+    return _architecture(model) in ARCHITECTURES
+
+
+def upstream(model: Model) -> Upstream:
+    """The model's 16-bit file as llama.cpp's converter lays it out, whether or not the family is in our tables."""
+    from converters.gguf import GgufOptions
+
+    return Upstream(model, GgufOptions(quant="F16"), _converter(model))
+
+
+def _architecture(model: Model) -> str:
+    return str((model.config.get("architectures") or ["none"])[0])
+
+
+def _converter(model: Model) -> Path:
+    """llama.cpp's converter; ExportError where there is none, or it does not know the model either."""
+    name, there = _architecture(model), tree.converter()
+    if there is None or name not in tree.known(there):
+        raise tree.refuse(name, sorted(ARCHITECTURES), there)
+    return there
 
 
 def together(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -42,20 +42,20 @@ class Upstream:
         self.architecture: str = plan["architecture"]
         self._keys = plan["keys"]
         self.tensors: Sequence[Planned] = [_planned(found) for found in plan["tensors"]]
-        self._places: dict[str, list[Place]] = defaultdict(list)
+        self.places: dict[str, list[Place]] = defaultdict(list)  # of tensors whose rows stay as they are
         self._made: dict[str, list[str]] = defaultdict(list)  # the last source of a computed tensor -> the tensor
         self._rest: dict[str, Any] = {}
         self._sort(plan["tensors"])
         self.wanted: Mapping[str, int] = {
-            name: max(1, spec.rows) if name in self._made else together(spec, self._places[name])
+            name: max(1, spec.rows) if name in self._made else together(spec, self.places[name])
             for name, spec in self._specs.items()
-            if name in self._made or name in self._places
+            if name in self._made or name in self.places
         }
 
     def targets(self, spec: TensorSpec, rows: slice, block: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """(tensor, first row, rows) for each part of the file that a block of stored rows completes."""
         values = self._given(spec.name, block)
-        for place in self._places.get(spec.name, ()):
+        for place in self.places.get(spec.name, ()):
             yield place.target, *rows_of(place, spec, rows, values)
         for target in self._made.get(spec.name, ()):
             made = self._talk.make(target, {spec.name: values})
@@ -135,7 +135,7 @@ class Upstream:
         for found in tensors:
             target, shape = found["name"], tuple(found["shape"])
             for source, first in found.get("straight", ()):
-                self._places[source].append(Place(target, shape, first))
+                self.places[source].append(Place(target, shape, first))
             if found.get("sources"):
                 self._made[max(found["sources"], key=order.__getitem__)].append(target)
             elif not found.get("straight"):

@@ -171,8 +171,9 @@ class Child:
         if source_of(inner):
             yield source_of(inner), 0
             return
-        parts = inner._args[0] if inner._func in (torch.stack, torch.cat) and inner._args else ()
-        axis = [*inner._args[1:], *inner._kwargs.values()]
+        if inner._func not in (torch.stack, torch.cat) or not inner._args:
+            return  # before a look at the rest: to compare a lazy tensor is to read it
+        parts, axis = inner._args[0], [*inner._args[1:], *inner._kwargs.values()]
         if axis in ([], [0]) and all(source_of(part) for part in parts) and self._rows_alike(parts):
             first = 0
             for part in parts:

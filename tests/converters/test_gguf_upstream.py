@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from converters.gguf import tree
+from converters.gguf import imatrix, tree
+from converters.gguf.adapter_reader import GgufAdapterReader
+from lora2serve.checkpoint import SafetensorsFiles
 from lora2serve.cli import run
-from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
+from lora2serve.model import Choice, open_adapters
+from tests.converters.test_gguf_adapter import by_llama_cpp, exported, nmse
 from tests.converters.test_gguf_families import (
     CARD,
     DEMO,
@@ -30,6 +33,7 @@ from tests.converters.test_gguf_families import (
     sentencepiece_tokenizer,
     upstream,
 )
+from tests.sight import seen
 from tests.tiny import make_adapter, make_model
 from tests.upstream import convert, llama_cpp_dir
 
@@ -110,6 +114,66 @@ def test_an_adapter_is_folded(root: Path, tmp_path: Path) -> None:
     file = export(adapter, tmp_path / "out", "--base", str(base), "-q", "F16")
     assert nmse(by_llama_cpp(file), expected) < 1e-5
     assert nmse(by_transformers(base), expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("falcon", ["query_key_value", "dense"]),  # heads in another order
+        ("gpt-2", ["c_attn", "c_proj", "c_fc"]),  # stored as (in, out)
+        pytest.param("gemma", ["q_proj", "k_proj", "down_proj"], marks=pytest.mark.slow),
+        pytest.param("gpt-neox", ["query_key_value", "dense_h_to_4h"], marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapter_beside_its_base(root: Path, tmp_path: Path, name: str, modules: list[str]) -> None:
+    """The adapter alone as GGUF, on the base's: as PEFT answers. The base without it, the control, is far off."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = model_of(root, name)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=modules, std=0.1)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        ids = torch.tensor([list(range(20, 90))])
+        expected = PeftModel.from_pretrained(plain, adapter)(ids).logits[0].double().numpy()
+    alone = export(base, tmp_path / "base", "-q", "F32")
+    beside = exported(tmp_path / "out", adapter, "--base", base, "-t", "gguf-adapter")
+    assert nmse(by_llama_cpp(alone, beside), expected) < 1e-5
+    assert nmse(by_llama_cpp(alone), expected) > 1e-3
+    model = open_adapters([adapter], base, str(base), Choice())
+    reader = GgufAdapterReader(beside.parent, {}, model)
+    assert reader.differences == []
+    assert set(reader.wanted) == set(model.source.changed())
+    for spec in model.source.specs():
+        if spec.name in reader.wanted:
+            _, planned, stored = reader.pair(spec, slice(0, spec.rows), model.source.read(spec.name))
+            assert torch.allclose(planned, stored, atol=1e-6)
+
+
+def test_a_plan_reads_no_weights(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a tensor that the converter computes either; the export itself, the control, reads them."""
+    seen: list[str] = []
+    fill = SafetensorsFiles._fill
+    monkeypatch.setattr(
+        SafetensorsFiles, "_fill",
+        lambda self, item, view, offset: (seen.append(item.spec.name), fill(self, item, view, offset))[1],
+    )  # fmt: skip
+    words = ["export", str(model_of(root, "falcon")), "-t", "gguf", "-q", "F16", "-o", str(tmp_path)]
+    assert run([*words, "--plan"]) == 0
+    assert seen == []
+    assert run(words) == 0
+    assert "transformer.h.0.self_attention.query_key_value.weight" in seen
+
+
+def test_a_matrix_for_another_family(root: Path, tmp_path: Path) -> None:
+    """``--calibrate``: every matrix but head and embedding has its importance, fused ones too."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"The square of {n} is {n * n}."}) + "\n" for n in range(20)))
+    file = export(model_of(root, "falcon"), tmp_path / "out", "-q", "IQ3_XXS", "--calibrate", str(data))
+    means = imatrix.read(tmp_path / "out" / "imatrix.gguf").means
+    kinds = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+    assert set(means) == {f"blk.{layer}.{kind}.weight" for layer in range(2) for kind in kinds}
+    assert np.isfinite(by_llama_cpp(file)).all()
 
 
 def test_refused_before_the_first_byte(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -227,11 +291,15 @@ def multimodal(root: Path, kind: str) -> Path:
     config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, **extra)
     model = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
+    for name, weight in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # zero in a fresh model: no image would make a difference
+            torch.nn.init.normal_(weight, std=0.02)
     model.save_pretrained(path)
     dress(path, by=2)
     told = {
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
+        "image_seq_length": 4,
         "min_pixels": 3136,
         "max_pixels": 12544,
         "size": {"shortest_edge": 3136, "longest_edge": 12544},
@@ -251,9 +319,24 @@ def as_on_the_hub(model: Path, out: Path) -> Path:
     return out
 
 
+def image_rows(loaded: Any, kind: str, pixels: np.ndarray) -> np.ndarray:
+    """What transformers' vision tower and projector make of an image: (n, hidden)."""
+    values = torch.tensor((pixels / 255 - 0.5) / 0.5, dtype=torch.float32).permute(2, 0, 1)[None]
+    grid = {}
+    if kind == "qwen2_vl":  # patches of 14 in groups of 2 by 2, each the same image twice
+        side = pixels.shape[0] // 14
+        grid = {"image_grid_thw": torch.tensor([[1, side, side]])}
+        cut = values.reshape(3, side // 2, 2, 14, side // 2, 2, 14).permute(1, 4, 2, 5, 0, 3, 6)
+        values = cut.reshape(side * side, 3, 1, 14 * 14).expand(-1, -1, 2, -1).reshape(side * side, -1)
+    with torch.no_grad():
+        found = loaded.model.get_image_features(pixel_values=values, **grid).pooler_output
+    rows = found[0] if isinstance(found, (tuple, list)) else found
+    return rows.reshape(-1, rows.shape[-1]).double().numpy()
+
+
 @pytest.mark.parametrize("kind", ["qwen2_vl", "gemma3"])
 def test_multimodal(root: Path, tmp_path: Path, kind: str) -> None:
-    """The text model answers as transformers' does; the projector is upstream's, byte for byte."""
+    """The text model answers as transformers' does and sees an image as there; the projector is upstream's own."""
     from transformers import AutoModelForImageTextToText
 
     model = multimodal(root, kind)
@@ -265,6 +348,11 @@ def test_multimodal(root: Path, tmp_path: Path, kind: str) -> None:
     assert nmse(got, expected) < 3e-5  # upstream's own file of Qwen2-VL, the same bytes, is at 1.3e-5, at F32 too
     assert nmse(got[::-1], expected) > 0.01
     (projector,) = file.parent.glob("mmproj-*.gguf")
+    side = 56 if kind == "gemma3" else 112  # pixels: a size that neither scales
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    rows, shown = seen(file, projector, pixels, tmp_path), image_rows(loaded, kind, pixels)
+    assert nmse(rows, shown) < 1e-5
+    assert nmse(rows[::-1], shown) > 0.01
     keys, tensors = read(projector)
     their_keys, theirs = read(convert(as_on_the_hub(model, tmp_path / "hub"), tmp_path / "theirs.gguf", "--mmproj"))
     assert [name for name in theirs if tensors.get(name) != theirs[name]] == []
