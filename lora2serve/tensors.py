@@ -19,7 +19,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 FLOATS: frozenset[DType] = frozenset({"F64", "F32", "F16", "BF16"})
 
 ALL = slice(None)
-BLOCK = 1 << 18  # elements in one block: 1 MiB in float32, as fast as any of 2^18 to 2^22, and the smallest
+BLOCK = 1 << 18  # elements in one block, 1 MiB in float32: 2^19 is 5 % faster and takes 20 MB more
 
 
 def itemsize(dtype: DType) -> int:

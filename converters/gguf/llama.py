@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("llama_child.py")
 
 
 class Llama:
-    """Starts with the first question. A context manager: leaving it ends the process."""
+    """A context manager: entering it starts the process, which imports while we plan; leaving it ends it."""
 
     def __init__(self) -> None:
         self.there = find_spec("llama_cpp") is not None
@@ -25,6 +25,9 @@ class Llama:
         self._child: Child | None = None
 
     def __enter__(self) -> Llama:
+        if self.there:
+            log = Path(self._folder.name) / "log"
+            self._child = Child("llama.cpp", [sys.executable, "-P", str(SCRIPT)], [], log, limit=None)
         return self
 
     def __exit__(
@@ -49,9 +52,7 @@ class Llama:
         return dict(self._call("tokens", path=path, texts=list(texts)))
 
     def _call(self, job: str, **arguments: Any) -> Any:
-        log = Path(self._folder.name) / "log"
-        if self._child is None:
-            self._child = Child("llama.cpp", [sys.executable, "-P", str(SCRIPT)], [], log, limit=None)
+        assert self._child is not None
         try:
             return self._child.call(job, **arguments)
         except EngineError as error:  # its log goes with us: what it says is in the message

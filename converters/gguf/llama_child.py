@@ -102,6 +102,8 @@ class quiet_llama:  # noqa: N801
 def main(asked: int, answers: int) -> None:
     """One line of JSON for each job, and one with its result, until the parent closes its end."""
     os.environ["GGML_NO_BACKTRACE"] = "1"  # an assertion's own line is its last word
+    import llama_cpp  # noqa: F401 (while the parent plans)
+
     jobs: dict[str, Any] = {"quantize": quantize, "tokens": tokens}
     with os.fdopen(asked, "rb") as lines, os.fdopen(answers, "wb") as out:
         for line in lines:
@@ -116,3 +118,4 @@ def main(asked: int, answers: int) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]))
+    os._exit(0)  # the parent waits, and there is nothing left to tidy
