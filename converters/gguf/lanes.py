@@ -37,7 +37,7 @@ def is_native(model: Model) -> bool:
 
 
 def upstream(model: Model) -> Upstream:
-    """The model's 16-bit file as llama.cpp's converter lays it out, whether or not the family is in our tables."""
+    """The model's 16-bit file as llama.cpp's converter lays it out."""
     from converters.gguf import GgufOptions
 
     return Upstream(model, GgufOptions(quant="F16"), _converter(model))

@@ -64,9 +64,14 @@ class Moves:
             return []
         places = self._places.get(name, ())
         if all(_is_plain(place, spec) for place in places):
-            found = [_moved(place, spec) for place in places]
-            return found or list(self._probe(spec))
+            return [_moved(place, spec) for place in places] or self._probed(spec)
         return []
+
+    def _probed(self, spec: TensorSpec) -> list[Move]:
+        """All of its moves, or none where an output is nowhere: half an adapter would answer, and wrongly."""
+        found = list(self._probe(spec))
+        there = {output for move in found for output in move.outputs.tolist()} - {-1}
+        return found if found and len(there) == spec.shape[1 if found[0].turned else 0] else []
 
     def _probe(self, spec: TensorSpec) -> Iterator[Move]:
         import torch

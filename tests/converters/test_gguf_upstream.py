@@ -17,9 +17,11 @@ import torch
 
 from converters.gguf import imatrix, tree
 from converters.gguf.adapter_reader import GgufAdapterReader
+from converters.gguf.moves import Moves
+from converters.gguf.upstream import Upstream
 from lora2serve.checkpoint import SafetensorsFiles
 from lora2serve.cli import run
-from lora2serve.model import Choice, open_adapters
+from lora2serve.model import Choice, open_adapters, open_plain
 from tests.converters.test_gguf_adapter import by_llama_cpp, exported, nmse
 from tests.converters.test_gguf_families import (
     CARD,
@@ -148,6 +150,21 @@ def test_an_adapter_beside_its_base(root: Path, tmp_path: Path, name: str, modul
         if spec.name in reader.wanted:
             _, planned, stored = reader.pair(spec, slice(0, spec.rows), model.source.read(spec.name))
             assert torch.allclose(planned, stored, atol=1e-6)
+
+
+def test_half_an_adapter_is_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix that leaves no trace, or only one of its halves, has no place; as it really is, the control, it has."""
+    base = model_of(root, "falcon")
+    model = open_plain(base, str(base), Choice())
+    name = "transformer.h.0.self_attention.query_key_value.weight"
+    targets = Upstream.targets
+    with Moves(model) as moves:
+        (move,) = moves.of(name)
+        assert sorted(move.outputs.tolist()) == list(range(512))
+        for kept in (0, 256):
+            lost = lambda *given, kept=kept: ((t, n, v[:kept]) for t, n, v in targets(*given))  # noqa: E731
+            monkeypatch.setattr(Upstream, "targets", lost)
+            assert moves.of(name) == []
 
 
 def test_a_plan_reads_no_weights(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
