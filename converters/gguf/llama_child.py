@@ -20,9 +20,9 @@ def quantize(source: str, out: str, file_type: int, means: str | None) -> str:
     with quiet_llama() as said:
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.nthread, params.pure = file_type, 1, False
-        loaded = dict(numpy.load(means)) if means else {}
-        array = entries(loaded)
         if means:
+            loaded = dict(numpy.load(means))  # alive until the call is done, as the array of pointers into it
+            array = entries(loaded)
             params.imatrix = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
         failed = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
     return said.last_error() if failed else ""

@@ -35,9 +35,7 @@ class Upstream:
         self._specs = {spec.name: spec for spec in model.source.specs()}
         self.preset = options.quant if options.quant in PLAIN or not projector else "F16"
         with _folder(model) as folder:
-            self._talk = Conversation(
-                tree, self._question(folder), lambda name: self._given(name, model.source.read(name))
-            )
+            self._talk = Conversation(tree, self._question(folder), self._read)
             plan = self._talk.plan()
         self.architecture: str = plan["architecture"]
         self._keys = plan["keys"]

@@ -102,17 +102,23 @@ def test_same_logits_and_bytes(root: Path, tmp_path: Path, name: str) -> None:
     assert differences(keys, their_keys) == {}
 
 
-def test_an_adapter_is_folded(root: Path, tmp_path: Path) -> None:
-    """The lane reads the merged model; the base alone, the control, is far off. Nothing else is written to disk."""
+def by_peft(base: Path, adapter: Path) -> np.ndarray:
+    """The logits of base and adapter on the ids that ``by_llama_cpp`` is given."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = model_of(root, "falcon")
-    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query_key_value", "dense"], std=0.1)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         ids = torch.tensor([list(range(20, 90))])
-        expected = PeftModel.from_pretrained(plain, adapter)(ids).logits[0].double().numpy()
+        found: np.ndarray = PeftModel.from_pretrained(plain, adapter)(ids).logits[0].double().numpy()
+    return found
+
+
+def test_an_adapter_is_folded(root: Path, tmp_path: Path) -> None:
+    """The lane reads the merged model; the base alone, the control, is far off. Nothing else is written to disk."""
+    base = model_of(root, "falcon")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query_key_value", "dense"], std=0.1)
+    expected = by_peft(base, adapter)
     file = export(adapter, tmp_path / "out", "--base", str(base), "-q", "F16")
     assert nmse(by_llama_cpp(file), expected) < 1e-5
     assert nmse(by_transformers(base), expected) > 1e-3
@@ -129,15 +135,9 @@ def test_an_adapter_is_folded(root: Path, tmp_path: Path) -> None:
 )
 def test_an_adapter_beside_its_base(root: Path, tmp_path: Path, name: str, modules: list[str]) -> None:
     """The adapter alone as GGUF, on the base's: as PEFT answers. The base without it, the control, is far off."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     base = model_of(root, name)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=modules, std=0.1)
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with torch.no_grad():
-        ids = torch.tensor([list(range(20, 90))])
-        expected = PeftModel.from_pretrained(plain, adapter)(ids).logits[0].double().numpy()
+    expected = by_peft(base, adapter)
     alone = export(base, tmp_path / "base", "-q", "F32")
     beside = exported(tmp_path / "out", adapter, "--base", base, "-t", "gguf-adapter")
     assert nmse(by_llama_cpp(alone, beside), expected) < 1e-5
