@@ -26,6 +26,7 @@ def lora2serve(*words: str | Path, cwd: Path, code: int = 0) -> str:
         [sys.executable, "-m", "lora2serve", *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False
     )
     assert done.returncode == code, f"lora2serve {words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "nanobind: leaked" not in done.stderr, "a library's words at the end of the process reach the user"
     return done.stdout
 
 
