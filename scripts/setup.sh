@@ -60,16 +60,29 @@ else
 fi
 
 # llama-cpp-python is built from source: about six minutes on two cores. Once: the wheel is kept, for other clones
-# and for a new .venv, also where pip itself keeps no cache.
+# and for a new .venv, also where pip itself keeps no cache. It is made for this processor, and so is its folder.
 llama="llama-cpp-python==0.3.36"
-wheels=${XDG_CACHE_HOME:-$HOME/.cache}/lora2serve/wheels
+gcc_before() { [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ] && [ "$1" != "$2" ]; }
+release=$(gcc -dumpfullversion 2>/dev/null || echo 99)
+case ${release%%.*} in
+    11) mended=11.5 ;; 12) mended=12.4 ;; 13) mended=13.3 ;; 14) mended=14.1 ;; *) mended=11 ;;
+esac
+if grep -qs amx_tile /proc/cpuinfo && gcc_before "$release" "$mended"; then
+    # Its bug 114098: half of the configuration of AMX's tiles is optimised away, and the first product of a quantised
+    # weight ends the process.
+    say "gcc $release has a bug in AMX, mended in $mended: building llama.cpp without AMX"
+    without="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    export CFLAGS="${CFLAGS:-} $without" CXXFLAGS="${CXXFLAGS:-} $without"
+fi
+made_for=$({ grep -sm1 '^flags' /proc/cpuinfo || uname -m; echo "${CFLAGS:-} ${CMAKE_ARGS:-}"; } | sha256sum | cut -c 1-12)
+wheels=${XDG_CACHE_HOME:-$HOME/.cache}/lora2serve/wheels/$made_for
 if [ "$("$python" -c 'from importlib.metadata import version; print(version("llama-cpp-python"))' 2>/dev/null)" != "${llama#*==}" ]; then
     mkdir -p "$wheels"
     if ! pip install --quiet --no-deps --no-index --only-binary :all: --find-links "$wheels" "$llama" >/dev/null 2>&1; then
         command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
             fail "llama-cpp-python is built from source and needs a C++ compiler; on Debian and Ubuntu: apt install build-essential cmake"
         say "building $llama; this takes some minutes, once"
-        pip wheel --quiet --no-deps --wheel-dir "$wheels" "$llama"
+        pip wheel --quiet --no-cache-dir --no-deps --wheel-dir "$wheels" "$llama"  # pip's cache knows nothing of flags
     fi
 fi
 pip install --find-links "$wheels" --editable ".[train,gguf,$engine,dev]"
