@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-slow test-gpu test-hub test-ollama lint bench-merge bench-gguf bench-vllm wheel clean
+.PHONY: help setup demo test test-slow test-gpu test-hub test-ollama lint bench-merge bench-gguf bench-train bench-vllm wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,7 +28,7 @@ test-slow: $(READY)  ## Run the slow tests too.
 	$(PYTEST) -m "not gpu and not hub and not ollama" $(ARGS)
 
 test-gpu: $(READY)  ## Run the tests that need an NVIDIA GPU.
-	$(PYTEST) -m gpu $(ARGS)
+	$(PYTEST) -m gpu tests/gpu $(ARGS)
 
 test-hub: $(READY)  ## Run the tests against the real Hub (needs HF_TOKEN).
 	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m hub $(ARGS)
@@ -46,6 +46,9 @@ bench-merge: $(READY)  ## Time the merge beside cp and PEFT.
 
 bench-gguf: $(READY)  ## Time the GGUF export beside the usual chain.
 	$(BIN)/python -m benchmarks.gguf
+
+bench-train: $(READY)  ## Time QLoRA on an NVIDIA GPU beside TRL by hand.
+	$(BIN)/python -m benchmarks.train
 
 bench-vllm: $(READY)  ## Time the quantised exports beside the 16-bit one.
 	$(BIN)/python -m benchmarks.vllm

@@ -15,7 +15,7 @@ from lora2serve.exporter import Model
 from lora2serve.merge import Merged
 from lora2serve.origin import origin, short_name
 from lora2serve.progress import Progress
-from lora2serve.round_trip import RoundTrip
+from lora2serve.round_trip import Quantization, RoundTrip
 from lora2serve.run import Run
 from lora2serve.side_files import side_files
 from lora2serve.tensors import DType, Source
@@ -46,15 +46,8 @@ def open_run(run: Run, base: Path, choice: Choice, progress: Progress) -> Model:
     merge_base, why = decide_merge_base(record, choice.merge_base)
     progress.note(f"folding onto the {merge_base} base: {why}")
     source: Source = Dequantized(checkpoint)
-    quantization = record.get("quantization")
-    if merge_base == "trained" and quantization and not checkpoint.config.get("quantization_config"):
-        source = RoundTrip(
-            source,
-            quantization["modules"],
-            quantization["type"],
-            quantization["block_size"],
-            quantization["double_quant"],
-        )
+    if merge_base == "trained" and record.get("quantization") and not checkpoint.config.get("quantization_config"):
+        source = RoundTrip(source, Quantization.of(record))
     lineage = {
         "run": run.name,
         "base": record.get("base") or identity(base),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lora2serve.checkpoint import Checkpoint
 from lora2serve.dequantize import Dequantized
 from lora2serve.errors import CheckpointError
-from lora2serve.round_trip import RoundTrip
+from lora2serve.round_trip import Quantization, RoundTrip
 from tests.folding import export_merged, stored, worst_ulp
 from tests.tiny import load_model, make_adapter, make_model, merged_by_peft
 
@@ -112,7 +112,7 @@ def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: 
     )
     oracle = by_bitsandbytes(model)
     modules = [name.removesuffix(".weight") for name in oracle]
-    source = RoundTrip(Dequantized(Checkpoint(base)), modules, kind, 64, double)
+    source = RoundTrip(Dequantized(Checkpoint(base)), Quantization(modules, kind, 64, double, "F32", on_gpu=False))
     plain = stored(base)
     for spec in source.specs():
         expected = oracle.get(spec.name, plain[spec.name]).float()
@@ -125,7 +125,7 @@ def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: 
 
 def test_round_trip_of_another_base(base: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no\.such\.weight: quantised in training, but not in this base"):
-        RoundTrip(Dequantized(Checkpoint(base)), ["no.such"], "nf4", 64, True)
+        RoundTrip(Dequantized(Checkpoint(base)), Quantization(["no.such"], "nf4", 64, True, "F32", on_gpu=False))
 
 
 def test_merge_onto_a_four_bit_checkpoint(base: Path, tmp_path: Path) -> None:
