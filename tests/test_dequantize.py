@@ -16,6 +16,7 @@ from lora2serve.checkpoint import Checkpoint
 from lora2serve.dequantize import Dequantized
 from lora2serve.errors import CheckpointError
 from lora2serve.round_trip import Quantization, RoundTrip
+from lora2serve.tensors import DType
 from tests.folding import export_merged, stored, worst_ulp
 from tests.tiny import load_model, make_adapter, make_model, merged_by_peft
 
@@ -121,6 +122,22 @@ def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: 
     assert not torch.equal(oracle[f"{modules[0]}.weight"], plain[f"{modules[0]}.weight"].float()), (
         "the control: it is lossy"
     )
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_round_trip_of_a_base_that_was_loaded_in_another_type(tmp_path: Path, on_gpu: bool) -> None:
+    """A float16 base is bfloat16 on a GPU before it is quantised: rounded twice."""
+    stored_half = make_model(tmp_path / "half", dtype=torch.float16)
+    as_loaded = load_model(stored_half, torch.bfloat16)
+    as_loaded.save_pretrained(tmp_path / "loaded")
+    name = "model.layers.0.self_attn.q_proj"
+
+    def read(path: Path, dtype: DType) -> torch.Tensor:
+        how = Quantization([name], "nf4", 64, True, dtype, on_gpu)
+        return RoundTrip(Dequantized(Checkpoint(path)), how).read(f"{name}.weight")
+
+    assert torch.equal(read(stored_half, "BF16"), read(tmp_path / "loaded", "BF16"))
+    assert not torch.equal(read(stored_half, "F16"), read(tmp_path / "loaded", "BF16")), "the control"
 
 
 def test_round_trip_of_another_base(base: Path) -> None:
