@@ -192,7 +192,7 @@ def main(arguments: Sequence[str]) -> None:
             found = {**made, "limit": round(card["flops"] / (6 * made["parameters"]))}  # tokens a second
             result["models"][size] = {**found, "ours": child("ours", root), "peer": child("peer", root)}
             shutil.rmtree(root)
-    (ROOT / "benchmarks" / "train.json").write_text(json.dumps(result, indent=2) + "\n")
+            (ROOT / "benchmarks" / "train.json").write_text(json.dumps(result, indent=2) + "\n")  # what is known so far
     print("\n".join(table(result)))
 
 

@@ -84,10 +84,16 @@ def load_base(path: Path, recipe: TrainRecipe, where: Device) -> Any:
 
 
 def prepare(model: Any, *, checkpointing: bool) -> Any:
-    """The base, frozen and ready to carry an adapter: norms, embeddings and head of a quantised one in float32."""
+    """The base, ready to carry an adapter.
+
+    What a quantised base keeps in 16 bits (norms, embeddings, head) goes to float32 where that is float16, whose range
+    it may leave. In bfloat16 it stays: autocast would round a float32 head back at every step, and both take as much
+    memory again as the 4-bit weights where the vocabulary is large.
+    """
+    import torch
     from peft import prepare_model_for_kbit_training
 
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) and model.dtype != torch.bfloat16:
         return prepare_model_for_kbit_training(
             model,
             use_gradient_checkpointing=checkpointing,

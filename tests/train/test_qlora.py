@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lora2serve.dequantize import Dequantized
 from lora2serve.run import Run
 from lora2serve.train import model as models
+from lora2serve.train import trainer
 from tests.train.runs import DEMO, Told, fit, logged, recipe_file
 
 
@@ -215,6 +216,36 @@ def test_compute_type_by_device(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
     where = models.device()
     assert (where.name, where.dtype) == expected
+
+
+def test_bfloat16_as_on_a_gpu(
+    trained: tuple[Run, Told], chats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The type that a GPU computes in, on this CPU: the same losses as in float32, to what bfloat16 can tell apart."""
+    monkeypatch.setattr(trainer, "device", lambda: models.Device("cpu", "bfloat16"))
+    run, _, _ = fit(recipe_file(tmp_path, DEMO / "base", chats, steps=12, eval_steps=4))
+    assert run.record["quantization"]["compute_dtype"] == "bfloat16"
+    loss, expected = logged(run), logged(trained[0])
+    for step, value in expected.items():
+        assert loss[step] == pytest.approx(value, abs=0.05), step
+    assert loss != expected, "the control: it was another type"
+    for name in ("base", "tuned", "tuned_on_original"):
+        found, known = run.record["metrics"][name]["eval_loss"], trained[0].record["metrics"][name]["eval_loss"]
+        assert found == pytest.approx(known, abs=0.03), name
+    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert not any(torch.equal(t, t.bfloat16().float()) for t in tensors.values()), "never rounded to bfloat16"
+
+
+@pytest.mark.parametrize(("computed", "kept"), [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
+def test_what_is_not_quantised_takes_no_more_memory_than_it_needs(computed: str, kept: torch.dtype) -> None:
+    from lora2serve.recipe import TrainRecipe
+
+    base = models.load_base(DEMO / "base", TrainRecipe(), models.Device("cpu", computed))
+    model = models.prepare(base, checkpointing=True)
+    norms = [module.weight for name, module in model.named_modules() if name.endswith("norm")]
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight, *norms):
+        assert weight.dtype == kept
 
 
 def test_compute_type_reaches_bitsandbytes(trained: tuple[Run, Told], small: Path) -> None:
