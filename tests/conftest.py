@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from tests.ollama_server import OllamaServer
 # the same examples in every run: a red build is red again; `--hypothesis-profile default` draws new ones
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+# a shell that starts the tests in the background has them ignore Ctrl-C, and every child with them
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def lora2serve(*words: str | Path, cwd: Path, code: int = 0) -> str:
