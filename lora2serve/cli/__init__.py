@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import sys
 import traceback
@@ -65,6 +66,7 @@ for command in (init, train, export, parity, serve, push, pull_check, inspect, d
 def main(args: Sequence[str] | None = None) -> None:
     """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
     given = list(sys.argv[1:] if args is None else args)
+    gc.set_threshold(100_000, 20)  # importing torch makes a million objects that stay: not looked through every 700
     if not VERBOSE & set(given):
         # What the libraries have to say is not about the user's input; ours goes through Progress.
         logging.disable(logging.WARNING)
