@@ -37,7 +37,7 @@ class Quantization:
             told["block_size"],
             told["double_quant"],
             DTYPE_NAMES[told["compute_dtype"]],
-            record["device"] == "cuda",
+            record.get("device") == "cuda",
         )
 
 
@@ -75,6 +75,15 @@ class RoundTrip:
         aligned = self._aligned(spec, start, stop)
         codes, _ = self._quantize(self.base.read(name, aligned))
         return self._dequantize(spec, codes, aligned)[start - aligned.start : stop - aligned.start]
+
+    def quantized(self, name: str) -> tuple[Tensor, Tensor]:
+        """A whole weight as training held it: uint8 codes, two to a byte, and the float32 absmax of each block."""
+        import torch
+
+        spec = self._by_name[name]
+        codes, _ = self._quantize(self.base.read(name))
+        codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, len(codes) % 2))
+        return codes[::2] << 4 | codes[1::2], self._seen_absmax(spec)
 
     def _aligned(self, spec: TensorSpec, start: int, stop: int) -> slice:
         """Widen the rows until they begin and end at a block."""

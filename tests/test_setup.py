@@ -79,6 +79,36 @@ def test_setup_makes_a_broken_environment_again(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv" / ".ready").exists()
 
 
+@pytest.mark.parametrize(
+    ("release", "amx", "without"),
+    [
+        ("10.2.1", True, True),
+        ("11.4.0", True, True),
+        ("12.2.0", True, True),
+        ("12.2.0", False, False),
+        ("12.4.0", True, False),
+        ("13.2.0", True, True),
+        ("14.1.0", True, False),
+        ("14.2.0", True, False),
+        ("15.1.0", True, False),
+    ],
+)
+def test_llama_cpp_is_built_without_amx_where_gcc_breaks_it(
+    tmp_path: Path, release: str, amx: bool, without: bool
+) -> None:
+    """The real lines of the script, with another compiler and another processor."""
+    script = SETUP.read_text()
+    (lines,) = re.findall(r"^gcc_before\(\) .*?^fi$", script, re.MULTILINE | re.DOTALL)
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: avx512f {'amx_tile' if amx else ''}\n")
+    (tmp_path / "gcc").write_text(f"#!/bin/sh\necho {release}\n")
+    (tmp_path / "gcc").chmod(0o755)
+    lines = lines.replace("/proc/cpuinfo", str(tmp_path / "cpuinfo"))
+    asked = f'set -e; say() {{ :; }}\n{lines}\necho "${{CFLAGS:-}}"'
+    done = bash(asked, PATH=f"{tmp_path}:{os.environ['PATH']}", CFLAGS="")
+    assert done.returncode == 0, done.stderr
+    assert ("-mno-amx-tile" in done.stdout) == without
+
+
 def test_a_second_make_installs_nothing(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)

@@ -81,6 +81,7 @@ class References:
             "adapters": [str(path) for path in origin.adapters],
             "tokenizer": str(origin.tokenizer),
             "quantization": origin.quantization if name == "trained" else None,
+            "trained_on": origin.run.record.get("device") if origin.run else None,
         }
 
     def _prepare(self, child: Child) -> None:

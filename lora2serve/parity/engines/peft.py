@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lora2serve.checkpoint import Checkpoint
+from lora2serve.dequantize import Dequantized
 from lora2serve.errors import EngineError
 from lora2serve.fourbit import use_plain_cpu_kernels
 from lora2serve.parity.engines import Ids, Scores
 from lora2serve.parity.engines.transformers import Transformers, device, greedy, logits, quiet
+from lora2serve.round_trip import Quantization, RoundTrip
 
 
 class Peft(Transformers):
     """transformers + PEFT on the base as it was trained (``quantization`` as in run.json) or in full precision.
 
     Several ``adapters`` are active together: their changes add up. With none it is the base alone. The base is loaded
-    in the type that training computed in, since bitsandbytes dequantises to that; the arithmetic is float32.
+    in the type that training computed in, since bitsandbytes dequantises to that; the arithmetic is float32. Where
+    another device ``trained_on`` it (cuda or cpu), the 4-bit codes are those of that device, not of this one.
     """
 
     def __init__(
@@ -24,6 +29,7 @@ class Peft(Transformers):
         adapters: Sequence[str],
         tokenizer: str,
         quantization: Mapping[str, Any] | None = None,
+        trained_on: str | None = None,
         threads: int | None = None,
     ) -> None:
         import peft
@@ -41,6 +47,8 @@ class Peft(Transformers):
         model = AutoModelForCausalLM.from_pretrained(base, **given)
         if quantization:
             _check_modules(model, quantization["modules"])
+            if "quantization_config" in given and trained_on not in (None, where):
+                _requantize(model, base, Quantization.of({"quantization": quantization, "device": trained_on}))
             _compute_in_float32(model)
         rows = len(self.tokenizer)
         if rows > model.get_input_embeddings().weight.shape[0]:  # tokens were added at training
@@ -105,6 +113,17 @@ def _check_modules(model: Any, recorded: Sequence[str]) -> None:
             f"the base is not quantised as at training: {len(different)} modules differ, the first is {different[0]}",
             "use the versions of transformers and bitsandbytes in run.json",
         )
+
+
+def _requantize(model: Any, base: str, how: Quantization) -> None:
+    trip = RoundTrip(Dequantized(Checkpoint(Path(base))), how)
+    for name in how.modules:
+        weight = model.get_submodule(name).weight
+        codes, absmax = trip.quantized(f"{name}.weight")
+        weight.data.copy_(codes.view_as(weight.data))
+        state = weight.quant_state
+        state.absmax, state.nested = absmax.to(weight.device), False
+        state.offset = state.state2 = None
 
 
 def _compute_in_float32(model: Any) -> None:
