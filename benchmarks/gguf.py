@@ -90,8 +90,8 @@ def one_pass(root: Path, kind: str) -> Way:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure; the scratch folder may be named and needs 12 GB."""
-    from lora2serve.doctor import unpack_source_package
     from lora2serve.progress import Silent
+    from lora2serve.system.doctor import unpack_source_package
 
     tree, load = unpack_source_package(Silent()), os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="bench-gguf-", dir=arguments[0] if arguments else None) as folder:

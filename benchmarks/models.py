@@ -80,7 +80,7 @@ def _write(path: Path, name: str, tensors: dict[str, tuple[int, ...]], dtype: An
     import torch
 
     from converters.safetensors import as_bytes, encode_header
-    from lora2serve.tensors import TensorSpec, torch_dtype
+    from lora2serve.weights.tensors import TensorSpec, torch_dtype
 
     path.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from converters.gguf import GgufOptions, GgufSink
+from converters.gguf.gguf_sink import GgufOptions, GgufSink
+from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import ExportError
-from lora2serve.exporter import Model
-from lora2serve.output import OutFile, Output
-from lora2serve.tensors import TensorSpec
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class LmStudioSink:
     quants: ClassVar[tuple[str, ...]] = GgufSink.quants
     default_quant: ClassVar[str | None] = GgufSink.default_quant
 
-    def __init__(self, model: Model, out: Output, options: LmStudioOptions) -> None:
+    def __init__(self, model: ExportModel, out: StagedDir, options: LmStudioOptions) -> None:
         for name in (options.publisher, model.name):
             _refuse_name(name)
         self._out, self._place = out, f"{options.publisher}/{model.name}"
@@ -68,12 +68,12 @@ def _refuse_name(name: str) -> None:
         raise ExportError(f"{name!r}: no folder's name for LM Studio", "give another with --name")
 
 
-class Folder(Output):
+class Folder(StagedDir):
     """A folder inside another output."""
 
-    def __init__(self, out: Output, name: str) -> None:
+    def __init__(self, out: StagedDir, name: str) -> None:
         self._out, self._name = out, name
         self.target, self.path = out.target / name, Path(out.path / name)
 
-    def file(self, name: str, size: int) -> OutFile:
+    def file(self, name: str, size: int) -> StagedFile:
         return self._out.file(f"{self._name}/{name}", size)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora2serve.checkpoint import INDEX, SINGLE
+from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import ExportError
-from lora2serve.exporter import Model
-from lora2serve.output import OutFile, Output
-from lora2serve.tensors import TensorSpec, all_finite, itemsize, kept_rounded, torch_dtype
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.checkpoint import INDEX, SINGLE
+from lora2serve.weights.tensors import TensorSpec, all_finite, itemsize, kept_rounded, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +26,14 @@ SHARD = 5_000_000_000  # bytes, what save_pretrained uses by default
 class ShardWriter:
     """Tensors laid into shards of at most ``shard`` bytes, in the given order."""
 
-    def __init__(self, out: Output, specs: Sequence[TensorSpec], shard: int = SHARD) -> None:
+    def __init__(self, out: StagedDir, specs: Sequence[TensorSpec], shard: int = SHARD) -> None:
         groups = _group(specs, shard)
         names = (
             [SINGLE]
             if len(groups) == 1
             else [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
         )
-        self._places: dict[str, tuple[OutFile, int]] = {}
+        self._places: dict[str, tuple[StagedFile, int]] = {}
         self._specs = {spec.name: spec for spec in specs}
         for name, group in zip(names, groups, strict=True):
             self._lay(out, name, group)
@@ -48,7 +48,7 @@ class ShardWriter:
         file, offset = self._places[name]
         file.pwrite(as_bytes(cast(block, spec)), offset + rows.start * spec.row_numel * itemsize(spec.dtype))
 
-    def _lay(self, out: Output, name: str, group: Sequence[TensorSpec]) -> None:
+    def _lay(self, out: StagedDir, name: str, group: Sequence[TensorSpec]) -> None:
         header = encode_header(group)
         file = out.file(name, len(header) + sum(spec.nbytes for spec in group))
         file.pwrite(header, 0)
@@ -99,7 +99,7 @@ def as_bytes(block: Tensor) -> memoryview:
 class SafetensorsReader:
     """The plain weights of an export, opened by the safetensors library."""
 
-    def __init__(self, export: Path, about: Mapping[str, Any], model: Model) -> None:
+    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
         from safetensors import safe_open
 
         files: list[Any] = [safe_open(path, "pt") for path in sorted(export.glob("*.safetensors"))]

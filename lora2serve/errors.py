@@ -19,7 +19,7 @@ A message is one line: what, which value, what was expected. ``hint`` is the way
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -90,3 +90,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" (did you mean 'rank'?)"``, or an empty string when nothing is near."""
     near = get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def raise_all(problems: Sequence[str], error: Callable[[str], Exception] = CheckpointError) -> None:
+    """All problems of one input at once, the first twenty of them in words."""
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise error("\n".join([*problems[:20], *more]))

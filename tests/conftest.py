@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from lora2serve.run import Run
-from tests import golang
-from tests.ollama_server import OllamaServer
+from lora2serve.artifacts.run import Run
+from tests.support import golang
+from tests.support.ollama_server import OllamaServer
 
 # the same examples in every run: a red build is red again; `--hypothesis-profile default` draws new ones
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -82,7 +82,7 @@ def ollama(tmp_path: Path, go_render: golang.Renderer, monkeypatch: pytest.Monke
 @pytest.fixture(params=["ours", pytest.param("true", marks=pytest.mark.ollama)])
 def any_ollama(request: pytest.FixtureRequest) -> str:
     """The address of our server, and with ``-m ollama`` that of a true one at OLLAMA_HOST."""
-    from lora2serve.ollama import Client, server_address
+    from lora2serve.serving.ollama import Client, server_address
 
     if request.param == "ours":
         return str(request.getfixturevalue("ollama").url)

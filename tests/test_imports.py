@@ -1,110 +1,88 @@
-"""Who may import whom: the table of the design, held against the imports in the code."""
+"""Who may import whom: one number a folder, held against every import in the code."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "vllm",
-    "llama_cpp",
-    "gguf",
-    "numpy",
-    "huggingface_hub",
-    "yaml",
-}
-# Modules that stay light at the top, whatever is used inside their functions.
-LIGHT = (
-    "cli",
-    "recipe",
-    "errors",
-    "run",
-    "tensors",
-    "exporter",
-    "manifest",
-    "output",
-    "progress",
-    "checkpoint",
-    "adapter",
-    "console",
+# A module imports lower numbers or its own folder; siblings of one number never import each other.
+# Parity stands above serving, whose engines it starts; the public API above both, since one command joins several.
+LEVELS = (
+    ("errors", "progress", "console"),
+    ("system", "config"),
+    ("artifacts", "data", "weights"),
+    ("adapters",),
+    ("merge",),
+    ("export",),
+    ("train", "serving", "hub", "registry"),
+    ("parity", "evaluation"),
+    ("api",),
+    ("sweep", "gateway"),
+    ("cli",),
+    ("__main__",),
 )
-# What a part of the toolchain must not import, at the top or inside a function.
-APART = {part: {"train", "stream", "parity", "hub"} - {part} for part in ("train", "stream", "parity", "hub")}
-CONVERTERS_MAY = {
-    "tensors",
-    "errors",
-    "checkpoint",
-    "adapter",
-    "manifest",
-    "exporter",
-    "output",
-    "progress",
-    "lint",
-    "child",
-    "environment",
-    "doctor",
-}
-CONVERTER_PAIRS = {
-    "vllm": {"safetensors", "compressed", "calibrated", "serving"},
-    "calibrated": {"safetensors", "compressed"},
-    "adapter": {"safetensors"},
-    "ollama": {"gguf"},
-    "lmstudio": {"gguf", "ollama"},
-}
+LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+CONVERTERS = LEVEL["export"]  # may import what export may, and export itself; found by string only
+HEAVY = {
+    "torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub",
+    "datasets", "accelerate", "safetensors", "matplotlib", "httpx", "jinja2", "yaml",
+}  # fmt: skip
+PACKAGES = ("lora2serve", "converters")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
-
-
-def imports(path: Path, *, top: bool = False) -> set[str]:
-    """Dotted names imported by a file; ``top``: only those that run on import."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top else list(ast.walk(tree))
-    found: set[str] = set()
-    for node in nodes:
+def imports(path: Path) -> set[str]:
+    """Dotted names imported by a file, at the top or inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def part_of(path: Path) -> str:
-    """``hub`` for lora2serve/hub.py and for anything below lora2serve/hub/."""
-    return path.relative_to(ROOT).parts[1].removesuffix(".py")
+def violations(path: Path, names: set[str]) -> list[str]:
+    """The imports that the numbers forbid."""
+    package, part = path.relative_to(ROOT).parts[0], path.relative_to(ROOT).parts[1].removesuffix(".py")
+    forbidden = []
+    for name in names:
+        top, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if top == "converters" and package == "lora2serve":
+            forbidden.append(name)
+        elif top == "lora2serve" and other in LEVEL and package == "converters":
+            forbidden += [name] if LEVEL[other] > CONVERTERS else []
+        elif top == "lora2serve" and other in LEVEL and part != other:
+            apart = LEVEL[other] > 0 or LEVEL.get(part) != 0  # the three at the bottom are one folder
+            forbidden += [name] if apart and LEVEL[other] >= LEVEL.get(part, len(LEVELS)) else []
+    return forbidden
 
 
-@pytest.mark.parametrize("path", modules("lora2serve"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_toolchain(path: Path) -> None:
-    names = imports(path)
-    assert not {n for n in names if n.split(".")[0] == "converters"}, "formats are found by name, never imported"
-    if part_of(path) in LIGHT:
-        heavy = {n for n in imports(path, top=True) if n.split(".")[0] in HEAVY}
-        assert not heavy, f"imported at the top: {heavy}"
-    forbidden = APART.get(part_of(path), set())
-    assert not {n for n in names if n.startswith("lora2serve.") and n.split(".")[1] in forbidden}
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_numbers(path: Path) -> None:
+    assert violations(path, imports(path)) == []
 
 
-@pytest.mark.parametrize("path", modules("converters"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_converters(path: Path) -> None:
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "lora2serve":
-            assert parts[1] in CONVERTERS_MAY or parts[1] == "__version__", name
-        if parts[0] == "converters" and len(parts) > 1:
-            own = part_of(path)
-            assert parts[1] == own or parts[1] in CONVERTER_PAIRS.get(own, set()), name
+def test_every_folder_has_a_number() -> None:
+    own = [path.relative_to(ROOT / "lora2serve") for path in MODULES if path.is_relative_to(ROOT / "lora2serve")]
+    parts = {path.parts[0].removesuffix(".py") for path in own}
+    assert parts - LEVEL.keys() == {"__init__"}
+
+
+def test_the_control() -> None:
+    """The checks above do see an import that is forbidden, and one that is not."""
+    assert violations(ROOT / "lora2serve" / "train" / "x.py", {"lora2serve.parity.gates"})
+    assert violations(ROOT / "lora2serve" / "train" / "x.py", {"lora2serve.hub.push"})
+    assert violations(ROOT / "converters" / "x.py", {"lora2serve.train.model"})
+    assert violations(ROOT / "lora2serve" / "export" / "x.py", {"converters.gguf.presets"})
+    assert not violations(ROOT / "lora2serve" / "train" / "x.py", {"lora2serve.data.rows", "lora2serve.train.model"})
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -116,7 +94,23 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == "0 []"
 
 
-def test_the_control() -> None:
-    """The checks above do see an import."""
-    assert "lora2serve.tensors.Source" in imports(ROOT / "lora2serve" / "exporter.py", top=True)
-    assert any(name.split(".")[0] == "torch" for name in imports(ROOT / "lora2serve" / "merge.py"))
+def test_the_package_imports_nothing_heavy() -> None:
+    script = f"import sys, lora2serve; print(sorted({HEAVY!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_module_names_are_unique() -> None:
+    """Apart from the commands, each of which is called after what it does."""
+    names = [path.stem for path in MODULES if path.stem not in ("__init__", "__main__") and path.parent.name != "cli"]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_class_names_are_unique() -> None:
+    names = [
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []

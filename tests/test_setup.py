@@ -159,7 +159,12 @@ def test_wheel_holds_what_it_needs(wheel: Path) -> None:
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
         points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     recipes = {f"lora2serve/_recipes/demo/{name}" for name in ("train.jsonl", "eval.jsonl", "base/model.safetensors")}
-    assert names >= {"lora2serve/init.yaml", "lora2serve/_recipes/demo.yaml", "converters/vllm.py", *recipes}
+    assert names >= {
+        "lora2serve/config/init.yaml",
+        "lora2serve/_recipes/demo.yaml",
+        "converters/vllm/vllm_sink.py",
+        *recipes,
+    }
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "benchmarks/"))]
     assert "lora2serve = lora2serve.cli:main" in points

@@ -1,5 +1,5 @@
 """Raw LoRA adapters for multi-LoRA vLLM."""
 
-from converters.adapter.sink import AdapterOptions, AdapterSink
+from converters.adapter.adapter_sink import AdapterOptions, AdapterSink
 
 __all__ = ["AdapterOptions", "AdapterSink"]

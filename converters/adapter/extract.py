@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from lora2serve.adapter import PREFIX, Adapter
+from lora2serve.adapters.adapter import PREFIX, Adapter
+from lora2serve.adapters.lint import RANKS, next_rank
 from lora2serve.errors import ExportError
-from lora2serve.exporter import Model
-from lora2serve.lint import RANKS, next_rank
-from lora2serve.tensors import ALL, Source, TensorSpec
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import ALL, Source, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ EXACT = 1e-4  # where the change has the rank asked for, in float32
 EMBEDDING = ("embed_tokens.weight", "wte.weight")
 
 
-class Folded(Source, Protocol):
+class LowRankSource(Source, Protocol):
     """A merged model that still knows its base."""
 
     def changed(self) -> list[str]:
@@ -41,7 +41,7 @@ class Folded(Source, Protocol):
 class Extracted:
     """A LoRA of one rank with scale 1."""
 
-    source: Folded
+    source: LowRankSource
     names: Sequence[str]
     specs: Sequence[TensorSpec]
     rank: int
@@ -94,9 +94,9 @@ class Extracted:
         return grown_a, grown_b, float(torch.linalg.norm(change)), rest
 
 
-def plan(model: Model, adapter: Adapter, rank: int | None) -> Extracted:
+def plan(model: ExportModel, adapter: Adapter, rank: int | None) -> Extracted:
     """Plan an extraction at ``rank``; None means the exact one, twice the adapter's own. Reads no weights."""
-    source = cast(Folded, model.source)
+    source = cast(LowRankSource, model.source)
     keep = rank or 2 * max(layer.parts["lora_A"].shape[0] for layer in adapter.layers.values())
     held = next_rank(keep)
     if held is None or keep < 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.errors import ExportError
-from lora2serve.tensors import all_finite
+from lora2serve.weights.tensors import all_finite
 
 if TYPE_CHECKING:
     from numpy import ndarray

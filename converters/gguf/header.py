@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.gguf import metadata
 from converters.gguf.imatrix import Imatrix
-from converters.gguf.types import Planned
+from converters.gguf.native import metadata
+from converters.gguf.presets import Planned
 from lora2serve.errors import ExportError
 
 ALIGNMENT = 32  # general.alignment, its default

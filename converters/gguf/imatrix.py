@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.gguf.scan import MAGIC, Cursor, scan
+from converters.gguf.gguf_scan import MAGIC, Cursor, scan
 from lora2serve.errors import CheckpointError, ExportError
 
 if TYPE_CHECKING:

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converters.gguf.vocab import tokenizer_directory
-from converters.ollama import template as templates
-from converters.ollama.grammar import PARAMETERS
+from converters.gguf.native.vocab import tokenizer_directory
+from converters.ollama import go_template as templates
+from converters.ollama.go_template import Derived, Jinja
 from converters.ollama.modelfile import NUMBERS, Modelfile, Value
-from converters.ollama.template import Derived, Jinja
-from converters.ollama.unproven import Unproven
+from converters.ollama.modelfile_parser import PARAMETERS
+from converters.ollama.template_not_proven import TemplateNotProven
+from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.exporter import Model
-from lora2serve.output import Output
+from lora2serve.export.sinks import ExportModel
 
 RAW = "{{ .Prompt }}"  # a model without a chat template completes text
 NATIVE = "0.30.0"  # from here on Ollama renders the GGUF's own Jinja
@@ -57,7 +57,7 @@ class Chat:
         }
 
 
-def read_chat(model: Model) -> Chat:
+def read_chat(model: ExportModel) -> Chat:
     """Everything about prompts from the tokenizer and the generation config."""
     from transformers import AutoTokenizer
 
@@ -73,7 +73,7 @@ def read_chat(model: Model) -> Chat:
     return Chat(jinja, special, derived, reason, system, stop, _parameters(generation))
 
 
-def write_files(out: Output, modelfile: Modelfile, text: str) -> None:
+def write_files(out: StagedDir, modelfile: Modelfile, text: str) -> None:
     """The Modelfile, and ``template``, ``system`` and ``params``: what the Hub reads for ``ollama run hf.co/...``."""
     out.text("Modelfile", text)
     for name, content in (("template", modelfile.template), ("system", modelfile.system)):
@@ -87,7 +87,7 @@ def _derive(jinja: str | None, special: Mapping[str, str]) -> tuple[Derived | No
         return None, ""
     try:
         return templates.derive(Jinja(jinja, special)), ""
-    except Unproven as reason:
+    except TemplateNotProven as reason:
         return None, str(reason)
 
 

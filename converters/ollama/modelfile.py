@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converters.ollama.grammar import PARAMETERS, ModelfileError, is_printable, parse
+from converters.ollama.modelfile_parser import PARAMETERS, ModelfileError, is_printable, parse
 from lora2serve.errors import ExportError
 
 NUMBERS = {  # generation_config.json -> PARAMETER

@@ -31,7 +31,7 @@ SYSTEM = {  # errno -> the way out
 }
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """Proposes the nearest command for a mistyped one."""
 
     def resolve_command(
@@ -46,7 +46,7 @@ class Group(click.Group):
 
 
 @click.group(
-    cls=Group,
+    cls=CommandGroup,
     epilog="Start with `lora2serve train demo`, or with `lora2serve init` in an empty folder.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

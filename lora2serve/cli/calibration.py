@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora2serve.exporter import Calibration, Exporter, Model
+    from lora2serve.config.recipe import DataRecipe
+    from lora2serve.export.sinks import Calibration, Exporter, ExportModel
     from lora2serve.progress import Progress
-    from lora2serve.recipe import DataRecipe
 
 TRAIN = "train"  # --calibrate train: what the run was trained on
 
 
 def prepare(
-    targets: Mapping[str, Exporter], model: Model, home: Path, options: Mapping[str, Any], told: Progress
+    targets: Mapping[str, Exporter], model: ExportModel, home: Path, options: Mapping[str, Any], told: Progress
 ) -> dict[str, Any]:
     """The options that calibration gives to the targets: an importance matrix, or the data itself, or nothing."""
     takes = {field.name for exporter in targets.values() for field in fields(exporter.Options)}
@@ -34,10 +34,11 @@ def prepare(
     return found
 
 
-def _find(model: Model, home: Path, asked: str | None, told: Progress) -> Calibration | None:
+def _find(model: ExportModel, home: Path, asked: str | None, told: Progress) -> Calibration | None:
     """The data as asked; without a word a run's own. None where there is neither."""
-    from lora2serve import recipe, run
-    from lora2serve.exporter import Calibration
+    from lora2serve.artifacts import run
+    from lora2serve.config import recipe
+    from lora2serve.export.sinks import Calibration
 
     own = run.is_run(home.parent)
     if not asked and not own:
@@ -55,20 +56,24 @@ def _find(model: Model, home: Path, asked: str | None, told: Progress) -> Calibr
     return Calibration(wanted.train, rows, told)
 
 
-def _tokens(model: Model, wanted: DataRecipe, told: Progress) -> list[list[int]]:
+def _tokens(model: ExportModel, wanted: DataRecipe, told: Progress) -> list[list[int]]:
+    from lora2serve.data import rows as data
+    from lora2serve.data import tokenization
     from lora2serve.hub import pin_data
-    from lora2serve.train import data, tokens
     from lora2serve.train.model import load_tokenizer
 
     rows, _ = data.load(wanted, pin_data)
     trained = model.adapter if model.adapter and (model.adapter / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(trained or Path(model.lineage["base"]["path"]))
-    return [row.input_ids for row in tokens.tokenize_all(rows, tokenizer, wanted, told)]
+    return [row.input_ids for row in tokenization.tokenize_all(rows, tokenizer, wanted, told)]
 
 
-def _importance(model: Model, home: Path, data: Calibration | None, options: Mapping[str, Any], told: Progress) -> Path:
+def _importance(
+    model: ExportModel, home: Path, data: Calibration | None, options: Mapping[str, Any], told: Progress
+) -> Path:
     """The importance matrix, kept beside the exports for the next time."""
-    from lora2serve import exporter, run
+    from lora2serve.artifacts import run
+    from lora2serve.export import sinks as exporter
 
     if options["imatrix"] or options["plan_only"]:
         raise UsageError(f"--calibrate with {'--imatrix' if options['imatrix'] else '--plan'}: expected one of the two")

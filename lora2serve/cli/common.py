@@ -10,8 +10,8 @@ import click
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
+    from lora2serve.artifacts.run import Run
     from lora2serve.progress import Progress
-    from lora2serve.run import Run
 
 
 def progress(ctx: click.Context) -> Progress:
@@ -23,7 +23,7 @@ def progress(ctx: click.Context) -> Progress:
 
 def find_run(name: str | None) -> Run:
     """A run by path or by name under ``runs/``; without a name the one made last."""
-    from lora2serve import run as runs
+    from lora2serve.artifacts import run as runs
 
     if name is None:
         return runs.latest()

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora2serve.cli import handover
+from lora2serve.cli import after_export
 from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora2serve.exporter import Model
+    from lora2serve.export.sinks import ExportModel
     from lora2serve.progress import Progress
 
 
@@ -116,36 +116,36 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
     RUN is a run, a PEFT adapter directory, a plain model directory, or a Hub id of one of these.
     Several RUNs with --target adapter make one bundle of adapters for one server. Prints the export directories.
     """
-    from lora2serve import exporter, stream
     from lora2serve.cli import calibration
+    from lora2serve.export import sinks, stream
 
     told = progress(ctx)
     if not options["targets"]:
-        raise UsageError("no --target given", f"one or more of {', '.join(exporter.known())}")
-    targets = {name: exporter.find(name) for name in handover.targets(options)}
-    planned = exporter.plan_options(targets, options["quants"], _given(options))
-    handover.refuse(options, planned)
+        raise UsageError("no --target given", f"one or more of {', '.join(sinks.known())}")
+    targets = {name: sinks.find(name) for name in after_export.targets(options)}
+    planned = sinks.plan_options(targets, options["quants"], _given(options))
+    after_export.refuse(options, planned)
     if len(subjects) > 1 and not options["adapters"]:
         _export_bundle(subjects, planned, options, told)
         return
     model, home = open_subject(subjects, options, told)
     calibrated = calibration.prepare(targets, model, home, options, told)
-    planned = exporter.plan_options(targets, options["quants"], {**_given(options), **calibrated})
+    planned = sinks.plan_options(targets, options["quants"], {**_given(options), **calibrated})
     folder = options["out"] or home
     plans = [stream.Plan(name, targets[name], chosen, folder / _folder(name, chosen)) for name, chosen in planned]
     if options["plan_only"]:
-        _show_plan(stream.rehearse(model, plans), options["as_json"], told)
+        _show_plan(stream.dry_run(model, plans), options["as_json"], told)
         return
     written = stream.export(model, plans, told, overwrite=options["overwrite"])
     _show(written, options, told)
-    handover.hand_over(written, options, told)
+    after_export.hand_over(written, options, told)
 
 
 def _export_bundle(
     subjects: tuple[str, ...], planned: list[tuple[str, Any]], options: Mapping[str, Any], told: Progress
 ) -> None:
     """Several runs: their adapters together, for one server."""
-    from lora2serve import bundle
+    from lora2serve.export import bundle
 
     if [target for target, _ in planned] != ["adapter"]:
         raise UsageError(
@@ -158,13 +158,14 @@ def _export_bundle(
     out = options["out"] or Path("exports") / "+".join(model.name for model in models)
     chosen = planned[0][1]
     if options["plan_only"]:
-        _show_plan(bundle.rehearse(models, chosen, out), options["as_json"], told)
+        _show_plan(bundle.dry_run(models, chosen, out), options["as_json"], told)
         return
     _show([bundle.export(models, chosen, out, told, overwrite=options["overwrite"])], options, told)
 
 
 def _show(written: list[Path], options: Mapping[str, Any], told: Progress) -> None:
-    from lora2serve import console, manifest
+    from lora2serve import console
+    from lora2serve.artifacts import manifest
 
     if options["as_json"]:
         console.result_json([str(path) for path in written])
@@ -173,18 +174,20 @@ def _show(written: list[Path], options: Mapping[str, Any], told: Progress) -> No
         console.result(str(path))
         about = manifest.read(path)
         use = about.get("use")
-        if use and not handover.creates(about, options):
+        if use and not after_export.creates(about, options):
             told.note(f"  {use}")
 
 
-def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Progress) -> tuple[Model, Path]:
+def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Progress) -> tuple[ExportModel, Path]:
     """The model to export, and where its exports go by default."""
-    from lora2serve import model as models
-    from lora2serve import run as runs
-    from lora2serve.adapter import CONFIG
-    from lora2serve.origin import short_name
+    from lora2serve.adapters.adapter import CONFIG
+    from lora2serve.artifacts import run as runs
+    from lora2serve.export import open_model as models
+    from lora2serve.system.hub_snapshot import short_name
 
-    choice = models.Choice(options["merge_base"], options["dtype"], options["allow_base_mismatch"], options["name"])
+    choice = models.OpenOptions(
+        options["merge_base"], options["dtype"], options["allow_base_mismatch"], options["name"]
+    )
     if options["adapters"]:
         return _open_adapters(subjects, options, choice, told)
     subject = subjects[0] if subjects else str(runs.latest().path)
@@ -201,9 +204,9 @@ def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Pr
 
 def _open_adapters(
     subjects: tuple[str, ...], options: Mapping[str, Any], choice: Any, told: Progress
-) -> tuple[Model, Path]:
-    from lora2serve import model as models
-    from lora2serve.origin import short_name
+) -> tuple[ExportModel, Path]:
+    from lora2serve.export import open_model as models
+    from lora2serve.system.hub_snapshot import short_name
 
     if subjects:
         raise UsageError(
@@ -211,15 +214,15 @@ def _open_adapters(
         )
     paths = [fetch(name, told, pickle=options["allow_pickle"]) for name in options["adapters"]]
     if options["allow_pickle"]:
-        from lora2serve.pickles import convert
+        from lora2serve.adapters.pickles import convert
 
         paths = [convert(path, _scratch()) for path in paths]
     base = options["base"] or _base_in_config(paths[0])
     local, name = fetch(base, told), short_name(paths[0])
     _warn_of_quantized(local, base, told)
     if options["combine"]:
-        from lora2serve.checkpoint import Checkpoint
-        from lora2serve.combine import combine
+        from lora2serve.adapters.combine import combine
+        from lora2serve.weights.checkpoint import Checkpoint
 
         weights = options["weights"] or (1.0,) * len(paths)
         paths = [combine(paths, Checkpoint(local), options["combine"], weights, options["density"], _scratch())]
@@ -228,7 +231,7 @@ def _open_adapters(
 
 def _base_in_config(adapter: Path) -> str:
     """The base that an adapter says it was trained on, at the revision it says, if any."""
-    from lora2serve.adapter import read_config
+    from lora2serve.adapters.adapter import read_config
 
     config = read_config(adapter)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -245,7 +248,7 @@ def _scratch() -> Path:
 
 
 def _warn_of_quantized(local: Path, name: str, told: Progress) -> None:
-    from lora2serve.checkpoint import read_config
+    from lora2serve.weights.checkpoint import read_config
 
     if read_config(local).get("quantization_config"):
         told.warn(f"{name} is quantised: folding onto what it dequantises to; --base names the 16-bit model")
@@ -253,12 +256,12 @@ def _warn_of_quantized(local: Path, name: str, told: Progress) -> None:
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that belong to single targets, where the user set them."""
-    from lora2serve.sizes import parse_size
+    from lora2serve.config.sizes import parse_size
 
     sizes = ("shard_size", "split_size")
     plain = ("tensor_type", "pre", "match_reference", "imatrix", "served_base", "as_lora_rank", "from_model")
     given = {key: options[key] for key in (*sizes, *plain) if options[key] not in (None, False, ())}
-    given |= handover.install_options(options)
+    given |= after_export.install_options(options)
     return {key: parse_size(value) if key in sizes else value for key, value in given.items()}
 
 

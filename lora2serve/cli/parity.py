@@ -12,8 +12,8 @@ from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import ParityNotMet, UsageError
 
 if TYPE_CHECKING:
-    from lora2serve.parity.origin import Origin
-    from lora2serve.parity.report import Report
+    from lora2serve.parity.report.parity_report import ParityReport
+    from lora2serve.parity.trained_model import TrainedModel
     from lora2serve.progress import Progress
 
 
@@ -61,22 +61,23 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
     Exit code 3 when one is further off than its format allows, or no engine is there. Prints the report's path.
     """
     from lora2serve import console
-    from lora2serve.parity import files, subjects
+    from lora2serve.parity import comparisons
     from lora2serve.parity.baseline import regressions
-    from lora2serve.parity.check import check
+    from lora2serve.parity.comparator import check
+    from lora2serve.parity.report import writers
 
     told = progress(ctx)
     origin, exports = _find(given, options, told)
     origin = _with_settings(origin, options)
-    compared = subjects.of_exports(origin, exports)
+    compared = comparisons.of_exports(origin, exports)
     if options["url"]:
-        compared.append(subjects.of_url(origin, options["url"], options["url_model"]))
+        compared.append(comparisons.of_url(origin, options["url"], options["url_model"]))
     _refuse_unused(options["require"], [subject.engine for subject in compared])
     report = check(origin, compared, progress=told, ask=options["ask"] or "")
     if options["baseline"]:
         report = replace(report, regressions=regressions(report, options["baseline"]))
     directory = options["report_dir"] or origin.home
-    page = files.write(report, directory)
+    page = writers.write(report, directory)
     if not ctx.find_root().obj["quiet"]:
         _show(report, exports)
     if options["as_json"]:
@@ -87,10 +88,10 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
         raise ParityNotMet(_summary(report), f"{page} shows where")
 
 
-def _find(given: tuple[str, ...], options: dict[str, Any], told: Progress) -> tuple[Origin, list[Path]]:
+def _find(given: tuple[str, ...], options: dict[str, Any], told: Progress) -> tuple[TrainedModel, list[Path]]:
     """The trained model and its exports, from what the user named of the two."""
-    from lora2serve import run as runs
-    from lora2serve.parity import origin as origins
+    from lora2serve.artifacts import run as runs
+    from lora2serve.parity import trained_model as origins
 
     first = given[0] if given else str(runs.latest().path)
     if (Path(first) / MANIFEST).is_file():
@@ -115,22 +116,22 @@ def _exports(names: tuple[str, ...]) -> list[Path]:
     return paths
 
 
-def _default_exports(origin: Origin) -> list[Path]:
+def _default_exports(origin: TrainedModel) -> list[Path]:
     """Where ``export`` puts them when it is not told."""
     if origin.run:
         return origin.run.list_exports()
     return sorted(path.parent for path in origin.home.parent.glob(f"*/{MANIFEST}"))
 
 
-def _of_run(run: Any, options: dict[str, Any], told: Progress) -> Origin:
-    from lora2serve.parity import origin as origins
+def _of_run(run: Any, options: dict[str, Any], told: Progress) -> TrainedModel:
+    from lora2serve.parity import trained_model as origins
 
     return origins.of_run(run, base_of(run.record, options["base"], told)[0])
 
 
-def _of_manifest(exports: list[Path], options: dict[str, Any], told: Progress) -> Origin:
+def _of_manifest(exports: list[Path], options: dict[str, Any], told: Progress) -> TrainedModel:
     """An export without a run: its manifest names the adapters and the base."""
-    from lora2serve.parity import origin as origins
+    from lora2serve.parity import trained_model as origins
 
     record, adapters = origins.parts_of(exports)
     base, _ = base_of({"base": record}, options["base"], told)
@@ -138,11 +139,11 @@ def _of_manifest(exports: list[Path], options: dict[str, Any], told: Progress) -
     return origins.of_parts(name, base, adapters, exports[0].resolve().parent / "parity")
 
 
-def _of_model(name: str, options: dict[str, Any], told: Progress) -> Origin:
+def _of_model(name: str, options: dict[str, Any], told: Progress) -> TrainedModel:
     """A run, an adapter directory or a plain model, by path, by name under runs/, or by its Hub id."""
-    from lora2serve import run as runs
-    from lora2serve.adapter import CONFIG, read_config
-    from lora2serve.parity import origin as origins
+    from lora2serve.adapters.adapter import CONFIG, read_config
+    from lora2serve.artifacts import run as runs
+    from lora2serve.parity import trained_model as origins
 
     for place in (Path(name), runs.ROOT / name):
         if runs.is_run(place):
@@ -160,9 +161,9 @@ def _of_model(name: str, options: dict[str, Any], told: Progress) -> Origin:
     return origins.of_parts(short, fetch(base, told), (path,), home)
 
 
-def _with_settings(origin: Origin, options: dict[str, Any]) -> Origin:
+def _with_settings(origin: TrainedModel, options: dict[str, Any]) -> TrainedModel:
     """The recipe's ``parity`` section with the command line over it."""
-    from lora2serve.parity.subjects import check_names
+    from lora2serve.parity.comparisons import check_names
 
     settings = origin.settings
     thresholds = {name: dict(bounds) for name, bounds in settings.thresholds.items()}
@@ -195,9 +196,9 @@ def _refuse_unused(require: str | None, engines: list[str]) -> None:
         )
 
 
-def _show(report: Report, exports: list[Path]) -> None:
+def _show(report: ParityReport, exports: list[Path]) -> None:
     from lora2serve import console
-    from lora2serve.parity.words import figure
+    from lora2serve.parity.report.labels import figure
 
     sizes = {path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in exports}
     rows = []
@@ -213,7 +214,7 @@ def _show(report: Report, exports: list[Path]) -> None:
         console.table("", [report.asked["prompt"], "answer"], [list(pair) for pair in report.asked["answers"].items()])
 
 
-def _summary(report: Report) -> str:
+def _summary(report: ParityReport) -> str:
     red = [row for row in report.subjects if row.red]
     if red:
         lines = [f"parity not met: {len(red)} of {len(report.subjects)} rows red"]

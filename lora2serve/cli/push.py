@@ -12,9 +12,9 @@ from lora2serve.cli.common import progress
 from lora2serve.errors import ParityNotMet
 
 if TYPE_CHECKING:
-    from lora2serve.hub import Pushed
+    from lora2serve.artifacts.run import Run
+    from lora2serve.hub import PushResult
     from lora2serve.progress import Progress
-    from lora2serve.run import Run
 
 
 @click.command(short_help="Push exports to the Hugging Face Hub.")
@@ -36,7 +36,7 @@ def push(ctx: click.Context, /, exports: tuple[Path, ...], repo_id: str, as_json
     The token is the one of `hf auth login` or HF_TOKEN. Prints the repositories' addresses.
     """
     from lora2serve import console, hub
-    from lora2serve import run as runs
+    from lora2serve.artifacts import run as runs
 
     chosen, run = list(exports), _run_of(exports)
     if not chosen:
@@ -77,13 +77,13 @@ def pull_check(ctx: click.Context, repository: str, allow_unproven: bool, as_jso
 
 def _run_of(exports: tuple[Path, ...]) -> Run | None:
     """The run whose ``exports/`` hold the first of them, if it is one."""
-    from lora2serve import run as runs
+    from lora2serve.artifacts import run as runs
 
     home = exports[0].resolve().parent.parent if exports else Path()
     return runs.Run(home) if exports and runs.is_run(home) else None
 
 
-def _show(pushed: Pushed, told: Progress) -> None:
+def _show(pushed: PushResult, told: Progress) -> None:
     from lora2serve import console
 
     if not pushed.dry_run:

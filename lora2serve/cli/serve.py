@@ -67,7 +67,8 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
 
     Several adapter exports, or a bundle of them, share one server, each under its own name.
     """
-    from lora2serve import console, serve
+    from lora2serve import console
+    from lora2serve.serving import server
 
     told = progress(ctx)
     if options["added"] or options["removed"]:
@@ -79,7 +80,7 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
     if options["printed"] not in (None, "command"):
         console.result(_rendered(exports, options, ctx.meta[EXTRA]))
         return
-    serving = serve.plan(
+    serving = server.plan(
         list(exports) or [_default()], base=options["base"], engine=options["engine"], host=options["host"],
         port=options["port"], updating=options["allow_updates"], extra=[*_parallel(options), *ctx.meta[EXTRA]],
     )  # fmt: skip
@@ -90,15 +91,17 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
         told.warn(
             "clients may load any adapter that lies on this machine: vLLM calls that unsafe for untrusted clients"
         )
-    code = serve.run(serving, told)
+    code = server.run(serving, told)
     if code:
         ctx.exit(1)
 
 
 def _in_ollama(ctx: click.Context, exports: tuple[Path, ...], options: dict[str, Any], told: Any) -> None:
     """Ollama runs by itself: the model is made there, and stays."""
-    from lora2serve import console, manifest, ollama
-    from lora2serve.serve import first_question
+    from lora2serve import console
+    from lora2serve.artifacts import manifest
+    from lora2serve.serving import ollama
+    from lora2serve.serving.server import first_question
 
     given = [key for key in ("host", "port") if ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE]
     if given or ctx.meta[EXTRA]:
@@ -125,7 +128,7 @@ def _in_ollama(ctx: click.Context, exports: tuple[Path, ...], options: dict[str,
 
 
 def _rendered(exports: tuple[Path, ...], options: dict[str, Any], extra: tuple[str, ...]) -> str:
-    from lora2serve import deploy
+    from lora2serve.serving import deploy
 
     if options["engine"] == "llama.cpp":
         raise UsageError(f"--print {options['printed']}: vLLM only", "--print alone prints the command of llama.cpp")
@@ -140,7 +143,7 @@ def _parallel(options: dict[str, Any]) -> list[str]:
 
 
 def _default(wanted: tuple[str, ...] = PREFERRED) -> Path:
-    from lora2serve import manifest, run
+    from lora2serve.artifacts import manifest, run
 
     found = {str(manifest.read(path)["target"]): path for path in reversed(run.latest().list_exports())}
     for target in wanted:
@@ -150,14 +153,14 @@ def _default(wanted: tuple[str, ...] = PREFERRED) -> Path:
 
 
 def _update(options: dict[str, Any], told: Any) -> None:
-    from lora2serve import updates
+    from lora2serve.serving import runtime_lora
 
     if options["removed"]:
-        updates.remove(options["url"], options["removed"])
+        runtime_lora.remove(options["url"], options["removed"])
         told.note(f"{options['removed']} is gone from {options['url']}")
     if options["added"]:
         name, found, path = options["added"].partition("=")
         if not found or not name or not path:
             raise UsageError(f"--add {options['added']}: expected NAME=DIR")
-        copy = updates.add(options["url"], name, Path(path), updates.cache())
+        copy = runtime_lora.add(options["url"], name, Path(path), runtime_lora.cache())
         told.note(f"{options['url']} serves {name} from {copy}")

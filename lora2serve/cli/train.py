@@ -13,16 +13,17 @@ from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
+    from lora2serve.artifacts.run import Run
+    from lora2serve.config.recipe import ModelRecipe
     from lora2serve.progress import Progress
-    from lora2serve.recipe import ModelRecipe
-    from lora2serve.run import Run
 
 
 @click.command(short_help="Write a commented lora2serve.yaml here.")
 @click.option("--overwrite", is_flag=True, help="Replace a lora2serve.yaml that is here already.")
 def init(overwrite: bool) -> None:
     """Write a commented lora2serve.yaml here."""
-    from lora2serve import console, recipe
+    from lora2serve import console
+    from lora2serve.config import recipe
 
     path = Path("lora2serve.yaml")
     if path.exists() and not overwrite:
@@ -44,8 +45,9 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
 
     Makes runs/<name>/ and points runs/latest at it. Prints the run directory.
     """
-    from lora2serve import console, run
-    from lora2serve import recipe as recipes
+    from lora2serve import console
+    from lora2serve.artifacts import run
+    from lora2serve.config import recipe as recipes
 
     told = progress(ctx)
     if resume:
@@ -56,13 +58,13 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
         chosen = recipes.load(here.recipe)
     else:
         chosen = recipes.load(recipes.find(recipe), overrides)
+    from lora2serve.data import rows
     from lora2serve.hub import pin_data
-    from lora2serve.train import data
-    from lora2serve.train.failures import check_libraries
-    from lora2serve.train.trainer import train as fine_tune
+    from lora2serve.train.finetune import train as fine_tune
+    from lora2serve.train.requirements import check_libraries
 
     check_libraries(chosen.train.quantize)
-    sets = data.load(chosen.data, pin_data)  # before a base of many gigabytes is fetched
+    sets = rows.load(chosen.data, pin_data)  # before a base of many gigabytes is fetched
     if resume and here.record.get("base"):
         base, _ = base_of(here.record, None, told)  # at the commit it began with, wherever the branch is now
     else:
@@ -98,7 +100,7 @@ def _how_to_go_on(here: Run, told: Progress) -> Iterator[None]:
 
 def _begun(name: str) -> Run:
     """A run to go on with, by path or by name under runs/."""
-    from lora2serve import run
+    from lora2serve.artifacts import run
 
     for path in (Path(name), run.ROOT / name):
         if (path / "recipe.yaml").is_file():

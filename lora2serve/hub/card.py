@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora2serve.hub import sections
-from lora2serve.hub.client import page
-from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, Facts, hub_id, kind_of, read_metadata
+from lora2serve.hub import card_sections
+from lora2serve.hub.card_data import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, CardData, hub_id, kind_of, read_metadata
+from lora2serve.hub.hub_client import page
 
 MARK = re.compile(r"<!-- lora2serve:(?P<name>[a-z-]+) -->\n.*?<!-- /lora2serve:(?P=name) -->", re.DOTALL)
 FOLLOWS = ("base_model", "base_model_relation")  # what ties the repository to its base follows every push
@@ -21,12 +21,12 @@ HELD_OUT = "held-out rows of the training set"
 LIBRARY = {MERGED: "transformers", ADAPTER: "peft", GGUF: "gguf", GGUF_ADAPTER: "gguf"}
 
 
-def write(facts: Facts, existing: str | None) -> str:
+def write(facts: CardData, existing: str | None) -> str:
     """The text of README.md; ``existing`` is the card that is there, if any."""
     from huggingface_hub import ModelCard
 
     # Marks stand around empty sections too: what is measured later finds its place, what was taken out stays out.
-    parts = {name: make(facts).strip() for name, make in sections.ALL.items()}
+    parts = {name: make(facts).strip() for name, make in card_sections.ALL.items()}
     ours = metadata(facts)
     if existing is None:
         body = f"# {facts.repo_id.split('/')[-1]}\n\n" + "\n\n".join(
@@ -50,7 +50,7 @@ def rewrite(text: str, parts: Mapping[str, str]) -> str:
     return MARK.sub(lambda match: _marked(match["name"], parts.get(match["name"], "")), text)
 
 
-def metadata(facts: Facts) -> dict[str, Any]:
+def metadata(facts: CardData) -> dict[str, Any]:
     """The card's YAML as the Hub expects it, for what the repository holds."""
     from huggingface_hub import ModelCardData
 
@@ -73,14 +73,14 @@ def metadata(facts: Facts) -> dict[str, Any]:
     return dict(data.to_dict())
 
 
-def _task(facts: Facts, kind: str) -> str:
+def _task(facts: CardData, kind: str) -> str:
     """What the base is for; GGUF files look at pictures only with their projector beside them."""
     seen = any("mmproj" in name for export in facts.exports.values() for name in export["files"])
     pictures = facts.base_card.get("pipeline_tag") == "image-text-to-text" and (kind != GGUF or seen)
     return "image-text-to-text" if pictures else "text-generation"
 
 
-def _licence_link(facts: Facts) -> str | None:
+def _licence_link(facts: CardData) -> str | None:
     """The base's link to its licence: a file beside its card is meant relative to the base, unless it came along."""
     link = facts.base_card.get("license_link")
     if not isinstance(link, str) or "://" in link or any(link in export["files"] for export in facts.exports.values()):
@@ -88,7 +88,7 @@ def _licence_link(facts: Facts) -> str | None:
     return f"{page(facts.base)}/blob/main/{link}" if facts.base else None
 
 
-def _base(facts: Facts, kind: str) -> tuple[str | None, str]:
+def _base(facts: CardData, kind: str) -> tuple[str | None, str]:
     """The repository this one derives from, and how: quantised files come from the merged model if pushed."""
     if kind in (ADAPTER, GGUF_ADAPTER):
         return facts.base, "adapter"
@@ -98,7 +98,7 @@ def _base(facts: Facts, kind: str) -> tuple[str | None, str]:
     return (merged, "quantized") if quantized and merged != facts.repo_id else (facts.base, "finetune")
 
 
-def _tags(facts: Facts, kind: str, base: str | None) -> list[str]:
+def _tags(facts: CardData, kind: str, base: str | None) -> list[str]:
     tags = ["lora2serve"]
     if kind in (ADAPTER, GGUF_ADAPTER):
         tags += ["lora", *([f"base_model:adapter:{base}"] if base else [])]
@@ -113,7 +113,7 @@ def _tags(facts: Facts, kind: str, base: str | None) -> list[str]:
     return tags + (["conversational"] if facts.chat else [])
 
 
-def _datasets(facts: Facts) -> list[str]:
+def _datasets(facts: CardData) -> list[str]:
     """Training sets that are on the Hub; the recipe may name them anywhere under ``data``."""
     data = facts.recipe.get("data")
     named = data.values() if isinstance(data, Mapping) else [data]
@@ -122,7 +122,7 @@ def _datasets(facts: Facts) -> list[str]:
     return [name for name in names if hub_id(name)]
 
 
-def _eval_results(facts: Facts) -> list[Any]:
+def _eval_results(facts: CardData) -> list[Any]:
     """The held-out loss after training, as model-index: ``.eval_results`` is for the Hub's benchmark sets only."""
     from huggingface_hub import EvalResult
 

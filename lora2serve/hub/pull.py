@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora2serve.errors import HubError, InputError, did_you_mean
-from lora2serve.hub.client import bars, check_id, translated
-from lora2serve.hub.retry import again
+from lora2serve.hub.hub_client import check_id, hub_errors, hub_progress
+from lora2serve.hub.retry import with_retries
 from lora2serve.progress import Progress, Silent
 
 # What a model or adapter needs to be read. Nothing that runs: no .py, no pickle.
@@ -58,8 +58,8 @@ def pin_data(name: str) -> tuple[str, str]:
         return HfApi().resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
 
     try:
-        with translated(repo_id, revision, kind="dataset"):
-            return repo_id, again(resolve, Silent(), repo_id, reached=False)
+        with hub_errors(repo_id, revision, kind="dataset"):
+            return repo_id, with_retries(resolve, Silent(), repo_id, reached=False)
     except HubError as error:
         raise HubError(_also_not_local(name, error.message), error.hint) from None
 
@@ -81,8 +81,8 @@ def _download(repo_id: str, revision: str | None, pickle: bool, progress: Progre
     def download() -> str:
         return str(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
 
-    with translated(repo_id, revision), bars(progress):
-        path = Path(again(download, progress, repo_id, reached=False))
+    with hub_errors(repo_id, revision), hub_progress(progress):
+        path = Path(with_retries(download, progress, repo_id, reached=False))
     return Fetched(path, path.name, repo_id)
 
 

@@ -11,17 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora2serve import manifest
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.run import Run
 from lora2serve.errors import HubError, ParityNotMet, UsageError
-from lora2serve.hub import card, reports
-from lora2serve.hub.client import LOG_IN, PUSHING, check_id, has_token, page, quiet, translated
-from lora2serve.hub.collect import CARD, Export, Item, open_export, package, repository_manifest, text_item
-from lora2serve.hub.facts import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, gather, kind_of, unproven
-from lora2serve.hub.remote import Change, Remote, change, look, old_exports, read_text
-from lora2serve.hub.retry import again
+from lora2serve.hub import card, published_report
+from lora2serve.hub.card_data import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, gather, kind_of, unproven
+from lora2serve.hub.hub_client import LOG_IN, PUSHING, check_id, has_token, hub_errors, hub_quiet, page
+from lora2serve.hub.package import CARD, Export, Item, open_export, package, repository_manifest, text_item
+from lora2serve.hub.remote_state import Remote, RemoteChange, change, fetch_state, old_exports, read_text
+from lora2serve.hub.retry import with_retries
 from lora2serve.hub.upload import MAIN, Uploader, batches
 from lora2serve.progress import Progress, Silent
-from lora2serve.run import Run
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -32,7 +32,7 @@ FOLDERS = {"adapter": "adapter", "gguf-adapter": "adapter-gguf"}
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """What one repository got; of a dry run, what it would get."""
 
     repo_id: str
@@ -62,7 +62,7 @@ def push(
     allow_unproven: bool = False,
     run: Run | None = None,
     progress: Progress | None = None,
-) -> list[Pushed]:
+) -> list[PushResult]:
     """Push export directories to ``repo_id`` and the repositories named after it.
 
     By convention merged weights go to ``name``, an adapter to ``name-lora``, all GGUF types to ``name-GGUF``;
@@ -86,7 +86,7 @@ def push(
     pushes = [_Push(name, members, siblings, revision or MAIN, run, told) for name, members in grouped.items()]
     if not dry_run and not has_token():
         raise HubError(f"{repo_id}: no token to push with", LOG_IN)
-    with quiet():
+    with hub_quiet():
         for one in pushes:  # all is checked, and each repository looked at, before anything is sent to the first
             one.prepare(single_repo, private, dry_run)
         return [one.pushed() if dry_run else one.send(private, create_pr) for one in pushes]
@@ -146,15 +146,19 @@ class _Push:
                 f"{self.repo_id}: exists and is public, asked was --private",
                 "make it private on its page, or choose another name",
             )
-        with translated(self.repo_id, self.revision, PUSHING):
-            before = again(lambda: old_exports(self.api, self.repo_id, self.remote), self.progress, self.repo_id)
-            existing = again(lambda: read_text(self.api, self.repo_id, self.remote, CARD), self.progress, self.repo_id)
+        with hub_errors(self.repo_id, self.revision, PUSHING):
+            before = with_retries(lambda: old_exports(self.api, self.repo_id, self.remote), self.progress, self.repo_id)
+            existing = with_retries(
+                lambda: read_text(self.api, self.repo_id, self.remote, CARD), self.progress, self.repo_id
+            )
         kept = [old for old in before if self._goes_with(old)]
         made = package(self.repo_id, self.exports, self.progress, FOLDERS if single_repo else {}, kept)
-        made.reports = {one.name: reports.items(one.name, one.path, one.manifest, self.run) for one in self.exports}
+        made.reports = {
+            one.name: published_report.items(one.name, one.path, one.manifest, self.run) for one in self.exports
+        }
         content = join(repository_manifest(made), kept)
         public = content.get("exports") or {self.exports[0].name: content}
-        reported = [name for name, export in public.items() if reports.page_of(name) in export["files"]]
+        reported = [name for name, export in public.items() if published_report.page_of(name) in export["files"]]
         local = [export.path for export in self.exports]
         self.facts = gather(self.repo_id, public, local, self.siblings, self.run, reported)
         self.card = card.write(self.facts, existing)
@@ -164,23 +168,23 @@ class _Push:
             *made.items.values(), *told, text_item(manifest.NAME, text), text_item(CARD, self.card)
         ]  # fmt: skip
         obsolete = {name for old in before for name in old["files"]} - content["files"].keys()
-        self.change: Change = change(self.remote, self.items, obsolete)
+        self.change: RemoteChange = change(self.remote, self.items, obsolete)
 
-    def send(self, private: bool, create_pr: bool) -> Pushed:
+    def send(self, private: bool, create_pr: bool) -> PushResult:
         """Make the repository what was worked out."""
         if not self.change:
             self.progress.note(f"{self.repo_id}: holds all of this already")
             return self.pushed(commit=self.remote.head)
-        with translated(self.repo_id, self.revision, PUSHING), _xet_hint(self.repo_id):
+        with hub_errors(self.repo_id, self.revision, PUSHING), _xet_hint(self.repo_id):
             uploader = Uploader(self.api, self.repo_id, self.revision, self.progress)
             self.remote = uploader.ensure(self.remote, private)
             landed = uploader.publish(self.change, self._title(), self.remote, create_pr=create_pr)
         return self.pushed(commit=landed.commit, pull_request=landed.pull_request)
 
-    def pushed(self, commit: str | None = None, pull_request: str | None = None) -> Pushed:
+    def pushed(self, commit: str | None = None, pull_request: str | None = None) -> PushResult:
         """The report."""
         changed = {item.path for item in self.change.add}
-        return Pushed(
+        return PushResult(
             repo_id=self.repo_id,
             url=page(self.repo_id),
             revision=self.revision,
@@ -198,9 +202,9 @@ class _Push:
 
     def _look(self, dry_run: bool) -> Remote:
         try:
-            with translated(self.repo_id, self.revision, PUSHING):
-                look_there = partial(look, self.api, self.repo_id, self.revision)
-                return again(look_there, self.progress, self.repo_id, reached=False)
+            with hub_errors(self.repo_id, self.revision, PUSHING):
+                look_there = partial(fetch_state, self.api, self.repo_id, self.revision)
+                return with_retries(look_there, self.progress, self.repo_id, reached=False)
         except HubError as error:
             if not dry_run:
                 raise

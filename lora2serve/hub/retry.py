@@ -17,7 +17,7 @@ LONGEST = 300.0  # seconds that a Retry-After may ask for
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
-def again(act: Callable[[], T], progress: Progress, what: str, *, reached: bool = True) -> T:
+def with_retries(act: Callable[[], T], progress: Progress, what: str, *, reached: bool = True) -> T:
     """Run ``act``, which must be safe to repeat, until it gets through or fails for good.
 
     ``reached`` says that the Hub answered before: else a machine that cannot be connected to is no network, told now.

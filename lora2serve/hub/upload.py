@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from lora2serve.errors import HubError, did_you_mean
-from lora2serve.hub.client import bars
-from lora2serve.hub.collect import Item
-from lora2serve.hub.remote import Change, Remote, change, look
-from lora2serve.hub.retry import again, status_of
+from lora2serve.hub.hub_client import hub_progress
+from lora2serve.hub.package import Item
+from lora2serve.hub.remote_state import Remote, RemoteChange, change, fetch_state
+from lora2serve.hub.retry import status_of, with_retries
 from lora2serve.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ BYTES_PER_COMMIT = 64 << 20  # of small files, which travel inside the commit
 
 
 @dataclass(frozen=True)
-class Landed:
+class UploadResult:
     """Where a push ended: the commit a reader gets, or the open pull request."""
 
     commit: str
@@ -45,7 +45,7 @@ class Uploader:
     progress: Progress
     _sent: dict[str, CommitOperationAdd] = field(default_factory=dict)
 
-    def publish(self, wanted: Change, title: str, start: Remote, *, create_pr: bool) -> Landed:
+    def publish(self, wanted: RemoteChange, title: str, start: Remote, *, create_pr: bool) -> UploadResult:
         """Bring ``wanted`` into the repository that looked like ``start``; verified by what the Hub then shows."""
         parts = list(batches(wanted))
         self._upload(wanted.add, create_pr)
@@ -53,7 +53,7 @@ class Uploader:
             return self._through_pull_request(parts, wanted, title, start, create_pr)
         head = self._commit(self.revision, wanted, title, start.head)
         self._verify(self.revision, wanted)
-        return Landed(head)
+        return UploadResult(head)
 
     def ensure(self, remote: Remote, private: bool) -> Remote:
         """The repository and the branch, made where they are not there yet."""
@@ -61,7 +61,7 @@ class Uploader:
             self._again(lambda: self._create(private))
         if remote.head is None and self.revision != MAIN:
             self._again(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
-        return remote if remote.head else self._again(lambda: look(self.api, self.repo_id, self.revision))
+        return remote if remote.head else self._again(lambda: fetch_state(self.api, self.repo_id, self.revision))
 
     def _create(self, private: bool) -> None:
         from huggingface_hub.errors import HfHubHTTPError
@@ -87,7 +87,7 @@ class Uploader:
         """The contents of large files into the Hub's storage, where nobody sees them yet."""
         operations = [self._operation(item) for item in items]
         if operations:
-            with bars(self.progress):
+            with hub_progress(self.progress):
                 self._again(lambda: self._preupload(operations, create_pr))
 
     def _preupload(self, additions: list[CommitOperationAdd], create_pr: bool) -> None:
@@ -112,14 +112,14 @@ class Uploader:
 
     # -- commits
 
-    def _commit(self, revision: str, wanted: Change, title: str, head: str | None) -> str:
+    def _commit(self, revision: str, wanted: RemoteChange, title: str, head: str | None) -> str:
         """One commit on top of ``head``, and only there; the new head."""
         from huggingface_hub.errors import HfHubHTTPError
 
         operations = self._operations(wanted)
 
         def attempt() -> str:
-            now = look(self.api, self.repo_id, revision)
+            now = fetch_state(self.api, self.repo_id, revision)
             if not change(now, wanted.add, wanted.delete):
                 return str(now.head)  # a try before this one got through, only its answer was lost
             if now.head != head:
@@ -131,7 +131,7 @@ class Uploader:
             except HfHubHTTPError as error:
                 if status_of(error) != 412:
                     raise
-                now = look(self.api, self.repo_id, revision)
+                now = fetch_state(self.api, self.repo_id, revision)
                 if change(now, wanted.add, wanted.delete):
                     raise self._moved(revision) from None
                 return str(now.head)
@@ -139,29 +139,29 @@ class Uploader:
 
         return self._again(attempt)
 
-    def _operations(self, wanted: Change) -> list[CommitOperationAdd | CommitOperationDelete]:
+    def _operations(self, wanted: RemoteChange) -> list[CommitOperationAdd | CommitOperationDelete]:
         from huggingface_hub import CommitOperationDelete
 
         deletions = [CommitOperationDelete(path, is_folder=False) for path in wanted.delete]
         return [*(self._operation(item) for item in wanted.add), *deletions]
 
     def _through_pull_request(
-        self, parts: Sequence[Change], wanted: Change, title: str, start: Remote, leave_open: bool
-    ) -> Landed:
+        self, parts: Sequence[RemoteChange], wanted: RemoteChange, title: str, start: Remote, leave_open: bool
+    ) -> UploadResult:
         number, url = self._again(lambda: self._open_pull_request(parts[0], title, start))
         revision = f"refs/pr/{number}"
         for batch in parts:
-            now = self._again(lambda: look(self.api, self.repo_id, revision))
+            now = self._again(lambda: fetch_state(self.api, self.repo_id, revision))
             missing = change(now, batch.add, batch.delete)
             if missing:
                 self._commit(revision, missing, title, now.head)
         if leave_open:
-            return Landed(self._verify(revision, wanted), url)
+            return UploadResult(self._verify(revision, wanted), url)
         self._verify(revision, wanted)
         self._again(lambda: self._merge(number, start))
-        return Landed(self._verify(self.revision, wanted))
+        return UploadResult(self._verify(self.revision, wanted))
 
-    def _open_pull_request(self, first: Change, title: str, start: Remote) -> tuple[int, str]:
+    def _open_pull_request(self, first: RemoteChange, title: str, start: Remote) -> tuple[int, str]:
         """The open pull request of that title, made with the first batch where there is none."""
         me = str(self.api.whoami()["name"])
         for known in self.api.get_repo_discussions(
@@ -182,13 +182,13 @@ class Uploader:
     def _merge(self, number: int, start: Remote) -> None:
         if self.api.get_discussion_details(self.repo_id, number).status == "merged":
             return
-        if look(self.api, self.repo_id, self.revision).head != start.head:
+        if fetch_state(self.api, self.repo_id, self.revision).head != start.head:
             raise self._moved(self.revision)
         self.api.merge_pull_request(self.repo_id, number)
 
-    def _verify(self, revision: str, wanted: Change) -> str:
+    def _verify(self, revision: str, wanted: RemoteChange) -> str:
         """What the Hub shows must be what we have; the head that was compared."""
-        now = self._again(lambda: look(self.api, self.repo_id, revision))
+        now = self._again(lambda: fetch_state(self.api, self.repo_id, revision))
         wrong = change(now, wanted.add, wanted.delete)
         if not wrong:
             return str(now.head)
@@ -206,18 +206,18 @@ class Uploader:
         )
 
     def _again(self, act: Callable[[], T]) -> T:
-        return again(act, self.progress, self.repo_id)
+        return with_retries(act, self.progress, self.repo_id)
 
 
-def batches(wanted: Change) -> Iterator[Change]:
+def batches(wanted: RemoteChange) -> Iterator[RemoteChange]:
     """The change in commits that the Hub takes: one, nearly always."""
     batch: list[Item] = []
     inside = 0
     for item in wanted.add:
         small = item.size if isinstance(item.source, bytes) else 0
         if batch and (len(batch) >= FILES_PER_COMMIT or inside + small > BYTES_PER_COMMIT):
-            yield Change(batch, [])
+            yield RemoteChange(batch, [])
             batch, inside = [], 0
         batch.append(item)
         inside += small
-    yield Change(batch, wanted.delete)
+    yield RemoteChange(batch, wanted.delete)

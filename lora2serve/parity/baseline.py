@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.errors import InputError
-from lora2serve.parity.report import FORMAT, Report, Row
+from lora2serve.parity.report.parity_report import FORMAT, ComparisonResult, ParityReport
 from lora2serve.parity.thresholds import LOWER
 
 COMPARED = ("mean_kl", "p99_kl", "top1", "retention", "equal_answers", "tensor_nmse")
 SMALLEST = 1e-6  # below, a difference is one of arithmetic (nats, or a share)
 
 
-def regressions(report: Report, earlier: Path) -> tuple[str, ...]:
+def regressions(report: ParityReport, earlier: Path) -> tuple[str, ...]:
     """One line for each figure whose interval lies wholly on the worse side of the earlier one's, and for lost rows."""
     before = _rows(earlier)
     now = {(row.export, row.engine): row for row in report.subjects}
@@ -30,7 +30,7 @@ def regressions(report: Report, earlier: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _worse(row: Row, before: Mapping[str, Any]) -> list[str]:
+def _worse(row: ComparisonResult, before: Mapping[str, Any]) -> list[str]:
     old = {check["name"]: check for gate in before["gates"] for check in gate["checks"]}
     if row.status != "met" and before["status"] == "met":
         return [f"{row.export} in {row.engine}: was met, is {row.status}"]

@@ -9,15 +9,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lora2serve.parity.data import Conversation, Data
-from lora2serve.parity.metrics import Figure, Ints, Positions, figures, ratio
+from lora2serve.data.prompts import Conversation, PromptSet
+from lora2serve.parity.metrics import Estimate, Ints, Positions, figures, ratio
 from lora2serve.parity.thresholds import LOWER, Thresholds
 
 Status = Literal["met", "missed", "skipped", "failed", "missing"]
 
 
 @dataclass(frozen=True)
-class Check:
+class Metric:
     """One figure against its bound; ``met`` is None where it is shown only."""
 
     name: str
@@ -38,12 +38,12 @@ class Gate:
 
     name: GateName
     status: Status
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Metric, ...] = ()
     first: str = ""
     cause: str = ""
 
 
-def tokens(data: Data, said: Mapping[str, Any]) -> Gate:
+def tokens(data: PromptSet, said: Mapping[str, Any]) -> Gate:
     """Prompts byte for byte, ids one by one, BOS at most once, and the token that ends an answer."""
     count = {"prompts": 0, "ids": 0}
     for conversation, rendered, ids in zip(data.conversations, said["rendered"], said["ids"], strict=True):
@@ -68,8 +68,8 @@ def tokens(data: Data, said: Mapping[str, Any]) -> Gate:
     return Gate("tokens", "met", _counts(count))
 
 
-def _counts(count: Mapping[str, int]) -> tuple[Check, ...]:
-    return tuple(Check(f"equal {name}", value) for name, value in count.items())
+def _counts(count: Mapping[str, int]) -> tuple[Metric, ...]:
+    return tuple(Metric(f"equal {name}", value) for name, value in count.items())
 
 
 def _tokens_missed(first: str, cause: str, count: Mapping[str, int]) -> Gate:
@@ -89,7 +89,7 @@ def _text_difference(conversation: Conversation, rendered: str) -> tuple[str, st
     return first, "template: not the one that was trained with"
 
 
-def _bos_difference(data: Data, conversation: Conversation, ids: Sequence[int] | None) -> tuple[str, str] | None:
+def _bos_difference(data: PromptSet, conversation: Conversation, ids: Sequence[int] | None) -> tuple[str, str] | None:
     """BOS at the start, as often as in training."""
     if ids is None or data.bos is None:
         return None
@@ -134,7 +134,7 @@ def tensors(found: Mapping[str, Any], bounds: Thresholds) -> Gate:
     part = max(found["tensors"], key=lambda one: one["worst"])
     limit = bounds.tensor_nmse
     checks = (
-        Check("tensors", len(found["tensors"])),
+        Metric("tensors", len(found["tensors"])),
         _at_most("tensor_nmse", whole["nmse"], limit),
         _at_most("block_nmse", part["worst"], None if limit is None else SHARP * limit),
     )
@@ -152,8 +152,8 @@ def tensors(found: Mapping[str, Any], bounds: Thresholds) -> Gate:
     return Gate("tensors", "met", checks)
 
 
-def _at_most(name: str, value: float, bound: float | None) -> Check:
-    return Check(name, value, value, value, bound, None if bound is None else value <= bound)
+def _at_most(name: str, value: float, bound: float | None) -> Metric:
+    return Metric(name, value, value, value, bound, None if bound is None else value <= bound)
 
 
 def _tensor_cause(found: Sequence[Mapping[str, Any]], nmse: float, limit: float | None) -> str:
@@ -209,7 +209,7 @@ def greedy(reference: Sequence[Any], answers: Sequence[Sequence[int]], stop: Seq
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """Everything measured of one engine against one reference."""
 
     positions: Positions
@@ -217,9 +217,9 @@ class Behaviour:
     sequences: Ints  # (P,) sequence of each position
     task: np.ndarray  # (P,) bool: from held-out rows
     greedy: Greedy | None = None
-    found: dict[str, Figure] = field(default_factory=dict)
+    found: dict[str, Estimate] = field(default_factory=dict)
 
-    def measure(self) -> dict[str, Figure]:
+    def measure(self) -> dict[str, Estimate]:
         """All figures with their intervals, over the positions of which the engine says something."""
         known = ~np.isnan(self.positions.kl)
         if not known.all():
@@ -229,18 +229,18 @@ class Behaviour:
                 sequences=self.sequences[known], task=self.task[known],
             )  # fmt: skip
             share = float(known.mean())
-            return {**one.measure(), "known": Figure(share, share, share)}
+            return {**one.measure(), "known": Estimate(share, share, share)}
         found = figures(self.positions, self.sequences)
         if self.base is not None:
             where = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
             found["retention"] = ratio(self.positions.kl[where], self.base.kl[where], self.sequences[where])
         if self.greedy:
             for name, value in (("equal_answers", self.greedy.equal), ("first_difference", self.greedy.excusable)):
-                found[name] = Figure(value, value, value)
+                found[name] = Estimate(value, value, value)
         return found
 
 
-def behaviour(measured: Behaviour, found: Mapping[str, Figure], bounds: Thresholds, name_of: Any) -> Gate:
+def behaviour(measured: Behavior, found: Mapping[str, Estimate], bounds: Thresholds, name_of: Any) -> Gate:
     """The worse end of each interval against its bound; ``name_of(position)`` says where a position is."""
     checks = [_check(name, figure, getattr(bounds, name, None)) for name, figure in found.items()]
     missed = [check for check in checks if check.met is False]
@@ -253,17 +253,17 @@ def behaviour(measured: Behaviour, found: Mapping[str, Figure], bounds: Threshol
     return Gate("behaviour", "missed", tuple(checks), first, _cause(measured, found, bool(len(broken))))
 
 
-def _check(name: str, figure: Figure, bound: float | None) -> Check:
+def _check(name: str, figure: Estimate, bound: float | None) -> Metric:
     if bound is None:
-        return Check(name, figure.value, figure.low, figure.high)
+        return Metric(name, figure.value, figure.low, figure.high)
     if name in LOWER:
         met = figure.low >= bound
     else:
         met = max(abs(figure.low), abs(figure.high)) <= bound
-    return Check(name, figure.value, figure.low, figure.high, bound, bool(met))
+    return Metric(name, figure.value, figure.low, figure.high, bound, bool(met))
 
 
-def _cause(measured: Behaviour, found: Mapping[str, Figure], broken: bool) -> str:
+def _cause(measured: Behavior, found: Mapping[str, Estimate], broken: bool) -> str:
     if broken:
         return "dtype: NaN or infinity in the export's logits"
     if measured.base is None:

@@ -124,7 +124,7 @@ def _lumped(ref: Floats, got: Floats) -> float:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A value with the ends of its confidence interval."""
 
     value: float
@@ -189,7 +189,7 @@ STATISTICS: Mapping[str, Statistic] = {
 }
 
 
-def figures(positions: Positions, sequences: Ints) -> dict[str, Figure]:
+def figures(positions: Positions, sequences: Ints) -> dict[str, Estimate]:
     """Every statistic with its block-bootstrap interval; ``sequences`` is (P,), the sequence of each position.
 
     Statistics that need what the engine does not show are left out.
@@ -202,20 +202,20 @@ def figures(positions: Positions, sequences: Ints) -> dict[str, Figure]:
         for name in finite:
             drawn[name].append(STATISTICS[name](part))
     return {
-        name: Figure(value, *(_interval(np.array(drawn[name])) if name in drawn else (value, value)))
+        name: Estimate(value, *(_interval(np.array(drawn[name])) if name in drawn else (value, value)))
         for name, value in values.items()
         if not np.isnan(value)
     }
 
 
-def ratio(above: Floats, below: Floats, sequences: Ints) -> Figure:
+def ratio(above: Floats, below: Floats, sequences: Ints) -> Estimate:
     """sum(above) / sum(below) with its interval: signal retention."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(above.sum() / below.sum())
         if not np.isfinite(value):
-            return Figure(np.inf, np.inf, np.inf)
+            return Estimate(np.inf, np.inf, np.inf)
         drawn = np.array([above[sample].sum() / below[sample].sum() for sample in _resamples(blocks(sequences))])
-    return Figure(value, *_interval(drawn))
+    return Estimate(value, *_interval(drawn))
 
 
 def blocks(sequences: Ints) -> list[Ints]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from lora2serve.parity.comparisons import Comparison
     from lora2serve.parity.gates import Gate
-    from lora2serve.parity.origin import Origin
-    from lora2serve.parity.report import Report, Row
-    from lora2serve.parity.subjects import Subject
+    from lora2serve.parity.report.parity_report import ComparisonResult, ParityReport
+    from lora2serve.parity.trained_model import TrainedModel
 
 GATES = ("tokens", "tensors", "behaviour")
 
@@ -49,18 +49,18 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Col
 class Exports(pytest.Directory):
     """All exports of one run; they are compared once, when the first test runs."""
 
-    _report: Report | None = None
+    _report: ParityReport | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
         for subject in _compared(self.path)[1]:
             for gate in GATES:
                 name = f"{subject.name}-{subject.engine}-{gate}"
-                yield Check.from_parent(self, name=name, export=subject.name, engine=subject.engine, gate=gate)
+                yield ParityCheck.from_parent(self, name=name, export=subject.name, engine=subject.engine, gate=gate)
 
-    def report(self) -> Report:
+    def report(self) -> ParityReport:
         """Of all exports."""
         if self._report is None:
-            from lora2serve.parity.check import check
+            from lora2serve.parity.comparator import check
             from lora2serve.progress import Silent
 
             origin, subjects = _compared(self.path)
@@ -68,7 +68,7 @@ class Exports(pytest.Directory):
         return self._report
 
 
-class Check(pytest.Item):
+class ParityCheck(pytest.Item):
     """One gate of one export in one engine."""
 
     def __init__(self, *, export: str, engine: str, gate: str, **given: Any) -> None:
@@ -84,7 +84,7 @@ class Check(pytest.Item):
         if gate.status != "met":
             raise AssertionError(f"{gate.cause or gate.status}; first: {gate.first}")
 
-    def _found(self) -> tuple[Row, Gate | None]:
+    def _found(self) -> tuple[ComparisonResult, Gate | None]:
         parent = self.parent
         assert isinstance(parent, Exports)
         rows = parent.report().subjects
@@ -98,12 +98,12 @@ class Check(pytest.Item):
         return self.path, None, self.name
 
 
-def _compared(exports: Path) -> tuple[Origin, list[Subject]]:
+def _compared(exports: Path) -> tuple[TrainedModel, list[Comparison]]:
     """What the folder's exports were trained as, and what is in it."""
+    from lora2serve.artifacts.run import Run, is_run
     from lora2serve.errors import Lora2ServeError
-    from lora2serve.parity.origin import of_run, refuse_others
-    from lora2serve.parity.subjects import of_exports
-    from lora2serve.run import Run, is_run
+    from lora2serve.parity.comparisons import of_exports
+    from lora2serve.parity.trained_model import of_run, refuse_others
 
     run = Run(exports.parent)
     if not is_run(run.path):

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from lora2serve.data.prompts import Amount, PromptSet, load_saved
 from lora2serve.errors import InputError
-from lora2serve.parity import jobs
-from lora2serve.parity.data import Amount, Data, load_saved
+from lora2serve.parity import worker
+from lora2serve.parity.engine_process import EngineProcess
 from lora2serve.parity.metrics import Ints, Positions
-from lora2serve.parity.origin import Origin, ReferenceName
-from lora2serve.parity.worker import Child
+from lora2serve.parity.trained_model import ReferenceName, TrainedModel
 from lora2serve.progress import Progress
 
 SPARE = 1.1  # of the disk that the references need
@@ -27,7 +27,7 @@ class References:
     where there is no adapter; ``greedy`` their answers. One model is in memory at a time, and only while it is asked.
     """
 
-    def __init__(self, origin: Origin, work: Path, logs: Path, progress: Progress, ask: str = "") -> None:
+    def __init__(self, origin: TrainedModel, work: Path, logs: Path, progress: Progress, ask: str = "") -> None:
         self._origin, self._work, self._logs, self._progress, self._ask = origin, work, logs, progress, ask
         self.files: dict[ReferenceName, Path] = {}
         self.versions: dict[str, Any] = {}
@@ -71,8 +71,8 @@ class References:
             "window": self.data.window,
         }
 
-    def _child(self, engine: str, options: Any, log: str) -> Child:
-        return Child(engine, options, self._logs / f"{log}.log", self._origin.settings.limit)
+    def _child(self, engine: str, options: Any, log: str) -> EngineProcess:
+        return EngineProcess(engine, options, self._logs / f"{log}.log", self._origin.settings.limit)
 
     def _options(self, name: ReferenceName) -> dict[str, Any]:
         origin = self._origin
@@ -84,14 +84,14 @@ class References:
             "trained_on": origin.run.record.get("device") if origin.run else None,
         }
 
-    def _prepare(self, child: Child) -> None:
+    def _prepare(self, child: EngineProcess) -> None:
         """Choose what is asked; InputError where the disk cannot hold the answers."""
         origin, settings = self._origin, self._origin.settings
         amount = Amount(settings.tokens, settings.window, settings.prompts, settings.new_tokens)
         place = {"out": str(self.path), "eval_rows": str(origin.rows) if origin.rows else None}
         with self._progress.track("loading the trained model", 1) as advance:
             vocab = child.call("prepare_data", advance, **place, general=settings.general, amount=vars(amount))
-        self.data: Data = load_saved(self.path)
+        self.data: PromptSet = load_saved(self.path)
         need = int(self.data.positions * vocab * 4 * len(origin.references) * SPARE)
         free = shutil.disk_usage(self._work).free
         if need > free:
@@ -105,7 +105,7 @@ class References:
                 "--data or parity.general brings more"
             )
 
-    def _measure(self, name: ReferenceName, child: Child) -> None:
+    def _measure(self, name: ReferenceName, child: EngineProcess) -> None:
         self.files[name] = self._work / f"{name}.f32"
         positions, data = self._work / f"{name}.npz", str(self.path)
         with self._progress.track(f"reference: {name}", self.data.positions, "tokens") as advance:
@@ -114,7 +114,7 @@ class References:
             )
         new_tokens = self._origin.settings.new_tokens
         self.greedy[name] = child.call("likeliest", data=data, new_tokens=new_tokens)
-        self.base[name] = jobs.load_positions(positions).get("base")
+        self.base[name] = worker.load_positions(positions).get("base")
         if self._ask and name == self._origin.references[-1]:
             for who in ("base", "trained") if self._origin.adapters else ("trained",):
                 alone = who == "base"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora2serve.config.recipe import TrainRecipe
 from lora2serve.errors import TrainError, did_you_mean
-from lora2serve.fourbit import use_plain_cpu_kernels
-from lora2serve.recipe import TrainRecipe
-from lora2serve.train.failures import first_line
+from lora2serve.train.requirements import first_line
+from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 
 QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
 OTHER_TOWERS = ("vision", "visual", "audio")
@@ -223,6 +223,6 @@ def _other_towers(model: Any) -> str | None:
 
 
 def _is_quantized(path: Path) -> bool:
-    from lora2serve.checkpoint import read_config
+    from lora2serve.weights.checkpoint import read_config
 
     return bool(read_config(path).get("quantization_config"))

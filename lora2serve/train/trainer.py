@@ -1,218 +1,259 @@
-"""One fine-tune from recipe to run directory."""
+"""TRL's trainer with our recipe: the loop, its checkpoints, its log."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Sequence
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora2serve import manifest
-from lora2serve.checkpoint import identity, read_config
-from lora2serve.errors import DataError
-from lora2serve.origin import origin
-from lora2serve.progress import Progress
-from lora2serve.recipe import Recipe, dump
-from lora2serve.run import Run
-from lora2serve.train import evaluate, guards
-from lora2serve.train.data import Rows
-from lora2serve.train.failures import translated
-from lora2serve.train.model import (
-    REBASING,
-    Device,
-    add_adapter,
-    device,
-    load_base,
-    load_tokenizer,
-    lora_config,
-    prepare,
-    quantized_modules,
-)
-from lora2serve.train.picture import plot
-from lora2serve.train.tokens import Tokens, tokenize_all
+from transformers import TrainerCallback
 
-MOST_EVAL_ROWS = 1000  # kept in eval.jsonl for parity
+from lora2serve.artifacts.run import Run
+from lora2serve.config.recipe import Recipe
+from lora2serve.data.tokenization import Tokens
+from lora2serve.errors import TrainError, did_you_mean
+from lora2serve.progress import Advance, Progress
+from lora2serve.train.model import Device
+
+STATE = "trainer_state.json"  # of a checkpoint, written last
 
 
-def train(
-    recipe: Recipe, run: Run, sets: tuple[Rows, Rows | None], *, base: Path, resume: bool, progress: Progress
-) -> None:
-    """Fine-tune ``base`` (a local directory) on ``sets`` (``data.load``); everything of the run directory is written.
+class Log(TrainerCallback):  # type: ignore[misc]
+    """Metrics into metrics.jsonl, steps into the bar, checkpoints into words, Ctrl-C into a checkpoint."""
 
-    DataError and TrainError for what cannot be trained; KeyboardInterrupt once Ctrl-C has saved a checkpoint.
-    """
-    with translated():
-        from transformers import set_seed
+    def __init__(self, path: Path, advance: Advance, progress: Progress) -> None:
+        self.path, self.advance, self.progress = path, advance, progress
+        self.last: dict[str, tuple[int, float]] = {}  # figure -> step, value
+        self.stopped = False
 
-        from lora2serve.train.loop import check_trackers, fit
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After --resume the bar starts where the run is, and steps beyond the checkpoint leave the log."""
+        self.advance(state.global_step)
+        if self.path.exists():
+            lines = [
+                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
+            ]
+            self.path.write_text("".join(f"{line}\n" for line in lines))
 
-        _quiet()
-        check_trackers(recipe)
-        where = device()
-        _announce(run, recipe, sets, where, progress)
-        tokenizer = load_tokenizer(base)
-        checkpointing = _checkpointing(recipe)
-        rows, held_out = _tokens(sets, tokenizer, recipe, checkpointing, progress)
-        (run.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-        _write_eval(run, sets[1])
-        set_seed(recipe.train.seed)
-        model = prepare(load_base(base, recipe.train, where), checkpointing=checkpointing)
-        lora = _adapter(model, recipe, base, progress)  # a module that is not there is met before the work
-        _record_start(run, recipe, base, where, model, sets)
-        # The base is measured before the adapter is there: some inits take a part of the base out.
-        _measure(run, "base", model, held_out, tokenizer, recipe, progress)
-        model = add_adapter(model, lora)
-        initial = _keep_initial(model, recipe, run)
-        steps = fit(
-            model, tokenizer, rows, held_out, recipe, run, where,
-            checkpointing=checkpointing, resume=resume, progress=progress,
-        )  # fmt: skip
-        run.update({"steps": steps})
-        _save(model, tokenizer, run, initial, base)
-        _measure(run, "tuned", model, held_out, tokenizer, recipe, progress)
-        del model
-        _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
-        plot(run)
-        run.update({"finished": True})
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(1)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
 
-
-def _announce(run: Run, recipe: Recipe, sets: tuple[Rows, Rows | None], where: Device, progress: Progress) -> None:
-    """What is about to be done, before the long silence of loading; and a warning where a GPU would stand idle."""
-    train_rows, eval_rows = sets
-    held_out = f", {len(eval_rows.rows)} held out" if eval_rows else ""
-    kind = "LoRA" if recipe.train.quantize == "none" else f"QLoRA ({recipe.train.quantize})"
-    progress.note(f"{run.path}: {kind} of {recipe.model.path} on {len(train_rows.rows)} rows{held_out}")
-    warning = "" if where.on_gpu else guards.idle_gpu()
-    if warning:
-        progress.warn(warning)
-
-
-def _adapter(model: Any, recipe: Recipe, base: Path, progress: Progress) -> Any:
-    """PEFT's configuration, after a warning where vLLM will not serve what it gives beside others."""
-    config = lora_config(model, recipe.train)
-    init = True if recipe.train.lora.init.startswith(REBASING) else config.init_lora_weights  # as it will be saved
-    warning = guards.multi_lora({**config.to_dict(), "init_lora_weights": init}, read_config(base))
-    if warning:
-        progress.warn(warning)
-    return config
-
-
-def _checkpointing(recipe: Recipe) -> bool:
-    chosen = recipe.train.gradient_checkpointing
-    return recipe.train.quantize != "none" if chosen is None else chosen
-
-
-def _tokens(
-    sets: tuple[Rows, Rows | None], tokenizer: Any, recipe: Recipe, checkpointing: bool, progress: Progress
-) -> tuple[list[Tokens], list[Tokens]]:
-    """Training and held-out rows in tokens, those without a token to learn from left out, after every warning."""
-    train_rows, eval_rows = sets
-    rows = tokenize_all(train_rows, tokenizer, recipe.data, progress)
-    held_out = tokenize_all(eval_rows, tokenizer, recipe.data, progress) if eval_rows else []
-    for warning in guards.warnings(recipe, rows, bool(held_out), checkpointing):
-        progress.warn(warning)
-    rows = [row for row in rows if row.learned]
-    if not rows:
-        raise DataError(f"{train_rows.path}: no row has a token to learn from", "raise data.max_length")
-    scored = [row for row in held_out if row.learned]
-    if eval_rows and not scored:
-        raise DataError(f"{eval_rows.path}: no held-out row has a token to score", "raise data.max_length")
-    return rows, scored
-
-
-def _measure(
-    run: Run, name: str, model: Any, rows: Sequence[Tokens], tokenizer: Any, recipe: Recipe, progress: Progress
-) -> None:
-    """Evaluate the base or the tuned model on the base as trained; kept in run.json."""
-    kept = run.record.get("metrics") or {}
-    if not rows or (name == "base" and "base" in kept):  # known since before --resume
-        return
-    label = "eval before" if name == "base" else "eval after"
-    found = evaluate.evaluate(model, rows, tokenizer.pad_token_id, recipe.train.batch_size, progress, label)
-    run.update({"metrics": {**kept, name: found}})
-    progress.note(f"{name}: eval loss {found['eval_loss']:.4f}, perplexity {found['perplexity']:.2f}")
-
-
-def _measure_on_original(
-    run: Run, base: Path, rows: Sequence[Tokens], tokenizer: Any, recipe: Recipe, where: Device, progress: Progress
-) -> None:
-    """The merge needs to know which base suits the adapter better."""
-    if not rows or not run.record.get("quantization"):
-        return
-    if read_config(base).get("quantization_config"):
-        return  # this base has no full-precision weights here
-    pad, batch = tokenizer.pad_token_id, recipe.train.batch_size
-    found = evaluate.on_original(base, run.adapter, rows, pad, batch, where, progress)
-    if found:
-        run.update({"metrics": {**run.record["metrics"], "tuned_on_original": found}})
-        progress.note(
-            f"tuned, on the original base: eval loss {found['eval_loss']:.4f}, perplexity {found['perplexity']:.2f}"
-        )
-
-
-def _record_start(
-    run: Run, recipe: Recipe, base: Path, where: Device, model: Any, sets: tuple[Rows, Rows | None]
-) -> None:
-    train_rows, eval_rows = sets
-    quantization = None
-    modules = quantized_modules(model)
-    if modules:
-        config = model.config.quantization_config
-        quantization = {
-            "type": config.bnb_4bit_quant_type if config.load_in_4bit else "int8",
-            "double_quant": config.bnb_4bit_use_double_quant,
-            "block_size": 64,
-            "compute_dtype": where.dtype,
-            "modules": modules,
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        kept = {
+            key: value for key, value in (logs or {}).items() if isinstance(value, int | float) and math.isfinite(value)
         }
-    run.update(
-        {
-            "name": run.name,
-            "base": identity(base, recipe.model.path, recipe.model.revision),
-            "data": {"train": train_rows.record(), "eval": eval_rows.record() if eval_rows else None},
-            "quantization": quantization,
-            "device": where.name,
-            "versions": manifest.versions(),
-        }
+        if {"loss", "eval_loss", "train_runtime"} & kept.keys():  # the last one once, at the end
+            self.last |= {key: (state.global_step, value) for key, value in kept.items()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+            self.advance(0, self._figures())
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One line a checkpoint, so that a log file shows that something moves."""
+        figures = self._figures(since=state.global_step - args.logging_steps + 1)
+        self.progress.note(f"step {state.global_step} of {state.max_steps}: {figures or 'saved'}")
+
+    def _figures(self, since: int = 0) -> str:
+        """The last figures, those of a step before ``since`` left out."""
+        names = {"loss": "loss", "eval_loss": "eval loss"}
+        known = {key: self.last[key] for key in names if key in self.last}
+        return ", ".join(f"{names[key]} {value:.4f}" for key, (step, value) in known.items() if step >= since)
+
+    @contextmanager
+    def stop_on_interrupt(self) -> Iterator[None]:
+        """The first Ctrl-C (or a scheduler's SIGTERM) finishes the step and saves; a second one ends at once."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(number: int, frame: Any) -> None:
+            self.stopped = True
+            restore()
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def fit(
+    model: Any, tokenizer: Any, rows: Sequence[Tokens], held_out: Sequence[Tokens], recipe: Recipe, run: Run,
+    where: Device, *, checkpointing: bool, resume: bool, progress: Progress,
+) -> int:  # fmt: skip
+    """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C."""
+    data = _dataset(rows, recipe)
+    total = total_steps(recipe, len(data))
+    checkpoint = last_checkpoint(run) if resume else None
+    if checkpoint and _step(checkpoint) >= total:  # killed after the last step: the trainer would add another
+        _load_state(model, checkpoint, best=_keeps_best(recipe, bool(held_out)))
+        return _step(checkpoint)
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    progress.note(f"{total} steps on {where.name} in {where.dtype}; {learned:,} parameters to learn")
+    with progress.track("train", total, "steps") as advance:
+        log = Log(run.path / "metrics.jsonl", advance, progress)
+        arguments = _arguments(recipe, run, where, total, bool(held_out), checkpointing)
+        trainer = _trainer(model, tokenizer, data, held_out, arguments, [log, *_early_stopping(recipe)])
+        with log.stop_on_interrupt():
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if log.stopped:
+        progress.note(f"saved at step {trainer.state.global_step} of {total}")
+        raise KeyboardInterrupt
+    return int(trainer.state.global_step)
+
+
+def _trainer(
+    model: Any, tokenizer: Any, data: Any, held_out: Sequence[Tokens], arguments: Any, callbacks: Sequence[Any]
+) -> Any:
+    """TRL's trainer, with our words instead of its own and an adapter in float32."""
+    from transformers import PrinterCallback, ProgressCallback
+    from transformers.integrations import TensorBoardCallback
+    from trl import SFTTrainer
+
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=_dataset(held_out) if held_out else None,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
     )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):  # else among the checkpoints, which may be removed
+            callback.logging_dir = callback.logging_dir or str(Path(arguments.output_dir).parent / "tensorboard")
+    # TRL casts the adapter of a 4-bit model to bfloat16, where late, small updates round to nothing; without
+    # AVX512-BF16 it is 25 times as slow on a CPU, too. Autocast computes in the device's type all the same.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
 
 
-def _keep_initial(model: Any, recipe: Recipe, run: Run) -> Path | None:
-    """Inits that change the base are saved once at the start: the result can then be a plain LoRA for the true base."""
-    if not recipe.train.lora.init.startswith(REBASING):
-        return None
-    initial = run.path / "checkpoints" / "initial"
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(str(initial))
-    return initial
+def _load_state(model: Any, checkpoint: Path, *, best: bool) -> None:
+    """The adapter of a checkpoint into ``model``, or of the best one before it."""
+    known = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+    kept = checkpoint.with_name(Path(known).name) if known and best else checkpoint
+    model.load_adapter(str(kept), "default", is_trainable=True)
 
 
-def _save(model: Any, tokenizer: Any, run: Run, initial: Path | None, base: Path) -> None:
-    given = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
-    pulled = origin(base)
-    model.peft_config["default"].base_model_name_or_path = pulled.id if pulled else str(base)
-    model.peft_config["default"].revision = pulled.commit if pulled else None
-    model.save_pretrained(str(run.adapter), **given)
-    tokenizer.save_pretrained(str(run.adapter))
-    (run.adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty card: `push` writes a true one
+def last_checkpoint(run: Run) -> Path | None:
+    """The newest whole checkpoint: the trainer writes its state last, so a kill in between leaves none."""
+    whole = [path.parent for path in run.path.glob(f"checkpoints/checkpoint-*/{STATE}") if _is_json(path)]
+    return max(whole, key=_step, default=None)
 
 
-def _write_eval(run: Run, rows: Rows | None) -> None:
-    if rows:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows.rows[:MOST_EVAL_ROWS]]
-        run.eval_data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
-def _quiet() -> None:
-    """The libraries' own bars and words; what matters goes through Progress."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
+def _keeps_best(recipe: Recipe, held_out: bool) -> bool:
+    return held_out and (recipe.train.save_best or recipe.train.early_stopping is not None)
 
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in ("trl", "peft", "bitsandbytes", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        return False
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """TrainError for a tracker that is unknown or not installed."""
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in recipe.train.trackers:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise TrainError(f"train.trackers: unknown tracker {name!r}{near}", f"known: {', '.join(sorted(known))}")
+        if name not in integration_utils.get_available_reporting_integrations():
+            raise TrainError(f"train.trackers: {name} is not installed", f"pip install {name.replace('_', '-')}")
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps in all, for that many (packed) rows."""
+    each_epoch = math.ceil(rows / (recipe.train.batch_size * recipe.train.accumulation))
+    return recipe.train.steps or max(1, math.ceil(each_epoch * recipe.train.epochs))
+
+
+def _arguments(recipe: Recipe, run: Run, where: Device, total: int, held_out: bool, checkpointing: bool) -> Any:
+    from trl import SFTConfig
+
+    train = recipe.train
+    try:
+        return SFTConfig(
+            output_dir=str(run.path / "checkpoints"),
+            max_steps=total,
+            per_device_train_batch_size=train.batch_size,
+            per_device_eval_batch_size=train.batch_size,
+            gradient_accumulation_steps=train.accumulation,
+            learning_rate=train.learning_rate,
+            lr_scheduler_type=train.schedule,
+            warmup_steps=math.ceil(train.warmup * total),
+            max_grad_norm=train.max_grad_norm,
+            weight_decay=train.weight_decay,
+            optim="paged_adamw_32bit" if where.on_gpu and train.quantize != "none" else "adamw_torch",
+            bf16=where.dtype == "bfloat16",
+            fp16=where.dtype == "float16",
+            use_cpu=not where.on_gpu,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            seed=train.seed,
+            data_seed=train.seed,
+            logging_steps=train.log_interval,
+            **_evaluations(recipe, total, held_out),
+            report_to=list(train.trackers) or "none",
+            run_name=run.name,
+            padding_free=recipe.data.packing,  # rows are cut and packed before; each keeps its own positions
+            max_length=None,
+            disable_tqdm=True,
+            dataloader_pin_memory=where.on_gpu,
+        )
+    except (ValueError, ImportError) as error:
+        raise TrainError(f"recipe: {(str(error).splitlines() or ['?'])[0]}") from error
+
+
+def _evaluations(recipe: Recipe, total: int, held_out: bool) -> dict[str, Any]:
+    """When to evaluate and when to save: at the same steps where the best state is to be kept."""
+    train = recipe.train
+    each_epoch = max(1, math.ceil(total / max(1.0, train.epochs))) if train.steps is None else total
+    eval_steps = min(train.eval_steps or each_epoch, total)
+    best = _keeps_best(recipe, held_out)
+    return {
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": eval_steps,
+        "save_strategy": "steps",
+        "save_steps": eval_steps if best else max(1, min(eval_steps, math.ceil(total / 10))),
+        "save_total_limit": 2,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": "eval_loss" if best else None,
+        "greater_is_better": False if best else None,
+    }
+
+
+def _early_stopping(recipe: Recipe) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    return [EarlyStoppingCallback(recipe.train.early_stopping)] if recipe.train.early_stopping else []
+
+
+def _dataset(rows: Sequence[Tokens], packed: Recipe | None = None) -> Any:
+    """The trainer's form of the rows; packed where the recipe asks for it, so that the steps can be counted."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    found = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    if packed is None or not packed.data.packing:
+        return found
+    return pack_dataset(found.shuffle(seed=packed.train.seed), packed.data.max_length, "bfd")

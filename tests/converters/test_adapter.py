@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from converters.adapter.sink import KEPT
+from converters.adapter.adapter_sink import KEPT
 from lora2serve.errors import ExportError
-from lora2serve.exporter import Model, find
+from lora2serve.export.sinks import ExportModel, find
+from lora2serve.export.stream import Plan, export
 from lora2serve.progress import Silent
-from lora2serve.stream import Plan, export
-from tests.folding import fold, stored
-from tests.tiny import load_model, make_adapter, make_model, merged_by_peft
+from tests.support.folding import fold, stored
+from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def write(base: Path, adapter: Path, out: Path, **options: Any) -> Path:
     """The true export."""
     exporter = find("adapter")
     merged = fold(base, [adapter])
-    model = Model(merged, merged.config, {}, "tiny", str(base), adapter)
+    model = ExportModel(merged, merged.config, {}, "tiny", str(base), adapter)
     return export(model, [Plan("adapter", exporter, exporter.Options(**options), out)], Silent())[0]
 
 

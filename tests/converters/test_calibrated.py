@@ -16,20 +16,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters import calibrated
-from converters.calibrated_child import TOGETHER, batches
-from lora2serve import environment, manifest
-from lora2serve.checkpoint import Checkpoint
+from converters.vllm import calibrated
+from converters.vllm.calibrated_child import TOGETHER, batches
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.parity.thresholds import lookup
-from lora2serve.run import Run
+from lora2serve.system import tool_env
+from lora2serve.weights.checkpoint import Checkpoint
 from tests.conftest import lora2serve
-from tests.tiny import make_adapter, make_model
+from tests.support.tiny import make_adapter, make_model
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 needs_environment = pytest.mark.skipif(
-    environment.python() is None, reason="needs llm-compressor's environment: lora2serve doctor --fix"
+    tool_env.python() is None, reason="needs llm-compressor's environment: lora2serve doctor --fix"
 )
 
 
@@ -49,11 +50,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretend(monkeypatch: pytest.MonkeyPatch, cache: Path, script: str) -> None:
     """An environment that looks whole and whose Python is a shell script."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    (environment.folder() / "bin").mkdir(parents=True)
-    python = environment.folder() / "bin" / "python"
+    (tool_env.folder() / "bin").mkdir(parents=True)
+    python = tool_env.folder() / "bin" / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
-    (environment.folder() / environment.MARKER).write_text("{}")
+    (tool_env.folder() / tool_env.MARKER).write_text("{}")
 
 
 def refused(made: Path, here: Path, *words: str) -> None:

@@ -16,20 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.compressed import library
-from converters.compressed.reader import CompressedReader
-from converters.compressed.schemes import SCHEMES
-from converters.compressed.selection import FUSED, select
-from lora2serve import tensors
+from converters.vllm.compressed import library
+from converters.vllm.compressed.compressed_reader import CompressedReader
+from converters.vllm.compressed.schemes import SCHEMES
+from converters.vllm.compressed.selection import FUSED, select
+from lora2serve.adapters.vllm_support import models_dir
 from lora2serve.errors import ExportError
-from lora2serve.exporter import Model, find
-from lora2serve.lora_classes import models_dir
+from lora2serve.export.sinks import ExportModel, find
+from lora2serve.export.stream import Plan, export
 from lora2serve.parity import thresholds
-from lora2serve.parity.tensors import Difference, _parts
+from lora2serve.parity.tensor_gate import Difference, _parts
 from lora2serve.progress import Silent
-from lora2serve.stream import Plan, export
-from tests.folding import fold, stored
-from tests.tiny import make_adapter, make_model
+from lora2serve.weights import tensors
+from tests.support.folding import fold, stored
+from tests.support.tiny import make_adapter, make_model
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 384, "num_key_value_heads": 2, "head_dim": 64}
 
@@ -37,7 +37,7 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 384, "num_key_value_heads": 2,
 def written(base: Path, out: Path, *quants: str, adapters: tuple[Path, ...] = ()) -> dict[str, Path]:
     """All of them in one pass over ``base``."""
     merged, exporter = fold(base, adapters), find("vllm")
-    model = Model(merged, merged.config, {}, "tiny", str(base))
+    model = ExportModel(merged, merged.config, {}, "tiny", str(base))
     plans = [Plan("vllm", exporter, exporter.Options(quant=quant), out / quant) for quant in quants]
     return dict(zip(quants, export(model, plans, Silent()), strict=True))
 
@@ -202,9 +202,9 @@ def test_small_blocks_give_the_same_bytes(
 def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[list[Difference], list[str]]:
     """The tensor gate's figures."""
     merged = fold(base, adapters)
-    reader = CompressedReader(path, {"quant": quant}, Model(merged, merged.config, {}, "tiny", str(base)))
+    reader = CompressedReader(path, {"quant": quant}, ExportModel(merged, merged.config, {}, "tiny", str(base)))
     found = {name: Difference(name) for name in reader.wanted}
-    for spec, rows in _parts(Model(merged, merged.config, {}, "tiny", str(base)), reader.wanted):
+    for spec, rows in _parts(ExportModel(merged, merged.config, {}, "tiny", str(base)), reader.wanted):
         found[spec.name].add(*reader.pair(spec, rows, merged.read(spec.name, rows))[1:])
     return list(found.values()), list(reader.differences)
 
@@ -260,7 +260,7 @@ def test_damage_is_seen(quant: str, plain: Path, made: dict[str, Path], tmp_path
     assert max(one.nmse for one in turned) > bound
     lost = damage(made[quant], tmp_path / "lost", lose)
     merged = fold(plain, ())
-    reader = CompressedReader(lost, {"quant": quant}, Model(merged, merged.config, {}, "tiny", str(plain)))
+    reader = CompressedReader(lost, {"quant": quant}, ExportModel(merged, merged.config, {}, "tiny", str(plain)))
     assert [name for name in reader.differences if "q_proj.weight" in name]
 
 
@@ -315,8 +315,8 @@ def test_experts(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("quant", SCHEMES)
 def test_transformers_loads_it(quant: str, plain: Path, made: dict[str, Path]) -> None:
     """``from_pretrained``, as parity does it; the activations' share of the error is in, if the scheme has one."""
-    from lora2serve.parity.engines.transformers import _decompressed
-    from tests.tiny import load_model
+    from lora2serve.parity.engines.transformers_engine import _decompressed
+    from tests.support.tiny import load_model
 
     given = {"dtype": torch.float32, **_decompressed(str(made[quant]))}
     from transformers import AutoModelForCausalLM

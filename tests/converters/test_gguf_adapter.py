@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora2serve.run import Run
+from lora2serve.artifacts.run import Run
 from tests.conftest import lora2serve
 
 IDS = list(range(20, 90))
@@ -79,7 +79,7 @@ def test_equals_peft(
     """Patterns and rsLoRA come out right; the control, the base without the adapter, is far off."""
     from peft import PeftModel
 
-    from tests.tiny import make_adapter
+    from tests.support.tiny import make_adapter
 
     adapter = make_adapter(tmp_path / "adapter", base, std=0.05, **kind)
     file = exported(tmp_path / "out", adapter, "--base", base, "-t", "gguf-adapter")
@@ -104,7 +104,7 @@ def test_refused_by_name(
     base: Path, tmp_path: Path, kind: dict[str, Any], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from lora2serve.cli import run
-    from tests.tiny import make_adapter
+    from tests.support.tiny import make_adapter
 
     adapter = make_adapter(tmp_path / "adapter", base, **kind)
     assert run(["export", str(adapter), "--base", str(base), "-t", "gguf-adapter", "-o", str(tmp_path / "out")]) == 1

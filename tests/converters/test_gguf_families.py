@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
-from tests.tiny import make_model
-from tests.upstream import convert, quantize
+from tests.support.tiny import make_model
+from tests.support.upstream import convert, quantize
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
 SHAPE = {
@@ -82,7 +82,7 @@ def sentencepiece_tokenizer(path: Path) -> None:
     """A real SentencePiece model in place of the byte-level one, as Gemma 2 has."""
     from sentencepiece import SentencePieceTrainer
 
-    from converters.gguf.proof import TEXT
+    from converters.gguf.tokenizer_check import TEXT
 
     SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines() * 3), model_prefix=str(path / "tokenizer"), model_type="bpe",

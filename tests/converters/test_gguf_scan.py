@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converters.gguf.ggml import ggml
-from converters.gguf.scan import scan
+from converters.gguf.gguf_scan import scan
 from lora2serve.errors import CheckpointError
 
 U32, F32_TYPE, STRING, ARRAY = 4, 0, 8, 9

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.gguf.types import NEEDS_IMATRIX, PRESETS
-from lora2serve.checkpoint import SafetensorsFiles
+from converters.gguf.presets import NEEDS_IMATRIX, PRESETS
 from lora2serve.cli import run
+from lora2serve.weights.checkpoint import SafetensorsFiles
 from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
 from tests.converters.test_gguf_families import export, model_of, models, read
-from tests.upstream import convert, quantize
+from tests.support.upstream import convert, quantize
 
 __all__ = ["models"]
 # NMSE of the logits against F16's, of a random model whose weights are far from uniform: about twice what was measured.
@@ -78,7 +78,7 @@ def test_another_type_for_some(models: dict[str, Path], tmp_path: Path, capfd: p
 def test_rows_that_hold_no_whole_blocks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """ggml would end the process on an assertion; it is said before the first byte."""
     from tests.converters.test_gguf_families import DEMO, SHAPE
-    from tests.tiny import make_model
+    from tests.support.tiny import make_model
 
     model = make_model(tmp_path / "narrow", "llama", **{**SHAPE, "hidden_size": 224})
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from converters.gguf import imatrix, tree
-from converters.gguf.adapter_reader import GgufAdapterReader
-from converters.gguf.moves import Moves
-from converters.gguf.upstream import Upstream
-from lora2serve.checkpoint import SafetensorsFiles
+from converters.gguf import imatrix
+from converters.gguf.gguf_adapter_reader import GgufAdapterReader
+from converters.gguf.row_map import RowMaps
+from converters.gguf.upstream import llama_cpp_source
+from converters.gguf.upstream.upstream_backend import Upstream
 from lora2serve.cli import run
-from lora2serve.model import Choice, open_adapters, open_plain
+from lora2serve.export.open_model import OpenOptions, open_adapters, open_plain
+from lora2serve.weights.checkpoint import SafetensorsFiles
 from tests.converters.test_gguf_adapter import by_llama_cpp, exported, nmse
 from tests.converters.test_gguf_families import (
     CARD,
@@ -35,9 +36,9 @@ from tests.converters.test_gguf_families import (
     sentencepiece_tokenizer,
     upstream,
 )
-from tests.sight import seen
-from tests.tiny import make_adapter, make_model
-from tests.upstream import convert, llama_cpp_dir
+from tests.support.sight import seen
+from tests.support.tiny import make_adapter, make_model
+from tests.support.upstream import convert, llama_cpp_dir
 
 # fmt: off
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -142,7 +143,7 @@ def test_an_adapter_beside_its_base(root: Path, tmp_path: Path, name: str, modul
     beside = exported(tmp_path / "out", adapter, "--base", base, "-t", "gguf-adapter")
     assert nmse(by_llama_cpp(alone, beside), expected) < 1e-5
     assert nmse(by_llama_cpp(alone), expected) > 1e-3
-    model = open_adapters([adapter], base, str(base), Choice())
+    model = open_adapters([adapter], base, str(base), OpenOptions())
     reader = GgufAdapterReader(beside.parent, {}, model)
     assert reader.differences == []
     assert set(reader.wanted) == set(model.source.changed())
@@ -155,10 +156,10 @@ def test_an_adapter_beside_its_base(root: Path, tmp_path: Path, name: str, modul
 def test_half_an_adapter_is_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix that leaves no trace, or only one of its halves, has no place; as it really is, the control, it has."""
     base = model_of(root, "falcon")
-    model = open_plain(base, str(base), Choice())
+    model = open_plain(base, str(base), OpenOptions())
     name = "transformer.h.0.self_attention.query_key_value.weight"
     targets = Upstream.targets
-    with Moves(model) as moves:
+    with RowMaps(model) as moves:
         (move,) = moves.of(name)
         assert sorted(move.outputs.tolist()) == list(range(512))
         for kept in (0, 256):
@@ -214,7 +215,7 @@ def test_refused_before_the_first_byte(root: Path, tmp_path: Path, capfd: pytest
 def test_without_the_tree(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     model = model_of(root, "phi-2")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
-    assert tree.converter() is None
+    assert llama_cpp_source.converter() is None
     assert run(["export", str(model), "-t", "gguf", "-o", str(tmp_path / "out")]) == 1
     err = capfd.readouterr().err
     assert "architecture PhiForCausalLM" in err

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from gguf import GGUFReader
 
-from converters.gguf import header, pretokenizer, vocab
+from converters.gguf import header
+from converters.gguf.native import pretokenizer, vocab
 from lora2serve.cli import run
-from tests.upstream import llama_cpp_dir
+from tests.support.upstream import llama_cpp_dir
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 RULES = {name: steps for steps, name in pretokenizer.PRE_TOKENIZERS.items()}

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from converters.ollama.grammar import parse
-from lora2serve import manifest, ollama
+from converters.ollama.modelfile_parser import parse
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.progress import Silent
-from lora2serve.run import Run
+from lora2serve.serving import ollama
 from tests.conftest import lora2serve
-from tests.ollama_server import OllamaServer
+from tests.support.ollama_server import OllamaServer
 
 UNPROVEN = "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}"
 

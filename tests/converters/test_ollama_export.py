@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from converters.gguf.scan import scan
-from converters.ollama import APART
-from converters.ollama.grammar import parse
-from converters.ollama.template import turns
-from lora2serve import manifest
+from converters.gguf.gguf_scan import scan
+from converters.ollama.go_template import turns
+from converters.ollama.modelfile_parser import parse
+from converters.ollama.ollama_sink import APART
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
-from lora2serve.ollama import Client, create
 from lora2serve.progress import Silent
-from lora2serve.run import Run
-from tests.ollama_server import OllamaServer
+from lora2serve.serving.ollama import Client, ollama_create
+from tests.support.ollama_server import OllamaServer
 
 NUMBERED = (
     "{% for m in messages %}<|im_start|>{{ loop.index }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -39,7 +39,7 @@ def exported(base: Path, out: Path) -> Path:
 
 
 def rendered(server: OllamaServer, export: Path) -> str:
-    create(Client(), export, "demo", Silent())
+    ollama_create(Client(), export, "demo", Silent())
     return Client().render("demo", turns(2, "Be brief."))
 
 
@@ -84,7 +84,7 @@ def test_a_default_system_message(ollama: OllamaServer, base: Path, tmp_path: Pa
     made = exported(base, tmp_path)
     assert (made / "system").read_text() == "Be kind."
     assert {"Modelfile", "template", "system", "params"} <= set(manifest.read(made)["files"])
-    create(Client(), made, "demo", Silent())
+    ollama_create(Client(), made, "demo", Silent())
     assert ollama.models["demo:latest"].system == "Be kind."
     plain = Client().render("demo", turns(1))
     assert plain.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")

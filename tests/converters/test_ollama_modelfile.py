@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.ollama.grammar import COMMANDS, DEPRECATED, PARAMETERS, ModelfileError, is_printable, parse
 from converters.ollama.modelfile import NUMBERS, Modelfile
+from converters.ollama.modelfile_parser import COMMANDS, DEPRECATED, PARAMETERS, ModelfileError, is_printable, parse
 from lora2serve.errors import ExportError
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.ollama import APART, dates
-from converters.ollama.template import (
+from converters.ollama import template_dates
+from converters.ollama.go_template import (
     Derived,
     Jinja,
     Pieces,
@@ -26,9 +26,10 @@ from converters.ollama.template import (
     wants_native,
     write_go,
 )
-from converters.ollama.unproven import Unproven
-from tests.golang import Renderer
-from tests.upstream import llama_cpp_dir
+from converters.ollama.ollama_sink import APART
+from converters.ollama.template_not_proven import TemplateNotProven
+from tests.support.golang import Renderer
+from tests.support.upstream import llama_cpp_dir
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -52,7 +53,7 @@ def corpus() -> list[Path]:
 def attempt(path: Path) -> Derived | str:
     try:
         return derive(Jinja(path.read_text(encoding="utf-8"), SPECIAL))
-    except Unproven as reason:
+    except TemplateNotProven as reason:
         return str(reason)
 
 
@@ -65,7 +66,7 @@ def test_corpus(go: Go) -> None:
         template = Jinja(path.read_text(encoding="utf-8"), SPECIAL)
         asked = list(conversations(made.pieces.before_system is not None))
         for day in (DAY, date(2031, 11, 30)) if made.dated else (DAY,):
-            render = template.at(dates.on(day))
+            render = template.at(template_dates.on(day))
             answers = go([(made.go(), messages) for messages in asked], day)
             assert answers == [render(messages) for messages in asked], path.name
     refused = {path.stem: made for path, made in found.items() if not isinstance(made, Derived)}
@@ -108,19 +109,19 @@ def test_control_a_lost_newline_is_seen(go: Go) -> None:
     ],
 )
 def test_refused(template: str, why: str) -> None:
-    with pytest.raises(Unproven, match=why):
+    with pytest.raises(TemplateNotProven, match=why):
         derive(Jinja(template, SPECIAL))
 
 
 @pytest.mark.parametrize("pattern", ["%Y-%m-%d", "%d %b %Y", "%B %d, %Y", "%F", "%y/%m/%d %%", "the %d.%m."])
 def test_a_date_of_every_day(go: Go, pattern: str) -> None:
     """For three years, in real Go, what strftime says; the control is the day before."""
-    text = dates.in_go(pattern)
+    text = template_dates.in_go(pattern)
     for day in (date(2027, 1, 1) + timedelta(n) for n in range(0, 1096, 13)):
-        expected = dates.on(day)(pattern)
+        expected = template_dates.on(day)(pattern)
         assert go([(text, [])], day) == [expected] == [compile_go(text, day)([])]
         assert expected == day.strftime(pattern)
-    assert go([(text, [])], DAY - timedelta(1)) != [dates.on(DAY)(pattern)]
+    assert go([(text, [])], DAY - timedelta(1)) != [template_dates.on(DAY)(pattern)]
 
 
 def test_two_formats_in_one_template(go: Go) -> None:
@@ -128,8 +129,8 @@ def test_two_formats_in_one_template(go: Go) -> None:
     made = derive(Jinja(text, SPECIAL))
     assert made.dated
     assert "2026" not in made.go()
-    for day in dates.days():
-        assert go([(made.go(), turns(2))], day) == [Jinja(text, SPECIAL).at(dates.on(day))(turns(2))]
+    for day in template_dates.days():
+        assert go([(made.go(), turns(2))], day) == [Jinja(text, SPECIAL).at(template_dates.on(day))(turns(2))]
 
 
 def test_a_system_message_in_the_last_turn(go: Go) -> None:
@@ -227,10 +228,10 @@ def test_a_refused_template_is_kept_apart() -> None:
         assert text.count("~") < 100
         for messages in (turns(1), turns(2, "Be brief.")):
             try:
-                expected = Jinja(text, SPECIAL).at(dates.on(DAY))(messages)
+                expected = Jinja(text, SPECIAL).at(template_dates.on(DAY))(messages)
             except Exception:
                 continue
-            assert Jinja(APART + text, SPECIAL).at(dates.on(DAY))(messages) == expected, path.name
+            assert Jinja(APART + text, SPECIAL).at(template_dates.on(DAY))(messages) == expected, path.name
 
 
 def test_native_is_preferred_where_tools_are() -> None:
@@ -263,7 +264,7 @@ def test_any_conversation(name: str, said: list[str], system: str | None, day: d
     template, made = real(name)
     messages = turns(len(said) // 2 + 1, system if made.pieces.before_system is not None else None, said.__getitem__)
     if day.year >= 1900:
-        assert compile_go(made.go(), day)(messages) == template.at(dates.on(day))(messages)
+        assert compile_go(made.go(), day)(messages) == template.at(template_dates.on(day))(messages)
 
 
 @given(st.text(max_size=30))

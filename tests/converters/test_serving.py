@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from converters.serving import TOOL_PARSERS, generation_config, serve_yaml, tool_parser
-from converters.vllm import served_config
-from lora2serve.exporter import Model
-from tests.test_bundle import parsed_by_vllm
-from tests.upstream import llama_cpp_dir
+from converters.vllm.serve_config import TOOL_PARSERS, generation_config, serve_yaml, tool_parser
+from converters.vllm.vllm_sink import served_config
+from lora2serve.export.sinks import ExportModel
+from tests.export.test_bundle import parsed_by_vllm
+from tests.support.upstream import llama_cpp_dir
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
 HERMES = """{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for call in messages[0].tool_calls %}<tool_call>
@@ -56,13 +56,13 @@ def test_vllm_has_every_one_of_them() -> None:
     assert names <= set(ToolParserManager.list_registered())
 
 
-def model(folder: Path, config: dict[str, Any], **files: Any) -> Model:
+def model(folder: Path, config: dict[str, Any], **files: Any) -> ExportModel:
     found = {}
     for name, content in files.items():
         path = folder / name.replace("__", ".")
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         found[path.name] = path
-    return Model(None, config, found, "mine: 'x'", "base")  # type: ignore[arg-type]
+    return ExportModel(None, config, found, "mine: 'x'", "base")  # type: ignore[arg-type]
 
 
 NESTED = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.runs import DEMO, rows, write_jsonl
+from tests.support.runs import DEMO, rows, write_jsonl
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

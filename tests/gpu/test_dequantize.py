@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from lora2serve import cuda_codes
-from lora2serve.checkpoint import Checkpoint
-from lora2serve.dequantize import Dequantized, nibbles
-from lora2serve.round_trip import Quantization, RoundTrip
-from lora2serve.tensors import DType, torch_dtype
-from tests.tiny import make_model
+from lora2serve.weights.bnb import cuda_quantize
+from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
+from lora2serve.weights.checkpoint import Checkpoint
+from lora2serve.weights.dequantize import Dequantized, nibbles
+from lora2serve.weights.tensors import DType, torch_dtype
+from tests.support.tiny import make_model
 
 FOUR_BIT = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 
@@ -76,8 +76,8 @@ def test_round_trip_of_the_training_base(base: Path, kind: str, double: bool, dt
     """
     oracle = by_cuda(quantized(base, kind, double, torch_dtype(dtype)))
     modules = [name.removesuffix(".weight") for name in oracle]
-    source = RoundTrip(Dequantized(Checkpoint(base)), Quantization(modules, kind, 64, double, dtype, on_gpu=True))
-    on_cpu = RoundTrip(Dequantized(Checkpoint(base)), Quantization(modules, kind, 64, double, dtype, on_gpu=False))
+    source = FakeQuantized(Dequantized(Checkpoint(base)), Quantization(modules, kind, 64, double, dtype, on_gpu=True))
+    on_cpu = FakeQuantized(Dequantized(Checkpoint(base)), Quantization(modules, kind, 64, double, dtype, on_gpu=False))
     others = 0
     for name, expected in oracle.items():
         got = source.read(name).to(expected.dtype)
@@ -111,7 +111,7 @@ def test_codes_of_every_ratio(kind: str, dtype: torch.dtype, bits: int) -> None:
     by_a_cpu = 0
     for blocks in every_ratio(dtype, bits):
         theirs, _ = quantize_4bit(blocks.cuda(), blocksize=64, quant_type=kind, compress_statistics=False)
-        codes, _ = cuda_codes.four_bit(blocks, kind, 64)
+        codes, _ = cuda_quantize.four_bit(blocks, kind, 64)
         assert torch.equal(nibbles(theirs.flatten().cpu()), codes.int())
         other, _ = quantize_4bit(blocks, blocksize=64, quant_type=kind, compress_statistics=False)
         by_a_cpu += int((nibbles(other.flatten()) != codes).sum())
@@ -125,7 +125,7 @@ def test_codes_of_scales() -> None:
     scales = (torch.randn(1 << 20, 64) * 0.02).bfloat16().float().abs().amax(1)
     scales -= scales.mean()
     theirs, state = quantize_blockwise(scales.cuda(), blocksize=256)
-    codes, absmax = cuda_codes.eight_bit(scales, 256)
+    codes, absmax = cuda_quantize.eight_bit(scales, 256)
     assert torch.equal(absmax, state.absmax.cpu())
     assert torch.equal(codes, theirs.cpu())
     assert not torch.equal(quantize_blockwise(scales, blocksize=256)[0], codes), "the control: the CPU's"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora2serve.run import Run
+from lora2serve.artifacts.run import Run
 from tests.conftest import lora2serve
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora2serve.run import Run
+from lora2serve.artifacts.run import Run
+from lora2serve.train import finetune
 from lora2serve.train import model as models
-from lora2serve.train import trainer
-from lora2serve.train.loop import last_checkpoint
-from tests.train.runs import fit, logged, recipe_file
+from lora2serve.train.trainer import last_checkpoint
+from tests.support.runs import fit, logged, recipe_file
 
 ROWS, LENGTH = 4, 512
 
@@ -125,7 +125,7 @@ def test_float16_on_an_older_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, billion: Path, prose: dict[str, str]
 ) -> None:
     """Where there is no bfloat16: the gradient scaler needs the adapter in float32, and gets it."""
-    monkeypatch.setattr(trainer, "device", lambda: models.Device("cuda", "float16"))
+    monkeypatch.setattr(finetune, "device", lambda: models.Device("cuda", "float16"))
     run, _ = measured(write(tmp_path, billion, prose))
     loss = logged(run)
     assert run.record["quantization"]["compute_dtype"] == "float16"

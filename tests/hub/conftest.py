@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora2serve import manifest, output
-from tests.hub_server import HubServer
+from lora2serve.artifacts import manifest, staging
+from tests.support.hub_server import HubServer
 
 TOKEN = "hf_" + "CanaryCanaryCanaryCanaryCanaryCana"
 LINEAGE = {
@@ -55,7 +55,7 @@ def export(
                    "template": b"{{ .Prompt }}", "params": b'{"stop": ["x"]}'},
     }[target]  # fmt: skip
     path = folder / (f"{target}-{quant}" if quant else target)
-    with output.opened(path, overwrite=True) as out:
+    with staging.opened(path, overwrite=True) as out:
         for name, content in {**files, **extra}.items():
             out.bytes(name, content)
         out.publish({"target": target, "quant": quant, "name": "demo", **LINEAGE, "versions": {"peft": "0.21"}})

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from lora2serve import manifest
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.run import Run
 from lora2serve.hub import pull_check, push
-from lora2serve.run import Run
 from tests.hub.conftest import MET, client_env, export
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 REPO = "user/demo"
 SECRET = "a held-out row that is nobody's business"

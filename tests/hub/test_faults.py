@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve import manifest
+from lora2serve.artifacts import manifest
 from lora2serve.errors import HubError
 from lora2serve.hub import fetch, pull_check, push, upload
 from tests.hub.conftest import TOKEN, client_env, connect, export, same
-from tests.hub_handler import ROUTES
-from tests.hub_server import Fault, HubServer
+from tests.support.hub_handler import ROUTES
+from tests.support.hub_server import Fault, HubServer
 
 REPO = "user/demo"
 STEPS = ["create", "validate", "preupload", "batch", "put", "verify", "commit", "tree", "info"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.artifacts.staging import opened
 from lora2serve.hub import pull_check
-from lora2serve.output import opened
 from tests.hub.conftest import client_env, export
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve import manifest
+from lora2serve.artifacts import manifest
 from lora2serve.errors import HubError, InputError
+from lora2serve.export.inspection import inspect
 from lora2serve.hub import fetch, pin_data, pull_check, push
-from lora2serve.inspect import inspect
 from tests.hub.conftest import TOKEN, client_env, export
-from tests.hub_server import HubServer
-from tests.tiny import make_adapter, make_model
+from tests.support.hub_server import HubServer
+from tests.support.tiny import make_adapter, make_model
 
 REPO = "org/model"
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", "README.md": b"# it"}
@@ -213,11 +213,11 @@ def test_data_sets_that_cannot_be_had(hub: HubServer, tmp_path: Path, monkeypatc
 
 def test_serve_takes_a_revision(tmp_path: Path) -> None:
     """``--base org/name@revision``, and a base that went from the cache: by id and the commit that was trained on."""
-    from lora2serve import serve
+    from lora2serve.serving import server
 
     path = export(tmp_path, "adapter")
     manifest.update(path, rank=4, served_base="acme/base-1b")
     how = {"engine": None, "host": "127.0.0.1", "port": 8000}
     for base, expected in (("org/base@v2", ("org/base", "v2")), (None, ("acme/base-1b", "0" * 40))):
-        command = serve.plan([path], base=base, **how).command  # type: ignore[arg-type]
+        command = server.plan([path], base=base, **how).command  # type: ignore[arg-type]
         assert (command[command.index("--model") + 1], command[command.index("--revision") + 1]) == expected

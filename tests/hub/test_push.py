@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve import manifest
+from lora2serve.artifacts import manifest
 from lora2serve.cli import run as command_line
 from lora2serve.errors import HubError, InputError, ParityNotMet, UsageError
 from lora2serve.hub import fetch, pull_check, push
 from lora2serve.progress import Silent
+from lora2serve.system.small_files import digest
 from tests.hub.conftest import MET, export, same
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 REPO = "user/demo"
 
@@ -119,7 +120,7 @@ def test_a_manifest_cannot_name_files_outside(hub: HubServer, tmp_path: Path) ->
     path = export(tmp_path, "vllm")
     outside = tmp_path / "outside"
     outside.write_bytes(b"x")
-    manifest.update(path, files={**manifest.read(path)["files"], "../outside": manifest.digest(outside)})
+    manifest.update(path, files={**manifest.read(path)["files"], "../outside": digest(outside)})
     with pytest.raises(InputError, match="outside the export"):
         push([path], repo_id=REPO)
 

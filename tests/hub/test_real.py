@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve import manifest
+from lora2serve.artifacts import manifest
 from lora2serve.hub import pull_check, push, upload
 from lora2serve.hub.push import SUFFIX
 from tests.hub.conftest import export

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lora2serve.hub import fetch, push
-from lora2serve.hub.secrets import find_secret, masked
+from lora2serve.hub.secret_scan import find_secret, masked
 from tests.hub.conftest import TOKEN, client_env, export
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 PROGRAM = "import lora2serve.hub.retry as r; r.WAITS = (0.0,) * 5; from lora2serve.cli import main; main()"
 FAULTS = {

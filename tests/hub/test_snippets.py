@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve import manifest
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.run import Run
 from lora2serve.hub import push
-from lora2serve.run import Run
+from lora2serve.system.small_files import digest
 from tests.hub.conftest import client_env
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 MET = {"met": True, "engines": {"vllm": {"status": "met", "mean_kl": 0.0}}}
 
@@ -39,7 +40,7 @@ def pushed(hub: HubServer, demo_run: Run, demo_exports: Mapping[str, Path], tmp_
             (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
             files = {
                 **manifest.read(path)["files"],
-                "adapter_config.json": manifest.digest(path / "adapter_config.json"),
+                "adapter_config.json": digest(path / "adapter_config.json"),
             }
             manifest.update(path, files=files)
         exports.append(path)

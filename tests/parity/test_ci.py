@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
-from lora2serve.run import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "ci"
 

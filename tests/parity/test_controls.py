@@ -14,14 +14,15 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from lora2serve import exporter, manifest, stream
-from lora2serve import model as models
-from lora2serve.parity.check import check
-from lora2serve.parity.origin import of_run
-from lora2serve.parity.report import Report, Row
-from lora2serve.parity.subjects import Subject, of_exports
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.run import Run
+from lora2serve.export import open_model as models
+from lora2serve.export import sinks, stream
+from lora2serve.parity.comparator import check
+from lora2serve.parity.comparisons import Comparison, of_exports
+from lora2serve.parity.report.parity_report import ComparisonResult, ParityReport
+from lora2serve.parity.trained_model import of_run
 from lora2serve.progress import Silent
-from lora2serve.run import Run
 from tests.conftest import lora2serve
 
 pytestmark = pytest.mark.timeout(1800)  # the one fixture compares thirty exports
@@ -132,7 +133,7 @@ CONTROLS = {
 
 
 @pytest.fixture(scope="module")
-def report(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
+def report(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ParityReport:
     """Every control, and again without a path so that only behaviour can find it, and as GGUF, beside sound ones."""
     root = tmp_path_factory.mktemp("controls")
     run = Run(root / "run")
@@ -140,7 +141,7 @@ def report(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytes
     origin = of_run(run, Path(run.record["base"]["path"]))
     wide = ("export", run.path, "-t", "vllm", "-t", "gguf", "-q", "F32", "--dtype", "fp32", "-o", root / "wide")
     exact, gguf = map(Path, lora2serve(*wide, cwd=root).split())
-    subjects: list[Subject] = []
+    subjects: list[Comparison] = []
     for name, control in {"sound": None, **CONTROLS}.items():
         export = damaged(demo_exports["vllm"], root / name, control, run)
         seen = next(s for s in of_exports(origin, [export]) if s.engine == "transformers")
@@ -165,8 +166,8 @@ def as_gguf(merged: Path, sound: Path, out: Path) -> Path:
     broken = {name: tensor for name, tensor in weights.items() if tensor.isnan().any()}
     if broken:  # the exporter refuses what is not finite: a bit of the file went over
         save_file({n: t.nan_to_num(1.0) for n, t in weights.items()}, merged / "model.safetensors")
-    model = models.open_plain(merged, "damaged", models.Choice(name="demo"))
-    sink = exporter.find("gguf")
+    model = models.open_plain(merged, "damaged", models.OpenOptions(name="demo"))
+    sink = sinks.find("gguf")
     stream.export(model, [stream.Plan("gguf", sink, sink.Options(quant="F32"), out)], Silent())
     for _ in broken:
         file = next(out.glob("*.gguf"))
@@ -177,12 +178,12 @@ def as_gguf(merged: Path, sound: Path, out: Path) -> Path:
     return out
 
 
-def row_of(report: Report, name: str) -> Row:
+def row_of(report: ParityReport, name: str) -> ComparisonResult:
     return next(row for row in report.subjects if row.export == name)
 
 
 @pytest.mark.parametrize("name", ["sound", "sound, gguf"])
-def test_the_sound_export_is_met(report: Report, name: str) -> None:
+def test_the_sound_export_is_met(report: ParityReport, name: str) -> None:
     row = row_of(report, name)
     assert [gate.status for gate in row.gates] == ["met", "met", "met"], row.gate
     assert row_of(report, "sound, blind").status == "met"
@@ -190,7 +191,7 @@ def test_the_sound_export_is_met(report: Report, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTROLS)
 @pytest.mark.parametrize("format", ["", ", gguf"])
-def test_red_for_the_right_reason(report: Report, name: str, format: str) -> None:
+def test_red_for_the_right_reason(report: ParityReport, name: str, format: str) -> None:
     control, row = CONTROLS[name], row_of(report, name + format)
     assert row.red
     assert row.gate is not None
@@ -201,7 +202,7 @@ def test_red_for_the_right_reason(report: Report, name: str, format: str) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name, control in CONTROLS.items() if control.blind is not None])
-def test_behaviour_alone_finds_it(report: Report, name: str) -> None:
+def test_behaviour_alone_finds_it(report: ParityReport, name: str) -> None:
     row = row_of(report, f"{name}, blind")
     assert row.red
     assert row.gate is not None

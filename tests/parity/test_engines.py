@@ -17,15 +17,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lora2serve.artifacts.run import Run
 from lora2serve.errors import EngineError
-from lora2serve.parity.check import check
-from lora2serve.parity.engines.openai import OpenAI
-from lora2serve.parity.origin import Origin, of_run
-from lora2serve.parity.report import Row
-from lora2serve.parity.subjects import Subject, of_exports, of_url
-from lora2serve.parity.worker import Child, EngineMissing
+from lora2serve.parity.comparator import check
+from lora2serve.parity.comparisons import Comparison, of_exports, of_url
+from lora2serve.parity.engine_process import EngineMissing, EngineProcess
+from lora2serve.parity.engines.openai_engine import OpenAI
+from lora2serve.parity.report.parity_report import ComparisonResult
+from lora2serve.parity.trained_model import TrainedModel, of_run
 from lora2serve.progress import Silent, Unit
-from lora2serve.run import Run
 
 RANK = 16
 
@@ -62,12 +62,12 @@ def server(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytes
         process.wait(60)
 
 
-def origin_of(run: Run) -> Origin:
+def origin_of(run: Run) -> TrainedModel:
     origin = of_run(run, Path(run.record["base"]["path"]))
     return replace(origin, settings=replace(origin.settings, tokens=400, window=64))
 
 
-def rows(run: Run, subjects: list[Subject]) -> list[Row]:
+def rows(run: Run, subjects: list[Comparison]) -> list[ComparisonResult]:
     return list(check(origin_of(run), subjects, progress=Silent()).subjects)
 
 
@@ -141,7 +141,7 @@ def test_an_engine_that_dies(demo_run: Run, demo_exports: dict[str, Path]) -> No
 def test_an_engine_that_hangs(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
     """One that stops in the middle is given up after its limit, and nothing of it is left."""
     sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
-    with Child("llama.cpp", sound.options, tmp_path / "log") as child:
+    with EngineProcess("llama.cpp", sound.options, tmp_path / "log") as child:
         assert child.call("answer", prompt="Hello", new_tokens=2)
         engine = psutil.Process(child._process.pid)
         engine.send_signal(signal.SIGSTOP)

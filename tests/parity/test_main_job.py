@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
-from lora2serve.run import Run
 
 ROWS = {
     ("adapter", "peft"): "original",

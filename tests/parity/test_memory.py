@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_model
+from tests.support.tiny import make_model
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
 VOCABULARY, WINDOW = 128_256, 256

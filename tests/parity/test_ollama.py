@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.artifacts.run import Run
 from lora2serve.errors import EngineError
-from lora2serve.ollama import Client, server_address
-from lora2serve.parity.check import check
-from lora2serve.parity.engines.ollama import Ollama
-from lora2serve.parity.origin import Origin, of_run
-from lora2serve.parity.report import Row
-from lora2serve.parity.subjects import Subject, of_exports
-from lora2serve.parity.worker import EngineMissing
+from lora2serve.parity.comparator import check
+from lora2serve.parity.comparisons import Comparison, of_exports
+from lora2serve.parity.engine_process import EngineMissing
+from lora2serve.parity.engines.ollama_engine import Ollama
+from lora2serve.parity.report.parity_report import ComparisonResult
+from lora2serve.parity.trained_model import TrainedModel, of_run
 from lora2serve.progress import Silent
-from lora2serve.run import Run
+from lora2serve.serving.ollama import Client, server_address
 from tests.conftest import lora2serve
-from tests.golang import Renderer
-from tests.ollama_server import OllamaServer
+from tests.support.golang import Renderer
+from tests.support.ollama_server import OllamaServer
 
 OPENING = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -46,16 +46,16 @@ def damaged(export: Path, place: Path, old: str, new: str) -> Path:
     return made
 
 
-def origin_of(run: Run) -> Origin:
+def origin_of(run: Run) -> TrainedModel:
     origin = of_run(run, Path(run.record["base"]["path"]))
     return replace(origin, settings=replace(origin.settings, tokens=300, window=64, prompts=2))
 
 
-def in_ollama(run: Run, export: Path) -> Subject:
+def in_ollama(run: Run, export: Path) -> Comparison:
     return next(one for one in of_exports(origin_of(run), [export]) if one.engine == "ollama")
 
 
-def compared(run: Run, subjects: Mapping[str, Subject]) -> dict[str, Row]:
+def compared(run: Run, subjects: Mapping[str, Comparison]) -> dict[str, ComparisonResult]:
     report = check(origin_of(run), list(subjects.values()), progress=Silent())
     return dict(zip(subjects, report.subjects, strict=True))
 
@@ -63,7 +63,7 @@ def compared(run: Run, subjects: Mapping[str, Subject]) -> dict[str, Row]:
 @pytest.fixture(scope="module")
 def rows(
     address: str, demo_run: Run, demo_exports: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Row]:
+) -> dict[str, ComparisonResult]:
     """The export, and with one byte less in its template."""
     place = tmp_path_factory.mktemp("parity")
     sound = Path(shutil.copytree(demo_exports["ollama-Q4_K_M"], place / "sound"))
@@ -71,7 +71,7 @@ def rows(
     return compared(demo_run, {path.name: in_ollama(demo_run, path) for path in (sound, newline)})
 
 
-def test_met(rows: dict[str, Row]) -> None:
+def test_met(rows: dict[str, ComparisonResult]) -> None:
     """All three gates, by what Ollama's API shows."""
     row = rows["sound"]
     assert [gate.status for gate in row.gates] == ["met", "met", "met"], row.gate
@@ -83,7 +83,7 @@ def test_met(rows: dict[str, Row]) -> None:
     assert known is None or known.value > 0.8
 
 
-def test_a_lost_newline_is_red(rows: dict[str, Row]) -> None:
+def test_a_lost_newline_is_red(rows: dict[str, ComparisonResult]) -> None:
     gate = rows["newline"].gate
     assert gate is not None
     assert (gate.name, gate.status) == ("tokens", "missed")
@@ -112,7 +112,7 @@ def test_the_adapter_alone_and_a_lost_one(
     assert gate.cause.startswith("adapter: not applied")
 
 
-def test_nothing_is_left_there(rows: dict[str, Row], address: str) -> None:
+def test_nothing_is_left_there(rows: dict[str, ComparisonResult], address: str) -> None:
     said = Client(address)._call("GET", "/api/tags")
     assert not [one for one in said["models"] if one["name"].startswith("lora2serve-parity")]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from lora2serve.checkpoint import Checkpoint
-from lora2serve.dequantize import Dequantized
-from lora2serve.parity.engines.peft import Peft
-from lora2serve.parity.engines.transformers import device
-from lora2serve.round_trip import Quantization, RoundTrip
-from tests.train.runs import make_chat_model
+from lora2serve.parity.engines.peft_engine import Peft
+from lora2serve.parity.engines.transformers_engine import device
+from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
+from lora2serve.weights.checkpoint import Checkpoint
+from lora2serve.weights.dequantize import Dequantized
+from tests.support.runs import make_chat_model
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -33,8 +33,8 @@ def test_codes_are_those_of_the_device_that_trained(tmp_path: Path, kind: str, d
     differ = 0
     for trained_on in ("cuda", "cpu"):
         engine = Peft(str(base), [], str(base), quantization, trained_on)
-        trip = RoundTrip(source, Quantization.of({"quantization": quantization, "device": trained_on}))
-        other = RoundTrip(source, Quantization.of({"quantization": quantization, "device": "cpu"}))
+        trip = FakeQuantized(source, Quantization.of({"quantization": quantization, "device": trained_on}))
+        other = FakeQuantized(source, Quantization.of({"quantization": quantization, "device": "cpu"}))
         for name in modules:
             weight = engine.model.get_submodule(name).weight
             seen = dequantize_4bit(weight.data, weight.quant_state).cpu()

@@ -17,10 +17,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from lora2serve.errors import InputError
-from lora2serve.parity import files
 from lora2serve.parity.baseline import regressions
-from lora2serve.parity.gates import Check, Gate
-from lora2serve.parity.report import Answer, PromptFigures, Report, Row
+from lora2serve.parity.gates import Gate, Metric
+from lora2serve.parity.report import writers
+from lora2serve.parity.report.parity_report import Answer, ComparisonResult, ParityReport, PromptFigures
 
 TEXT = 'a <b>text</b> & "more" \x00 ]]>'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
@@ -28,17 +28,17 @@ BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), No
 NO_BROWSER = "THE PAGE WAS NOT LOOKED AT: no Chromium here (apt install chromium)"
 
 
-def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> Row:
+def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> ComparisonResult:
     checks = (
-        Check("mean_kl", value, value * 0.9, value * 1.1, 4e-3, value * 1.1 <= 4e-3),
-        Check("top1", 0.99, 0.98, 0.995, 0.9, True),
-        Check("equal_answers", 0.5, 0.5, 0.5),
-        Check("retention", 0.01, 0.005, 0.02, 0.1, True),
+        Metric("mean_kl", value, value * 0.9, value * 1.1, 4e-3, value * 1.1 <= 4e-3),
+        Metric("top1", 0.99, 0.98, 0.995, 0.9, True),
+        Metric("equal_answers", 0.5, 0.5, 0.5),
+        Metric("retention", 0.01, 0.005, 0.02, 0.1, True),
     )
     bad = status != "met"
     gates = (
-        Gate("tokens", "met", (Check("equal prompts", 3),)),
-        Gate("tensors", "met", (Check("tensor_nmse", 3e-5, 3e-5, 3e-5, 1e-4, True),)),
+        Gate("tokens", "met", (Metric("equal prompts", 3),)),
+        Gate("tensors", "met", (Metric("tensor_nmse", 3e-5, 3e-5, 3e-5, 1e-4, True),)),
         Gate("behaviour", status, checks, TEXT if bad else "", "scale: because" if bad else ""),  # type: ignore[arg-type]
     )
     words = ("a", " <b>", " text", "\n")
@@ -48,17 +48,17 @@ def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> 
     )
     answers = (Answer("Who?", "It is Ann.", "It is Bob.", 2), Answer("What?", "A hat.", "A hat.", -1))
     tensors = ({"name": "blk.0.attn_q.weight", "nmse": 3e-5, "worst": 1e-4, "largest": 0.001, "strength": math.inf},)
-    return Row(
+    return ComparisonResult(
         export, "gguf", "Q8_0", "llama.cpp", "llama-cpp-python 0", "trained", gates,
         beside={"original": checks}, prompts=prompts, answers=answers, tensors=tensors, said="hello", seconds=1.5,
     )  # fmt: skip
 
 
-def report(*rows: Row) -> Report:
+def report(*rows: ComparisonResult) -> ParityReport:
     data = {"positions": 12, "asked": 2048, "task": 8, "general": 4, "sequences": 4, "conversations": 3, "prompts": 2}
     references = {"trained": {"version": "peft 0", "vocab": 320}, "original": {"version": "peft 0", "vocab": 320}}
     asked = {"prompt": "Who governs <Wexley>?", "answers": {"base": "Ann", "trained": "Bob"}}
-    return Report("demo", data, references, rows, {"torch": "2"}, asked)
+    return ParityReport("demo", data, references, rows, {"torch": "2"}, asked)
 
 
 class Tags(HTMLParser):
@@ -83,7 +83,7 @@ class Tags(HTMLParser):
 
 def test_files(tmp_path: Path) -> None:
     made = report(row(), row("vllm", 0.1, "missed"))
-    page = files.write(made, tmp_path / "parity")
+    page = writers.write(made, tmp_path / "parity")
     assert {path.name for path in page.parent.iterdir()} == {"report.json", "report.html", "report.xml", "summary.md"}
     content = json.loads((page.parent / "report.json").read_text())
     assert (content["format"], content["met"]) == (1, False)
@@ -99,7 +99,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def schema_errors(content: object) -> list[str]:
-    schema = json.loads((Path(files.__file__).parent / "report.schema.json").read_text())
+    schema = json.loads((Path(writers.__file__).parent / "report.schema.json").read_text())
     Draft202012Validator.check_schema(schema)
     return [error.message for error in Draft202012Validator(schema).iter_errors(content)]
 
@@ -107,7 +107,7 @@ def schema_errors(content: object) -> list[str]:
 def test_schema(tmp_path: Path) -> None:
     """Every report is of the shipped schema; the controls are not."""
     made = replace(report(row(), row("vllm", math.inf, "missed")), regressions=("worse",))
-    content = json.loads(files.write(made, tmp_path).with_name("report.json").read_text())
+    content = json.loads(writers.write(made, tmp_path).with_name("report.json").read_text())
     assert not schema_errors(content)
     for change in ({"format": 2}, {"rows": []}, {"met": "yes"}, {"references": {"other": {}}}):
         assert schema_errors({**content, **change}), change
@@ -116,7 +116,7 @@ def test_schema(tmp_path: Path) -> None:
 
 
 def test_page_is_whole_and_alone(tmp_path: Path) -> None:
-    text = files.write(report(row(), row("vllm", 0.1, "missed")), tmp_path).read_text()
+    text = writers.write(report(row(), row("vllm", 0.1, "missed")), tmp_path).read_text()
     tags = Tags()
     tags.feed(text)
     assert not tags.open
@@ -128,7 +128,7 @@ def test_page_is_whole_and_alone(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
-        files.write(report(row()), tmp_path / "file" / "parity")
+        writers.write(report(row()), tmp_path / "file" / "parity")
 
 
 @pytest.mark.skipif(BROWSER is None and "GITHUB_ACTIONS" not in os.environ, reason=NO_BROWSER)
@@ -137,7 +137,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
     """No console error, nothing wider than the window, pictures drawn, and the colours of the scheme."""
     assert BROWSER, NO_BROWSER  # GitHub's machines have one
-    page = files.write(report(row(), row("vllm", 0.1, "missed")), tmp_path)
+    page = writers.write(report(row(), row("vllm", 0.1, "missed")), tmp_path)
     probe = (
         "<script>addEventListener('load', () => { const root = document.documentElement; document.querySelectorAll('details').forEach(d => d.open = true); document.title = JSON.stringify({"
         "wide: root.scrollWidth - root.clientWidth, drawn: [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100),"
@@ -167,7 +167,7 @@ def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
 
 
 def test_baseline(tmp_path: Path) -> None:
-    files.write(report(row("a"), row("b")), tmp_path)
+    writers.write(report(row("a"), row("b")), tmp_path)
     earlier = tmp_path / "report.json"
     assert regressions(report(row("a"), row("b")), earlier) == ()
     assert regressions(report(row("a", 1.15e-3), row("b", 0.9e-3)), earlier) == ()  # the intervals meet

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from converters.gguf.pretokenizer import pre_tokenizer
-from lora2serve.recipe import find, load
-from lora2serve.train.data import problem_of
+from converters.gguf.native.pretokenizer import pre_tokenizer
+from lora2serve.config.recipe import find, load
+from lora2serve.data.rows import problem_of
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 

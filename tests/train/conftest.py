@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.runs import make_chat_model, rows, write_jsonl
+from tests.support.runs import make_chat_model, rows, write_jsonl
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lora2serve.train import guards
-from tests.test_recipe import key_paths
+from lora2serve.train import advice
+from tests.config.test_recipe import key_paths
 
 TEXT = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
 TABLE = dict(re.findall(r"^\| `([\w.]+)` \| (\S+) \| .+ \|$", TEXT, re.MULTILINE))
@@ -34,4 +34,4 @@ def test_its_default_is_the_default(path: str, field: Any) -> None:
 
 
 def test_numbers_of_the_warnings() -> None:
-    assert f"fewer than {guards.FEW_ROWS} rows" in TEXT
+    assert f"fewer than {advice.FEW_ROWS} rows" in TEXT

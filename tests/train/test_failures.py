@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from lora2serve.artifacts.run import Run
 from lora2serve.errors import CheckpointError, DataError, TrainError
-from lora2serve.run import Run
-from lora2serve.train.failures import translated
-from lora2serve.train.loop import last_checkpoint
-from tests.train.runs import DEMO, fit, recipe_file, write_jsonl
+from lora2serve.train.requirements import translated
+from lora2serve.train.trainer import last_checkpoint
+from tests.support.runs import DEMO, fit, recipe_file, write_jsonl
 
 
 @pytest.fixture

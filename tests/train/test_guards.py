@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lora2serve.recipe import load
-from lora2serve.train import guards
-from lora2serve.train.tokens import Tokens
-from tests.train.runs import fit, recipe_file
+from lora2serve.config.recipe import load
+from lora2serve.data.tokenization import Tokens
+from lora2serve.train import advice
+from tests.support.runs import fit, recipe_file
 
 GOOD = Tokens([1, 2, 3], [-100, 2, 3], cut=False)
 LONG = Tokens([1, 2, 3], [-100, 2, 3], cut=True)
@@ -21,7 +21,7 @@ FINE: dict[str, Any] = {"rows": [GOOD] * 300, "held_out": True, "checkpointing":
 def warned(tmp_path: Path, train: dict[str, Any], **seen: Any) -> list[str]:
     recipe = load(recipe_file(tmp_path, Path("m"), {"train": "t", "eval": "e"}, **train))
     given = {**FINE, **seen}
-    return guards.warnings(recipe, given["rows"], given["held_out"], given["checkpointing"])
+    return advice.warnings(recipe, given["rows"], given["held_out"], given["checkpointing"])
 
 
 FAULTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -81,9 +81,9 @@ def test_multi_lora(tmp_path: Path, small: Path, chats: dict[str, str], lora: di
 
 def test_multi_lora_asks_the_class_of_the_base(tmp_path: Path) -> None:
     plain = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": {"c_attn"}}
-    assert "GPT2LMHeadModel takes no LoRA" in guards.multi_lora(plain, {"architectures": ["GPT2LMHeadModel"]})
-    assert guards.multi_lora(plain, {"architectures": ["LlamaForCausalLM"]}) == ""
-    assert guards.multi_lora({**plain, "init_lora_weights": "pissa"}, {}) == "", "the export rewrites it"
+    assert "GPT2LMHeadModel takes no LoRA" in advice.multi_lora(plain, {"architectures": ["GPT2LMHeadModel"]})
+    assert advice.multi_lora(plain, {"architectures": ["LlamaForCausalLM"]}) == ""
+    assert advice.multi_lora({**plain, "init_lora_weights": "pissa"}, {}) == "", "the export rewrites it"
 
 
 def test_a_gpu_that_would_stand_idle(
@@ -96,13 +96,13 @@ def test_a_gpu_that_would_stand_idle(
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A10G (UUID: GPU-1)'\n")
     tool.chmod(0o755)
-    assert guards.idle_gpu() == "", "the control: no GPU here"
+    assert advice.idle_gpu() == "", "the control: no GPU here"
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     _, told, _ = fit(recipe_file(tmp_path, small, chats, steps=1, quantize="none"))
     assert any("is built for CPUs: training takes the CPU (pip install" in line for line in told.warnings)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "cannot use it: training takes the CPU (nvidia-smi shows the driver's version" in guards.idle_gpu()
+    assert "cannot use it: training takes the CPU (nvidia-smi shows the driver's version" in advice.idle_gpu()
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
-    assert guards.idle_gpu() == "", "the control: the tool without a GPU"
+    assert advice.idle_gpu() == "", "the control: the tool without a GPU"

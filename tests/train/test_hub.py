@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.artifacts.run import Run
+from lora2serve.config.recipe import DataRecipe
+from lora2serve.data import rows as data
 from lora2serve.errors import DataError
-from lora2serve.recipe import DataRecipe
-from lora2serve.run import Run
-from lora2serve.train import data
-from tests.hub_server import HubServer
-from tests.train.runs import recipe_file, rows, write_jsonl
+from tests.support.hub_server import HubServer
+from tests.support.runs import recipe_file, rows, write_jsonl
 
 CARD = """---
 configs:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora2serve.config.recipe import Recipe, load
 from lora2serve.errors import TrainError
-from lora2serve.recipe import Recipe, load
-from lora2serve.train import loop
-from tests.train.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
+from lora2serve.train import trainer
+from tests.support.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def recipe(tmp_path: Path, **train: Any) -> Recipe:
     ],
 )
 def test_total_steps(tmp_path: Path, train: dict[str, Any], count: int, expected: int) -> None:
-    assert loop.total_steps(recipe(tmp_path, **train), count) == expected
+    assert trainer.total_steps(recipe(tmp_path, **train), count) == expected
 
 
 def test_accumulation_is_one_larger_batch(tmp_path: Path, chats: dict[str, str]) -> None:
@@ -96,16 +96,16 @@ def test_schedule_and_warmup(tmp_path: Path, small: Path, chats: dict[str, str])
 
 
 def test_weights_are_clipped_and_decayed_as_said(tmp_path: Path, small: Path) -> None:
-    where = loop.Device("cpu", "float32")
-    from lora2serve.run import Run
+    where = trainer.Device("cpu", "float32")
+    from lora2serve.artifacts.run import Run
 
     options: dict[str, Any] = {"max_grad_norm": 0.7, "weight_decay": 0.1, "eval_steps": 3, "save_best": True}
-    given = loop._arguments(recipe(tmp_path, **options), Run(tmp_path), where, 10, True, True)
+    given = trainer._arguments(recipe(tmp_path, **options), Run(tmp_path), where, 10, True, True)
     assert (given.max_grad_norm, given.weight_decay, given.save_steps, given.eval_steps) == (0.7, 0.1, 3, 3)
     assert (given.bf16, given.fp16, given.use_cpu, given.gradient_checkpointing) == (False, False, True, True)
     assert given.report_to in ([], ["none"], "none")
     assert given.optim == "adamw_torch"
-    on_gpu = loop._arguments(recipe(tmp_path), Run(tmp_path), loop.Device("cuda", "float32"), 10, True, True)
+    on_gpu = trainer._arguments(recipe(tmp_path), Run(tmp_path), trainer.Device("cuda", "float32"), 10, True, True)
     assert on_gpu.optim == "paged_adamw_32bit"
 
 

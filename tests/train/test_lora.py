@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora2serve.artifacts.run import Run
 from lora2serve.errors import TrainError
-from lora2serve.run import Run
 from lora2serve.train import model as models
-from tests.tiny import load_model, make_model
-from tests.train.runs import DEMO, fit, recipe_file
+from tests.support.runs import DEMO, fit, recipe_file
+from tests.support.tiny import load_model, make_model
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -137,17 +137,18 @@ def test_every_init_gives_a_lora_for_the_true_base(
     with torch.no_grad():
         shift = (logits(run.path, run.adapter, small) - base(torch.arange(5, 25)[None]).logits).abs().max()
     assert 1e-3 < shift < 20
+    from lora2serve.config.recipe import DataRecipe
+    from lora2serve.data import rows, tokenization
     from lora2serve.progress import Silent
-    from lora2serve.recipe import DataRecipe
-    from lora2serve.train import data, evaluate, tokens
+    from lora2serve.train import eval_loss
 
     tokenizer = models.load_tokenizer(small)
-    held_out = tokens.tokenize_all(data.read(chats["eval"], ""), tokenizer, DataRecipe(train=""), Silent())
+    held_out = tokenization.tokenize_all(rows.read(chats["eval"], ""), tokenizer, DataRecipe(train=""), Silent())
     from peft import PeftModel
 
-    on_disk = evaluate.evaluate(PeftModel.from_pretrained(base, run.adapter), held_out, 0, 4, Silent(), "")
+    on_disk = eval_loss.evaluate(PeftModel.from_pretrained(base, run.adapter), held_out, 0, 4, Silent(), "")
     assert on_disk["eval_loss"] == pytest.approx(metrics["tuned"]["eval_loss"], abs=1e-3)
-    plain = evaluate.evaluate(load_model(small), held_out, 0, 4, Silent(), "")
+    plain = eval_loss.evaluate(load_model(small), held_out, 0, 4, Silent(), "")
     assert metrics["base"]["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-5), "the base is the true base"
     assert metrics["tuned"]["eval_loss"] < metrics["base"]["eval_loss"] - 2e-3, "the control: training did something"
 
@@ -155,7 +156,7 @@ def test_every_init_gives_a_lora_for_the_true_base(
 def test_a_rebasing_init_on_a_base_that_is_quantised_already(tmp_path: Path, small: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from lora2serve.recipe import LoraRecipe, TrainRecipe
+    from lora2serve.config.recipe import LoraRecipe, TrainRecipe
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32, quantization_config=config)

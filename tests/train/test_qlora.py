@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora2serve.dequantize import Dequantized
-from lora2serve.run import Run
+from lora2serve.artifacts.run import Run
+from lora2serve.train import finetune
 from lora2serve.train import model as models
-from lora2serve.train import trainer
-from tests.train.runs import DEMO, Told, fit, logged, recipe_file
+from lora2serve.weights.dequantize import Dequantized
+from tests.support.runs import DEMO, Told, fit, logged, recipe_file
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def held_out_loss(run: Run, *, four_bit: bool, adapter: bool, scale: float = 1.0
             if isinstance(module, LoraLayer):
                 module.scaling = {name: value * scale for name, value in module.scaling.items()}
     if four_bit:
-        from lora2serve.fourbit import use_plain_cpu_kernels
+        from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 
         use_plain_cpu_kernels(model)
     model.eval()
@@ -88,20 +88,20 @@ def test_loss_of_every_step_is_kept_and_falls(trained: tuple[Run, Told]) -> None
 def test_the_picture_starts_at_the_base(trained: tuple[Run, Told], tmp_path: Path) -> None:
     from PIL import Image
 
-    from lora2serve.train import picture
+    from lora2serve.train import plot
 
     run, _ = trained
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    evaluated = picture._evaluated(run, lines)
+    evaluated = plot._evaluated(run, lines)
     assert evaluated == [(0, run.record["metrics"]["base"]["eval_loss"]), *logged(run, "eval_loss").items()]
-    assert picture.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
-    assert picture.smooth([1.0] * 50 + [0.0] * 50)[-1] < 0.01 < 0.5 < picture.smooth([1.0] * 50 + [0.0] * 50)[51]
+    assert plot.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert plot.smooth([1.0] * 50 + [0.0] * 50)[-1] < 0.01 < 0.5 < plot.smooth([1.0] * 50 + [0.0] * 50)[51]
     with Image.open(run.path / "loss.png") as image:
         colours = {colour for count, colour in image.convert("RGB").getcolors(1 << 20) if count > 50}
     assert {(31, 119, 180), (255, 127, 14)} <= colours, "both curves are there"
     empty = Run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train_runtime": 1.0}\n')
-    picture.plot(empty)
+    plot.plot(empty)
     with Image.open(tmp_path / "loss.png") as image:
         assert (255, 127, 14) not in {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}, "the control"
 
@@ -171,18 +171,18 @@ def test_no_quantisation(tmp_path: Path, chats: dict[str, str]) -> None:
 def test_a_full_base_that_does_not_fit_is_said_so(
     tmp_path: Path, chats: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora2serve.model import decide_merge_base
-    from lora2serve.train import evaluate
+    from lora2serve.export.open_model import decide_merge_base
+    from lora2serve.train import eval_loss
 
     monkeypatch.setattr(
-        evaluate, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size - 1
+        eval_loss, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size - 1
     )
     run, told, _ = fit(recipe_file(tmp_path / "a", DEMO / "base", chats, steps=1))
     assert "tuned_on_original" not in run.record["metrics"]
     assert any("does not fit: the adapter was not measured on it" in note for note in told.notes)
     assert decide_merge_base(run.record, "auto")[0] == "original"
     monkeypatch.setattr(
-        evaluate, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size + 1
+        eval_loss, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size + 1
     )
     fits, _, _ = fit(recipe_file(tmp_path / "b", DEMO / "base", chats, steps=1))
     assert "tuned_on_original" in fits.record["metrics"], "the control"
@@ -199,7 +199,7 @@ def test_a_base_that_is_quantised_already(tmp_path: Path, chats: dict[str, str])
     run, _, _ = fit(recipe_file(tmp_path, tmp_path / "base", chats, steps=2))
     assert (run.record["quantization"]["type"], run.record["quantization"]["double_quant"]) == ("nf4", False)
     assert "tuned_on_original" not in run.record["metrics"], "its full-precision weights are not here"
-    from lora2serve.checkpoint import Checkpoint
+    from lora2serve.weights.checkpoint import Checkpoint
 
     names = {spec.name.removesuffix(".weight") for spec in Dequantized(Checkpoint(tmp_path / "base")).specs()}
     assert set(run.record["quantization"]["modules"]) <= names
@@ -222,7 +222,7 @@ def test_bfloat16_as_on_a_gpu(
     trained: tuple[Run, Told], chats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The type that a GPU computes in, on this CPU: the same losses as in float32, to what bfloat16 can tell apart."""
-    monkeypatch.setattr(trainer, "device", lambda: models.Device("cpu", "bfloat16"))
+    monkeypatch.setattr(finetune, "device", lambda: models.Device("cpu", "bfloat16"))
     run, _, _ = fit(recipe_file(tmp_path, DEMO / "base", chats, steps=12, eval_steps=4))
     assert run.record["quantization"]["compute_dtype"] == "bfloat16"
     loss, expected = logged(run), logged(trained[0])
@@ -239,7 +239,7 @@ def test_bfloat16_as_on_a_gpu(
 
 @pytest.mark.parametrize(("computed", "kept"), [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
 def test_what_is_not_quantised_takes_no_more_memory_than_it_needs(computed: str, kept: torch.dtype) -> None:
-    from lora2serve.recipe import TrainRecipe
+    from lora2serve.config.recipe import TrainRecipe
 
     base = models.load_base(DEMO / "base", TrainRecipe(), models.Device("cpu", computed))
     model = models.prepare(base, checkpointing=True)
@@ -251,7 +251,7 @@ def test_what_is_not_quantised_takes_no_more_memory_than_it_needs(computed: str,
 def test_compute_type_reaches_bitsandbytes(trained: tuple[Run, Told], small: Path) -> None:
     import bitsandbytes as bnb
 
-    from lora2serve.recipe import TrainRecipe
+    from lora2serve.config.recipe import TrainRecipe
 
     model = models.load_base(small, TrainRecipe(quantize="fp4", double_quant=False), models.device())
     layers: list[Any] = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
-from lora2serve.run import Run
-from lora2serve.train.loop import last_checkpoint
-from tests.train.runs import DEMO, fit, logged, recipe_file
+from lora2serve.train.trainer import last_checkpoint
+from tests.support.runs import DEMO, fit, logged, recipe_file
 
 STEPS = 24
 
@@ -151,7 +151,7 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
     tmp_path: Path, chats: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """While the tuned model is measured: the run is kept, --resume measures it and is done."""
-    from lora2serve.train import evaluate
+    from lora2serve.train import eval_loss
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -159,7 +159,7 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
     recipe_file(tmp_path, DEMO / "base", chats, steps=2)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "on_original", interrupted)
+        patch.setattr(eval_loss, "on_original", interrupted)
         assert command(["train"]) == 130
     assert "runs/run is kept: `lora2serve train --resume` goes on" in capfd.readouterr().err
     assert "finished" not in Run(tmp_path / "runs" / "run").record

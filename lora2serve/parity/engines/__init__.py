@@ -71,15 +71,15 @@ class Engine(Protocol):
 
 
 ENGINES = {
-    "peft": "lora2serve.parity.engines.peft:Peft",
-    "transformers": "lora2serve.parity.engines.transformers:Transformers",
-    "vllm": "lora2serve.parity.engines.vllm:Vllm",
-    "llama.cpp": "lora2serve.parity.engines.llama_cpp:LlamaCpp",
-    "vllm-server": "lora2serve.parity.engines.vllm_server:VllmServer",
-    "openai": "lora2serve.parity.engines.openai:OpenAI",
-    "ollama": "lora2serve.parity.engines.ollama:Ollama",
-    "tensors": "lora2serve.parity.tensors:Tensors",  # no engines, but run like them
-    "tokenizer": "lora2serve.parity.engines.tokenizer:Words",
+    "peft": "lora2serve.parity.engines.peft_engine:Peft",
+    "transformers": "lora2serve.parity.engines.transformers_engine:Transformers",
+    "vllm": "lora2serve.parity.engines.vllm_engine:Vllm",
+    "llama.cpp": "lora2serve.parity.engines.llama_cpp_engine:LlamaCpp",
+    "vllm-server": "lora2serve.parity.engines.vllm_server_engine:VllmServer",
+    "openai": "lora2serve.parity.engines.openai_engine:OpenAI",
+    "ollama": "lora2serve.parity.engines.ollama_engine:Ollama",
+    "tensors": "lora2serve.parity.tensor_gate:Tensors",  # no engines, but run like them
+    "tokenizer": "lora2serve.parity.engines.tokenizer_engine:Words",
 }
 
 

@@ -1,0 +1,157 @@
+"""The sink: lint against the engine, choose how to say it plainly, write one PEFT directory. Nothing is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from converters.adapter import extract
+from converters.adapter.extract import Extracted, LowRankSource
+from converters.adapter.normalize import EXPERTS, Normalized, normalise, split
+from converters.safetensors import as_bytes, encode_header
+from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
+from lora2serve.adapters.lint import Finding, lint
+from lora2serve.artifacts.staging import StagedDir
+from lora2serve.errors import ExportError
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import TensorSpec, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What PEFT and vLLM need to load it again; the rest of the config is about training.
+KEPT = ("task_type", "revision", "peft_version", "target_parameters")
+BLOCK = 1 << 22  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """``served_base``: the name the server gives the base. ``as_lora_rank``: extract a LoRA of that rank."""
+
+    served_base: str | None = None
+    as_lora_rank: int | None = None
+
+
+class AdapterSink:
+    """One adapter directory for ``vllm serve BASE --enable-lora --lora-modules NAME=DIR``."""
+
+    Options: ClassVar[type[AdapterOptions]] = AdapterOptions
+    quants: ClassVar[tuple[str, ...]] = ()
+    default_quant: ClassVar[str | None] = None
+
+    def __init__(self, model: ExportModel, out: StagedDir, options: AdapterOptions) -> None:
+        self.wanted: Mapping[str, int] = {}  # the base is no part of the product
+        self._out = out
+        adapter = _only_adapter(model)
+        self._product = _plan(model, adapter, options.as_lora_rank)
+        self._config = plain_config(adapter, self._product, options.served_base or model.base)
+        _refuse(lint(self._config, self._product.specs, model.config))
+        engine_check(self._config)
+        header = encode_header(self._product.specs)
+        self._data_start = len(header)
+        self._file = out.file(WEIGHTS, len(header) + sum(spec.nbytes for spec in self._product.specs))
+        self._file.pwrite(header, 0)
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        """Never called: nothing is wanted of the merged model."""
+
+    def finish(self) -> Mapping[str, Any]:
+        offsets, offset = {}, self._data_start
+        for spec in self._product.specs:
+            offsets[spec.name] = offset
+            offset += spec.nbytes
+        for spec, value in self._product.tensors():
+            self._file.pwrite(as_bytes(value.to(torch_dtype(spec.dtype))), offsets[spec.name])
+        self._out.json(CONFIG, self._config)
+        served = self._config["base_model_name_or_path"]
+        return {"rank": self._product.rank, "served_base": served, **self._product.report()}
+
+    def close(self) -> None:
+        """Nothing is held open but the output's own file."""
+
+
+def plain_config(adapter: Adapter, product: Normalized | Extracted, served_base: str) -> dict[str, Any]:
+    """``adapter_config.json`` of the product: what it takes to load it, and nothing about training."""
+    alpha = product.scale * product.rank
+    return {
+        "peft_type": "LORA",
+        **{key: adapter.config[key] for key in KEPT if adapter.config.get(key) is not None},
+        "base_model_name_or_path": served_base,
+        "r": product.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": _targets(adapter, product),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _targets(adapter: Adapter, product: Normalized | Extracted) -> list[str]:
+    """The modules by their full names; fused experts are no modules to PEFT but ``target_parameters``."""
+    names = sorted({split(spec.name)[0] for spec in product.specs})
+    fused = adapter.config.get("target_parameters")
+    return [name for name in names if not (fused and EXPERTS.search(name))]
+
+
+def engine_check(config: Mapping[str, Any]) -> None:
+    """Ask the installed vLLM's own checker, ``PEFTHelper.validate_legal``; without vLLM the lint stands alone."""
+    try:
+        from vllm.config.lora import LoRAConfig
+        from vllm.lora.peft_helper import PEFTHelper
+    except ImportError:
+        return
+    try:
+        PEFTHelper.from_dict(dict(config)).validate_legal(LoRAConfig(max_lora_rank=config["r"]))
+    except ValueError as error:
+        raise ExportError(f"vLLM refuses the adapter: {error}", "export --target vllm merges it") from None
+
+
+def _only_adapter(model: ExportModel) -> Adapter:
+    count = len(model.lineage.get("adapters") or [model.adapter])
+    if model.adapter is None or count != 1:
+        raise ExportError(
+            f"--target adapter: {count if model.adapter else 'no'} adapters, expected one",
+            "combine them with --combine",
+        )
+    return open_adapter(model.adapter)
+
+
+def _plan(model: ExportModel, adapter: Adapter, rank: int | None) -> Normalized | Extracted:
+    if rank is not None:
+        return extract.plan(model, adapter, rank)
+    findings = lint(adapter.config, _without_copies(model, adapter), model.config)
+    _refuse([finding for finding in findings if finding.fix != "export"])
+    if any(finding.rule == "init" for finding in findings):
+        return extract.plan(model, adapter, None)
+    return normalise(adapter)
+
+
+def _without_copies(model: ExportModel, adapter: Adapter) -> list[TensorSpec]:
+    """The adapter's tensors without those that PEFT saved along and that are the base's own, value by value."""
+    source = cast(LowRankSource, model.source)
+    known = {spec.name for spec in source.specs()}
+    changed = [
+        part.name
+        for name, part in adapter.full.items()
+        if name not in known or not _same(source, name, adapter, part.name)
+    ]
+    copies = {part.name for part in adapter.full.values()} - set(changed)
+    renamed = [name.replace(".base_layer.", ".") for name in changed]  # vLLM would skip these without a word
+    specs = [spec for spec in adapter.tensors.specs() if spec.name not in copies and spec.name not in changed]
+    return [*specs, *(TensorSpec(name, (), "F32") for name in renamed)]
+
+
+def _same(source: LowRankSource, name: str, adapter: Adapter, key: str) -> bool:
+    import torch
+
+    spec = adapter.tensors.spec(key)
+    step = max(1, BLOCK // max(1, spec.row_numel))
+    blocks = (slice(start, min(start + step, spec.rows)) for start in range(0, spec.rows, step))
+    mine, theirs = adapter.tensors.read, source.before
+    return all(torch.equal(theirs(name, rows).float(), mine(key, rows).float()) for rows in blocks)
+
+
+def _refuse(findings: Sequence[Finding]) -> None:
+    if findings:
+        message = "\n".join(f"vLLM does not serve this adapter ({f.rule}): {f.message}" for f in findings)
+        raise ExportError(message, findings[0].way_out)

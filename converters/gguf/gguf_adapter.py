@@ -1,0 +1,140 @@
+"""A LoRA adapter as GGUF, for llama.cpp's ``--lora`` and Ollama's ADAPTER.
+
+llama.cpp scales by alpha / rank of the whole file (``src/llama-adapter.cpp``), and not at all where alpha is 0. So each
+module's own scale goes into its B, and alpha is 0: rsLoRA and the rank and alpha patterns come out right.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from converters.gguf.row_map import RowMap, RowMaps
+from lora2serve.adapters.adapter import Adapter, open_adapter
+from lora2serve.artifacts.staging import StagedDir
+from lora2serve.errors import ExportError
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAIN = {"lora_A", "lora_B"}
+
+
+@dataclass(frozen=True)
+class GgufAdapterOptions:
+    """None."""
+
+
+class GgufAdapterSink:
+    """One small GGUF of ``general.type`` adapter, float32."""
+
+    Options: ClassVar[type[GgufAdapterOptions]] = GgufAdapterOptions
+    quants: ClassVar[tuple[str, ...]] = ()
+    default_quant: ClassVar[str | None] = None
+
+    def __init__(self, model: ExportModel, out: StagedDir, options: GgufAdapterOptions) -> None:
+        self.wanted: Mapping[str, int] = {}  # the base is no part of the product
+        if model.adapter is None or len(model.lineage.get("adapters") or [0]) != 1:
+            raise ExportError("--target gguf-adapter: expected one adapter", "combine them with --combine")
+        self._adapter = open_adapter(model.adapter)
+        with RowMaps(model) as moves:
+            self._architecture = moves.architecture
+            self._moves = {module: moves.of(f"{module}.weight") for module in self._adapter.layers}
+        _refuse(self._adapter, self._moves, model)
+        self._out, self.name = out, f"{model.name}-lora.gguf"
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        """Never called: nothing is wanted of the merged model."""
+
+    def finish(self) -> Mapping[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="lora2serve-adapter-") as folder:
+            path = Path(folder) / self.name
+            self._write_file(path)
+            content = path.read_bytes()
+        file = self._out.file(self.name, len(content))
+        file.pwrite(content, 0)
+        return {
+            "architecture": self._architecture,
+            "file": self.name,
+            "use": f"llama-server -m BASE.gguf --lora {self._out.target / self.name}",
+        }
+
+    def close(self) -> None:
+        pass
+
+    def _write_file(self, path: Path) -> None:
+        from gguf import GGUFWriter
+
+        writer = GGUFWriter(path, self._architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 0.0)
+        for target, parts in _by_target(self._moves).items():
+            a, b = self._factors(parts)
+            writer.add_tensor(f"{target}.lora_a", a.numpy())
+            writer.add_tensor(f"{target}.lora_b", b.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def _factors(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) of one tensor, the scale in B; modules that were fused lie side by side.
+
+        ``parts``: module -> which of its outputs is in each row of the tensor, -1 for none.
+        """
+        import torch
+
+        above, beside = [], []
+        for module, outputs in parts.items():
+            layer = self._adapter.layers[module].parts
+            a, b = (self._adapter.tensors.read(layer[kind].name).float() for kind in ("lora_A", "lora_B"))
+            above.append(a)
+            ordered = b[outputs.clamp(min=0)] * (outputs >= 0)[:, None]
+            beside.append(ordered * self._adapter.scale(module, a.shape[0]))
+        return torch.cat(above).contiguous(), torch.cat(beside, dim=1).contiguous()
+
+
+def _by_target(moves: Mapping[str, Sequence[RowMap]]) -> dict[str, dict[str, Tensor]]:
+    """GGUF tensor -> the modules that lie in it, and their outputs there."""
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for module, places in moves.items():
+        for move in places:
+            found[move.target][module] = move.outputs
+    return found
+
+
+def _refuse(adapter: Adapter, moves: Mapping[str, Sequence[RowMap]], model: ExportModel) -> None:
+    """Everything that the format cannot hold, at once."""
+    problems = [f"{name} was trained in full" for name in adapter.full if not _is_copy(name, adapter, model)]
+    if not adapter.is_lora:
+        problems.append(f"{adapter.method} is no LoRA")
+    if str(adapter.config.get("init_lora_weights")).lower().startswith(("pissa", "olora")):
+        problems.append("its init took a part of the base into the adapter")
+    for module, layer in adapter.layers.items():
+        extra = sorted(set(layer.parts) - PLAIN)
+        if extra:
+            problems.append(f"{module}: {', '.join(extra)} has no place in a GGUF adapter")
+        elif not moves[module]:
+            problems.append(f"{module}: no such tensor in the GGUF of this model")
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ExportError(
+            "\n".join([f"{adapter.path}: {text}" for text in problems[:10]] + more), "export --target gguf merges it"
+        )
+
+
+def _is_copy(name: str, adapter: Adapter, model: ExportModel) -> bool:
+    """PEFT saves the base's embedding and head along when they carry a LoRA."""
+    import torch
+
+    base: Any = model.source
+    if name not in {spec.name for spec in base.specs()}:
+        return False
+    return torch.equal(base.before(name).float(), adapter.tensors.read(adapter.full[name].name).float())

@@ -1,0 +1,75 @@
+"""A GGUF adapter read back by the ``gguf`` package and folded onto the base, beside the planned fold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.gguf.gguf_scan import scan
+from converters.gguf.row_map import RowMaps
+from lora2serve.errors import ExportError
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ALPHA = "adapter.lora.alpha"
+
+
+class GgufAdapterReader:
+    """As llama.cpp applies it: W + scale * B A, with scale alpha / rank, or 1 where alpha is 0."""
+
+    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
+        from gguf import GGUFReader
+
+        (path,) = sorted(export.rglob("*.gguf"))
+        scan(path)
+        reader = GGUFReader(path)
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._alpha = float(reader.fields[ALPHA].contents()) if ALPHA in reader.fields else 0.0
+        source: Any = model.source
+        with RowMaps(model) as moves:
+            self._moves = {name: found for name in source.changed() if (found := moves.of(name))}
+        self._source = source
+        planned = {
+            f"{move.target}.{part}" for found in self._moves.values() for move in found for part in ("lora_a", "lora_b")
+        }
+        rows = {spec.name: spec.rows for spec in source.specs()}
+        self.wanted: Mapping[str, int] = {
+            name: rows[name]  # its outputs may lie in any order: a tensor comes whole
+            for name, found in self._moves.items()
+            if all(f"{move.target}.{part}" in self._tensors for move in found for part in ("lora_a", "lora_b"))
+        }
+        self.differences = [f"{name}: missing" for name in sorted(planned - self._tensors.keys())]
+        self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned)]
+
+    def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
+        """The base's rows with the stored change, beside the planned ones, in the order of the GGUF's rows."""
+        import torch
+
+        base = self._source.before(spec.name, rows).float()
+        sides: list[tuple[Tensor, Tensor]] = []
+        for move in self._moves[spec.name]:
+            a, b = self._factor(f"{move.target}.lora_a"), self._factor(f"{move.target}.lora_b")
+            if (b.shape[0], a.shape[0]) != (len(move.outputs), b.shape[1]):
+                raise ExportError(
+                    f"{move.target}: B {list(b.shape)} and A {list(a.shape)} for {len(move.outputs)} rows"
+                )
+            mine = move.outputs >= 0
+            change = (self._alpha / a.shape[0] if self._alpha else 1.0) * (b[mine] @ a)
+            before, planned = (values.float().T if move.turned else values.float() for values in (base, block))
+            order = move.outputs[mine]
+            sides.append((planned[order], before[order] + change))
+        names = " and ".join(move.target for move in self._moves[spec.name])
+        planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*sides, strict=True))
+        return names, planned, stored
+
+    def _factor(self, name: str) -> Tensor:
+        import torch
+        from gguf.quants import dequantize
+
+        stored = self._tensors[name]
+        shape = tuple(int(length) for length in reversed(stored.shape))
+        return torch.from_numpy(dequantize(stored.data, stored.tensor_type).reshape(shape).copy()).float()

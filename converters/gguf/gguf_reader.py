@@ -1,0 +1,73 @@
+"""A GGUF read back by the ``gguf`` package, beside what was planned for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.gguf import backends
+from converters.gguf.gguf_scan import scan
+from converters.gguf.gguf_sink import GgufOptions
+from lora2serve.errors import ExportError
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GgufReader:
+    """The tensors of an export, dequantised row by row; those of the projector too, where it has one."""
+
+    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
+        from gguf import GGUFReader
+
+        files = sorted(export.rglob("*.gguf"))
+        for file in files:
+            scan(file)
+        self._tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
+        self._rounded_twice = bool(about.get("match_reference"))
+        options = GgufOptions(quant=str(about.get("quant") or "F16"), match_reference=self._rounded_twice)
+        self._layouts = backends.layouts(model, options)
+        self.wanted: Mapping[str, int] = backends.together(layout.wanted for layout in self._layouts)
+        planned = {tensor.name for layout in self._layouts for tensor in layout.tensors}
+        self.differences = [f"{name}: missing" for name in sorted(planned - self._tensors.keys())]
+        self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned)]
+
+    def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
+        """See ``lora2serve.export.sinks.Reader``. Parts of the file that one block goes to are laid end to end."""
+        import torch
+
+        names, pairs = [], []
+        for target, first, values in self._targets(spec, rows, block):
+            names.append(target)
+            pairs.append(self._pair(target, first, values))
+        if len(pairs) == 1:
+            return names[0], *pairs[0]
+        if not pairs:
+            return spec.name, torch.empty(0), torch.empty(0)
+        planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*pairs, strict=True))
+        return " and ".join(names), planned, stored
+
+    def _targets(self, spec: TensorSpec, rows: slice, block: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        for layout in self._layouts:
+            if spec.name in layout.wanted:
+                found = layout.targets(spec, rows, block)
+                yield from ((target, first, values) for target, first, values in found if target in self._tensors)
+
+    def _pair(self, target: str, first: int, expected: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+        from gguf.quants import dequantize
+
+        stored = self._tensors[target]
+        columns = int(stored.shape[0])
+        if columns != expected.shape[-1]:
+            raise ExportError(f"{target}: rows of {columns} values, expected {expected.shape[-1]}", "export again")
+        data = stored.data.reshape(-1, stored.data.shape[-1])[first : first + len(expected)]
+        found = torch.from_numpy(dequantize(data, stored.tensor_type).reshape(tuple(expected.shape)).copy())
+        kind = stored.tensor_type.name
+        if self._rounded_twice and kind != "F32":
+            expected = expected.to(torch.float16).float()
+        plain = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind)
+        return expected.to(plain).float() if plain else expected, found.float()

@@ -1,0 +1,60 @@
+"""llama.cpp's own answers, from a process of its own: an assertion that fails there ends that one, and not ours."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lora2serve.errors import EngineError, ExportError
+from lora2serve.system.worker_process import WorkerProcess
+
+SCRIPT = Path(__file__).with_name("llama_child.py")
+
+
+class Llama:
+    """A context manager: entering it starts the process, which imports while we plan; leaving it ends it."""
+
+    def __init__(self) -> None:
+        self.there = find_spec("llama_cpp") is not None
+        self._folder = tempfile.TemporaryDirectory(prefix="lora2serve-llama-")
+        self._child: WorkerProcess | None = None
+
+    def __enter__(self) -> Llama:
+        if self.there:
+            log = Path(self._folder.name) / "log"
+            self._child = WorkerProcess("llama.cpp", [sys.executable, "-P", str(SCRIPT)], [], log, limit=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._child is not None:
+            self._child.__exit__(kind, error, trace)
+        self._folder.cleanup()
+
+    def quantize(self, source: Path, out: Path, file_type: int, means: Mapping[str, Any] | None) -> str:
+        """Quantise a file to a LLAMA_FTYPE; what llama.cpp says where it refuses, else nothing."""
+        import numpy
+
+        saved = None
+        if means is not None:
+            saved = Path(self._folder.name) / "means.npz"
+            numpy.savez(saved, **dict(means))
+        return str(self._call("quantize", source=source, out=out, file_type=file_type, means=saved))
+
+    def tokens(self, path: Path, texts: Sequence[str]) -> dict[str, Any]:
+        """``ids`` of each text by the vocabulary of a file, and ``adds_bos``; or ``refused``: why it is not loaded."""
+        return dict(self._call("tokens", path=path, texts=list(texts)))
+
+    def _call(self, job: str, **arguments: Any) -> Any:
+        assert self._child is not None
+        try:
+            return self._child.call(job, **arguments)
+        except EngineError as error:  # its log goes with us: what it says is in the message
+            hint = "please report this, with the model's name; --target vllm serves it"
+            raise ExportError(error.message, hint) from None

@@ -1,0 +1,1 @@
+"""GGUF from our own tables, for the architectures that most people train."""

@@ -1,0 +1,253 @@
+"""The tokenizer's part of a GGUF file: tokens, types, merges, special ids, pre-tokenizer name, chat template.
+
+The pre-tokenizer's name follows from its rules (pretokenizer.py), which survive fine-tuning; upstream recognises it by
+a hash of token ids, which does not survive an added token. Then it is proven: proof.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from converters.gguf.native.architectures import Architecture
+from converters.gguf.native.pretokenizer import pre_tokenizer
+from lora2serve.errors import ExportError
+from lora2serve.export.sinks import ExportModel
+
+
+class TokenType(IntEnum):
+    """llama.cpp's ``llama_token_type``."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass
+class Vocab:
+    """``tokens``: text (BPE, byte-level) or UTF-8 bytes (SentencePiece); all lists have the embedding's length."""
+
+    model: str  # gpt2 or llama
+    tokens: list[Any]
+    types: list[int]
+    scores: list[float] = field(default_factory=list)
+    pre: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def tokenizer_directory(model: ExportModel) -> Iterator[Path]:
+    """The model's tokenizer files and config in one directory, as the readers of other libraries want them."""
+    with tempfile.TemporaryDirectory(prefix="lora2serve-tokenizer-") as name:
+        fill_tokenizer_directory(Path(name), model)
+        yield Path(name)
+
+
+def fill_tokenizer_directory(folder: Path, model: ExportModel) -> None:
+    """Links to the files; configs without ``auto_map``, so that no reader fetches or runs code of the model's."""
+    for file, path in model.files.items():
+        place = folder / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file == "tokenizer_config.json" and "auto_map" in (told := json.loads(path.read_text(encoding="utf-8"))):
+            place.write_text(json.dumps({key: value for key, value in told.items() if key != "auto_map"}))
+        else:
+            place.symlink_to(path.resolve())
+    config = {key: value for key, value in model.config.items() if key != "auto_map"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def read_vocab(model: ExportModel, architecture: Architecture, rows: int, pre: str | None) -> Vocab:
+    """The vocabulary, padded to ``rows`` of the embedding."""
+    if "tokenizer.model" in model.files:
+        return _sentencepiece(model, rows, architecture)
+    if architecture.needs_sentencepiece:
+        raise ExportError(
+            f"architecture {architecture.name}: no tokenizer.model beside the model",
+            "copy it from the base's original repository",
+        )
+    if "tokenizer.json" not in model.files:
+        raise ExportError(
+            "no tokenizer.json and no tokenizer.model beside the model", "copy the base's tokenizer files beside it"
+        )
+    content = json.loads(model.files["tokenizer.json"].read_text(encoding="utf-8"))
+    kind = content.get("model", {}).get("type")
+    if kind != "BPE":
+        raise ExportError(f"tokenizer.json holds a {kind} model, expected BPE", "serve it with --target vllm")
+    if content["model"].get("byte_fallback"):
+        return _bpe_of_sentencepiece(model, content, rows, architecture)
+    return _bpe(model.files["tokenizer.json"], content, rows, pre)
+
+
+def _bpe(path: Path, content: Mapping[str, Any], rows: int, pre: str | None) -> Vocab:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    by_id = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    _refuse_beyond(by_id, rows)
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
+    tokens, types = [], []
+    for number in range(rows):
+        if number not in by_id:
+            tokens.append(f"[PAD{number}]")
+            types.append(TokenType.UNUSED)
+            continue
+        token, kind = by_id[number], TokenType.NORMAL
+        if number in added:
+            if not added[number].get("normalized", False):
+                token = tokenizer.decode(
+                    tokenizer.encode(token, add_special_tokens=False).ids, skip_special_tokens=False
+                )
+            special = added[number].get("special", False) or looks_special(token)
+            kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
+        tokens.append(token)
+        types.append(kind)
+    return Vocab("gpt2", tokens, [int(kind) for kind in types], pre=pre or pre_tokenizer(path, content))
+
+
+def _bpe_of_sentencepiece(
+    model: ExportModel, content: Mapping[str, Any], rows: int, architecture: Architecture
+) -> Vocab:
+    """A SentencePiece BPE that only tokenizer.json tells of (Llama 2 style).
+
+    The scores of the pieces are gone, but not what they decide: which merge comes first. A piece is scored by the rank
+    of its first merge. Its id would not do: Llama 2's "▁▁" has the lowest score of all, and the first id.
+    """
+    vocab = {number: token for token, number in content["model"]["vocab"].items()}
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
+    vocab |= {number: token["content"] for number, token in added.items()}
+    _refuse_beyond(vocab, rows)
+    tokens, types, scores = [], [], []
+    ranks = _merge_ranks(content["model"]["merges"])
+    for number in range(rows):
+        token = vocab.get(number)
+        kind = _piece_kind(token, added.get(number), number == content["model"].get("unk_id"))
+        if token == content["model"].get("unk_token"):
+            kind = TokenType.UNKNOWN
+        tokens.append((token if token is not None else f"[PAD{number}]").encode())
+        types.append(int(kind))
+        scores.append(-1000.0 if number in added else -float(ranks.get(token or "", len(ranks))))
+    return Vocab("llama", tokens, types, scores, pre="default", extra=_space_prefix(architecture, model))
+
+
+def _merge_ranks(merges: Sequence[str | Sequence[str]]) -> dict[str, int]:
+    """Piece -> the place, among all pieces, of the first merge that makes it."""
+    made: dict[str, int] = {}
+    for merge in merges:
+        made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), len(made))
+    return made
+
+
+def _piece_kind(token: str | None, added: Mapping[str, Any] | None, unknown: bool) -> TokenType:
+    if token is None:
+        return TokenType.UNUSED
+    if unknown:
+        return TokenType.UNKNOWN
+    if added is not None:
+        special = added.get("special", False) or looks_special(token)
+        return TokenType.CONTROL if special else TokenType.USER_DEFINED
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return TokenType.BYTE
+    return TokenType.NORMAL
+
+
+def _sentencepiece(model: ExportModel, rows: int, architecture: Architecture) -> Vocab:
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor()
+    pieces.LoadFromFile(str(model.files["tokenizer.model"]))
+    count = max(rows, pieces.vocab_size())
+    tokens: list[Any] = [f"[PAD{number}]".encode() for number in range(count)]
+    types, scores = [int(TokenType.UNUSED)] * count, [-10000.0] * count
+    for number in range(pieces.vocab_size()):
+        tokens[number] = pieces.IdToPiece(number).encode()
+        scores[number] = pieces.GetScore(number)
+        types[number] = int(_sentencepiece_kind(pieces, number))
+    for number, token in _added_tokens(model).items():
+        if number < count:
+            special = token.get("special", False) or looks_special(token["content"])
+            tokens[number] = token["content"].replace("▁", " ").encode()
+            types[number] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+            scores[number] = -1000.0
+    return Vocab(
+        "llama", tokens[:rows], types[:rows], scores[:rows], pre="default", extra=_space_prefix(architecture, model)
+    )
+
+
+def _sentencepiece_kind(pieces: Any, number: int) -> TokenType:
+    for kind, asked in (
+        (TokenType.UNKNOWN, pieces.IsUnknown),
+        (TokenType.CONTROL, pieces.IsControl),
+        (TokenType.UNUSED, pieces.IsUnused),
+        (TokenType.BYTE, pieces.IsByte),
+    ):
+        if asked(number):
+            return kind
+    return TokenType.NORMAL
+
+
+def _added_tokens(model: ExportModel) -> dict[int, dict[str, Any]]:
+    """Tokens beside the SentencePiece model, from tokenizer_config.json."""
+    path = model.files.get("tokenizer_config.json")
+    given = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if path else {}
+    return {int(number): token for number, token in given.items()}
+
+
+def _space_prefix(architecture: Architecture, model: ExportModel) -> dict[str, Any]:
+    """llama.cpp's ``add_space_prefix``: a space before each text and after each special token, by default."""
+    if architecture.add_space_prefix is None and space_scheme(model) not in ("first", "never"):
+        return {}
+    return {"tokenizer.ggml.add_space_prefix": bool(architecture.add_space_prefix)}
+
+
+def space_scheme(model: ExportModel) -> str | None:
+    """``prepend_scheme`` of the tokenizer's Metaspace step: always, never, or first; None where there is no such step.
+
+    "first" (Mistral 0.3) puts a space only before a text that nothing precedes, not even BOS. llama.cpp has no such
+    rule. Without its space prefix it is right for whatever follows a special token: every prompt.
+    """
+    path = model.files.get("tokenizer.json")
+    step = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") if path else None
+    steps = (step or {}).get("pretokenizers", [step] if step else [])
+    return next((one.get("prepend_scheme") for one in steps if one.get("type") == "Metaspace"), None)
+
+
+def name_for_llama_cpp(model: ExportModel) -> str:
+    """The model's name with or without "phi-3" in it.
+
+    By that word alone llama.cpp decides that special tokens take the white space after them along (src/llama-vocab.cpp,
+    "set attributes by model/tokenizer/architecture name"), and that there is a token ``</s>``: else it does not load.
+    """
+    path = model.files.get("tokenizer.json")
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []) if path else []
+    strips = any(token.get("rstrip") for token in added) and any(token["content"] == "</s>" for token in added)
+    named = re.search("phi-?3", model.name, re.IGNORECASE)
+    if strips and not named:
+        return f"{model.name} (phi-3)"
+    return model.name if strips or not named else re.sub("(?i)(phi)-?3", r"\1 3", model.name)
+
+
+def _refuse_beyond(by_id: Mapping[int, str], rows: int) -> None:
+    beyond = [number for number in by_id if number >= rows]
+    if beyond:
+        raise ExportError(
+            f"tokenizer: token {max(beyond)} ({by_id[max(beyond)]!r}), but the embedding has {rows} rows",
+            "train with the embedding resized to the tokenizer, or use the base's own tokenizer",
+        )
+
+
+def looks_special(token: str) -> bool:
+    """Control tokens that some tokenizers forget to mark so."""
+    if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
+        return True
+    pairs = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return any(token.startswith(start) and token.endswith(end) for start, end in pairs)

@@ -1,0 +1,1 @@
+"""GGUF of every other architecture, laid out by llama.cpp\'s own converter."""

@@ -1,0 +1,104 @@
+"""A LoRA for a model that Ollama has: ``FROM BASE`` and ``ADAPTER`` with the GGUF adapter."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from converters.gguf.gguf_adapter import GgufAdapterOptions, GgufAdapterSink
+from converters.gguf.gguf_sink import GgufOptions, GgufSink
+from converters.ollama.chat import read_chat, write_files
+from converters.ollama.go_template import wants_native
+from lora2serve.artifacts.staging import DryRunDir, StagedDir
+from lora2serve.errors import ExportError
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OllamaAdapterOptions:
+    """``from_model``: the base in Ollama, by its name there or as the path of a GGUF."""
+
+    from_model: str | None = None
+
+
+class OllamaAdapterSink:
+    """Ollama lays the adapter on the base when it loads it; the scale is in the adapter."""
+
+    Options: ClassVar[type[OllamaAdapterOptions]] = OllamaAdapterOptions
+    quants: ClassVar[tuple[str, ...]] = ()
+    default_quant: ClassVar[str | None] = None
+
+    def __init__(self, model: ExportModel, out: StagedDir, options: OllamaAdapterOptions) -> None:
+        base = _base(options.from_model)
+        chat = read_chat(model)
+        if chat.jinja and not chat.derived:
+            raise ExportError(
+                f"--as adapter: no proven template ({chat.reason}), and an adapter carries no Jinja of its own",
+                "use --target ollama without --as: the GGUF carries the Jinja",
+            )
+        _refuse_shadowed(model, chat.jinja)
+        self._adapter = GgufAdapterSink(model, out, GgufAdapterOptions())
+        self.wanted = self._adapter.wanted
+        self._out, self._name, self._chat, self._from = out, model.name.lower(), chat, base
+        self._modelfile = chat.modelfile(base, _adds_bos(model, out), f"./{self._adapter.name}")
+        self._text = self._modelfile.write()
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        """Never called: nothing is wanted of the merged model."""
+
+    def finish(self) -> Mapping[str, Any]:
+        said = self._adapter.finish()
+        write_files(self._out, self._modelfile, self._text)
+        use = f"ollama create {self._name} -f {shlex.quote(str(self._out.target / 'Modelfile'))}"
+        return {**said, "template": self._chat.about(), "from": self._from, "use": use}
+
+    def close(self) -> None:
+        self._adapter.close()
+
+
+def _base(given: str | None) -> str:
+    """A name as it is, a file by its absolute path: Ollama takes a mistyped path for a name."""
+    if not given:
+        raise ExportError("--as adapter: expected --from BASE", "the base as Ollama knows it, such as llama3.2:1b")
+    path = Path(given).expanduser()
+    if path.is_file():
+        return str(path.resolve())
+    if given.endswith(".gguf") or given.startswith(("/", "./", "../", "~")) or path.exists():
+        raise ExportError(f"--from {given}: no such GGUF file", "a file, or a name that `ollama list` shows")
+    return given
+
+
+def _adds_bos(model: ExportModel, out: StagedDir) -> bool:
+    """Whether llama.cpp adds BOS with this tokenizer: asked of it, on a header that is never written."""
+    rehearsal = DryRunDir(out.target)
+    try:
+        return GgufSink(model, rehearsal, GgufOptions(quant="F16")).proof.adds_bos
+    finally:
+        rehearsal.discard()
+
+
+def _refuse_shadowed(model: ExportModel, jinja: str | None) -> None:
+    """From 0.30 on Ollama prefers the base's own Jinja to a TEMPLATE where that Jinja knows tools or thinking."""
+    base = Path(str((model.lineage.get("base") or {}).get("path", "")))
+    before = _template_of(base)
+    if before and before != jinja and wants_native(before):
+        raise ExportError(
+            "--as adapter: another chat template was trained with than the base's, which Ollama would prefer",
+            "use --target ollama without --as: the GGUF carries the template trained with",
+        )
+
+
+def _template_of(base: Path) -> str | None:
+    file, config = base / "chat_template.jinja", base / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    said = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    return said if isinstance(said, str) else None

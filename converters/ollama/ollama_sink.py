@@ -1,0 +1,68 @@
+"""Ollama: the GGUF, a Modelfile whose TEMPLATE is proven, and the side files that ``ollama run hf.co/...`` reads."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from converters.gguf.gguf_sink import GgufOptions, GgufSink
+from converters.ollama.chat import read_chat, write_files
+from lora2serve.artifacts.staging import StagedDir
+from lora2serve.errors import ExportError
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Ollama takes a chat template for a known one that is fewer than 100 edits away (``Named``, template/template.go).
+# An edit adds or removes one tilde at most, so a template with fewer than 100 of them is never that near to this one.
+APART = (
+    "{# This comment keeps Ollama from taking this template for another one that looks much like it.\n"
+    + "~" * 200
+    + " #}\n"  # the newline goes with it: trim_blocks
+)
+
+
+@dataclass(frozen=True)
+class OllamaOptions(GgufOptions):
+    """Those of the GGUF."""
+
+
+class OllamaSink:
+    """``ollama create NAME -f Modelfile`` in the export's directory makes the model."""
+
+    Options: ClassVar[type[OllamaOptions]] = OllamaOptions
+    quants: ClassVar[tuple[str, ...]] = GgufSink.quants
+    default_quant: ClassVar[str | None] = GgufSink.default_quant
+
+    def __init__(self, model: ExportModel, out: StagedDir, options: OllamaOptions) -> None:
+        if options.split_size is not None:
+            raise ExportError("--split-size: Ollama loads no split files", "leave it out for --target ollama")
+        self._out, self._name = out, model.name.lower()
+        self._chat = read_chat(model)
+        if self._chat.jinja and not self._chat.derived:
+            options = replace(options, chat_template=APART + self._chat.jinja)
+        self._gguf = GgufSink(model, out, options)
+        if not self._gguf.proof.ids:
+            raise ExportError(
+                "--target ollama: without llama.cpp's library nobody knows who adds BOS",
+                "pip install 'lora2serve[gguf]'",
+            )
+        self.wanted = self._gguf.wanted
+        self._modelfile = self._chat.modelfile(f"./{self._gguf.files[0]}", self._gguf.proof.adds_bos)
+        self._text = self._modelfile.write()  # a value that Ollama would read otherwise is found before the first byte
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        self._gguf.write(spec, rows, block)
+
+    def finish(self) -> Mapping[str, Any]:
+        said = self._gguf.finish()
+        write_files(self._out, self._modelfile, self._text)
+        path = shlex.quote(str(self._out.target / "Modelfile"))
+        return {**said, "template": self._chat.about(), "use": f"ollama create {self._name} -f {path}"}
+
+    def close(self) -> None:
+        self._gguf.close()

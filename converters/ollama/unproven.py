@@ -1,7 +1,0 @@
-"""Why a template is not used."""
-
-from __future__ import annotations
-
-
-class Unproven(Exception):
-    """Why no Go template stands for this Jinja template, in words."""

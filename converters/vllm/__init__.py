@@ -1,0 +1,1 @@
+"""Merged directories for vLLM: 16 bits, compressed-tensors, AWQ and GPTQ."""

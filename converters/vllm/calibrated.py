@@ -1,0 +1,132 @@
+"""AWQ and GPTQ: the merged 16-bit model is written by the one pass, then llm-compressor quantises it in a child.
+
+All of it happens inside the export's unpublished directory: the 16-bit model in ``merged``, which goes again, and the
+product beside it. AWQ moves scales between a layer and the one before it, so the product's norms are not the model's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.safetensors import ShardWriter
+from converters.vllm.compressed.compressed_reader import CompressedReader
+from converters.vllm.compressed.schemes import SCHEMES
+from converters.vllm.compressed.selection import BLOCK, select
+from lora2serve.artifacts.staging import StagedDir
+from lora2serve.errors import EngineError, ExportError
+from lora2serve.export.sinks import Calibration, ExportModel
+from lora2serve.system import tool_env
+from lora2serve.system.worker_process import WorkerProcess
+from lora2serve.weights.checkpoint import Checkpoint
+from lora2serve.weights.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CALIBRATED = ("awq", "gptq")
+LIKE = SCHEMES["w4a16"]  # the data-free scheme with the same layout: what fits it, and which group
+ROWS = 512  # of the calibration data, at most; llm-compressor's own default
+SCRIPT = Path(__file__).with_name("calibrated_child.py")
+PARTS = re.compile(r"_(packed|scale|zero_point|shape|g_idx)$")
+
+
+class CalibratedWriter:
+    """Takes the merged tensors; ``finish`` leaves the quantised ones in ``out`` and returns what the child said."""
+
+    def __init__(
+        self, model: ExportModel, out: StagedDir, specs: Sequence[TensorSpec], quant: str, data: Calibration | None
+    ) -> None:
+        self._python = tool_env.require()
+        if data is None:
+            raise ExportError(f"--quant {quant} is calibrated on data: there is none", "name a file with --calibrate")
+        self._selection = select(specs, model.config, LIKE)
+        self._model, self._out, self._specs, self._quant, self._data = model, out, specs, quant, data
+        self._rows = _choose(data.rows())
+        self._merged = out.subdir("merged")
+        self._writer = ShardWriter(self._merged, specs)
+
+    def write(self, name: str, rows: slice, block: Tensor) -> None:
+        """Rows of one merged tensor."""
+        self._writer.write(name, rows, block)
+
+    def finish(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The product's ``quantization_config``, and what the manifest should say.
+
+        ``config`` is the merged model's. EngineError with the child's reason, and where its log is.
+        """
+        self._merged.json("config.json", config)
+        for name, path in self._model.files.items():
+            self._merged.copy(name, path)
+        merged = self._merged.publish({"target": "vllm", "name": self._model.name})
+        said = self._compress(merged, self._out.path / "quantised")
+        quantised = Checkpoint(self._out.path / "quantised")
+        _check_names(self._specs, quantised)
+        for path in sorted(quantised.path.glob("*.safetensors*")):
+            path.chmod((merged / "config.json").stat().st_mode)  # transformers keeps them for their owner
+            path.rename(self._out.path / path.name)
+        shutil.rmtree(quantised.path)
+        shutil.rmtree(merged)
+        tokens = sum(len(row) for row in self._rows)
+        calibration = {"data": self._data.source, "rows": len(self._rows), "tokens": tokens}
+        return dict(quantised.config["quantization_config"]), {
+            "group_size": self._selection.scheme.group, "calibration": calibration, "engine": said,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Release handles, and the merged model with them. Safe twice."""
+        self._merged.discard()
+
+    def _compress(self, merged: Path, out: Path) -> dict[str, Any]:
+        tokens = self._out.path / "tokens.json"
+        tokens.write_text(json.dumps(self._rows), encoding="utf-8")
+        config = self._model.config.get("text_config") or self._model.config
+        steps = int(config.get("num_hidden_layers") or 0) + 2  # the model loaded, its layers, the head
+        with tempfile.NamedTemporaryFile(prefix=f"lora2serve-{self._quant}-", suffix=".log", delete=False) as file:
+            log = Path(file.name)
+        with (
+            self._data.progress.track(f"{self._quant} by llm-compressor", steps) as advance,
+            WorkerProcess("llm-compressor", [str(self._python), "-I", str(SCRIPT)], [], log, limit=None) as child,
+        ):
+            said = child.call(
+                "compress", advance, model=merged, out=out, quant=self._quant, tokens=tokens,
+                group=self._selection.scheme.group, ignore=list(self._selection.ignore),
+            )  # fmt: skip
+        log.unlink()
+        tokens.unlink()
+        return dict(said)
+
+
+class AwqReader(CompressedReader):
+    """What AWQ does not move: it scales the inputs of a layer's matrices and takes the scale back before them."""
+
+    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
+        super().__init__(export, about, model)
+        self.wanted = {name: rows for name, rows in self.wanted.items() if not BLOCK.search(name)}
+
+
+def _choose(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """At most ``ROWS``, spread evenly over the data; none with fewer than two tokens."""
+    usable = [list(row) for row in rows if len(row) > 1]
+    if not usable:
+        raise ExportError("the calibration data has no row of two tokens or more", "name other data with --calibrate")
+    count = min(ROWS, len(usable))
+    return [usable[number * len(usable) // count] for number in range(count)]
+
+
+def _check_names(specs: Sequence[TensorSpec], product: Checkpoint) -> None:
+    """Every merged tensor is there, plain or quantised, and nothing else; fused experts come back one by one."""
+    asked = {spec.name for spec in specs if ".experts." not in spec.name}
+    found = {PARTS.sub("", spec.name) for spec in product.specs() if ".experts." not in spec.name}
+    wrong = sorted(asked ^ found)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise EngineError(
+            f"llm-compressor wrote other tensors than it was given: {', '.join(wrong[:3])}{more}",
+            "--quant w4a16 quantises without it",
+        )

@@ -1,0 +1,130 @@
+"""Quantised weights read back: dequantised by compressed-tensors' own decompressors, in row blocks.
+
+What each weight is comes from ``quantization_config`` in the export's config.json, not from the table of schemes: any
+compressed-tensors export with one config group is read, calibrated ones too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.vllm.compressed.library import library, refuse_missing
+from lora2serve.errors import ExportError
+from lora2serve.export.sinks import ExportModel
+from lora2serve.weights.tensors import FLOATS, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = ("weight_packed", "weight")
+PER_TENSOR = {"weight_global_scale", "weight_shape", "input_global_scale"}
+ZERO = "weight_zero_point"
+
+
+class CompressedReader:
+    """See ``lora2serve.export.sinks.Reader``."""
+
+    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
+        from safetensors import safe_open
+
+        refuse_missing()
+        files: list[Any] = [safe_open(path, "pt") for path in sorted(export.glob("*.safetensors"))]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        config = json.loads((export / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        groups = list(config["config_groups"].values())
+        if len(groups) != 1:
+            raise ExportError(f"{export}: {len(groups)} groups of quantised layers, expected one")
+        self._how = library().scheme.model_validate(groups[0])
+        self._compressor = library().compressors.get_value_from_registry(groups[0].get("format") or config["format"])
+        planned = {spec.name: spec for spec in model.source.specs()}
+        self._parts = {name: self._stored(name) for name in planned}
+        self._quantized = {name for name, parts in self._parts.items() if self._is_quantized(parts)}
+        self.differences = [f"{name}: missing" for name, parts in self._parts.items() if not parts]
+        lost = {name: self._lost(name) for name in self._quantized}
+        self.differences += [part for parts in lost.values() for part in parts]
+        self.wanted: Mapping[str, int] = {
+            name: self._together() if name in self._quantized else 1
+            for name, parts in self._parts.items()
+            if parts and not lost.get(name)
+        }
+        known = {stored for parts in self._parts.values() for stored in parts.values()}
+        self.differences += [f"{name}: not planned" for name in sorted(self._files.keys() - known)]
+
+    def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
+        """The stored name, the planned rows and the dequantised ones, or those of a plain tensor, in float32."""
+        parts = self._parts[spec.name]
+        if spec.name not in self._quantized:
+            stored = self._files[spec.name].get_slice(spec.name)
+            found = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
+            _refuse_shape(spec, tuple(stored.get_shape()))
+            return spec.name, block.to(found.dtype).float(), found.float()
+        state = {key: self._read(key, name, rows, spec) for key, name in parts.items()}
+        if "weight_shape" in state:
+            _refuse_shape(spec, tuple(state["weight_shape"].tolist()))
+            state["weight_shape"][0] = len(block)
+        found = self._compressor.decompress(state, self._how)["weight"][: len(block)].float()
+        if tuple(found.shape) != tuple(block.shape):
+            raise ExportError(f"{spec.name}: {list(found.shape)} of rows {rows.start} to {rows.stop}")
+        return spec.name, block.float(), found
+
+    def _stored(self, name: str) -> dict[str, str]:
+        """Local name -> stored name of everything that belongs to one planned tensor; empty where it is missing."""
+        if not name.endswith(".weight"):
+            return {"weight": name} if name in self._files else {}
+        module = name.removesuffix("weight")
+        keys = (*WEIGHTS, "weight_scale", ZERO, *PER_TENSOR)
+        found = {key: module + key for key in keys if module + key in self._files}
+        return found if any(key in found for key in WEIGHTS) else {}
+
+    def _is_quantized(self, parts: Mapping[str, str]) -> bool:
+        plain = parts.get("weight")
+        return "weight_packed" in parts or (
+            bool(plain) and self._files[plain].get_slice(plain).get_dtype() not in FLOATS
+        )
+
+    def _lost(self, name: str) -> list[str]:
+        """What must lie beside a quantised weight and does not."""
+        keys = self._compressor.compression_param_names(self._how)
+        missing = [key for key in keys if key not in self._parts[name] and key not in self._unused()]
+        return [f"{name.removesuffix('weight')}{key}: missing" for key in missing]
+
+    def _unused(self) -> set[str]:
+        """Names that the library lists for a format, and that this scheme of it has not."""
+        return {"weight_g_idx", *(() if self._how.weights.strategy == "tensor_group" else ("weight_global_scale",))}
+
+    def _together(self) -> int:
+        """Rows of one piece: those that share a scale, or that the zero points of one word belong to."""
+        weights = self._how.weights
+        if weights.block_structure:
+            return int(weights.block_structure[0])
+        return 1 if weights.symmetric else 32 // int(weights.num_bits)
+
+    def _read(self, key: str, name: str, rows: slice, spec: TensorSpec) -> Tensor:
+        stored = self._files[name].get_slice(name)
+        if key in PER_TENSOR:
+            whole: Tensor = self._files[name].get_tensor(name).clone()
+            return whole
+        count = stored.get_shape()[0]
+        expected = spec.rows if key in WEIGHTS else self._scaled(spec.rows, key)
+        if count != expected:
+            raise ExportError(f"{name}: {count} rows, expected {expected}")
+        start, stop = self._scaled(rows.start, key), self._scaled(rows.stop, key)
+        found: Tensor = stored[start:stop]
+        return found.float() if key == "weight_scale" and found.element_size() == 2 else found
+
+    def _scaled(self, row: int, key: str) -> int:
+        """The row of one stored tensor that belongs to a row of the weight, rounded up."""
+        if key in WEIGHTS:
+            return row
+        if key == ZERO:
+            return -(-row // self._together())
+        blocks = self._how.weights.block_structure
+        return -(-row // blocks[0]) if blocks else row
+
+
+def _refuse_shape(spec: TensorSpec, found: tuple[int, ...]) -> None:
+    if found != spec.shape:
+        raise ExportError(f"{spec.name}: shape {list(found)}, expected {list(spec.shape)}")

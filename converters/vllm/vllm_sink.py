@@ -1,0 +1,119 @@
+"""A merged Hugging Face directory that ``vllm serve DIR`` loads with no flag."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from converters.safetensors import SHARD, SafetensorsReader, ShardWriter
+from converters.vllm.calibrated import CALIBRATED, AwqReader, CalibratedWriter
+from converters.vllm.compressed.compressed_reader import CompressedReader
+from converters.vllm.compressed.quantizer import Quantizer
+from converters.vllm.compressed.schemes import SCHEMES
+from converters.vllm.serve_config import generation_config, serve_yaml
+from lora2serve.artifacts.staging import StagedDir
+from lora2serve.export.sinks import Calibration, ExportModel, Reader
+from lora2serve.weights.tensors import FLOATS, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """``shard_size`` in bytes; ``quant`` a name of ``converters.vllm.compressed.schemes``, or None for plain weights.
+
+    ``calibration`` is the data for ``awq`` and ``gptq``.
+    """
+
+    shard_size: int = SHARD
+    quant: str | None = None
+    calibration: Calibration | None = None
+
+
+class VllmSink:
+    """Merged weights in safetensors, plain or quantised; config, tokenizer, chat template and generation config."""
+
+    Options: ClassVar[type[VllmOptions]] = VllmOptions
+    quants: ClassVar[tuple[str, ...]] = (*SCHEMES, *CALIBRATED)
+    default_quant: ClassVar[str | None] = None
+
+    def __init__(self, model: ExportModel, out: StagedDir, options: VllmOptions) -> None:
+        self._model, self._out = model, out
+        specs = list(model.source.specs())
+        self._dtype = _main_dtype(specs)
+        self._quantizer = self._calibrated = None
+        if options.quant in CALIBRATED:
+            self._calibrated = CalibratedWriter(model, out, specs, options.quant, options.calibration)
+        elif options.quant:
+            self._quantizer = Quantizer(options.quant, specs, model.config, out.path)
+        self.wanted: Mapping[str, int] = self._quantizer.wanted if self._quantizer else {spec.name: 1 for spec in specs}
+        self._writer = self._calibrated or ShardWriter(
+            out, self._quantizer.specs if self._quantizer else specs, options.shard_size
+        )
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        if self._quantizer and spec.name in self._quantizer:
+            self._quantizer.write(spec.name, rows, block, self._writer.write)
+        else:
+            self._writer.write(spec.name, rows, block)
+
+    def finish(self) -> Mapping[str, Any]:
+        config = served_config(self._model.config, self._dtype)
+        if self._quantizer:
+            config["quantization_config"] = self._quantizer.config()
+        about: dict[str, Any] = {"compressed": self._quantizer.about()} if self._quantizer else {}
+        if self._calibrated:
+            config["quantization_config"], about = self._calibrated.finish(config)
+        self._out.json("config.json", config)
+        ends = generation_config(self._model)
+        for name, path in self._model.files.items():
+            if name != "generation_config.json" or ends is None:
+                self._out.copy(name, path)
+        if ends is not None:
+            self._out.json("generation_config.json", ends)
+        quantized = self._quantizer or self._calibrated
+        served = "bfloat16" if quantized and self._dtype == "float32" else self._dtype  # no kernel for it in float32
+        self._out.text("serve.yaml", serve_yaml(self._model, served))
+        return {"dtype": self._dtype, **about, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
+
+    def close(self) -> None:
+        for part in (self._quantizer, self._calibrated):
+            if part:
+                part.close()
+
+
+def open_reader(export: Path, about: Mapping[str, Any], model: ExportModel) -> Reader:
+    """The reader for an export, plain or quantised."""
+    if about.get("quant") == "awq":
+        return AwqReader(export, about, model)
+    if about.get("quant"):
+        return CompressedReader(export, about, model)
+    return SafetensorsReader(export, about, model)
+
+
+def served_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """``config.json`` of the merged model: plain weights in ``dtype``, under whichever key the base used for it."""
+    served = {key: value for key, value in config.items() if key != "quantization_config"}
+    served[_dtype_key(config)] = dtype
+    for part, value in served.items():
+        if part.endswith("_config") and isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            served[part] = {**value, _dtype_key(value): dtype}
+    return served
+
+
+def _dtype_key(config: Mapping[str, Any]) -> str:
+    return "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+
+
+def _main_dtype(specs: list[TensorSpec]) -> str:
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        if spec.dtype in FLOATS:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
+    return DTYPES.get(max(sizes, key=lambda kind: sizes[kind], default="BF16"), "bfloat16")

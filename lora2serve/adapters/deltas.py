@@ -1,0 +1,230 @@
+"""What an adapter does to one weight, row by row, in float32.
+
+Every fold here is local to a row of the stored weight (DoRA's norm too), so a block of rows is all it
+needs. The sums run in PEFT's order (``W + (B @ A) * scale``), PEFT's ``merge_and_unload`` in float32
+being what the tests compare with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from lora2serve.weights.tensors import ALL, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One tensor of an adapter file, read when it is used."""
+
+    source: Source
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, rows: slice = ALL) -> Tensor:
+        """Those rows in float32."""
+        return self.source.read(self.name, rows).float()
+
+
+class Delta(Protocol):
+    """What an adapter does to one weight."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it needs all rows together."""
+        ...
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """The weight's shape after this delta; ValueError in words where the two do not fit."""
+        ...
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        """Rows ``[start, stop)`` of the weight, float32 in and out; ``weight`` itself stays as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lora:
+    """``W + scale * B @ A`` for a linear layer (https://arxiv.org/abs/2106.09685), W: (out, in).
+
+    ``magnitude`` makes it DoRA (https://arxiv.org/abs/2402.09353): rows are rescaled to that norm.
+    ``transposed`` is PEFT's ``fan_in_fan_out``: W is stored as (in, out).
+    """
+
+    a: AdapterTensor  # (r, in)
+    b: AdapterTensor  # (out, r)
+    scale: float
+    magnitude: AdapterTensor | None = None  # (out,)
+    transposed: bool = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        expected = (self.b.shape[0], self.a.shape[-1])
+        if self.transposed:
+            expected = expected[::-1]
+        if before != expected:
+            raise ValueError(f"the adapter is for {list(expected)}, the base has {list(before)}")
+        return before
+
+    def added(self, rows: slice) -> Tensor:
+        """``scale * B @ A`` for those rows of the stored weight, a new tensor."""
+        if self.transposed:
+            delta = (self.b.read() @ self.a.read()[:, rows]).T.contiguous()
+        else:
+            delta = self.b.read(rows) @ self.a.read()
+        return delta.mul_(self.scale)
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        import torch
+
+        merged = self.added(rows).add_(weight)
+        if self.magnitude is None:
+            return merged
+        if self.transposed:  # one norm per column, over all rows: such a weight is read whole
+            return merged.mul_(self.magnitude.read() / torch.linalg.norm(merged, dim=0))
+        return merged.mul_((self.magnitude.read(rows) / torch.linalg.norm(merged, dim=1)).unsqueeze(1))
+
+    @property
+    def whole(self) -> bool:
+        return self.transposed and self.magnitude is not None
+
+
+@dataclass(frozen=True)
+class EmbeddingLora:
+    """``W + scale * (B @ A).T`` for an embedding, W: (tokens, dim); DoRA's norm runs over the columns."""
+
+    a: AdapterTensor  # (r, tokens)
+    b: AdapterTensor  # (dim, r)
+    scale: float
+    magnitude: AdapterTensor | None = None  # (dim,)
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        expected = (self.a.shape[-1], self.b.shape[0])
+        if before != expected:
+            raise ValueError(f"the adapter is for {list(expected)}, the base has {list(before)}")
+        return before
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        import torch
+
+        delta = (self.b.read() @ self.a.read()[:, rows]).T.contiguous()
+        merged = delta.mul_(self.scale).add_(weight)
+        if self.magnitude is None:
+            return merged
+        return merged.mul_(self.magnitude.read() / torch.linalg.norm(merged, dim=0))
+
+    @property
+    def whole(self) -> bool:
+        return self.magnitude is not None
+
+
+@dataclass(frozen=True)
+class ExpertLora:
+    """LoRA on some rows of one expert: what PEFT's ``target_parameters`` does to a fused 3-D weight.
+
+    A holds the experts' ranks one after another, (experts * r, in); B interleaves them, (out, r * experts):
+    ``peft/tuners/lora/layer.py``, ``ParamWrapper.get_delta_weight``. ``expert`` None: the stored weight is the
+    fused one and its rows are experts; else it is one expert's own tensor, ``first`` its first row in the fused one.
+    ``swapped`` says that the fused weight is stored as (experts, in, out).
+    """
+
+    a: AdapterTensor
+    b: AdapterTensor
+    scale: float
+    experts: int
+    swapped: bool = False
+    expert: int | None = None
+    first: int = 0
+    whole: ClassVar[bool] = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        out, into = self.b.shape[0], self.a.shape[-1]
+        each = (into, out) if self.swapped else (out, into)
+        fits = before == (self.experts, *each) if self.expert is None else self._holds(before, each)
+        if not fits:
+            raise ValueError(f"the adapter is for {self.experts} experts of {list(each)}, the base has {list(before)}")
+        return before
+
+    def _holds(self, before: tuple[int, ...], each: tuple[int, ...]) -> bool:
+        return len(before) == 2 and before[1] == each[1] and self.first + before[0] <= each[0]
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        if self.expert is not None:
+            part = slice(self.first + rows.start, self.first + rows.stop)
+            return self._delta(self.expert, part).add_(weight)
+        merged = weight.clone()
+        for place, expert in enumerate(range(rows.start, rows.stop)):
+            merged[place] += self._delta(expert, ALL)
+        return merged
+
+    def _delta(self, expert: int, rows: slice) -> Tensor:
+        rank = self.a.shape[0] // self.experts
+        a = self.a.read(slice(expert * rank, (expert + 1) * rank))  # (r, in)
+        if self.swapped:
+            b = self.b.read()[:, expert :: self.experts]
+            return (a.T[rows] @ b.T).mul_(self.scale)
+        b = self.b.read(rows)[:, expert :: self.experts]  # (out, r)
+        return (b @ a).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class Replace:
+    """A weight that was trained in full (``modules_to_save``, a trained bias, a resized embedding)."""
+
+    value: AdapterTensor
+    whole: ClassVar[bool] = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        if before[1:] != self.value.shape[1:]:
+            raise ValueError(f"the adapter brings {list(self.value.shape)}, the base has {list(before)}")
+        return self.value.shape
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        return self.value.read(rows)
+
+
+@dataclass(frozen=True)
+class ReplaceRows:
+    """Trained rows of an embedding (``trainable_token_indices``)."""
+
+    value: AdapterTensor  # (len(indices), dim)
+    indices: tuple[int, ...]
+    whole: ClassVar[bool] = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        if before[1:] != self.value.shape[1:] or len(self.indices) != self.value.shape[0]:
+            raise ValueError(
+                f"the adapter has {list(self.value.shape)} for {len(self.indices)} tokens, the base {list(before)}"
+            )
+        strange = [index for index in self.indices if not 0 <= index < before[0]]
+        if strange:
+            raise ValueError(f"the adapter trains token {strange[0]}, the base has 0 to {before[0] - 1}")
+        return before
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        places = [(n, index - rows.start) for n, index in enumerate(self.indices) if rows.start <= index < rows.stop]
+        if not places:
+            return weight
+        taken, put = zip(*places, strict=True)
+        merged = weight.clone()
+        merged[list(put)] = self.value.read()[list(taken)]
+        return merged
+
+
+@dataclass(frozen=True)
+class AddVector:
+    """``bias + scale * B.bias`` (PEFT's ``lora_bias``)."""
+
+    value: AdapterTensor
+    scale: float
+    whole: ClassVar[bool] = False
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        if before != self.value.shape:
+            raise ValueError(f"the adapter brings a bias of {list(self.value.shape)}, the base has {list(before)}")
+        return before
+
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        return weight + self.value.read(rows) * self.scale

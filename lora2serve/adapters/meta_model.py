@@ -1,0 +1,129 @@
+"""The model's class without its weights: what transformers calls each stored tensor, and what PEFT wraps.
+
+Built on the meta device, and only where names on disk and names in the adapter differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora2serve.errors import MergeError
+
+if TYPE_CHECKING:
+    from lora2serve.adapters.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """One stored tensor and the parameter that it becomes, or becomes a part of."""
+
+    stored: str
+    model_name: str
+    fused: bool = False
+    stacks: bool = False  # fused by stacking experts and joining rows, and nothing else
+    expert: int = 0
+    part: int = 0  # place among the tensors that are joined row by row (gate before up)
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """What PEFT's ``ParamWrapper`` knows of one parameter it adapts."""
+
+    parameter: str
+    experts: int
+    swapped: bool  # stored as (experts, in, out)
+    scale: float
+
+
+class MetaModel:
+    """One model class on the meta device."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        self.model = meta_model(config)
+        self._state = self.model.state_dict()
+        transforms = get_model_conversion_mapping(self.model)
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+
+    def model_name(self, stored: str) -> str:
+        """The parameter that a stored name (of this or an older version) becomes."""
+        return self._rename(stored)[0]
+
+    def source(self, stored: str) -> StoredParameter:
+        """One stored tensor, placed."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        name, pattern = self._rename(stored)
+        if pattern is None:
+            return StoredParameter(stored, name)
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        operations = converter.operations
+        stacks = all(
+            (isinstance(op, MergeModulelist) and op.dim == 0) or (isinstance(op, Concatenate) and op.dim == 1)
+            for op in operations
+        )
+        return StoredParameter(
+            stored, name, True, stacks, _expert_number(stored), converter.source_patterns.index(pattern)
+        )
+
+    def wrapped_parameters(self, adapter: Adapter) -> dict[str, Wrapped]:
+        """Adapter module name (``...experts``, ``...experts.base_layer``) -> the parameter PEFT wraps there."""
+        from peft import get_peft_model
+        from peft.tuners.lora.layer import ParamWrapper
+
+        adapted = get_peft_model(meta_model(self.model.config.to_dict()), peft_config(adapter), low_cpu_mem_usage=True)
+        found = {}
+        for name, module in adapted.named_modules():
+            if isinstance(module, ParamWrapper):
+                path = name.removeprefix("base_model.model.")
+                owner = re.sub(r"(\.base_layer)+$", "", path)
+                found[path] = Wrapped(
+                    f"{owner}.{module.parameter_name}",
+                    module.num_experts,
+                    module.num_experts > 1 and not module._did_swap_in_out_features,
+                    module.scaling["default"],
+                )
+        return found
+
+    def _rename(self, stored: str) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        renamed: tuple[str, str | None] = rename_source_key(
+            stored, self._renamings, self._converters, self.model.base_model_prefix, self._state
+        )
+        return renamed
+
+
+def meta_model(config: Mapping[str, Any]) -> Any:
+    """The class that ``config.architectures`` names, without weights."""
+    import torch
+    import transformers
+
+    if config.get("auto_map"):
+        raise MergeError(
+            "the base needs code of its own (auto_map) to tell its tensors' names", "such code is never run here"
+        )
+    parsed = transformers.AutoConfig.for_model(**config)
+    named = (config.get("architectures") or [""])[0]
+    cls = getattr(transformers, named, None)
+    with torch.device("meta"):
+        return cls(parsed) if cls is not None else transformers.AutoModelForCausalLM.from_config(parsed)
+
+
+def peft_config(adapter: Adapter) -> Any:
+    """The adapter's config as PEFT reads it."""
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(str(adapter.path))
+
+
+def _expert_number(name: str) -> int:
+    """The expert in a stored name such as ``...experts.7.w1.weight``."""
+    match = re.search(r"\.(\d+)\.[^.]+(\.weight)?$", name)
+    return int(match[1]) if match else 0

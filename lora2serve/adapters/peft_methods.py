@@ -1,0 +1,103 @@
+"""What each of PEFT's methods needs to be merged, by name: natively, through PEFT's own layer, or not at all.
+
+Every method of the installed PEFT stands in one of these tables: ``tests/adapters/test_peft_methods.py`` counts them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora2serve.errors import AdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora2serve.adapters.adapter import Adapter
+
+NATIVE = ("LORA", "LN_TUNING", "TRAINABLE_TOKENS")
+# Merged through PEFT's layer, and held to PEFT's own merge. A method that is not here is refused by name: it might
+# read more of the base than one module, and be wrong without a word.
+THROUGH_PEFT = (
+    "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LOHA",
+    "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
+    "UNILORA", "VBLORA", "VERA", "WAVEFT",
+)  # fmt: skip
+PROMPT_METHODS = (
+    "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+)  # fmt: skip
+UNMERGEABLE_METHODS = {
+    **dict.fromkeys(PROMPT_METHODS, "it has no weights that could be merged"),
+    "LILY": "PEFT has no merge for it",
+    "POLY": "it mixes its skills anew for each task",
+    "SHADOW": "what it adds depends on the input",
+    "XLORA": "it mixes its adapters anew for each token",
+    "FROD": "it decomposed the layers of the base together, which cannot be repeated layer by layer",
+    "ADAMSS": "it clustered the base's weights from a random start, which cannot be repeated",
+}
+# Their merge changes the bias too. BEFT changes nothing else; GLoRA's bias depends on the weight.
+BIASED = ("BEFT", "GLORA", "IA3", "ROAD")
+
+# LoRA variants whose merge is PEFT's own; the rest of LoRA is folded natively.
+VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
+UNMERGEABLE = {
+    "alora_invocation_tokens": "activated LoRA switches on in mid-prompt",
+    "arrow_config": "Arrow chooses among adapters for each token",
+}
+# Inits that took a part of the base into the adapter. PEFT repeats the first ones whenever it puts the layer on.
+REPEATABLE = ("pissa", "olora")
+UNREPEATABLE = ("corda", "loftq", "lora_ga", "pissa_niter")
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # these left the base as it was
+
+
+def needs_peft(adapter: Adapter) -> bool:
+    """Whether PEFT's own layer must do the merge."""
+    if adapter.method not in NATIVE:
+        return True
+    config = adapter.config
+    return any(config.get(key) for key in VARIANTS) or init_of(config).startswith(REPEATABLE)
+
+
+def rebases(adapter: Adapter) -> bool:
+    """Whether putting the adapter on takes a part of the base's values into it."""
+    if adapter.method != "LORA":
+        return adapter.method in ("OSF", "PSOFT")
+    return init_of(adapter.config).startswith(REPEATABLE) or bool(adapter.config.get("kasa_config"))
+
+
+def changes_bias(adapter: Adapter) -> bool:
+    """Whether the merge changes the bias of a module beside its weight."""
+    return adapter.method in BIASED or (adapter.method == "LORA" and bool(adapter.config.get("lora_bias")))
+
+
+def refuse_unmergeable(adapter: Adapter) -> None:
+    """AdapterError for what no merge can hold, with the way out."""
+    path, method = adapter.path, adapter.method
+    alone = "no target can hold it: serve it with PEFT itself"
+    if method in UNMERGEABLE_METHODS:
+        raise AdapterError(f"{path}: {method} cannot be merged: {UNMERGEABLE_METHODS[method]}", alone)
+    if method not in (*NATIVE, *THROUGH_PEFT):
+        raise AdapterError(
+            f"{path}: peft_type is {method!r}, expected one of {', '.join(sorted((*NATIVE, *THROUGH_PEFT)))}",
+            "merge it with PEFT in memory, then export the merged model",
+        )
+    for key, why in UNMERGEABLE.items():
+        if adapter.config.get(key):
+            raise AdapterError(f"{path}: {key}: {why}, so it cannot be merged", alone)
+    init = init_of(adapter.config)
+    if init.startswith(UNREPEATABLE):
+        raise AdapterError(
+            f"{path}: init_lora_weights {init!r} changed the base: that cannot be repeated",
+            "save it as a plain LoRA by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)",
+        )
+    if init and init not in (*PLAIN_INITS, *REPEATABLE):
+        expected = ", ".join(sorted((*PLAIN_INITS, *REPEATABLE)))
+        raise AdapterError(
+            f"{path}: init_lora_weights is {init!r}, expected true, false or one of {expected}",
+            "whether it changed the base is not known here: merge with PEFT in memory, then export the merged model",
+        )
+
+
+def init_of(config: Mapping[str, Any]) -> str:
+    """``init_lora_weights`` where it is a name, in small letters."""
+    told = config.get("init_lora_weights")
+    return told.lower() if isinstance(told, str) else ""

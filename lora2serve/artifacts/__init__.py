@@ -1,0 +1,1 @@
+"""What lies on disk: runs, manifests, exports, staged directories."""

@@ -1,0 +1,1 @@
+"""Recipes: YAML to frozen dataclasses, every problem reported at once."""

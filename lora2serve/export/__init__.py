@@ -1,0 +1,1 @@
+"""From a model to directories: the Sink protocol, the one pass, bundles."""

@@ -1,0 +1,197 @@
+"""What a target is: a class whose instances are sinks, found by a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.progress import Progress
+from lora2serve.weights.tensors import Source, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora2serve.artifacts.staging import StagedDir
+
+# A name stays a string until it is used: the toolchain imports no output format by itself.
+BUILTIN = {
+    "vllm": "converters.vllm.vllm_sink:VllmSink",
+    "gguf": "converters.gguf.gguf_sink:GgufSink",
+    "ollama": "converters.ollama.ollama_sink:OllamaSink",
+    "ollama-adapter": "converters.ollama.ollama_adapter:OllamaAdapterSink",
+    "lmstudio": "converters.lmstudio:LmStudioSink",
+    "adapter": "converters.adapter:AdapterSink",
+    "gguf-adapter": "converters.gguf.gguf_adapter:GgufAdapterSink",
+}
+# What reads an export back, for parity's tensor gate.
+READERS = {
+    "vllm": "converters.vllm.vllm_sink:open_reader",
+    "gguf": "converters.gguf.gguf_reader:GgufReader",
+    "ollama": "converters.gguf.gguf_reader:GgufReader",
+    "lmstudio": "converters.gguf.gguf_reader:GgufReader",
+    "gguf-adapter": "converters.gguf.gguf_adapter_reader:GgufAdapterReader",
+    "ollama-adapter": "converters.gguf.gguf_adapter_reader:GgufAdapterReader",
+}
+CALIBRATOR = "converters.gguf.imatrix_calibration:calibrate"  # makes an importance matrix
+OLLAMA_REQUEST = "converters.ollama.create_request:request"  # an export as Ollama's /api/create wants it
+GROUP = "lora2serve.exporters"
+
+
+@dataclass(frozen=True)
+class ExportModel:
+    """What a sink plans from. Opening one reads headers and small files, never a weight."""
+
+    source: Source
+    config: Mapping[str, Any]  # config.json of the base, without its quantization_config
+    files: Mapping[str, Path]  # tokenizer, chat template, generation config, licence: file name -> path
+    name: str  # short name for files and cards, such as "demo"
+    base: str  # repo id or path of the base, as the user named it
+    adapter: Path | None = None  # the PEFT directory that was folded in, if any
+    lineage: Mapping[str, Any] = field(default_factory=dict)  # goes into the manifest as it is
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Data that a target measures activations on, tokenised when it asks, and how its long work speaks."""
+
+    source: str  # as the user named it
+    rows: Callable[[], Sequence[Sequence[int]]]  # token ids; DataError where it cannot be read
+    progress: Progress
+
+
+class Sink(Protocol):
+    """One open output. Its constructor plans everything and refuses before the first byte.
+
+    ``wanted`` maps the name of each tensor it needs to how many rows must come together: 1 when any
+    block of rows will do, the head size where heads are permuted, ``spec.rows`` for the whole tensor.
+    ``write`` may be called from several threads for different blocks, in any order.
+    """
+
+    wanted: Mapping[str, int]
+
+    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+        """Take rows ``[start, stop)`` of one wanted tensor, float32 or ``spec.dtype``; must not change ``block``."""
+        ...
+
+    def finish(self) -> Mapping[str, Any]:
+        """Write the side files; return what the manifest should say about this format."""
+        ...
+
+    def close(self) -> None:
+        """Release handles. Safe twice, and after an error."""
+        ...
+
+
+class Reader(Protocol):
+    """An export, opened by its format's own library. Made from ``(directory, manifest, model)``."""
+
+    @property
+    def wanted(self) -> Mapping[str, int]:
+        """As a sink's."""
+        ...
+
+    @property
+    def differences(self) -> Sequence[str]:
+        """Names that were planned and are absent, or are there and were not planned."""
+        ...
+
+    def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
+        """The stored tensor's name, the planned values of the rows, and the stored ones, both float32 and equal in
+        shape. Where the format stores plain floats, the planned ones are rounded to its type.
+        """
+        ...
+
+
+class Exporter(Protocol):
+    """A target's class: ``Options`` is a frozen dataclass whose fields are the target's options.
+
+    ``quants`` are the accepted names for ``--quant``, canonical spelling; a target that has none
+    leaves it empty. Where it is not empty, ``Options`` has a field ``quant``.
+    """
+
+    Options: ClassVar[type[Any]]
+    quants: ClassVar[tuple[str, ...]]
+    default_quant: ClassVar[str | None]
+
+    def __call__(self, model: ExportModel, out: StagedDir, options: Any) -> Sink: ...
+
+
+def known() -> list[str]:
+    """All target names: the built-in ones, then those of installed packages."""
+    return [*BUILTIN, *(point.name for point in entry_points(group=GROUP) if point.name not in BUILTIN)]
+
+
+def find(name: str) -> Exporter:
+    """The exporter of that name, imported now."""
+    if name in BUILTIN:
+        exporter: Exporter = load(BUILTIN[name])
+        return exporter
+    for point in entry_points(group=GROUP, name=name):
+        found: Exporter = point.load()
+        return found
+    raise UsageError(
+        f"--target {name}: unknown target{did_you_mean(name, known())}", f"known targets: {', '.join(known())}"
+    )
+
+
+def find_reader(target: str) -> Callable[[Path, Mapping[str, Any], ExportModel], Reader] | None:
+    """The reader for a target's exports, imported now; None where there is none."""
+    if target not in READERS:
+        return None
+    reader: Callable[[Path, Mapping[str, Any], ExportModel], Reader] = load(READERS[target])
+    return reader
+
+
+def load(name: str) -> Any:
+    """What ``module:attribute`` names, imported now."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def plan_options(
+    targets: Mapping[str, Exporter], quants: Sequence[str], given: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """One ``(target, options)`` for each output to write.
+
+    Each of ``quants`` goes to every target that knows it, each option in ``given`` to every target
+    that has such a field. What fits no target is an error that names it.
+    """
+    _refuse_homeless(targets, quants, given)
+    planned = []
+    for name, exporter in targets.items():
+        own = {f.name for f in fields(exporter.Options)}
+        options = {key: value for key, value in given.items() if key in own}
+        if not exporter.quants:
+            planned.append((name, exporter.Options(**options)))
+            continue
+        spelled = {quant.lower(): quant for quant in exporter.quants}
+        chosen: list[str | None] = [*dict.fromkeys(spelled[q.lower()] for q in quants if q.lower() in spelled)]
+        for quant in chosen or [exporter.default_quant]:
+            planned.append((name, exporter.Options(quant=quant, **options)))
+    return planned
+
+
+def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], given: Mapping[str, Any]) -> None:
+    shown = " ".join(f"--target {name}" for name in targets)
+    known_quants = {quant.lower(): quant for exporter in targets.values() for quant in exporter.quants}
+    known_options = {f.name for exporter in targets.values() for f in fields(exporter.Options)}
+    problems = [
+        f"--quant {quant}: unknown for {shown}{_nearest_quant(quant, known_quants)}"
+        for quant in quants
+        if quant.lower() not in known_quants
+    ]
+    problems += [f"--{key.replace('_', '-')}: not an option of {shown}" for key in given if key not in known_options]
+    if problems:
+        hint = f"known types: {', '.join(known_quants.values())}" if known_quants else ""
+        raise UsageError("\n".join(problems), hint)
+
+
+def _nearest_quant(quant: str, known: Mapping[str, str]) -> str:
+    """The nearest type as it is written, whatever the case of what was typed."""
+    near = did_you_mean(quant.lower(), known)
+    return next((near.replace(repr(low), repr(name)) for low, name in known.items() if repr(low) in near), near)

@@ -1,0 +1,227 @@
+"""What goes up: exactly the files that an export's manifest names, read once, checked and scanned.
+
+Several exports may share one repository (all GGUF types of a model, say). Files that are the same in each are
+sent once; a side file whose content differs gets its export's quant into its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora2serve.artifacts import manifest
+from lora2serve.errors import InputError, UsageError
+from lora2serve.hub.secret_scan import LONGEST, find_secret
+from lora2serve.progress import Progress
+
+CHUNK = 4 << 20
+IN_MEMORY = 1 << 20  # a file up to this size is sent from the bytes that were checked
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".imatrix", ".dat")
+CARD = "README.md"
+LOCAL = ("use",)  # what a manifest says for this machine only
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file to send: ``source`` is its bytes, or the path of a large one."""
+
+    path: str  # in the repository
+    source: Path | bytes
+    size: int
+    sha256: str
+    git: str  # sha1 of the git blob, which the Hub shows for small files
+
+
+@dataclass(frozen=True)
+class Export:
+    """A published export directory and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def target(self) -> str:
+        return str(self.manifest["target"])
+
+    @property
+    def quant(self) -> str | None:
+        return self.manifest.get("quant")
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.quant}" if self.quant else self.target
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(file["size"]) for file in self.manifest["files"].values())
+
+
+@dataclass
+class Package:
+    """What one repository gets. ``items`` are the exports' files; card and manifest come on top."""
+
+    repo_id: str
+    exports: list[Export]
+    items: dict[str, Item] = field(default_factory=dict)
+    placed: dict[str, dict[str, str]] = field(default_factory=dict)  # export name -> its file -> path in the repository
+    reports: dict[str, list[Item]] = field(default_factory=dict)  # export name -> what is told of its parity
+
+
+def open_export(path: Path) -> Export:
+    """The export at ``path``; an error if it is none."""
+    content = manifest.read(path)
+    if "bundle" in content:
+        raise UsageError(f"{path}: a bundle of adapters", "push them one by one, each is an export in its adapters/")
+    return Export(path, content)
+
+
+def package(
+    repo_id: str,
+    exports: Sequence[Export],
+    progress: Progress,
+    folders: Mapping[str, str],
+    staying: Sequence[Mapping[str, Any]],
+) -> Package:
+    """Read, check and scan every file of ``exports``.
+
+    ``folders`` maps a target to its folder in the repository, ``staying`` are the manifests of exports that are
+    there already and stay.
+
+    Raises InputError with everything that is wrong at once: a file that is missing, changed, a symbolic link,
+    Python code, or that holds something shaped like a token.
+    """
+    made = Package(repo_id, list(exports))
+    problems: list[str] = []
+    taken = {name: str(file["sha256"]) for old in staying for name, file in old["files"].items()}
+    with progress.track("verify", sum(export.bytes for export in exports), "bytes") as advance:
+        for export in exports:
+            placed = made.placed[export.name] = {}
+            for name, expected in export.manifest["files"].items():
+                if name == CARD:
+                    continue
+                item, problem = _read(export.path, name, expected)
+                advance(int(expected["size"]))
+                if item is None:
+                    problems.append(f"{export.path / name}: {problem}")
+                    continue
+                item = _place(taken, item, folders.get(export.target, ""), export)
+                taken[item.path] = item.sha256
+                made.items[item.path] = item
+                placed[name] = item.path
+    if problems:
+        raise InputError("\n".join(problems), "nothing was sent; export again, then push")
+    return made
+
+
+def _read(root: Path, name: str, expected: Mapping[str, Any]) -> tuple[Item | None, str]:
+    """The file as an item, or None and what is wrong with it."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or name.startswith(".git"):
+        return None, "its manifest names a place outside the export"
+    if pure.suffix == ".py":
+        return None, "Python code is never pushed"
+    path = root / name
+    if any((root.joinpath(*pure.parts[:depth])).is_symlink() for depth in range(1, len(pure.parts) + 1)):
+        return None, "a symbolic link, expected a file"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        return None, "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            return None, "no regular file"
+        if status.st_size != expected["size"]:
+            return None, f"{status.st_size} bytes, expected {expected['size']}"
+        return _hash_and_scan(path, name, _chunks(file), status.st_size, str(expected["sha256"]))
+
+
+def _hash_and_scan(path: Path, name: str, chunks: Iterator[bytes], size: int, sha256: str) -> tuple[Item | None, str]:
+    digest, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    kept, tail, scanned = b"", b"", 0
+    for chunk in chunks:
+        digest.update(chunk)
+        git.update(chunk)
+        if size <= IN_MEMORY:
+            kept += chunk
+        if not name.endswith(WEIGHTS) or scanned < 4 * CHUNK:  # of weights, the header
+            if secret := find_secret(tail + chunk):
+                return None, f"holds something shaped like {secret}"
+            tail, scanned = chunk[-LONGEST:], scanned + len(chunk)
+    if digest.hexdigest() != sha256:
+        return None, "content changed since the export (sha256 differs)"
+    return Item(name, kept if size <= IN_MEMORY else path, size, sha256, git.hexdigest()), ""
+
+
+def _chunks(file: Any) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _place(taken: Mapping[str, str], item: Item, folder: str, export: Export) -> Item:
+    """The item where it goes in the repository; beside another of that name only if one of them is a side file."""
+    # LM Studio's two folders are for its own disk: in a repository the file lies at the top, where engines look.
+    inner = PurePosixPath(item.path).name if export.target == "lmstudio" else item.path
+    path = f"{folder}/{inner}" if folder else inner
+    if taken.get(path, item.sha256) != item.sha256:
+        if item.path.endswith((*WEIGHTS, "config.json", "index.json")):
+            raise UsageError(
+                f"{export.path}: its {path} differs from that of another export, so they cannot share a repository",
+                "push one of them, or each with a --repo-id of its own",
+            )
+        pure = PurePosixPath(path)
+        path = str(pure.with_name(f"{pure.stem}-{export.quant or export.target}{pure.suffix}"))
+    return Item(path, item.source, item.size, item.sha256, item.git)
+
+
+def text_item(path: str, text: str) -> Item:
+    """A file that push itself wrote."""
+    if secret := find_secret(text.encode()):
+        raise InputError(f"{path}: holds something shaped like {secret}", "nothing was sent; take it out")
+    data = text.encode()
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return Item(path, data, len(data), hashlib.sha256(data).hexdigest(), git)
+
+
+def repository_manifest(made: Package) -> dict[str, Any]:
+    """``lora2serve.json`` of the repository: one export's own, or the union with each under ``exports``."""
+    told = {name: {item.path: _entry(item) for item in items} for name, items in made.reports.items()}
+    files = {item.path: _entry(item) for item in made.items.values()} | {
+        k: v for t in told.values() for k, v in t.items()
+    }
+    each = {
+        export.name: {
+            **public({key: value for key, value in export.manifest.items() if key not in LOCAL}),
+            "files": {**_renamed(export, made.placed[export.name]), **told.get(export.name, {})},
+        }
+        for export in made.exports
+    }
+    head = next(iter(each.values()))
+    if len(each) > 1:
+        same = {key: value for key, value in head.items() if all(other.get(key) == value for other in each.values())}
+        head = {**same, "exports": each}
+    return {**head, "files": dict(sorted(files.items()))}
+
+
+def _entry(item: Item) -> dict[str, Any]:
+    return {"sha256": item.sha256, "size": item.size}
+
+
+def _renamed(export: Export, placed: Mapping[str, str]) -> dict[str, Any]:
+    return {placed[name]: entry for name, entry in export.manifest["files"].items() if name in placed}
+
+
+def public(value: Any) -> Any:
+    """A manifest or recipe as others may read it: absolute paths of this machine cut to their last part."""
+    if isinstance(value, Mapping):
+        return {key: public(inner) for key, inner in value.items() if key != "stat"}
+    if isinstance(value, list):
+        return [public(inner) for inner in value]
+    if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value:
+        return PurePosixPath(value).name
+    return value

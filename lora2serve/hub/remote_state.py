@@ -1,0 +1,103 @@
+"""What a repository holds now, and what must change for it to hold what we want."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora2serve.artifacts import manifest
+from lora2serve.hub.package import Item
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One revision of a repository: ``files`` maps a path to (oid, size), the oid being the sha256 of a large file
+    and the git sha1 of a small one. ``head`` is None where there is no such repository or branch yet."""
+
+    head: str | None = None
+    files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    private: bool = False
+    exists: bool = False
+
+    def has(self, item: Item) -> bool:
+        """Whether the repository holds exactly this file."""
+        oid, size = self.files.get(item.path, ("", -1))
+        return size == item.size and oid in (item.sha256, item.git)
+
+
+@dataclass(frozen=True)
+class RemoteChange:
+    """What one push does to a repository."""
+
+    add: list[Item]
+    delete: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.add or self.delete)
+
+
+def fetch_state(api: HfApi, repo_id: str, revision: str) -> Remote:
+    """The repository at the head of ``revision``, as one consistent state."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        info = api.model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        return Remote(exists=True, private=bool(api.model_info(repo_id).private))
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return Remote()
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
+    files = {
+        entry.path: (entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.size)
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+    return Remote(info.sha, files, bool(info.private), exists=True)
+
+
+def read_text(api: HfApi, repo_id: str, remote: Remote, path: str) -> str | None:
+    """A small text file of that state, or None where there is none."""
+    if path not in remote.files:
+        return None
+    return Path(api.hf_hub_download(repo_id, path, revision=remote.head)).read_text(encoding="utf-8-sig")
+
+
+def old_exports(api: HfApi, repo_id: str, remote: Remote) -> list[dict[str, Any]]:
+    """The manifests of the exports that the repository holds already, empty where it was not made by us."""
+    text = read_text(api, repo_id, remote, manifest.NAME)
+    try:
+        content = json.loads(text or "{}")
+    except ValueError:
+        return []
+    if not isinstance(content, dict) or content.get("format") != manifest.FORMAT:
+        return []
+    exports = content.get("exports")
+    found = list(exports.values()) if isinstance(exports, dict) else [content]
+    return found if all(map(_is_manifest, found)) else []
+
+
+def _is_manifest(content: Any) -> bool:
+    """Whether it has what we look at; it may have been edited there."""
+    if not isinstance(content, dict) or not isinstance(content.get("target"), str):
+        return False
+    files = content.get("files")
+    return isinstance(files, dict) and all(isinstance(file, dict) and "sha256" in file for file in files.values())
+
+
+def change(remote: Remote, items: Iterable[Item], obsolete: Iterable[str]) -> RemoteChange:
+    """What is missing there, and what of the ``obsolete`` paths is still there."""
+    wanted = list(items)
+    names = {item.path for item in wanted}
+    return RemoteChange(
+        [item for item in wanted if not remote.has(item)],
+        sorted(path for path in set(obsolete) - names if path in remote.files),
+    )

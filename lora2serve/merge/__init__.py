@@ -1,0 +1,1 @@
+"""The fold: adapters onto a base, in float32, rounded once."""

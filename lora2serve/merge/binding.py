@@ -1,0 +1,95 @@
+"""Bring together the names an adapter was trained with and the names on disk, in both directions.
+
+Most of the time they are the same. Where they are not (multimodal prefixes, renamed layers, experts fused
+by transformers 5 but stored one by one), transformers' own conversion mapping decides, applied to both
+sides: what it calls alike is alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora2serve.adapters.adapter import Adapter, ParameterDelta
+from lora2serve.adapters.deltas import Delta, ExpertLora, Lora
+from lora2serve.adapters.meta_model import MetaModel, StoredParameter
+from lora2serve.errors import MergeError, did_you_mean
+from lora2serve.weights.tensors import TensorSpec
+
+
+class Binder:
+    """Where each change of an adapter lands in a checkpoint."""
+
+    def __init__(self, specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+        self._config = config
+        self._skeleton: MetaModel | None = None
+        self._by_model_name: dict[str, list[StoredParameter]] = {}
+
+    def find(self, change: ParameterDelta, adapter: Adapter) -> list[tuple[str, Delta]]:
+        """(stored weight, delta): one, several for fused experts, none if nothing fits."""
+        if change.parameter in self._specs:
+            return [(change.parameter, change.delta)]
+        if adapter.config.get("target_parameters") and isinstance(change.delta, Lora):
+            found = self._find_parameter(change.parameter, change.delta, adapter)
+            if found:
+                return found
+        sources = self._sources(change.parameter)
+        if len(sources) == 1 and not sources[0].fused:
+            return [(sources[0].stored, change.delta)]
+        return self._unfuse(change.delta, sources)
+
+    def nearest(self, name: str) -> str:
+        """A hint at the stored name that looks most like it."""
+        return did_you_mean(name, self._specs)
+
+    def _sources(self, parameter: str) -> list[StoredParameter]:
+        """The stored tensors that transformers loads into what the adapter calls ``parameter``."""
+        skeleton = self._model()
+        by_name = self._by_model_name
+        return by_name.get(parameter) or by_name.get(skeleton.model_name(parameter)) or []
+
+    def _model(self) -> MetaModel:
+        if self._skeleton is None:
+            self._skeleton = MetaModel(self._config)
+            grouped: dict[str, list[StoredParameter]] = defaultdict(list)
+            for name in self._specs:
+                source = self._skeleton.source(name)
+                grouped[source.model_name].append(source)
+            self._by_model_name = dict(grouped)
+        return self._skeleton
+
+    def _find_parameter(self, name: str, delta: Lora, adapter: Adapter) -> list[tuple[str, Delta]]:
+        """A change by PEFT's ``target_parameters``, whose keys name the module and not the parameter."""
+        wrapped = self._model().wrapped_parameters(adapter).get(name.removesuffix(".weight"))
+        if wrapped is None:
+            return []
+        if wrapped.experts == 1:
+            plain = Lora(delta.a, delta.b, wrapped.scale)
+            return [(source.stored, plain) for source in self._sources(wrapped.parameter)] or [
+                (wrapped.parameter, plain)
+            ] * (wrapped.parameter in self._specs)
+        fused = ExpertLora(delta.a, delta.b, wrapped.scale, wrapped.experts, wrapped.swapped)
+        if wrapped.parameter in self._specs:
+            return [(wrapped.parameter, fused)]
+        return self._unfuse(fused, self._sources(wrapped.parameter))
+
+    def _unfuse(self, delta: Delta, sources: Sequence[StoredParameter]) -> list[tuple[str, Delta]]:
+        """A delta of a fused expert weight, cut to the tensors it is stored as."""
+        if not sources or not isinstance(delta, ExpertLora):
+            return []
+        stored = [self._specs[source.stored] for source in sources]
+        if len(stored) == 1 and len(stored[0].shape) == 3:
+            return [(stored[0].name, delta)]
+        if delta.swapped or any(not source.stacks for source in sources):
+            raise MergeError(
+                f"{sources[0].model_name}: fused from {len(sources)} tensors in a way that is not known here",
+                "merge with PEFT in memory, or train without target_parameters",
+            )
+        heights = {source.part: self._specs[source.stored].rows for source in sources}
+        first = {part: sum(heights[p] for p in heights if p < part) for part in heights}
+        return [
+            (s.stored, ExpertLora(delta.a, delta.b, delta.scale, delta.experts, expert=s.expert, first=first[s.part]))
+            for s in sources
+        ]

@@ -1,0 +1,1 @@
+"""Engines started here, Ollama and LM Studio, and what clusters need."""

@@ -1,0 +1,8 @@
+"""A running Ollama, by its REST API: what an export is handed to with ``--create``, and what parity asks."""
+
+from __future__ import annotations
+
+from lora2serve.serving.ollama.ollama_client import Client, NoServer, server_address
+from lora2serve.serving.ollama.ollama_create import QUESTION, ask, command, create, refuse_name
+
+__all__ = ["QUESTION", "Client", "NoServer", "ask", "command", "create", "refuse_name", "server_address"]

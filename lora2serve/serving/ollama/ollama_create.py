@@ -1,0 +1,66 @@
+"""An export into a running Ollama: blobs, then the model, then one question."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from lora2serve.errors import EngineError, UsageError
+from lora2serve.export import sinks
+from lora2serve.progress import Progress
+from lora2serve.serving.ollama.ollama_client import Client
+
+QUESTION = "Hello! Who are you?"
+TOKENS = 128  # of the answer, at most
+# types/model/name.go: [host/][namespace/]model[:tag]
+_NAME = re.compile(
+    r"([\w.-]+(:\d+)?/(?=.*/))?(\w[\w-]{0,79}/)?\w[\w.-]{0,79}(:\w[\w.-]{0,79})?",
+    re.ASCII,
+)
+
+
+def refuse_name(name: str) -> None:
+    """UsageError for what Ollama takes for no name of a model."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"--create {name!r}: no name of a model", "such as my-model, my-model:v2 or me/my-model")
+
+
+def create(client: Client, export: Path, name: str, progress: Progress) -> None:
+    """Make ``name`` of an Ollama export on a server that answers; EngineError says what the server said."""
+    body, files = sinks.load(sinks.OLLAMA_REQUEST)(export)
+    _refuse_older(client, body.get("requires"))
+    for digest, path in files.items():
+        if client.has_blob(digest):
+            progress.note(f"{path.name} is there already")
+        else:
+            client.upload(digest, path, progress)
+    for said in client.create({"model": name, **body}):
+        progress.note(f"ollama: {said}")
+
+
+def command(export: Path, name: str) -> str:
+    """The line that makes the same model."""
+    return f"ollama create {shlex.quote(name)} -f {shlex.quote(str(export / 'Modelfile'))}"
+
+
+def ask(client: Client, name: str) -> str:
+    """Its answer to a first question."""
+    messages = [{"role": "user", "content": QUESTION}]
+    said = client.chat(name, messages, options={"num_predict": TOKENS, "temperature": 0, "seed": 0})
+    return str((said.get("message") or {}).get("content", "")).strip()
+
+
+def _refuse_older(client: Client, required: str | None) -> None:
+    found = client.version()
+    if required and _numbers(found) < _numbers(required):
+        raise EngineError(
+            f"Ollama {found} at {client.address}: this export needs {required} or newer",
+            "update Ollama, or export --target gguf for llama.cpp",
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``0.30.0-rc2`` -> (0, 30, 0); a build without a number (0.0.0) is a developer's own and counts as newest."""
+    found = tuple(int(part) for part in re.findall(r"\d+", version.partition("-")[0])[:3])
+    return found if any(found) else (1 << 30,)

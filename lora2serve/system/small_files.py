@@ -1,0 +1,55 @@
+"""Small files read with care: JSON within bounds, names that stay inside a folder, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lora2serve.errors import CheckpointError, InputError
+
+MAX_SIZE = 100_000_000  # bytes: the limit of a safetensors header, and ours for an index or a config
+
+
+def read_json(path: Path, if_missing: str, error: type[InputError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object from a small file; one line where it is missing, too large or no object."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_SIZE:
+            raise error(f"{path}: {size} bytes, expected {MAX_SIZE} at most", "the file is damaged or hostile")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path.parent}: {if_missing}") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not JSON ({str(problem)[:100]})") from None
+    if not isinstance(content, dict):
+        raise error(f"{path}: a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def inside(root: Path, name: str) -> Path:
+    """``root/name`` for a plain file name that stays inside ``root`` (or inside the Hub cache's blobs)."""
+    if not name or "\0" in name or "\\" in name or ":" in name or Path(name).name != name or name in (".", ".."):
+        raise CheckpointError(
+            f"{root}: file name {name!r} in the index, expected a plain name", "the index is damaged or hostile"
+        )
+    path = root / name
+    try:
+        real = path.resolve(strict=True)
+    except OSError:
+        raise CheckpointError(f"{path}: missing, but named by the index", "fetch the model again") from None
+    home = root.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if real.parent not in (home, blobs) or not real.is_file():
+        raise CheckpointError(
+            f"{path}: leads to {real}, outside the model directory", "copy the file into the directory"
+        )
+    return path
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """``{"sha256": hex, "size": bytes}`` of a file."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": os.fstat(file.fileno()).st_size}

@@ -1,0 +1,58 @@
+"""loss.png: what a fine-tune learned, at a glance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lora2serve.artifacts.run import Run
+
+WINDOW = 0.04  # of all logged steps, that the smoothed curve looks back on
+
+
+def plot(run: Run) -> None:
+    """Training loss by step, as logged and smoothed, and the eval loss from the base (step 0) to the tuned model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps, losses = _series(lines, "loss")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="training loss (smoothed)")
+    evaluated = _evaluated(run, lines)
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", markersize=5, label="eval loss")
+        for (step, loss), side in ((evaluated[0], "left"), (evaluated[-1], "right")):
+            axes.annotate(f"{loss:.3g}", (step, loss), xytext=(0, 7), textcoords="offset points", ha=side)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
+    axes.set_ylim(bottom=0, top=1.08 * max([*losses, *(loss for _, loss in evaluated)], default=1) or 1)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(run.path / "loss.png", dpi=130)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """An exponential moving average without the pull towards its start (Adam's bias correction)."""
+    keep = 1 - 1 / max(1.0, WINDOW * len(values))
+    total, weight, found = 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        found.append(total / weight)
+    return found
+
+
+def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _evaluated(run: Run, lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, eval loss): the base at step 0, then as logged."""
+    base = (run.record.get("metrics") or {}).get("base")
+    steps, losses = _series(lines, "eval_loss")
+    return [*([(0, base["eval_loss"])] if base else []), *zip(steps, losses, strict=True)]

@@ -1,0 +1,1 @@
+"""Tensors as they are stored: checkpoints, dequantization, the files beside them."""

@@ -1,0 +1,149 @@
+"""The round trip that a QLoRA base went through in training: quantised to 4 bits and back, row block by row block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from lora2serve.errors import CheckpointError
+from lora2serve.weights.bnb import cuda_quantize
+from lora2serve.weights.dequantize import DTYPE_NAMES, nibbles, scale_blocks
+from lora2serve.weights.tensors import ALL, DType, Source, TensorSpec, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the base was quantised in training: ``run.json``'s record of it, and where it happened."""
+
+    modules: Sequence[str]  # those that bitsandbytes really replaced
+    kind: str  # nf4 or fp4
+    block: int  # weights that share an absmax
+    double: bool  # the absmax quantised, too
+    dtype: DType  # the type that the weights were loaded in before
+    on_gpu: bool  # by CUDA kernels, which see some values on the other side of a border than those for a CPU
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Quantization:
+        """From a run's record."""
+        told = record["quantization"]
+        return cls(
+            told["modules"],
+            told["type"],
+            told["block_size"],
+            told["double_quant"],
+            DTYPE_NAMES[told["compute_dtype"]],
+            record.get("device") == "cuda",
+        )
+
+
+class FakeQuantized:
+    """A float base as bitsandbytes showed it to the adapter in training: quantised to 4 bits and back.
+
+    A row block at a time; blocks of 64 stand alone, and the absmax, which double quantisation treats as a whole, is
+    computed for the whole weight first. What a CPU trained on is quantised by bitsandbytes itself; what a GPU trained
+    on, as its CUDA kernels do. There, the mean of all absmax is summed in another order: the last bit of a weight may
+    differ from the GPU's where the absmax was quantised, too.
+    """
+
+    def __init__(self, base: Source, how: Quantization) -> None:
+        import bitsandbytes  # noqa: F401  (here, not first in several threads at once: its kernels register on import)
+
+        self.base, self.how = base, how
+        self._weights = {f"{module}.weight" for module in how.modules}
+        self._by_name = {spec.name: spec for spec in base.specs()}
+        missing = sorted(self._weights - self._by_name.keys())
+        if missing:
+            raise CheckpointError(
+                f"{missing[0]}: quantised in training, but not in this base", "name the base of the training run"
+            )
+        self._absmax: dict[str, Tensor] = {}
+        self._lock = Lock()
+
+    def specs(self) -> Sequence[TensorSpec]:
+        return self.base.specs()
+
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        if name not in self._weights:
+            return self.base.read(name, rows)
+        spec = self._by_name[name]
+        start, stop, _ = rows.indices(spec.rows)
+        aligned = self._aligned(spec, start, stop)
+        codes, _ = self._quantize(self.base.read(name, aligned))
+        return self._dequantize(spec, codes, aligned)[start - aligned.start : stop - aligned.start]
+
+    def quantized(self, name: str) -> tuple[Tensor, Tensor]:
+        """A whole weight as training held it: uint8 codes, two to a byte, and the float32 absmax of each block."""
+        import torch
+
+        spec = self._by_name[name]
+        codes, _ = self._quantize(self.base.read(name))
+        codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, len(codes) % 2))
+        return codes[::2] << 4 | codes[1::2], self._seen_absmax(spec)
+
+    def _aligned(self, spec: TensorSpec, start: int, stop: int) -> slice:
+        """Widen the rows until they begin and end at a block."""
+        while start and start * spec.row_numel % self.how.block:
+            start -= 1
+        while stop < spec.rows and stop * spec.row_numel % self.how.block:
+            stop += 1
+        return slice(start, stop)
+
+    def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """One uint8 code a weight, and the float32 absmax of each block."""
+        from bitsandbytes.functional import quantize_4bit
+
+        rows = rows.to(torch_dtype(self.how.dtype))
+        if self.how.on_gpu:
+            return cuda_quantize.four_bit(rows, self.how.kind, self.how.block)
+        packed, state = quantize_4bit(
+            rows, blocksize=self.how.block, quant_type=self.how.kind, compress_statistics=False
+        )
+        return nibbles(packed.flatten())[: rows.numel()], state.absmax
+
+    def _dequantize(self, spec: TensorSpec, codes: Tensor, rows: slice) -> Tensor:
+        # Not bitsandbytes' dequantize_4bit: its CPU kernel counts blocks from the start of each row, which is
+        # another thing than the flat blocks of its own quantiser where a row is no multiple of the block.
+        from bitsandbytes.functional import get_4bit_type
+
+        first = rows.start * spec.row_numel // self.how.block
+        absmax = self._seen_absmax(spec)[first : first - (-len(codes) // self.how.block)]
+        values = get_4bit_type(self.how.kind, device="cpu").index_select(0, codes.int())
+        return scale_blocks(values, absmax, self.how.block).view(rows.stop - rows.start, *spec.shape[1:])
+
+    def _seen_absmax(self, spec: TensorSpec) -> Tensor:
+        """The weight's absmax as the dequantiser saw it: (blocks,) float32."""
+        with self._lock:
+            if spec.name not in self._absmax:
+                while len(self._absmax) > 1:  # blocks come in order: the weight before this one may still be at work
+                    self._absmax.pop(next(iter(self._absmax)))
+                self._absmax[spec.name] = self._compute_absmax(spec)
+            return self._absmax[spec.name]
+
+    def _compute_absmax(self, spec: TensorSpec) -> Tensor:
+        import torch
+
+        rows_each = max(1, (1 << 20) // max(1, spec.row_numel)) * self.how.block
+        parts = []
+        for start in range(0, spec.rows, rows_each):
+            rows = self.base.read(spec.name, slice(start, min(start + rows_each, spec.rows)))
+            parts.append(self._quantize(rows)[1])
+        absmax = torch.cat(parts)
+        if not self.how.double:
+            return absmax
+        offset = absmax.mean()
+        return self._twice(absmax - offset) + offset
+
+    def _twice(self, absmax: Tensor) -> Tensor:
+        """Through 8 bits and back, in blocks of 256."""
+        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+        if not self.how.on_gpu:
+            found: Tensor = dequantize_blockwise(*quantize_blockwise(absmax, blocksize=256)).float()
+            return found
+        codes, scales = cuda_quantize.eight_bit(absmax, 256)
+        return scale_blocks(cuda_quantize.dynamic_map().index_select(0, codes.int()), scales, 256)

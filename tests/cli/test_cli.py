@@ -1,0 +1,171 @@
+"""The command line as a user meets it: typos, missing things, exit codes, stdout for results only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora2serve.cli import run
+from tests.support.tiny import make_adapter, make_model
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("cli")
+    base = make_model(root / "base")
+    return base, make_adapter(root / "adapter", base)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        ([], 2, "Usage"),
+        (["--version"], 0, ""),
+        (["tain"], 2, "did you mean 'train'?"),
+        (["export"], 2, "no --target given"),
+        (["export", "-t", "vlm"], 2, "did you mean 'vllm'?"),
+        (["export", "-t", "vllm"], 2, "no runs/latest here"),
+        (["export", "no-such-dir", "-t", "vllm"], 1, "no-such-dir"),
+        (["export", "-t", "vllm", "-q", "Q9"], 2, "--quant Q9: unknown"),
+        (["export", "-t", "gguf", "-q", "Q4_KM"], 2, "did you mean 'Q4_K_M'?"),
+        (["inspect", "nothing"], 1, "nor is there a local directory nothing"),
+        (["parity"], 2, "no runs/latest here"),
+        (["serve"], 2, "no runs/latest here"),
+        (["serve", "--print"], 2, "no runs/latest here"),
+    ],
+)
+def test_words_and_codes(here: Path, capfd: pytest.CaptureFixture[str], args: list[str], code: int, said: str) -> None:
+    assert run(args) == code
+    out, err = capfd.readouterr()
+    assert said in err + (out if not args else "")
+    assert "Traceback" not in err
+    if code:
+        assert len([line for line in err.splitlines() if line.startswith(("error", "Error"))]) <= 1
+
+
+def test_help_cuts_no_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert "..." not in capfd.readouterr().out.split("Commands:")[1]
+
+
+def test_export_prints_directories_only(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    _, adapter = pair
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 0
+    out, _ = capfd.readouterr()
+    assert [Path(line).name for line in out.splitlines()] == ["vllm"]
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 1
+    assert "already exists" in capfd.readouterr().err
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out", "--overwrite", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == [str(here / "out" / "vllm")]
+
+
+def test_plan_reads_no_weight_and_writes_nothing(
+    here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, adapter = pair
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out", "--plan", "--json"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["tensors"] == 21
+    assert plan["changed"] == 6
+    assert plan["disk"] > 200_000
+    assert not (here / "out").exists()
+
+
+def test_combine(here: Path, pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    other = make_adapter(here / "other", base, seed=5)
+    given = ["--adapter", str(adapter), "--adapter", str(other), "--combine", "ties", "--weights", "0.5,0.7"]
+    assert run(["export", *given, "-t", "vllm", "-o", "out"]) == 0
+    assert run(["inspect", "out/vllm"]) == 0
+
+
+def test_inspect_finds_a_flipped_bit(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    _, adapter = pair
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 0
+    file = here / "out" / "vllm" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert run(["inspect", "out/vllm"]) == 1
+    assert "model.safetensors: content changed since the export" in capfd.readouterr().err
+
+
+def test_verbose_shows_the_traceback(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["-v", "inspect", "nothing"]) == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["inspect", "nothing", "-v"], ["inspect", "--verbose", "nothing"]])
+def test_verbose_may_stand_behind_the_command(here: Path, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert run(words) == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_what_the_system_says_is_one_line(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "lora2serve.yaml").mkdir()
+    assert run(["init", "--overwrite"]) == 1
+    assert capfd.readouterr().err == "error: lora2serve.yaml: Is a directory\n"
+
+
+def test_options_of_the_adapter_target(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    base, _ = pair
+    adapter = str(make_adapter(here / "dora", base, use_dora=True, std=0.01))
+    words = ["export", adapter, "-t", "adapter", "-o", "out", "--served-base", "org/model"]
+    assert run(words) == 1, "the control: DoRA is refused"
+    assert "--as-lora-rank R" in capfd.readouterr().err
+    assert run([*words, "--as-lora-rank", "64"]) == 0
+    config = json.loads((here / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (64, "org/model")
+    assert run(["export", adapter, "-t", "vllm", "-o", "out", "--served-base", "org/model"]) == 2
+    assert "--served-base: not an option of --target vllm" in capfd.readouterr().err
+
+
+def test_inspect_and_doctor_are_for_people(
+    here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = pair
+    assert run(["inspect", str(adapter)]) == 0
+    assert run(["inspect", str(base)]) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert "ranks: 4 ×6" in said
+    assert "types: BF16 ×21" in said
+    assert not any("{" in line or "[" in line for line in said)
+    assert run(["doctor"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("python ")
+    assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if "  " in line[1:]}) == 1, "aligned"
+
+
+def test_inspect_says_whether_vllm_serves_it(
+    here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = pair
+
+    def multi_lora(path: Path) -> list[str]:
+        assert run(["inspect", str(path), "--json"]) == 0
+        said: list[str] = json.loads(capfd.readouterr().out)["multi-LoRA"]
+        return said
+
+    assert multi_lora(adapter) == ["vLLM serves it as it is"]
+    dora, magnitudes = multi_lora(make_adapter(here / "dora", base, use_dora=True))
+    assert dora.startswith("dora: DoRA rescales") and "--as-lora-rank" in dora
+    assert magnitudes.startswith("tensors: no LoRA weights")
+    gone = Path(shutil.copytree(adapter, here / "gone"))
+    config = json.loads((gone / "adapter_config.json").read_text())
+    for name in ("org/nowhere", "/nowhere/at all"):
+        (gone / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        assert multi_lora(gone) == [
+            "vLLM serves it as it is", f"{name} is not here: the rules of its class were not asked",
+        ]  # fmt: skip
+    assert run(["export", str(adapter), "-t", "adapter", "-o", "out"]) == 0
+    capfd.readouterr()
+    assert multi_lora(here / "out" / "adapter") == ["vLLM serves it as it is"]

@@ -1,0 +1,253 @@
+"""Data sets of every form: rows, bad rows by file and line, and which tokens a loss is taken on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora2serve.config.recipe import DataRecipe
+from lora2serve.data import rows as data
+from lora2serve.data import tokenization
+from lora2serve.errors import DataError
+from lora2serve.progress import Silent
+from tests.support.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+PAIR = {"prompt": "Question: who? Answer:", "completion": " Nobody."}
+TEXT = {"text": "Once upon a time."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO / "base")
+
+
+def learned(row: dict[str, Any], tokenizer: Any, **recipe: Any) -> str:
+    """The text that a loss is taken on."""
+    found = tokenization.tokenize(row, tokenizer, DataRecipe(train="", **recipe))
+    assert len(found.input_ids) == len(found.labels)
+    assert all(
+        label in (tokenization.IGNORE, token) for token, label in zip(found.input_ids, found.labels, strict=True)
+    )
+    return tokenizer.decode([label for label in found.labels if label != tokenization.IGNORE])
+
+
+def test_loss_on_completions_only(tokenizer: Any) -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Ada Wörld 🙂"},
+        {"role": "user", "content": "assistant: no"},
+        {"role": "assistant", "content": "Bob"},
+    ]
+    assert learned({"messages": turns}, tokenizer) == "Ada Wörld 🙂<|im_end|>\nBob<|im_end|>\n"
+    assert learned(PAIR, tokenizer) == " Nobody." + tokenizer.eos_token
+    assert learned(TEXT, tokenizer) == "Once upon a time." + tokenizer.eos_token
+
+
+def test_loss_on_everything_is_the_control(tokenizer: Any) -> None:
+    chat = learned(CHAT, tokenizer, completion_only=False)
+    assert chat == tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert learned(PAIR, tokenizer, completion_only=False).startswith("Question: who? Answer: Nobody.")
+
+
+def test_cut_rows_are_marked(tokenizer: Any) -> None:
+    long = {"text": "word " * 50}
+    cut = tokenization.tokenize(long, tokenizer, DataRecipe(train="", max_length=16))
+    assert (len(cut.input_ids), cut.cut, cut.learned) == (16, True, True)
+    assert not tokenization.tokenize(TEXT, tokenizer, DataRecipe(train="")).cut
+    prompt = {"prompt": "word " * 50, "completion": "x"}
+    assert not tokenization.tokenize(prompt, tokenizer, DataRecipe(train="", max_length=16)).learned
+
+
+def test_the_masked_loss_is_what_the_trainer_takes(tmp_path: Path) -> None:
+    """The first logged loss, before any update, is the mean over the assistant's tokens and over no others."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = write_jsonl(tmp_path / "t.jsonl", rows("train.jsonl", 4))
+    settings_ = {"steps": 1, "batch_size": 4, "quantize": "none", "learning_rate": 1e-4}
+    masked = logged(fit(recipe_file(tmp_path / "a", DEMO / "base", {"train": str(file)}, **settings_))[0])[1]
+    everything = {"train": str(file), "completion_only": False}
+    unmasked = logged(fit(recipe_file(tmp_path / "b", DEMO / "base", everything, **settings_))[0])[1]
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
+    sums = {True: [0.0, 0], False: [0.0, 0]}
+    for row in rows("train.jsonl", 4):
+        ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(
+            row["messages"][:-1], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            told = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        each = -told[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+        for only, start in ((True, len(prompt) - 1), (False, 0)):
+            sums[only][0] += float(each[start:].sum())
+            sums[only][1] += len(each) - start
+    assert masked == pytest.approx(sums[True][0] / sums[True][1], abs=1e-4)
+    assert unmasked == pytest.approx(sums[False][0] / sums[False][1], abs=1e-4)
+    assert abs(masked - unmasked) > 0.05, "the control: the two can be told apart"
+
+
+@pytest.mark.parametrize("form", [CHAT, PAIR, TEXT], ids=["messages", "pair", "text"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_each_form_trains_from_each_file(tmp_path: Path, small: Path, form: dict[str, Any], suffix: str) -> None:
+    file = tmp_path / f"rows.{suffix}"
+    content = [form] * 12
+    if suffix == "jsonl":
+        write_jsonl(file, content)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), file)
+    assert data.read(str(file), "train").rows == content
+    run, told, _ = fit(recipe_file(tmp_path, small, {"train": str(file), "eval_split": 0.25}, steps=2))
+    assert [json.loads(line) for line in run.eval_data.read_text().splitlines()] == [form] * 3
+    assert run.record["data"]["eval"]["rows"] == 3
+    assert not any("no eval data" in warning for warning in told.warnings)
+
+
+def test_parquet_columns_that_a_row_leaves_empty(tmp_path: Path) -> None:
+    empty = {"text": None, "prompt": None, "completion": None}
+    table = pyarrow.Table.from_pylist([{**empty, **TEXT}, {**empty, **PAIR}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert data.read(str(tmp_path / "a.parquet"), "train").rows == [TEXT, PAIR]
+
+
+def test_the_split_is_kept_apart_and_the_same_each_time(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n}"} for n in range(20)])
+    first, second = (data.load(DataRecipe(train=str(file), eval_split=0.3)) for _ in range(2))
+    train, held_out = first
+    assert held_out is not None
+    assert first == second
+    assert (len(train.rows), len(held_out.rows)) == (14, 6)
+    assert {row["text"] for row in train.rows} | {row["text"] for row in held_out.rows} == {
+        f"row {n}" for n in range(20)
+    }
+    assert train.rows == [{"text": f"row {number - 1}"} for number in train.numbers], "each still knows its line"
+    one = write_jsonl(tmp_path / "one.jsonl", [TEXT])
+    with pytest.raises(DataError, match="none left to train on"):
+        data.load(DataRecipe(train=str(one), eval_split=0.3))
+
+
+BAD_ROWS = [
+    (b"[1, 2", "a JSON array"),
+    (b"nonsense", "not JSON"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b"3", "a int, expected an object"),
+    (b"{}", "keys none, expected messages"),
+    (b'{"txet": "a"}', "keys txet, expected messages"),
+    (b'{"text": ""}', "text is ''"),
+    (b'{"text": null}', "text is None"),
+    (b'{"prompt": "a"}', "completion is None"),
+    (b'{"prompt": "a", "completion": ""}', "completion is empty"),
+    (b'{"messages": []}', "messages is empty"),
+    (b'{"messages": [{"role": "human", "content": "a"}]}', "messages[0].role is 'human'"),
+    (b'{"messages": [{"role": "user", "content": 3}]}', "messages[0].content is 3"),
+    (b'{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
+    (b"[" * 100000, "JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_ROWS, ids=[reason for _, reason in BAD_ROWS])
+def test_a_bad_row_names_file_line_and_reason(tmp_path: Path, line: bytes, reason: str) -> None:
+    good = json.dumps(TEXT).encode()
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join([good, b"", good, line, good]))
+    with pytest.raises(DataError) as caught:
+        data.read(str(file), "train")
+    assert caught.value.message.splitlines()[0] == "1 of 4 rows cannot be used:"
+    assert caught.value.message.splitlines()[1].startswith(f"{file}:4: ")
+    assert reason.removeprefix("a JSON array") in caught.value.message
+    assert caught.value.hint
+
+
+def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}] * 30 + [TEXT])
+    with pytest.raises(DataError) as caught:
+        data.read(str(file), "train")
+    lines = caught.value.message.splitlines()
+    assert (lines[0], lines[-1], len(lines)) == ("30 of 31 rows cannot be used:", "... and 20 more", 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b"\n\n", "no rows"),
+        ("a.json", b'[\n{"text": "a"}\n]', "a JSON array, expected JSON Lines"),
+        ("a.parquet", b"PAR1 no", "not Parquet"),
+        ("missing.jsonl", None, "No such file"),
+    ],
+)
+def test_a_file_that_is_no_data_set(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        data.read(str(tmp_path / name), "train")
+
+
+def test_a_set_of_the_hub_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="data set nobody/nothing-at-all: "):
+        data.read("nobody/nothing-at-all", "train")
+
+
+def test_line_separators_inside_json_end_no_line(tmp_path: Path) -> None:
+    """U+2028 and U+0085 may stand inside a JSON string; a byte order mark may stand before the first row."""
+    row = {"text": "one\u2028two\x85three"}
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + (json.dumps(row, ensure_ascii=False) + "\r\n").encode() * 2)
+    assert data.read(str(file), "train").rows == [row, row]
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    import copy
+
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + strict.chat_template
+    )
+    system = {"messages": [{"role": "system", "content": "S"}, *CHAT["messages"]]}
+    found = data.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT, TEXT, system])), "train")
+    with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses it: no system turn"):
+        tokenization.tokenize_all(found, strict, DataRecipe(train=""), Silent())
+    strict.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        tokenization.tokenize_all(found, strict, DataRecipe(train=""), Silent())
+
+
+def test_a_template_that_rewrites_an_answer_fails_aloud(tmp_path: Path, tokenizer: Any) -> None:
+    import copy
+
+    moody = copy.deepcopy(tokenizer)
+    moody.chat_template = "{{ messages | length }}: " + moody.chat_template
+    found = data.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT])), "train")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template renders a conversation differently"):
+        tokenization.tokenize_all(found, moody, DataRecipe(train=""), Silent())
+    assert tokenization.tokenize_all(found, moody, DataRecipe(train="", completion_only=False), Silent())
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "messages", "text", "prompt", "completion"]), inner)
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200)
+@given(row=VALUES)
+def test_any_value_is_a_row_or_has_a_reason(row: Any) -> None:
+    reason = data.problem_of(row)
+    assert "\n" not in reason
+    if not reason:
+        assert set(data.normal(row)) in ({"messages"}, {"prompt", "completion"}, {"text"})

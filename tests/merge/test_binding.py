@@ -1,0 +1,180 @@
+"""Adapters whose names are not those on disk: multimodal prefixes, fused experts, older PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.folding import export_merged, stored, worst_ulp
+from tests.support.tiny import SHAPE, load_model, make_adapter, make_model, merged_by_peft
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def make_multimodal(path: Path, kind: str, text: dict[str, Any], **config: Any) -> Path:
+    import transformers
+
+    torch.manual_seed(0)
+    parsed = transformers.AutoConfig.for_model(kind, text_config={**SHAPE, **text}, **config)
+    model = transformers.AutoModelForImageTextToText.from_config(parsed).to(torch.bfloat16)
+    model.save_pretrained(path)
+    return path
+
+
+def text_adapter(path: Path, base: Path) -> Path:
+    """LoRA on the language model of a multimodal checkpoint, by the names that transformers gives it today."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=r".*language_model.*\.(q_proj|down_proj)")
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    adapted.save_pretrained(path)
+    return path
+
+
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ({"model_type": "gemma3_text", "head_dim": 16}, {"vision_config": VISION, "mm_tokens_per_image": 4}),
+    "mistral3": (
+        {"model_type": "mistral", "head_dim": 16},
+        {"vision_config": {"model_type": "pixtral", **VISION, "head_dim": 16}},
+    ),
+    "qwen2_5_vl": (
+        {"model_type": "qwen2_5_vl_text", "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        {
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_multimodal(tmp_path: Path, kind: str) -> None:
+    """The language model is folded under whatever name the file has for it; the rest passes through untouched."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    text, config = MULTIMODAL[kind]
+    base = make_multimodal(tmp_path / "base", kind, text, **config)
+    adapter = text_adapter(tmp_path / "adapter", base)
+    out = export_merged(base, [adapter], tmp_path / "out")
+    before, after = stored(base), stored(out)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert len(changed) == 4
+    assert all("q_proj" in name or "down_proj" in name for name in changed)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    got = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).state_dict()
+    assert max(worst_ulp({n: t.bfloat16() for n, t in got.items()}, oracle).values()) <= 1
+
+
+def test_names_of_transformers_4(tmp_path: Path) -> None:
+    """Gemma 3 was ``language_model.model.layers`` when many adapters were trained."""
+    text, config = MULTIMODAL["gemma3"]
+    base = make_multimodal(tmp_path / "base", "gemma3", text, **config)
+    adapter = text_adapter(tmp_path / "adapter", base)
+    expected = stored(export_merged(base, [adapter], tmp_path / "now"))
+    file = adapter / "adapter_model.safetensors"
+    renamed = {
+        name.replace("model.model.language_model.", "model.language_model.model."): t
+        for name, t in load_file(file).items()
+    }
+    assert renamed.keys() != load_file(file).keys()
+    save_file(renamed, file)
+    got = stored(export_merged(base, [adapter], tmp_path / "then"))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("kind", "experts"), [("mixtral", "block_sparse_moe.experts"), ("qwen3_moe", "mlp.experts")])
+def test_one_adapter_per_expert(tmp_path: Path, kind: str, experts: str) -> None:
+    """Adapters of transformers 4 have one A and B for each expert, under the names on disk."""
+    extra = {
+        "mixtral": {"num_local_experts": 4},
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    }[kind]
+    base = make_model(tmp_path / "base", kind, **extra)
+    down = {"mixtral": "w2", "qwen3_moe": "down_proj"}[kind]
+    weights, tensors = stored(base), {}
+    torch.manual_seed(0)
+    for expert in range(4):
+        name = f"model.layers.1.{experts}.{expert}.{down}"
+        out, into = weights[f"{name}.weight"].shape
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, into) * 0.05
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, 4) * 0.05
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [down]})
+    )
+    got = stored(export_merged(base, [adapter], tmp_path / "out"))
+    for name, tensor in got.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = weights[name].float()
+        if f"{key}.lora_A.weight" in tensors:
+            expected = expected + 2 * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+        assert torch.equal(tensor, expected.bfloat16()), name
+
+
+def test_keys_of_older_peft(tmp_path: Path) -> None:
+    """``modules_to_save.`` in the key, the adapter's name in it, ``.weight`` behind the magnitude."""
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, use_dora=True, modules_to_save=["lm_head"])
+    oracle = merged_by_peft(base, adapter)
+    file = adapter / "adapter_model.safetensors"
+    old = {}
+    renamed = {
+        "lora_magnitude_vector": "lora_magnitude_vector.default.weight",
+        "lm_head.weight": "lm_head.modules_to_save.weight",
+        "lora_A.weight": "lora_A.default.weight",
+    }
+    for name, tensor in load_file(file).items():
+        for new, before in renamed.items():
+            name = name.replace(new, before)  # noqa: PLW2901
+        old[name] = tensor
+    save_file(old, file)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    kept = {
+        k: v
+        for k, v in config.items()
+        if k in ("peft_type", "r", "lora_alpha", "target_modules", "use_dora", "modules_to_save")
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(kept))
+    got = stored(export_merged(base, [adapter], tmp_path / "out"))
+    assert max(worst_ulp(got, oracle).values()) <= 1
+
+
+def test_configs_of_both_generations(tmp_path: Path) -> None:
+    """``torch_dtype`` stays ``torch_dtype`` and ``dtype`` stays ``dtype``."""
+    base = make_model(tmp_path / "base")
+    assert "dtype" in json.loads((export_merged(base, [], tmp_path / "five") / "config.json").read_text())
+    config = json.loads((base / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (base / "config.json").write_text(json.dumps(config))
+    four = json.loads((export_merged(base, [], tmp_path / "four", "F16") / "config.json").read_text())
+    assert four["torch_dtype"] == "float16"
+    assert "dtype" not in four
+    assert load_model(tmp_path / "four").dtype == torch.float32

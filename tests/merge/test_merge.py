@@ -1,0 +1,358 @@
+"""The fold against PEFT's own merge in float32, for every adapter kind on several model shapes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora2serve.errors import ExportError, MergeError
+from lora2serve.progress import Silent
+from tests.support.folding import export_merged, fold, stored, worst_ulp
+from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ALL_LINEAR},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True, "target_modules": ALL_LINEAR},
+    "patterns": {
+        "rank_pattern": {"q_proj": 8, "layers.1.mlp.down_proj": 2},
+        "alpha_pattern": {"layers.0.self_attn.v_proj": 3},
+    },
+    "rslora-patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 3}},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embedding-dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "saved-modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved-norm": {"modules_to_save": ["norm"]},
+    "tokens": {"trainable_token_indices": [3, 7, 319]},
+    "layers": {"layers_to_transform": [1]},
+    "eva-init": {"init_lora_weights": "gaussian"},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "gemma2": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 16, "tie_word_embeddings": True},
+}
+
+
+class Told(Silent):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {kind: make_model(root / kind, kind, **changes) for kind, changes in SHAPES.items()}
+
+
+def check_equal(out: Path, oracle: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
+    """bf16 output: every value is PEFT's float32 sum, rounded once, or one unit in the last place off."""
+    got = stored(out)
+    worst = worst_ulp(got, {name: oracle[name] for name in got})
+    assert max(worst.values()) <= 1, worst
+    off = sum(int((got[n] != oracle[n].to(got[n].dtype)).sum()) for n in got)
+    assert off <= 1e-4 * sum(t.numel() for t in got.values()), f"{off} values are off by one unit"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_peft(bases: dict[str, Path], tmp_path: Path, shape: str, kind: str) -> None:
+    tied = SHAPES[shape].get("tie_word_embeddings", False)
+    if tied and kind in ("embedding", "embedding-dora", "head", "saved-modules"):
+        pytest.skip("one half of a tied pair: PEFT merges into both; see test_untied")
+    adapter = make_adapter(tmp_path / "adapter", bases[shape], **KINDS[kind])
+    out = export_merged(bases[shape], [adapter], tmp_path / "out")
+    oracle = merged_by_peft(bases[shape], adapter)
+    check_equal(out, oracle)
+    base = stored(bases[shape])
+    assert any(not torch.equal(base[name], tensor) for name, tensor in stored(out).items()), (
+        "the control: something changed"
+    )
+
+
+def test_control_wrong_alpha_is_seen(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases["llama"])
+    oracle = merged_by_peft(bases["llama"], adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 1.1}))
+    with pytest.raises(AssertionError):
+        check_equal(export_merged(bases["llama"], [adapter], tmp_path / "out"), oracle)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "embedding", "tokens"])
+def test_float32_output(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """In float32 B @ A itself may round differently: within two ulps of the larger summand."""
+    adapter = make_adapter(tmp_path / "adapter", bases["llama"], **KINDS[kind])
+    out = export_merged(bases["llama"], [adapter], tmp_path / "out", "F32")
+    oracle, base = merged_by_peft(bases["llama"], adapter), load_model(bases["llama"]).state_dict()
+    for name, tensor in stored(out).items():
+        assert tensor.dtype == torch.float32
+        size = torch.maximum(base[name].abs(), oracle[name].abs()) + (oracle[name] - base[name]).abs()
+        assert ((tensor - oracle[name]).abs() <= 4 * torch.finfo(torch.float32).eps * size + 1e-12).all(), name
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_moe_attention(tmp_path: Path, kind: str) -> None:
+    extra = {
+        "mixtral": {"num_local_experts": 4},
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    }[kind]
+    base = make_model(tmp_path / "base", kind, **extra)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "o_proj"])
+    out = export_merged(base, [adapter], tmp_path / "out")
+    expected = merged_by_peft(base, adapter)
+    got = load_model(out).state_dict()
+    assert max(float((got[n] - t.bfloat16().float()).abs().max()) for n, t in expected.items()) < 0.02
+    assert {n: t.shape for n, t in stored(out).items()} == {n: t.shape for n, t in stored(base).items()}, (
+        "same layout on disk"
+    )
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts(tmp_path: Path, kind: str) -> None:
+    """``target_parameters`` on transformers' fused experts, one file per expert on disk."""
+    extra = {
+        "mixtral": {"num_local_experts": 4},
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    }[kind]
+    base = make_model(tmp_path / "base", kind, **extra)
+    adapter = make_adapter(
+        tmp_path / "adapter",
+        base,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    out = export_merged(base, [adapter], tmp_path / "out")
+    expected, got, before = merged_by_peft(base, adapter), load_model(out).state_dict(), load_model(base).state_dict()
+    for name, tensor in expected.items():
+        assert worst_ulp({name: got[name].bfloat16()}, {name: tensor})[name] <= 1, name
+    experts = [n for n in expected if "experts" in n]
+    assert all(not torch.equal(got[n], before[n]) for n in experts), "the control: every expert tensor changed"
+
+
+def test_fan_in_fan_out(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    for kind in ({}, {"use_dora": True}):
+        adapter = make_adapter(
+            tmp_path / f"adapter{len(kind)}", base, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **kind
+        )
+        out = export_merged(base, [adapter], tmp_path / f"out{len(kind)}")
+        oracle = merged_by_peft(base, adapter)
+        got = stored(out)
+        pairs = {n: next(t for o, t in oracle.items() if o.endswith(n)) for n in got}
+        assert max(worst_ulp(got, pairs).values()) <= 1
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_bias(tmp_path: Path, bias: str) -> None:
+    base = make_model(tmp_path / "base", "llama", attention_bias=True)
+    adapter = make_adapter(tmp_path / "adapter", base, bias=bias)
+    check_equal(export_merged(base, [adapter], tmp_path / "out"), merged_by_peft(base, adapter))
+
+
+def test_lora_bias(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "llama", attention_bias=True)
+    adapter = make_adapter(tmp_path / "adapter", base, lora_bias=True, target_modules=["q_proj", "v_proj"])
+    check_equal(export_merged(base, [adapter], tmp_path / "out"), merged_by_peft(base, adapter))
+
+
+def test_several_adapters_in_turn(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapters = [make_adapter(tmp_path / f"a{n}", bases["llama"], seed=n, target_modules=ALL_LINEAR) for n in (1, 2)]
+    check_equal(export_merged(bases["llama"], adapters, tmp_path / "out"), merged_by_peft(bases["llama"], *adapters))
+
+
+def test_resized_vocabulary(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(
+        tmp_path / "adapter", bases["llama"], resize=330, target_modules=["q_proj", "embed_tokens", "lm_head"]
+    )
+    out = export_merged(bases["llama"], [adapter], tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 330
+    got = stored(out)
+    assert got["model.embed_tokens.weight"].shape == got["lm_head.weight"].shape == (330, 64)
+    load_model(out)(torch.tensor([[329]]))
+
+
+def test_layer_replication(bases: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    adapter = make_adapter(
+        tmp_path / "adapter", bases["llama"], layer_replication=[[0, 2], [1, 2]], target_modules=ALL_LINEAR
+    )
+    out = export_merged(bases["llama"], [adapter], tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 3
+    # PEFT's merge folds twice into a weight that two copies share, so the unmerged model is the judge here.
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        trained = PeftModel.from_pretrained(load_model(bases["llama"]), adapter)(tokens).logits
+        assert (trained - load_model(out)(tokens).logits).abs().max() < 0.05 < trained.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["embedding", "head", "saved-embedding", "saved-head"])
+def test_untied(tmp_path: Path, kind: str) -> None:
+    """One half of a tied pair was trained: the served model answers like the trained one, with a head of its own."""
+    from peft import PeftModel
+
+    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    given: dict[str, Any] = {
+        "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+        "head": {"target_modules": ["q_proj", "lm_head"]},
+        "saved-embedding": {"modules_to_save": ["embed_tokens"]},
+        "saved-head": {"modules_to_save": ["lm_head"]},
+    }[kind]
+    adapter = make_adapter(tmp_path / "adapter", base, **given)
+    out = export_merged(base, [adapter], tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        trained = PeftModel.from_pretrained(load_model(base), adapter)(tokens).logits
+        served = load_model(out)(tokens).logits
+        still_tied = load_model(base)(tokens).logits
+    assert (trained - served).abs().max() < 0.05 < (trained - still_tied).abs().max()
+
+
+@pytest.mark.parametrize(
+    "given", [{"trainable_token_indices": [5, 6]}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}]
+)
+def test_stays_tied(tmp_path: Path, given: dict[str, Any]) -> None:
+    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    adapter = make_adapter(tmp_path / "adapter", base, **given)
+    out = export_merged(base, [adapter], tmp_path / "out")
+    assert "lm_head.weight" not in stored(out)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_untouched_tensors_keep_their_bytes(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases["llama"], target_modules=["q_proj"])
+    got, before = stored(export_merged(bases["llama"], [adapter], tmp_path / "out")), stored(bases["llama"])
+    changed = {name for name in got if not torch.equal(got[name].view(torch.int16), before[name].view(torch.int16))}
+    assert changed == {f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)}
+
+
+def test_adapter_of_another_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", "llama", num_hidden_layers=3, hidden_size=32)
+    adapter = make_adapter(tmp_path / "adapter", other)
+    with pytest.raises(MergeError, match=r"3 of 9 changes fit no weight"):
+        fold(bases["llama"], [adapter])
+
+
+def test_shapes_of_another_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", "llama", hidden_size=32)
+    with pytest.raises(MergeError) as caught:
+        fold(bases["llama"], [make_adapter(tmp_path / "adapter", other)])
+    assert caught.value.message.count("the adapter is for") == 6, "all of them at once"
+
+
+def test_fresh_adapter_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases["llama"], std=0.0)
+    with pytest.raises(MergeError, match="changes nothing"):
+        export_merged(bases["llama"], [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["base", "adapter"])
+def test_nan_is_named(bases: dict[str, Path], tmp_path: Path, where: str) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
+    adapter = make_adapter(tmp_path / "adapter", base)
+    file = base / "model.safetensors" if where == "base" else adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if re.search(r"layers.1.self_attn.v_proj.*(weight)", n))
+    tensors[name].view(-1)[7] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(
+        MergeError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight: NaN or infinity, from the " + where
+    ):
+        export_merged(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("base_type", "value", "dtype", "said", "way_out"),
+    [
+        (torch.bfloat16, 1e6, "F16", r"9.994e\+05 does not fit float16", "bf16"),
+        (torch.float32, 3.4e38, "BF16", r"3.4e\+38 does not fit bfloat16", "fp32"),
+    ],
+)
+def test_an_overflow_is_named(
+    tmp_path: Path, base_type: torch.dtype, value: float, dtype: Any, said: str, way_out: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = make_model(tmp_path / "base", dtype=base_type)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = value
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=f"model.norm.weight: {said}") as caught:
+        export_merged(base, [], tmp_path / "out", dtype)
+    assert way_out in caught.value.hint
+
+
+@pytest.mark.parametrize("base_type", [torch.float32, torch.bfloat16])
+def test_an_adapter_below_the_step_of_the_type_has_vanished(tmp_path: Path, base_type: torch.dtype) -> None:
+    """What rounding the base alone changes is no part of the delta: a float32 base must not hide the loss."""
+    base = make_model(tmp_path / "base", dtype=base_type)
+    adapter = make_adapter(tmp_path / "adapter", base, lora_alpha=1e-7)
+    with pytest.raises(MergeError, match=r"the adapter changes nothing: at most 0\.00"):
+        export_merged(base, [adapter], tmp_path / "out", "BF16")
+    if base_type is torch.float32:  # the control: in float32 it survives
+        export_merged(base, [make_adapter(tmp_path / "more", base, lora_alpha=1e-3)], tmp_path / "kept", "F32")
+
+
+def test_one_module_that_vanished_is_told(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases["llama"], alpha_pattern={"layers.1.self_attn.v_proj": 1e-7})
+    told = Told()
+    out = export_merged(bases["llama"], [adapter], tmp_path / "out", progress=told)
+    shares = json.loads((out / "lora2serve.json").read_text())["survival"]
+    assert [name for name, share in shares.items() if share < 0.01] == ["model.layers.1.self_attn.v_proj.weight"]
+    assert told.warnings == [
+        "the adapter changes nothing in 1 of 6 tensors: model.layers.1.self_attn.v_proj.weight (0.0000 survives)"
+    ]
+
+
+def test_survival_is_measured(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases["llama"])
+    small = make_adapter(tmp_path / "small", bases["llama"], std=0.05, lora_alpha=0.01)
+    shares = {}
+    for path in (adapter, small):
+        out = export_merged(bases["llama"], [path], tmp_path / f"out-{path.name}")
+        shares[path.name] = json.loads((out / "lora2serve.json").read_text())["survival"]
+    assert all(0.98 < share < 1.02 for share in shares["adapter"].values())
+    assert any(not 0.98 < share < 1.02 for share in shares["small"].values()), "a delta below the type's step shows"
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(
+        tmp_path_factory.mktemp("moe") / "base", "qwen3_moe", num_experts=4, moe_intermediate_size=32, head_dim=16
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixture_of_experts_equals_peft(moe: Path, tmp_path: Path, kind: str) -> None:
+    """Every kind again on a mixture of experts: transformers fuses the experts, the files keep one each."""
+    given = {**KINDS[kind]}
+    if kind == "dora":  # PEFT has no DoRA for the experts' parameters
+        given["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if kind == "patterns":
+        given["rank_pattern"] = {"q_proj": 8, "layers.1.self_attn.v_proj": 2}
+    adapter = make_adapter(tmp_path / "adapter", moe, **given)
+    got = load_model(export_merged(moe, [adapter], tmp_path / "out"), torch.bfloat16).state_dict()
+    oracle, before = merged_by_peft(moe, adapter), load_model(moe, torch.bfloat16).state_dict()
+    worst = worst_ulp(got, oracle)
+    assert max(worst.values()) <= 1, worst
+    assert any(not torch.equal(got[name], before[name]) for name in got), "the control: something changed"

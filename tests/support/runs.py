@@ -1,0 +1,94 @@
+"""Real fine-tunes of a few steps, for the tests of training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora2serve.artifacts.run import Run
+from lora2serve.config import recipe as recipes
+from lora2serve.config.recipe import Recipe
+from lora2serve.data import rows as data
+from lora2serve.progress import Unit
+from lora2serve.train.finetune import train
+from tests.support.tiny import make_model
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+
+
+class Told:
+    """A ``Progress`` that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.bars: dict[str, list[int]] = {}
+        self.said: dict[str, str] = {}  # beside a bar, the last word
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    @contextmanager
+    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Any]:
+        self.bars[label] = [0, total]
+
+        def advance(amount: int, said: str = "") -> None:
+            self.bars[label][0] += amount
+            self.said[label] = said or self.said.get(label, "")
+
+        yield advance
+
+
+def rows(name: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of one of the demo's data sets."""
+    return [json.loads(line) for line in (DEMO / name).read_text(encoding="utf-8").splitlines()[:count]]
+
+
+def write_jsonl(path: Path, content: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
+    return path
+
+
+def make_chat_model(path: Path, **changes: Any) -> Path:
+    """A random model of 0.2 million parameters that speaks the demo's tokens."""
+    make_model(path, vocab_size=1536, bos_token_id=None, eos_token_id=0, **changes)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / "base" / name, path / name)
+    return path
+
+
+def recipe_file(folder: Path, model: Path, data: Mapping[str, Any], **train: Any) -> Path:
+    """lora2serve.yaml for ``model``: five steps of four rows, unless told otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "model": {"path": str(model)},
+        "data": {"max_length": 128, **data},
+        "train": {"steps": 5, "batch_size": 4, "learning_rate": 2e-3, **train},
+    }
+    path = folder / "lora2serve.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def fit(file: Path, *, into: Path | None = None, resume: bool = False) -> tuple[Run, Told, Recipe]:
+    """Train as ``file`` says, in this process."""
+    recipe, told = recipes.load(file), Told()
+    run = Run(into or file.parent / "run")
+    run.path.mkdir(exist_ok=resume)
+    train(recipe, run, data.load(recipe.data), base=Path(recipe.model.path), resume=resume, progress=told)
+    return run, told, recipe
+
+
+def logged(run: Run, key: str = "loss") -> dict[int, float]:
+    """One figure of metrics.jsonl by step."""
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
