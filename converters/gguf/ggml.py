@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.errors import ExportError
+from lora2serve.system.extras import install_hint
 from lora2serve.weights.tensors import all_finite
 
 if TYPE_CHECKING:
@@ -113,4 +114,4 @@ def _encode_by_gguf(rows: Tensor, name: str) -> memoryview:
     try:
         return memoryview(quantize(rows.numpy(), GGMLQuantizationType[name]).tobytes())
     except NotImplementedError:
-        raise ExportError(f"{name} needs ggml's own quantiser", "pip install 'lora2serve[gguf]'") from None
+        raise ExportError(f"{name} needs ggml's own quantiser", install_hint("gguf")) from None

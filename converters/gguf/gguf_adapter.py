@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from converters.gguf.row_map import RowMap, RowMaps
 from lora2serve.adapters.adapter import Adapter, open_adapter
 from lora2serve.artifacts.staging import StagedDir
+from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.errors import ExportError
 from lora2serve.export.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
@@ -115,7 +116,7 @@ def _refuse(adapter: Adapter, moves: Mapping[str, Sequence[RowMap]], model: Expo
     problems = [f"{name} was trained in full" for name in adapter.full if not _is_copy(name, adapter, model)]
     if not adapter.is_lora:
         problems.append(f"{adapter.method} is no LoRA")
-    if str(adapter.config.get("init_lora_weights")).lower().startswith(("pissa", "olora")):
+    if changes_base(init_of(adapter.config)):
         problems.append("its init took a part of the base into the adapter")
     for module, layer in adapter.layers.items():
         extra = sorted(set(layer.parts) - PLAIN)

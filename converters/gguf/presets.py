@@ -19,6 +19,7 @@ from converters.gguf.gguf_scan import scan
 from converters.gguf.imatrix import Imatrix
 from converters.gguf.llama.llama_process import Llama
 from lora2serve.errors import ExportError
+from lora2serve.system.extras import install_hint
 
 # --quant name -> llama.cpp's LLAMA_FTYPE number (include/llama.h)
 PRESETS = {
@@ -141,7 +142,7 @@ def _quantize(llama: Llama, source: Path, out: Path, file_type: int, means: Mapp
     if not llama.there:
         raise ExportError(
             "mixed types need llama.cpp's library",
-            f"pip install 'lora2serve[gguf]', or take one of {', '.join((*PLAIN, *UNIFORM))}",
+            f"{install_hint('gguf')}, or take one of {', '.join((*PLAIN, *UNIFORM))}",
         )
     refused = llama.quantize(source, out, file_type, means or None)
     without = re.search(r"Missing importance matrix for tensor (\S+)", refused)

@@ -12,6 +12,7 @@ from converters.ollama.chat import read_chat, write_files
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.export.sinks import ExportModel
+from lora2serve.system.extras import install_hint
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class OllamaSink:
         if not self._gguf.proof.ids:
             raise ExportError(
                 "--target ollama: without llama.cpp's library nobody knows who adds BOS",
-                "pip install 'lora2serve[gguf]'",
+                install_hint("gguf"),
             )
         self.wanted = self._gguf.wanted
         self._modelfile = self._chat.modelfile(f"./{self._gguf.files[0]}", self._gguf.proof.adds_bos)

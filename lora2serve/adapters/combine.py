@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from lora2serve.adapters.adapter import Adapter, open_adapter
 from lora2serve.adapters.meta_model import meta_model, peft_config
 from lora2serve.adapters.peft_layers import weightless
-from lora2serve.adapters.peft_methods import UNMERGEABLE, VARIANTS, init_of, needs_peft
+from lora2serve.adapters.peft_methods import UNMERGEABLE, VARIANTS, needs_peft
+from lora2serve.config.lora_inits import init_of
 from lora2serve.errors import MergeError, raise_all
 from lora2serve.weights.checkpoint import Checkpoint
 

@@ -13,21 +13,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora2serve.adapters.vllm_support import lora_class
+from lora2serve.config import lora_inits
 from lora2serve.weights.tensors import TensorSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks
 HEAD_LIMIT = 258048  # tokens that the LoRA kernel of the head can hold
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-REPEATABLE_INITS = ("pissa", "olora")  # their share of the base can be computed again from the base
 
 HEAD = re.compile(r"(?:^|\.)(score|classifier)\.(weight|bias)$")  # the only modules that may be trained in full
 
-# What gets the adapter served: `export --target adapter` by itself, the same with --as-lora-rank, or only a merge.
-Fix = Literal["export", "extract", "merge"]
+# What gets the adapter served: `export --target adapter` by itself, the same with --as-lora-rank, only a merge, or
+# nothing before PEFT has made a plain LoRA of it.
+Fix = Literal["export", "extract", "merge", "convert"]
 WAY_OUT: dict[Fix, str] = {
     "export": "export --target adapter rewrites it, without loss",
     "extract": "export --target vllm merges it; --target adapter --as-lora-rank R makes an approximate plain LoRA",
     "merge": "export --target vllm merges it",
+    "convert": "no export can hold it: save it as a plain LoRA by PEFT's "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)",
 }
 
 
@@ -62,6 +64,11 @@ def next_rank(rank: int) -> int | None:
     return next((allowed for allowed in RANKS if allowed >= rank), None)
 
 
+def max_lora_rank(rank: int) -> int:
+    """vLLM's ``--max-lora-rank`` that holds ``rank``; its largest where none does."""
+    return next_rank(rank) or RANKS[-1]
+
+
 def ranks(config: Mapping[str, Any]) -> list[int]:
     """``r`` and every rank of ``rank_pattern``."""
     return [int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values())]
@@ -82,11 +89,10 @@ def _config_rules(config: Mapping[str, Any]) -> Iterator[Finding]:
     yield from (Finding(rule, words, fix) for rule, key, words, fix in flags if config.get(key))
     if config.get("bias", "none") != "none":
         yield Finding("bias", f"bias={config['bias']!r}: trained biases have no place in an adapter", "merge")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        repeatable = init.lower() in REPEATABLE_INITS
-        words = f"init_lora_weights={init!r} took a part of the base into the adapter"
-        yield Finding("init", words, "export" if repeatable else "merge")
+    init = lora_inits.init_of(config)
+    if init and init not in lora_inits.PLAIN:
+        message = f"init_lora_weights={init!r} took a part of the base into the adapter"
+        yield Finding("init", message, "export" if lora_inits.is_repeatable(init) else "convert")
     saved = [name for name in config.get("modules_to_save") or [] if name not in ("classifier", "score")]
     if saved:
         yield Finding("modules-to-save", f"trained in full: {', '.join(saved)}", "extract")

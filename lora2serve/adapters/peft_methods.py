@@ -5,13 +5,12 @@ Every method of the installed PEFT stands in one of these tables: ``tests/adapte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lora2serve.config import lora_inits
 from lora2serve.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lora2serve.adapters.adapter import Adapter
 
 NATIVE = ("LORA", "LN_TUNING", "TRAINABLE_TOKENS")
@@ -43,10 +42,6 @@ UNMERGEABLE = {
     "alora_invocation_tokens": "activated LoRA switches on in mid-prompt",
     "arrow_config": "Arrow chooses among adapters for each token",
 }
-# Inits that took a part of the base into the adapter. PEFT repeats the first ones whenever it puts the layer on.
-REPEATABLE = ("pissa", "olora")
-UNREPEATABLE = ("corda", "loftq", "lora_ga", "pissa_niter")
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # these left the base as it was
 
 
 def needs_peft(adapter: Adapter) -> bool:
@@ -54,14 +49,14 @@ def needs_peft(adapter: Adapter) -> bool:
     if adapter.method not in NATIVE:
         return True
     config = adapter.config
-    return any(config.get(key) for key in VARIANTS) or init_of(config).startswith(REPEATABLE)
+    return any(config.get(key) for key in VARIANTS) or lora_inits.changes_base(lora_inits.init_of(config))
 
 
 def rebases(adapter: Adapter) -> bool:
     """Whether putting the adapter on takes a part of the base's values into it."""
     if adapter.method != "LORA":
         return adapter.method in ("OSF", "PSOFT")
-    return init_of(adapter.config).startswith(REPEATABLE) or bool(adapter.config.get("kasa_config"))
+    return lora_inits.changes_base(lora_inits.init_of(adapter.config)) or bool(adapter.config.get("kasa_config"))
 
 
 def changes_bias(adapter: Adapter) -> bool:
@@ -83,21 +78,15 @@ def refuse_unmergeable(adapter: Adapter) -> None:
     for key, why in UNMERGEABLE.items():
         if adapter.config.get(key):
             raise AdapterError(f"{path}: {key}: {why}, so it cannot be merged", alone)
-    init = init_of(adapter.config)
-    if init.startswith(UNREPEATABLE):
+    init = lora_inits.init_of(adapter.config)
+    if lora_inits.changes_base(init) and not lora_inits.is_repeatable(init):
         raise AdapterError(
             f"{path}: init_lora_weights {init!r} changed the base: that cannot be repeated",
             "save it as a plain LoRA by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)",
         )
-    if init and init not in (*PLAIN_INITS, *REPEATABLE):
-        expected = ", ".join(sorted((*PLAIN_INITS, *REPEATABLE)))
+    if init and init not in (*lora_inits.PLAIN, *lora_inits.REPEATABLE):
+        expected = ", ".join(sorted((*lora_inits.PLAIN, *lora_inits.REPEATABLE)))
         raise AdapterError(
             f"{path}: init_lora_weights is {init!r}, expected true, false or one of {expected}",
             "whether it changed the base is not known here: merge with PEFT in memory, then export the merged model",
         )
-
-
-def init_of(config: Mapping[str, Any]) -> str:
-    """``init_lora_weights`` where it is a name, in small letters."""
-    told = config.get("init_lora_weights")
-    return told.lower() if isinstance(told, str) else ""

@@ -20,10 +20,10 @@ from lora2serve.cli.push import pull_check, push
 from lora2serve.cli.serve import serve
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError, did_you_mean
+from lora2serve.system.extras import EXTRA_OF, install_hint
 
 VERBOSE = {"-v", "--verbose"}
 EVERYWHERE = VERBOSE | {"--quiet"}  # options that may stand before the command or behind it
-EXTRAS = {"gguf": "gguf", "llama_cpp": "gguf", "gotpl": "gguf", "vllm": "vllm", "compressed_tensors": "vllm"}
 SYSTEM = {  # errno -> the way out
     errno.EACCES: "run it in a folder that you may write to",
     errno.EROFS: "run it in a folder that you may write to",
@@ -114,8 +114,7 @@ def _in_our_words(problem: Exception) -> Lora2ServeError:
         return problem
     if isinstance(problem, ModuleNotFoundError):
         package = (problem.name or "").split(".")[0]
-        extra = EXTRAS.get(package, "train")
-        return Lora2ServeError(f"{package} is not installed", f"pip install 'lora2serve[{extra}]'")
+        return Lora2ServeError(f"{package} is not installed", install_hint(EXTRA_OF.get(package, "train")))
     if isinstance(problem, OSError) and problem.strerror:  # a full disk, a folder that may not be written
         where = f"{problem.filename}: " if problem.filename else ""
         return Lora2ServeError(f"{where}{problem.strerror}", SYSTEM.get(problem.errno or 0, ""))

@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--imatrix", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="gguf: an importance matrix in llama.cpp's format; IQ1, IQ2 and IQ3_XXS need one.",
+    help="gguf: an importance matrix in llama.cpp's format; IQ1, IQ2, IQ3_XXS and IQ3_XS need one.",
 )  # fmt: skip
 @click.option(
     "--calibrate", metavar="DATA",

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lora2serve.config import lora_inits
 from lora2serve.config.schema import build, repeated, shown
 from lora2serve.errors import RecipeError, UsageError, did_you_mean
 
 FILE = "lora2serve.yaml"
 SHAPE = "see `lora2serve init` for every key"
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
-PLAIN_INITS = ("default", "gaussian")  # that do not look at the weights of the base
-INITS = (*PLAIN_INITS, "orthogonal", "olora", "pissa", "pissa_niter_N")  # PEFT's that need no data of their own
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Quantize = Literal["nf4", "fp4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -252,11 +251,10 @@ def _problems_of_lora(train: TrainRecipe) -> list[str]:
         )
     if lora.targets == ():
         found.append("train.lora.targets: an empty list, expected a preset or module names")
-    if re.sub(r"(?<=niter_)\d+", "N", lora.init) not in INITS:
-        found.append(
-            f"train.lora.init: {shown(lora.init)}, expected one of {', '.join(INITS)}{did_you_mean(lora.init, INITS)}"
-        )
-    elif lora.init not in PLAIN_INITS and train.quantize != "none":
+    if not lora_inits.is_trainable(lora.init):
+        expected = f"{', '.join(lora_inits.TRAINABLE)}{did_you_mean(lora.init, lora_inits.TRAINABLE)}"
+        found.append(f"train.lora.init: {shown(lora.init)}, expected one of {expected}")
+    elif lora.init not in lora_inits.WITHOUT_BASE and train.quantize != "none":
         found.append(f"train.lora.init: {lora.init} needs the weights of the base in full: set train.quantize: none")
     if lora.init == "orthogonal" and lora.rank % 2:
         found.append(f"train.lora.rank: {lora.rank}, expected an even number with train.lora.init: orthogonal")

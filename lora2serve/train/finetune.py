@@ -11,6 +11,7 @@ from typing import Any
 
 from lora2serve.artifacts import manifest
 from lora2serve.artifacts.run import Run
+from lora2serve.config import lora_inits
 from lora2serve.config.recipe import Recipe, dump
 from lora2serve.data.rows import DataSets
 from lora2serve.data.tokenization import Tokens, tokenize_all
@@ -19,7 +20,6 @@ from lora2serve.progress import Progress
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.train import advice, eval_loss
 from lora2serve.train.model import (
-    REBASING,
     Device,
     add_adapter,
     device,
@@ -94,7 +94,7 @@ def _announce(
 def _adapter(model: Any, recipe: Recipe, base: Path, progress: Progress) -> Any:
     """PEFT's configuration, after a warning where vLLM will not serve what it gives beside others."""
     config = lora_config(model, recipe.train)
-    init = True if recipe.train.lora.init.startswith(REBASING) else config.init_lora_weights  # as it will be saved
+    init = True if lora_inits.changes_base(recipe.train.lora.init) else config.init_lora_weights  # as it will be saved
     warning = advice.multi_lora({**config.to_dict(), "init_lora_weights": init}, read_config(base))
     if warning:
         progress.warn(warning)
@@ -183,7 +183,7 @@ def _record_start(
 
 def _keep_initial(model: Any, recipe: Recipe, run: Run) -> Path | None:
     """Inits that change the base are saved once at the start: the result can then be a plain LoRA for the true base."""
-    if not recipe.train.lora.init.startswith(REBASING):
+    if not lora_inits.changes_base(recipe.train.lora.init):
         return None
     initial = run.path / "checkpoints" / "initial"
     model.peft_config["default"].init_lora_weights = True

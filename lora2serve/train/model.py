@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.train.requirements import first_line
@@ -14,7 +15,6 @@ from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 
 QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
 OTHER_TOWERS = ("vision", "visual", "audio")
-REBASING = ("pissa", "olora")  # inits that move a part of the base into the adapter
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def lora_config(model: Any, recipe: TrainRecipe) -> Any:
     from peft import LoraConfig
 
     lora = recipe.lora
-    if getattr(model, "is_quantized", False) and lora.init.startswith(REBASING):
+    if getattr(model, "is_quantized", False) and lora_inits.changes_base(lora.init):
         raise TrainError(
             f"train.lora.init: {lora.init} takes a part of the base out, which a quantised base cannot give",
             "set another init, or model.path to the 16-bit model",

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lora2serve.errors import TrainError
+from lora2serve.system.extras import install_hint
 
-EXTRA = "pip install 'lora2serve[train]'"
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 DISK = ("No space left", "file write failed", "os error 28", "unexpected pos")  # of open(2), torch.save and safetensors
 
@@ -21,7 +21,7 @@ def check_libraries(quantize: str) -> None:
     needed += ["bitsandbytes"] if quantize != "none" else []
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise TrainError(f"not installed: {', '.join(missing)}", EXTRA)
+        raise TrainError(f"not installed: {', '.join(missing)}", install_hint("train"))
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def translated() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise TrainError(f"a library is missing: {first_line(error)}", EXTRA) from error
+        raise TrainError(f"a library is missing: {first_line(error)}", install_hint("train")) from error
     except MemoryError as error:
         raise _out_of_memory(error) from error
     except Exception as error:  # bitsandbytes, safetensors and torch have classes of their own

@@ -30,7 +30,7 @@ TAKEN: list[dict[str, Any]] = [
     {"use_rslora": True},
     {"rank_pattern": {"q_proj": 512}, "alpha_pattern": {"v_proj": 3}},
     {"modules_to_save": ["score"]},
-    *({"init_lora_weights": init} for init in (True, False, "gaussian", "EVA", "orthogonal", "mica", "lora_ga")),
+    *({"init_lora_weights": init} for init in (True, False, "gaussian", "EVA", "orthogonal", "mica")),
 ]
 
 
@@ -53,13 +53,13 @@ def test_refused_by_both(rule: str) -> None:
     assert engine_says(config)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
 def test_init(init: str) -> None:
     config = {**PLAIN, "init_lora_weights": init}
     (finding,) = lint(config, [], LLAMA)
     assert finding.rule == "init"
-    assert finding.fix == ("export" if init in ("pissa", "olora") else "merge")
-    assert engine_says(config)
+    assert finding.fix == ("export" if init in ("pissa", "olora") else "convert")
+    assert engine_says(config) or init == "lora_ga"  # vLLM 0.32 takes it, and answers from another base
 
 
 @pytest.mark.parametrize("changes", TAKEN, ids=str)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lora2serve.adapters import peft_methods
 from lora2serve.adapters.adapter import open_adapter
+from lora2serve.config import lora_inits
 from lora2serve.errors import AdapterError
 from tests.support.folding import export_merged, fold, stored, worst_ulp
 from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
@@ -96,7 +97,7 @@ def test_every_init_and_option_of_lora_is_known() -> None:
         for name in get_args(part)
     }
     assert "pissa" in named
-    ours = (*peft_methods.PLAIN_INITS, *peft_methods.REPEATABLE, *peft_methods.UNREPEATABLE)
+    ours = (*lora_inits.PLAIN, *lora_inits.REPEATABLE, *lora_inits.UNREPEATABLE)
     assert all(name.startswith(ours) for name in named), named
     handled = {
         "r", "lora_alpha", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",

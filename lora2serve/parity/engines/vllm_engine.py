@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from lora2serve.adapters.lint import max_lora_rank
 from lora2serve.parity.engine_process import EngineMissing
 from lora2serve.parity.engines import Ids, Messages, Scores
 
 ENTRIES = 1 << 22  # log-probabilities of one request at most: vLLM hands each over as Python objects, 4M are 0.4 GB
 AT_ONCE = 64  # requests handed over together
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
 
 
 class Vllm:
@@ -44,7 +44,7 @@ class Vllm:
             "seed": 0,
         }
         if adapter:
-            given |= {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= rank)}
+            given |= {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
         if not on_cpu:
             given["gpu_memory_utilization"] = 0.5
         self._dtype = dtype or (cpu_dtype(model) if on_cpu else "auto")
