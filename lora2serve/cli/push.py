@@ -61,8 +61,8 @@ def pull_check(ctx: click.Context, repository: str, allow_unproven: bool, as_jso
 
     told = progress(ctx)
     checked = hub.pull_check(repository, progress=told)
-    if checked.strangers:
-        told.warn(f"not part of any export: {', '.join(checked.strangers)}")
+    if checked.unlisted_files:
+        told.warn(f"not part of any export: {', '.join(checked.unlisted_files)}")
     if as_json:
         console.result_json(asdict(checked))
     if checked.unproven and not allow_unproven:

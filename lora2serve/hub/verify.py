@@ -61,7 +61,7 @@ def pull_check(name: str, revision: str | None = None, progress: Progress | None
         bytes=sum(int(entry["size"]) for entry in content["files"].values()),
         exports=list(exports),
         unproven={export: why for export, told_of in exports.items() if (why := unproven(told_of))},
-        strangers=with_retries(partial(_strangers, repo_id, commit, content), told, repo_id),
+        unlisted_files=with_retries(partial(_unlisted_files, repo_id, commit, content), told, repo_id),
     )
 
 
@@ -117,7 +117,7 @@ def _compare(path: Path, files: dict[str, Any], told: Progress) -> list[str]:
     return problems
 
 
-def _strangers(repo_id: str, commit: str, content: dict[str, Any]) -> list[str]:
+def _unlisted_files(repo_id: str, commit: str, content: dict[str, Any]) -> list[str]:
     from huggingface_hub import HfApi, constants
 
     if constants.is_offline_mode():

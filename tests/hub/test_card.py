@@ -86,7 +86,7 @@ def test_the_report_goes_along_without_its_texts(hub: HubServer, tmp_path: Path)
     assert [row["engine"] for row in json.loads(figures)["rows"]] == ["vllm"]
     for text in (page, figures, card(hub)):
         assert SECRET not in text and "/home/" not in text
-    assert pull_check(REPO).strangers == [], "the report is part of the export, and verified like it"
+    assert pull_check(REPO).unlisted_files == [], "the report is part of the export, and verified like it"
     push([path], repo_id=REPO, run=Run(tmp_path / "run"))
     assert len(hub.repos[REPO].log()) == 2
 
@@ -155,7 +155,7 @@ def test_lm_studio_shares_the_file(hub: HubServer, tmp_path: Path) -> None:
     there = hub.repos[f"{REPO}-GGUF"].files()
     assert [name for name in there if name.endswith(".gguf")] == ["demo-Q8_0.gguf"]
     checked = pull_check(f"{REPO}-GGUF")
-    assert checked.exports == ["gguf-Q8_0", "lmstudio-Q8_0"] and not checked.strangers
+    assert checked.exports == ["gguf-Q8_0", "lmstudio-Q8_0"] and not checked.unlisted_files
 
 
 def test_split_files(hub: HubServer, tmp_path: Path) -> None:

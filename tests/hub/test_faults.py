@@ -33,7 +33,7 @@ def settle(hub: HubServer, path: Path, ref: str = "main") -> None:
     same(hub, REPO, path, ref)
     assert len(hub.repos[REPO].log(ref)) == 2, hub.repos[REPO].log(ref)
     checked = pull_check(REPO, ref)
-    assert not checked.strangers
+    assert not checked.unlisted_files
     for name in manifest.read(path)["files"]:
         assert (checked.path / name).read_bytes() == (path / name).read_bytes()
 

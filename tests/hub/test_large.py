@@ -43,4 +43,4 @@ def test_two_gigabytes_in_little_memory(hub: HubServer, tmp_path: Path) -> None:
     print(f"{int(kilobytes) / 1000:.0f} MB over the imports' {int(before) / 1000:.0f} MB")
     assert (code, int(kilobytes) < 200_000) == ("0", True), done.stdout
     assert int(control) > 200_000, "what is held in memory is seen"
-    assert not pull_check("user/big").strangers
+    assert not pull_check("user/big").unlisted_files

@@ -28,7 +28,7 @@ def test_round_trip_of_three_kinds(hub: HubServer, tmp_path: Path) -> None:
         same(hub, one.repo_id, path)
         assert hub.repos[one.repo_id].log() == [hub.repos[one.repo_id].log()[0], "initial commit"]
         checked = pull_check(one.repo_id)
-        assert checked.commit == one.commit and not checked.unproven and not checked.strangers
+        assert checked.commit == one.commit and not checked.unproven and not checked.unlisted_files
         for name in manifest.read(path)["files"]:
             assert (checked.path / name).read_bytes() == (path / name).read_bytes()
     fetched = fetch(REPO)
@@ -64,7 +64,7 @@ def test_files_of_an_older_export_go(hub: HubServer, tmp_path: Path) -> None:
     pushed = push([path], repo_id=REPO)[0]
     assert pushed.deleted == ["model-00002.safetensors"]
     assert hub.read(hub.repos[REPO].files()["notes.md"]) == b"the user's own"
-    assert pull_check(REPO).strangers == ["notes.md"]
+    assert pull_check(REPO).unlisted_files == ["notes.md"]
 
 
 def test_single_repository(hub: HubServer, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def repository() -> Iterator[str]:
 
 def same(repository: str, path: Path, revision: str | None = None) -> None:
     checked = pull_check(repository, revision)
-    assert not checked.strangers
+    assert not checked.unlisted_files
     for name in manifest.read(path)["files"]:
         assert (checked.path / name).read_bytes() == (path / name).read_bytes()
 
