@@ -1,1 +1,1 @@
-"""One output format each; every converter is a sink of lora2serve.export.sinks."""
+"""One output format each; every converter is a sink of lora2serve.exporting.sinks."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.checkpoint import INDEX, SINGLE
 from lora2serve.weights.tensors import TensorSpec, all_finite, itemsize, kept_rounded, torch_dtype
 

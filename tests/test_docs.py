@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lora2serve.cli import cli
-from lora2serve.parity.thresholds import TABLE, Thresholds
+from lora2serve.parity_check.thresholds import TABLE, Thresholds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

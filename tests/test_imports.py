@@ -19,16 +19,16 @@ LEVELS = (
     ("artifacts", "data", "weights"),
     ("adapters",),
     ("merge",),
-    ("export",),
-    ("train", "serving", "hub", "registry"),
-    ("parity", "evaluation"),
+    ("exporting",),
+    ("training", "serving", "hub", "registry"),
+    ("parity_check", "evaluation"),
     ("api",),
     ("sweep", "gateway"),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
-CONVERTERS = LEVEL["export"]  # may import what export may, and export itself; found by string only
+CONVERTERS = LEVEL["exporting"]  # may import what export may, and export itself; found by string only
 HEAVY = {
     "torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub",
     "datasets", "accelerate", "safetensors", "matplotlib", "httpx", "jinja2", "yaml",
@@ -78,11 +78,13 @@ def test_every_folder_has_a_number() -> None:
 
 def test_the_control() -> None:
     """The checks above do see an import that is forbidden, and one that is not."""
-    assert violations(ROOT / "lora2serve" / "train" / "x.py", {"lora2serve.parity.gates"})
-    assert violations(ROOT / "lora2serve" / "train" / "x.py", {"lora2serve.hub.push"})
-    assert violations(ROOT / "converters" / "x.py", {"lora2serve.train.model"})
-    assert violations(ROOT / "lora2serve" / "export" / "x.py", {"converters.gguf.presets"})
-    assert not violations(ROOT / "lora2serve" / "train" / "x.py", {"lora2serve.data.rows", "lora2serve.train.model"})
+    assert violations(ROOT / "lora2serve" / "training" / "x.py", {"lora2serve.parity_check.gates"})
+    assert violations(ROOT / "lora2serve" / "training" / "x.py", {"lora2serve.hub.push"})
+    assert violations(ROOT / "converters" / "x.py", {"lora2serve.training.model"})
+    assert violations(ROOT / "lora2serve" / "exporting" / "x.py", {"converters.gguf.presets"})
+    assert not violations(
+        ROOT / "lora2serve" / "training" / "x.py", {"lora2serve.data.rows", "lora2serve.training.model"}
+    )
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -14,7 +14,7 @@ from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from lora2serve.adapters.lint import Finding, lint
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:

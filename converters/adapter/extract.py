@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from lora2serve.adapters.adapter import PREFIX, Adapter
 from lora2serve.adapters.lint import RANKS, next_rank
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import ALL, Source, TensorSpec
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from converters.gguf.native.architectures import ARCHITECTURES
 from converters.gguf.native.native_backend import Native
 from converters.gguf.upstream import llama_cpp_source
 from converters.gguf.upstream.upstream_backend import Upstream
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 
 SENSES = ("vision_config", "audio_config", "vision_encoder", "vision_tower")
 

@@ -18,7 +18,7 @@ from lora2serve.adapters.adapter import Adapter, open_adapter
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from converters.gguf.gguf_scan import scan
 from converters.gguf.row_map import RowMaps
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from converters.gguf import backends
 from converters.gguf.gguf_scan import scan
 from converters.gguf.gguf_sink import GgufOptions
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class GgufReader:
         self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned)]
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
-        """See ``lora2serve.export.sinks.Reader``. Parts of the file that one block goes to are laid end to end."""
+        """See ``lora2serve.exporting.sinks.Reader``. Parts of the file that one block goes to are laid end to end."""
         import torch
 
         names, pairs = [], []

@@ -19,7 +19,7 @@ from converters.gguf.llama.llama_process import Llama
 from converters.gguf.presets import NEEDS_IMATRIX, PRESETS
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:

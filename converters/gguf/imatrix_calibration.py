@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from converters.gguf import imatrix
 from converters.gguf.row_map import RowMaps
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.progress import Progress
 
 if TYPE_CHECKING:

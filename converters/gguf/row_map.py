@@ -14,7 +14,7 @@ from converters.gguf import backends
 from converters.gguf.native import architectures, native_layout
 from converters.gguf.native.native_layout import Place
 from converters.gguf.upstream.upstream_backend import Upstream
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:

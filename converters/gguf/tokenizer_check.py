@@ -11,7 +11,7 @@ from pathlib import Path
 from converters.gguf.llama.llama_process import Llama
 from converters.gguf.native.vocab import space_scheme, tokenizer_directory
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 
 TEXT = """Hello, World! It's a test: they've, I'M, we'll, D'Artagnan's 3.14 1234567 12 345,678 0x1F 1e-5
 def f(x, *, y=None):\n\treturn {"a": [x ** 2, y // 3]}  # comment\n\n\n    if x != y:\n        pass\r\n

@@ -15,7 +15,7 @@ from converters.ollama.modelfile_parser import PARAMETERS
 from converters.ollama.template_not_proven import TemplateNotProven
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 
 RAW = "{{ .Prompt }}"  # a model without a chat template completes text
 NATIVE = "0.30.0"  # from here on Ollama renders the GGUF's own Jinja

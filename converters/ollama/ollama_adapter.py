@@ -15,7 +15,7 @@ from converters.ollama.chat import read_chat, write_files
 from converters.ollama.go_template import wants_native
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from converters.ollama.chat import read_chat, write_files
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.system.extras import install_hint
 from lora2serve.weights.tensors import TensorSpec
 

@@ -20,7 +20,7 @@ from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.compressed.selection import BLOCK, select
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import EngineError, ExportError
-from lora2serve.export.sinks import Calibration, ExportModel
+from lora2serve.exporting.sinks import Calibration, ExportModel
 from lora2serve.system import tool_env
 from lora2serve.system.worker_process import WorkerProcess
 from lora2serve.weights.checkpoint import Checkpoint

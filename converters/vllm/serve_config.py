@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 
 # The markup in which a template writes a call of a tool -> the parser of vLLM 0.32.0 (``vllm/tool_parsers``) that reads
 # it. All marks of a row must be there; the first row counts, so what is more special comes first.

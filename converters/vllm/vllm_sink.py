@@ -15,7 +15,7 @@ from converters.vllm.compressed.quantizer import Quantizer
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.serve_config import generation_config, serve_yaml
 from lora2serve.artifacts.staging import StagedDir
-from lora2serve.export.sinks import Calibration, ExportModel, Reader
+from lora2serve.exporting.sinks import Calibration, ExportModel, Reader
 from lora2serve.weights.tensors import FLOATS, TensorSpec
 
 if TYPE_CHECKING:

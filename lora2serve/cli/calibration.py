@@ -12,7 +12,7 @@ from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
     from lora2serve.config.recipe import DataRecipe
-    from lora2serve.export.sinks import Calibration, Exporter, ExportModel
+    from lora2serve.exporting.sinks import Calibration, Exporter, ExportModel
     from lora2serve.progress import Progress
 
 TRAIN = "train"  # --calibrate train: what the run was trained on
@@ -38,7 +38,7 @@ def _find(model: ExportModel, home: Path, asked: str | None, told: Progress) -> 
     """The data as asked; without a word a run's own. None where there is neither."""
     from lora2serve.artifacts import run
     from lora2serve.config import recipe
-    from lora2serve.export.sinks import Calibration
+    from lora2serve.exporting.sinks import Calibration
 
     own = run.is_run(home.parent)
     if not asked and not own:
@@ -60,7 +60,7 @@ def _tokens(model: ExportModel, wanted: DataRecipe, told: Progress) -> list[list
     from lora2serve.data import rows as data
     from lora2serve.data import tokenization
     from lora2serve.hub import pin_data
-    from lora2serve.train.model import load_tokenizer
+    from lora2serve.training.model import load_tokenizer
 
     rows, _ = data.load(wanted, pin_data)
     trained = model.adapter if model.adapter and (model.adapter / "tokenizer.json").is_file() else None
@@ -73,7 +73,7 @@ def _importance(
 ) -> Path:
     """The importance matrix, kept beside the exports for the next time."""
     from lora2serve.artifacts import run
-    from lora2serve.export import sinks as exporter
+    from lora2serve.exporting import sinks as exporter
 
     if options["imatrix"] or options["plan_only"]:
         raise UsageError(f"--calibrate with {'--imatrix' if options['imatrix'] else '--plan'}: expected one of the two")

@@ -21,7 +21,7 @@ def inspect(ctx: click.Context, path: str, as_json: bool) -> None:
     A Hub id is fetched first; `lora2serve pull-check` verifies what was pushed there.
     """
     from lora2serve import console
-    from lora2serve.export.inspection import inspect as examine
+    from lora2serve.exporting.inspection import inspect as examine
 
     facts = examine(fetch(path, progress(ctx)))
     problems = facts["problems"]

@@ -14,7 +14,7 @@ from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora2serve.export.sinks import ExportModel
+    from lora2serve.exporting.sinks import ExportModel
     from lora2serve.progress import Progress
 
 
@@ -117,7 +117,7 @@ def export(ctx: click.Context, /, subjects: tuple[str, ...], **options: Any) -> 
     Several RUNs with --target adapter make one bundle of adapters for one server. Prints the export directories.
     """
     from lora2serve.cli import calibration
-    from lora2serve.export import sinks, stream
+    from lora2serve.exporting import sinks, stream
 
     told = progress(ctx)
     if not options["targets"]:
@@ -145,7 +145,7 @@ def _export_bundle(
     subjects: tuple[str, ...], planned: list[tuple[str, Any]], options: Mapping[str, Any], told: Progress
 ) -> None:
     """Several runs: their adapters together, for one server."""
-    from lora2serve.export import bundle
+    from lora2serve.exporting import bundle
 
     if [target for target, _ in planned] != ["adapter"]:
         raise UsageError(
@@ -182,7 +182,7 @@ def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Pr
     """The model to export, and where its exports go by default."""
     from lora2serve.adapters.adapter import CONFIG
     from lora2serve.artifacts import run as runs
-    from lora2serve.export import open_model as models
+    from lora2serve.exporting import open_model as models
     from lora2serve.system.hub_snapshot import short_name
 
     choice = models.OpenOptions(
@@ -205,7 +205,7 @@ def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Pr
 def _open_adapters(
     subjects: tuple[str, ...], options: Mapping[str, Any], choice: Any, told: Progress
 ) -> tuple[ExportModel, Path]:
-    from lora2serve.export import open_model as models
+    from lora2serve.exporting import open_model as models
     from lora2serve.system.hub_snapshot import short_name
 
     if subjects:

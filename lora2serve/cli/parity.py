@@ -12,8 +12,8 @@ from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import ParityNotMet, UsageError
 
 if TYPE_CHECKING:
-    from lora2serve.parity.report.parity_report import ParityReport
-    from lora2serve.parity.trained_model import TrainedModel
+    from lora2serve.parity_check.report.parity_report import ParityReport
+    from lora2serve.parity_check.trained_model import TrainedModel
     from lora2serve.progress import Progress
 
 
@@ -61,10 +61,10 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
     Exit code 3 when one is further off than its format allows, or no engine is there. Prints the report's path.
     """
     from lora2serve import console
-    from lora2serve.parity import comparisons
-    from lora2serve.parity.baseline import regressions
-    from lora2serve.parity.comparator import check
-    from lora2serve.parity.report import writers
+    from lora2serve.parity_check import comparisons
+    from lora2serve.parity_check.baseline import regressions
+    from lora2serve.parity_check.comparator import check
+    from lora2serve.parity_check.report import writers
 
     told = progress(ctx)
     origin, exports = _find(given, options, told)
@@ -91,7 +91,7 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
 def _find(given: tuple[str, ...], options: dict[str, Any], told: Progress) -> tuple[TrainedModel, list[Path]]:
     """The trained model and its exports, from what the user named of the two."""
     from lora2serve.artifacts import run as runs
-    from lora2serve.parity import trained_model as origins
+    from lora2serve.parity_check import trained_model as origins
 
     first = given[0] if given else str(runs.latest().path)
     if (Path(first) / MANIFEST).is_file():
@@ -124,14 +124,14 @@ def _default_exports(origin: TrainedModel) -> list[Path]:
 
 
 def _of_run(run: Any, options: dict[str, Any], told: Progress) -> TrainedModel:
-    from lora2serve.parity import trained_model as origins
+    from lora2serve.parity_check import trained_model as origins
 
     return origins.of_run(run, base_of(run.record, options["base"], told)[0])
 
 
 def _of_manifest(exports: list[Path], options: dict[str, Any], told: Progress) -> TrainedModel:
     """An export without a run: its manifest names the adapters and the base."""
-    from lora2serve.parity import trained_model as origins
+    from lora2serve.parity_check import trained_model as origins
 
     record, adapters = origins.parts_of(exports)
     base, _ = base_of({"base": record}, options["base"], told)
@@ -143,7 +143,7 @@ def _of_model(name: str, options: dict[str, Any], told: Progress) -> TrainedMode
     """A run, an adapter directory or a plain model, by path, by name under runs/, or by its Hub id."""
     from lora2serve.adapters.adapter import CONFIG, read_config
     from lora2serve.artifacts import run as runs
-    from lora2serve.parity import trained_model as origins
+    from lora2serve.parity_check import trained_model as origins
 
     for place in (Path(name), runs.ROOT / name):
         if runs.is_run(place):
@@ -163,7 +163,7 @@ def _of_model(name: str, options: dict[str, Any], told: Progress) -> TrainedMode
 
 def _with_settings(origin: TrainedModel, options: dict[str, Any]) -> TrainedModel:
     """The recipe's ``parity`` section with the command line over it."""
-    from lora2serve.parity.comparisons import check_names
+    from lora2serve.parity_check.comparisons import check_names
 
     settings = origin.settings
     thresholds = {name: dict(bounds) for name, bounds in settings.thresholds.items()}
@@ -198,7 +198,7 @@ def _refuse_unused(require: str | None, engines: list[str]) -> None:
 
 def _show(report: ParityReport, exports: list[Path]) -> None:
     from lora2serve import console
-    from lora2serve.parity.report.labels import figure
+    from lora2serve.parity_check.report.labels import figure
 
     sizes = {path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in exports}
     rows = []

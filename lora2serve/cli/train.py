@@ -60,8 +60,8 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
         chosen = recipes.load(recipes.find(recipe), overrides)
     from lora2serve.data import rows
     from lora2serve.hub import pin_data
-    from lora2serve.train.finetune import train as fine_tune
-    from lora2serve.train.requirements import check_libraries
+    from lora2serve.training.finetune import train as fine_tune
+    from lora2serve.training.requirements import check_libraries
 
     check_libraries(chosen.train.quantize)
     sets = rows.load(chosen.data, pin_data)  # before a base of many gigabytes is fetched

@@ -22,7 +22,7 @@ from typing import Any
 from lora2serve.adapters.lint import next_rank
 from lora2serve.artifacts import manifest
 from lora2serve.errors import EngineError, UsageError
-from lora2serve.export import bundle
+from lora2serve.exporting import bundle
 from lora2serve.progress import Progress
 from lora2serve.system.extras import install_hint
 from lora2serve.system.hardware import nvidia_gpus

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from converters.adapter.adapter_sink import KEPT
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel, find
-from lora2serve.export.stream import Plan, export
+from lora2serve.exporting.sinks import ExportModel, find
+from lora2serve.exporting.stream import Plan, export
 from lora2serve.progress import Silent
 from tests.support.folding import fold, stored
 from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft

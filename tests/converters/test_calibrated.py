@@ -22,7 +22,7 @@ from lora2serve.artifacts import manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.errors import EngineError, ExportError
-from lora2serve.parity.thresholds import lookup
+from lora2serve.parity_check.thresholds import lookup
 from lora2serve.system import tool_env
 from lora2serve.weights.checkpoint import Checkpoint
 from tests.conftest import lora2serve

@@ -22,10 +22,10 @@ from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.compressed.selection import FUSED, select
 from lora2serve.adapters.vllm_support import models_dir
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel, find
-from lora2serve.export.stream import Plan, export
-from lora2serve.parity import thresholds
-from lora2serve.parity.tensor_gate import Difference, _parts
+from lora2serve.exporting.sinks import ExportModel, find
+from lora2serve.exporting.stream import Plan, export
+from lora2serve.parity_check import thresholds
+from lora2serve.parity_check.tensor_gate import Difference, _parts
 from lora2serve.progress import Silent
 from lora2serve.weights import tensors
 from tests.support.folding import fold, stored
@@ -315,7 +315,7 @@ def test_experts(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("quant", SCHEMES)
 def test_transformers_loads_it(quant: str, plain: Path, made: dict[str, Path]) -> None:
     """``from_pretrained``, as parity does it; the activations' share of the error is in, if the scheme has one."""
-    from lora2serve.parity.engines.transformers_engine import _decompressed
+    from lora2serve.parity_check.engines.transformers_engine import _decompressed
     from tests.support.tiny import load_model
 
     given = {"dtype": torch.float32, **_decompressed(str(made[quant]))}

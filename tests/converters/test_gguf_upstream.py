@@ -21,7 +21,7 @@ from converters.gguf.row_map import RowMaps
 from converters.gguf.upstream import llama_cpp_source
 from converters.gguf.upstream.upstream_backend import Upstream
 from lora2serve.cli import run
-from lora2serve.export.open_model import OpenOptions, open_adapters, open_plain
+from lora2serve.exporting.open_model import OpenOptions, open_adapters, open_plain
 from lora2serve.weights.checkpoint import SafetensorsFiles
 from tests.converters.test_gguf_adapter import by_llama_cpp, exported, nmse
 from tests.converters.test_gguf_families import (

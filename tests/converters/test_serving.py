@@ -10,8 +10,8 @@ import pytest
 
 from converters.vllm.serve_config import TOOL_PARSERS, generation_config, serve_yaml, tool_parser
 from converters.vllm.vllm_sink import served_config
-from lora2serve.export.sinks import ExportModel
-from tests.export.test_bundle import parsed_by_vllm
+from lora2serve.exporting.sinks import ExportModel
+from tests.exporting.test_bundle import parsed_by_vllm
 from tests.support.upstream import llama_cpp_dir
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"

@@ -11,7 +11,7 @@ import pytest
 
 from lora2serve.artifacts import manifest
 from lora2serve.errors import HubError, InputError
-from lora2serve.export.inspection import inspect
+from lora2serve.exporting.inspection import inspect
 from lora2serve.hub import fetch, pin_data, pull_check, push
 from tests.hub.conftest import TOKEN, client_env, export
 from tests.support.hub_server import HubServer
@@ -160,7 +160,7 @@ def test_export_with_nothing_local(hub: HubServer, tmp_path: Path) -> None:
 
 
 DATA = "datasets/org/data"
-PINNED = "from lora2serve.hub import pin_data; from lora2serve.train import data; import json, sys;" \
+PINNED = "from lora2serve.hub import pin_data; from lora2serve.data import rows as data; import json, sys;" \
          "print(json.dumps([r.record() | {'row': r.rows[0]} for r in [data.read(name, 'train', pin_data) for name in sys.argv[1:]]]))"  # fmt: skip
 
 

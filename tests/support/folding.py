@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lora2serve.adapters.adapter import open_adapter
-from lora2serve.export.sinks import ExportModel, find
-from lora2serve.export.stream import Plan, export
+from lora2serve.exporting.sinks import ExportModel, find
+from lora2serve.exporting.stream import Plan, export
 from lora2serve.merge.merged import Merged
 from lora2serve.progress import Progress, Silent
 from lora2serve.weights.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from lora2serve.config import recipe as recipes
 from lora2serve.config.recipe import Recipe
 from lora2serve.data import rows as data
 from lora2serve.progress import Unit
-from lora2serve.train.finetune import train
+from lora2serve.training.finetune import train
 from tests.support.tiny import make_model
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"

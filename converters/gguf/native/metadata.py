@@ -13,7 +13,7 @@ from typing import Any
 from converters.gguf.native import vocab
 from converters.gguf.native.architectures import Architecture, head_dim
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 
 Config = Mapping[str, Any]
 Sizes = tuple[int, int, int, int]  # parameters: all, outside the experts, of one expert; number of experts

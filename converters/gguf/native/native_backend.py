@@ -11,7 +11,7 @@ from converters.gguf.native import architectures, metadata, native_layout, vocab
 from converters.gguf.native.metadata import Sizes
 from converters.gguf.presets import PRESETS, Planned
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:

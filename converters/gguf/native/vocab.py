@@ -19,7 +19,7 @@ from typing import Any
 from converters.gguf.native.architectures import Architecture
 from converters.gguf.native.pretokenizer import pre_tokenizer
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 
 
 class TokenType(IntEnum):

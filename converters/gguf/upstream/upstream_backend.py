@@ -20,7 +20,7 @@ from converters.gguf.native.native_layout import Place, rows_of, together
 from converters.gguf.presets import PLAIN, PRESETS, Planned
 from converters.gguf.upstream.converter_process import ConverterProcess
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import FLOATS, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.vllm.compressed.library import library, refuse_missing
 from lora2serve.errors import ExportError
-from lora2serve.export.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import FLOATS, TensorSpec
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ ZERO = "weight_zero_point"
 
 
 class CompressedReader:
-    """See ``lora2serve.export.sinks.Reader``."""
+    """See ``lora2serve.exporting.sinks.Reader``."""
 
     def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
         from safetensors import safe_open

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from lora2serve.export import bundle
+from lora2serve.exporting import bundle
 from lora2serve.serving.deploy.k8s import stored
 from lora2serve.serving.deploy.server_spec import ServerSpec
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora2serve.errors import UsageError
-from lora2serve.export import bundle
+from lora2serve.exporting import bundle
 from lora2serve.serving.deploy.k8s import stored
 from lora2serve.serving.deploy.server_spec import MODELS, ServerSpec
 

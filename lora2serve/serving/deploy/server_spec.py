@@ -11,7 +11,7 @@ from typing import Any
 
 from lora2serve.adapters.lint import next_rank
 from lora2serve.errors import UsageError
-from lora2serve.export import bundle
+from lora2serve.exporting import bundle
 from lora2serve.serving import server
 
 MODELS = "/models"  # where the files lie in a container, as in the store: base/ and adapters/<name>/

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from lora2serve.errors import EngineError, UsageError
-from lora2serve.export import sinks
+from lora2serve.exporting import sinks
 from lora2serve.progress import Progress
 from lora2serve.serving.ollama.ollama_client import Client
 

@@ -1,0 +1,142 @@
+"""Several adapters of one base in one directory, for one vLLM server.
+
+DIR/adapters/<name>/   an adapter export, with its own manifest; the folder is also what vLLM's filesystem
+                       resolver reads: it asks for base_model_name_or_path to be the server's ``--model``
+    serve.yaml         for ``vllm serve --config serve.yaml``, started in DIR
+    lora2serve.json    the manifest of the whole
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lora2serve.adapters.lint import next_rank
+from lora2serve.artifacts import manifest, staging
+from lora2serve.errors import ExportError, Lora2ServeError, UsageError
+from lora2serve.exporting import sinks, stream
+from lora2serve.exporting.sinks import ExportModel
+from lora2serve.progress import Progress
+
+TARGET = "bundle"
+ADAPTERS = "adapters"
+CONFIG = "serve.yaml"
+BASE = "base"  # what a server calls the base in requests
+
+
+def export(
+    models: Sequence[ExportModel], options: Any, out: Path, progress: Progress, *, overwrite: bool = False
+) -> Path:
+    """Write every adapter and the server's configuration into ``out``; all of it, or nothing.
+
+    ``options`` are those of the adapter target. UsageError for names or bases that do not go together, ExportError
+    with every adapter's refusal before the first byte.
+    """
+    dry_run(models, options, out)
+    options = _for_one_base(models, options)
+    with staging.opened(out, overwrite=overwrite) as made:
+        for model in models:
+            stream.export(model, [_plan(model, options, made.path)], progress)
+        abouts = [manifest.read(made.path / ADAPTERS / model.name) for model in models]
+        rank = next_rank(max(int(about["rank"]) for about in abouts))
+        made.text(CONFIG, serve_yaml(options.served_base, models, rank))
+        return made.publish(
+            {
+                "target": TARGET,
+                "quant": None,
+                "name": "+".join(model.name for model in models),
+                "bundle": [model.name for model in models],
+                "base": models[0].lineage["base"],
+                "served_base": options.served_base,
+                "rank": rank,
+                "use": f"cd {shlex.quote(str(made.target))} && vllm serve --config {CONFIG}",
+                "versions": manifest.versions(),
+            }
+        )
+
+
+def dry_run(models: Sequence[ExportModel], options: Any, out: Path) -> dict[str, Any]:
+    """``stream.rehearse`` for all adapters together; raises every refusal, and writes nothing."""
+    _refuse_names([model.name for model in models])
+    refuse_other_bases({model.name: model.lineage["base"] for model in models})
+    options = _for_one_base(models, options)
+    plans, refusals = [], []
+    for model in models:
+        try:
+            plans.append(stream.dry_run(model, [_plan(model, options, out)]))
+        except Lora2ServeError as error:
+            refusals.append(_named(error, model.name))
+    if refusals:
+        raise ExportError("\n".join(error.message for error in refusals), refusals[0].hint)
+    return {
+        "tensors": max(plan["tensors"] for plan in plans),
+        "changed": max(plan["changed"] for plan in plans),
+        "outputs": {name: sizes for plan in plans for name, sizes in plan["outputs"].items()},
+        "disk": sum(plan["disk"] for plan in plans),
+        "free": plans[0]["free"],
+        "memory": max(plan["memory"] for plan in plans),
+    }
+
+
+def serve_yaml(model: str, models: Sequence[ExportModel], rank: int | None) -> str:
+    """Arguments for ``vllm serve --config serve.yaml``. Paths are relative, so that DIR can be moved."""
+    modules = [json.dumps({"name": one.name, "path": f"{ADAPTERS}/{one.name}"}) for one in models]
+    revision = models[0].lineage["base"].get("revision")
+    lines = [
+        f"# in this directory: vllm serve --config {CONFIG}",
+        f"model: {json.dumps(model)}",
+        *([f"revision: {json.dumps(revision)}"] if revision and not Path(model).is_dir() else []),
+        f"served-model-name: {BASE}",
+        "enable-lora: true",
+        f"max-lora-rank: {rank}",
+        f"max-loras: {len(models)}",
+        "lora-modules:",
+        *(f"  - '{module.replace(chr(39), chr(39) * 2)}'" for module in modules),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def members(path: Path, about: Mapping[str, Any]) -> dict[str, Path]:
+    """The adapter exports in a bundle by name."""
+    return {str(name): path / ADAPTERS / str(name) for name in about["bundle"]}
+
+
+def refuse_other_bases(bases: Mapping[str, Mapping[str, Any]]) -> None:
+    """UsageError where the adapters of the records ``bases``, by name, were trained on more than one base."""
+    for (one, first), (other, second) in combinations(bases.items(), 2):
+        hashes = first.get("files") and second.get("files")  # not on record for adapters without a run
+        if first.get("fingerprint") != second.get("fingerprint") or (hashes and first["files"] != second["files"]):
+            raise UsageError(
+                f"adapters of different bases: {one} of {first.get('id')}, {other} of {second.get('id')}",
+                "one server holds adapters of one base; merged exports (--target vllm) need a server each",
+            )
+
+
+def _refuse_names(names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(f"several adapters are called {twice[0]}", "the run or directory gives the name: rename one")
+    if BASE in names:
+        raise UsageError(f"an adapter is called {BASE}, as the base is on the server", "rename the run or directory")
+
+
+def _for_one_base(models: Sequence[ExportModel], options: Any) -> Any:
+    """The same name of the base in every adapter: as asked, or its id; an absolute path where that is a directory."""
+    base = models[0].base
+    return replace(
+        options, served_base=options.served_base or (str(Path(base).resolve()) if Path(base).is_dir() else base)
+    )
+
+
+def _plan(model: ExportModel, options: Any, out: Path) -> stream.Plan:
+    return stream.Plan("adapter", sinks.find("adapter"), options, out / ADAPTERS / model.name)
+
+
+def _named(error: Lora2ServeError, name: str) -> Lora2ServeError:
+    return type(error)("\n".join(f"{name}: {line}" for line in error.message.splitlines()), error.hint)

@@ -1,0 +1,148 @@
+"""From what the user names (a run, an adapter, a model) to the model that the sinks plan from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
+from lora2serve.artifacts.run import Run
+from lora2serve.errors import MergeError, UsageError
+from lora2serve.exporting.sinks import ExportModel
+from lora2serve.merge.merged import Merged
+from lora2serve.progress import Progress
+from lora2serve.system.hub_snapshot import hub_snapshot, short_name
+from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
+from lora2serve.weights.checkpoint import Checkpoint, content_hash, identity, model_dtype
+from lora2serve.weights.dequantize import Dequantized
+from lora2serve.weights.side_files import side_files
+from lora2serve.weights.tensors import DType, Source
+
+MergeBase = Literal["auto", "trained", "original"]
+DTYPES: dict[str, DType] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to open: which base to fold onto, in which type, and what to let pass."""
+
+    merge_base: MergeBase = "auto"
+    dtype: str | None = None  # a key of DTYPES; None keeps the base's
+    allow_base_mismatch: bool = False
+    name: str | None = None
+
+
+def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> ExportModel:
+    """The model of a finished run; ``base`` is a local directory."""
+    record = run.record
+    checkpoint = Checkpoint(base)
+    mismatch = compare_base(record.get("base") or {}, base, checkpoint)
+    if mismatch and not choice.allow_base_mismatch:
+        raise MergeError(
+            f"{base}: not the base of this run: {mismatch}", "--base names another; --allow-base-mismatch folds anyway"
+        )
+    merge_base, why = decide_merge_base(record, choice.merge_base)
+    progress.note(f"folding onto the {merge_base} base: {why}")
+    source: Source = Dequantized(checkpoint)
+    if merge_base == "trained" and record.get("quantization") and not checkpoint.config.get("quantization_config"):
+        source = FakeQuantized(source, Quantization.of(record))
+    lineage = {
+        "run": run.name,
+        "base": record.get("base") or identity(base),
+        "merge_base": merge_base,
+        **({"base_mismatch": mismatch} if mismatch else {}),
+    }
+    return _model(source, checkpoint, [open_adapter(run.adapter)], choice, choice.name or run.name, lineage)
+
+
+def open_adapters(adapters: Sequence[Path], base: Path, base_name: str, choice: OpenOptions) -> ExportModel:
+    """Adapter directories without a run, folded one after another onto ``base``."""
+    if choice.merge_base == "trained":
+        raise UsageError(
+            "--merge-base trained: only a run of lora2serve knows which modules were quantised",
+            "use --merge-base original",
+        )
+    checkpoint = Checkpoint(base)
+    opened = [open_adapter(path) for path in adapters]
+    name = choice.name or short_name(adapters[0])
+    lineage = {"base": identity(base, base_name, content=False), "merge_base": "original"}
+    return _model(Dequantized(checkpoint), checkpoint, opened, choice, name, lineage)
+
+
+def open_plain(base: Path, base_name: str, choice: OpenOptions) -> ExportModel:
+    """A model with nothing to fold."""
+    checkpoint = Checkpoint(base)
+    lineage = {"base": identity(base, base_name, content=False), "merge_base": "original"}
+    return _model(Dequantized(checkpoint), checkpoint, [], choice, choice.name or short_name(base), lineage)
+
+
+def decide_merge_base(record: Mapping[str, Any], wanted: MergeBase) -> tuple[Literal["trained", "original"], str]:
+    """Which base to fold onto, and why in words; ``auto`` takes whichever had the lower eval loss at training."""
+    if not record.get("quantization"):
+        return "original", "it was trained without quantisation"
+    if wanted != "auto":
+        return wanted, "as asked"
+    metrics = record.get("metrics") or {}
+    trained, original = metrics.get("tuned"), metrics.get("tuned_on_original")
+    if not trained or not original:
+        return "original", "the adapter's eval loss there was not measured at training"
+    losses = f"eval loss {original['eval_loss']:.4f} on the original, {trained['eval_loss']:.4f} on the trained"
+    return ("original" if original["eval_loss"] <= trained["eval_loss"] else "trained"), losses
+
+
+def compare_base(record: Mapping[str, Any], base: Path, checkpoint: Checkpoint) -> str:
+    """In what ``base`` differs from the one on record, in words; empty where nothing does.
+
+    Names and shapes first; then contents, unless size and time of every file are still those on record.
+    """
+    if not record:
+        return ""
+    expected = record["fingerprint"]["tensors"]
+    if identity(base, content=False)["fingerprint"]["tensors"] != expected:
+        return "other tensor names or shapes"
+    for name, sha256 in (record.get("files") or {}).items():
+        path = base / name
+        if not path.is_file():
+            return f"no file {name}"
+        stat = path.stat()
+        if [stat.st_size, stat.st_mtime_ns] != (record.get("stat") or {}).get(name) and content_hash(path) != sha256:
+            return f"other content in {name}"
+    return ""
+
+
+def _model(
+    source: Source,
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    choice: OpenOptions,
+    name: str,
+    lineage: Mapping[str, Any],
+) -> ExportModel:
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    dtype = DTYPES[choice.dtype] if choice.dtype else None
+    if dtype is None and model_dtype(config) is None:
+        config["dtype"] = {"BF16": "bfloat16", "F16": "float16"}.get(source.specs()[0].dtype, "float32")
+    merged = Merged(source, adapters, config, dtype)
+    adapter = adapters[0].path if adapters else None
+    folded = [_folded(adapter.path) for adapter in adapters]
+    return ExportModel(
+        source=merged,
+        config=merged.config,
+        files=side_files(checkpoint.path, adapter),
+        name=name,
+        base=str(lineage["base"].get("id") or checkpoint.path),
+        adapter=adapter,
+        lineage={**lineage, "adapter": folded[0] if folded else None, "adapters": folded},
+    )
+
+
+def _folded(adapter: Path) -> dict[str, Any]:
+    """What the manifest says of an adapter: where it lay, the repository and commit if the Hub's, and its hashes."""
+    pulled = hub_snapshot(adapter)
+    return {
+        "path": str(adapter.resolve()),
+        **({"id": pulled.id, "revision": pulled.commit} if pulled else {}),
+        "sha256": {name: content_hash(adapter / name) for name in (CONFIG, WEIGHTS)},
+    }

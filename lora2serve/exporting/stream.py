@@ -1,0 +1,202 @@
+"""The loop: open every sink, read each block once, hand it to each sink that wants it, publish by rename."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+from lora2serve.artifacts import manifest, staging
+from lora2serve.artifacts.staging import DryRunDir, StagedDir
+from lora2serve.errors import ExportError, Lora2ServeError
+from lora2serve.exporting.sinks import Exporter, ExportModel, Sink
+from lora2serve.merge.merged import Merged
+from lora2serve.progress import Progress
+from lora2serve.system.hardware import cores
+from lora2serve.weights.tensors import TensorSpec, row_blocks
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+BYTES_IN_FLIGHT = 20  # per element of a block: as stored, before and after the fold, the delta, as written
+AROUND = 32 << 20  # bytes for headers, handles and what is imported late: measured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One output to write."""
+
+    target: str
+    exporter: Exporter
+    options: Any
+    out: Path
+
+    @property
+    def quant(self) -> str | None:
+        """The --quant of this output, if its format has them."""
+        return getattr(self.options, "quant", None)
+
+
+def export(
+    model: ExportModel,
+    plans: Sequence[Plan],
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+) -> list[Path]:
+    """Write every planned output in one pass over the model; all of them, or none.
+
+    ``threads`` workers fold independent blocks, so memory is ``threads`` blocks whatever the model's size.
+    """
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(staging.opened(plan.out, overwrite=overwrite)) for plan in plans]
+        sinks = _open_sinks(model, plans, outputs, stack)
+        try:
+            _stream(model, sinks, progress, threads_for(threads))
+            if isinstance(model.source, Merged):
+                for warning in model.source.survival.check():
+                    progress.warn(warning)
+            for plan, sink, out in zip(plans, sinks, outputs, strict=True):
+                out.seal(_about(model, plan, sink.finish()))
+        except OSError as error:
+            raise ExportError(
+                f"{error.filename or plans[0].out}: {error.strerror}",
+                "nothing was left behind; free the disk and run again",
+            ) from error
+        return [out.swap() for out in outputs]
+
+
+def threads_for(asked: int | None) -> int:
+    """Workers: as asked, or one per core up to eight, where the disk is the limit."""
+    return asked or min(8, cores())
+
+
+def _open_sinks(
+    model: ExportModel, plans: Sequence[Plan], outputs: Sequence[StagedDir], stack: ExitStack
+) -> list[Sink]:
+    """Every sink, or every reason why not."""
+    sinks: list[Sink] = []
+    refusals: list[Lora2ServeError] = []
+    for plan, out in zip(plans, outputs, strict=True):
+        try:
+            sink = plan.exporter(model, out, plan.options)
+        except Lora2ServeError as error:
+            refusals.append(error)
+            continue
+        except OSError as error:
+            refusals.append(
+                ExportError(f"{plan.out}: {error.strerror}", "free the disk, or name another place with -o")
+            )
+            continue
+        stack.callback(sink.close)
+        sinks.append(sink)
+    if refusals:
+        message = "\n".join(f"{refusal.message}" for refusal in refusals)
+        raise ExportError(message, next((refusal.hint for refusal in refusals if refusal.hint), ""))
+    return sinks
+
+
+def _stream(model: ExportModel, sinks: Sequence[Sink], progress: Progress, threads: int) -> None:
+    import torch
+
+    _keep_freed_memory()
+    specs = [spec for spec in model.source.specs() if any(spec.name in sink.wanted for sink in sinks)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pool is the parallelism: BLAS threads inside it would fight over the same cores
+    try:
+        with progress.track("export", sum(spec.numel for spec in specs)) as advance:
+
+            def fold(spec: TensorSpec, rows: slice) -> None:
+                block = model.source.read(spec.name, rows)
+                for sink in sinks:
+                    if spec.name in sink.wanted:
+                        sink.write(spec, rows, block)
+                advance(max(1, (rows.stop - rows.start) * spec.row_numel))
+
+            _run(((spec, rows) for spec in specs for rows in _blocks(spec, sinks)), fold, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc hand the memory of one block to the next: fresh pages for each would cost more than the fold.
+
+    From one heap for all threads: with one each, every heap would keep what its own largest moment took.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc; others keep their ways
+        libc.malloc_trim(0)  # what planning has left
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _run(jobs: Iterator[tuple[TensorSpec, slice]], work: Callable[[TensorSpec, slice], None], threads: int) -> None:
+    """Do the jobs in order, each by the next free thread; the first error, or Ctrl-C, ends it."""
+    lock, stop = Lock(), Event()
+
+    def worker() -> None:
+        while not stop.is_set():
+            with lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            work(*job)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="fold") as pool:
+        try:
+            running = [pool.submit(worker) for _ in range(threads)]
+            for done in as_completed(running):
+                done.result()
+        finally:
+            stop.set()
+
+
+def _blocks(spec: TensorSpec, sinks: Sequence[Sink]) -> Iterator[slice]:
+    """Row blocks of one tensor, each as large as the most demanding sink needs and no larger than it must be."""
+    return row_blocks(spec, lcm(*(max(1, sink.wanted[spec.name]) for sink in sinks if spec.name in sink.wanted)))
+
+
+def _about(model: ExportModel, plan: Plan, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest, apart from the files."""
+    survival = model.source.survival.shares() if isinstance(model.source, Merged) else {}
+    return {
+        "target": plan.target,
+        "quant": plan.quant,
+        "name": model.name,
+        **model.lineage,
+        **said,
+        "survival": {name: round(share, 6) for name, share in survival.items()},
+        "versions": manifest.versions(),
+    }
+
+
+def dry_run(model: ExportModel, plans: Sequence[Plan]) -> dict[str, Any]:
+    """What ``export`` would write: sizes per output, disk and memory; raises every refusal, reads no weight."""
+    with ExitStack() as stack:
+        outputs = [DryRunDir(plan.out) for plan in plans]
+        for out in outputs:
+            stack.callback(out.discard)
+        sinks = _open_sinks(model, plans, outputs, stack)
+        specs = [spec for spec in model.source.specs() if any(spec.name in sink.wanted for sink in sinks)]
+        largest = max(
+            (min(b.stop - b.start for b in [next(_blocks(s, sinks))]) * s.row_numel for s in specs if s.rows), default=0
+        )
+        place = next(parent for parent in [*plans[0].out.absolute().parents] if parent.exists())
+        return {
+            "tensors": len(model.source.specs()),
+            "changed": len(model.source.changed()) if isinstance(model.source, Merged) else 0,
+            "outputs": {
+                str(plan.out): {"files": len(out.sizes), "bytes": sum(out.sizes.values())}
+                for plan, out in zip(plans, outputs, strict=True)
+            },
+            "disk": sum(sum(out.sizes.values()) for out in outputs),
+            "free": shutil.disk_usage(place).free,
+            "memory": threads_for(None) * largest * BYTES_IN_FLIGHT + len(outputs) * staging.KEPT + AROUND,
+        }

@@ -1,0 +1,259 @@
+"""Compare every export with the trained model, each in its real engine."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora2serve.artifacts import manifest
+from lora2serve.errors import EngineError, UsageError
+from lora2serve.parity_check import gates, thresholds, worker
+from lora2serve.parity_check.comparisons import Comparison
+from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
+from lora2serve.parity_check.gates import Behavior, Gate, Metric
+from lora2serve.parity_check.references import References
+from lora2serve.parity_check.report.parity_report import Answer, ComparisonResult, ParityReport, PromptFigures
+from lora2serve.parity_check.trained_model import ReferenceName, TrainedModel
+from lora2serve.progress import Progress
+
+
+def check(origin: TrainedModel, subjects: Sequence[Comparison], *, progress: Progress, ask: str = "") -> ParityReport:
+    """The report on all subjects, which ``subjects.py`` makes; ``ask`` is a prompt that all of them answer beside.
+
+    A missing or dying engine is a row; only what cannot be begun raises.
+    """
+    if not subjects:
+        raise UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
+    for subject in subjects:  # a name that does not exist is said before the work
+        thresholds.lookup(thresholds.kind_of(subject.about), origin.settings.thresholds)
+    origin.home.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".work-", dir=origin.home))
+    logs = work / "logs"
+    logs.mkdir()
+    try:
+        references = References(origin, work, logs, progress, ask)
+        try:
+            bench = Comparator(origin, references, work, progress, ask)
+            try:
+                rows = tuple(bench.examine(subject) for subject in subjects)
+            finally:
+                bench.close()
+            asked = _asked(references, rows, ask)
+        finally:
+            references.close()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for subject, row in zip(subjects, rows, strict=True):
+        if subject.path:
+            _record(subject.path, row)
+    return ParityReport(origin.name, references.about(), references.versions, rows, manifest.versions(), asked)
+
+
+def _asked(references: References, rows: Sequence[ComparisonResult], ask: str) -> dict[str, Any]:
+    """The user's own question and who answers what."""
+    if not ask:
+        return {}
+    words = references.words(list(references.said.values()))
+    said = dict(zip(references.said, (one.strip() for one in words), strict=True))
+    return {"prompt": ask, "answers": said | {f"{row.export} in {row.engine}": row.said for row in rows if row.version}}
+
+
+WORST = 20  # tensors in the report
+WORST_TEXTS = 6  # shown token by token
+
+
+class Comparator:
+    """What compares subjects with the references. Memory of this process: figures only."""
+
+    def __init__(
+        self, origin: TrainedModel, references: References, work: Path, progress: Progress, ask: str = ""
+    ) -> None:
+        self.origin, self.references, self.work, self.progress, self.ask = origin, references, work, progress, ask
+        self.settings, self.data = origin.settings, references.data
+        self._compared: dict[Path, Any] = {}
+        self._comparer: EngineProcess | None = None
+
+    def close(self) -> None:
+        """End the child that reads exports back."""
+        if self._comparer:
+            self._comparer.close()
+
+    def _child(self, engine: str, options: Any, log: str) -> EngineProcess:
+        return EngineProcess(engine, options, self.work / "logs" / f"{log}.log", self.settings.limit)
+
+    def examine(self, subject: Comparison) -> ComparisonResult:
+        """All gates of one subject; what goes wrong becomes its verdict."""
+        started = time.monotonic()
+        kind = thresholds.kind_of(subject.about)
+        required = subject.engine in self.settings.require
+        row = ComparisonResult(
+            subject.name, subject.target, kind, subject.engine, "", subject.reference, (), required=required
+        )
+        passed: list[Gate] = []
+        log = f"{subject.name}-{subject.engine}".replace("/", "_")
+        try:
+            with self._child(subject.engine, self._options(subject), log) as child:
+                row = self._through_gates(row, subject, child, passed)
+        except EngineMissing as error:
+            row = replace(row, gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)))
+        except EngineError as error:
+            name = gates.NAMES[min(len(passed), 2)] if subject.path or not passed else "behaviour"
+            row = replace(row, gates=(*passed, Gate(name, "failed", (), error.message, error.hint)))
+        row = replace(row, seconds=round(time.monotonic() - started, 1))
+        self.progress.note(f"{row.export} in {row.engine}: {row.status} ({row.seconds:.0f} s)")
+        return row
+
+    def _options(self, subject: Comparison) -> dict[str, Any]:
+        """What makes the engine: with room for the longest text, and the base as GGUF where an adapter needs it."""
+        options = dict(subject.options)
+        if "window" in options:
+            options["window"] = self.data.longest(self.settings.new_tokens)
+        if subject.target == "gguf-adapter":
+            options["model"] = str(self._base_gguf())
+        return options
+
+    def _base_gguf(self) -> Path:
+        """The served base as GGUF, in its own type, so that nothing but the adapter is in question."""
+        folder = self.work / "base"
+        if not folder.is_dir():
+            kind = {"float16": "F16", "float32": "F32"}.get(_dtype(self.origin.base), "BF16")
+            command = [sys.executable, "-m", "lora2serve", "export", str(self.origin.base), "-t", "gguf", "-q", kind]
+            done = subprocess.run([*command, "-o", str(folder)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = " ".join(done.stderr.split())[-300:]
+                raise EngineError(f"llama.cpp: the base cannot be written as GGUF: {said}")
+        return next(folder.rglob("*.gguf"))
+
+    def _through_gates(
+        self, row: ComparisonResult, subject: Comparison, child: EngineProcess, passed: list[Gate]
+    ) -> ComparisonResult:
+        label = f"{row.export} in {row.engine}: loading, prompts"
+        with self.progress.track(label, len(self.data.conversations)) as advance:
+            said = child.call("tokens", advance, data=str(self.references.path))
+        row = replace(row, version=said["version"], said=self._answer(child) if self.ask else "")
+        passed.append(gates.tokens(self.data, said))
+        if passed[-1].status == "met" and subject.path:
+            gate, worst = self._tensors(subject.path, row.kind)
+            passed.append(gate)
+            row = replace(row, tensors=worst)
+        if passed[-1].status not in ("met", "skipped"):
+            return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in gates.NAMES[len(passed) :])))
+        return self._behaviour(row, child, passed)
+
+    def _answer(self, child: EngineProcess) -> str:
+        ids = child.call("answer", prompt=self.ask, new_tokens=self.settings.new_tokens)
+        return self.references.words([ids])[0].strip()
+
+    def _tensors(self, export: Path, kind: str) -> tuple[Gate, tuple[dict[str, Any], ...]]:
+        """The tensor gate, once for each export, and its worst tensors."""
+        if export not in self._compared:
+            if self._comparer is None:
+                self._comparer = self._child("tensors", {"origin": self.origin.json()}, "tensors")
+            try:
+                self._compared[export] = self._comparer.call("compare", export=str(export))
+            except EngineError:  # it ended with its child; the next export gets another
+                self._comparer = None
+                raise
+        found = self._compared[export]
+        if found is None:
+            return Gate("tensors", "skipped"), ()
+        gate = gates.tensors(found, thresholds.lookup(kind, self.settings.thresholds))
+        return gate, tuple(found["tensors"][:WORST])
+
+    def _behaviour(self, row: ComparisonResult, child: EngineProcess, passed: list[Gate]) -> ComparisonResult:
+        known, scored = self.references, self.work / "scored.npz"
+        place = {name: str(path) for name, path in known.files.items()}
+        with self.progress.track(f"{row.export} in {row.engine}", self.data.positions, "tokens") as advance:
+            child.call("score", advance, data=str(known.path), references=place, out=str(scored))
+        answers = child.call("generate", data=str(known.path), new_tokens=self.settings.new_tokens)
+        measured: dict[str, Behavior] = {
+            name: Behavior(
+                positions, known.base[name], known.sequences, known.task,
+                gates.greedy(known.greedy[name], answers, self.data.stop),
+            )
+            for name, positions in worker.load_positions(scored).items()
+        }  # fmt: skip
+        main = measured[row.reference]
+        bounds = thresholds.lookup(row.kind, self.settings.thresholds)
+        gate = gates.behaviour(main, main.measure(), bounds, self._name_of)
+        beside = {name: _shown(other) for name, other in measured.items() if name != row.reference}
+        return replace(
+            row,
+            gates=(*passed, gate),
+            beside=beside,
+            parts=self._parts(main),
+            prompts=self._prompts(main),
+            answers=self._answers(row.reference, main, answers),
+        )
+
+    def _name_of(self, position: int) -> str:
+        number = int(self.references.sequences[position])
+        inside = position - int(np.flatnonzero(self.references.sequences == number)[0])
+        text = self.data.sequences[number]
+        token = self.references.words([text.ids[inside + 1 : inside + 2]])[0]
+        return f"{text.part} text {number} ({text.text[:40]!r}), position {inside + 1}, next token {token!r}"
+
+    def _parts(self, measured: Behavior) -> dict[str, tuple[Metric, ...]]:
+        found = {}
+        for part, where in (("task", measured.task), ("general", ~measured.task)):
+            if where.any():
+                one = replace(
+                    measured, positions=measured.positions.take(where),
+                    base=measured.base.take(where) if measured.base else None,
+                    sequences=measured.sequences[where], task=np.ones(int(where.sum()), dtype=bool), greedy=None,
+                )  # fmt: skip
+                found[part] = _shown(one)
+        return found
+
+    def _prompts(self, measured: Behavior) -> tuple[PromptFigures, ...]:
+        """The KL of every text by position; the worst texts also token by token."""
+        lengths = [len(text.ids) - 1 for text in self.data.sequences]
+        parts = np.split(measured.positions.kl, np.cumsum(lengths)[:-1])
+        worst = set(sorted(range(len(parts)), key=lambda number: -parts[number].max())[:WORST_TEXTS])
+        words = {n: self.references.words([[token] for token in self.data.sequences[n].ids]) for n in worst}
+        return tuple(
+            PromptFigures(text.part, text.text[:200], tuple(kl.tolist()), tuple(words.get(number, ())))
+            for number, (text, kl) in enumerate(zip(self.data.sequences, parts, strict=True))
+        )
+
+    def _answers(
+        self, reference: ReferenceName, measured: Behavior, answers: Sequence[Sequence[int]]
+    ) -> tuple[Answer, ...]:
+        assert measured.greedy is not None
+        expected = self.references.words([tokens for tokens, _ in self.references.greedy[reference]])
+        got = self.references.words(answers)
+        asked = [prompt.messages[-1]["content"] if prompt.messages else prompt.text for prompt in self.data.prompts]
+        return tuple(Answer(*four) for four in zip(asked, expected, got, measured.greedy.parts, strict=True))
+
+
+def _dtype(base: Path) -> str:
+    from lora2serve.weights.checkpoint import read_config
+
+    config = read_config(base)
+    return str(config.get("dtype") or config.get("torch_dtype"))
+
+
+def _shown(measured: Behavior) -> tuple[Metric, ...]:
+    return tuple(Metric(name, figure.value, figure.low, figure.high) for name, figure in measured.measure().items())
+
+
+KEPT = ("mean_kl", "p999_kl", "top1", "equal_answers", "retention")
+
+
+def _record(path: Path, row: ComparisonResult) -> None:
+    """Into the export's manifest: whether it is met, and the figures in each engine that was asked."""
+    figures = {name: found.value for name in KEPT if (found := row.check(name))}
+    said = {"status": row.status, "reference": row.reference, "version": row.version, **figures}
+    before = (manifest.read(path).get("parity") or {}).get("engines") or {}
+    engines = {**before, row.engine: said}
+    statuses = {str(one["status"]) for one in engines.values()} - {"missing"}
+    manifest.update(path, parity={"met": statuses == {"met"}, "engines": engines})

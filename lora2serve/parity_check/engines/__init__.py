@@ -1,0 +1,90 @@
+"""One small protocol for every engine; one file each. All of them run in a child process (see worker.py).
+
+An engine is made by its options, all of them JSON. What an engine cannot show, it answers with None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = Sequence[int]
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an engine says of one sequence of n tokens: for each of its n - 1 predicted positions ...
+
+    ``values``: ... (n-1, V) float32 logits or log-probabilities of all tokens, or with ``ids`` (n-1, k) int64 those of
+    the k most likely, log-probabilities then, -1 in ``ids`` where there are fewer (a whole row: nothing is known there,
+    and the position is left out); ``target`` is then the (n-1,) log-probability of the true next token, NaN where
+    unknown.
+    """
+
+    values: NDArray[np.float32]
+    ids: NDArray[np.int64] | None = None
+    target: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of_likeliest(cls, found: Sequence[Mapping[int, float]], ids: Ids) -> Scores:
+        """From the likeliest tokens of each position, token -> log-probability; an empty one: nothing is known."""
+        width = max([1, *(len(one) for one in found)])
+        names = np.full((len(found), width), -1, dtype=np.int64)
+        values = np.full((len(found), width), np.nan, dtype=np.float32)
+        target = np.full(len(found), np.nan, dtype=np.float32)
+        for row, one in enumerate(found):
+            names[row, : len(one)], values[row, : len(one)] = list(one), list(one.values())
+            target[row] = one.get(ids[row + 1], np.nan)
+        return cls(values, names, target)
+
+
+class Engine(Protocol):
+    """An engine with one model in it."""
+
+    version: str  # name and version of the engine, and the type it computes in
+
+    def render(self, messages: Messages) -> str | None:
+        """The prompt as the engine's own template makes it, with the opening of the answer."""
+        ...
+
+    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+        """The ids the engine feeds for that conversation, or for ``text`` where ``messages`` is empty."""
+        ...
+
+    def stop_ids(self) -> list[int] | None:
+        """The ids at which the engine ends an answer by itself."""
+        ...
+
+    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+        """Teacher-forced, one sequence at a time: memory is one sequence x V float32."""
+        ...
+
+    def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
+        """Greedy continuations, without the stop token."""
+        ...
+
+
+ENGINES = {
+    "peft": "lora2serve.parity_check.engines.peft_engine:Peft",
+    "transformers": "lora2serve.parity_check.engines.transformers_engine:Transformers",
+    "vllm": "lora2serve.parity_check.engines.vllm_engine:Vllm",
+    "llama.cpp": "lora2serve.parity_check.engines.llama_cpp_engine:LlamaCpp",
+    "vllm-server": "lora2serve.parity_check.engines.vllm_server_engine:VllmServer",
+    "openai": "lora2serve.parity_check.engines.openai_engine:OpenAI",
+    "ollama": "lora2serve.parity_check.engines.ollama_engine:Ollama",
+    "tensors": "lora2serve.parity_check.tensor_gate:Tensors",  # no engines, but run like them
+    "tokenizer": "lora2serve.parity_check.engines.tokenizer_engine:Words",
+}
+
+
+def make(name: str, options: Mapping[str, Any]) -> Engine:
+    """The engine of that name, loaded. ImportError where it is not installed."""
+    module, _, attribute = ENGINES[name].partition(":")
+    engine: Engine = getattr(import_module(module), attribute)(**options)
+    return engine

@@ -1,0 +1,180 @@
+"""A running Ollama, by its REST API: the export is created there under a name of its own, asked, and removed.
+
+Ollama takes text and gives text. So a position is scored by sending its prefix as text, where that text gives the same
+ids again, and tokens come back by what they print; positions of which nothing is known are left out of the figures.
+The 20 likeliest tokens bound the KL from below (see ``metrics.compare_top``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora2serve.artifacts import manifest
+from lora2serve.errors import EngineError
+from lora2serve.parity_check.engine_process import EngineMissing
+from lora2serve.parity_check.engines import Ids, Messages, Scores
+from lora2serve.progress import Silent
+from lora2serve.serving import ollama
+
+TOP = 20  # the most that Ollama shows
+LEAST = 0.5  # share of positions that must be known
+GREEDY = {"temperature": 0, "seed": 0, "repeat_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0, "stop": []}
+
+
+class Ollama:
+    """``export`` is an Ollama export's directory, ``tokenizer`` the trained one's; the server is OLLAMA_HOST's."""
+
+    def __init__(self, export: str, tokenizer: str, window: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.client = ollama.Client()
+        try:
+            found = self.client.version()
+        except ollama.NoServer as error:
+            raise EngineMissing(f"not running: {error.message}", error.hint) from None
+        self.version = f"ollama {found}"
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.model = f"lora2serve-parity-{_mark(Path(export))}"
+        self._options = {**GREEDY, "num_ctx": window}
+        ollama.create(self.client, Path(export), self.model, Silent())
+
+    def close(self) -> None:
+        """Remove the model; its blobs go with it where nothing else holds them."""
+        with suppress(EngineError):
+            self.client.delete(self.model)
+
+    def render(self, messages: Messages) -> str | None:
+        """What the model is fed: the server's prompt, and the BOS that llama.cpp puts before it."""
+        text = self.client.render(self.model, messages)
+        bos = str(self.tokenizer.bos_token or "")
+        return bos + text if self._adds_bos and not text.startswith(bos) else text
+
+    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+        """The ids of that prompt, as many as the server counts; None where it counts only what is not in its cache."""
+        once = {**self._options, "num_predict": 1}
+        if messages:
+            text = self.client.render(self.model, messages)
+            count = self.client.chat(self.model, messages, options=once).get("prompt_eval_count")
+        else:
+            count = self.client.generate(self.model, text, options=once).get("prompt_eval_count")
+        ids, bos = self._ids(text), self.tokenizer.bos_token_id
+        more = int(count or 0) - len(ids)
+        if more == 0:
+            return ids
+        if more == 1 and bos is not None:
+            return [bos, *ids]
+        if more == -1 and ids[:1] == [bos]:
+            return ids[1:]
+        if more < 0:
+            return None
+        raise EngineError(f"Ollama feeds {count} tokens where the trained tokenizer has {len(ids)}: {text[:60]!r}")
+
+    def stop_ids(self) -> list[int] | None:
+        """The end tokens of the GGUF and the stop words that are tokens."""
+        said = self.client.show(self.model)
+        info = said.get("model_info") or {}
+        ids = {info.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+        for word in re.findall(r'^stop\s+(".*")\s*$', str(said.get("parameters", "")), re.M):
+            with suppress(ValueError):
+                ids.add(self.tokenizer.convert_tokens_to_ids(json.loads(word)))
+        return sorted(int(number) for number in ids if number is not None)
+
+    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+        asked = known = 0
+        for ids in sequences:
+            found = [self._next(list(ids[:end])) for end in range(1, len(ids))]
+            asked, known = asked + len(found), known + sum(map(bool, found))
+            yield Scores.of_likeliest(found, ids)
+        if known < LEAST * asked:
+            raise EngineError(f"Ollama says something of {known} of {asked} positions only")
+
+    def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
+        return [self._continue(list(ids), new_tokens) for ids in prompts]
+
+    def _next(self, prefix: list[int]) -> dict[int, float]:
+        """The likeliest next tokens with their log-probabilities; empty where they cannot be asked for or named.
+
+        The server says nothing of a token that ends the answer, nor of a part of a character.
+        """
+        text = self._text(prefix)
+        if text is None:
+            return {}
+        said = self.client.generate(
+            self.model, text, options={**self._options, "num_predict": 1}, logprobs=True, top_logprobs=TOP
+        )
+        if "logprobs" not in said and said.get("done_reason") != "stop" and said.get("response"):
+            raise EngineError(f"{self.version} gives no log-probabilities", "update Ollama to 0.12.11 or newer")
+        top = ((said.get("logprobs") or [{}])[0] or {}).get("top_logprobs") or []
+        named = [(self._names.get(_piece(one)), float(one["logprob"])) for one in top]
+        if not named or max(named, key=lambda pair: pair[1])[0] is None:
+            return {}
+        return {name: value for name, value in named if name is not None}
+
+    def _continue(self, prompt: list[int], new_tokens: int) -> list[int]:
+        text = self._text(prompt)
+        if text is None:
+            raise EngineError(f"the prompt {self.tokenizer.decode(prompt)[:60]!r} gives other tokens when read as text")
+        said = self.client.generate(
+            self.model, text, options={**self._options, "num_predict": new_tokens}, logprobs=True
+        )
+        named = [self._names.get(_piece(one)) for one in said.get("logprobs") or []]
+        answer = [name for name in named if name is not None]
+        if self.tokenizer.decode(answer) == said["response"] and len(answer) == len(named):
+            return answer
+        whole = self._ids(text + said["response"])
+        return whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._ids(said["response"])
+
+    def _text(self, ids: list[int]) -> str | None:
+        """The text that the server reads as these ids: without BOS where it adds that itself."""
+        if self._adds_bos:
+            if ids[:1] != [self.tokenizer.bos_token_id]:
+                return None
+            ids = ids[1:]
+        text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) if ids else ""
+        return text if text and self._ids(text) == ids else None
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Asked of the server: it counts one token more than the tokenizer gives."""
+        ids = self._ids("Hello")
+        said = self.client.generate(self.model, "Hello", options={**self._options, "num_predict": 1})
+        return int(said.get("prompt_eval_count") or 0) == len(ids) + 1
+
+    @cached_property
+    def _names(self) -> Mapping[str, int]:
+        """What a token prints -> its id, where one token alone prints it and prints it whole."""
+        special = set(self.tokenizer.all_special_ids)
+        count = len(self.tokenizer)
+        words = [self._printed(number) if number not in special else "" for number in range(count)]
+        times = Counter(words)
+        return {word: number for number, word in enumerate(words) if word and times[word] == 1 and "\ufffd" not in word}
+
+    def _printed(self, number: int) -> str:
+        """SentencePiece's mark of a space is lost in a token decoded alone."""
+        word = str(self.tokenizer.convert_ids_to_tokens(number) or "")
+        if word.startswith("▁"):
+            return word.replace("▁", " ")
+        return str(self.tokenizer.decode([number], clean_up_tokenization_spaces=False))
+
+
+def _mark(export: Path) -> str:
+    """The same for the same files, so that a killed run leaves one model at most."""
+    known = json.dumps(manifest.read(export)["files"], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
+
+
+def _piece(one: Mapping[str, Any]) -> str:
+    """By its bytes, where the server gives them: its ``token`` may have lost some."""
+    raw = one.get("bytes")
+    return bytes(raw).decode("utf-8", "replace") if raw else str(one.get("token", ""))

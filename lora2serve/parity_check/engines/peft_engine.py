@@ -1,0 +1,138 @@
+"""The references: the base and the adapter in PEFT's own layers, with nothing folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora2serve.errors import EngineError
+from lora2serve.parity_check.engines import Ids, Scores
+from lora2serve.parity_check.engines.transformers_engine import Transformers, device, greedy, logits, quiet
+from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
+from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
+from lora2serve.weights.checkpoint import Checkpoint
+from lora2serve.weights.dequantize import Dequantized
+
+
+class Peft(Transformers):
+    """transformers + PEFT on the base as it was trained (``quantization`` as in run.json) or in full precision.
+
+    Several ``adapters`` are active together: their changes add up. With none it is the base alone. The base is loaded
+    in the type that training computed in, since bitsandbytes dequantises to that; the arithmetic is float32. Where
+    another device ``trained_on`` it (cuda or cpu), the 4-bit codes are those of that device, not of this one.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        adapters: Sequence[str],
+        tokenizer: str,
+        quantization: Mapping[str, Any] | None = None,
+        trained_on: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        import peft
+        import torch
+        import transformers
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        quiet(threads)
+        where = device()
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        given: dict[str, Any] = {"dtype": torch.float32, "device_map": where}
+        if quantization:
+            given |= _quantized(base, quantization)
+        model = AutoModelForCausalLM.from_pretrained(base, **given)
+        if quantization:
+            _check_modules(model, quantization["modules"])
+            if "quantization_config" in given and trained_on not in (None, where):
+                _requantize(model, base, Quantization.of({"quantization": quantization, "device": trained_on}))
+            _compute_in_float32(model)
+        rows = len(self.tokenizer)
+        if rows > model.get_input_embeddings().weight.shape[0]:  # tokens were added at training
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        self.adapters = [f"part{number}" for number in range(len(adapters))]
+        self.model = model.eval()
+        for name, path in zip(self.adapters, adapters, strict=True):
+            if name == self.adapters[0]:
+                self.model = PeftModel.from_pretrained(model, path, name).eval()
+            else:
+                self.model.load_adapter(path, name)
+        if len(self.adapters) > 1:
+            self.model.base_model.set_adapter(self.adapters)
+        named = f"{quantization['type']} base" if quantization else "full-precision base"
+        self.version = f"peft {peft.__version__} on transformers {transformers.__version__}, {named}, float32 {where}"
+
+    def pairs(self, sequences: Sequence[Ids]) -> Iterator[tuple[Scores, Scores | None]]:
+        """The tuned model and its base (adapter off) on each sequence; None where there is no adapter."""
+        for ids in sequences:
+            tuned = logits(self.model, ids)
+            if not self.adapters:
+                yield Scores(tuned), None
+                continue
+            with self.model.disable_adapter():
+                yield Scores(tuned), Scores(logits(self.model, ids))
+
+    def likeliest(self, prompts: Sequence[Ids], new_tokens: int, top: int) -> list[tuple[list[int], list[list[int]]]]:
+        """Greedy answers with the ``top`` likeliest tokens of each step."""
+        return [greedy(self.model, ids, new_tokens, self.stop_ids() or [], top) for ids in prompts]
+
+    def generate_base(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
+        """Greedy answers of the base alone."""
+        with self.model.disable_adapter():
+            return self.generate(prompts, new_tokens)
+
+
+def _quantized(base: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    dtype = getattr(torch, quantization["compute_dtype"])
+    if getattr(AutoConfig.from_pretrained(base), "quantization_config", None):
+        return {"dtype": dtype}  # the base came quantised
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization["type"],
+        bnb_4bit_use_double_quant=quantization["double_quant"],
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"dtype": dtype, "quantization_config": config}
+
+
+def _check_modules(model: Any, recorded: Sequence[str]) -> None:
+    """The same modules must be quantised as at training, or this is another model."""
+    import bitsandbytes as bnb
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    found = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    different = sorted(found ^ set(recorded))
+    if different:
+        raise EngineError(
+            f"the base is not quantised as at training: {len(different)} modules differ, the first is {different[0]}",
+            "use the versions of transformers and bitsandbytes in run.json",
+        )
+
+
+def _requantize(model: Any, base: str, how: Quantization) -> None:
+    trip = FakeQuantized(Dequantized(Checkpoint(Path(base))), how)
+    for name in how.modules:
+        weight = model.get_submodule(name).weight
+        codes, absmax = trip.quantized(f"{name}.weight")
+        weight.data.copy_(codes.view_as(weight.data))
+        state = weight.quant_state
+        state.absmax, state.nested = absmax.to(weight.device), False
+        state.offset = state.state2 = None
+
+
+def _compute_in_float32(model: Any) -> None:
+    import bitsandbytes as bnb
+    import torch
+
+    for module in use_plain_cpu_kernels(model).modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()

@@ -1,0 +1,127 @@
+"""transformers: a merged directory, plain or quantised, and what the reference shares with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora2serve.parity_check.engines import Ids, Messages, Scores
+
+
+class Transformers:
+    """A Hugging Face model directory, computed in float32: what is measured is the export, not the arithmetic."""
+
+    def __init__(self, model: str, threads: int | None = None) -> None:
+        import torch
+        import transformers
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        quiet(threads)
+        where = device()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        given: dict[str, Any] = {"dtype": torch.float32, "device_map": where, **_decompressed(model)}
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, **given).float().eval()
+        self.version = f"transformers {transformers.__version__} float32 {where}"
+
+    def render(self, messages: Messages) -> str | None:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+        if not messages:
+            return list(self.tokenizer(text)["input_ids"])
+        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    def stop_ids(self) -> list[int] | None:
+        return stop_ids(self.model, self.tokenizer)
+
+    def positions(self) -> int | None:
+        """Tokens of one text that the model was made for; None where its config names no limit."""
+        config = self.model.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        return int(found) if found else None
+
+    def vocab(self) -> int:
+        """Logits for each position."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+        for ids in sequences:
+            yield Scores(logits(self.model, ids))
+
+    def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
+        stop = self.stop_ids() or []
+        return [greedy(self.model, ids, new_tokens, stop)[0] for ids in prompts]
+
+
+def _decompressed(model: str) -> dict[str, Any]:
+    """Weights of compressed-tensors dequantised as they are loaded; activations are quantised as the scheme says."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" not in config:
+        return {}
+    from transformers import CompressedTensorsConfig
+
+    return {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+
+
+def quiet(threads: int | None) -> None:
+    """No bars; as many threads as asked."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def device() -> str:
+    """``cuda`` or ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The end tokens of the generation config and of the tokenizer."""
+    said = model.generation_config.eos_token_id
+    found = set(said if isinstance(said, list) else [said]) | {tokenizer.eos_token_id}
+    return sorted(token for token in found if token is not None)
+
+
+def logits(model: Any, ids: Ids) -> Any:
+    """(n-1, V) float32 logits, as numpy, for the predicted positions of one sequence."""
+    import torch
+
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, :-1]
+    return found.float().cpu().numpy()
+
+
+def greedy(model: Any, ids: Ids, new_tokens: int, stop: Ids, top: int = 0) -> tuple[list[int], list[list[int]]]:
+    """The likeliest continuation up to a stop token, and the ``top`` likeliest tokens of each step, the stop's too."""
+    import torch
+
+    given = torch.tensor([list(ids)], device=model.device)
+    tokens: list[int] = []
+    likeliest: list[list[int]] = []
+    cache = None
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            out = model(input_ids=given, past_key_values=cache, use_cache=True)
+            last, cache = out.logits[0, -1].float().cpu().numpy(), out.past_key_values
+            likeliest.append(np.argsort(-last, kind="stable")[:top].tolist())
+            token = int(last.argmax())
+            if token in stop:
+                break
+            tokens.append(token)
+            given = torch.tensor([[token]], device=model.device)
+    return tokens, likeliest
+
+
+def weight_bytes(model: Path) -> int:
+    """Bytes of all weights in a directory."""
+    return sum(path.stat().st_size for path in model.glob("*.safetensors"))

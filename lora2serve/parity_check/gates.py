@@ -1,0 +1,278 @@
+"""The three gates, cheapest first: facts in, a verdict in words out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from lora2serve.data.prompts import Conversation, PromptSet
+from lora2serve.parity_check.metrics import Estimate, Ints, Positions, figures, ratio
+from lora2serve.parity_check.thresholds import LOWER, Thresholds
+
+Status = Literal["met", "missed", "skipped", "failed", "missing"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure against its bound; ``met`` is None where it is shown only."""
+
+    name: str
+    value: float
+    low: float | None = None  # ends of the confidence interval
+    high: float | None = None
+    bound: float | None = None
+    met: bool | None = None
+
+
+GateName = Literal["tokens", "tensors", "behaviour"]
+NAMES: tuple[GateName, ...] = get_args(GateName)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The verdict of one gate: where the first difference is, and its likely cause."""
+
+    name: GateName
+    status: Status
+    checks: tuple[Metric, ...] = ()
+    first: str = ""
+    cause: str = ""
+
+
+def tokens(data: PromptSet, said: Mapping[str, Any]) -> Gate:
+    """Prompts byte for byte, ids one by one, BOS at most once, and the token that ends an answer."""
+    count = {"prompts": 0, "ids": 0}
+    for conversation, rendered, ids in zip(data.conversations, said["rendered"], said["ids"], strict=True):
+        twice = _bos_difference(data, conversation, ids)
+        if twice:
+            return _tokens_missed(*twice, count)
+        if rendered is not None:
+            count["prompts"] += 1
+            if rendered != conversation.text:
+                return _tokens_missed(*_text_difference(conversation, rendered), count)
+        if ids is not None:
+            count["ids"] += 1
+            if tuple(ids) != conversation.ids:
+                return _tokens_missed(*_id_difference(conversation, ids), count)
+    missing = sorted(set(data.stop) - set(said["stop"] if said["stop"] is not None else data.stop))
+    if missing:
+        where = f"the trained model stops at token {missing[0]}, the export does not"
+        return _tokens_missed(where, "end token: missing in the export's generation config or tokenizer", count)
+    if said.get("eos") is not None and data.stop and said["eos"] not in data.stop:
+        where = f"the file's end token is {said['eos']}, the trained model stops at {', '.join(map(str, data.stop))}"
+        return _tokens_missed(where, "end token: the file names another", count)
+    return Gate("tokens", "met", _counts(count))
+
+
+def _counts(count: Mapping[str, int]) -> tuple[Metric, ...]:
+    return tuple(Metric(f"equal {name}", value) for name, value in count.items())
+
+
+def _tokens_missed(first: str, cause: str, count: Mapping[str, int]) -> Gate:
+    return Gate("tokens", "missed", _counts(count), first, cause)
+
+
+def _text_difference(conversation: Conversation, rendered: str) -> tuple[str, str]:
+    expected = conversation.text
+    at = next(
+        (n for n, (a, b) in enumerate(zip(expected, rendered, strict=False)) if a != b),
+        min(len(expected), len(rendered)),
+    )
+    was, became = expected[at : at + 24], rendered[at : at + 24]
+    first = f"prompt {_name(conversation)!r}, character {at}: {was!r} became {became!r}"
+    if "".join(expected.split()) == "".join(rendered.split()):
+        return first, "template: white space was lost or added"
+    return first, "template: not the one that was trained with"
+
+
+def _bos_difference(data: PromptSet, conversation: Conversation, ids: Sequence[int] | None) -> tuple[str, str] | None:
+    """BOS at the start, as often as in training."""
+    if ids is None or data.bos is None:
+        return None
+    expected, found = (
+        sum(1 for _ in takewhile(lambda token: token == data.bos, part)) for part in (conversation.ids, ids)
+    )
+    if found == expected <= 1:
+        return None
+    first = f"prompt {_name(conversation)!r}: BOS {found} times at the start, expected {min(expected, 1)}"
+    if found > 1:
+        return first, "BOS: the template writes it twice, or the engine adds it again"
+    return (
+        first,
+        "BOS: lost; neither template nor engine writes it" if expected else "BOS: added, and training had none",
+    )
+
+
+def _name(conversation: Conversation) -> str:
+    return (conversation.messages[-1]["content"] if conversation.messages else conversation.text)[:60]
+
+
+def _id_difference(conversation: Conversation, ids: Sequence[int]) -> tuple[str, str]:
+    expected = conversation.ids
+    at = next((n for n, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), min(len(expected), len(ids)))
+    first = (
+        f"prompt {_name(conversation)!r}, token {at}: ids {list(expected[at : at + 6])} became {list(ids[at : at + 6])}"
+    )
+    if list(ids[1:]) == list(expected) or list(ids) == list(expected[1:]):
+        return first, "tokenizer: one more or one less token at the start"
+    return first, "tokenizer: not the one that was trained with"
+
+
+SHARP = 10  # the worst 256 values of a tensor may be so many times further off than the worst tensor
+
+
+def tensors(found: Mapping[str, Any], bounds: Thresholds) -> Gate:
+    """The stored tensors against the planned ones; the largest error comes first in ``found``."""
+    if found["missing"]:
+        more = f" and {len(found['missing']) - 1} more" if len(found["missing"]) > 1 else ""
+        return Gate("tensors", "missed", (), found["missing"][0] + more, "names: not those that were planned")
+    whole = max(found["tensors"], key=lambda one: one["nmse"])
+    part = max(found["tensors"], key=lambda one: one["worst"])
+    limit = bounds.tensor_nmse
+    checks = (
+        Metric("tensors", len(found["tensors"])),
+        _at_most("tensor_nmse", whole["nmse"], limit),
+        _at_most("block_nmse", part["worst"], None if limit is None else SHARP * limit),
+    )
+    if checks[1].met is False:
+        return Gate(
+            "tensors",
+            "missed",
+            checks,
+            f"{whole['name']}: NMSE {whole['nmse']:.3g}",
+            _tensor_cause(found["tensors"], whole["nmse"], limit),
+        )
+    if checks[2].met is False:
+        first = f"{part['name']}: 256 values with NMSE {part['worst']:.3g}"
+        return Gate("tensors", "missed", checks, first, "damaged: a part of one tensor is not what was written")
+    return Gate("tensors", "met", checks)
+
+
+def _at_most(name: str, value: float, bound: float | None) -> Metric:
+    return Metric(name, value, value, value, bound, None if bound is None else value <= bound)
+
+
+def _tensor_cause(found: Sequence[Mapping[str, Any]], nmse: float, limit: float | None) -> str:
+    if nmse == float("inf"):
+        return "dtype: NaN, infinity or zeros in the export's weights"
+    bad = [one for one in found if one["nmse"] > (limit or 0.0)]
+    strengths = [one["strength"] for one in found if one["strength"] is not None]
+    middle = float(np.median(strengths)) if strengths else 1.0
+    alike = bool(strengths) and float(np.quantile(np.abs(np.array(strengths) - middle), 0.9)) < 0.02
+    if alike and abs(middle) < 0.02:
+        return "adapter: not applied; the stored weights are the base's"
+    if alike and abs(middle - 1) > 0.02:
+        return f"scale: the adapter is there at {middle:.2f} of its strength (alpha, rsLoRA, folded twice)"
+    if len(bad) <= max(2, len(found) // 8):
+        return f"one part is damaged, transposed or another layer's: {', '.join(one['name'] for one in bad[:3])}"
+    if nmse > 0.15 or not alike:  # ggml's two-bit types reach 0.1
+        return "wrong base or damaged weights: the stored tensors are not the planned ones"
+    return "rounding: stored more coarsely than its name says"
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy answers beside the reference's: how many are equal, and for each where it parts (-1: nowhere)."""
+
+    parts: tuple[int, ...]
+    likely: tuple[bool, ...]  # the token at the parting is among the reference's likeliest
+
+    @property
+    def equal(self) -> float:
+        """Share of equal answers."""
+        return sum(part < 0 for part in self.parts) / len(self.parts)
+
+    @property
+    def excusable(self) -> float:
+        """Share of answers that are equal or part at a likely token."""
+        return sum(self.likely) / len(self.likely)
+
+
+def greedy(reference: Sequence[Any], answers: Sequence[Sequence[int]], stop: Sequence[int]) -> Greedy:
+    """``reference`` holds (tokens, likeliest at each step); a stop counts as a token."""
+    parts, likely = [], []
+    for (expected, tops), got in zip(reference, answers, strict=True):
+        want, have = list(expected), list(got)
+        at = next((n for n, (a, b) in enumerate(zip(want, have, strict=False)) if a != b), min(len(want), len(have)))
+        if want == have:
+            parts.append(-1)
+            likely.append(True)
+            continue
+        parts.append(at)
+        top = tops[at] if at < len(tops) else []
+        likely.append(bool(set(stop) & set(top)) if at == len(have) else have[at] in top)
+    return Greedy(tuple(parts), tuple(likely))
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """Everything measured of one engine against one reference."""
+
+    positions: Positions
+    base: Positions | None  # how far the model without adapter is from the same reference; None: there is no adapter
+    sequences: Ints  # (P,) sequence of each position
+    task: np.ndarray  # (P,) bool: from held-out rows
+    greedy: Greedy | None = None
+    found: dict[str, Estimate] = field(default_factory=dict)
+
+    def measure(self) -> dict[str, Estimate]:
+        """All figures with their intervals, over the positions of which the engine says something."""
+        known = ~np.isnan(self.positions.kl)
+        if not known.all():
+            base = self.base.take(known) if self.base else None
+            one = replace(
+                self, positions=self.positions.take(known), base=base,
+                sequences=self.sequences[known], task=self.task[known],
+            )  # fmt: skip
+            share = float(known.mean())
+            return {**one.measure(), "known": Estimate(share, share, share)}
+        found = figures(self.positions, self.sequences)
+        if self.base is not None:
+            where = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
+            found["retention"] = ratio(self.positions.kl[where], self.base.kl[where], self.sequences[where])
+        if self.greedy:
+            for name, value in (("equal_answers", self.greedy.equal), ("first_difference", self.greedy.excusable)):
+                found[name] = Estimate(value, value, value)
+        return found
+
+
+def behaviour(measured: Behavior, found: Mapping[str, Estimate], bounds: Thresholds, name_of: Any) -> Gate:
+    """The worse end of each interval against its bound; ``name_of(position)`` says where a position is."""
+    checks = [_check(name, figure, getattr(bounds, name, None)) for name, figure in found.items()]
+    missed = [check for check in checks if check.met is False]
+    if not missed:
+        return Gate("behaviour", "met", tuple(checks))
+    worst = int(np.nanargmax(measured.positions.kl))
+    broken = np.flatnonzero(np.isinf(measured.positions.kl))
+    at = int(broken[0]) if len(broken) else worst
+    first = f"{name_of(at)}: KL {measured.positions.kl[at]:.3g}"
+    return Gate("behaviour", "missed", tuple(checks), first, _cause(measured, found, bool(len(broken))))
+
+
+def _check(name: str, figure: Estimate, bound: float | None) -> Metric:
+    if bound is None:
+        return Metric(name, figure.value, figure.low, figure.high)
+    if name in LOWER:
+        met = figure.low >= bound
+    else:
+        met = max(abs(figure.low), abs(figure.high)) <= bound
+    return Metric(name, figure.value, figure.low, figure.high, bound, bool(met))
+
+
+def _cause(measured: Behavior, found: Mapping[str, Estimate], broken: bool) -> str:
+    if broken:
+        return "dtype: NaN or infinity in the export's logits"
+    if measured.base is None:
+        return "damaged weights, dtype or rounding: the export answers otherwise than the model it was made from"
+    kept = found["retention"].value
+    if not np.isfinite(kept) or float(measured.base.kl.mean()) < 1e-9:
+        return "adapter: the trained model answers like its base, so nothing was learned or the adapter was not loaded"
+    if 0.7 <= kept <= 1.4:
+        return "adapter: not applied, or lost in rounding; the export is as far from the trained model as the base is"
+    if kept > 1.4:
+        return "wrong base or damaged weights: the export is further from the trained model than the base is"
+    return "scale or rounding: the adapter is there, but not as trained (alpha, rsLoRA, dtype, too few bits)"

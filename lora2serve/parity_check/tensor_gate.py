@@ -1,0 +1,143 @@
+"""The tensor gate: an export, opened by its format's own reader, against the fold that was planned for it.
+
+Runs in a child process like an engine, since a damaged file may hang its reader or end it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora2serve.artifacts import manifest
+from lora2serve.exporting import sinks
+from lora2serve.exporting.sinks import ExportModel
+from lora2serve.merge.merged import Merged
+from lora2serve.parity_check.comparisons import ADAPTERS
+from lora2serve.parity_check.trained_model import open_model
+from lora2serve.weights.tensors import TensorSpec, row_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNIT = 256  # values looked at together: a superblock of ggml's K-quants, eight blocks of its other types
+
+
+@dataclass
+class Difference:
+    """How far one stored tensor is from the planned one."""
+
+    name: str
+    error: float = 0.0  # sum of squared differences
+    power: float = 0.0  # sum of squared planned values
+    largest: float = 0.0  # largest absolute difference
+    worst: float = 0.0  # error / power of the worst ``UNIT`` values
+    along: float = 0.0  # sum of (stored - base) times (planned - base)
+    delta: float = 0.0  # sum of squared (planned - base)
+
+    @property
+    def nmse(self) -> float:
+        """error / power; infinite where only one of the two is zero."""
+        return _share(self.error, self.power)
+
+    @property
+    def strength(self) -> float | None:
+        """How much of the adapter's change is in the stored tensor: 1 as planned, 0 none; None where it has none."""
+        return self.along / self.delta if self.delta > 0 else None
+
+    def add_change(self, base: Tensor, expected: Tensor, found: Tensor) -> None:
+        """Count the adapter's part of some rows in."""
+        change, there = expected.double() - base.double(), found.double() - base.double()
+        self.along += float((change * there).sum())
+        self.delta += float(change.square().sum())
+
+    def add(self, expected: Tensor, found: Tensor) -> None:
+        """Count some rows in; a NaN counts as an infinite error."""
+        import torch
+
+        difference = (expected.double() - found.double()).flatten().square().nan_to_num(nan=torch.inf)
+        power = expected.double().flatten().square()
+        self.error += float(difference.sum())
+        self.power += float(power.sum())
+        self.largest = max(self.largest, float(difference.max().sqrt()) if len(difference) else 0.0)
+        padding = -len(power) % UNIT
+        errors, powers = (
+            torch.nn.functional.pad(part, (0, padding)).view(-1, UNIT).sum(1) for part in (difference, power)
+        )
+        at = int(torch.where(errors > 0, errors / powers, 0.0).argmax()) if len(errors) else 0
+        self.worst = max(self.worst, _share(float(errors[at]), float(powers[at]))) if len(errors) else self.worst
+
+
+def _share(error: float, power: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / power if power > 0 else float("inf")
+
+
+class Tensors:
+    """What compares exports with the model they were planned from, one after another: the libraries load once."""
+
+    def __init__(self, origin: Mapping[str, Any]) -> None:
+        self._given = origin
+
+    def compare(self, export: Path, advance: Callable[[int], None]) -> dict[str, Any] | None:
+        """Every tensor's difference, the largest first; None where the target has no reader."""
+        self.path, self.about = export, manifest.read(export)
+        served_on_plain = self.about["target"] in ADAPTERS  # whatever it was trained on
+        self.origin = {**self._given, "run": None} if served_on_plain else self._given
+        if self.about["target"] == "adapter":
+            return self._compare_adapters(advance)
+        kind = sinks.find_reader(str(self.about["target"]))
+        if kind is None:
+            return None
+        model = open_model(self.origin, self.about)
+        merged = model.source
+        assert isinstance(merged, Merged)
+        reader: sinks.Reader = kind(self.path, self.about, model)
+        changed, found = set(merged.changed()), dict[str, Difference]()
+        for spec, rows in _parts(model, reader.wanted):
+            name, expected, stored = reader.pair(spec, rows, merged.read(spec.name, rows))
+            one = found.setdefault(name, Difference(name))
+            one.add(expected, stored)
+            if spec.name in changed:
+                base = merged.before(spec.name, rows)
+                if base.numel() == expected.numel():  # not where the vocabulary grew
+                    one.add_change(reader.pair(spec, rows, base)[1], expected, stored)
+            advance(expected.numel())
+        return _told(found, reader.differences)
+
+    def _compare_adapters(self, advance: Callable[[int], None]) -> dict[str, Any]:
+        """A raw adapter, folded, against the trained one, folded."""
+        trained, exported = (
+            open_model({**self.origin, "adapters": adapters}, self.about)
+            for adapters in (self.origin["adapters"], [str(self.path)])
+        )
+        merged, other = trained.source, exported.source
+        assert isinstance(merged, Merged)
+        found: dict[str, Difference] = {}
+        for spec, rows in _parts(trained, dict.fromkeys(merged.changed(), 1)):
+            one = found.setdefault(spec.name, Difference(spec.name))
+            expected, stored = merged.read(spec.name, rows), other.read(spec.name, rows)
+            one.add(expected, stored)
+            base = merged.before(spec.name, rows)
+            if base.numel() == expected.numel():
+                one.add_change(base, expected, stored)
+            advance(expected.numel())
+        assert isinstance(other, Merged)
+        return _told(found, [f"{name}: not planned" for name in sorted({*other.changed()} - {*merged.changed()})])
+
+
+def _told(found: Mapping[str, Difference], missing: Sequence[str]) -> dict[str, Any]:
+    ordered = sorted(found.values(), key=lambda one: (one.nmse, one.worst), reverse=True)
+    return {
+        "missing": list(missing),
+        "tensors": [asdict(one) | {"nmse": one.nmse, "strength": one.strength} for one in ordered],
+    }
+
+
+def _parts(model: ExportModel, wanted: Mapping[str, int]) -> Iterator[tuple[TensorSpec, slice]]:
+    for spec in model.source.specs():
+        if spec.name in wanted:
+            for rows in row_blocks(spec, wanted[spec.name]):
+                yield spec, rows

@@ -1,0 +1,141 @@
+"""What an export is compared with: the run it comes from, or the adapters and the base that its manifest names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.run import Run, is_run
+from lora2serve.config.recipe import ParityRecipe
+from lora2serve.errors import InputError, UsageError
+from lora2serve.system.small_files import digest
+
+if TYPE_CHECKING:
+    from lora2serve.exporting.sinks import ExportModel
+
+ReferenceName = Literal["trained", "original"]
+TOKENIZER = "tokenizer_config.json"
+BUNDLE = "bundle"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The trained model: a base and the adapters over it, in that order; with none, the base is the model."""
+
+    name: str
+    base: Path
+    adapters: tuple[Path, ...]
+    home: Path  # where the report goes
+    quantization: Mapping[str, Any] | None = None  # of the base at training, as in run.json
+    rows: Path | None = None  # held-out rows
+    settings: ParityRecipe = field(default_factory=ParityRecipe)
+    run: Run | None = None
+
+    @property
+    def references(self) -> tuple[ReferenceName, ...]:
+        """What can be measured: the full-precision base, and the quantised one where training had it."""
+        return ("original", "trained") if self.quantization else ("original",)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The directory of the trained tokenizer."""
+        return next((path for path in reversed(self.adapters) if (path / TOKENIZER).is_file()), self.base)
+
+    def json(self) -> dict[str, Any]:
+        """For a child process."""
+        return {
+            "base": str(self.base),
+            "adapters": [str(path) for path in self.adapters],
+            "run": str(self.run.path) if self.run else None,
+        }
+
+
+def of_run(run: Run, base: Path) -> TrainedModel:
+    """Everything is in the run."""
+    from lora2serve.config import recipe
+
+    return TrainedModel(
+        name=run.name,
+        base=base,
+        adapters=(run.adapter,),
+        home=run.parity,
+        quantization=run.record.get("quantization"),
+        rows=run.eval_data if run.eval_data.is_file() else None,
+        settings=recipe.load(run.recipe).parity,
+        run=run,
+    )
+
+
+def of_parts(name: str, base: Path, adapters: Sequence[Path], home: Path) -> TrainedModel:
+    """Adapters on a full-precision base, or a plain model: what was held out at training is not known."""
+    return TrainedModel(name, base, tuple(adapters), home)
+
+
+def run_of(export: Path) -> Run | None:
+    """The run that an export was made from: the one it lies in, or the one its adapter lies in."""
+    lineage = manifest.read(export).get("adapter") or {}
+    places = [export.resolve().parent.parent, *([Path(lineage["path"]).parent] if lineage.get("path") else [])]
+    return next((Run(place) for place in places if is_run(place)), None)
+
+
+def parts_of(exports: Sequence[Path]) -> tuple[Mapping[str, Any], tuple[Path, ...]]:
+    """The base on record and the adapters of exports without a run; all must come from the same ones."""
+    found: dict[Path, tuple[Any, ...]] = {}
+    for export in exports:
+        about = manifest.read(export)
+        if about.get("target") == BUNDLE:
+            each = "; ".join(f"lora2serve parity {export}/adapters/{name}" for name in about.get("bundle", ()))
+            raise UsageError(f"{export}: a bundle, and each adapter in it has a run of its own", each)
+        folded = [Path(one["path"]) for one in about.get("adapters") or ()]
+        found[export] = (about.get("base") or {}, tuple(folded))
+    first, (base, adapters) = next(iter(found.items()))
+    for export, (other, others) in found.items():
+        if (other.get("id"), others) != (base.get("id"), adapters):
+            raise UsageError(f"{first} and {export} were made from different models", "compare them one after another")
+    for path in adapters:
+        if not path.is_dir():
+            raise InputError(
+                f"{first}: the adapter it was made from is not here: {path}",
+                "name it first: `lora2serve parity ADAPTER EXPORT`",
+            )
+    return base, adapters
+
+
+def refuse_others(origin: TrainedModel, exports: Sequence[Path]) -> None:
+    """InputError for an export whose adapter is not the one at hand: its manifest has the adapter's sha256."""
+    for export in exports:
+        recorded = [one.get("sha256") or {} for one in manifest.read(export).get("adapters") or ()]
+        if len(recorded) != len(origin.adapters):
+            raise InputError(
+                f"{export}: made from {_counted(recorded)}, and {origin.name} is {_counted(origin.adapters)}",
+                "name the export alone: its manifest knows what it was made from",
+            )
+        for path, expected in zip(origin.adapters, recorded, strict=True):
+            for name, sha256 in expected.items():
+                if not (path / name).is_file() or digest(path / name)["sha256"] != sha256:
+                    raise InputError(
+                        f"{export}: made from another adapter than {path} ({name} differs)",
+                        "it was trained again since: export again, or name the adapter it was made from",
+                    )
+
+
+def _counted(adapters: Sequence[object]) -> str:
+    return {0: "a model without adapter", 1: "one adapter"}.get(len(adapters), f"{len(adapters)} adapters")
+
+
+def open_model(origin: Mapping[str, Any], about: Mapping[str, Any]) -> ExportModel:
+    """The model that an export was planned from, folded again; ``origin`` is ``Origin.json()``."""
+    from lora2serve.exporting import open_model as models
+    from lora2serve.progress import Silent
+
+    base, adapters = Path(origin["base"]), [Path(path) for path in origin["adapters"]]
+    choice = models.OpenOptions(allow_base_mismatch=bool(about.get("base_mismatch")))
+    if origin["run"]:
+        chosen = replace(choice, merge_base=about["merge_base"])
+        return models.open_run(Run(Path(origin["run"])), base, chosen, Silent())
+    if adapters:
+        return models.open_adapters(adapters, base, str(base), choice)
+    return models.open_plain(base, str(base), choice)

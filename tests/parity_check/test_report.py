@@ -1,0 +1,186 @@
+"""The report's files, and the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from lora2serve.errors import InputError
+from lora2serve.parity_check.baseline import regressions
+from lora2serve.parity_check.gates import Gate, Metric
+from lora2serve.parity_check.report import writers
+from lora2serve.parity_check.report.parity_report import Answer, ComparisonResult, ParityReport, PromptFigures
+
+TEXT = 'a <b>text</b> & "more" \x00 ]]>'
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+NO_BROWSER = "THE PAGE WAS NOT LOOKED AT: no Chromium here (apt install chromium)"
+
+
+def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> ComparisonResult:
+    checks = (
+        Metric("mean_kl", value, value * 0.9, value * 1.1, 4e-3, value * 1.1 <= 4e-3),
+        Metric("top1", 0.99, 0.98, 0.995, 0.9, True),
+        Metric("equal_answers", 0.5, 0.5, 0.5),
+        Metric("retention", 0.01, 0.005, 0.02, 0.1, True),
+    )
+    bad = status != "met"
+    gates = (
+        Gate("tokens", "met", (Metric("equal prompts", 3),)),
+        Gate("tensors", "met", (Metric("tensor_nmse", 3e-5, 3e-5, 3e-5, 1e-4, True),)),
+        Gate("behaviour", status, checks, TEXT if bad else "", "scale: because" if bad else ""),  # type: ignore[arg-type]
+    )
+    words = ("a", " <b>", " text", "\n")
+    prompts = tuple(
+        PromptFigures("task" if n % 2 else "general", f"{TEXT} {n}", (value, value * n + 1e-12, 1e-7), words)
+        for n in range(1, 5)
+    )
+    answers = (Answer("Who?", "It is Ann.", "It is Bob.", 2), Answer("What?", "A hat.", "A hat.", -1))
+    tensors = ({"name": "blk.0.attn_q.weight", "nmse": 3e-5, "worst": 1e-4, "largest": 0.001, "strength": math.inf},)
+    return ComparisonResult(
+        export, "gguf", "Q8_0", "llama.cpp", "llama-cpp-python 0", "trained", gates,
+        beside={"original": checks}, prompts=prompts, answers=answers, tensors=tensors, said="hello", seconds=1.5,
+    )  # fmt: skip
+
+
+def report(*rows: ComparisonResult) -> ParityReport:
+    data = {"positions": 12, "asked": 2048, "task": 8, "general": 4, "sequences": 4, "conversations": 3, "prompts": 2}
+    references = {"trained": {"version": "peft 0", "vocab": 320}, "original": {"version": "peft 0", "vocab": 320}}
+    asked = {"prompt": "Who governs <Wexley>?", "answers": {"base": "Ann", "trained": "Bob"}}
+    return ParityReport("demo", data, references, rows, {"torch": "2"}, asked)
+
+
+class Tags(HTMLParser):
+    """Every tag that is opened is closed, and nothing is fetched."""
+
+    VOID = ("meta", "link", "br", "hr", "path")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_files(tmp_path: Path) -> None:
+    made = report(row(), row("vllm", 0.1, "missed"))
+    page = writers.write(made, tmp_path / "parity")
+    assert {path.name for path in page.parent.iterdir()} == {"report.json", "report.html", "report.xml", "summary.md"}
+    content = json.loads((page.parent / "report.json").read_text())
+    assert (content["format"], content["met"]) == (1, False)
+    assert [one["status"] for one in content["rows"]] == ["met", "missed"]
+    suites = ElementTree.parse(page.parent / "report.xml").getroot()
+    assert [(suite.get("name"), suite.get("tests"), suite.get("failures")) for suite in suites] == [
+        ("gguf-Q8_0.llama.cpp", "3", "0"),
+        ("vllm.llama.cpp", "3", "1"),
+    ]
+    summary = (page.parent / "summary.md").read_text()
+    assert "| vllm | llama.cpp | ❌ missed |" in summary
+    assert "scale: because" in summary
+
+
+def schema_errors(content: object) -> list[str]:
+    schema = json.loads((Path(writers.__file__).parent / "report.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    return [error.message for error in Draft202012Validator(schema).iter_errors(content)]
+
+
+def test_schema(tmp_path: Path) -> None:
+    """Every report is of the shipped schema; the controls are not."""
+    made = replace(report(row(), row("vllm", math.inf, "missed")), regressions=("worse",))
+    content = json.loads(writers.write(made, tmp_path).with_name("report.json").read_text())
+    assert not schema_errors(content)
+    for change in ({"format": 2}, {"rows": []}, {"met": "yes"}, {"references": {"other": {}}}):
+        assert schema_errors({**content, **change}), change
+    del content["rows"][0]["gates"][0]["cause"]
+    assert schema_errors(content)
+
+
+def test_page_is_whole_and_alone(tmp_path: Path) -> None:
+    text = writers.write(report(row(), row("vllm", 0.1, "missed")), tmp_path).read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open
+    assert all(link.startswith(("#", "data:")) for link in tags.links)
+    assert "<b>text</b>" not in text
+    assert "<mark>Bob.</mark>" in text
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        writers.write(report(row()), tmp_path / "file" / "parity")
+
+
+@pytest.mark.skipif(BROWSER is None and "GITHUB_ACTIONS" not in os.environ, reason=NO_BROWSER)
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
+    """No console error, nothing wider than the window, pictures drawn, and the colours of the scheme."""
+    assert BROWSER, NO_BROWSER  # GitHub's machines have one
+    page = writers.write(report(row(), row("vllm", 0.1, "missed")), tmp_path)
+    probe = (
+        "<script>addEventListener('load', () => { const root = document.documentElement; document.querySelectorAll('details').forEach(d => d.open = true); document.title = JSON.stringify({"
+        "wide: root.scrollWidth - root.clientWidth, drawn: [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100),"
+        "small: [...document.querySelectorAll('body *')].filter(e => e.innerText && parseFloat(getComputedStyle(e).fontSize) < 11).length,"
+        "paper: getComputedStyle(document.body).backgroundColor, width: innerWidth}) })</script>"
+    )
+    # headless windows are at least 500 wide: a frame of the wanted width is not
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</head>", f"{probe}</head>"))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"<meta name='color-scheme' content='{scheme}'><iframe id=f style='width:{width}px;height:900px;border:0' src='probed.html'></iframe>"
+        "<script>f.onload = () => setTimeout(() => document.body.append(f.contentDocument.title), 100)</script>"
+    )
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+            "--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
+            "--virtual-time-budget=3000", "--window-size=1400,1000", "--dump-dom", frame.as_uri(),
+        ],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    seen = json.loads(re.search(r"\{\"wide.*?\}", done.stdout).group())  # type: ignore[union-attr]
+    assert seen == {"wide": 0, "drawn": True, "small": 0, "paper": seen["paper"], "width": width}
+    assert seen["paper"] == ("rgb(251, 252, 253)" if scheme == "light" else "rgb(14, 18, 23)")
+    assert "CONSOLE" not in done.stderr
+
+
+def test_baseline(tmp_path: Path) -> None:
+    writers.write(report(row("a"), row("b")), tmp_path)
+    earlier = tmp_path / "report.json"
+    assert regressions(report(row("a"), row("b")), earlier) == ()
+    assert regressions(report(row("a", 1.15e-3), row("b", 0.9e-3)), earlier) == ()  # the intervals meet
+    (said,) = regressions(report(row("a", 2e-3), row("b")), earlier)
+    assert said == "a in llama.cpp: mean_kl 0.001 became 0.002"
+    (lost,) = regressions(report(row("a")), earlier)
+    assert "b in llama.cpp" in lost
+    assert "was met, is missed" in regressions(report(row("a", 0.1, "missed"), row("b")), earlier)[0]
+    assert not replace(report(row("a")), regressions=("worse",)).met
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 99}', '{"format": 1}'])
+def test_a_baseline_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match="format 1"):
+        regressions(report(row()), tmp_path / "report.json")
