@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 
 from lora2serve.artifacts.run import Run
 from tests.conftest import lora2serve
@@ -114,10 +115,11 @@ def test_refused_by_name(
 
 
 def test_lmstudio(demo_run: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
-    """Two folders deep, the same bytes as the GGUF target's, and the line that imports it."""
+    """Two folders deep, the same bytes as the GGUF target's, which name their run, and the line that imports it."""
     (made,) = lora2serve("export", demo_run.path, "-t", "lmstudio", "-q", "Q8_0", "-o", tmp_path, cwd=tmp_path).split()
     about = json.loads((Path(made) / "lora2serve.json").read_text())
     assert list(about["files"]) == ["lora2serve/demo/demo-Q8_0.gguf"]
     plain = demo_exports["gguf-Q8_0"] / "demo-Q8_0.gguf"
     assert (Path(made) / "lora2serve/demo/demo-Q8_0.gguf").read_bytes() == plain.read_bytes()
     assert about["use"].startswith("lms import --copy --user-repo lora2serve/demo ")
+    assert GGUFReader(plain).fields["lora2serve.run"].contents() == about["run"]

@@ -79,7 +79,7 @@ def lineage_keys(model: ExportModel) -> dict[str, Any]:
     if lineage.get("merge_base"):
         found["lora2serve.merge_base"] = str(lineage["merge_base"])
     if lineage.get("run"):
-        found["lora2serve.artifacts.run"] = str(lineage["run"])
+        found["lora2serve.run"] = str(lineage["run"])
     return found
 
 
