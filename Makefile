@@ -1,11 +1,14 @@
-# make demo: the main job, end to end. make test: the tests. Both set up .venv on their first run.
+# make demo: the main job, end to end. make test: the tests. make check: what to run between two edits.
+# Each sets up .venv on its first run.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-slow test-gpu test-hub test-ollama lint bench-merge bench-gguf bench-train bench-vllm wheel clean
+LIGHT := not engine and not slow and not gpu and not hub and not ollama
+
+.PHONY: help setup demo check test test-slow test-gpu test-hub test-ollama lint bench-merge bench-gguf bench-train bench-vllm wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,8 +24,11 @@ demo: $(READY)  ## Train the shipped model, export it, prove parity.
 	$(BIN)/lora2serve export --target vllm --target ollama --target adapter
 	$(BIN)/lora2serve parity --ask "$$(cat recipes/demo/question.txt)"
 
-test: $(READY)  ## Run the tests.
-	$(PYTEST) $(ARGS)
+check: lint  ## Check style, types and every test without an engine or a training.
+	$(PYTEST) -m "$(LIGHT)" $(ARGS)
+
+test: $(READY)  ## Run the tests; the slowest 25 are listed.
+	$(PYTEST) --durations=25 $(ARGS)
 
 test-slow: $(READY)  ## Run the slow tests too.
 	$(PYTEST) -m "not gpu and not hub and not ollama" $(ARGS)
@@ -50,7 +56,7 @@ bench-gguf: $(READY)  ## Time the GGUF export beside the usual chain.
 bench-train: $(READY)  ## Time QLoRA on an NVIDIA GPU beside TRL by hand.
 	$(BIN)/python -m benchmarks.train
 
-bench-vllm: $(READY)  ## Time the quantised exports beside the 16-bit one.
+bench-vllm: $(READY)  ## Time the quantized exports beside the 16-bit one.
 	$(BIN)/python -m benchmarks.vllm
 
 wheel: $(READY)  ## Build the wheel.

@@ -68,7 +68,7 @@ case ${release%%.*} in
     11) mended=11.5 ;; 12) mended=12.4 ;; 13) mended=13.3 ;; 14) mended=14.1 ;; *) mended=11 ;;
 esac
 if grep -qs amx_tile /proc/cpuinfo && gcc_before "$release" "$mended"; then
-    # Its bug 114098: half of the configuration of AMX's tiles is optimised away, and the first product of a quantised
+    # Its bug 114098: half of the configuration of AMX's tiles is optimized away, and the first product of a quantized
     # weight ends the process.
     say "gcc $release has a bug in AMX, mended in $mended: building llama.cpp without AMX"
     without="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
