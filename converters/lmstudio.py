@@ -7,16 +7,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.weights.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora2serve.weights.tensors import Block, TensorSpec
 
 PUBLISHER = "lora2serve"
 BAD = set('/<>:"\\|?*')
@@ -50,7 +47,7 @@ class LmStudioSink:
             raise ExportError(f"{path}: LM Studio has that file", "--overwrite replaces it, or give another --name")
         self.wanted = self._gguf.wanted
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._gguf.write(spec, rows, block)
 
     def finish(self) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.checkpoint import INDEX, SINGLE
-from lora2serve.weights.tensors import TensorSpec, all_finite, itemsize, kept_rounded, torch_dtype
+from lora2serve.weights.tensors import Block, TensorSpec, all_finite, itemsize, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class ShardWriter:
             weight_map = {spec.name: name for name, group in zip(names, groups, strict=True) for spec in group}
             out.json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
-    def write(self, name: str, rows: slice, block: Tensor) -> None:
+    def write(self, name: str, rows: slice, block: Block) -> None:
         """Rows of one tensor, cast to the planned type (the one rounding) and put in their place."""
         spec = self._specs[name]
         file, offset = self._places[name]
@@ -74,26 +74,25 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | Non
     return len(raw).to_bytes(8, "little") + raw
 
 
-def cast(block: Tensor, spec: TensorSpec) -> Tensor:
-    """The block in the type it is stored in; a value that this type cannot hold is an error."""
-    dtype = torch_dtype(spec.dtype)
-    known = block if block.dtype == dtype else kept_rounded(block, spec.dtype)
+def cast(block: Block, spec: TensorSpec) -> Tensor:
+    """The rows in the type they are stored in; a value that this type cannot hold is an error."""
+    known = block.in_dtype(spec.dtype)
     if known is not None:
         return known
-    stored = block.to(dtype)
+    stored = block.values.to(torch_dtype(spec.dtype))
     if spec.dtype in LARGEST and not all_finite(stored):
         raise ExportError(
-            f"{spec.name}: {float(block.abs().max()):.4g} does not fit {LARGEST[spec.dtype]} at most)",
+            f"{spec.name}: {float(block.values.abs().max()):.4g} does not fit {LARGEST[spec.dtype]} at most)",
             f"export with --dtype {'bf16' if spec.dtype == 'F16' else 'fp32'}",
         )
     return stored
 
 
-def as_bytes(block: Tensor) -> memoryview:
+def as_bytes(values: Tensor) -> memoryview:
     """The tensor's bytes, little-endian, without a copy where it is contiguous."""
     import torch
 
-    return block.contiguous().flatten().view(torch.uint8).numpy().data
+    return values.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class SafetensorsReader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from converters.adapter import extract
 from converters.adapter.extract import Extracted, LowRankSource
@@ -15,10 +15,7 @@ from lora2serve.adapters.lint import Finding, lint
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.weights.tensors import TensorSpec, torch_dtype
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora2serve.weights.tensors import Block, TensorSpec, torch_dtype
 
 # What PEFT and vLLM need to load it again; the rest of the config is about training.
 KEPT = ("task_type", "revision", "peft_version", "target_parameters")
@@ -53,7 +50,7 @@ class AdapterSink:
         self._file = out.file(WEIGHTS, len(header) + sum(spec.nbytes for spec in self._product.specs))
         self._file.pwrite(header, 0)
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Never called: nothing is wanted of the merged model."""
 
     def finish(self) -> Mapping[str, Any]:
@@ -148,7 +145,7 @@ def _same(source: LowRankSource, name: str, adapter: Adapter, key: str) -> bool:
     step = max(1, BLOCK // max(1, spec.row_numel))
     blocks = (slice(start, min(start + step, spec.rows)) for start in range(0, spec.rows, step))
     mine, theirs = adapter.tensors.read, source.before
-    return all(torch.equal(theirs(name, rows).float(), mine(key, rows).float()) for rows in blocks)
+    return all(torch.equal(theirs(name, rows).values.float(), mine(key, rows).values.float()) for rows in blocks)
 
 
 def _refuse(findings: Sequence[Finding]) -> None:

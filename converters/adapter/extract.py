@@ -15,7 +15,7 @@ from lora2serve.adapters.adapter import PREFIX, Adapter
 from lora2serve.adapters.lint import RANKS, next_rank
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.weights.tensors import ALL, Source, TensorSpec
+from lora2serve.weights.tensors import ALL, Block, Source, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class LowRankSource(Source, Protocol):
         """Names of the tensors that an adapter changes."""
         ...
 
-    def before(self, name: str, rows: slice = ALL) -> Tensor:
+    def before(self, name: str, rows: slice = ALL) -> Block:
         """Rows of the base."""
         ...
 
@@ -78,7 +78,7 @@ class Extracted:
         """A (rank, in), B (out, rank), the norm of the change, and of what A and B leave of it."""
         import torch
 
-        after, before = self.source.read(name).float(), self.source.before(name).float()
+        after, before = (read(name).values.float() for read in (self.source.read, self.source.before))
         if after.shape != before.shape:
             raise ExportError(
                 f"{name}: {list(after.shape)} after training, {list(before.shape)} before: no LoRA can add rows",

@@ -39,7 +39,7 @@ class Normalized:
         """Spec and value, one by one."""
         for spec in self.specs:
             module, kind = split(spec.name)
-            value = self.adapter.tensors.read(self.names[spec.name])
+            value = self.adapter.tensors.read(self.names[spec.name]).values
             if not _is_a(kind) and self.ratios[module] != 1:
                 value = value.float() * self.ratios[module]
             yield spec, _pad(value, spec.shape, kind, _experts(self.adapter, module))

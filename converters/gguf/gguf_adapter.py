@@ -19,7 +19,7 @@ from lora2serve.artifacts.staging import StagedDir
 from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.weights.tensors import TensorSpec
+from lora2serve.weights.tensors import Block, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class GgufAdapterSink:
         _refuse(self._adapter, self._moves, model)
         self._out, self.name = out, f"{model.name}-lora.gguf"
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Never called: nothing is wanted of the merged model."""
 
     def finish(self) -> Mapping[str, Any]:
@@ -95,7 +95,7 @@ class GgufAdapterSink:
         above, beside = [], []
         for module, outputs in parts.items():
             layer = self._adapter.layers[module].parts
-            a, b = (self._adapter.tensors.read(layer[kind].name).float() for kind in ("lora_A", "lora_B"))
+            a, b = (layer[kind].read() for kind in ("lora_A", "lora_B"))
             above.append(a)
             ordered = b[outputs.clamp(min=0)] * (outputs >= 0)[:, None]
             beside.append(ordered * self._adapter.scale(module, a.shape[0]))
@@ -138,4 +138,4 @@ def _is_copy(name: str, adapter: Adapter, model: ExportModel) -> bool:
     base: Any = model.source
     if name not in {spec.name for spec in base.specs()}:
         return False
-    return torch.equal(base.before(name).float(), adapter.tensors.read(adapter.full[name].name).float())
+    return torch.equal(base.before(name).values.float(), adapter.full[name].read())

@@ -49,7 +49,7 @@ class GgufAdapterReader:
         """The base's rows with the stored change, beside the planned ones, in the order of the GGUF's rows."""
         import torch
 
-        base = self._source.before(spec.name, rows).float()
+        base = self._source.before(spec.name, rows).values.float()
         sides: list[tuple[Tensor, Tensor]] = []
         for move in self._moves[spec.name]:
             a, b = self._factor(f"{move.target}.lora_a"), self._factor(f"{move.target}.lora_b")

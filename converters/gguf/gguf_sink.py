@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from converters.gguf import import_gguf  # isort: skip  # noqa: F401 (before whatever imports gguf)
 from converters.gguf import backends, imatrix, tokenizer_check
@@ -20,10 +20,7 @@ from converters.gguf.presets import NEEDS_IMATRIX, PRESETS
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.weights.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora2serve.weights.tensors import Block, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class GgufSink:
             stack.pop_all()
         self.wanted: Mapping[str, int] = backends.together(part.layout.wanted for part in self._parts)
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         for part in self._parts:
             part.write(spec, rows, block)
 

@@ -12,7 +12,7 @@ from converters.gguf.llama.llama_process import Llama
 from converters.gguf.presets import Planned
 from converters.gguf.shards import ShardFiles, padded, size_of
 from lora2serve.artifacts.staging import StagedDir
-from lora2serve.weights.tensors import BLOCK, TensorSpec
+from lora2serve.weights.tensors import BLOCK, Block, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +93,10 @@ class GgufWriter:
             self._whole = header.encode(self.new_writer, tensors, self._types)
         return self._whole
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Take a block of stored rows."""
         if spec.name in self.layout.wanted:
-            for target, first, values in self.layout.targets(spec, rows, block):
+            for target, first, values in self.layout.targets(spec, rows, block.values):
                 self._put(target, first, values)
 
     def _put(self, target: str, first: int, values: Tensor) -> None:

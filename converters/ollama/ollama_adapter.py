@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from converters.gguf.gguf_adapter import GgufAdapterOptions, GgufAdapterSink
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
@@ -16,10 +16,7 @@ from converters.ollama.go_template import wants_native
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.weights.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora2serve.weights.tensors import Block, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class OllamaAdapterSink:
         self._modelfile = chat.modelfile(base, _adds_bos(model, out), f"./{self._adapter.name}")
         self._text = self._modelfile.write()
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Never called: nothing is wanted of the merged model."""
 
     def finish(self) -> Mapping[str, Any]:

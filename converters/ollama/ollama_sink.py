@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from converters.ollama.chat import read_chat, write_files
@@ -13,10 +13,7 @@ from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.system.extras import install_hint
-from lora2serve.weights.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora2serve.weights.tensors import Block, TensorSpec
 
 # Ollama takes a chat template for a known one that is fewer than 100 edits away (``Named``, template/template.go).
 # An edit adds or removes one tilde at most, so a template with fewer than 100 of them is never that near to this one.
@@ -56,7 +53,7 @@ class OllamaSink:
         self._modelfile = self._chat.modelfile(f"./{self._gguf.files[0]}", self._gguf.proof.adds_bos)
         self._text = self._modelfile.write()  # a value that Ollama would read otherwise is found before the first byte
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._gguf.write(spec, rows, block)
 
     def finish(self) -> Mapping[str, Any]:

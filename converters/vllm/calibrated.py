@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters.safetensors import ShardWriter
 from converters.vllm.compressed.compressed_reader import CompressedReader
@@ -24,10 +24,7 @@ from lora2serve.exporting.sinks import Calibration, ExportModel
 from lora2serve.system import tool_env
 from lora2serve.system.worker_process import WorkerProcess
 from lora2serve.weights.checkpoint import Checkpoint
-from lora2serve.weights.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora2serve.weights.tensors import Block, TensorSpec
 
 CALIBRATED = ("awq", "gptq")
 LIKE = SCHEMES["w4a16"]  # the data-free scheme with the same layout: what fits it, and which group
@@ -51,7 +48,7 @@ class CalibratedWriter:
         self._merged = out.subdir("merged")
         self._writer = ShardWriter(self._merged, specs)
 
-    def write(self, name: str, rows: slice, block: Tensor) -> None:
+    def write(self, name: str, rows: slice, block: Block) -> None:
         """Rows of one merged tensor."""
         self._writer.write(name, rows, block)
 

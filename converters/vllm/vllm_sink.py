@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from converters.safetensors import SHARD, SafetensorsReader, ShardWriter
 from converters.vllm.calibrated import CALIBRATED, AwqReader, CalibratedWriter
@@ -16,10 +16,7 @@ from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.serve_config import generation_config, serve_yaml
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.exporting.sinks import Calibration, ExportModel, Reader
-from lora2serve.weights.tensors import FLOATS, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora2serve.weights.tensors import FLOATS, Block, TensorSpec
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -57,9 +54,9 @@ class VllmSink:
             out, self._quantizer.specs if self._quantizer else specs, options.shard_size
         )
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         if self._quantizer and spec.name in self._quantizer:
-            self._quantizer.write(spec.name, rows, block, self._writer.write)
+            self._quantizer.write(spec.name, rows, block.values, self._writer.write)
         else:
             self._writer.write(spec.name, rows, block)
 

@@ -85,7 +85,7 @@ def _is_copy(name: str, value: Any, base: Checkpoint) -> bool:
     """PEFT saves an embedding that LoRA is on as a whole, though it is still the base's."""
     import torch
 
-    return name in base and torch.equal(base.read(name).float(), value)
+    return name in base and torch.equal(base.read(name).values.float(), value)
 
 
 def _put_on(adapters: Sequence[Adapter], names: Sequence[str], config: Mapping[str, Any]) -> Any:

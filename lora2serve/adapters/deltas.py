@@ -26,7 +26,7 @@ class AdapterTensor:
 
     def read(self, rows: slice = ALL) -> Tensor:
         """Those rows in float32."""
-        return self.source.read(self.name, rows).float()
+        return self.source.read(self.name, rows).values.float()
 
 
 class Delta(Protocol):

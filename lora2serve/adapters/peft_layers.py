@@ -146,7 +146,7 @@ class PeftLayers:
         return chosen
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: self._adapter.tensors.read(name) for name in names}
+        return {name: self._adapter.tensors.read(name).values for name in names}
 
     def _weight_beside(self, module: str) -> Tensor:
         import torch

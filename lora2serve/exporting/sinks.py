@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.progress import Progress
-from lora2serve.weights.tensors import Source, TensorSpec
+from lora2serve.weights.tensors import Block, Source, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,8 +74,8 @@ class Sink(Protocol):
 
     wanted: Mapping[str, int]
 
-    def write(self, spec: TensorSpec, rows: slice, block: Tensor) -> None:
-        """Take rows ``[start, stop)`` of one wanted tensor, float32 or ``spec.dtype``; must not change ``block``."""
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
+        """Take rows ``[start, stop)`` of one wanted tensor; must not change them."""
         ...
 
     def finish(self) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from lora2serve.adapters.peft_layers import PeftDelta, PeftLayers
 from lora2serve.errors import MergeError, raise_all
 from lora2serve.merge.binding import Binder
 from lora2serve.merge.layout import EMBEDDINGS, HEAD, lay_out
-from lora2serve.weights.tensors import ALL, FLOATS, DType, Source, TensorSpec, all_finite, keep_rounded, torch_dtype
+from lora2serve.weights.tensors import ALL, FLOATS, Block, DType, Source, TensorSpec, all_finite, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class Merged:
     def _weight_beside(self, name: str, layers: PeftLayers) -> Tensor:
         """A whole weight as it is before the deltas of ``layers``, for the bias that depends on it."""
         folded = self._folded[name]
-        weight = self.base.read(folded.stored).float()
+        weight = self.base.read(folded.stored).values.float()
         for delta in folded.deltas:
             if isinstance(delta, PeftDelta) and delta.layers is layers:
                 break
@@ -88,21 +88,23 @@ class Merged:
         """The names of the tensors that an adapter changes."""
         return [name for name, folded in self._folded.items() if folded.deltas]
 
-    def before(self, name: str, rows: slice = ALL) -> Tensor:
+    def before(self, name: str, rows: slice = ALL) -> Block:
         """Rows of the base that one tensor starts from."""
         return self.base.read(self._folded[name].stored, rows)
 
-    def read(self, name: str, rows: slice = ALL) -> Tensor:
+    def read(self, name: str, rows: slice = ALL) -> Block:
         folded = self._folded[name]
         spec = folded.spec
         start, stop, _ = rows.indices(spec.rows)
         if not folded.deltas:
-            return _finite(self.base.read(folded.stored, rows), name, "base")
+            block = self.base.read(folded.stored, rows)
+            _finite(block.values, name, "base")
+            return block
         if spec.whole:
-            return self._fold(folded, slice(0, spec.rows))[start:stop].contiguous()
+            return self._fold(folded, slice(0, spec.rows))[start:stop]
         return self._fold(folded, slice(start, stop))
 
-    def _fold(self, folded: MergedTensor, rows: slice) -> Tensor:
+    def _fold(self, folded: MergedTensor, rows: slice) -> Block:
         import torch
 
         name, deltas = folded.spec.name, folded.deltas
@@ -110,7 +112,7 @@ class Merged:
             stored = before = weight = _finite(deltas[0].apply(torch.empty(0), rows), name, "adapter")
             deltas = deltas[1:]
         else:
-            stored = self.base.read(folded.stored, rows)
+            stored = self.base.read(folded.stored, rows).values
             before = weight = stored.float()
         wanted = None
         if len(deltas) == 1 and isinstance(deltas[0], Lora) and deltas[0].magnitude is None:
@@ -121,10 +123,11 @@ class Merged:
             for delta in deltas:
                 weight = delta.apply(weight, rows)
         on_grid = stored.dtype == torch_dtype(folded.spec.dtype)
-        if deltas and not self.survival.add(folded.spec, before, weight, wanted, on_grid):
+        rounded = self.survival.add(folded.spec, before, weight, wanted, on_grid) if deltas else None
+        if deltas and rounded is None:
             _finite(before, name, "base")
             _finite(weight, name, "adapter, or the sum of base and adapter")
-        return weight
+        return Block(weight, rounded)
 
     def _bind(
         self, specs: Sequence[TensorSpec], adapters: Sequence[Adapter], changes: Sequence[Sequence[ParameterDelta]]
@@ -179,26 +182,26 @@ class Survival:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._lock = Lock()
 
-    def add(self, spec: TensorSpec, before: Tensor, after: Tensor, wanted: float | None, on_grid: bool) -> bool:
+    def add(
+        self, spec: TensorSpec, before: Tensor, after: Tensor, wanted: float | None, on_grid: bool
+    ) -> Tensor | None:
         """Count one block, both float32; ``wanted`` is the delta's squared norm, where it is known already.
 
-        True if that proves that every value is finite, before, after and as stored: one that is not makes the
-        difference NaN or infinite, and so its norm.
+        The rows as they are stored, if the sums prove that every value is finite, before, after and as stored: one
+        that is not makes the difference NaN or infinite, and so its norm.
         """
         if spec.dtype not in FLOATS or before.shape != after.shape:
-            return False
+            return None
         if wanted is None:
             wanted = _squared(after - before)
         stored = after.to(torch_dtype(spec.dtype))
         start = before if on_grid else before.to(stored.dtype).float()
         kept = _squared(stored - start if stored is after else stored.float().sub_(start))
-        if isfinite(kept):
-            keep_rounded(after, stored)
         with self._lock:
             sums = self._sums[spec.name]
             sums[0] += kept
             sums[1] += wanted
-        return isfinite(kept)
+        return stored if isfinite(kept) else None
 
     def shares(self) -> dict[str, float]:
         """Tensor -> share; 0 where the adapter changes nothing."""
@@ -227,13 +230,13 @@ def _squared(values: Tensor) -> float:
     return float(torch.dot(flat, flat))
 
 
-def _finite(block: Tensor, name: str, what: str) -> Tensor:
-    """The block, if every value in it is finite."""
-    if block.is_floating_point() and block.element_size() > 1 and not all_finite(block):
+def _finite(values: Tensor, name: str, what: str) -> Tensor:
+    """The values, if every one is finite."""
+    if values.is_floating_point() and values.element_size() > 1 and not all_finite(values):
         raise MergeError(
             f"{name}: NaN or infinity, from the {what}", "such weights give nonsense: train or fetch again"
         )
-    return block
+    return values
 
 
 def _main_dtype(specs: Sequence[TensorSpec]) -> DType | None:

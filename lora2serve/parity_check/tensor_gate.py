@@ -97,11 +97,11 @@ class Tensors:
         reader: sinks.Reader = kind(self.path, self.about, model)
         changed, found = set(merged.changed()), dict[str, Difference]()
         for spec, rows in _parts(model, reader.wanted):
-            name, expected, stored = reader.pair(spec, rows, merged.read(spec.name, rows))
+            name, expected, stored = reader.pair(spec, rows, merged.read(spec.name, rows).values)
             one = found.setdefault(name, Difference(name))
             one.add(expected, stored)
             if spec.name in changed:
-                base = merged.before(spec.name, rows)
+                base = merged.before(spec.name, rows).values
                 if base.numel() == expected.numel():  # not where the vocabulary grew
                     one.add_change(reader.pair(spec, rows, base)[1], expected, stored)
             advance(expected.numel())
@@ -118,9 +118,9 @@ class Tensors:
         found: dict[str, Difference] = {}
         for spec, rows in _parts(trained, dict.fromkeys(merged.changed(), 1)):
             one = found.setdefault(spec.name, Difference(spec.name))
-            expected, stored = merged.read(spec.name, rows), other.read(spec.name, rows)
+            expected, stored = (side.read(spec.name, rows).values for side in (merged, other))
             one.add(expected, stored)
-            base = merged.before(spec.name, rows)
+            base = merged.before(spec.name, rows).values
             if base.numel() == expected.numel():
                 one.add_change(base, expected, stored)
             advance(expected.numel())

@@ -14,15 +14,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora2serve.errors import CheckpointError, raise_all
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.system.small_files import MAX_SIZE, digest, inside, read_json
-from lora2serve.weights.tensors import ALL, DTYPES, TensorSpec, itemsize, torch_dtype
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora2serve.weights.tensors import ALL, DTYPES, Block, TensorSpec, itemsize, torch_dtype
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -54,7 +51,7 @@ class SafetensorsFiles:
         """The spec of one tensor; KeyError if there is none."""
         return self._stored[name].spec
 
-    def read(self, name: str, rows: slice = ALL) -> Tensor:
+    def read(self, name: str, rows: slice = ALL) -> Block:
         import torch
 
         item = self._stored[name]
@@ -63,7 +60,8 @@ class SafetensorsFiles:
         row_bytes = spec.row_numel * itemsize(spec.dtype)
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
         self._fill(item, buffer.numpy().data, start * row_bytes)
-        return buffer.view(torch_dtype(spec.dtype)).view((stop - start, *spec.shape[1:]) if spec.shape else ())
+        shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
+        return Block(buffer.view(torch_dtype(spec.dtype)).view(shape))
 
     def _fill(self, item: StoredTensor, view: memoryview, offset: int) -> None:
         fd = self._fds.get(item.file)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora2serve.errors import CheckpointError
 from lora2serve.weights.checkpoint import Checkpoint, model_dtype
-from lora2serve.weights.tensors import ALL, DType, TensorSpec
+from lora2serve.weights.tensors import ALL, Block, DType, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,12 +55,12 @@ class Dequantized:
     def specs(self) -> Sequence[TensorSpec]:
         return self._specs
 
-    def read(self, name: str, rows: slice = ALL) -> Tensor:
+    def read(self, name: str, rows: slice = ALL) -> Block:
         packed = self._packed.get(name)
         if packed is None:
             return self.base.read(name, rows)
         start, stop, _ = rows.indices(packed.spec.rows)
-        return packed.read(slice(start, stop))
+        return Block(packed.read(slice(start, stop)))
 
     def _collapse(self, config: Mapping[str, Any]) -> set[str]:
         """Find the quantised weights; the names of their scales and states, which are no weights of their own."""
@@ -107,7 +107,7 @@ class FourBit:
 
     @classmethod
     def open(cls, base: Checkpoint, weight: str, state: str) -> FourBit:
-        raw = base.read(state).numpy().tobytes()
+        raw = base.read(state).values.numpy().tobytes()
         try:
             told = json.loads(raw)
             shape, dtype = tuple(told["shape"]), DTYPE_NAMES[told["dtype"]]
@@ -126,7 +126,7 @@ class FourBit:
         blocks = slice(first // self.block, -(-last // self.block))
         start, stop = blocks.start * self.block, min(blocks.stop * self.block, self.spec.numel)
         codes = self._codes(start, stop)
-        values = self.base.read(f"{self.spec.name}.quant_map").index_select(0, codes)
+        values = self.base.read(f"{self.spec.name}.quant_map").values.index_select(0, codes)
         absmax = self._absmax(blocks)
         scaled = scale_blocks(values, absmax, self.block)
         return scaled[first - start : last - start].view(rows.stop - rows.start, *self.spec.shape[1:])
@@ -140,20 +140,20 @@ class FourBit:
         rows = slice(start // each, -(-stop // each))
         stored = self.base.spec(self.spec.name)
         if stored.row_numel != 1:  # stored as (1, n): one row holds everything
-            packed = self.base.read(self.spec.name).view(torch.uint8).flatten()[start // 2 : -(-stop // 2)]
+            packed = self.base.read(self.spec.name).values.view(torch.uint8).flatten()[start // 2 : -(-stop // 2)]
             begin = start // 2 * 2
         else:
-            packed = self.base.read(self.spec.name, rows).view(torch.uint8).flatten()
+            packed = self.base.read(self.spec.name, rows).values.view(torch.uint8).flatten()
             begin = rows.start * each
         return nibbles(packed)[start - begin : stop - begin]
 
     def _absmax(self, blocks: slice) -> Tensor:
-        absmax = self.base.read(f"{self.spec.name}.absmax", blocks)
+        absmax = self.base.read(f"{self.spec.name}.absmax", blocks).values
         if not self.nested:
             return absmax.float()
         groups = slice(blocks.start // self.nested, -(-blocks.stop // self.nested))
-        scales = self.base.read(f"{self.spec.name}.nested_absmax", groups)
-        code = self.base.read(f"{self.spec.name}.nested_quant_map")
+        scales = self.base.read(f"{self.spec.name}.nested_absmax", groups).values
+        code = self.base.read(f"{self.spec.name}.nested_quant_map").values
         spread = scales.repeat_interleave(self.nested)[blocks.start - groups.start * self.nested :][: len(absmax)]
         return code.index_select(0, absmax.int()) * spread + self.offset
 
@@ -172,8 +172,8 @@ class Int8:
         return cls(TensorSpec(stored.name, stored.shape, dtype), base, f"{module}.SCB")
 
     def read(self, rows: slice) -> Tensor:
-        scale = self.base.read(self.scale).flatten()[rows, None]
-        return self.base.read(self.spec.name, rows).float() * scale * INT8_SCALE
+        scale = self.base.read(self.scale).values.flatten()[rows, None]
+        return self.base.read(self.spec.name, rows).values.float() * scale * INT8_SCALE
 
 
 @dataclass(frozen=True)
@@ -197,13 +197,13 @@ class Fp8Blocks:
         import torch
 
         height, width = self.block
-        values = self.base.read(self.spec.name, rows).float()
+        values = self.base.read(self.spec.name, rows).values.float()
         name = f"{self.spec.name}_scale_inv"
         if len(self.spec.shape) == 3:  # one expert per row
-            scales = self.base.read(name, rows).float().repeat_interleave(height, dim=1)[:, : self.spec.shape[1]]
+            scales = self.base.read(name, rows).values.float().repeat_interleave(height, dim=1)[:, : self.spec.shape[1]]
         else:
             row_blocks = torch.arange(rows.start, rows.stop) // height
-            scales = self.base.read(name).float()[row_blocks]
+            scales = self.base.read(name).values.float()[row_blocks]
         return values * scales.repeat_interleave(width, dim=-1)[..., : self.spec.shape[-1]]
 
 
@@ -228,8 +228,8 @@ class Mxfp4:
     def read(self, rows: slice) -> Tensor:
         import torch
 
-        packed = self.base.read(f"{self.spec.name}_blocks", rows)
-        powers = self.base.read(f"{self.spec.name}_scales", rows).int() - 127
+        packed = self.base.read(f"{self.spec.name}_blocks", rows).values
+        powers = self.base.read(f"{self.spec.name}_scales", rows).values.int() - 127
         table = torch.tensor([*FP4, *(-value for value in FP4)])
         codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)  # the low nibble first
         values = torch.ldexp(table[codes.int()], powers[..., None])

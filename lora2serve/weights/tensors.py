@@ -50,8 +50,8 @@ def torch_dtype(dtype: DType) -> dtype:
 class TensorSpec:
     """What is known of a tensor without reading it.
 
-    ``dtype`` is the type the tensor is to be *stored* in. ``Source.read`` may hand out float32
-    where the values were computed and not yet rounded: the sink rounds, once.
+    ``dtype`` is the type the tensor is to be *stored* in. A ``Block`` may hold float32 where the values were
+    computed and not yet rounded: the sink rounds, once.
     """
 
     name: str
@@ -88,15 +88,28 @@ def row_blocks(spec: TensorSpec, unit: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + step, spec.rows))
 
 
-def keep_rounded(block: Tensor, stored: Tensor) -> None:
-    """Keep the block as it is stored beside it, found to be finite: so that it is rounded and looked at once."""
-    block._rounded = stored  # type: ignore[attr-defined]
+@dataclass(frozen=True)
+class Block:
+    """Rows of one tensor, contiguous on the CPU; nobody changes them.
 
+    ``values`` are float32 where they were computed and not yet rounded, else of the type that the tensor is stored
+    in. ``rounded`` are the same rows in that type, where the rounding is done already and every value is finite: so
+    that a block is rounded and looked at once.
+    """
 
-def kept_rounded(block: Tensor, dtype: DType) -> Tensor | None:
-    """What ``keep_rounded`` kept in that type."""
-    stored: Tensor | None = getattr(block, "_rounded", None)
-    return stored if stored is not None and stored.dtype == torch_dtype(dtype) else None
+    values: Tensor
+    rounded: Tensor | None = None
+
+    def in_dtype(self, dtype: DType) -> Tensor | None:
+        """The rows in that type, where they are known in it."""
+        wanted = torch_dtype(dtype)
+        known = (self.values, self.rounded)
+        return next((rows for rows in known if rows is not None and rows.dtype == wanted), None)
+
+    def __getitem__(self, rows: slice) -> Block:
+        """Some of the rows."""
+        rounded = None if self.rounded is None else self.rounded[rows].contiguous()
+        return Block(self.values[rows].contiguous(), rounded)
 
 
 def all_finite(block: Tensor) -> bool:
@@ -114,9 +127,9 @@ class Source(Protocol):
         """Every tensor, in file order, so that reads stay sequential."""
         ...
 
-    def read(self, name: str, rows: slice = ALL) -> Tensor:
-        """Rows ``[start, stop)`` of one tensor as a fresh, contiguous CPU tensor the caller owns.
+    def read(self, name: str, rows: slice = ALL) -> Block:
+        """Rows ``[start, stop)`` of one tensor: fresh memory, shape ``(stop - start, *shape[1:])``.
 
-        The shape is ``(stop - start, *shape[1:])``; a scalar is read whole. Safe from several threads.
+        A scalar is read whole. Safe from several threads.
         """
         ...

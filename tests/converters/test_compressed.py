@@ -205,7 +205,7 @@ def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[li
     reader = CompressedReader(path, {"quant": quant}, ExportModel(merged, merged.config, {}, "tiny", str(base)))
     found = {name: Difference(name) for name in reader.wanted}
     for spec, rows in _parts(ExportModel(merged, merged.config, {}, "tiny", str(base)), reader.wanted):
-        found[spec.name].add(*reader.pair(spec, rows, merged.read(spec.name, rows))[1:])
+        found[spec.name].add(*reader.pair(spec, rows, merged.read(spec.name, rows).values)[1:])
     return list(found.values()), list(reader.differences)
 
 

@@ -149,7 +149,7 @@ def test_an_adapter_beside_its_base(root: Path, tmp_path: Path, name: str, modul
     assert set(reader.wanted) == set(model.source.changed())
     for spec in model.source.specs():
         if spec.name in reader.wanted:
-            _, planned, stored = reader.pair(spec, slice(0, spec.rows), model.source.read(spec.name))
+            _, planned, stored = reader.pair(spec, slice(0, spec.rows), model.source.read(spec.name).values)
             assert torch.allclose(planned, stored, atol=1e-6)
 
 

@@ -50,7 +50,7 @@ def test_a_correctly_rounded_reciprocal_decides_some_of_them_otherwise(monkeypat
             test_ties_of_fp4_as_a_gpu_decides_them(*case)
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(64, 64), (3, 96), (7, 13)]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(64, 64), (9, 96), (71, 13)]))
 def test_codes_are_those_of_the_cpu_but_for_borders(seed: int, shape: tuple[int, int]) -> None:
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16()
     for kind in ("nf4", "fp4"):

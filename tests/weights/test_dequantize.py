@@ -88,9 +88,9 @@ def test_four_bit_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: bo
     specs = {spec.name: spec for spec in source.specs()}
     assert not [name for name in specs if "quant" in name or "absmax" in name]
     for name, expected in oracle.items():
-        assert torch.equal(source.read(name), expected.float()), name
+        assert torch.equal(source.read(name).values, expected.float()), name
         rows = slice(3, specs[name].rows - 5)
-        assert torch.equal(source.read(name, rows), expected[rows].float()), "any block of rows"
+        assert torch.equal(source.read(name, rows).values, expected[rows].float()), "any block of rows"
 
 
 def test_int8_is_bit_equal(base: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_int8_is_bit_equal(base: Path, tmp_path: Path) -> None:
     source, oracle = Dequantized(Checkpoint(path)), by_bitsandbytes(model)
     assert oracle
     for name, expected in oracle.items():
-        assert torch.equal(source.read(name), expected.float()), name
+        assert torch.equal(source.read(name).values, expected.float()), name
 
 
 @pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
@@ -117,8 +117,8 @@ def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: 
     plain = stored(base)
     for spec in source.specs():
         expected = oracle.get(spec.name, plain[spec.name]).float()
-        assert torch.equal(source.read(spec.name).float(), expected), spec.name
-        assert torch.equal(source.read(spec.name, slice(1, 7)).float(), expected[1:7]), "any block of rows"
+        assert torch.equal(source.read(spec.name).values.float(), expected), spec.name
+        assert torch.equal(source.read(spec.name, slice(1, 7)).values.float(), expected[1:7]), "any block of rows"
     assert not torch.equal(oracle[f"{modules[0]}.weight"], plain[f"{modules[0]}.weight"].float()), (
         "the control: it is lossy"
     )
@@ -134,7 +134,7 @@ def test_round_trip_of_a_base_that_was_loaded_in_another_type(tmp_path: Path, on
 
     def read(path: Path, dtype: DType) -> torch.Tensor:
         how = Quantization([name], "nf4", 64, True, dtype, on_gpu)
-        return FakeQuantized(Dequantized(Checkpoint(path)), how).read(f"{name}.weight")
+        return FakeQuantized(Dequantized(Checkpoint(path)), how).read(f"{name}.weight").values
 
     assert torch.equal(read(stored_half, "BF16"), read(tmp_path / "loaded", "BF16"))
     assert not torch.equal(read(stored_half, "F16"), read(tmp_path / "loaded", "BF16")), "the control"
@@ -186,7 +186,7 @@ def test_fp8_blocks(
     source = Dequantized(Checkpoint(path))
     start = data.draw(st.integers(0, rows - 1))
     assert [spec.name for spec in source.specs()] == ["w.weight"]
-    assert torch.equal(source.read("w.weight", slice(start, rows)), expected[start:])
+    assert torch.equal(source.read("w.weight", slice(start, rows)).values, expected[start:])
 
 
 def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
@@ -203,9 +203,9 @@ def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
     source = Dequantized(Checkpoint(tmp_path))
     assert [(s.name, s.shape, s.dtype) for s in source.specs()] == [(name, (3, 128, 8), "BF16")]
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-    assert torch.equal(source.read(name, slice(1, 3)), expected[1:])
+    assert torch.equal(source.read(name, slice(1, 3)).values, expected[1:])
     swapped = (blocks >> 4) | (blocks << 4)
-    assert not torch.equal(source.read(name), convert_moe_packed_tensors(swapped, scales, dtype=torch.float32))
+    assert not torch.equal(source.read(name).values, convert_moe_packed_tensors(swapped, scales, dtype=torch.float32))
 
 
 def test_unknown_quantisation_is_refused(base: Path, tmp_path: Path) -> None:

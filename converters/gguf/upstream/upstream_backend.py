@@ -126,7 +126,7 @@ class Upstream:
         return block.to(getattr(torch, self._told(spec)))
 
     def _read(self, name: str) -> Tensor:
-        return self._given(name, self._model.source.read(name))
+        return self._given(name, self._model.source.read(name).values)
 
     def _sort(self, tensors: list[dict[str, Any]]) -> None:
         order = {name: number for number, name in enumerate(self._specs)}

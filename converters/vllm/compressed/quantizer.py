@@ -11,7 +11,7 @@ from converters.vllm.compressed.library import library, refuse_missing
 from converters.vllm.compressed.schemes import SCHEMES, Scheme
 from converters.vllm.compressed.selection import select
 from converters.vllm.compressed.spool import Spool
-from lora2serve.weights.tensors import TensorSpec, torch_dtype
+from lora2serve.weights.tensors import Block, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Half way between 0, 0.5, 1, 1.5, 2, 3, 4 and 6. Ties go to the even code: down, up (so the largest float32 below),
 # and so on.
 FP4_BOUNDS = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
-Write = Callable[[str, slice, "Tensor"], None]
+Write = Callable[[str, slice, Block], None]
 
 
 class Quantizer:
@@ -46,12 +46,12 @@ class Quantizer:
     def __contains__(self, name: str) -> bool:
         return name in self._selection.weights
 
-    def write(self, name: str, rows: slice, block: Tensor, write: Write) -> None:
-        """One block of a weight to quantise, float32 or the type of the model."""
+    def write(self, name: str, rows: slice, values: Tensor, write: Write) -> None:
+        """Rows of a weight to quantise, float32 or the type of the model."""
         if self._spool is None:
-            self._put(name, rows, block, None, write)
+            self._put(name, rows, values, None, write)
             return
-        complete = self._spool.add(name, rows, block)
+        complete = self._spool.add(name, rows, values)
         if complete is None:
             return
         factor = library().global_scale(*complete.range())
@@ -81,18 +81,19 @@ class Quantizer:
         if self._spool is not None:
             self._spool.close()
 
-    def _put(self, name: str, rows: slice, block: Tensor, factor: Tensor | None, write: Write) -> None:
+    def _put(self, name: str, rows: slice, values: Tensor, factor: Tensor | None, write: Write) -> None:
         import torch
 
         specs = self._tensors[name]
-        state = compress(block, self._scheme(), self.scheme, specs["weight_scale"], factor)
+        state = compress(values, self._scheme(), self.scheme, specs["weight_scale"], factor)
         scaled = slice(rows.start // self.scheme.rows, -(-rows.stop // self.scheme.rows))
-        write(specs[self.scheme.weight].name, rows, state[self.scheme.weight])
-        write(specs["weight_scale"].name, scaled, state["weight_scale"])
+        write(specs[self.scheme.weight].name, rows, Block(state[self.scheme.weight]))
+        write(specs["weight_scale"].name, scaled, Block(state["weight_scale"]))
         if rows.start == 0 and factor is not None:
-            write(specs["weight_global_scale"].name, slice(0, 1), factor)
+            write(specs["weight_global_scale"].name, slice(0, 1), Block(factor))
         if rows.start == 0 and self.scheme.shape:
-            write(specs["weight_shape"].name, slice(0, 2), torch.tensor(self._selection.weights[name].shape))
+            shape = torch.tensor(self._selection.weights[name].shape)
+            write(specs["weight_shape"].name, slice(0, 2), Block(shape))
 
     def _scheme(self) -> Any:
         """The library's scheme, as it fits this model."""
@@ -106,7 +107,7 @@ class Quantizer:
 
 
 def compress(
-    block: Tensor, how: Any, scheme: Scheme, scale: TensorSpec, factor: Tensor | None = None
+    values: Tensor, how: Any, scheme: Scheme, scale: TensorSpec, factor: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Rows of a weight, quantised in float32 by the scale that is stored, which is rounded first.
 
@@ -115,7 +116,7 @@ def compress(
     import torch
 
     found = library()
-    weight = block.float()
+    weight = values.float()
     low, high = _range(weight, scheme)
     scales, _ = found.qparams(low, high, how.weights, global_scale=factor)
     if scheme.scale is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora2serve.errors import CheckpointError
 from lora2serve.weights.bnb import cuda_quantize
 from lora2serve.weights.dequantize import DTYPE_NAMES, nibbles, scale_blocks
-from lora2serve.weights.tensors import ALL, DType, Source, TensorSpec, torch_dtype
+from lora2serve.weights.tensors import ALL, Block, DType, Source, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,21 +67,22 @@ class FakeQuantized:
     def specs(self) -> Sequence[TensorSpec]:
         return self.base.specs()
 
-    def read(self, name: str, rows: slice = ALL) -> Tensor:
+    def read(self, name: str, rows: slice = ALL) -> Block:
         if name not in self._weights:
             return self.base.read(name, rows)
         spec = self._by_name[name]
         start, stop, _ = rows.indices(spec.rows)
         aligned = self._aligned(spec, start, stop)
-        codes, _ = self._quantize(self.base.read(name, aligned))
-        return self._dequantize(spec, codes, aligned)[start - aligned.start : stop - aligned.start]
+        codes, _ = self._quantize(self.base.read(name, aligned).values)
+        values = self._dequantize(spec, codes, aligned)
+        return Block(values[start - aligned.start : stop - aligned.start])
 
     def quantized(self, name: str) -> tuple[Tensor, Tensor]:
         """A whole weight as training held it: uint8 codes, two to a byte, and the float32 absmax of each block."""
         import torch
 
         spec = self._by_name[name]
-        codes, _ = self._quantize(self.base.read(name))
+        codes, _ = self._quantize(self.base.read(name).values)
         codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, len(codes) % 2))
         return codes[::2] << 4 | codes[1::2], self._seen_absmax(spec)
 
@@ -130,7 +131,7 @@ class FakeQuantized:
         rows_each = max(1, (1 << 20) // max(1, spec.row_numel)) * self.how.block
         parts = []
         for start in range(0, spec.rows, rows_each):
-            rows = self.base.read(spec.name, slice(start, min(start + rows_each, spec.rows)))
+            rows = self.base.read(spec.name, slice(start, min(start + rows_each, spec.rows))).values
             parts.append(self._quantize(rows)[1])
         absmax = torch.cat(parts)
         if not self.how.double:
