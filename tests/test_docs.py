@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -17,10 +18,11 @@ from lora2serve.parity_check.thresholds import TABLE, Thresholds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    ROOT / "README.md",
+    *sorted(ROOT.glob("*.md")),
     ROOT / "recipes" / "serve" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "recipes" / "ci").glob("*.yml")),
+    *sorted((ROOT / ".github").rglob("*.yml")),
 ]
 
 
@@ -30,12 +32,12 @@ def commands() -> Iterator[tuple[str, str]]:
         text = page.read_text(encoding="utf-8")
         if page.suffix == ".md":
             found = [line for block in re.findall(r"```[a-z]*\n(.*?)```", text, re.S) for line in block.splitlines()]
-            found += re.findall(r"`(lora2serve [a-z][^`]*)`", text.replace("\n", " "))
         else:
             found = [line.strip().removeprefix("- ").removeprefix("run: ") for line in text.splitlines()]
+        found += re.findall(r"`(lora2serve [a-z][^`]*)`", text.replace("\n", " "))
         for line in found:
-            words = line.split("#")[0].strip()
-            if words.startswith("lora2serve ") and "${" not in words and "..." not in words:
+            words = re.split("#|&&|[|]", line)[0].strip()
+            if re.match("lora2serve [a-z]", words) and "${" not in words and "..." not in words:
                 yield page.name, words
 
 
@@ -60,6 +62,15 @@ def test_commands_exist(page: str, words: str) -> None:
     assert not [
         arg for arg in args[1:] if arg.startswith("-") and arg.split("=")[0].strip("[]") not in {*known, "--help", "-h"}
     ]
+
+
+def test_targets_of_make_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for target in re.findall(
+            r"^(?:[A-Z_]+=\S* )?make ([a-z-]+)|`make ([a-z-]+)`", page.read_text(encoding="utf-8"), re.M
+        ):
+            assert re.search(rf"^{''.join(target)}:", makefile, re.M), (page.name, target)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
@@ -88,10 +99,38 @@ def test_thresholds_are_those_of_the_code() -> None:
     assert set(columns) <= {field.name for field in fields(Thresholds)}
 
 
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
 @pytest.mark.parametrize(
     "path",
-    [*sorted((ROOT / "recipes" / "ci").glob("*.yml")), *sorted((ROOT / ".github").rglob("*.yml"))],
+    [*sorted((ROOT / "recipes" / "ci").glob("*.yml")), *sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"],
     ids=lambda path: path.name,
-)
+)  # fmt: skip
 def test_ci_files_are_yaml(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+def steps(workflow: Path) -> Iterator[dict[str, str]]:
+    for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
+        yield from job["steps"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_steps_of_workflows(path: Path) -> None:
+    """Targets of make exist, actions have a version, and no expression goes into a shell's text."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for step in steps(path):
+        assert ("run" in step) != ("uses" in step), step
+        assert "${{" not in step.get("run", ""), "what comes from outside goes through the environment"
+        for target in re.findall(r"^make ([a-z-]+)", step.get("run", ""), re.M):
+            assert re.search(rf"^{target}:", makefile, re.M), target
+        action = step.get("uses", "./")
+        assert action.startswith("./") or re.search(r"@(v\d+|release/v\d+)$", action), action
+
+
+def test_the_matrix_has_every_python() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["classifiers"]
+    pythons = [line.rpartition(" ")[2] for line in classifiers if re.search(r"Python :: 3\.\d+$", line)]
+    assert jobs["check"]["strategy"]["matrix"]["python"] == pythons
