@@ -47,7 +47,7 @@ def _find(model: ExportModel, home: Path, asked: str | None, told: Progress) -> 
         raise UsageError("--calibrate train: this is no run", "name a data file, such as data.jsonl")
     wanted = recipe.DataRecipe(train=asked or TRAIN)
     if own and asked in (None, TRAIN):
-        wanted = recipe.load(run.Run(home.parent).recipe).data
+        wanted = recipe.load_section(run.Run(home.parent).recipe, recipe.DataRecipe)
 
     @cache
     def rows() -> Sequence[Sequence[int]]:

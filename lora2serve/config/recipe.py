@@ -1,6 +1,6 @@
 """Recipes: YAML to frozen dataclasses, every problem reported at once with its key path.
 
-Defaults live in the dataclasses and nowhere else. Paths are relative to the recipe's own file.
+Defaults and bounds live in the dataclasses below and nowhere else. Paths are relative to the recipe's own file.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from lora2serve.config import lora_inits
-from lora2serve.config.schema import build, repeated, shown
+from lora2serve.config.bounds import NotEmpty, Positive, Range, Removed
+from lora2serve.config.other_names import OTHER_NAMES
+from lora2serve.config.schema import build, repeated_keys, show
 from lora2serve.errors import RecipeError, UsageError, did_you_mean
 
 FILE = "lora2serve.yaml"
-SHAPE = "see `lora2serve init` for every key"
+EVERY_KEY = "see `lora2serve init` for every key"
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-Quantize = Literal["nf4", "fp4", "none"]
+NO_FP4 = "expected nf4 or none: fp4 is no longer trained, and nf4 loses less in the same memory"
+Quantize = Literal["nf4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
@@ -27,7 +30,7 @@ Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 class ModelRecipe:
     """The base: ``path`` is a directory or a Hub id, ``revision`` a commit, tag or branch on the Hub."""
 
-    path: str
+    path: Annotated[str, NotEmpty("a path or a Hub id")]
     revision: str | None = None
 
 
@@ -35,12 +38,13 @@ class ModelRecipe:
 class DataRecipe:
     """Rows of ``messages``, ``prompt`` + ``completion`` or ``text``: JSONL, Parquet, or a Hub data set."""
 
-    train: str
-    eval: str | None = None  # a file or set of its own, or
-    eval_split: float | str | None = None  # the share of the training rows to hold out, or a split of the data set
+    train: Annotated[str, NotEmpty("a path or a Hub id")]
+    eval: Annotated[str | None, NotEmpty("a path or a Hub id")] = None  # a file or set of its own, or
+    # the share of the training rows to hold out, or a split of the data set
+    eval_split: Annotated[float | str | None, Range(0.0, 0.9)] = None
     split: str = "train"  # of a data set with splits
     subset: str | None = None  # of a data set with several
-    max_length: int = 1024  # tokens; longer rows are cut
+    max_length: Annotated[int, Range(8, 1 << 20)] = 1024  # tokens; longer rows are cut
     packing: bool = False
     completion_only: bool = True  # loss on what the assistant says, not on the prompt
 
@@ -49,9 +53,9 @@ class DataRecipe:
 class LoraRecipe:
     """``targets`` is a preset (qv, attention, qv-mlp, all-linear) or a list of module names."""
 
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
+    rank: Annotated[int, Range(1, 1 << 14)] = 16
+    alpha: Annotated[float, Positive(1e6)] = 32
+    dropout: Annotated[float, Range(0.0, 0.99)] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     modules_to_save: tuple[str, ...] = ()
     rslora: bool = False
@@ -64,23 +68,23 @@ class TrainRecipe:
     """How to train. Either ``steps`` or ``epochs``; ``steps`` wins."""
 
     lora: LoraRecipe = field(default_factory=LoraRecipe)
-    quantize: Quantize = "nf4"
+    quantize: Annotated[Quantize, Removed("fp4", NO_FP4)] = "nf4"
     double_quant: bool = True
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 2e-4
+    epochs: Annotated[float, Positive(1e6)] = 1.0
+    steps: Annotated[int | None, Range(1, 1 << 40)] = None
+    batch_size: Annotated[int, Range(1, 1 << 20)] = 8
+    accumulation: Annotated[int, Range(1, 1 << 20)] = 1
+    learning_rate: Annotated[float, Positive(1.0)] = 2e-4
     schedule: Schedule = "cosine"
-    warmup: float = 0.03  # share of the steps
-    max_grad_norm: float = 0.3
-    weight_decay: float = 0.0
-    gradient_checkpointing: bool | None = None  # default: on with a quantised base
-    seed: int = 42
-    early_stopping: int | None = None  # evaluations without a better eval loss
+    warmup: Annotated[float, Range(0.0, 1.0)] = 0.03  # share of the steps
+    max_grad_norm: Annotated[float, Range(0.0, 1e9)] = 0.3
+    weight_decay: Annotated[float, Range(0.0, 1.0)] = 0.0
+    gradient_checkpointing: bool | None = None  # default: on with a quantized base
+    seed: Annotated[int, Range(0, (1 << 32) - 1)] = 42  # what numpy takes
+    early_stopping: Annotated[int | None, Range(1, 1 << 20)] = None  # evaluations without a better eval loss
     save_best: bool = False
-    eval_steps: int | None = None  # default: at the end of every epoch
-    log_interval: int = 1
+    eval_steps: Annotated[int | None, Range(1, 1 << 40)] = None  # default: at the end of every epoch
+    log_interval: Annotated[int, Range(1, 1 << 20)] = 1
     trackers: tuple[str, ...] = ()  # wandb, tensorboard, ...
 
 
@@ -92,11 +96,11 @@ class ParityRecipe:
     engines: tuple[str, ...] = ()  # the only ones to ask; default: every one that an export is for
     require: tuple[str, ...] = ()  # engines that must be there
     thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    tokens: int = 2048  # scored, half of them held-out rows, half general text
-    window: int = 512  # tokens of one row at most
-    prompts: int = 8  # greedy answers
-    new_tokens: int = 32  # of one answer
-    limit: float = 600  # seconds without a sign of life after which an engine is given up
+    tokens: Annotated[int, Range(1, 1 << 30)] = 2048  # scored, half of them held-out rows, half general text
+    window: Annotated[int, Range(8, 1 << 20)] = 512  # tokens of one row at most
+    prompts: Annotated[int, Range(1, 1 << 20)] = 8  # greedy answers
+    new_tokens: Annotated[int, Range(1, 1 << 20)] = 32  # of one answer
+    limit: Annotated[float, Positive(1e9)] = 600  # seconds without a sign of life after which an engine is given up
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ class Recipe:
     name: str = "run"
     train: TrainRecipe = field(default_factory=TrainRecipe)
     parity: ParityRecipe = field(default_factory=ParityRecipe)
+
+
+Section = TypeVar("Section", ModelRecipe, DataRecipe, ParityRecipe)  # those that name paths
 
 
 def find(name: str | None) -> Path:
@@ -131,31 +138,46 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content, problems = _read(path)
     for override in overrides:
         _override(content, override, problems)
-    recipe = build(Recipe, content, "", problems)
+    recipe = build(Recipe, content, problems, OTHER_NAMES)
     _check(recipe, problems)
+    _raise(path, problems)
+    home = path.resolve().parent
+    model, data, parity = _absolute(recipe.model, home), _absolute(recipe.data, home), _absolute(recipe.parity, home)
+    return replace(recipe, model=model, data=data, parity=parity)
+
+
+def load_section(path: Path, kind: type[Section]) -> Section:
+    """One section of a run's recipe, whatever an earlier release wrote into the others."""
+    content, problems = _read(path)
+    key = {ModelRecipe: "model", DataRecipe: "data", ParityRecipe: "parity"}[kind]
+    section = build(kind, content.get(key), problems)
+    _raise(path, [f"{key}.{problem}" for problem in problems])
+    return _absolute(section, path.resolve().parent)
+
+
+def _raise(path: Path, problems: Sequence[str]) -> None:
     if problems:
-        raise RecipeError("\n".join(f"{path.name}: {problem}" for problem in problems), SHAPE)
-    return _absolute(recipe, path.resolve().parent)
+        raise RecipeError("\n".join(f"{path.name}: {problem}" for problem in problems), EVERY_KEY)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The keys of a YAML file, and a problem for each that stands twice."""
+def _read(path: Path) -> tuple[dict[str, object], list[str]]:
+    """The keys of a YAML file, and a problem for each that is there twice."""
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-        problems = repeated(yaml.compose(text, yaml.SafeLoader))
+        problems = repeated_keys(yaml.compose(text, yaml.SafeLoader))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # numbers and dates that cannot be
-        raise RecipeError(f"{path}: {' '.join(str(error).split())[:300]}", SHAPE) from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # dates and numbers out of range, too
+        raise RecipeError(f"{path}: {' '.join(str(error).split())[:300]}", EVERY_KEY) from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: {shown(content)}, expected keys and values", SHAPE)
+        raise RecipeError(f"{path}: {show(content)}, expected keys and values", EVERY_KEY)
     return content, problems
 
 
@@ -171,12 +193,12 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
 
 
-def _override(content: dict[str, Any], override: str, problems: list[str]) -> None:
+def _override(content: dict[str, object], override: str, problems: list[str]) -> None:
     """``train.lora.rank=32``, the value in YAML, goes in before the recipe is built."""
     import yaml
 
-    key, found, text = override.partition("=")
-    if not found or not key:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
         problems.append(f"--set {override}: expected KEY=VALUE")
         return
     try:
@@ -184,107 +206,76 @@ def _override(content: dict[str, Any], override: str, problems: list[str]) -> No
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         value = text
     *parents, last = key.split(".")
-    place = content
+    section = content
     for parent in parents:
-        if place.get(parent) is None:
-            place[parent] = {}
-        if not isinstance(place[parent], dict):
+        if section.get(parent) is None:
+            section[parent] = {}
+        inner = section[parent]
+        if not isinstance(inner, dict):
             problems.append(f"--set {override}: {parent} holds no keys")
             return
-        place = place[parent]
-    place[last] = value
+        section = inner
+    section[last] = value
 
 
 def _check(recipe: Recipe, problems: list[str]) -> None:
-    """Values that no type can rule out."""
-    for key, (value, low, high) in _bounds(recipe).items():
-        if value is not None and not low <= value <= high:
-            problems.append(f"{key}: {shown(value)}, expected {low} to {high}")
-    train, parity = recipe.train, recipe.parity
-    positive = {
-        "train.epochs": (train.epochs, 1e6),
-        "train.learning_rate": (train.learning_rate, 1.0),
-        "train.lora.alpha": (train.lora.alpha, 1e6),
-        "parity.limit": (parity.limit, 1e9),
-    }
-    for key, (value, high) in positive.items():
-        if not 0 < value <= high:
-            problems.append(f"{key}: {value}, expected more than 0 and at most {high:g}")
+    """What no type and no bound of a single field can rule out."""
     if not re.fullmatch(NAME, recipe.name) or recipe.name == "latest":
-        problems.append(f"name: {shown(recipe.name)}, expected letters, digits, '.', '_' and '-', and not 'latest'")
-    texts = {"model.path": recipe.model.path, "data.train": recipe.data.train, "data.eval": recipe.data.eval}
-    problems += [f"{key}: empty, expected a path or a Hub id" for key, text in texts.items() if text == ""]
-    problems += _problems_of_lora(train)
+        problems.append(f"name: {show(recipe.name)}, expected letters, digits, '.', '_' and '-', and not 'latest'")
+    problems += _problems_of_lora(recipe.train)
     problems += _problems_of_data(recipe)
 
 
-def _bounds(recipe: Recipe) -> dict[str, tuple[float | None, float, float]]:
-    train, lora, data, parity = recipe.train, recipe.train.lora, recipe.data, recipe.parity
-    return {
-        "data.max_length": (data.max_length, 8, 1 << 20),
-        "data.eval_split": (None if isinstance(data.eval_split, str) else data.eval_split, 0.0, 0.9),
-        "train.steps": (train.steps, 1, 1 << 40),
-        "train.batch_size": (train.batch_size, 1, 1 << 20),
-        "train.accumulation": (train.accumulation, 1, 1 << 20),
-        "train.warmup": (train.warmup, 0.0, 1.0),
-        "train.max_grad_norm": (train.max_grad_norm, 0.0, 1e9),
-        "train.weight_decay": (train.weight_decay, 0.0, 1.0),
-        "train.seed": (train.seed, 0, (1 << 32) - 1),  # what numpy takes
-        "train.early_stopping": (train.early_stopping, 1, 1 << 20),
-        "train.eval_steps": (train.eval_steps, 1, 1 << 40),
-        "train.log_interval": (train.log_interval, 1, 1 << 20),
-        "train.lora.rank": (lora.rank, 1, 1 << 14),
-        "train.lora.dropout": (lora.dropout, 0.0, 0.99),
-        "parity.tokens": (parity.tokens, 1, 1 << 30),
-        "parity.window": (parity.window, 8, 1 << 20),
-        "parity.prompts": (parity.prompts, 1, 1 << 20),
-        "parity.new_tokens": (parity.new_tokens, 1, 1 << 20),
-    }
-
-
 def _problems_of_lora(train: TrainRecipe) -> list[str]:
-    lora, found = train.lora, []
+    lora, problems = train.lora, []
     if isinstance(lora.targets, str) and lora.targets not in PRESETS:
-        found.append(
-            f"train.lora.targets: unknown preset {shown(lora.targets)}{did_you_mean(lora.targets, PRESETS)}; "
+        problems.append(
+            f"train.lora.targets: unknown preset {show(lora.targets)}{did_you_mean(lora.targets, PRESETS)}; "
             f"presets: {', '.join(PRESETS)}, or a list of module names"
         )
     if lora.targets == ():
-        found.append("train.lora.targets: an empty list, expected a preset or module names")
+        problems.append("train.lora.targets: an empty list, expected a preset or module names")
     if not lora_inits.is_trainable(lora.init):
         expected = f"{', '.join(lora_inits.TRAINABLE)}{did_you_mean(lora.init, lora_inits.TRAINABLE)}"
-        found.append(f"train.lora.init: {shown(lora.init)}, expected one of {expected}")
+        problems.append(f"train.lora.init: {show(lora.init)}, expected one of {expected}")
     elif lora.init not in lora_inits.WITHOUT_BASE and train.quantize != "none":
-        found.append(f"train.lora.init: {lora.init} needs the weights of the base in full: set train.quantize: none")
+        problems.append(f"train.lora.init: {lora.init} needs the weights of the base in full: set train.quantize: none")
     if lora.init == "orthogonal" and lora.rank % 2:
-        found.append(f"train.lora.rank: {lora.rank}, expected an even number with train.lora.init: orthogonal")
-    return found
+        problems.append(f"train.lora.rank: {lora.rank}, expected an even number with train.lora.init: orthogonal")
+    return problems
 
 
 def _problems_of_data(recipe: Recipe) -> list[str]:
-    data, found = recipe.data, []
+    data, problems = recipe.data, []
     if data.eval is not None and data.eval_split is not None:
-        found.append("data.eval_split: expected either eval or eval_split, not both")
+        problems.append("data.eval_split: expected either eval or eval_split, not both")
     if data.eval_split == "":
-        found.append("data.eval_split: empty, expected a share such as 0.05, or the name of a split")
+        problems.append("data.eval_split: empty, expected a share such as 0.05, or the name of a split")
     if data.eval is None and not data.eval_split:
-        asked = {"early_stopping": recipe.train.early_stopping, "save_best": recipe.train.save_best}
-        found += [f"train.{key}: needs eval data (data.eval or data.eval_split)" for key, on in asked.items() if on]
-    return found
+        wanted = {"early_stopping": recipe.train.early_stopping, "save_best": recipe.train.save_best}
+        problems += [f"train.{key}: needs eval data (data.eval or data.eval_split)" for key, on in wanted.items() if on]
+    return problems
 
 
-def _absolute(recipe: Recipe, home: Path) -> Recipe:
+PATHS: Mapping[type[object], Sequence[str]] = {
+    ModelRecipe: ("path",),
+    DataRecipe: ("train", "eval"),
+    ParityRecipe: ("general",),
+}
+
+
+def _absolute(section: Section, home: Path) -> Section:
     """Relative paths that exist beside the recipe become absolute; what is left may be a Hub id."""
+    changes: dict[str, Any] = {}
+    for name in PATHS[type(section)]:
+        text = getattr(section, name)
+        if text and (home / text).exists():
+            changes[name] = str(home / text)
+    return replace(section, **changes)
 
-    def place(text: str | None) -> str | None:
-        return str(home / text) if text and (home / text).exists() else text
 
-    model = replace(recipe.model, path=place(recipe.model.path) or "")
-    data = replace(recipe.data, train=place(recipe.data.train) or "", eval=place(recipe.data.eval))
-    return replace(recipe, model=model, data=data, parity=replace(recipe.parity, general=place(recipe.parity.general)))
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """Without tuples and read-only mappings, which YAML does not know."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -80,10 +80,13 @@ def open_plain(base: Path, base_name: str, choice: OpenOptions) -> ExportModel:
 
 def decide_merge_base(record: Mapping[str, Any], wanted: MergeBase) -> tuple[Literal["trained", "original"], str]:
     """Which base to fold onto, and why in words; ``auto`` takes whichever had the lower eval loss at training."""
-    if not record.get("quantization"):
-        return "original", "it was trained without quantisation"
+    quantization = record.get("quantization")
+    if not quantization:
+        return "original", "it was trained without quantization"
     if wanted != "auto":
-        return wanted, "as asked"
+        return wanted, "as requested"
+    if quantization["type"] == "fp4":  # by an earlier release, or the base came so
+        return "original", "what fp4 made of the base is not computed again"
     metrics = record.get("metrics") or {}
     trained, original = metrics.get("tuned"), metrics.get("tuned_on_original")
     if not trained or not original:

@@ -55,7 +55,7 @@ class TrainedModel:
 
 def of_run(run: Run, base: Path) -> TrainedModel:
     """Everything is in the run."""
-    from lora2serve.config import recipe
+    from lora2serve.config.recipe import load_section
 
     return TrainedModel(
         name=run.name,
@@ -64,7 +64,7 @@ def of_run(run: Run, base: Path) -> TrainedModel:
         home=run.parity,
         quantization=run.record.get("quantization"),
         rows=run.eval_data if run.eval_data.is_file() else None,
-        settings=recipe.load(run.recipe).parity,
+        settings=load_section(run.recipe, ParityRecipe),
         run=run,
     )
 

@@ -13,7 +13,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lora2serve.config.recipe import Recipe, dump, find, load, template
+from lora2serve.config.other_names import OTHER_NAMES
+from lora2serve.config.recipe import DataRecipe, ParityRecipe, Recipe, dump, find, load, load_section, template
 from lora2serve.errors import RecipeError, UsageError
 
 LEAST = {"model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
@@ -79,14 +80,14 @@ def test_all_problems_at_once(write: Any) -> None:
     assert [line.removeprefix("r.yaml: ").split(": ")[0] for line in problems(write(content))] == [
         "modle",
         "model.path",
-        "train.lora.rnak",
-        "train.quantize",
-        "train.batch_size",
-        "parity.tokens",
         "data.max_length",
-        "train.warmup",
+        "train.lora.rnak",
         "train.lora.rank",
+        "train.quantize",
         "train.epochs",
+        "train.batch_size",
+        "train.warmup",
+        "parity.tokens",
         "name",
         "train.lora.targets",
         "train.lora.init",
@@ -154,6 +155,36 @@ def test_an_unknown_preset_names_the_near_one(write: Any) -> None:
         "r.yaml: train.lora.targets: unknown preset 'qvmlp' (did you mean 'qv-mlp'?); "
         "presets: qv, attention, qv-mlp, all-linear, or a list of module names"
     ]
+
+
+def test_what_other_libraries_call_a_key(write: Any) -> None:
+    """Each is answered with the key's name, or with its path where it belongs elsewhere; every path is there."""
+    assert set(OTHER_NAMES.values()) <= key_paths().keys()
+    assert not OTHER_NAMES.keys() & set(WORDS) - {path.rpartition(".")[2] for path in OTHER_NAMES.values()}
+    for name in ("r", "lora_r", "lora_rank"):
+        assert problems(write(put(LEAST, f"train.lora.{name}", 8))) == [
+            f"r.yaml: train.lora.{name}: unknown key (did you mean 'rank'?)"
+        ]
+    for section in ("", "train."):
+        (line,) = problems(write(put(LEAST, f"{section}lora_alpha", 8)))
+        assert line.endswith(f"did you mean '{'lora.alpha' if section else 'train.lora.alpha'}'?)")
+    assert problems(write(LEAST), "train.lora.target_modules=[q_proj]") == [
+        "r.yaml: train.lora.target_modules: unknown key (did you mean 'targets'?)"
+    ]
+    (line,) = problems(write(put(LEAST, "learning_rate", 1e-4)))
+    assert line == "r.yaml: learning_rate: unknown key (did you mean 'train.learning_rate'?)"
+
+
+def test_fp4_says_what_to_train_instead(write: Any) -> None:
+    """Earlier releases trained it: their runs' other sections are read all the same, their recipe is refused."""
+    path = write({**LEAST, "train": {"quantize": "fp4"}, "parity": {"tokens": 7}})
+    (line,) = problems(path)
+    assert line.startswith("r.yaml: train.quantize: 'fp4', expected nf4 or none: fp4 is no longer trained")
+    assert load_section(path, ParityRecipe).tokens == 7
+    assert load_section(path, DataRecipe).train == "rows.jsonl"
+    with pytest.raises(RecipeError, match=r"r\.yaml: parity\.tokens: 0, expected 1 to"):
+        load_section(write({**LEAST, "parity": {"tokens": 0}}), ParityRecipe)
+    assert "no longer" not in problems(write(put(LEAST, "train.quantize", "fp8")))[0], "the control"
 
 
 GOOD = [

@@ -66,19 +66,17 @@ def test_a_checkpoint_quantised_on_the_gpu(
     assert not torch.equal((source.read(name).values * 1.01).to(dtype), oracle[name]), "the control"
 
 
-@pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
+@pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-def test_round_trip_of_the_training_base(base: Path, kind: str, double: bool, dtype: DType) -> None:
+def test_round_trip_of_the_training_base(base: Path, double: bool, dtype: DType) -> None:
     """``--merge-base trained`` folds onto what the GPU trained on, though it never sees one.
 
     With double quantisation the mean of all scales is summed in another order on a GPU, so that its last bit, and
     with it the last bits of every weight, may differ; a scale that lies on the border of two 8-bit codes, too.
     """
-    oracle = by_cuda(quantized(base, kind, double, torch_dtype(dtype)))
+    oracle = by_cuda(quantized(base, "nf4", double, torch_dtype(dtype)))
     modules = [name.removesuffix(".weight") for name in oracle]
-    source = FakeQuantized(Dequantized(Checkpoint(base)), Quantization(modules, kind, 64, double, dtype, on_gpu=True))
-    on_cpu = FakeQuantized(Dequantized(Checkpoint(base)), Quantization(modules, kind, 64, double, dtype, on_gpu=False))
-    others = 0
+    source = FakeQuantized(Dequantized(Checkpoint(base)), Quantization(modules, 64, double, dtype, on_gpu=True))
     for name, expected in oracle.items():
         got = source.read(name).values.to(expected.dtype)
         if double:
@@ -86,9 +84,8 @@ def test_round_trip_of_the_training_base(base: Path, kind: str, double: bool, dt
             assert near.float().mean() > 0.999, name
         else:
             assert torch.equal(got, expected), name
-        others += int((on_cpu.read(name).values.to(expected.dtype) != expected).sum())
-    if kind == "fp4":
-        assert others > 100, "the control: bitsandbytes' own CPU quantiser gives other weights"
+    plain = Dequantized(Checkpoint(base))
+    assert not torch.equal(plain.read(name).values.to(expected.dtype), expected), "the control"
 
 
 def every_ratio(dtype: torch.dtype, bits: int) -> Iterator[torch.Tensor]:
@@ -102,20 +99,16 @@ def every_ratio(dtype: torch.dtype, bits: int) -> Iterator[torch.Tensor]:
         yield torch.cat([part[:, None, None].expand(-1, len(some), 1), under], 2).to(dtype).reshape(-1, 64)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 10)])
-def test_codes_of_every_ratio(kind: str, dtype: torch.dtype, bits: int) -> None:
+def test_codes_of_every_ratio(dtype: torch.dtype, bits: int) -> None:
     """A code depends on a value and its block's absmax alone: all pairs of a type, up to the exponent."""
     from bitsandbytes.functional import quantize_4bit
 
-    by_a_cpu = 0
     for blocks in every_ratio(dtype, bits):
-        theirs, _ = quantize_4bit(blocks.cuda(), blocksize=64, quant_type=kind, compress_statistics=False)
-        codes, _ = cuda_quantize.four_bit(blocks, kind, 64)
+        theirs, _ = quantize_4bit(blocks.cuda(), blocksize=64, quant_type="nf4", compress_statistics=False)
+        codes, _ = cuda_quantize.nf4(blocks, 64)
         assert torch.equal(nibbles(theirs.flatten().cpu()), codes.int())
-        other, _ = quantize_4bit(blocks, blocksize=64, quant_type=kind, compress_statistics=False)
-        by_a_cpu += int((nibbles(other.flatten()) != codes).sum())
-    assert kind == "nf4" or by_a_cpu, "the control"
+        assert not torch.equal(codes.roll(1), codes), "the control"
 
 
 def test_codes_of_scales() -> None:

@@ -181,6 +181,9 @@ def test_a_full_base_that_does_not_fit_is_said_so(
     assert "tuned_on_original" not in run.record["metrics"]
     assert any("does not fit: the adapter was not measured on it" in note for note in told.notes)
     assert decide_merge_base(run.record, "auto")[0] == "original"
+    losses = {"tuned": {"eval_loss": 1.0}, "tuned_on_original": {"eval_loss": 2.0}}
+    for kind, merge_base in (("nf4", "trained"), ("fp4", "original")):  # which an earlier release trained
+        assert decide_merge_base({"quantization": {"type": kind}, "metrics": losses}, "auto")[0] == merge_base
     monkeypatch.setattr(
         eval_loss, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size + 1
     )
@@ -253,8 +256,8 @@ def test_compute_type_reaches_bitsandbytes(trained: tuple[Run, Told], small: Pat
 
     from lora2serve.config.recipe import TrainRecipe
 
-    model = models.load_base(small, TrainRecipe(quantize="fp4", double_quant=False), models.device())
+    model = models.load_base(small, TrainRecipe(double_quant=False), models.device())
     layers: list[Any] = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert {layer.compute_dtype for layer in layers} == {torch.float32}
-    assert {layer.weight.quant_state.quant_type for layer in layers} == {"fp4"}
+    assert {layer.weight.quant_state.quant_type for layer in layers} == {"nf4"}
     assert not any(layer.weight.quant_state.nested for layer in layers)

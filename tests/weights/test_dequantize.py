@@ -101,19 +101,19 @@ def test_int8_is_bit_equal(base: Path, tmp_path: Path) -> None:
         assert torch.equal(source.read(name).values, expected.float()), name
 
 
-@pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
-def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, kind: str, double: bool) -> None:
+@pytest.mark.parametrize("double", [True, False])
+def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, double: bool) -> None:
     _, model = quantized(
         base,
         tmp_path / "q",
         load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
+        bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
     )
     oracle = by_bitsandbytes(model)
     modules = [name.removesuffix(".weight") for name in oracle]
-    source = FakeQuantized(Dequantized(Checkpoint(base)), Quantization(modules, kind, 64, double, "F32", on_gpu=False))
+    source = FakeQuantized(Dequantized(Checkpoint(base)), Quantization(modules, 64, double, "F32", on_gpu=False))
     plain = stored(base)
     for spec in source.specs():
         expected = oracle.get(spec.name, plain[spec.name]).float()
@@ -133,7 +133,7 @@ def test_round_trip_of_a_base_that_was_loaded_in_another_type(tmp_path: Path, on
     name = "model.layers.0.self_attn.q_proj"
 
     def read(path: Path, dtype: DType) -> torch.Tensor:
-        how = Quantization([name], "nf4", 64, True, dtype, on_gpu)
+        how = Quantization([name], 64, True, dtype, on_gpu)
         return FakeQuantized(Dequantized(Checkpoint(path)), how).read(f"{name}.weight").values
 
     assert torch.equal(read(stored_half, "BF16"), read(tmp_path / "loaded", "BF16"))
@@ -141,8 +141,21 @@ def test_round_trip_of_a_base_that_was_loaded_in_another_type(tmp_path: Path, on
 
 
 def test_round_trip_of_another_base(base: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no\.such\.weight: quantised in training, but not in this base"):
-        FakeQuantized(Dequantized(Checkpoint(base)), Quantization(["no.such"], "nf4", 64, True, "F32", on_gpu=False))
+    with pytest.raises(CheckpointError, match=r"no\.such\.weight: quantized in training, but not in this base"):
+        FakeQuantized(Dequantized(Checkpoint(base)), Quantization(["no.such"], 64, True, "F32", on_gpu=False))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_only_nf4_is_computed_again(kind: str) -> None:
+    """Earlier releases trained fp4, too."""
+    quantization = {"type": kind, "modules": ["a"], "block_size": 64, "double_quant": True, "compute_dtype": "bfloat16"}
+    record = {"quantization": quantization, "device": "cuda"}
+    if kind == "nf4":
+        assert Quantization.of(record) == Quantization(["a"], 64, True, "BF16", on_gpu=True)
+        return
+    with pytest.raises(CheckpointError, match="quantized to fp4 in training, expected nf4") as caught:
+        Quantization.of(record)
+    assert "--merge-base original" in caught.value.hint
 
 
 def test_merge_onto_a_four_bit_checkpoint(base: Path, tmp_path: Path) -> None:

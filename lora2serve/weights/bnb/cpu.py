@@ -8,7 +8,7 @@ from typing import Any
 def use_plain_cpu_kernels(model: Any) -> Any:
     """Keep bitsandbytes 0.50 from repacking 4-bit weights for AVX512-BF16 on the first forward in eval mode.
 
-    The repacked layer computes in bfloat16 whatever was asked for, and once repacked it stays so: a training step
+    The repacked layer computes in bfloat16 whatever was requested, and once repacked it stays so: a training step
     after an evaluation then runs through a kernel without a backward, and the gradients are silently wrong
     (``Linear4bit.forward`` in ``bitsandbytes/nn/modules.py``).
     """

@@ -1,4 +1,4 @@
-"""The round trip that a QLoRA base went through in training: quantised to 4 bits and back, row block by row block."""
+"""The round trip that a QLoRA base went through in training: quantized to 4 bits and back, row block by row block."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ from lora2serve.weights.tensors import ALL, Block, DType, Source, TensorSpec, to
 if TYPE_CHECKING:
     from torch import Tensor
 
+TRAIN_AGAIN = "fold onto the original base (--merge-base original), or train again with train.quantize: nf4"
+
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base was quantised in training: ``run.json``'s record of it, and where it happened."""
+    """How the base was quantized in training: ``run.json``'s record of it, and where it happened."""
 
     modules: Sequence[str]  # those that bitsandbytes really replaced
-    kind: str  # nf4 or fp4
     block: int  # weights that share an absmax
-    double: bool  # the absmax quantised, too
+    double: bool  # the absmax quantized, too
     dtype: DType  # the type that the weights were loaded in before
     on_gpu: bool  # by CUDA kernels, which see some values on the other side of a border than those for a CPU
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Quantization:
-        """From a run's record."""
-        told = record["quantization"]
+        """From a run's record; CheckpointError where it was not nf4, which is what can be computed again."""
+        quantization = record["quantization"]
+        if quantization["type"] != "nf4":
+            raise CheckpointError(f"quantized to {quantization['type']} in training, expected nf4", TRAIN_AGAIN)
         return cls(
-            told["modules"],
-            told["type"],
-            told["block_size"],
-            told["double_quant"],
-            DTYPE_NAMES[told["compute_dtype"]],
+            quantization["modules"],
+            quantization["block_size"],
+            quantization["double_quant"],
+            DTYPE_NAMES[quantization["compute_dtype"]],
             record.get("device") == "cuda",
         )
 
 
 class FakeQuantized:
-    """A float base as bitsandbytes showed it to the adapter in training: quantised to 4 bits and back.
+    """A float base as bitsandbytes showed it to the adapter in training: quantized to 4 bits and back.
 
-    A row block at a time; blocks of 64 stand alone, and the absmax, which double quantisation treats as a whole, is
-    computed for the whole weight first. What a CPU trained on is quantised by bitsandbytes itself; what a GPU trained
+    A row block at a time; blocks of 64 stand alone, and the absmax, which double quantization treats as a whole, is
+    computed for the whole weight first. What a CPU trained on is quantized by bitsandbytes itself; what a GPU trained
     on, as its CUDA kernels do. There, the mean of all absmax is summed in another order: the last bit of a weight may
-    differ from the GPU's where the absmax was quantised, too.
+    differ from the GPU's where the absmax was quantized, too.
     """
 
     def __init__(self, base: Source, how: Quantization) -> None:
@@ -59,7 +61,7 @@ class FakeQuantized:
         missing = sorted(self._weights - self._by_name.keys())
         if missing:
             raise CheckpointError(
-                f"{missing[0]}: quantised in training, but not in this base", "name the base of the training run"
+                f"{missing[0]}: quantized in training, but not in this base", "name the base of the training run"
             )
         self._absmax: dict[str, Tensor] = {}
         self._lock = Lock()
@@ -100,24 +102,22 @@ class FakeQuantized:
 
         rows = rows.to(torch_dtype(self.how.dtype))
         if self.how.on_gpu:
-            return cuda_quantize.four_bit(rows, self.how.kind, self.how.block)
-        packed, state = quantize_4bit(
-            rows, blocksize=self.how.block, quant_type=self.how.kind, compress_statistics=False
-        )
+            return cuda_quantize.nf4(rows, self.how.block)
+        packed, state = quantize_4bit(rows, blocksize=self.how.block, quant_type="nf4", compress_statistics=False)
         return nibbles(packed.flatten())[: rows.numel()], state.absmax
 
     def _dequantize(self, spec: TensorSpec, codes: Tensor, rows: slice) -> Tensor:
         # Not bitsandbytes' dequantize_4bit: its CPU kernel counts blocks from the start of each row, which is
-        # another thing than the flat blocks of its own quantiser where a row is no multiple of the block.
+        # another thing than the flat blocks of its own quantizer where a row is no multiple of the block.
         from bitsandbytes.functional import get_4bit_type
 
         first = rows.start * spec.row_numel // self.how.block
         absmax = self._seen_absmax(spec)[first : first - (-len(codes) // self.how.block)]
-        values = get_4bit_type(self.how.kind, device="cpu").index_select(0, codes.int())
+        values = get_4bit_type("nf4", device="cpu").index_select(0, codes.int())
         return scale_blocks(values, absmax, self.how.block).view(rows.stop - rows.start, *spec.shape[1:])
 
     def _seen_absmax(self, spec: TensorSpec) -> Tensor:
-        """The weight's absmax as the dequantiser saw it: (blocks,) float32."""
+        """The weight's absmax as the dequantizer saw it: (blocks,) float32."""
         with self._lock:
             if spec.name not in self._absmax:
                 while len(self._absmax) > 1:  # blocks come in order: the weight before this one may still be at work
