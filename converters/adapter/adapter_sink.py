@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from converters.adapter import extract
-from converters.adapter.extract import Extracted, LowRankSource
+from converters.adapter.extract import Extracted
 from converters.adapter.normalize import EXPERTS, Normalized, normalise, split
 from converters.safetensors import as_bytes, encode_header
 from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from lora2serve.adapters.lint import Finding, lint
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportModel, ModelSource
 from lora2serve.weights.tensors import Block, TensorSpec, torch_dtype
 
 # What PEFT and vLLM need to load it again; the rest of the config is about training.
@@ -125,7 +125,7 @@ def _plan(model: ExportModel, adapter: Adapter, rank: int | None) -> Normalized 
 
 def _without_copies(model: ExportModel, adapter: Adapter) -> list[TensorSpec]:
     """The adapter's tensors without those that PEFT saved along and that are the base's own, value by value."""
-    source = cast(LowRankSource, model.source)
+    source = model.source
     known = {spec.name for spec in source.specs()}
     changed = [
         part.name
@@ -138,7 +138,7 @@ def _without_copies(model: ExportModel, adapter: Adapter) -> list[TensorSpec]:
     return [*specs, *(TensorSpec(name, (), "F32") for name in renamed)]
 
 
-def _same(source: LowRankSource, name: str, adapter: Adapter, key: str) -> bool:
+def _same(source: ModelSource, name: str, adapter: Adapter, key: str) -> bool:
     import torch
 
     spec = adapter.tensors.spec(key)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from lora2serve.adapters.adapter import PREFIX, Adapter
 from lora2serve.adapters.lint import RANKS, next_rank
 from lora2serve.errors import ExportError
-from lora2serve.exporting.sinks import ExportModel
-from lora2serve.weights.tensors import ALL, Block, Source, TensorSpec
+from lora2serve.exporting.sinks import ExportModel, ModelSource
+from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,23 +25,11 @@ EXACT = 1e-4  # where the change has the rank asked for, in float32
 EMBEDDING = ("embed_tokens.weight", "wte.weight")
 
 
-class LowRankSource(Source, Protocol):
-    """A merged model that still knows its base."""
-
-    def changed(self) -> list[str]:
-        """Names of the tensors that an adapter changes."""
-        ...
-
-    def before(self, name: str, rows: slice = ALL) -> Block:
-        """Rows of the base."""
-        ...
-
-
 @dataclass
 class Extracted:
     """A LoRA of one rank with scale 1."""
 
-    source: LowRankSource
+    source: ModelSource
     names: Sequence[str]
     specs: Sequence[TensorSpec]
     rank: int
@@ -96,7 +84,7 @@ class Extracted:
 
 def plan(model: ExportModel, adapter: Adapter, rank: int | None) -> Extracted:
     """Plan an extraction at ``rank``; None means the exact one, twice the adapter's own. Reads no weights."""
-    source = cast(LowRankSource, model.source)
+    source = model.source
     keep = rank or 2 * max(layer.parts["lora_A"].shape[0] for layer in adapter.layers.values())
     held = next_rank(keep)
     if held is None or keep < 1:

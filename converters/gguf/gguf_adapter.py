@@ -135,7 +135,6 @@ def _is_copy(name: str, adapter: Adapter, model: ExportModel) -> bool:
     """PEFT saves the base's embedding and head along when they carry a LoRA."""
     import torch
 
-    base: Any = model.source
-    if name not in {spec.name for spec in base.specs()}:
+    if name not in {spec.name for spec in model.source.specs()}:
         return False
-    return torch.equal(base.before(name).values.float(), adapter.full[name].read())
+    return torch.equal(model.source.before(name).values.float(), adapter.full[name].read())

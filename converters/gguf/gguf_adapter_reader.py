@@ -29,7 +29,7 @@ class GgufAdapterReader:
         reader = GGUFReader(path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._alpha = float(reader.fields[ALPHA].contents()) if ALPHA in reader.fields else 0.0
-        source: Any = model.source
+        source = model.source
         with RowMaps(model) as moves:
             self._moves = {name: found for name in source.changed() if (found := moves.of(name))}
         self._source = source

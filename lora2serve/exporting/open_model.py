@@ -132,7 +132,6 @@ def _model(
     folded = [_folded(adapter.path) for adapter in adapters]
     return ExportModel(
         source=merged,
-        config=merged.config,
         files=side_files(checkpoint.path, adapter),
         name=name,
         base=str(lineage["base"].get("id") or checkpoint.path),

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.progress import Progress
-from lora2serve.weights.tensors import Block, Source, TensorSpec
+from lora2serve.weights.tensors import ALL, Block, Source, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lora2serve.artifacts.staging import StagedDir
+    from lora2serve.merge.survival import Survival
 
 # A name stays a string until it is used: the toolchain imports no output format by itself.
 BUILTIN = {
@@ -42,17 +43,43 @@ OLLAMA_REQUEST = "converters.ollama.create_request:request"  # an export as Olla
 GROUP = "lora2serve.exporters"
 
 
+class ModelSource(Source, Protocol):
+    """A merged model that still knows its base: ``lora2serve.merge.merged.Merged``."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json of the merged model, without a quantization_config."""
+        ...
+
+    @property
+    def survival(self) -> Survival:
+        """How much of each change is left after the cast, of what was read so far."""
+        ...
+
+    def changed(self) -> list[str]:
+        """The names of the tensors that an adapter changes."""
+        ...
+
+    def before(self, name: str, rows: slice = ALL) -> Block:
+        """Rows of the base that one tensor starts from."""
+        ...
+
+
 @dataclass(frozen=True)
 class ExportModel:
     """What a sink plans from. Opening one reads headers and small files, never a weight."""
 
-    source: Source
-    config: Mapping[str, Any]  # config.json of the base, without its quantization_config
+    source: ModelSource
     files: Mapping[str, Path]  # tokenizer, chat template, generation config, licence: file name -> path
     name: str  # short name for files and cards, such as "demo"
     base: str  # repo id or path of the base, as the user named it
     adapter: Path | None = None  # the PEFT directory that was folded in, if any
     lineage: Mapping[str, Any] = field(default_factory=dict)  # goes into the manifest as it is
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The source's config.json."""
+        return self.source.config
 
 
 @dataclass(frozen=True)

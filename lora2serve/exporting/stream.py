@@ -17,7 +17,6 @@ from lora2serve.artifacts import manifest, staging
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError, Lora2ServeError
 from lora2serve.exporting.sinks import Exporter, ExportModel, Sink
-from lora2serve.merge.merged import Merged
 from lora2serve.progress import Progress
 from lora2serve.system.hardware import cores
 from lora2serve.weights.tensors import TensorSpec, row_blocks
@@ -59,9 +58,8 @@ def export(
         sinks = _open_sinks(model, plans, outputs, stack)
         try:
             _stream(model, sinks, progress, threads_for(threads))
-            if isinstance(model.source, Merged):
-                for warning in model.source.survival.check():
-                    progress.warn(warning)
+            for warning in model.source.survival.check():
+                progress.warn(warning)
             for plan, sink, out in zip(plans, sinks, outputs, strict=True):
                 out.seal(_about(model, plan, sink.finish()))
         except OSError as error:
@@ -165,14 +163,13 @@ def _blocks(spec: TensorSpec, sinks: Sequence[Sink]) -> Iterator[slice]:
 
 def _about(model: ExportModel, plan: Plan, said: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest, apart from the files."""
-    survival = model.source.survival.shares() if isinstance(model.source, Merged) else {}
     return {
         "target": plan.target,
         "quant": plan.quant,
         "name": model.name,
         **model.lineage,
         **said,
-        "survival": {name: round(share, 6) for name, share in survival.items()},
+        "survival": {name: round(share, 6) for name, share in model.source.survival.shares().items()},
         "versions": manifest.versions(),
     }
 
@@ -191,7 +188,7 @@ def dry_run(model: ExportModel, plans: Sequence[Plan]) -> dict[str, Any]:
         place = next(parent for parent in [*plans[0].out.absolute().parents] if parent.exists())
         return {
             "tensors": len(model.source.specs()),
-            "changed": len(model.source.changed()) if isinstance(model.source, Merged) else 0,
+            "changed": len(model.source.changed()),
             "outputs": {
                 str(plan.out): {"files": len(out.sizes), "bytes": sum(out.sizes.values())}
                 for plan, out in zip(plans, outputs, strict=True)

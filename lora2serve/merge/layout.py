@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
-from lora2serve.adapters.deltas import ReplaceRows
+from lora2serve.adapters.deltas import Delta, Replace, ReplaceRows
 from lora2serve.adapters.peft_layers import PeftLayers
 from lora2serve.adapters.peft_methods import needs_peft, refuse_unmergeable
 from lora2serve.errors import MergeError
@@ -19,26 +20,50 @@ HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One tensor of the merged model before its deltas."""
+class MergedTensor:
+    """One tensor of the merged model: which stored tensor it starts from, and what happens to it."""
 
     spec: TensorSpec
     stored: str
+    deltas: tuple[Delta, ...] = ()
 
 
-def lay_out(
-    specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: dict[str, Any]
-) -> tuple[list[Slot], list[list[ParameterDelta]]]:
-    """The slots, and for each adapter its changes in the order of folding; ``config`` is brought up to date."""
-    slots = _replicate(specs, adapters, config)
-    return _untie(slots, adapters, config)
+@dataclass(frozen=True)
+class ModelLayout:
+    """The merged model before anything is bound: its tensors, its config, and what each adapter changes, in order."""
+
+    tensors: Sequence[MergedTensor]
+    config: Mapping[str, Any]
+    changes: Sequence[Sequence[ParameterDelta]] = ()
 
 
-def _replicate(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: dict[str, Any]) -> list[Slot]:
+def lay_out(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: Mapping[str, Any]) -> ModelLayout:
+    """The merged model's layout; ``config`` is the base's, and stays as it is."""
+    return _untie(_replicate(specs, adapters, config), adapters)
+
+
+def resize_vocabulary(config: Mapping[str, Any], tensors: Sequence[MergedTensor]) -> Mapping[str, Any]:
+    """The config with the vocabulary as training left it; embedding and head must agree."""
+    tables = {tensor.spec.name: tensor for tensor in tensors if tensor.spec.name.endswith((*EMBEDDINGS, HEAD))}
+    rows = {name: tensor.spec.rows for name, tensor in tables.items()}
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{name} has {count} rows" for name, count in rows.items())
+        raise MergeError(f"embedding and head differ: {counts}", "save the adapter with save_embedding_layers=True")
+    deltas = chain.from_iterable(tensor.deltas for tensor in tables.values())
+    if not any(isinstance(delta, Replace) for delta in deltas):
+        return config
+    (size,) = set(rows.values())
+    text = config.get("text_config")
+    if "vocab_size" in config:
+        return {**config, "vocab_size": size}
+    return {**config, "text_config": {**text, "vocab_size": size}} if text else config
+
+
+def _replicate(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: Mapping[str, Any]) -> ModelLayout:
     """PEFT's ``layer_replication``: a list of [start, stop) of old layers, laid one after another."""
     ranges = [a.config["layer_replication"] for a in adapters if a.config.get("layer_replication")]
     if not ranges:
-        return [Slot(spec, spec.name) for spec in specs]
+        return ModelLayout([MergedTensor(spec, spec.name) for spec in specs], config)
     if len(adapters) > 1:
         raise MergeError("layer_replication together with another adapter: each would mean other layers")
     order = [layer for start, stop in ranges[0] for layer in range(start, stop)]
@@ -49,45 +74,45 @@ def _replicate(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config:
         if number.isdigit():
             by_layer[int(number)].append(spec)
         else:
-            rest.append(Slot(spec, spec.name))
+            rest.append(MergedTensor(spec, spec.name))
     missing = sorted(set(order) - by_layer.keys())
     if missing:
         raise MergeError(
             f"layer_replication names layer {missing[0]}, the base has {len(by_layer)}", "name its base with --base"
         )
-    config["num_hidden_layers"] = len(order)
+    config = {**config, "num_hidden_layers": len(order)}
     if config.get("layer_types"):
         config["layer_types"] = [config["layer_types"][old] for old in order]
-    laid = [
-        Slot(replace(spec, name=spec.name.replace(f".layers.{old}.", f".layers.{new}.", 1)), spec.name)
+    replicated = [
+        MergedTensor(replace(spec, name=spec.name.replace(f".layers.{old}.", f".layers.{new}.", 1)), spec.name)
         for new, old in enumerate(order)
         for spec in by_layer[old]
     ]
-    return [*laid, *rest]
+    return ModelLayout([*replicated, *rest], config)
 
 
-def _untie(
-    slots: list[Slot], adapters: Sequence[Adapter], config: dict[str, Any]
-) -> tuple[list[Slot], list[list[ParameterDelta]]]:
+def _untie(layout: ModelLayout, adapters: Sequence[Adapter]) -> ModelLayout:
     """Keep embedding and head tied where training changed both alike, else give the head a tensor of its own.
 
     PEFT trains one of two tied modules without touching the other, unless ``ensure_weight_tying``; trained
     tokens follow the tie. What counts is the model as it was trained.
     """
+    tensors, config = list(layout.tensors), layout.config
     changes = [_changes(adapter, config) for adapter in adapters]
-    embedding = next((slot for slot in slots if slot.spec.name.endswith(EMBEDDINGS)), None)
-    head = next((slot for slot in slots if slot.spec.name.endswith(HEAD)), None)
-    if embedding is None or (head is not None and not _says_tied(config)):
-        return slots, changes
-    touched = [change for part in changes for change in part if change.parameter.endswith((*EMBEDDINGS, HEAD))]
-    together = [_trained_together(adapter, part) for adapter, part in zip(adapters, changes, strict=True)]
+    embedding = next((tensor for tensor in tensors if tensor.spec.name.endswith(EMBEDDINGS)), None)
+    head = next((tensor for tensor in tensors if tensor.spec.name.endswith(HEAD)), None)
+    if embedding is None or (head is not None and not config.get("tie_word_embeddings", False)):
+        return replace(layout, changes=changes)
+    touched = [change for own in changes for change in own if change.parameter.endswith((*EMBEDDINGS, HEAD))]
+    together = [_trained_together(adapter, own) for adapter, own in zip(adapters, changes, strict=True)]
     if touched and not all(together):
-        config["tie_word_embeddings"] = False
+        config = {**config, "tie_word_embeddings": False}
         if head is None:
-            head = Slot(replace(embedding.spec, name=HEAD), embedding.stored)
-            slots = [*slots, head]
+            head = MergedTensor(replace(embedding.spec, name=HEAD), embedding.stored)
+            tensors.append(head)
     pairs = zip(together, changes, strict=True)
-    return slots, [_mirror(part, embedding, head) if follows else part for follows, part in pairs]
+    mirrored = [_mirror(own, embedding, head) if follows else own for follows, own in pairs]
+    return ModelLayout(tensors, config, mirrored)
 
 
 def _changes(adapter: Adapter, config: Mapping[str, Any]) -> list[ParameterDelta]:
@@ -95,7 +120,7 @@ def _changes(adapter: Adapter, config: Mapping[str, Any]) -> list[ParameterDelta
     return PeftLayers(adapter, config).changes() if needs_peft(adapter) else adapter.changes()
 
 
-def _mirror(changes: list[ParameterDelta], embedding: Slot, head: Slot | None) -> list[ParameterDelta]:
+def _mirror(changes: list[ParameterDelta], embedding: MergedTensor, head: MergedTensor | None) -> list[ParameterDelta]:
     """Changes of a tied pair, once for each tensor of the pair that the merged model has."""
     pair = [c for c in changes if c.parameter.endswith((*EMBEDDINGS, HEAD))]
     rest = [c for c in changes if c not in pair]
@@ -107,7 +132,3 @@ def _mirror(changes: list[ParameterDelta], embedding: Slot, head: Slot | None) -
 def _trained_together(adapter: Adapter, changes: list[ParameterDelta]) -> bool:
     pair = [c for c in changes if c.parameter.endswith((*EMBEDDINGS, HEAD))]
     return bool(adapter.config.get("ensure_weight_tying")) or all(isinstance(c.delta, ReplaceRows) for c in pair)
-
-
-def _says_tied(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("tie_word_embeddings", False))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from lora2serve.artifacts import manifest
 from lora2serve.exporting import sinks
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.merge.merged import Merged
 from lora2serve.parity_check.comparisons import ADAPTERS
 from lora2serve.parity_check.trained_model import open_model
 from lora2serve.weights.tensors import TensorSpec, row_blocks
@@ -93,7 +92,6 @@ class Tensors:
             return None
         model = open_model(self.origin, self.about)
         merged = model.source
-        assert isinstance(merged, Merged)
         reader: sinks.Reader = kind(self.path, self.about, model)
         changed, found = set(merged.changed()), dict[str, Difference]()
         for spec, rows in _parts(model, reader.wanted):
@@ -114,7 +112,6 @@ class Tensors:
             for adapters in (self.origin["adapters"], [str(self.path)])
         )
         merged, other = trained.source, exported.source
-        assert isinstance(merged, Merged)
         found: dict[str, Difference] = {}
         for spec, rows in _parts(trained, dict.fromkeys(merged.changed(), 1)):
             one = found.setdefault(spec.name, Difference(spec.name))
@@ -124,7 +121,6 @@ class Tensors:
             if base.numel() == expected.numel():
                 one.add_change(base, expected, stored)
             advance(expected.numel())
-        assert isinstance(other, Merged)
         return _told(found, [f"{name}: not planned" for name in sorted({*other.changed()} - {*merged.changed()})])
 
 

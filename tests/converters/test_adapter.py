@@ -28,7 +28,7 @@ def write(base: Path, adapter: Path, out: Path, **options: Any) -> Path:
     """The true export."""
     exporter = find("adapter")
     merged = fold(base, [adapter])
-    model = ExportModel(merged, merged.config, {}, "tiny", str(base), adapter)
+    model = ExportModel(merged, {}, "tiny", str(base), adapter)
     return export(model, [Plan("adapter", exporter, exporter.Options(**options), out)], Silent())[0]
 
 

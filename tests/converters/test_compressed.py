@@ -37,7 +37,7 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 384, "num_key_value_heads": 2,
 def written(base: Path, out: Path, *quants: str, adapters: tuple[Path, ...] = ()) -> dict[str, Path]:
     """All of them in one pass over ``base``."""
     merged, exporter = fold(base, adapters), find("vllm")
-    model = ExportModel(merged, merged.config, {}, "tiny", str(base))
+    model = ExportModel(merged, {}, "tiny", str(base))
     plans = [Plan("vllm", exporter, exporter.Options(quant=quant), out / quant) for quant in quants]
     return dict(zip(quants, export(model, plans, Silent()), strict=True))
 
@@ -202,9 +202,9 @@ def test_small_blocks_give_the_same_bytes(
 def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[list[Difference], list[str]]:
     """The tensor gate's figures."""
     merged = fold(base, adapters)
-    reader = CompressedReader(path, {"quant": quant}, ExportModel(merged, merged.config, {}, "tiny", str(base)))
+    reader = CompressedReader(path, {"quant": quant}, ExportModel(merged, {}, "tiny", str(base)))
     found = {name: Difference(name) for name in reader.wanted}
-    for spec, rows in _parts(ExportModel(merged, merged.config, {}, "tiny", str(base)), reader.wanted):
+    for spec, rows in _parts(ExportModel(merged, {}, "tiny", str(base)), reader.wanted):
         found[spec.name].add(*reader.pair(spec, rows, merged.read(spec.name, rows).values)[1:])
     return list(found.values()), list(reader.differences)
 
@@ -260,7 +260,7 @@ def test_damage_is_seen(quant: str, plain: Path, made: dict[str, Path], tmp_path
     assert max(one.nmse for one in turned) > bound
     lost = damage(made[quant], tmp_path / "lost", lose)
     merged = fold(plain, ())
-    reader = CompressedReader(lost, {"quant": quant}, ExportModel(merged, merged.config, {}, "tiny", str(plain)))
+    reader = CompressedReader(lost, {"quant": quant}, ExportModel(merged, {}, "tiny", str(plain)))
     assert [name for name in reader.differences if "q_proj.weight" in name]
 
 

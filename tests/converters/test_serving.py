@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def model(folder: Path, config: dict[str, Any], **files: Any) -> ExportModel:
         path = folder / name.replace("__", ".")
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         found[path.name] = path
-    return ExportModel(None, config, found, "mine: 'x'", "base")  # type: ignore[arg-type]
+    return ExportModel(SimpleNamespace(config=config), found, "mine: 'x'", "base")  # type: ignore[arg-type]
 
 
 NESTED = {

@@ -204,7 +204,7 @@ def test_all_outputs_or_none(parts: tuple[Path, Path, Path], tmp_path: Path, mon
 
     monkeypatch.setattr(manifest, "write", full)
     with pytest.raises(ExportError, match="No space left on device"):
-        export(ExportModel(merged, merged.config, {}, "tiny", "base"), plans, Silent())
+        export(ExportModel(merged, {}, "tiny", "base"), plans, Silent())
     assert len(calls) == 2
     assert list((tmp_path / "out").iterdir()) == []
 

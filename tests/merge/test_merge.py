@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from lora2serve.adapters.adapter import open_adapter
 from lora2serve.errors import ExportError, MergeError
+from lora2serve.merge.merged import Merged
 from lora2serve.progress import Silent
+from lora2serve.weights.checkpoint import Checkpoint
+from lora2serve.weights.dequantize import Dequantized
 from tests.support.folding import export_merged, fold, stored, worst_ulp
 from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
 
@@ -183,6 +187,30 @@ def test_resized_vocabulary(bases: dict[str, Path], tmp_path: Path) -> None:
     got = stored(out)
     assert got["model.embed_tokens.weight"].shape == got["lm_head.weight"].shape == (330, 64)
     load_model(out)(torch.tensor([[329]]))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("change", ["vocabulary", "untied", "replicated"])
+def test_the_config_of_the_base_stays_as_it_is(tmp_path: Path, change: str, nested: bool) -> None:
+    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=change == "untied")
+    options: dict[str, Any] = {
+        "vocabulary": {"resize": 330, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        "untied": {"modules_to_save": ["lm_head"]},
+        "replicated": {"layer_replication": [[0, 2], [1, 2]], "target_modules": ALL_LINEAR},
+    }[change]
+    adapter = open_adapter(make_adapter(tmp_path / "adapter", base, **options))
+    checkpoint = Checkpoint(base)
+    if nested:
+        checkpoint.config["text_config"] = {"vocab_size": checkpoint.config.pop("vocab_size")}
+    before = json.dumps(checkpoint.config)
+    merged = Merged(Dequantized(checkpoint), [adapter], checkpoint.config)
+    assert json.dumps(merged.config) != before, "the merged model has another"
+    assert json.dumps(checkpoint.config) == before
+    if nested:
+        merged.config["text_config"]["vocab_size"] = 1
+        assert json.dumps(checkpoint.config) == before, "nothing inside is shared"
+        dict(checkpoint.config)["text_config"]["vocab_size"] = 1
+        assert json.dumps(checkpoint.config) != before, "the control: a shallow copy shares it"
 
 
 def test_layer_replication(bases: dict[str, Path], tmp_path: Path) -> None:

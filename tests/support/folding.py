@@ -36,7 +36,7 @@ def export_merged(
     """Merge into a vLLM directory by the real sink and stream."""
     merged = fold(base, adapters, dtype)
     exporter = find("vllm")
-    model = ExportModel(merged, merged.config, {}, "tiny", str(base))
+    model = ExportModel(merged, {}, "tiny", str(base))
     return export(model, [Plan("vllm", exporter, exporter.Options(**options), out)], progress or Silent())[0]
 
 

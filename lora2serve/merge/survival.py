@@ -1,0 +1,77 @@
+"""How much of an adapter's change is still there once the merged weights are rounded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from math import isfinite
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from lora2serve.errors import MergeError
+from lora2serve.weights.tensors import FLOATS, TensorSpec, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VANISHED = 0.01  # share of a delta that survives the cast, below which it is not there
+
+
+class Survival:
+    """How much of each delta is left after the cast: ``|cast(W') - cast(W)| / |dW|``, in Frobenius norms.
+
+    Where the base is stored in the type that is written, ``cast(W)`` is ``W``. Elsewhere the cast of the base alone
+    is no part of the delta, and would hide one that vanished.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._lock = Lock()
+
+    def add(self, spec: TensorSpec, before: Tensor, after: Tensor, delta: float | None, on_grid: bool) -> Tensor | None:
+        """Count one block, both float32; ``delta`` is the delta's squared norm, where it is known already.
+
+        The rows as they are stored, if the sums prove that every value is finite, before, after and as stored: one
+        that is not makes the difference NaN or infinite, and so its norm.
+        """
+        if spec.dtype not in FLOATS or before.shape != after.shape:
+            return None
+        if delta is None:
+            delta = squared_norm(after - before)
+        stored = after.to(torch_dtype(spec.dtype))
+        start = before if on_grid else before.to(stored.dtype).float()
+        surviving = squared_norm(stored - start if stored is after else stored.float().sub_(start))
+        with self._lock:
+            sums = self._sums[spec.name]
+            sums[0] += surviving
+            sums[1] += delta
+        return stored if isfinite(surviving) else None
+
+    def shares(self) -> dict[str, float]:
+        """Tensor -> share; 0 where the adapter changes nothing."""
+        return {
+            name: (surviving / delta) ** 0.5 if delta else 0.0
+            for name, (surviving, delta) in sorted(self._sums.items())
+        }
+
+    def check(self) -> list[str]:
+        """Warnings that name tensors whose delta vanished. MergeError where all did: a wrong or a fresh adapter."""
+        shares = self.shares()
+        gone = [name for name, share in shares.items() if share < VANISHED]
+        if gone and len(gone) == len(shares):
+            raise MergeError(
+                f"the adapter changes nothing: at most {max(shares.values()):.4f} of any delta survives",
+                "B is still zero (a fresh adapter), or alpha is far too small",
+            )
+        if not gone:
+            return []
+        named = ", ".join(f"{name} ({shares[name]:.4f} survives)" for name in gone[:3])
+        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+        return [f"the adapter changes nothing in {len(gone)} of {len(shares)} tensors: {named}{more}"]
+
+
+def squared_norm(values: Tensor) -> float:
+    """The sum of squares, in float32."""
+    import torch
+
+    flat = values.flatten()
+    return float(torch.dot(flat, flat))
