@@ -8,7 +8,7 @@ PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 LIGHT := not engine and not slow and not gpu and not hub and not ollama
 
-.PHONY: help setup demo check test test-slow test-gpu test-hub test-ollama lint constraints bench-merge bench-gguf bench-train bench-vllm wheel clean
+.PHONY: help setup demo check test test-slow test-gpu test-hub test-ollama lint docs constraints bench-merge bench-gguf bench-train bench-vllm wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ lint: $(READY)  ## Check style (ruff) and types (mypy --strict).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## Write the tables of docs/ that are made from code and tests.
+	$(BIN)/python scripts/model_table.py
 
 constraints: $(READY)  ## Write constraints.txt from the packages in .venv.
 	$(BIN)/python scripts/constraints.py

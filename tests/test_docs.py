@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import tomllib
@@ -15,6 +16,8 @@ import yaml
 
 from lora2serve.cli import cli
 from lora2serve.parity_check.thresholds import TABLE, Thresholds
+from scripts import model_table
+from tests.test_imports import LEVELS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -81,6 +84,62 @@ def test_links_lead_somewhere(page: Path) -> None:
         r"`((?:tests|benchmarks|recipes|lora2serve|converters)/[\w./]+)`", page.read_text(encoding="utf-8")
     ):
         assert (ROOT / name).exists(), name
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, without its head."""
+    section = page.split(f"## {heading}\n")[1].split("\n## ", maxsplit=1)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    return rows[2:]
+
+
+def definitions(path: Path) -> set[str]:
+    """Functions, classes and constants of a module, and what its classes define as ``Class.name``."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else []
+        own = [name for name in map(defined, [node]) if name]
+        names |= {*own, *(f"{own[0]}.{name}" for name in map(defined, inner) if name)}
+    return names
+
+
+def defined(node: ast.stmt) -> str:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return node.name
+    target = (
+        node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+    )
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+@pytest.mark.parametrize("row", table(ARCHITECTURE, "Where to change what"), ids=lambda row: row[0])
+def test_where_to_change_is_there(row: list[str]) -> None:
+    paths = [ROOT / name for name in re.findall("`(.+?)`", row[1])]
+    assert paths
+    assert all(path.is_file() for path in paths), row[1]
+    for name in re.findall("`(.+?)`", row[2]):
+        assert name in definitions(paths[0]), name
+
+
+@pytest.mark.parametrize("row", table(ARCHITECTURE, "Private parts of other libraries"), ids=lambda row: row[1][:40])
+def test_private_parts_are_used_there(row: list[str]) -> None:
+    text = (ROOT / row[2].strip("`")).read_text(encoding="utf-8")
+    assert [name for name in re.findall("`(.+?)`", row[1]) if name not in text] == []
+
+
+def test_numbers_are_those_of_the_imports() -> None:
+    rows = table(ARCHITECTURE, "Who may import whom")
+    assert [(int(number), tuple(re.findall("`(.+?)`", folders))) for number, folders in rows] == list(enumerate(LEVELS))
+    for folder, there in re.findall(r"(\(?)`(.+?)`", " ".join(folders for _, folders in rows)):
+        path = ROOT / "lora2serve" / there
+        assert (path.is_dir() or path.with_suffix(".py").is_file()) == (not folder), there
+
+
+def test_models_are_those_of_the_tests() -> None:
+    assert model_table.PAGE.read_text(encoding="utf-8") == model_table.written(), "make docs writes it"
 
 
 def test_thresholds_are_those_of_the_code() -> None:
