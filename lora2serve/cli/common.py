@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
+    from lora2serve.artifacts.lineage import BaseRecord
     from lora2serve.artifacts.run import Run
     from lora2serve.progress import Progress
 
@@ -40,12 +41,10 @@ def fetch(name: str, progress: Progress, *, pickle: bool = False) -> Path:
     return pull(name, pickle=pickle, progress=progress).path
 
 
-def base_of(record: dict[str, Any], given: str | None, progress: Progress) -> tuple[Path, str]:
+def base_of(base: BaseRecord, given: str | None, progress: Progress) -> tuple[Path, str]:
     """The base of a run: ``--base``, or where it was at training, or the Hub by its id and revision."""
     if given:
         return fetch(given, progress), given
-    base = record["base"]
-    if Path(base["path"]).is_dir():
-        return Path(base["path"]), base["id"]
-    name = f"{base['id']}@{base['revision']}" if base.get("revision") else base["id"]
-    return fetch(name, progress), base["id"]
+    if base.local:
+        return base.local, base.id
+    return fetch(base.pinned, progress), base.id

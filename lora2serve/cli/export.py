@@ -194,7 +194,7 @@ def open_subject(subjects: tuple[str, ...], options: Mapping[str, Any], told: Pr
     for path in (Path(subject), runs.ROOT / subject):
         if runs.is_run(path):
             run = runs.Run(path)
-            base, _ = base_of(run.record, options["base"], told)
+            base, _ = base_of(run.record.base, options["base"], told)
             return models.open_run(run, base, choice, told), run.exports
     path = fetch(subject, told)
     if (path / CONFIG).is_file():

@@ -12,7 +12,7 @@ from lora2serve.cli.common import base_of, fetch, progress
 from lora2serve.errors import ParityNotMet, UsageError
 
 if TYPE_CHECKING:
-    from lora2serve.parity_check.report.parity_report import ParityReport
+    from lora2serve.artifacts.parity_report import ParityReport
     from lora2serve.parity_check.trained_model import TrainedModel
     from lora2serve.progress import Progress
 
@@ -81,7 +81,7 @@ def parity(ctx: click.Context, /, given: tuple[str, ...], **options: Any) -> Non
     if not ctx.find_root().obj["quiet"]:
         _show(report, exports)
     if options["as_json"]:
-        console.result_json(report.json())
+        console.result_json(report.to_json())
     else:
         console.result(str(page))
     if not report.met:
@@ -126,7 +126,7 @@ def _default_exports(origin: TrainedModel) -> list[Path]:
 def _of_run(run: Any, options: dict[str, Any], told: Progress) -> TrainedModel:
     from lora2serve.parity_check import trained_model as origins
 
-    return origins.of_run(run, base_of(run.record, options["base"], told)[0])
+    return origins.of_run(run, base_of(run.record.base, options["base"], told)[0])
 
 
 def _of_manifest(exports: list[Path], options: dict[str, Any], told: Progress) -> TrainedModel:
@@ -134,7 +134,7 @@ def _of_manifest(exports: list[Path], options: dict[str, Any], told: Progress) -
     from lora2serve.parity_check import trained_model as origins
 
     record, adapters = origins.parts_of(exports)
-    base, _ = base_of({"base": record}, options["base"], told)
+    base, _ = base_of(record, options["base"], told)
     name = (adapters[0] if adapters else base).resolve().name
     return origins.of_parts(name, base, adapters, exports[0].resolve().parent / "parity")
 
@@ -198,31 +198,31 @@ def _refuse_unused(require: str | None, engines: list[str]) -> None:
 
 def _show(report: ParityReport, exports: list[Path]) -> None:
     from lora2serve import console
-    from lora2serve.parity_check.report.labels import figure
+    from lora2serve.artifacts.metric_table import OVERVIEW
 
     sizes = {path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in exports}
     rows = []
-    for row in report.subjects:
-        figures = [figure(name, row.check(name)) for name in ("mean_kl", "top1", "equal_answers", "retention")]
+    for row in report.rows:
+        figures = [check.shown() if (check := row.check(name)) else "-" for name in OVERVIEW]
         size = console.size(sizes[row.export]) if row.export in sizes else ""
         verdict = row.status if row.gate is None else f"{row.status}: {row.gate.cause or row.gate.first}"
         rows.append([row.export, size, row.engine, verdict, *(cell.replace("100.00%", "100%") for cell in figures)])
     columns = ["export", "size", "engine", "verdict", "mean KL", "top\ntoken", "same\nanswers", "signal\nkept"]
-    styles = {number: "red" for number, row in enumerate(report.subjects) if row.red}
+    styles = {number: "red" for number, row in enumerate(report.rows) if row.red}
     console.table("", columns, rows, styles)
-    if report.asked:
-        console.table("", [report.asked["prompt"], "answer"], [list(pair) for pair in report.asked["answers"].items()])
+    if report.asked.prompt:
+        console.table("", [report.asked.prompt, "answer"], [list(pair) for pair in report.asked.answers.items()])
 
 
 def _summary(report: ParityReport) -> str:
-    red = [row for row in report.subjects if row.red]
+    red = [row for row in report.rows if row.red]
     if red:
-        lines = [f"parity not met: {len(red)} of {len(report.subjects)} rows red"]
+        lines = [f"parity not met: {len(red)} of {len(report.rows)} rows red"]
     else:
         lines = [
             "parity got worse" if report.regressions else "nothing was compared: no engine of these exports is here"
         ]
-    for row in red or ([] if report.regressions else report.subjects):
+    for row in red or ([] if report.regressions else report.rows):
         gate = row.gate
         assert gate is not None
         lines.append(f"{row.export} in {row.engine}: {gate.name}: {gate.cause}; first: {gate.first}")

@@ -53,8 +53,8 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
     if resume:
         _refuse_with_resume(overrides, name)
         here = run.latest() if recipe is None else _begun(recipe)
-        if here.record.get("finished"):
-            raise UsageError(f"{here.path}: finished at step {here.record['steps']}", "train without --resume")
+        if here.record.finished:
+            raise UsageError(f"{here.path}: finished at step {here.record.steps}", "train without --resume")
         chosen = recipes.load(here.recipe)
     else:
         chosen = recipes.load(recipes.find(recipe), overrides)
@@ -65,8 +65,8 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
 
     check_libraries(chosen.train.quantize)
     sets = rows.load(chosen.data, pin_data)  # before a base of many gigabytes is fetched
-    if resume and here.record.get("base"):
-        base, _ = base_of(here.record, None, told)  # at the commit it began with, wherever the branch is now
+    if resume and here.record.base.id:
+        base, _ = base_of(here.record.base, None, told)  # at the commit it began with, wherever the branch is now
     else:
         base = _fetch_base(chosen.model, told)
     if not resume:

@@ -84,17 +84,14 @@ def _verdict(about: Mapping[str, Any]) -> str:
 
 def _run(run: Run) -> dict[str, Any]:
     record = run.record
-    losses = {
-        name: value.get("eval_loss") for name, value in (record.get("metrics") or {}).items() if isinstance(value, dict)
-    }
     return {
         "kind": "run",
-        "base": (record.get("base") or {}).get("id"),
-        "quantisation": (record.get("quantization") or {}).get("type", "none"),
-        "eval loss": losses,
+        "base": record.base.id or None,
+        "quantisation": record.quantization.type if record.quantization else "none",
+        "eval loss": {name: loss.eval_loss for name, loss in record.metrics.measured().items()},
         "exports": [path.name for path in run.list_exports()],
         "parity": {path.name: _verdict(manifest.read(path)) for path in run.list_exports()},
-        "adapter": _adapter(run.adapter, (record.get("base") or {}).get("path")),
+        "adapter": _adapter(run.adapter, record.base.path),
         "problems": [],
     }
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
+from lora2serve.artifacts.lineage import BaseRecord
 from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.errors import MergeError, UsageError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.merge.merged import Merged
@@ -38,7 +40,7 @@ def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> E
     """The model of a finished run; ``base`` is a local directory."""
     record = run.record
     checkpoint = Checkpoint(base)
-    mismatch = compare_base(record.get("base") or {}, base, checkpoint)
+    mismatch = compare_base(record.base, base, checkpoint)
     if mismatch and not choice.allow_base_mismatch:
         raise MergeError(
             f"{base}: not the base of this run: {mismatch}", "--base names another; --allow-base-mismatch folds anyway"
@@ -46,11 +48,11 @@ def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> E
     merge_base, why = decide_merge_base(record, choice.merge_base)
     progress.note(f"folding onto the {merge_base} base: {why}")
     source: Source = Dequantized(checkpoint)
-    if merge_base == "trained" and record.get("quantization") and not checkpoint.config.get("quantization_config"):
-        source = FakeQuantized(source, Quantization.of(record))
+    if merge_base == "trained" and record.quantization and not checkpoint.config.get("quantization_config"):
+        source = FakeQuantized(source, Quantization.of(record.to_json()))
     lineage = {
         "run": run.name,
-        "base": record.get("base") or identity(base),
+        "base": record.base.to_json() or identity(base),
         "merge_base": merge_base,
         **({"base_mismatch": mismatch} if mismatch else {}),
     }
@@ -78,39 +80,37 @@ def open_plain(base: Path, base_name: str, choice: OpenOptions) -> ExportModel:
     return _model(Dequantized(checkpoint), checkpoint, [], choice, choice.name or short_name(base), lineage)
 
 
-def decide_merge_base(record: Mapping[str, Any], wanted: MergeBase) -> tuple[Literal["trained", "original"], str]:
+def decide_merge_base(record: RunRecord, wanted: MergeBase) -> tuple[Literal["trained", "original"], str]:
     """Which base to fold onto, and why in words; ``auto`` takes whichever had the lower eval loss at training."""
-    quantization = record.get("quantization")
-    if not quantization:
+    if not record.quantization:
         return "original", "it was trained without quantization"
     if wanted != "auto":
         return wanted, "as requested"
-    if quantization["type"] == "fp4":  # by an earlier release, or the base came so
+    if record.quantization.type == "fp4":  # by an earlier release, or the base came so
         return "original", "what fp4 made of the base is not computed again"
-    metrics = record.get("metrics") or {}
-    trained, original = metrics.get("tuned"), metrics.get("tuned_on_original")
+    trained, original = record.metrics.tuned, record.metrics.tuned_on_original
     if not trained or not original:
         return "original", "the adapter's eval loss there was not measured at training"
-    losses = f"eval loss {original['eval_loss']:.4f} on the original, {trained['eval_loss']:.4f} on the trained"
-    return ("original" if original["eval_loss"] <= trained["eval_loss"] else "trained"), losses
+    losses = f"eval loss {original.eval_loss:.4f} on the original, {trained.eval_loss:.4f} on the trained"
+    return ("original" if original.eval_loss <= trained.eval_loss else "trained"), losses
 
 
-def compare_base(record: Mapping[str, Any], base: Path, checkpoint: Checkpoint) -> str:
+def compare_base(record: BaseRecord, base: Path, checkpoint: Checkpoint) -> str:
     """In what ``base`` differs from the one on record, in words; empty where nothing does.
 
     Names and shapes first; then contents, unless size and time of every file are still those on record.
     """
-    if not record:
+    expected = record.fingerprint.tensors
+    if not expected:
         return ""
-    expected = record["fingerprint"]["tensors"]
     if identity(base, content=False)["fingerprint"]["tensors"] != expected:
         return "other tensor names or shapes"
-    for name, sha256 in (record.get("files") or {}).items():
+    for name, sha256 in record.files.items():
         path = base / name
         if not path.is_file():
             return f"no file {name}"
         stat = path.stat()
-        if [stat.st_size, stat.st_mtime_ns] != (record.get("stat") or {}).get(name) and content_hash(path) != sha256:
+        if (stat.st_size, stat.st_mtime_ns) != record.stat.get(name) and content_hash(path) != sha256:
             return f"other content in {name}"
     return ""
 

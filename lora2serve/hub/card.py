@@ -108,7 +108,7 @@ def _tags(facts: CardData, kind: str, base: str | None) -> list[str]:
         tags += ["transformers", "vllm"]
     if facts.kinds & {GGUF, GGUF_ADAPTER}:
         tags += ["gguf", "llama.cpp", "ollama"]
-    if facts.record.get("quantization"):
+    if facts.record.quantization:
         tags += ["qlora"]
     return tags + (["conversational"] if facts.chat else [])
 
@@ -126,8 +126,10 @@ def _eval_results(facts: CardData) -> list[Any]:
     """The held-out loss after training, as model-index: ``.eval_results`` is for the Hub's benchmark sets only."""
     from huggingface_hub import EvalResult
 
-    tuned = (facts.record.get("metrics") or {}).get("tuned") or {}
-    names = {"eval_loss": ("loss", "Held-out loss"), "perplexity": ("perplexity", "Held-out perplexity")}
+    tuned = facts.record.metrics.tuned
+    if not tuned:
+        return []
+    figures = [("loss", "Held-out loss", tuned.eval_loss), ("perplexity", "Held-out perplexity", tuned.perplexity)]
     return [
         EvalResult(
             task_type="text-generation",
@@ -135,10 +137,9 @@ def _eval_results(facts: CardData) -> list[Any]:
             dataset_name=HELD_OUT,
             metric_type=kind,
             metric_name=title,
-            metric_value=round(float(tuned[key]), 4),
+            metric_value=round(value, 4),
         )
-        for key, (kind, title) in names.items()
-        if isinstance(tuned.get(key), int | float)
+        for kind, title, value in figures
     ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.hub.package import public
 
 MERGED, ADAPTER, GGUF, GGUF_ADAPTER = "merged", "adapter", "gguf", "gguf-adapter"
@@ -32,7 +33,7 @@ class CardData:
     exports: Mapping[str, Mapping[str, Any]]
     siblings: Mapping[str, Mapping[str, Any]]  # repository of the same push -> the (first) manifest that it gets
     base_card: Mapping[str, Any] = field(default_factory=dict)  # the metadata of the base's own card
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: RunRecord = field(default_factory=RunRecord)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
     context: int | None = None  # tokens that the model was made for
@@ -110,7 +111,7 @@ def gather(
         exports=exports,
         siblings=siblings,
         base_card=_base_card(local, hub_id((next(iter(exports.values())).get("base") or {}).get("id"))),
-        record=run.record if run else {},
+        record=run.record if run else RunRecord(),
         recipe=public(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}) if recipe and recipe.is_file() else {},
         chat=any(_has_template(place) for place in places),
         context=next((found for place in places if (found := _context(place))), None),

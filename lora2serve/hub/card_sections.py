@@ -68,7 +68,7 @@ def _glance(facts: CardData) -> list[list[str]]:
     """The table at the top."""
     base, lora = facts.first.get("base") or {}, (facts.recipe.get("train") or {}).get("lora") or {}
     revision = f" at `{base['revision'][:12]}`" if base.get("revision") else ""
-    method = "QLoRA" if facts.record.get("quantization") else "LoRA"
+    method = "QLoRA" if facts.record.quantization else "LoRA"
     rank = facts.rank or lora.get("rank")
     quants = list(dict.fromkeys(str(e["quant"]) for e in facts.exports.values() if e.get("quant")))
     return [
@@ -125,14 +125,14 @@ def gguf_files(facts: CardData, kind: str) -> dict[str, list[str]]:
 
 def training(facts: CardData) -> str:
     """The recipe, in figures and in full, and how the base was folded."""
-    recipe, quantization = facts.recipe, facts.record.get("quantization") or {}
+    recipe, quantization, source = facts.recipe, facts.record.quantization, facts.record.data.train
     train, data = recipe.get("train") or {}, recipe.get("data") or {}
-    lora, rows = train.get("lora") or {}, (facts.record.get("data") or {}).get("train") or {}
+    lora = train.get("lora") or {}
     merge_base = str(facts.first.get("merge_base") or "")
-    double = ", double quantisation" if quantization.get("double_quant") else ""
+    double = ", double quantisation" if quantization and quantization.double_quant else ""
     shown = [
-        ["data", f"{data.get('train')}, {rows['rows']:,} rows" if rows.get("rows") else str(data.get("train") or "")],
-        ["base while training", f"quantised to {quantization['type']}{double}" if quantization.get("type") else ""],
+        ["data", f"{data.get('train')}, {source.rows:,} rows" if source else str(data.get("train") or "")],
+        ["base while training", f"quantised to {quantization.type}{double}" if quantization else ""],
         ["LoRA", f"rank {lora.get('rank')}, alpha {number(lora.get('alpha'))}, on {_targets(lora)}" if lora else ""],
         ["steps", _steps(facts, train)],
         ["learning rate", f"{number(train.get('learning_rate'))}, {train.get('schedule')}" if train else ""],
@@ -152,32 +152,31 @@ def _targets(lora: Mapping[str, Any]) -> str:
 
 def _steps(facts: CardData, train: Mapping[str, Any]) -> str:
     batch = train.get("batch_size")
-    if not facts.record.get("steps") or not batch:
+    if not facts.record.steps or not batch:
         return ""
-    return f"{facts.record['steps']:,} of {int(batch) * int(train.get('accumulation') or 1)} rows"
+    return f"{facts.record.steps:,} of {int(batch) * int(train.get('accumulation') or 1)} rows"
 
 
 def _versions(facts: CardData) -> str:
-    versions = facts.record.get("versions") or facts.first.get("versions") or {}
+    versions = facts.record.versions or facts.first.get("versions") or {}
     used = [f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl") if name in versions]
     return ", ".join([f"lora2serve {__version__}", *used])
 
 
 def evaluation(facts: CardData) -> str:
     """Held-out loss and perplexity before and after."""
-    metrics = facts.record.get("metrics") or {}
+    metrics = facts.record.metrics.measured()
     titles = {"base": "before: the base", "tuned": "after, as trained", "tuned_on_original": "after, on the full base"}
     rows = [
-        [title, number(metrics[key].get("eval_loss")), number(metrics[key].get("perplexity"))]
+        [title, number(metrics[key].eval_loss), number(metrics[key].perplexity)]
         for key, title in titles.items()
-        if isinstance(metrics.get(key), Mapping)
+        if key in metrics
     ]
     if not rows:
         return ""
-    held = (facts.record.get("data") or {}).get("eval") or {}
-    said = f"{held['rows']:,} held-out rows" if held.get("rows") else "Held-out rows"
-    tokens = (metrics.get("tuned") or {}).get("tokens")
-    said += f", {tokens:,} tokens with a loss." if tokens else "."
+    source, tuned = facts.record.data.eval, metrics.get("tuned")
+    said = f"{source.rows:,} held-out rows" if source and source.rows else "Held-out rows"
+    said += f", {tuned.tokens:,} tokens with a loss." if tuned and tuned.tokens else "."
     return f"## Evaluation\n\n{said}\n\n" + table(["", "loss", "perplexity"], rows)
 
 
@@ -225,7 +224,7 @@ def files(facts: CardData) -> str:
 def limits(facts: CardData) -> str:
     """What was not looked at, and what does not work."""
     lines = ["- It inherits the limits, the licence and the acceptable use of its base."]
-    if facts.record.get("metrics"):
+    if facts.record.metrics.measured():
         lines.append("- It was evaluated on held-out rows of its own training data, not on benchmarks or for safety.")
     lines.append("- Parity says that it answers like the trained model, not that the trained model is right.")
     small = sorted(

@@ -15,26 +15,40 @@ from typing import Any
 import numpy as np
 
 from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.manifest import EngineVerdict, ParityVerdict
+from lora2serve.artifacts.parity_report import (
+    Answer,
+    ComparisonResult,
+    Gate,
+    Metric,
+    ParityReport,
+    PromptFigures,
+    Question,
+    ReferenceName,
+    TensorError,
+)
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.parity_check import gates, thresholds, worker
 from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
-from lora2serve.parity_check.gates import Behavior, Gate, Metric
+from lora2serve.parity_check.gates import Behavior
 from lora2serve.parity_check.references import References
-from lora2serve.parity_check.report.parity_report import Answer, ComparisonResult, ParityReport, PromptFigures
-from lora2serve.parity_check.trained_model import ReferenceName, TrainedModel
+from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
 
 
-def check(origin: TrainedModel, subjects: Sequence[Comparison], *, progress: Progress, ask: str = "") -> ParityReport:
-    """The report on all subjects, which ``subjects.py`` makes; ``ask`` is a prompt that all of them answer beside.
+def check(
+    origin: TrainedModel, comparisons: Sequence[Comparison], *, progress: Progress, ask: str = ""
+) -> ParityReport:
+    """The report on all comparisons, which ``comparisons.py`` plans; ``ask`` is a prompt that all of them answer, too.
 
     A missing or dying engine is a row; only what cannot be begun raises.
     """
-    if not subjects:
+    if not comparisons:
         raise UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
-    for subject in subjects:  # a name that does not exist is said before the work
-        thresholds.lookup(thresholds.kind_of(subject.about), origin.settings.thresholds)
+    for comparison in comparisons:  # a threshold that does not exist is an error before the work
+        thresholds.lookup(comparison.kind, origin.settings.thresholds)
     origin.home.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".work-", dir=origin.home))
     logs = work / "logs"
@@ -42,29 +56,36 @@ def check(origin: TrainedModel, subjects: Sequence[Comparison], *, progress: Pro
     try:
         references = References(origin, work, logs, progress, ask)
         try:
-            bench = Comparator(origin, references, work, progress, ask)
+            comparator = Comparator(origin, references, work, progress, ask)
             try:
-                rows = tuple(bench.examine(subject) for subject in subjects)
+                rows = tuple(comparator.compare(comparison) for comparison in comparisons)
             finally:
-                bench.close()
+                comparator.close()
             asked = _asked(references, rows, ask)
         finally:
             references.close()
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    for subject, row in zip(subjects, rows, strict=True):
-        if subject.path:
-            _record(subject.path, row)
-    return ParityReport(origin.name, references.about(), references.versions, rows, manifest.versions(), asked)
+    for comparison, row in zip(comparisons, rows, strict=True):
+        if comparison.path:
+            _record(Export.open(comparison.path), row)
+    return ParityReport(
+        run=origin.name,
+        data=references.scored(),
+        references=references.versions,
+        versions=manifest.versions(),
+        asked=asked,
+        rows=rows,
+    )
 
 
-def _asked(references: References, rows: Sequence[ComparisonResult], ask: str) -> dict[str, Any]:
+def _asked(references: References, rows: Sequence[ComparisonResult], ask: str) -> Question:
     """The user's own question and who answers what."""
     if not ask:
-        return {}
-    words = references.words(list(references.said.values()))
-    said = dict(zip(references.said, (one.strip() for one in words), strict=True))
-    return {"prompt": ask, "answers": said | {f"{row.export} in {row.engine}": row.said for row in rows if row.version}}
+        return Question()
+    texts = references.words(list(references.said.values()))
+    answers = {who: text.strip() for who, text in zip(references.said, texts, strict=True)}
+    return Question(ask, answers | {f"{row.export} in {row.engine}": row.said for row in rows if row.version})
 
 
 WORST = 20  # tensors in the report
@@ -72,52 +93,55 @@ WORST_TEXTS = 6  # shown token by token
 
 
 class Comparator:
-    """What compares subjects with the references. Memory of this process: figures only."""
+    """What compares exports with the references. Memory of this process: figures only."""
 
     def __init__(
         self, origin: TrainedModel, references: References, work: Path, progress: Progress, ask: str = ""
     ) -> None:
         self.origin, self.references, self.work, self.progress, self.ask = origin, references, work, progress, ask
         self.settings, self.data = origin.settings, references.data
-        self._compared: dict[Path, Any] = {}
-        self._comparer: EngineProcess | None = None
+        self._tensor_gates: dict[Path, tuple[Gate, tuple[TensorError, ...]]] = {}
+        self._reader: EngineProcess | None = None
 
     def close(self) -> None:
         """End the child that reads exports back."""
-        if self._comparer:
-            self._comparer.close()
+        if self._reader:
+            self._reader.close()
 
     def _child(self, engine: str, options: Any, log: str) -> EngineProcess:
         return EngineProcess(engine, options, self.work / "logs" / f"{log}.log", self.settings.limit)
 
-    def examine(self, subject: Comparison) -> ComparisonResult:
-        """All gates of one subject; what goes wrong becomes its verdict."""
-        started = time.monotonic()
-        kind = thresholds.kind_of(subject.about)
-        required = subject.engine in self.settings.require
+    def compare(self, comparison: Comparison) -> ComparisonResult:
+        """All gates of one comparison; what goes wrong becomes its verdict."""
+        started, engine = time.monotonic(), comparison.engine
         row = ComparisonResult(
-            subject.name, subject.target, kind, subject.engine, "", subject.reference, (), required=required
+            export=comparison.name,
+            target=comparison.target,
+            kind=comparison.kind,
+            engine=engine,
+            reference=comparison.reference,
+            required=engine in self.settings.require,
         )
         passed: list[Gate] = []
-        log = f"{subject.name}-{subject.engine}".replace("/", "_")
+        log = f"{comparison.name}-{engine}".replace("/", "_")
         try:
-            with self._child(subject.engine, self._options(subject), log) as child:
-                row = self._through_gates(row, subject, child, passed)
+            with self._child(engine, self._options(comparison), log) as child:
+                row = self._through_gates(row, comparison, child, passed)
         except EngineMissing as error:
             row = replace(row, gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)))
         except EngineError as error:
-            name = gates.NAMES[min(len(passed), 2)] if subject.path or not passed else "behaviour"
+            name = gates.NAMES[min(len(passed), 2)] if comparison.path or not passed else "behaviour"
             row = replace(row, gates=(*passed, Gate(name, "failed", (), error.message, error.hint)))
         row = replace(row, seconds=round(time.monotonic() - started, 1))
         self.progress.note(f"{row.export} in {row.engine}: {row.status} ({row.seconds:.0f} s)")
         return row
 
-    def _options(self, subject: Comparison) -> dict[str, Any]:
+    def _options(self, comparison: Comparison) -> dict[str, Any]:
         """What makes the engine: with room for the longest text, and the base as GGUF where an adapter needs it."""
-        options = dict(subject.options)
+        options = dict(comparison.options)
         if "window" in options:
             options["window"] = self.data.longest(self.settings.new_tokens)
-        if subject.target == "gguf-adapter":
+        if comparison.target == "gguf-adapter":
             options["model"] = str(self._base_gguf())
         return options
 
@@ -134,15 +158,15 @@ class Comparator:
         return next(folder.rglob("*.gguf"))
 
     def _through_gates(
-        self, row: ComparisonResult, subject: Comparison, child: EngineProcess, passed: list[Gate]
+        self, row: ComparisonResult, comparison: Comparison, child: EngineProcess, passed: list[Gate]
     ) -> ComparisonResult:
         label = f"{row.export} in {row.engine}: loading, prompts"
         with self.progress.track(label, len(self.data.conversations)) as advance:
-            said = child.call("tokens", advance, data=str(self.references.path))
-        row = replace(row, version=said["version"], said=self._answer(child) if self.ask else "")
-        passed.append(gates.tokens(self.data, said))
-        if passed[-1].status == "met" and subject.path:
-            gate, worst = self._tensors(subject.path, row.kind)
+            tokens = child.call("tokens", advance, data=str(self.references.path))
+        row = replace(row, version=tokens["version"], said=self._answer(child) if self.ask else "")
+        passed.append(gates.tokens(self.data, tokens))
+        if passed[-1].status == "met" and comparison.path:
+            gate, worst = self._tensors(comparison.path, row.kind)
             passed.append(gate)
             row = replace(row, tensors=worst)
         if passed[-1].status not in ("met", "skipped"):
@@ -153,21 +177,25 @@ class Comparator:
         ids = child.call("answer", prompt=self.ask, new_tokens=self.settings.new_tokens)
         return self.references.words([ids])[0].strip()
 
-    def _tensors(self, export: Path, kind: str) -> tuple[Gate, tuple[dict[str, Any], ...]]:
+    def _tensors(self, export: Path, kind: str) -> tuple[Gate, tuple[TensorError, ...]]:
         """The tensor gate, once for each export, and its worst tensors."""
-        if export not in self._compared:
-            if self._comparer is None:
-                self._comparer = self._child("tensors", {"origin": self.origin.json()}, "tensors")
+        if export not in self._tensor_gates:
+            if self._reader is None:
+                self._reader = self._child("tensors", {"origin": self.origin.json()}, "tensors")
             try:
-                self._compared[export] = self._comparer.call("compare", export=str(export))
+                differences = self._reader.call("compare", export=str(export))
             except EngineError:  # it ended with its child; the next export gets another
-                self._comparer = None
+                self._reader = None
                 raise
-        found = self._compared[export]
-        if found is None:
+            self._tensor_gates[export] = self._tensor_gate(differences, kind)
+        return self._tensor_gates[export]
+
+    def _tensor_gate(self, differences: Any, kind: str) -> tuple[Gate, tuple[TensorError, ...]]:
+        if differences is None:  # the target has no reader
             return Gate("tensors", "skipped"), ()
-        gate = gates.tensors(found, thresholds.lookup(kind, self.settings.thresholds))
-        return gate, tuple(found["tensors"][:WORST])
+        errors = [TensorError.from_json(error, "compare") for error in differences["tensors"]]
+        bounds = thresholds.lookup(kind, self.settings.thresholds)
+        return gates.tensors(errors, differences["missing"], bounds), tuple(errors[:WORST])
 
     def _behaviour(self, row: ComparisonResult, child: EngineProcess, passed: list[Gate]) -> ComparisonResult:
         known, scored = self.references, self.work / "scored.npz"
@@ -203,16 +231,16 @@ class Comparator:
         return f"{text.part} text {number} ({text.text[:40]!r}), position {inside + 1}, next token {token!r}"
 
     def _parts(self, measured: Behavior) -> dict[str, tuple[Metric, ...]]:
-        found = {}
+        parts = {}
         for part, where in (("task", measured.task), ("general", ~measured.task)):
             if where.any():
-                one = replace(
+                of_part = replace(
                     measured, positions=measured.positions.take(where),
                     base=measured.base.take(where) if measured.base else None,
                     sequences=measured.sequences[where], task=np.ones(int(where.sum()), dtype=bool), greedy=None,
                 )  # fmt: skip
-                found[part] = _shown(one)
-        return found
+                parts[part] = _shown(of_part)
+        return parts
 
     def _prompts(self, measured: Behavior) -> tuple[PromptFigures, ...]:
         """The KL of every text by position; the worst texts also token by token."""
@@ -246,14 +274,24 @@ def _shown(measured: Behavior) -> tuple[Metric, ...]:
     return tuple(Metric(name, figure.value, figure.low, figure.high) for name, figure in measured.measure().items())
 
 
-KEPT = ("mean_kl", "p999_kl", "top1", "equal_answers", "retention")
-
-
-def _record(path: Path, row: ComparisonResult) -> None:
+def _record(export: Export, row: ComparisonResult) -> None:
     """Into the export's manifest: whether it is met, and the figures in each engine that was asked."""
-    figures = {name: found.value for name in KEPT if (found := row.check(name))}
-    said = {"status": row.status, "reference": row.reference, "version": row.version, **figures}
-    before = (manifest.read(path).get("parity") or {}).get("engines") or {}
-    engines = {**before, row.engine: said}
-    statuses = {str(one["status"]) for one in engines.values()} - {"missing"}
-    manifest.update(path, parity={"met": statuses == {"met"}, "engines": engines})
+
+    def value(name: str) -> float | None:
+        metric = row.check(name)
+        return metric.value if metric else None
+
+    verdict = EngineVerdict(
+        status=row.status,
+        reference=row.reference,
+        version=row.version,
+        mean_kl=value("mean_kl"),
+        p999_kl=value("p999_kl"),
+        top1=value("top1"),
+        equal_answers=value("equal_answers"),
+        retention=value("retention"),
+    )
+    before = export.manifest.parity.engines if export.manifest.parity else {}
+    engines = {**before, row.engine: verdict}
+    statuses = {verdict.status for verdict in engines.values()} - {"missing"}
+    export.with_parity(ParityVerdict(met=statuses == {"met"}, engines=engines))

@@ -5,42 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
+from lora2serve.artifacts.metric_table import higher_is_better
+from lora2serve.artifacts.parity_report import Gate, GateName, Metric, TensorError
 from lora2serve.data.prompts import Conversation, PromptSet
 from lora2serve.parity_check.metrics import Estimate, Ints, Positions, figures, ratio
-from lora2serve.parity_check.thresholds import LOWER, Thresholds
+from lora2serve.parity_check.thresholds import Thresholds
 
-Status = Literal["met", "missed", "skipped", "failed", "missing"]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure against its bound; ``met`` is None where it is shown only."""
-
-    name: str
-    value: float
-    low: float | None = None  # ends of the confidence interval
-    high: float | None = None
-    bound: float | None = None
-    met: bool | None = None
-
-
-GateName = Literal["tokens", "tensors", "behaviour"]
 NAMES: tuple[GateName, ...] = get_args(GateName)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The verdict of one gate: where the first difference is, and its likely cause."""
-
-    name: GateName
-    status: Status
-    checks: tuple[Metric, ...] = ()
-    first: str = ""
-    cause: str = ""
 
 
 def tokens(data: PromptSet, said: Mapping[str, Any]) -> Gate:
@@ -125,29 +100,24 @@ def _id_difference(conversation: Conversation, ids: Sequence[int]) -> tuple[str,
 SHARP = 10  # the worst 256 values of a tensor may be so many times further off than the worst tensor
 
 
-def tensors(found: Mapping[str, Any], bounds: Thresholds) -> Gate:
-    """The stored tensors against the planned ones; the largest error comes first in ``found``."""
-    if found["missing"]:
-        more = f" and {len(found['missing']) - 1} more" if len(found["missing"]) > 1 else ""
-        return Gate("tensors", "missed", (), found["missing"][0] + more, "names: not those that were planned")
-    whole = max(found["tensors"], key=lambda one: one["nmse"])
-    part = max(found["tensors"], key=lambda one: one["worst"])
+def tensors(errors: Sequence[TensorError], missing: Sequence[str], bounds: Thresholds) -> Gate:
+    """The stored tensors against the planned ones; ``missing`` are names that are in one of the two only."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return Gate("tensors", "missed", (), missing[0] + more, "names: not those that were planned")
+    whole = max(errors, key=lambda error: error.nmse)
+    part = max(errors, key=lambda error: error.worst)
     limit = bounds.tensor_nmse
     checks = (
-        Metric("tensors", len(found["tensors"])),
-        _at_most("tensor_nmse", whole["nmse"], limit),
-        _at_most("block_nmse", part["worst"], None if limit is None else SHARP * limit),
+        Metric("tensors", len(errors)),
+        _at_most("tensor_nmse", whole.nmse, limit),
+        _at_most("block_nmse", part.worst, None if limit is None else SHARP * limit),
     )
     if checks[1].met is False:
-        return Gate(
-            "tensors",
-            "missed",
-            checks,
-            f"{whole['name']}: NMSE {whole['nmse']:.3g}",
-            _tensor_cause(found["tensors"], whole["nmse"], limit),
-        )
+        first, cause = f"{whole.name}: NMSE {whole.nmse:.3g}", _tensor_cause(errors, whole.nmse, limit)
+        return Gate("tensors", "missed", checks, first, cause)
     if checks[2].met is False:
-        first = f"{part['name']}: 256 values with NMSE {part['worst']:.3g}"
+        first = f"{part.name}: 256 values with NMSE {part.worst:.3g}"
         return Gate("tensors", "missed", checks, first, "damaged: a part of one tensor is not what was written")
     return Gate("tensors", "met", checks)
 
@@ -156,19 +126,19 @@ def _at_most(name: str, value: float, bound: float | None) -> Metric:
     return Metric(name, value, value, value, bound, None if bound is None else value <= bound)
 
 
-def _tensor_cause(found: Sequence[Mapping[str, Any]], nmse: float, limit: float | None) -> str:
+def _tensor_cause(errors: Sequence[TensorError], nmse: float, limit: float | None) -> str:
     if nmse == float("inf"):
         return "dtype: NaN, infinity or zeros in the export's weights"
-    bad = [one for one in found if one["nmse"] > (limit or 0.0)]
-    strengths = [one["strength"] for one in found if one["strength"] is not None]
+    bad = [error for error in errors if error.nmse > (limit or 0.0)]
+    strengths = [error.strength for error in errors if error.strength is not None]
     middle = float(np.median(strengths)) if strengths else 1.0
     alike = bool(strengths) and float(np.quantile(np.abs(np.array(strengths) - middle), 0.9)) < 0.02
     if alike and abs(middle) < 0.02:
         return "adapter: not applied; the stored weights are the base's"
     if alike and abs(middle - 1) > 0.02:
         return f"scale: the adapter is there at {middle:.2f} of its strength (alpha, rsLoRA, folded twice)"
-    if len(bad) <= max(2, len(found) // 8):
-        return f"one part is damaged, transposed or another layer's: {', '.join(one['name'] for one in bad[:3])}"
+    if len(bad) <= max(2, len(errors) // 8):
+        return f"one part is damaged, transposed or another layer's: {', '.join(error.name for error in bad[:3])}"
     if nmse > 0.15 or not alike:  # ggml's two-bit types reach 0.1
         return "wrong base or damaged weights: the stored tensors are not the planned ones"
     return "rounding: stored more coarsely than its name says"
@@ -256,7 +226,7 @@ def behaviour(measured: Behavior, found: Mapping[str, Estimate], bounds: Thresho
 def _check(name: str, figure: Estimate, bound: float | None) -> Metric:
     if bound is None:
         return Metric(name, figure.value, figure.low, figure.high)
-    if name in LOWER:
+    if higher_is_better(name):
         met = figure.low >= bound
     else:
         met = max(abs(figure.low), abs(figure.high)) <= bound

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from lora2serve.artifacts.parity_report import ComparisonResult, Gate, ParityReport
     from lora2serve.parity_check.comparisons import Comparison
-    from lora2serve.parity_check.gates import Gate
-    from lora2serve.parity_check.report.parity_report import ComparisonResult, ParityReport
     from lora2serve.parity_check.trained_model import TrainedModel
 
 GATES = ("tokens", "tensors", "behaviour")
@@ -52,10 +51,11 @@ class Exports(pytest.Directory):
     _report: ParityReport | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
-        for subject in _compared(self.path)[1]:
+        for comparison in _compared(self.path)[1]:
+            export, engine = comparison.name, comparison.engine
             for gate in GATES:
-                name = f"{subject.name}-{subject.engine}-{gate}"
-                yield ParityCheck.from_parent(self, name=name, export=subject.name, engine=subject.engine, gate=gate)
+                name = f"{export}-{engine}-{gate}"
+                yield ParityCheck.from_parent(self, name=name, export=export, engine=engine, gate=gate)
 
     def report(self) -> ParityReport:
         """Of all exports."""
@@ -63,8 +63,8 @@ class Exports(pytest.Directory):
             from lora2serve.parity_check.comparator import check
             from lora2serve.progress import Silent
 
-            origin, subjects = _compared(self.path)
-            self._report = check(origin, subjects, progress=Silent())
+            origin, comparisons = _compared(self.path)
+            self._report = check(origin, comparisons, progress=Silent())
         return self._report
 
 
@@ -87,7 +87,7 @@ class ParityCheck(pytest.Item):
     def _found(self) -> tuple[ComparisonResult, Gate | None]:
         parent = self.parent
         assert isinstance(parent, Exports)
-        rows = parent.report().subjects
+        rows = parent.report().rows
         row = next(row for row in rows if (row.export, row.engine) == (self.export, self.engine))
         return row, next((gate for gate in row.gates if gate.name == self.gate), None)
 
@@ -109,7 +109,7 @@ def _compared(exports: Path) -> tuple[TrainedModel, list[Comparison]]:
     if not is_run(run.path):
         raise pytest.UsageError(f"--lora2serve-exports {exports}: expected the exports/ folder of a run")
     try:
-        origin = of_run(run, Path(run.record["base"]["path"]))
+        origin = of_run(run, Path(run.record.base.path))
         refuse_others(origin, run.list_exports())
         return origin, of_exports(origin, run.list_exports())
     except Lora2ServeError as error:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from lora2serve.artifacts.parity_report import ReferenceInfo, ReferenceName, ScoredData
 from lora2serve.data.prompts import Amount, PromptSet, load_saved
 from lora2serve.errors import InputError
 from lora2serve.parity_check import worker
 from lora2serve.parity_check.engine_process import EngineProcess
 from lora2serve.parity_check.metrics import Ints, Positions
-from lora2serve.parity_check.trained_model import ReferenceName, TrainedModel
+from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
 
 SPARE = 1.1  # of the disk that the references need
@@ -30,7 +31,7 @@ class References:
     def __init__(self, origin: TrainedModel, work: Path, logs: Path, progress: Progress, ask: str = "") -> None:
         self._origin, self._work, self._logs, self._progress, self._ask = origin, work, logs, progress, ask
         self.files: dict[ReferenceName, Path] = {}
-        self.versions: dict[str, Any] = {}
+        self.versions: dict[str, ReferenceInfo] = {}
         self.base: dict[str, Positions | None] = {}
         self.greedy: dict[str, Any] = {}
         self.said: dict[str, list[int]] = {}  # to the user's own question, by who
@@ -58,18 +59,18 @@ class References:
         words: list[str] = self._words.call("text", ids=[list(part) for part in ids])
         return words
 
-    def about(self) -> dict[str, Any]:
+    def scored(self) -> ScoredData:
         """What was scored."""
-        parts = {part: int((self.task == (part == "task")).sum()) for part in ("task", "general")}
-        return {
-            "positions": self.data.positions,
-            "asked": self._origin.settings.tokens,
-            **parts,
-            "sequences": len(self.data.sequences),
-            "conversations": len(self.data.conversations),
-            "prompts": len(self.data.prompts),
-            "window": self.data.window,
-        }
+        return ScoredData(
+            positions=self.data.positions,
+            asked=self._origin.settings.tokens,
+            task=int(self.task.sum()),
+            general=int((~self.task).sum()),
+            sequences=len(self.data.sequences),
+            conversations=len(self.data.conversations),
+            prompts=len(self.data.prompts),
+            window=self.data.window,
+        )
 
     def _child(self, engine: str, options: Any, log: str) -> EngineProcess:
         return EngineProcess(engine, options, self._logs / f"{log}.log", self._origin.settings.limit)
@@ -80,8 +81,8 @@ class References:
             "base": str(origin.base),
             "adapters": [str(path) for path in origin.adapters],
             "tokenizer": str(origin.tokenizer),
-            "quantization": origin.quantization if name == "trained" else None,
-            "trained_on": origin.run.record.get("device") if origin.run else None,
+            "quantization": origin.quantization.to_json() if origin.quantization and name == "trained" else None,
+            "trained_on": origin.run.record.device if origin.run else None,
         }
 
     def _prepare(self, child: EngineProcess) -> None:
@@ -109,9 +110,10 @@ class References:
         self.files[name] = self._work / f"{name}.f32"
         positions, data = self._work / f"{name}.npz", str(self.path)
         with self._progress.track(f"reference: {name}", self.data.positions, "tokens") as advance:
-            self.versions[name] = child.call(
+            written = child.call(
                 "write_reference", advance, data=data, out=str(self.files[name]), positions=str(positions)
             )
+        self.versions[name] = ReferenceInfo.from_json(written, "write_reference")
         new_tokens = self._origin.settings.new_tokens
         self.greedy[name] = child.call("likeliest", data=data, new_tokens=new_tokens)
         self.base[name] = worker.load_positions(positions).get("base")

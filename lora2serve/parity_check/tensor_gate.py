@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.exporting import sinks
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.parity_check.comparisons import ADAPTERS
 from lora2serve.parity_check.trained_model import open_model
 from lora2serve.weights.tensors import TensorSpec, row_blocks
 
@@ -82,17 +81,17 @@ class Tensors:
 
     def compare(self, export: Path, advance: Callable[[int], None]) -> dict[str, Any] | None:
         """Every tensor's difference, the largest first; None where the target has no reader."""
-        self.path, self.about = export, manifest.read(export)
-        served_on_plain = self.about["target"] in ADAPTERS  # whatever it was trained on
+        self.path, self.manifest = export, Manifest.read(export)
+        served_on_plain = self.manifest.is_adapter  # whatever it was trained on
         self.origin = {**self._given, "run": None} if served_on_plain else self._given
-        if self.about["target"] == "adapter":
+        if self.manifest.target == "adapter":
             return self._compare_adapters(advance)
-        kind = sinks.find_reader(str(self.about["target"]))
+        kind = sinks.find_reader(self.manifest.target)
         if kind is None:
             return None
-        model = open_model(self.origin, self.about)
+        model = open_model(self.origin, self.manifest)
         merged = model.source
-        reader: sinks.Reader = kind(self.path, self.about, model)
+        reader: sinks.Reader = kind(self.path, self.manifest.to_json(), model)
         changed, found = set(merged.changed()), dict[str, Difference]()
         for spec, rows in _parts(model, reader.wanted):
             name, expected, stored = reader.pair(spec, rows, merged.read(spec.name, rows).values)
@@ -108,7 +107,7 @@ class Tensors:
     def _compare_adapters(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """A raw adapter, folded, against the trained one, folded."""
         trained, exported = (
-            open_model({**self.origin, "adapters": adapters}, self.about)
+            open_model({**self.origin, "adapters": adapters}, self.manifest)
             for adapters in (self.origin["adapters"], [str(self.path)])
         )
         merged, other = trained.source, exported.source

@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Bounds for the end of the confidence interval that is worse; None does not gate."""
+    """Bounds for the end of the confidence interval that is worse; None does not gate.
+
+    ``artifacts/metric_table.py`` knows which of them are lower bounds.
+    """
 
     mean_kl: float | None = None  # nats, at most
     p999_kl: float | None = None  # nats, at most
@@ -29,7 +33,6 @@ class Thresholds:
     tensor_nmse: float | None = None  # of the worst tensor, at most; ten times as much of the worst 256 values in it
 
 
-LOWER = {"top1", "top1_but_ties", "first_difference"}  # the others are upper bounds
 NAMES = tuple(field.name for field in fields(Thresholds))
 
 _FP32 = Thresholds(
@@ -91,11 +94,9 @@ TABLE: Mapping[str, Thresholds] = {
 }
 
 
-def kind_of(about: Mapping[str, object]) -> str:
-    """The row of the table for an export, from its manifest."""
-    if about.get("target") in ("adapter", "gguf-adapter", "ollama-adapter"):
-        return "lora"
-    return str(about.get("quant") or about.get("dtype") or "bfloat16")
+def kind_of(manifest: Manifest) -> str:
+    """The row of the table for an export."""
+    return "lora" if manifest.is_adapter else manifest.quant or manifest.dtype or "bfloat16"
 
 
 def lookup(kind: str, overrides: Mapping[str, Mapping[str, float]] = {}) -> Thresholds:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.lineage import BaseRecord
+from lora2serve.artifacts.manifest import Manifest
+from lora2serve.artifacts.parity_report import ReferenceName
 from lora2serve.artifacts.run import Run, is_run
+from lora2serve.artifacts.run_record import QuantizationRecord
 from lora2serve.config.recipe import ParityRecipe
 from lora2serve.errors import InputError, UsageError
 from lora2serve.system.small_files import digest
@@ -16,7 +19,6 @@ from lora2serve.system.small_files import digest
 if TYPE_CHECKING:
     from lora2serve.exporting.sinks import ExportModel
 
-ReferenceName = Literal["trained", "original"]
 TOKENIZER = "tokenizer_config.json"
 BUNDLE = "bundle"
 
@@ -29,7 +31,7 @@ class TrainedModel:
     base: Path
     adapters: tuple[Path, ...]
     home: Path  # where the report goes
-    quantization: Mapping[str, Any] | None = None  # of the base at training, as in run.json
+    quantization: QuantizationRecord | None = None  # of the base at training
     rows: Path | None = None  # held-out rows
     settings: ParityRecipe = field(default_factory=ParityRecipe)
     run: Run | None = None
@@ -62,7 +64,7 @@ def of_run(run: Run, base: Path) -> TrainedModel:
         base=base,
         adapters=(run.adapter,),
         home=run.parity,
-        quantization=run.record.get("quantization"),
+        quantization=run.record.quantization,
         rows=run.eval_data if run.eval_data.is_file() else None,
         settings=load_section(run.recipe, ParityRecipe),
         run=run,
@@ -76,24 +78,23 @@ def of_parts(name: str, base: Path, adapters: Sequence[Path], home: Path) -> Tra
 
 def run_of(export: Path) -> Run | None:
     """The run that an export was made from: the one it lies in, or the one its adapter lies in."""
-    lineage = manifest.read(export).get("adapter") or {}
-    places = [export.resolve().parent.parent, *([Path(lineage["path"]).parent] if lineage.get("path") else [])]
+    adapter = Manifest.read(export).adapter
+    places = [export.resolve().parent.parent, *([Path(adapter.path).parent] if adapter and adapter.path else [])]
     return next((Run(place) for place in places if is_run(place)), None)
 
 
-def parts_of(exports: Sequence[Path]) -> tuple[Mapping[str, Any], tuple[Path, ...]]:
+def parts_of(exports: Sequence[Path]) -> tuple[BaseRecord, tuple[Path, ...]]:
     """The base on record and the adapters of exports without a run; all must come from the same ones."""
-    found: dict[Path, tuple[Any, ...]] = {}
+    parts: dict[Path, tuple[BaseRecord, tuple[Path, ...]]] = {}
     for export in exports:
-        about = manifest.read(export)
-        if about.get("target") == BUNDLE:
-            each = "; ".join(f"lora2serve parity {export}/adapters/{name}" for name in about.get("bundle", ()))
+        manifest = Manifest.read(export)
+        if manifest.target == BUNDLE:
+            each = "; ".join(f"lora2serve parity {export}/adapters/{name}" for name in manifest.bundle)
             raise UsageError(f"{export}: a bundle, and each adapter in it has a run of its own", each)
-        folded = [Path(one["path"]) for one in about.get("adapters") or ()]
-        found[export] = (about.get("base") or {}, tuple(folded))
-    first, (base, adapters) = next(iter(found.items()))
-    for export, (other, others) in found.items():
-        if (other.get("id"), others) != (base.get("id"), adapters):
+        parts[export] = (manifest.base, tuple(Path(adapter.path) for adapter in manifest.adapters))
+    first, (base, adapters) = next(iter(parts.items()))
+    for export, (other, others) in parts.items():
+        if (other.id, others) != (base.id, adapters):
             raise UsageError(f"{first} and {export} were made from different models", "compare them one after another")
     for path in adapters:
         if not path.is_dir():
@@ -107,7 +108,7 @@ def parts_of(exports: Sequence[Path]) -> tuple[Mapping[str, Any], tuple[Path, ..
 def refuse_others(origin: TrainedModel, exports: Sequence[Path]) -> None:
     """InputError for an export whose adapter is not the one at hand: its manifest has the adapter's sha256."""
     for export in exports:
-        recorded = [one.get("sha256") or {} for one in manifest.read(export).get("adapters") or ()]
+        recorded = [adapter.sha256 for adapter in Manifest.read(export).adapters]
         if len(recorded) != len(origin.adapters):
             raise InputError(
                 f"{export}: made from {_counted(recorded)}, and {origin.name} is {_counted(origin.adapters)}",
@@ -126,15 +127,15 @@ def _counted(adapters: Sequence[object]) -> str:
     return {0: "a model without adapter", 1: "one adapter"}.get(len(adapters), f"{len(adapters)} adapters")
 
 
-def open_model(origin: Mapping[str, Any], about: Mapping[str, Any]) -> ExportModel:
+def open_model(origin: Mapping[str, Any], manifest: Manifest) -> ExportModel:
     """The model that an export was planned from, folded again; ``origin`` is ``Origin.json()``."""
     from lora2serve.exporting import open_model as models
     from lora2serve.progress import Silent
 
     base, adapters = Path(origin["base"]), [Path(path) for path in origin["adapters"]]
-    choice = models.OpenOptions(allow_base_mismatch=bool(about.get("base_mismatch")))
+    choice = models.OpenOptions(allow_base_mismatch=bool(manifest.base_mismatch))
     if origin["run"]:
-        chosen = replace(choice, merge_base=about["merge_base"])
+        chosen = replace(choice, merge_base=manifest.merge_base or "auto")
         return models.open_run(Run(Path(origin["run"])), base, chosen, Silent())
     if adapters:
         return models.open_adapters(adapters, base, str(base), choice)

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora2serve.artifacts.run_record import EvalLoss
 from lora2serve.data.tokenization import IGNORE, Tokens
 from lora2serve.progress import Progress
 from lora2serve.training.model import Device
 
 
-def evaluate(
-    model: Any, rows: Sequence[Tokens], pad: int, batch: int, progress: Progress, label: str
-) -> dict[str, float]:
-    """``{"eval_loss", "perplexity", "tokens"}``: mean negative log-likelihood over every labelled token."""
+def evaluate(model: Any, rows: Sequence[Tokens], pad: int, batch: int, progress: Progress, label: str) -> EvalLoss:
+    """Mean negative log-likelihood over every labelled token."""
     import torch
 
     was_training = model.training
@@ -36,7 +35,7 @@ def evaluate(
             advance(len(part))
     model.train(was_training)
     loss_each = total / max(1, count)
-    return {"eval_loss": loss_each, "perplexity": math.exp(min(loss_each, 700.0)), "tokens": count}
+    return EvalLoss(eval_loss=loss_each, perplexity=math.exp(min(loss_each, 700.0)), tokens=count)
 
 
 def pad_batch(rows: Sequence[Tokens], pad: int) -> tuple[Any, Any, Any]:
@@ -56,7 +55,7 @@ def pad_batch(rows: Sequence[Tokens], pad: int) -> tuple[Any, Any, Any]:
 
 def on_original(
     base: Path, adapter: Path, rows: Sequence[Tokens], pad: int, batch: int, where: Device, progress: Progress
-) -> dict[str, float] | None:
+) -> EvalLoss | None:
     """The adapter on the full-precision base, or None where that does not fit into memory."""
     import torch
     from peft import PeftModel

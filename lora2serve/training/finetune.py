@@ -6,11 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora2serve.artifacts import manifest
+from lora2serve.artifacts.lineage import BaseRecord
 from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run_record import DataRecord, QuantizationRecord
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import Recipe, dump
 from lora2serve.data.rows import DataSets
@@ -69,13 +72,13 @@ def train(
             model, tokenizer, rows, held_out, recipe, run, where,
             checkpointing=checkpointing, resume=resume, progress=progress,
         )  # fmt: skip
-        run.update({"steps": steps})
+        run.save(replace(run.record, steps=steps))
         _save(model, tokenizer, run, initial, base)
         _measure(run, "tuned", model, held_out, tokenizer, recipe, progress)
         del model
         _measure_on_original(run, base, held_out, tokenizer, recipe, where, progress)
         plot(run)
-        run.update({"finished": True})
+        run.save(replace(run.record, finished=True))
 
 
 def _announce(
@@ -128,30 +131,29 @@ def _measure(
     run: Run, name: str, model: Any, rows: Sequence[Tokens], tokenizer: Any, recipe: Recipe, progress: Progress
 ) -> None:
     """Evaluate the base or the tuned model on the base as trained; kept in run.json."""
-    kept = run.record.get("metrics") or {}
-    if not rows or (name == "base" and "base" in kept):  # known since before --resume
+    record = run.record
+    if not rows or (name == "base" and record.metrics.base):  # known since before --resume
         return
     label = "eval before" if name == "base" else "eval after"
-    found = eval_loss.evaluate(model, rows, tokenizer.pad_token_id, recipe.train.batch_size, progress, label)
-    run.update({"metrics": {**kept, name: found}})
-    progress.note(f"{name}: eval loss {found['eval_loss']:.4f}, perplexity {found['perplexity']:.2f}")
+    loss = eval_loss.evaluate(model, rows, tokenizer.pad_token_id, recipe.train.batch_size, progress, label)
+    run.save(replace(record, metrics=record.metrics.with_loss(name, loss)))
+    progress.note(f"{name}: eval loss {loss.eval_loss:.4f}, perplexity {loss.perplexity:.2f}")
 
 
 def _measure_on_original(
     run: Run, base: Path, rows: Sequence[Tokens], tokenizer: Any, recipe: Recipe, where: Device, progress: Progress
 ) -> None:
     """The merge needs to know which base suits the adapter better."""
-    if not rows or not run.record.get("quantization"):
+    if not rows or not run.record.quantization:
         return
     if read_config(base).get("quantization_config"):
         return  # this base has no full-precision weights here
     pad, batch = tokenizer.pad_token_id, recipe.train.batch_size
-    found = eval_loss.on_original(base, run.adapter, rows, pad, batch, where, progress)
-    if found:
-        run.update({"metrics": {**run.record["metrics"], "tuned_on_original": found}})
-        progress.note(
-            f"tuned, on the original base: eval loss {found['eval_loss']:.4f}, perplexity {found['perplexity']:.2f}"
-        )
+    loss = eval_loss.on_original(base, run.adapter, rows, pad, batch, where, progress)
+    if loss:
+        record = run.record
+        run.save(replace(record, metrics=replace(record.metrics, tuned_on_original=loss)))
+        progress.note(f"tuned, on the original base: eval loss {loss.eval_loss:.4f}, perplexity {loss.perplexity:.2f}")
 
 
 def _record_start(
@@ -162,22 +164,24 @@ def _record_start(
     modules = quantized_modules(model)
     if modules:
         config = model.config.quantization_config
-        quantization = {
-            "type": config.bnb_4bit_quant_type if config.load_in_4bit else "int8",
-            "double_quant": config.bnb_4bit_use_double_quant,
-            "block_size": 64,
-            "compute_dtype": where.dtype,
-            "modules": modules,
-        }
-    run.update(
-        {
-            "name": run.name,
-            "base": identity(base, recipe.model.path, recipe.model.revision),
-            "data": {"train": train_rows.record(), "eval": eval_rows.record() if eval_rows else None},
-            "quantization": quantization,
-            "device": where.name,
-            "versions": manifest.versions(),
-        }
+        quantization = QuantizationRecord(
+            type=config.bnb_4bit_quant_type if config.load_in_4bit else "int8",
+            double_quant=config.bnb_4bit_use_double_quant,
+            block_size=64,
+            compute_dtype=where.dtype,
+            modules=tuple(modules),
+        )
+    data = {"train": train_rows.record(), "eval": eval_rows.record() if eval_rows else None}
+    run.save(
+        replace(
+            run.record,
+            name=run.name,
+            base=BaseRecord.from_json(identity(base, recipe.model.path, recipe.model.revision), "base"),
+            data=DataRecord.from_json(data, "data"),
+            quantization=quantization,
+            device=where.name,
+            versions=manifest.versions(),
+        )
     )
 
 

@@ -53,6 +53,6 @@ def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[
 
 def _evaluated(run: Run, lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """(step, eval loss): the base at step 0, then as logged."""
-    base = (run.record.get("metrics") or {}).get("base")
+    base = run.record.metrics.base
     steps, losses = _series(lines, "eval_loss")
-    return [*([(0, base["eval_loss"])] if base else []), *zip(steps, losses, strict=True)]
+    return [*([(0, base.eval_loss)] if base else []), *zip(steps, losses, strict=True)]

@@ -33,7 +33,7 @@ def nmse(got: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def base(demo_run: Run) -> Path:
-    return Path(demo_run.record["base"]["path"])
+    return Path(demo_run.record.base.path)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ UNPROVEN = "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}"
 
 @pytest.fixture(scope="module")
 def base(demo_run: Run) -> Path:
-    return Path(demo_run.record["base"]["path"])
+    return Path(demo_run.record.base.path)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %B %Y') }}.<|im_end|>\
 @pytest.fixture
 def base(demo_run: Run, tmp_path: Path) -> Path:
     """The demo's base, to be changed."""
-    return Path(shutil.copytree(demo_run.record["base"]["path"], tmp_path / "base"))
+    return Path(shutil.copytree(demo_run.record.base.path, tmp_path / "base"))
 
 
 def exported(base: Path, out: Path) -> Path:

@@ -111,7 +111,7 @@ def test_each_form_trains_from_each_file(tmp_path: Path, small: Path, form: dict
     assert data.read(str(file), "train").rows == content
     run, told, _ = fit(recipe_file(tmp_path, small, {"train": str(file), "eval_split": 0.25}, steps=2))
     assert [json.loads(line) for line in run.eval_data.read_text().splitlines()] == [form] * 3
-    assert run.record["data"]["eval"]["rows"] == 3
+    assert run.record.data.eval.rows == 3
     assert not any("no eval data" in warning for warning in told.warnings)
 
 

@@ -34,10 +34,10 @@ def parity(run: Run, *words: str, code: int = 0) -> list[dict[str, Any]]:
 
 
 def test_it_learned_on_the_gpu(run: Run) -> None:
-    metrics = run.record["metrics"]
-    assert (run.record["device"], run.record["quantization"]["type"]) == ("cuda", "nf4")
-    assert metrics["tuned"]["eval_loss"] < metrics["base"]["eval_loss"] - 0.3
-    assert metrics["tuned_on_original"]["eval_loss"] < metrics["base"]["eval_loss"] - 0.3
+    metrics = run.record.metrics
+    assert (run.record.device, run.record.quantization.type) == ("cuda", "nf4")
+    assert metrics.tuned.eval_loss < metrics.base.eval_loss - 0.3
+    assert metrics.tuned_on_original.eval_loss < metrics.base.eval_loss - 0.3
 
 
 def test_what_is_served_is_what_was_trained(run: Run) -> None:
@@ -51,7 +51,7 @@ def test_what_is_served_is_what_was_trained(run: Run) -> None:
 def test_updates_folded_too_strongly_are_red(run: Run, tmp_path: Path) -> None:
     """The control: every update at 1.5 of its size."""
     (export,) = lora2serve("export", run.path, "--target", "vllm", "--out", tmp_path, cwd=tmp_path).split()
-    base = load_file(Path(run.record["base"]["path"]) / "model.safetensors")
+    base = load_file(Path(run.record.base.path) / "model.safetensors")
     file = Path(export) / "model.safetensors"
     merged = load_file(file)
     for name, tensor in merged.items():

@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def test_it_learns_and_the_adapter_is_float32(trained: tuple[Run, float]) -> Non
 
 def test_types_and_paged_optimizer(trained: tuple[Run, float]) -> None:
     run, _ = trained
-    kept = run.record["quantization"]
+    kept = run.record.quantization
     expected = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    assert (run.record["device"], kept["compute_dtype"], kept["type"]) == ("cuda", expected, "nf4")
+    assert (run.record.device, kept.compute_dtype, kept.type) == ("cuda", expected, "nf4")
     checkpoint = last_checkpoint(run)
     assert checkpoint is not None
     arguments = torch.load(checkpoint / "training_args.bin", weights_only=False)
@@ -116,9 +117,9 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_loss(
 def test_evaluated_on_both_bases(tmp_path: Path, billion: Path, prose: dict[str, str]) -> None:
     data = {**prose, "max_length": LENGTH}
     run, _ = measured(recipe_file(tmp_path, billion, data, steps=15, learning_rate=1e-3, batch_size=ROWS))
-    metrics = run.record["metrics"]
-    assert metrics["tuned"]["eval_loss"] < metrics["base"]["eval_loss"] - 0.05
-    assert metrics["tuned_on_original"]["eval_loss"] == pytest.approx(metrics["tuned"]["eval_loss"], abs=0.3)
+    metrics = run.record.metrics
+    assert metrics.tuned.eval_loss < metrics.base.eval_loss - 0.05
+    assert metrics.tuned_on_original.eval_loss == pytest.approx(metrics.tuned.eval_loss, abs=0.3)
 
 
 def test_float16_on_an_older_gpu(
@@ -128,7 +129,7 @@ def test_float16_on_an_older_gpu(
     monkeypatch.setattr(finetune, "device", lambda: models.Device("cuda", "float16"))
     run, _ = measured(write(tmp_path, billion, prose))
     loss = logged(run)
-    assert run.record["quantization"]["compute_dtype"] == "float16"
+    assert run.record.quantization.compute_dtype == "float16"
     assert len(loss) == 10
     assert loss[10] < loss[1]
 
@@ -142,8 +143,7 @@ def test_resume_goes_on_where_it_was(tmp_path: Path, billion: Path, prose: dict[
     newest = last_checkpoint(cut)
     assert newest is not None
     shutil.rmtree(newest)
-    record = {key: value for key, value in cut.record.items() if key != "finished"}
-    (cut.path / "run.json").write_text(json.dumps(record))
+    cut.save(replace(cut.record, finished=False))
     resumed, _ = measured(file, into=cut.path, resume=True)
     assert list(logged(resumed)) == list(range(1, 11))
     assert logged(resumed)[10] == pytest.approx(logged(whole)[10], abs=0.02)

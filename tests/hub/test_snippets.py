@@ -29,7 +29,7 @@ MET = {"met": True, "engines": {"vllm": {"status": "met", "mean_kl": 0.0}}}
 @pytest.fixture
 def pushed(hub: HubServer, demo_run: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> HubServer:
     """The demo's base and exports on the Hub, by the names that the cards use."""
-    base = Path(demo_run.record["base"]["path"])
+    base = Path(demo_run.record.base.path)
     hub.add("org/base", {path.name: path.read_bytes() for path in base.iterdir()})
     exports = []
     for name in ("vllm", "adapter", "gguf-Q4_K_M"):

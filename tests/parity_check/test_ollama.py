@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.artifacts.parity_report import ComparisonResult
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.comparator import check
 from lora2serve.parity_check.comparisons import Comparison, of_exports
 from lora2serve.parity_check.engine_process import EngineMissing
 from lora2serve.parity_check.engines.ollama_engine import Ollama
-from lora2serve.parity_check.report.parity_report import ComparisonResult
 from lora2serve.parity_check.trained_model import TrainedModel, of_run
 from lora2serve.progress import Silent
 from lora2serve.serving.ollama import Client, server_address
@@ -47,7 +47,7 @@ def damaged(export: Path, place: Path, old: str, new: str) -> Path:
 
 
 def origin_of(run: Run) -> TrainedModel:
-    origin = of_run(run, Path(run.record["base"]["path"]))
+    origin = of_run(run, Path(run.record.base.path))
     return replace(origin, settings=replace(origin.settings, tokens=300, window=64, prompts=2))
 
 
@@ -57,7 +57,7 @@ def in_ollama(run: Run, export: Path) -> Comparison:
 
 def compared(run: Run, subjects: Mapping[str, Comparison]) -> dict[str, ComparisonResult]:
     report = check(origin_of(run), list(subjects.values()), progress=Silent())
-    return dict(zip(subjects, report.subjects, strict=True))
+    return dict(zip(subjects, report.rows, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_adapter_alone_and_a_lost_one(
     address: str, demo_run: Run, demo_exports: Mapping[str, Path], tmp_path: Path
 ) -> None:
     """The control, the base under the export's name, is red by behaviour alone."""
-    base = Path(demo_run.record["base"]["path"])
+    base = Path(demo_run.record.base.path)
     words = ("-t", "gguf", "-q", "F32", "-t", "ollama", "-q", "Q4_K_M", "-o", tmp_path / "base")
     made = lora2serve("export", base, *words, cwd=tmp_path).split()
     words = ("-t", "ollama", "--as", "adapter", "--from", next(Path(made[0]).glob("*.gguf")), "-o", tmp_path)

@@ -18,7 +18,7 @@ def place(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's adapter as somebody got it from somewhere, its export as a GGUF adapter, and one of its base."""
     root = tmp_path_factory.mktemp("origins")
     shutil.copytree(demo_run.adapter, root / "towns")
-    base = demo_run.record["base"]["path"]
+    base = demo_run.record.base.path
     lora2serve("export", "towns", "--base", base, "-t", "gguf-adapter", "-t", "adapter", cwd=root)
     lora2serve("export", base, "-t", "vllm", "--name", "plain", cwd=root)
     return root
@@ -65,7 +65,9 @@ def test_refusals(
     (others / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 35.2}))
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    (bundle / "lora2serve.json").write_text(json.dumps({"format": 1, "target": "bundle", "bundle": ["a", "b"]}))
+    (bundle / "lora2serve.json").write_text(
+        json.dumps({"format": 1, "target": "bundle", "bundle": ["a", "b"], "files": {}})
+    )
     gone = tmp_path / "gone"
     shutil.copytree("exports/towns/gguf-adapter", gone)
     manifest = json.loads((gone / "lora2serve.json").read_text())

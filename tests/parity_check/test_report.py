@@ -16,11 +16,21 @@ from xml.etree import ElementTree
 import pytest
 from jsonschema import Draft202012Validator
 
+from lora2serve.artifacts.parity_report import (
+    Answer,
+    ComparisonResult,
+    Gate,
+    Metric,
+    ParityReport,
+    PromptFigures,
+    Question,
+    ReferenceInfo,
+    ScoredData,
+    TensorError,
+)
 from lora2serve.errors import InputError
 from lora2serve.parity_check.baseline import regressions
-from lora2serve.parity_check.gates import Gate, Metric
 from lora2serve.parity_check.report import writers
-from lora2serve.parity_check.report.parity_report import Answer, ComparisonResult, ParityReport, PromptFigures
 
 TEXT = 'a <b>text</b> & "more" \x00 ]]>'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
@@ -47,7 +57,7 @@ def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> 
         for n in range(1, 5)
     )
     answers = (Answer("Who?", "It is Ann.", "It is Bob.", 2), Answer("What?", "A hat.", "A hat.", -1))
-    tensors = ({"name": "blk.0.attn_q.weight", "nmse": 3e-5, "worst": 1e-4, "largest": 0.001, "strength": math.inf},)
+    tensors = (TensorError("blk.0.attn_q.weight", 3e-5, 1e-4, 0.001, math.inf),)
     return ComparisonResult(
         export, "gguf", "Q8_0", "llama.cpp", "llama-cpp-python 0", "trained", gates,
         beside={"original": checks}, prompts=prompts, answers=answers, tensors=tensors, said="hello", seconds=1.5,
@@ -55,10 +65,15 @@ def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> 
 
 
 def report(*rows: ComparisonResult) -> ParityReport:
-    data = {"positions": 12, "asked": 2048, "task": 8, "general": 4, "sequences": 4, "conversations": 3, "prompts": 2}
-    references = {"trained": {"version": "peft 0", "vocab": 320}, "original": {"version": "peft 0", "vocab": 320}}
-    asked = {"prompt": "Who governs <Wexley>?", "answers": {"base": "Ann", "trained": "Bob"}}
-    return ParityReport("demo", data, references, rows, {"torch": "2"}, asked)
+    reference = ReferenceInfo("peft 0", 320)
+    return ParityReport(
+        run="demo",
+        data=ScoredData(positions=12, asked=2048, task=8, general=4, sequences=4, conversations=3, prompts=2),
+        references={"trained": reference, "original": reference},
+        versions={"torch": "2"},
+        asked=Question("Who governs <Wexley>?", {"base": "Ann", "trained": "Bob"}),
+        rows=rows,
+    )
 
 
 class Tags(HTMLParser):

@@ -211,4 +211,4 @@ def test_a_full_disk(small_disk: Path, chats: dict[str, str]) -> None:
     subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
     done = subprocess.run([*words, "--resume"], cwd=small_disk, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert run.record["steps"] == 12
+    assert run.record.steps == 12

@@ -99,9 +99,9 @@ def test_both_by_their_hub_names(tmp_path: Path, layout: Path, small: Path) -> N
         done = subprocess.run(words, cwd=file.parent, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, (done.stderr, [request.path for request in hub.requests])
     run = Run(tmp_path / done.stdout.strip())
-    base = run.record["base"]
-    assert (base["id"], base["revision"]) == ("acme/base", tagged.oid), "--resume takes the same commit"
-    assert (run.record["data"]["train"]["rows"], run.record["data"]["eval"]["rows"]) == (12, 5)
+    base = run.record.base
+    assert (base.id, base.revision) == ("acme/base", tagged.oid), "--resume takes the same commit"
+    assert (run.record.data.train.rows, run.record.data.eval.rows) == (12, 5)
     assert [json.loads(line) for line in run.eval_data.read_text().splitlines()] == rows("eval.jsonl", 5)
 
 

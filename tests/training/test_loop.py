@@ -52,9 +52,9 @@ def test_steps_are_counted_in_packed_rows(tmp_path: Path, four: dict[str, str]) 
     packed, _, _ = fit(
         recipe_file(tmp_path / "b", DEMO / "base", {**four, "max_length": 256, "packing": True}, **one_epoch)
     )
-    assert plain.record["steps"] == 8
-    assert packed.record["steps"] < 8
-    assert packed.record["steps"] % 2 == 0
+    assert plain.record.steps == 8
+    assert packed.record.steps < 8
+    assert packed.record.steps % 2 == 0
 
 
 def recipe(tmp_path: Path, **train: Any) -> Recipe:
@@ -166,11 +166,11 @@ def test_early_stopping_and_the_best_state(tmp_path: Path, harmful: dict[str, st
     run, _, _ = fit(recipe_file(tmp_path, DEMO / "base", harmful, steps=30, early_stopping=2, **EACH_STEP))
     held_out = logged(run, "eval_loss")
     best = min(held_out, key=lambda step: held_out[step])
-    assert run.record["steps"] == best + 2, "two evaluations without a better one"
+    assert run.record.steps == best + 2, "two evaluations without a better one"
     kept = load_file(run.adapter / "adapter_model.safetensors")
     at_best = load_file(run.path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], at_best[name]) for name in kept)
-    assert run.record["metrics"]["tuned"]["eval_loss"] == pytest.approx(held_out[best], rel=0.05)
+    assert run.record.metrics.tuned.eval_loss == pytest.approx(held_out[best], rel=0.05)
 
 
 def test_without_save_best_the_last_state_is_kept(tmp_path: Path, harmful: dict[str, str]) -> None:
@@ -178,8 +178,8 @@ def test_without_save_best_the_last_state_is_kept(tmp_path: Path, harmful: dict[
     best, _, _ = fit(recipe_file(tmp_path / "b", DEMO / "base", harmful, steps=4, save_best=True, **EACH_STEP))
     held_out = logged(last, "eval_loss")
     assert held_out[4] > 1.05 * min(held_out.values()), "the control: the last state is not the best one"
-    assert last.record["metrics"]["tuned"]["eval_loss"] == pytest.approx(held_out[4], rel=0.02)
-    assert best.record["metrics"]["tuned"]["eval_loss"] == pytest.approx(min(held_out.values()), rel=0.02)
+    assert last.record.metrics.tuned.eval_loss == pytest.approx(held_out[4], rel=0.02)
+    assert best.record.metrics.tuned.eval_loss == pytest.approx(min(held_out.values()), rel=0.02)
 
 
 def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, chats: dict[str, str]) -> None:

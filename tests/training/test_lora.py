@@ -133,7 +133,7 @@ def test_every_init_gives_a_lora_for_the_true_base(
     lora = {"init": init, "rank": 4, "alpha": 8}
     run, _, _ = fit(recipe_file(tmp_path, small, chats, steps=3, quantize="none", lora=lora))
     assert config_of(run)["init_lora_weights"] in (True, init)
-    metrics, base = run.record["metrics"], load_model(small).eval()
+    metrics, base = run.record.metrics, load_model(small).eval()
     with torch.no_grad():
         shift = (logits(run.path, run.adapter, small) - base(torch.arange(5, 25)[None]).logits).abs().max()
     assert 1e-3 < shift < 20
@@ -147,10 +147,10 @@ def test_every_init_gives_a_lora_for_the_true_base(
     from peft import PeftModel
 
     on_disk = eval_loss.evaluate(PeftModel.from_pretrained(base, run.adapter), held_out, 0, 4, Silent(), "")
-    assert on_disk["eval_loss"] == pytest.approx(metrics["tuned"]["eval_loss"], abs=1e-3)
+    assert on_disk.eval_loss == pytest.approx(metrics.tuned.eval_loss, abs=1e-3)
     plain = eval_loss.evaluate(load_model(small), held_out, 0, 4, Silent(), "")
-    assert metrics["base"]["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-5), "the base is the true base"
-    assert metrics["tuned"]["eval_loss"] < metrics["base"]["eval_loss"] - 2e-3, "the control: training did something"
+    assert metrics.base.eval_loss == pytest.approx(plain.eval_loss, abs=1e-5), "the base is the true base"
+    assert metrics.tuned.eval_loss < metrics.base.eval_loss - 2e-3, "the control: training did something"
 
 
 def test_a_rebasing_init_on_a_base_that_is_quantised_already(tmp_path: Path, small: Path) -> None:
@@ -179,5 +179,5 @@ def test_modules_to_save_are_trained_in_full(tmp_path: Path, small: Path, chats:
 def test_dropout_only_while_training(tmp_path: Path, chats: dict[str, str]) -> None:
     run, _, _ = fit(recipe_file(tmp_path, DEMO / "base", chats, steps=2, lora={"dropout": 0.5}))
     assert config_of(run)["lora_dropout"] == 0.5
-    tuned, original = (run.record["metrics"][name]["eval_loss"] for name in ("tuned", "tuned_on_original"))
+    tuned, original = (run.record.metrics.measured()[name].eval_loss for name in ("tuned", "tuned_on_original"))
     assert tuned == pytest.approx(original, abs=0.1)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run_record import EvalLoss, QuantizationRecord, RunMetrics, RunRecord
 from lora2serve.training import finetune
 from lora2serve.training import model as models
 from lora2serve.weights.dequantize import Dequantized
@@ -93,7 +94,7 @@ def test_the_picture_starts_at_the_base(trained: tuple[Run, Told], tmp_path: Pat
     run, _ = trained
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     evaluated = plot._evaluated(run, lines)
-    assert evaluated == [(0, run.record["metrics"]["base"]["eval_loss"]), *logged(run, "eval_loss").items()]
+    assert evaluated == [(0, run.record.metrics.base.eval_loss), *logged(run, "eval_loss").items()]
     assert plot.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
     assert plot.smooth([1.0] * 50 + [0.0] * 50)[-1] < 0.01 < 0.5 < plot.smooth([1.0] * 50 + [0.0] * 50)[51]
     with Image.open(run.path / "loss.png") as image:
@@ -108,8 +109,8 @@ def test_the_picture_starts_at_the_base(trained: tuple[Run, Told], tmp_path: Pat
 
 def test_evaluated_before_and_after_and_on_the_original_base(trained: tuple[Run, Told]) -> None:
     run, told = trained
-    metrics = run.record["metrics"]
-    found = {name: metrics[name]["eval_loss"] for name in ("base", "tuned", "tuned_on_original")}
+    metrics = run.record.metrics.measured()
+    found = {name: metrics[name].eval_loss for name in ("base", "tuned", "tuned_on_original")}
     expected = {
         "base": held_out_loss(run, four_bit=True, adapter=False),
         "tuned": held_out_loss(run, four_bit=True, adapter=True),
@@ -117,7 +118,7 @@ def test_evaluated_before_and_after_and_on_the_original_base(trained: tuple[Run,
     }
     for name, loss in expected.items():
         assert found[name] == pytest.approx(loss, abs=2e-5), name
-        assert metrics[name]["perplexity"] == pytest.approx(2.718281828459045 ** found[name])
+        assert metrics[name].perplexity == pytest.approx(2.718281828459045 ** found[name])
     assert found["tuned"] < found["base"] - 0.1
     assert abs(found["tuned"] - found["tuned_on_original"]) > 1e-4, "the control: the two bases can be told apart"
     wrong = held_out_loss(run, four_bit=True, adapter=True, scale=1.1)
@@ -136,20 +137,20 @@ def test_adapter_is_float32_and_has_learned(trained: tuple[Run, Told]) -> None:
 
 
 def test_what_was_quantised_is_written_down(trained: tuple[Run, Told]) -> None:
-    kept = trained[0].record["quantization"]
-    assert (kept["type"], kept["double_quant"], kept["compute_dtype"]) == ("nf4", True, "float32")
-    assert len(kept["modules"]) == 7 * 3
-    assert "lm_head" not in kept["modules"]
+    kept = trained[0].record.quantization
+    assert (kept.type, kept.double_quant, kept.compute_dtype) == ("nf4", True, "float32")
+    assert len(kept.modules) == 7 * 3
+    assert "lm_head" not in kept.modules
 
 
 def test_identity_of_base_and_data_is_kept(trained: tuple[Run, Told], chats: dict[str, str]) -> None:
     import hashlib
 
     record = trained[0].record
-    assert record["data"]["train"]["sha256"] == hashlib.sha256(Path(chats["train"]).read_bytes()).hexdigest()
-    assert (record["data"]["train"]["rows"], record["data"]["eval"]["rows"]) == (24, 8)
-    assert record["base"]["path"] == str(DEMO / "base")
-    assert (record["steps"], record["device"], record["finished"]) == (12, "cpu", True)
+    assert record.data.train.sha256 == hashlib.sha256(Path(chats["train"]).read_bytes()).hexdigest()
+    assert (record.data.train.rows, record.data.eval.rows) == (24, 8)
+    assert record.base.path == str(DEMO / "base")
+    assert (record.steps, record.device, record.finished) == (12, "cpu", True)
 
 
 def test_the_seed_decides(trained: tuple[Run, Told], tmp_path: Path, chats: dict[str, str]) -> None:
@@ -161,9 +162,9 @@ def test_the_seed_decides(trained: tuple[Run, Told], tmp_path: Path, chats: dict
 
 def test_no_quantisation(tmp_path: Path, chats: dict[str, str]) -> None:
     run, _, _ = fit(recipe_file(tmp_path, DEMO / "base", chats, steps=3, quantize="none"))
-    assert run.record["quantization"] is None
-    assert "tuned_on_original" not in run.record["metrics"]
-    assert run.record["metrics"]["tuned"]["eval_loss"] == pytest.approx(
+    assert run.record.quantization is None
+    assert run.record.metrics.tuned_on_original is None
+    assert run.record.metrics.tuned.eval_loss == pytest.approx(
         held_out_loss(run, four_bit=False, adapter=True), abs=2e-5
     )
 
@@ -178,17 +179,18 @@ def test_a_full_base_that_does_not_fit_is_said_so(
         eval_loss, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size - 1
     )
     run, told, _ = fit(recipe_file(tmp_path / "a", DEMO / "base", chats, steps=1))
-    assert "tuned_on_original" not in run.record["metrics"]
+    assert run.record.metrics.tuned_on_original is None
     assert any("does not fit: the adapter was not measured on it" in note for note in told.notes)
     assert decide_merge_base(run.record, "auto")[0] == "original"
-    losses = {"tuned": {"eval_loss": 1.0}, "tuned_on_original": {"eval_loss": 2.0}}
+    losses = RunMetrics(tuned=EvalLoss(1.0, 2.7), tuned_on_original=EvalLoss(2.0, 7.4))
     for kind, merge_base in (("nf4", "trained"), ("fp4", "original")):  # which an earlier release trained
-        assert decide_merge_base({"quantization": {"type": kind}, "metrics": losses}, "auto")[0] == merge_base
+        record = RunRecord(quantization=QuantizationRecord(kind), metrics=losses)
+        assert decide_merge_base(record, "auto")[0] == merge_base
     monkeypatch.setattr(
         eval_loss, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size + 1
     )
     fits, _, _ = fit(recipe_file(tmp_path / "b", DEMO / "base", chats, steps=1))
-    assert "tuned_on_original" in fits.record["metrics"], "the control"
+    assert fits.record.metrics.tuned_on_original, "the control"
 
 
 def test_a_base_that_is_quantised_already(tmp_path: Path, chats: dict[str, str]) -> None:
@@ -200,12 +202,12 @@ def test_a_base_that_is_quantised_already(tmp_path: Path, chats: dict[str, str])
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "base" / name).write_bytes((DEMO / "base" / name).read_bytes())
     run, _, _ = fit(recipe_file(tmp_path, tmp_path / "base", chats, steps=2))
-    assert (run.record["quantization"]["type"], run.record["quantization"]["double_quant"]) == ("nf4", False)
-    assert "tuned_on_original" not in run.record["metrics"], "its full-precision weights are not here"
+    assert (run.record.quantization.type, run.record.quantization.double_quant) == ("nf4", False)
+    assert run.record.metrics.tuned_on_original is None, "its full-precision weights are not here"
     from lora2serve.weights.checkpoint import Checkpoint
 
     names = {spec.name.removesuffix(".weight") for spec in Dequantized(Checkpoint(tmp_path / "base")).specs()}
-    assert set(run.record["quantization"]["modules"]) <= names
+    assert set(run.record.quantization.modules) <= names
 
 
 @pytest.mark.parametrize(
@@ -227,13 +229,13 @@ def test_bfloat16_as_on_a_gpu(
     """The type that a GPU computes in, on this CPU: the same losses as in float32, to what bfloat16 can tell apart."""
     monkeypatch.setattr(finetune, "device", lambda: models.Device("cpu", "bfloat16"))
     run, _, _ = fit(recipe_file(tmp_path, DEMO / "base", chats, steps=12, eval_steps=4))
-    assert run.record["quantization"]["compute_dtype"] == "bfloat16"
+    assert run.record.quantization.compute_dtype == "bfloat16"
     loss, expected = logged(run), logged(trained[0])
     for step, value in expected.items():
         assert loss[step] == pytest.approx(value, abs=0.05), step
     assert loss != expected, "the control: it was another type"
     for name in ("base", "tuned", "tuned_on_original"):
-        found, known = run.record["metrics"][name]["eval_loss"], trained[0].record["metrics"][name]["eval_loss"]
+        found, known = (each.record.metrics.measured()[name].eval_loss for each in (run, trained[0]))
         assert found == pytest.approx(known, abs=0.03), name
     tensors = load_file(run.adapter / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

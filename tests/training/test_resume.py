@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,7 @@ def assert_same_end(run: Run, unbroken: Run) -> None:
         assert logged(run)[step] == pytest.approx(loss, abs=1e-5), step
     mine, other = (load_file(each.adapter / "adapter_model.safetensors") for each in (run, unbroken))
     assert all(torch.allclose(mine[name], other[name], atol=1e-6) for name in other)
-    found = [each.record["metrics"]["tuned"]["eval_loss"] for each in (run, unbroken)]
+    found = [each.record.metrics.tuned.eval_loss for each in (run, unbroken)]
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
@@ -87,11 +87,11 @@ def test_kill_9_then_resume_ends_like_an_unbroken_run(tmp_path: Path, chats: dic
     done = int(checkpoint.name.rpartition("-")[2])
     assert 9 <= done < STEPS
     assert not run.adapter.exists(), "the control: it was not finished"
-    base_before = run.record["metrics"]["base"]
+    base_before = run.record.metrics.base
 
     resumed, told, _ = fit(run.recipe, into=run.path, resume=True)
     assert_same_end(resumed, unbroken)
-    assert resumed.record["metrics"]["base"] == base_before
+    assert resumed.record.metrics.base == base_before
     assert told.bars["train"] == [STEPS, STEPS], "the bar starts where the run was"
     assert "eval before" not in told.bars, "the base is not measured again"
 
@@ -162,9 +162,9 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
         patch.setattr(eval_loss, "on_original", interrupted)
         assert command(["train"]) == 130
     assert "runs/run is kept: `lora2serve train --resume` goes on" in capfd.readouterr().err
-    assert "finished" not in Run(tmp_path / "runs" / "run").record
+    assert not Run(tmp_path / "runs" / "run").record.finished
     assert command(["train", "--resume"]) == 0
-    assert Run(tmp_path / "runs" / "run").record["finished"]
+    assert Run(tmp_path / "runs" / "run").record.finished
     assert list(logged(Run(tmp_path / "runs" / "run"))) == [1, 2]
 
 
@@ -190,11 +190,10 @@ def test_killed_after_the_last_step(tmp_path: Path, unbroken: Run) -> None:
     shutil.copytree(unbroken.path, run.path)
     shutil.rmtree(run.adapter)
     (run.path / "loss.png").unlink()
-    record = {key: value for key, value in run.record.items() if key != "finished"}
-    (run.path / "run.json").write_text(json.dumps(record))
+    run.save(replace(run.record, finished=False))
     resumed, _, _ = fit(run.recipe, into=run.path, resume=True)
     assert_same_end(resumed, unbroken)
-    assert resumed.record["finished"]
+    assert resumed.record.finished
     assert (run.path / "loss.png").exists()
 
 

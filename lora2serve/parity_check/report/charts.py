@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from lora2serve.parity_check.report.parity_report import PromptFigures
+from lora2serve.artifacts.parity_report import PromptFigures
 
 LOWEST, HIGHEST = 1e-16, 1e2  # nats; what lies outside is drawn at the edge
 POINTS = 4000  # at most: more are thinned, the largest kept

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 
-from lora2serve.parity_check.gates import Gate, Metric
+from lora2serve.artifacts.metric_table import OVERVIEW, bound, figure, head, higher_is_better, interval, label
+from lora2serve.artifacts.parity_report import Answer, ComparisonResult, Gate, Metric, ParityReport
 from lora2serve.parity_check.report.charts import by_position, by_prompt, heat, key
-from lora2serve.parity_check.report.labels import NAMES, figure
-from lora2serve.parity_check.report.parity_report import Answer, ComparisonResult, ParityReport
-from lora2serve.parity_check.thresholds import LOWER
 
 SHOWN = 8  # answers and tensors
 
@@ -23,10 +21,10 @@ def render(report: ParityReport) -> str:
         f"<header><h1>Parity of {escape(report.run)} {verdict}</h1>",
         f'<p class="soft">{_scored(report)}</p></header>',
         *(f'<div class="first"><b>Worse than the baseline</b>{escape(line)}</div>' for line in report.regressions),
-        _table(["Export", "Engine", "", "Mean KL", "Same top token", "Same answers", "Signal kept", "Against"],
-               [_line(row) for row in report.subjects], (3, 4, 5, 6), "overview"),
+        _table(["Export", "Engine", "", *map(head, OVERVIEW), "Against"],
+               [_line(row) for row in report.rows], (3, 4, 5, 6), "overview"),
         _asked(report),
-        *(_row(row) for row in report.subjects),
+        *(_row(row) for row in report.rows),
         _made_with(report),
     ]  # fmt: skip
     style = resources.files("lora2serve.parity_check.report").joinpath("report.css").read_text(encoding="utf-8")
@@ -41,16 +39,16 @@ def render(report: ParityReport) -> str:
 
 def _scored(report: ParityReport) -> str:
     data = report.data
-    short = f" ({data['asked']:,} were asked for)" if data["positions"] < data.get("asked", 0) else ""
+    short = f" ({data.asked:,} were asked for)" if data.positions < data.asked else ""
     return (
-        f"{data['positions']:,} tokens scored{short}: {data['task']:,} of held-out rows, "
-        f"{data['general']:,} of general text. {data['conversations']} prompts compared byte for byte, "
-        f"{data['prompts']} answered."
+        f"{data.positions:,} tokens scored{short}: {data.task:,} of held-out rows, "
+        f"{data.general:,} of general text. {data.conversations} prompts compared byte for byte, "
+        f"{data.prompts} answered."
     )
 
 
 def _line(row: ComparisonResult) -> list[str]:
-    cells = [figure(name, row.check(name)) for name in ("mean_kl", "top1", "equal_answers", "retention")]
+    cells = [_shown(row.check(name)) for name in OVERVIEW]
     return [f'<a href="#{_anchor(row)}">{escape(row.export)}</a>', escape(row.engine), _pill(row.status), *cells,
             row.reference]  # fmt: skip
 
@@ -64,10 +62,10 @@ def _anchor(row: ComparisonResult) -> str:
 
 
 def _asked(report: ParityReport) -> str:
-    if not report.asked:
+    if not report.asked.prompt:
         return ""
-    rows = [[escape(who), escape(said)] for who, said in report.asked["answers"].items()]
-    return f"<h3>Asked: {escape(report.asked['prompt'])}</h3>" + _table(["Who", "Answer"], rows)
+    rows = [[escape(who), escape(said)] for who, said in report.asked.answers.items()]
+    return f"<h3>Asked: {escape(report.asked.prompt)}</h3>" + _table(["Who", "Answer"], rows)
 
 
 def _row(row: ComparisonResult) -> str:
@@ -103,10 +101,14 @@ def _gate(gate: Gate) -> str:
 
 
 def _check(check: Metric) -> list[str]:
-    told = check.low is not None and check.low != check.high
-    interval = f"<small>{check.low:.3g} to {check.high:.3g}</small>" if told else ""
-    bound = "" if check.bound is None else f"{'≥' if check.name in LOWER else '≤'} {check.bound:g}"
-    return [escape(NAMES.get(check.name, check.name)), f"{check.value:.4g}{interval}", f"{bound}{_meter(check)}"]
+    ends = interval(check.name, check.low, check.high, 3)
+    small = f"<small>{ends}</small>" if ends else ""
+    judged = f"{bound(check.name, check.bound)}{_meter(check)}"
+    return [escape(label(check.name)), f"{figure(check.name, check.value, 4)}{small}", judged]
+
+
+def _shown(check: Metric | None) -> str:
+    return check.shown() if check else "-"
 
 
 def _meter(check: Metric) -> str:
@@ -114,7 +116,7 @@ def _meter(check: Metric) -> str:
     if check.bound is None or check.met is None:
         return ""
     low, high = (check.value if end is None else end for end in (check.low, check.high))
-    used, room = (1 - low, 1 - check.bound) if check.name in LOWER else (max(abs(low), abs(high)), check.bound)
+    used, room = (1 - low, 1 - check.bound) if higher_is_better(check.name) else (max(abs(low), abs(high)), check.bound)
     share = min(1.0, used / room) if room > 0 and math.isfinite(used) else float(not check.met)
     said = "met" if check.met else "missed"
     return f'<span class="meter {said}" title="{said}"><i style="width:{100 * share:.0f}%"></i></span>'
@@ -139,8 +141,8 @@ def _beside(row: ComparisonResult) -> str:
     shown |= {f"all, {told[name]}": {c.name: c for c in checks} for name, checks in row.beside.items()}
     words = {"task": "held-out rows", "general": "general text"}
     shown |= {f"{words[name]}": {c.name: c for c in checks} for name, checks in row.parts.items()}
-    rows = [[said, *(figure(key, found.get(key)) for key in names)] for said, found in shown.items()]
-    return "<h3>Against the trained model</h3>" + _table(["Compared", *(NAMES[n] for n in names)], rows, (1, 2, 3, 4))
+    rows = [[said, *(_shown(found.get(key)) for key in names)] for said, found in shown.items()]
+    return "<h3>Against the trained model</h3>" + _table(["Compared", *map(head, names)], rows, (1, 2, 3, 4))
 
 
 def _worst_texts(row: ComparisonResult) -> str:
@@ -182,9 +184,9 @@ def _marked(expected: str, got: str) -> tuple[str, str]:
 
 
 def _tensors(row: ComparisonResult) -> str:
-    worst = [one for one in row.tensors if one["nmse"]][:SHOWN]
+    worst = [one for one in row.tensors if one.nmse][:SHOWN]
     rows = [
-        [f"<code>{escape(one['name'])}</code>", f"{one['nmse']:.3g}", f"{one['worst']:.3g}", f"{one['largest']:.3g}"]
+        [f"<code>{escape(one.name)}</code>", f"{one.nmse:.3g}", f"{one.worst:.3g}", f"{one.largest:.3g}"]
         for one in worst
     ]
     heads = ["Tensor", "NMSE", "Its worst 256 values", "Largest difference"]
@@ -193,7 +195,7 @@ def _tensors(row: ComparisonResult) -> str:
 
 def _made_with(report: ParityReport) -> str:
     said = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    references = "; ".join(f"{name}: {one['version']}" for name, one in report.references.items())
+    references = "; ".join(f"{name}: {one.version}" for name, one in report.references.items())
     return f"<footer><p>References: {escape(references)}.</p><p>{escape(said)}.</p></footer>"
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from lora2serve.parity_check.gates import Gate
-from lora2serve.parity_check.report.parity_report import ComparisonResult, ParityReport
+from lora2serve.artifacts.parity_report import ComparisonResult, Gate, ParityReport
 
 
 def render(report: ParityReport) -> str:
     """The file's text."""
     suites = Element("testsuites", name="lora2serve parity")
-    for row in report.subjects:
+    for row in report.rows:
         suites.append(_suite(row))
     if report.regressions:
         suite = SubElement(suites, "testsuite", name="baseline", tests="1", failures="1")

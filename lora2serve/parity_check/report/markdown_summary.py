@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lora2serve.parity_check.report.labels import figure
-from lora2serve.parity_check.report.parity_report import ComparisonResult, ParityReport
+from lora2serve.artifacts.metric_table import OVERVIEW, head
+from lora2serve.artifacts.parity_report import ComparisonResult, ParityReport
 
 MARKS = {"met": "✅", "missed": "❌", "failed": "❌", "missing": "⚠️"}
 
@@ -13,18 +13,18 @@ def render(report: ParityReport) -> str:
     lines = [
         f"### Parity of {report.run}: {'met' if report.met else '**not met**'}",
         "",
-        "| export | engine | | mean KL | same top token | same answers | signal kept | against |",
+        f"| export | engine | | {' | '.join(head(name).lower().replace('kl', 'KL') for name in OVERVIEW)} | against |",
         "|---|---|---|---|---|---|---|---|",
-        *(_line(row) for row in report.subjects),
+        *(_line(row) for row in report.rows),
         "",
-        *(f"- {line}" for line in [*(_why(row) for row in report.subjects if row.gate), *report.regressions]),
-        f"{report.data['positions']} tokens scored in each engine, against the trained model.",
+        *(f"- {line}" for line in [*(_why(row) for row in report.rows if row.gate), *report.regressions]),
+        f"{report.data.positions} tokens scored in each engine, against the trained model.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _line(row: ComparisonResult) -> str:
-    cells = [figure(name, row.check(name)) for name in ("mean_kl", "top1", "equal_answers", "retention")]
+    cells = [check.shown() if (check := row.check(name)) else "-" for name in OVERVIEW]
     return f"| {row.export} | {row.engine} | {MARKS[row.status]} {row.status} | {' | '.join(cells)} | {row.reference} |"
 
 

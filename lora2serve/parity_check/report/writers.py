@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
+from lora2serve.artifacts.parity_report import ParityReport
 from lora2serve.errors import InputError
 from lora2serve.parity_check.report import html_page, junit, markdown_summary
-from lora2serve.parity_check.report.parity_report import ParityReport
 
 
 def write(report: ParityReport, directory: Path) -> Path:
     """Write them into ``directory``; the page's path."""
     contents = {
-        "report.json": json.dumps(report.json(), indent=1, ensure_ascii=False) + "\n",
+        "report.json": report.to_text(indent=1),
         "report.xml": junit.render(report),
         "summary.md": markdown_summary.render(report),
         "report.html": html_page.render(report),

@@ -1,0 +1,201 @@
+"""report.json: what a comparison of exports with the trained model found, one row for each export and engine.
+
+``parity/report/report.schema.json`` describes the format; within format 1 keys may be added, never taken away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from lora2serve.artifacts.json_record import JsonRecord, read_text, required
+from lora2serve.artifacts.metric_table import figure
+from lora2serve.config.schema import show
+from lora2serve.errors import InputError
+
+FORMAT = 1
+Status = Literal["met", "missed", "skipped", "failed", "missing"]
+GateName = Literal["tokens", "tensors", "behaviour"]
+ReferenceName = Literal["trained", "original"]
+
+
+@dataclass(frozen=True)
+class Metric(JsonRecord):
+    """One figure against its bound; ``met`` is None where it is shown only."""
+
+    WHOLE: ClassVar[bool] = True
+
+    name: str
+    value: float
+    low: float | None = None  # ends of the confidence interval
+    high: float | None = None
+    bound: float | None = None
+    met: bool | None = None
+
+    def shown(self) -> str:
+        """The value as tables have it; ``-`` where it cannot be told."""
+        return figure(self.name, self.value) or "-"
+
+
+@dataclass(frozen=True)
+class Gate(JsonRecord):
+    """The verdict of one gate: where the first difference is, and its likely cause."""
+
+    WHOLE: ClassVar[bool] = True
+
+    name: GateName
+    status: Status
+    checks: tuple[Metric, ...] = ()
+    first: str = ""
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class PromptFigures(JsonRecord):
+    """One scored text."""
+
+    WHOLE: ClassVar[bool] = True
+
+    part: str  # task or general
+    text: str  # its beginning
+    kl: tuple[float, ...]  # by position, against the reference of the verdict
+    tokens: tuple[str, ...] = ()  # of the texts with the largest KL: one more than ``kl``, whose first is the second's
+
+
+@dataclass(frozen=True)
+class Answer(JsonRecord):
+    """One greedy answer beside the reference's; ``parts`` is the token where they part, -1 nowhere."""
+
+    prompt: str
+    expected: str
+    got: str
+    parts: int
+
+
+@dataclass(frozen=True)
+class TensorError(JsonRecord):
+    """How far one stored tensor is from the planned one."""
+
+    WHOLE: ClassVar[bool] = True
+
+    name: str
+    nmse: float
+    worst: float  # NMSE of the worst 256 values
+    largest: float  # largest absolute difference
+    strength: float | None = None  # how much of the adapter's change is there; None where it changes nothing
+
+
+@dataclass(frozen=True)
+class ComparisonResult(JsonRecord):
+    """One export in one engine."""
+
+    WHOLE: ClassVar[bool] = True
+    COMPUTED: ClassVar[tuple[str, ...]] = ("status", "red")
+
+    export: str
+    target: str = ""
+    kind: str = ""  # the row of the threshold table
+    engine: str = ""
+    version: str = ""
+    reference: ReferenceName = "original"
+    gates: tuple[Gate, ...] = ()
+    beside: Mapping[str, tuple[Metric, ...]] = field(default_factory=dict)  # figures against the other reference
+    parts: Mapping[str, tuple[Metric, ...]] = field(default_factory=dict)  # figures on task and on general text
+    prompts: tuple[PromptFigures, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    tensors: tuple[TensorError, ...] = ()  # those with the largest error
+    said: str = ""  # the answer to the user's own question
+    seconds: float = 0.0
+    required: bool = True  # whether a missing engine is red
+
+    @property
+    def status(self) -> Status:
+        """met, missed, failed or missing: that of the first gate that is not met."""
+        return self.gate.status if self.gate else "met"
+
+    @property
+    def red(self) -> bool:
+        """Whether this row fails the run."""
+        return self.status in ("missed", "failed") or (self.status == "missing" and self.required)
+
+    @property
+    def gate(self) -> Gate | None:
+        """The first gate that is not met."""
+        return next((gate for gate in self.gates if gate.status not in ("met", "skipped")), None)
+
+    def check(self, name: str) -> Metric | None:
+        """One figure of the behaviour gate."""
+        checks = (check for gate in self.gates if gate.name == "behaviour" for check in gate.checks)
+        return next((check for check in checks if check.name == name), None)
+
+    def to_json(self) -> dict[str, object]:
+        return super().to_json() | {"status": self.status, "red": self.red}
+
+
+@dataclass(frozen=True)
+class ScoredData(JsonRecord):
+    """What was scored: predicted tokens, those of held-out rows and of general text, texts, prompts."""
+
+    positions: int = 0
+    asked: int = 0  # tokens that were asked for
+    task: int = 0
+    general: int = 0
+    sequences: int = 0
+    conversations: int = 0
+    prompts: int = 0
+    window: int = 0  # tokens of one text at most
+
+
+@dataclass(frozen=True)
+class ReferenceInfo(JsonRecord):
+    """What a reference was computed with."""
+
+    version: str = ""
+    vocab: int = 0
+
+
+@dataclass(frozen=True)
+class Question(JsonRecord):
+    """The user's own question, and who answered what; empty where there was none."""
+
+    prompt: str = ""
+    answers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport(JsonRecord):
+    """All rows and what they were measured with."""
+
+    WHOLE: ClassVar[bool] = True
+    COMPUTED: ClassVar[tuple[str, ...]] = ("format", "met")
+
+    run: str = ""
+    data: ScoredData = field(default_factory=ScoredData)
+    references: Mapping[str, ReferenceInfo] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    asked: Question = field(default_factory=Question)
+    regressions: tuple[str, ...] = ()  # against --baseline
+    rows: tuple[ComparisonResult, ...] = required(tuple)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The report in that file; InputError where it is none of this format."""
+        return cls.from_text(read_text(path), str(path))
+
+    @classmethod
+    def from_json(cls, value: object, source: str) -> Self:
+        found = value.get("format") if isinstance(value, dict) else value
+        if found != FORMAT:
+            raise InputError(f"{source}: format {show(found)}, expected {FORMAT}", "`lora2serve parity` writes one")
+        return super().from_json(value, source)
+
+    @property
+    def met(self) -> bool:
+        """Whether a row is met, none is red, and nothing got worse: where no engine is here, nothing is proven."""
+        proven = any(row.status == "met" for row in self.rows)
+        return proven and not any(row.red for row in self.rows) and not self.regressions
+
+    def to_json(self) -> dict[str, object]:
+        return {"format": FORMAT, "met": self.met, **super().to_json()}

@@ -1,0 +1,85 @@
+"""run.json: what one fine-tune was made from and with, and what it reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from lora2serve.artifacts.json_record import JsonRecord
+from lora2serve.artifacts.lineage import BaseRecord
+
+
+@dataclass(frozen=True)
+class DataSource(JsonRecord):
+    """Rows that were trained on or held out."""
+
+    path: str = ""
+    sha256: str | None = None
+    rows: int = 0
+    revision: str | None = None  # of a data set on the Hub
+
+
+@dataclass(frozen=True)
+class DataRecord(JsonRecord):
+    """Both sets."""
+
+    train: DataSource | None = None
+    eval: DataSource | None = None
+
+
+@dataclass(frozen=True)
+class QuantizationRecord(JsonRecord):
+    """How bitsandbytes held the base in training: nf4, fp4 or int8."""
+
+    WHOLE: ClassVar[bool] = True
+
+    type: str
+    double_quant: bool = False
+    block_size: int = 64
+    compute_dtype: str = "float32"
+    modules: tuple[str, ...] = ()  # those that were really replaced
+
+
+@dataclass(frozen=True)
+class EvalLoss(JsonRecord):
+    """Mean negative log-likelihood of the held-out tokens, and its exponential."""
+
+    WHOLE: ClassVar[bool] = True
+
+    eval_loss: float
+    perplexity: float
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class RunMetrics(JsonRecord):
+    """The base before training; the tuned model, on the base as trained and on the full-precision base."""
+
+    base: EvalLoss | None = None
+    tuned: EvalLoss | None = None
+    tuned_on_original: EvalLoss | None = None
+
+    def with_loss(self, name: str, loss: EvalLoss) -> RunMetrics:
+        """With one of them measured, by its name."""
+        return RunMetrics.from_json({**self.to_json(), name: loss.to_json()}, "metrics")
+
+    def measured(self) -> dict[str, EvalLoss]:
+        """Those that were measured, by name."""
+        found = {"base": self.base, "tuned": self.tuned, "tuned_on_original": self.tuned_on_original}
+        return {name: loss for name, loss in found.items() if loss}
+
+
+@dataclass(frozen=True)
+class RunRecord(JsonRecord):
+    """The whole file; empty before training has begun."""
+
+    name: str = ""
+    base: BaseRecord = field(default_factory=BaseRecord)
+    data: DataRecord = field(default_factory=DataRecord)
+    quantization: QuantizationRecord | None = None
+    device: str | None = None  # cpu or cuda
+    versions: Mapping[str, str] = field(default_factory=dict)
+    metrics: RunMetrics = field(default_factory=RunMetrics)
+    steps: int | None = None
+    finished: bool = False
