@@ -38,7 +38,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Export:
+class PushedExport:
     """A published export directory and its manifest."""
 
     path: Path
@@ -66,23 +66,23 @@ class Package:
     """What one repository gets. ``items`` are the exports' files; card and manifest come on top."""
 
     repo_id: str
-    exports: list[Export]
+    exports: list[PushedExport]
     items: dict[str, Item] = field(default_factory=dict)
     placed: dict[str, dict[str, str]] = field(default_factory=dict)  # export name -> its file -> path in the repository
     reports: dict[str, list[Item]] = field(default_factory=dict)  # export name -> what is told of its parity
 
 
-def open_export(path: Path) -> Export:
+def open_export(path: Path) -> PushedExport:
     """The export at ``path``; an error if it is none."""
     content = manifest.read(path)
     if "bundle" in content:
         raise UsageError(f"{path}: a bundle of adapters", "push them one by one, each is an export in its adapters/")
-    return Export(path, content)
+    return PushedExport(path, content)
 
 
 def package(
     repo_id: str,
-    exports: Sequence[Export],
+    exports: Sequence[PushedExport],
     progress: Progress,
     folders: Mapping[str, str],
     staying: Sequence[Mapping[str, Any]],
@@ -163,7 +163,7 @@ def _chunks(file: Any) -> Iterator[bytes]:
         yield chunk
 
 
-def _place(taken: Mapping[str, str], item: Item, folder: str, export: Export) -> Item:
+def _place(taken: Mapping[str, str], item: Item, folder: str, export: PushedExport) -> Item:
     """The item where it goes in the repository; beside another of that name only if one of them is a side file."""
     # LM Studio's two folders are for its own disk: in a repository the file lies at the top, where engines look.
     inner = PurePosixPath(item.path).name if export.target == "lmstudio" else item.path
@@ -212,7 +212,7 @@ def _entry(item: Item) -> dict[str, Any]:
     return {"sha256": item.sha256, "size": item.size}
 
 
-def _renamed(export: Export, placed: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(export: PushedExport, placed: Mapping[str, str]) -> dict[str, Any]:
     return {placed[name]: entry for name, entry in export.manifest["files"].items() if name in placed}
 
 

@@ -17,7 +17,7 @@ from lora2serve.errors import HubError, ParityNotMet, UsageError
 from lora2serve.hub import card, published_report
 from lora2serve.hub.card_data import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, gather, kind_of, unproven
 from lora2serve.hub.hub_client import LOG_IN, PUSHING, check_id, has_token, hub_errors, hub_quiet, page
-from lora2serve.hub.package import CARD, Export, Item, open_export, package, repository_manifest, text_item
+from lora2serve.hub.package import CARD, Item, PushedExport, open_export, package, repository_manifest, text_item
 from lora2serve.hub.remote_state import Remote, RemoteChange, change, fetch_state, old_exports, read_text
 from lora2serve.hub.retry import with_retries
 from lora2serve.hub.upload import MAIN, Uploader, batches
@@ -92,9 +92,9 @@ def push(
         return [one.pushed() if dry_run else one.send(private, create_pr) for one in pushes]
 
 
-def group(exports: Sequence[Export], repo_id: str, single_repo: bool) -> dict[str, list[Export]]:
+def group(exports: Sequence[PushedExport], repo_id: str, single_repo: bool) -> dict[str, list[PushedExport]]:
     """Repository -> its exports, by convention or all in one."""
-    grouped: dict[str, list[Export]] = {}
+    grouped: dict[str, list[PushedExport]] = {}
     order = list(SUFFIX)  # merged weights first: the other cards name them as what they are made from
     for export in sorted(exports, key=lambda one: order.index(kind_of(one.manifest))):
         kind = kind_of(export.manifest)
@@ -107,13 +107,13 @@ def group(exports: Sequence[Export], repo_id: str, single_repo: bool) -> dict[st
     return grouped
 
 
-def _refuse_unproven(exports: Sequence[Export], allowed: bool) -> None:
+def _refuse_unproven(exports: Sequence[PushedExport], allowed: bool) -> None:
     problems = [f"{export.path}: {why}" for export in exports if (why := unproven(export.manifest))]
     if problems and not allowed:
         raise ParityNotMet("\n".join(problems), "prove it (`lora2serve parity`), or push with --allow-unproven")
 
 
-def _warn_of_local_bases(exports: Sequence[Export], progress: Progress) -> None:
+def _warn_of_local_bases(exports: Sequence[PushedExport], progress: Progress) -> None:
     """An adapter is loaded by the name of its base: a path of this machine says nothing to others, and is published."""
     for export in exports:
         served = str(export.manifest.get("served_base") or "")
@@ -129,7 +129,7 @@ class _Push:
     """One repository on its way: prepared, then sent."""
 
     repo_id: str
-    exports: list[Export]
+    exports: list[PushedExport]
     siblings: Mapping[str, Mapping[str, Any]]
     revision: str
     run: Run | None
