@@ -31,7 +31,7 @@ LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 CONVERTERS = LEVEL["exporting"]  # may import what export may, and export itself; found by string only
 HEAVY = {
     "torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub",
-    "datasets", "accelerate", "safetensors", "matplotlib", "httpx", "jinja2", "yaml",
+    "datasets", "accelerate", "safetensors", "matplotlib", "httpx", "httpx2", "jinja2", "yaml",
 }  # fmt: skip
 PACKAGES = ("lora2serve", "converters")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -153,7 +153,12 @@ def test_wheel_holds_what_it_needs(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "benchmarks/"))]
     assert "lora2serve = lora2serve.cli:main" in points
-    assert re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE) == ["click", "pyyaml", "rich"]
+    assert re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE) == [
+        "click",
+        "httpx2",
+        "pyyaml",
+        "rich",
+    ]
     assert "License-Expression: Apache-2.0" in metadata
 
 

@@ -13,6 +13,7 @@ from lora2serve.artifacts.parity_report import ReferenceName
 from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.parity_check import thresholds
 from lora2serve.parity_check.trained_model import TrainedModel
+from lora2serve.system.http import without_credentials
 
 NAMES = ("transformers", "peft", "vllm", "vllm-server", "llama.cpp", "ollama", "openai")
 ASKED_FOR = ("vllm-server",)  # only where it is named: the same arithmetic as vllm, and a server start more
@@ -54,7 +55,7 @@ def of_url(origin: TrainedModel, url: str, model: str | None) -> Comparison:
     """A deployment that runs, by its OpenAI-compatible address; the verdict is as loose as for 8-bit weights."""
     options = {"url": url, "model": model, "tokenizer": str(origin.tokenizer)}
     reference: ReferenceName = "trained" if origin.quantization else "original"
-    return Comparison(url, None, "url", "url", "openai", options, reference)
+    return Comparison(without_credentials(url), None, "url", "url", "openai", options, reference)
 
 
 def check_names(key: str, names: Sequence[str]) -> None:

@@ -2,44 +2,68 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 from lora2serve.artifacts import manifest
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.system.hardware import cache_folder
+from lora2serve.system.http import HttpClient, HttpStatus
+from lora2serve.system.json_values import objects
 from lora2serve.system.small_files import digest
+
+PATIENCE = 300.0  # seconds that loading an adapter may take
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What requests may name: a model, or an adapter on one."""
+
+    name: str
+    path: str  # where the server has it from
+    parent: str | None  # of an adapter: the name of its base
 
 
 def cache() -> Path:
-    """Where the copies lie that servers serve."""
+    """The directory of the copies that servers serve."""
     return cache_folder() / "adapters"
 
 
-def add(address: str, name: str, adapter: Path, cache: Path) -> Path:
-    """Load an adapter export into a running vLLM; the immutable copy that it serves.
+def list_models(address: str) -> list[ServedModel]:
+    """The models of a running server, the base first."""
+    entries = objects(_client(address).call("GET", "/v1/models").get("data"))
+    return [
+        ServedModel(
+            str(entry.get("id")), str(entry.get("root") or ""), str(entry["parent"]) if entry.get("parent") else None
+        )
+        for entry in entries
+    ]
+
+
+def list_adapters(address: str) -> list[ServedModel]:
+    """The adapters that a running server has by name."""
+    return [model for model in list_models(address) if model.parent]
+
+
+def add(address: str, name: str, adapter: Path, folder: Path | None = None) -> Path:
+    """Load an adapter export into a running vLLM; the immutable copy that it serves, in ``folder`` or the cache.
 
     vLLM keeps prefix-cache blocks by path: each version gets a path of its own, named by its content.
     """
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise UsageError(f"{name!r}: invalid name of an adapter", "letters, digits, '.', '-' and '_'")
     if manifest.read(adapter)["target"] != "adapter":
-        raise UsageError(f"{adapter}: no adapter export", "`lora2serve export --target adapter` makes one, linted")
+        raise UsageError(f"{adapter}: not an adapter export", "`lora2serve export --target adapter` makes one, linted")
     problems = manifest.verify(adapter)
     if problems:
         raise EngineError(f"{adapter}: {problems[0]}", "export it again")
-    version = digest(adapter / "adapter_model.safetensors")["sha256"][:16]
-    copy = cache / f"{name}-{version}"
-    if not copy.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
-        shutil.copytree(adapter, made, dirs_exist_ok=True)
-        made.chmod(0o755)
-        os.rename(made, copy)
+    copy = _copied(adapter, name, folder or cache())
     _post(address, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(copy.resolve())})
     return copy
 
@@ -49,16 +73,26 @@ def remove(address: str, name: str) -> None:
     _post(address, "/v1/unload_lora_adapter", {"lora_name": name})
 
 
+def _copied(adapter: Path, name: str, folder: Path) -> Path:
+    version = digest(adapter / "adapter_model.safetensors")["sha256"][:16]
+    copy = folder / f"{name}-{version}"
+    if not copy.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
+        shutil.copytree(adapter, partial, dirs_exist_ok=True)
+        partial.chmod(0o755)
+        os.rename(partial, copy)
+    return copy
+
+
 def _post(address: str, path: str, body: Mapping[str, str]) -> None:
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-    request = urllib.request.Request(address.rstrip("/") + path, json.dumps(body).encode(), headers)
     try:
-        urllib.request.urlopen(request, timeout=300).read()
-    except urllib.error.HTTPError as error:
-        said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
-        hint = "start it with `lora2serve serve --allow-updates`" if error.code == 404 else ""
-        raise EngineError(f"{address}{path} answers {error.code}: {said}", hint) from None
-    except OSError as error:
-        raise EngineError(f"{address}: no answer ({getattr(error, 'reason', error)})", "check --url") from None
+        _client(address).send("POST", path, body)
+    except HttpStatus as error:
+        unknown = error.status == HTTPStatus.NOT_FOUND
+        hint = "start it with `lora2serve serve --allow-updates`" if unknown else error.hint
+        raise EngineError(error.message, hint) from None
+
+
+def _client(address: str) -> HttpClient:
+    return HttpClient(address, patience=PATIENCE, key_variable="OPENAI_API_KEY", hint="check --url")

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from lora2serve.exporting import bundle
 from lora2serve.progress import Progress
 from lora2serve.system.extras import install_hint
 from lora2serve.system.hardware import nvidia_gpus
+from lora2serve.system.http import HttpClient, HttpError
 
 READY = 900  # seconds until an engine must answer
 UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -263,6 +263,7 @@ def start(serving: Serving, log: Path) -> subprocess.Popen[bytes]:
 
 def _wait(serving: Serving, process: subprocess.Popen[bytes], log: Path) -> None:
     path = "/health" if serving.engine == "vllm" else "/v1/models"
+    client = HttpClient(serving.address, patience=5)
     for _ in range(READY * 2):
         if process.poll() is not None:
             reason = first_error(log.read_text(encoding="utf-8", errors="replace"))
@@ -271,9 +272,9 @@ def _wait(serving: Serving, process: subprocess.Popen[bytes], log: Path) -> None
                 f"{serving.engine} ended with code {process.returncode}: {reason}", f"{hint}its log: {log}"
             )
         try:
-            urllib.request.urlopen(f"{serving.address}{path}", timeout=5)
+            client.send("GET", path)
             return
-        except OSError:
+        except HttpError:
             time.sleep(0.5)
     raise EngineError(f"{serving.engine} did not answer within {READY} s", f"its log: {log}")
 

@@ -99,6 +99,13 @@ def test_nobody_there(demo_run: Run) -> None:
     assert row.status == "missing"
 
 
+def test_credentials_in_an_address_are_in_no_report(demo_run: Run) -> None:
+    subject = of_url(origin_of(demo_run), "http://me:secret@127.0.0.1:9/v1", None)
+    assert subject.name == "http://127.0.0.1:9/v1"
+    (row,) = rows(demo_run, [subject])
+    assert row.gate is not None and "secret" not in f"{row.gate}{row.export}{row.version}"
+
+
 class Hit(Silent):
     """Sends a signal to the engine's process while it scores the first export."""
 

@@ -78,7 +78,7 @@ def test_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "my model", ".demo", "demo:", "a/b/c/d", "-demo", "demo\n", "x" * 81, "démo"])
 def test_no_names(name: str) -> None:
-    with pytest.raises(UsageError, match="no name of a model"):
+    with pytest.raises(UsageError, match="invalid name of a model"):
         refuse_name(name)
 
 
@@ -103,7 +103,7 @@ def test_a_cut_line_is_tried_again(ollama: OllamaServer, blob: tuple[str, Path])
 
 def test_a_line_that_is_always_cut(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
     ollama.fail("blob", "reset", times=TRIES)
-    with pytest.raises(EngineError, match="broke off") as caught:
+    with pytest.raises(EngineError, match=r"connection lost.*3 tries to upload model\.gguf") as caught:
         Client().upload(*blob, Silent())
     assert "not sent twice" in caught.value.hint
     assert not list(ollama.blobs.iterdir())
@@ -171,5 +171,5 @@ def test_an_error_is_told_in_one_line(ollama: OllamaServer) -> None:
         Client().show("nobody")
     assert "\n" not in caught.value.message
     ollama.fail("show", "reset")
-    with pytest.raises(EngineError, match="the line broke"):
+    with pytest.raises(EngineError, match="connection lost"):
         Client().show("nobody")

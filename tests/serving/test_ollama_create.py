@@ -116,7 +116,7 @@ def test_without_a_server(demo_run: Run, tmp_path: Path, capfd: Any, monkeypatch
         ("create", "short", "ended without success"),
         ("create", "status", "api/create answers 500: out of disk"),
         ("blob", "corrupt", "digest mismatch"),
-        ("chat", "undone", "not whole (done is False)"),
+        ("chat", "undone", "not complete (done is False)"),
     ],
 )
 def test_a_failure_names_what_ollama_said(
@@ -133,7 +133,7 @@ def test_a_failure_names_what_ollama_said(
     ("words", "said"),
     [
         (("-t", "gguf", "--create", "demo"), "--create: only for --target ollama"),
-        (("-t", "ollama", "--create", "my demo"), "no name of a model"),
+        (("-t", "ollama", "--create", "my demo"), "invalid name of a model"),
         (("-t", "ollama", "-q", "F16", "-q", "Q8_0", "--create", "demo:v1"), "expected a name without a tag"),
         (("-t", "gguf", "--as", "adapter"), "--as adapter: only for --target ollama"),
         (("-t", "ollama", "--from", "llama3"), "--from: only for --target ollama --as adapter"),

@@ -254,7 +254,7 @@ def test_refusals(demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
     manifest.update(stranger, base=base, name="stranger")
     with pytest.raises(UsageError, match="adapters of different bases"):
         plan(demo_exports["adapter"], stranger)
-    with pytest.raises(UsageError, match="no adapter export"):
+    with pytest.raises(UsageError, match="not an adapter export"):
         runtime_lora.add("http://127.0.0.1:9", "x", demo_exports["vllm"], tmp_path)
     with pytest.raises(EngineError, match="no answer"):
         runtime_lora.add("http://127.0.0.1:9", "x", demo_exports["adapter"], tmp_path / "cache")

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lora2serve.artifacts import manifest
 from lora2serve.errors import EngineError
@@ -23,6 +22,7 @@ from lora2serve.parity_check.engine_process import EngineMissing
 from lora2serve.parity_check.engines import Ids, Messages, Scores
 from lora2serve.progress import Silent
 from lora2serve.serving import ollama
+from lora2serve.system.json_values import Json, JsonValue, at, objects
 
 TOP = 20  # the most that Ollama shows
 LEAST = 0.5  # share of positions that must be known
@@ -37,10 +37,10 @@ class Ollama:
 
         self.client = ollama.Client()
         try:
-            found = self.client.version()
+            version = self.client.version()
         except ollama.NoServer as error:
             raise EngineMissing(f"not running: {error.message}", error.hint) from None
-        self.version = f"ollama {found}"
+        self.version = f"ollama {version}"
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.model = f"lora2serve-parity-{_mark(Path(export))}"
         self._options = {**GREEDY, "num_ctx": window}
@@ -66,7 +66,7 @@ class Ollama:
         else:
             count = self.client.generate(self.model, text, options=once).get("prompt_eval_count")
         ids, bos = self._ids(text), self.tokenizer.bos_token_id
-        more = int(count or 0) - len(ids)
+        more = _int(count) - len(ids)
         if more == 0:
             return ids
         if more == 1 and bos is not None:
@@ -79,22 +79,21 @@ class Ollama:
 
     def stop_ids(self) -> list[int] | None:
         """The end tokens of the GGUF and the stop words that are tokens."""
-        said = self.client.show(self.model)
-        info = said.get("model_info") or {}
-        ids = {info.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
-        for word in re.findall(r'^stop\s+(".*")\s*$', str(said.get("parameters", "")), re.M):
+        model = self.client.show(self.model)
+        ids = {at(model, "model_info", f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+        for word in re.findall(r'^stop\s+(".*")\s*$', str(model.get("parameters", "")), re.M):
             with suppress(ValueError):
                 ids.add(self.tokenizer.convert_tokens_to_ids(json.loads(word)))
-        return sorted(int(number) for number in ids if number is not None)
+        return sorted(number for number in ids if isinstance(number, int))
 
     def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
-        asked = known = 0
+        positions = known = 0
         for ids in sequences:
-            found = [self._next(list(ids[:end])) for end in range(1, len(ids))]
-            asked, known = asked + len(found), known + sum(map(bool, found))
-            yield Scores.of_likeliest(found, ids)
-        if known < LEAST * asked:
-            raise EngineError(f"Ollama says something of {known} of {asked} positions only")
+            likeliest = [self._next(list(ids[:end])) for end in range(1, len(ids))]
+            positions, known = positions + len(likeliest), known + sum(map(bool, likeliest))
+            yield Scores.of_likeliest(likeliest, ids)
+        if known < LEAST * positions:
+            raise EngineError(f"Ollama shows tokens for {known} of {positions} positions only")
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         return [self._continue(list(ids), new_tokens) for ids in prompts]
@@ -107,13 +106,13 @@ class Ollama:
         text = self._text(prefix)
         if text is None:
             return {}
-        said = self.client.generate(
+        answer = self.client.generate(
             self.model, text, options={**self._options, "num_predict": 1}, logprobs=True, top_logprobs=TOP
         )
-        if "logprobs" not in said and said.get("done_reason") != "stop" and said.get("response"):
+        if "logprobs" not in answer and answer.get("done_reason") != "stop" and answer.get("response"):
             raise EngineError(f"{self.version} gives no log-probabilities", "update Ollama to 0.12.11 or newer")
-        top = ((said.get("logprobs") or [{}])[0] or {}).get("top_logprobs") or []
-        named = [(self._names.get(_piece(one)), float(one["logprob"])) for one in top]
+        top = objects(at(answer, "logprobs", 0, "top_logprobs"))
+        named = [(self._names.get(_piece(token)), float(str(token["logprob"]))) for token in top]
         if not named or max(named, key=lambda pair: pair[1])[0] is None:
             return {}
         return {name: value for name, value in named if name is not None}
@@ -122,15 +121,16 @@ class Ollama:
         text = self._text(prompt)
         if text is None:
             raise EngineError(f"the prompt {self.tokenizer.decode(prompt)[:60]!r} gives other tokens when read as text")
-        said = self.client.generate(
+        answer = self.client.generate(
             self.model, text, options={**self._options, "num_predict": new_tokens}, logprobs=True
         )
-        named = [self._names.get(_piece(one)) for one in said.get("logprobs") or []]
-        answer = [name for name in named if name is not None]
-        if self.tokenizer.decode(answer) == said["response"] and len(answer) == len(named):
-            return answer
-        whole = self._ids(text + said["response"])
-        return whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._ids(said["response"])
+        response = str(answer["response"])
+        named = [self._names.get(_piece(token)) for token in objects(answer.get("logprobs"))]
+        ids = [name for name in named if name is not None]
+        if self.tokenizer.decode(ids) == response and len(ids) == len(named):
+            return ids
+        whole = self._ids(text + response)
+        return whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._ids(response)
 
     def _text(self, ids: list[int]) -> str | None:
         """The text that the server reads as these ids: without BOS where it adds that itself."""
@@ -148,8 +148,8 @@ class Ollama:
     def _adds_bos(self) -> bool:
         """Asked of the server: it counts one token more than the tokenizer gives."""
         ids = self._ids("Hello")
-        said = self.client.generate(self.model, "Hello", options={**self._options, "num_predict": 1})
-        return int(said.get("prompt_eval_count") or 0) == len(ids) + 1
+        answer = self.client.generate(self.model, "Hello", options={**self._options, "num_predict": 1})
+        return _int(answer.get("prompt_eval_count")) == len(ids) + 1
 
     @cached_property
     def _names(self) -> Mapping[str, int]:
@@ -170,11 +170,17 @@ class Ollama:
 
 def _mark(export: Path) -> str:
     """The same for the same files, so that a killed run leaves one model at most."""
-    known = json.dumps(manifest.read(export)["files"], sort_keys=True)
-    return hashlib.sha256(known.encode()).hexdigest()[:12]
+    files = json.dumps(manifest.read(export)["files"], sort_keys=True)
+    return hashlib.sha256(files.encode()).hexdigest()[:12]
 
 
-def _piece(one: Mapping[str, Any]) -> str:
+def _piece(token: Json) -> str:
     """By its bytes, where the server gives them: its ``token`` may have lost some."""
-    raw = one.get("bytes")
-    return bytes(raw).decode("utf-8", "replace") if raw else str(one.get("token", ""))
+    raw = token.get("bytes")
+    if isinstance(raw, list) and raw:
+        return bytes(byte for byte in raw if isinstance(byte, int)).decode("utf-8", "replace")
+    return str(token.get("token", ""))
+
+
+def _int(value: JsonValue) -> int:
+    return value if isinstance(value, int) else 0

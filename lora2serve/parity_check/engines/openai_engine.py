@@ -7,34 +7,28 @@ vocabulary is shown whole.
 
 from __future__ import annotations
 
-import json
-import os
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from http import HTTPStatus
 
 import numpy as np
 
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engine_process import EngineMissing
 from lora2serve.parity_check.engines import Ids, Messages, Scores
+from lora2serve.system.http import HttpClient, HttpStatus, InvalidAnswer, Unreachable
+from lora2serve.system.json_values import Json, JsonValue, at, objects
 
 AT_ONCE = 16  # requests under way
 TOPS = (256, 20, 5)  # likeliest tokens to ask for: more than most servers grant, vLLM's default limit, OpenAI's
-TIMEOUT = 120.0  # seconds for one request
+PATIENCE = 120.0  # seconds that the server may be silent
 WAITS = (1.0, 4.0)  # seconds before a busy server is asked again
-
-
-class Refused(EngineError):
-    """The server does not take the request as it is."""
-
-
-class Busy(EngineError):
-    """The server, or the gateway before it, may answer later."""
+REFUSED = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)  # it does not take the request as it is
+BUSY = (  # the server, or the gateway before it, may answer later
+    HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT,
+)  # fmt: skip
 
 
 class OpenAI:
@@ -46,12 +40,13 @@ class OpenAI:
     def __init__(self, url: str, tokenizer: str, model: str | None = None) -> None:
         from transformers import AutoTokenizer
 
-        self.root = url.rstrip("/").removesuffix("/v1")
+        self._http = HttpClient(url.rstrip("/").removesuffix("/v1"), patience=PATIENCE, key_variable="OPENAI_API_KEY")
+        self.root = self._http.address
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self._ids: Mapping[str, int] | None = None
-        served = [one["id"] for one in self._ask("GET", "/v1/models")["data"]]
-        if model is not None and model not in served:
-            raise EngineError(f"{url} has no model {model!r}", f"it serves: {', '.join(served)}")
+        served = [str(entry.get("id")) for entry in objects(self._ask("GET", "/v1/models").get("data"))]
+        if not served or (model is not None and model not in served):
+            raise EngineError(f"{self.root} has no model {model or 'at all'!r}", f"it serves: {', '.join(served)}")
         self.model = model or served[0]
         self._top = 0  # as many as the server grants; known after the first answer
         self.version = f"{self.model} at {self.root}"
@@ -62,13 +57,13 @@ class OpenAI:
 
     def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
         """By vLLM's ``/tokenize``; None where the server has no such thing."""
-        asked: dict[str, Any] = {"messages": list(messages)} if messages else {"prompt": text}
+        prompt: dict[str, object] = {"messages": list(messages)} if messages else {"prompt": text}
         try:
-            answer = self._ask("POST", "/tokenize", {"model": self.model, **asked})
+            tokens = self._ask("POST", "/tokenize", {"model": self.model, **prompt}).get("tokens")
         except EngineError:
             return None
-        tokens = answer.get("tokens")
-        return [int(token) for token in tokens] if tokens and isinstance(tokens[0], int) else None
+        ids = [token for token in tokens if isinstance(token, int)] if isinstance(tokens, list) else []
+        return ids if isinstance(tokens, list) and ids and len(ids) == len(tokens) else None
 
     def stop_ids(self) -> list[int] | None:
         return None
@@ -76,8 +71,8 @@ class OpenAI:
     def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for ids in sequences:
-                found = list(pool.map(self._next, [list(ids[:end]) for end in range(1, len(ids))]))
-                yield _scores(found, ids, len(self.tokenizer))
+                likeliest = list(pool.map(self._next, [list(ids[:end]) for end in range(1, len(ids))]))
+                yield _scores(likeliest, ids, len(self.tokenizer))
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -85,35 +80,39 @@ class OpenAI:
 
     def _next(self, prefix: list[int]) -> dict[int, float]:
         """The likeliest next tokens with their log-probabilities."""
-        answer = self._complete(prefix, 1)
-        said = (answer.get("logprobs") or {}).get("top_logprobs") or []
-        if not said:
+        top = at(self._complete(prefix, 1), "logprobs", "top_logprobs", 0)
+        if not isinstance(top, dict):
             raise EngineError(f"{self.root} answers without log-probabilities", "start it with logprobs allowed")
-        named = {self._id(text): np.nan if value is None else value for text, value in said[0].items()}
-        return {token: float(value) for token, value in named.items() if token is not None}
+        named = {
+            self._id(text): float(value) if isinstance(value, int | float) else np.nan for text, value in top.items()
+        }
+        return {token: value for token, value in named.items() if token is not None}
 
     def _continue(self, prompt: list[int], new_tokens: int) -> list[int]:
-        answer = self._complete(prompt, new_tokens)
-        named = [self._id(text) for text in (answer.get("logprobs") or {}).get("tokens") or []]
+        texts = at(self._complete(prompt, new_tokens), "logprobs", "tokens")
+        named = [self._id(str(text)) for text in texts] if isinstance(texts, list) else []
         ids = [token for token in named if token is not None]
         stops = {self.tokenizer.eos_token_id, *(self.tokenizer.all_special_ids or [])}
         return ids[:-1] if ids and ids[-1] in stops else ids
 
-    def _complete(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        given = {
+    def _complete(self, prompt: list[int], tokens: int) -> JsonValue:
+        """The first choice, with as many of the likeliest tokens as the server grants."""
+        body: dict[str, object] = {
             "model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "seed": 0,
             "return_tokens_as_token_ids": True,
         }  # fmt: skip
         tops = [self._top] if self._top else [min(top, len(self.tokenizer)) for top in TOPS]
         for top in tops:
             try:
-                choice: dict[str, Any] = self._ask("POST", "/v1/completions", {**given, "logprobs": top})["choices"][0]
-            except Refused:
-                if top == tops[-1]:
+                choice = at(self._ask("POST", "/v1/completions", {**body, "logprobs": top}), "choices", 0)
+            except HttpStatus as error:
+                if error.status not in REFUSED or top == tops[-1]:
                     raise
                 continue
             self._top = top
             break
+        if not isinstance(choice, dict):
+            raise InvalidAnswer(f"{self.root}/v1/completions: an answer without choices")
         return choice
 
     def _id(self, text: str) -> int | None:
@@ -126,42 +125,30 @@ class OpenAI:
             self._ids = {word: number for number, word in enumerate(words) if times[word] == 1}
         return self._ids.get(text)
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Json:
         """The answer as JSON; a server that is busy is asked again."""
         for wait in WAITS:
             try:
                 return self._ask_once(method, path, body)
-            except Busy:
+            except HttpStatus as error:
+                if error.status not in BUSY:
+                    raise
                 time.sleep(wait)
         return self._ask_once(method, path, body)
 
-    def _ask_once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self.root + path, data, headers, method=method)
+    def _ask_once(self, method: str, path: str, body: Mapping[str, object] | None) -> Json:
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read().decode("utf-8", "replace").split())[:200]
-            hint = "OPENAI_API_KEY holds the server's key" if error.code in (401, 403) else ""
-            kind = Refused if error.code in (400, 422) else Busy if error.code in (429, 502, 503, 504) else EngineError
-            raise kind(f"{self.root}{path} answers {error.code}: {said}", hint) from None
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", error)
-            raise EngineMissing(f"{self.root}: no answer ({reason})", "check the address, and that it runs") from None
-        except ValueError as error:
-            raise EngineError(f"{self.root}{path}: no JSON in the answer ({error})") from None
+            return self._http.call(method, path, body)
+        except Unreachable as error:
+            raise EngineMissing(error.message, error.hint) from None
 
 
-def _scores(found: Sequence[Mapping[int, float]], ids: Ids, vocab: int) -> Scores:
+def _scores(rows: Sequence[Mapping[int, float]], ids: Ids, vocab: int) -> Scores:
     """All tokens where the server showed all, or else the likeliest."""
-    width = max(len(one) for one in found)
-    if all(len(one) >= vocab and max(one) < width for one in found):
-        whole = np.full((len(found), width), np.nan, dtype=np.float32)
-        for row, one in enumerate(found):
-            whole[row, list(one)] = list(one.values())
+    width = max(len(row) for row in rows)
+    if all(len(row) >= vocab and max(row) < width for row in rows):
+        whole = np.full((len(rows), width), np.nan, dtype=np.float32)
+        for number, row in enumerate(rows):
+            whole[number, list(row)] = list(row.values())
         return Scores(whole)
-    return Scores.of_likeliest(found, ids)
+    return Scores.of_likeliest(rows, ids)

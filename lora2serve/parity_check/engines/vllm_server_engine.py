@@ -7,12 +7,13 @@ import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lora2serve.errors import EngineError
-from lora2serve.parity_check.engines.openai_engine import Busy, OpenAI, Refused
+from lora2serve.parity_check.engines.openai_engine import BUSY, REFUSED, OpenAI
 from lora2serve.parity_check.engines.vllm_engine import cpu_dtype, no_kernel
 from lora2serve.serving import server
+from lora2serve.system.http import HttpStatus
+from lora2serve.system.json_values import Json
 
 
 class VllmServer(OpenAI):
@@ -44,14 +45,13 @@ class VllmServer(OpenAI):
         super().__init__(serving.address, tokenizer, serving.models[-1])
         self.version = f"vllm server, {self.model}"
 
-    def _ask_once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _ask_once(self, method: str, path: str, body: Mapping[str, object] | None) -> Json:
         """The answer; of a server that broke, what its log says."""
         try:
             return super()._ask_once(method, path, body)
-        except (Refused, Busy):
-            raise
         except EngineError as error:
+            if isinstance(error, HttpStatus) and error.status in (*REFUSED, *BUSY):
+                raise
             self._log.seek(0)
-            raise EngineError(
-                f"{error.message.split(' answers ')[0]}: {server.first_error(self._log.read())}"
-            ) from None
+            reason = server.first_error(self._log.read())
+            raise EngineError(f"{error.message.split(' answers ')[0]}: {reason}") from None

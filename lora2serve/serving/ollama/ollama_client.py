@@ -1,56 +1,68 @@
-"""Ollama's REST API (docs/api.md in its repository), as far as it is used here. Standard library only.
+"""Ollama's REST API (docs/api.md in its repository), as far as it is used here.
 
 Errors of the server come as ``{"error": ...}``, with a status of 400 or more, or as the last line of a stream that
-began well. Blobs are sent in blocks of 1 MiB, so memory does not grow with the file.
+began well.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.progress import Progress
+from lora2serve.system.http import (
+    ConnectionLost,
+    HttpClient,
+    HttpStatus,
+    InvalidAnswer,
+    NoResponse,
+    Unreachable,
+    without_credentials,
+)
+from lora2serve.system.json_values import Json, at, objects
 
 PORT = 11434
-BLOCK = 1 << 20
-TRIES = 3  # of an upload whose line was cut
-CONNECT, ANSWER = 10.0, 1800.0  # seconds; creating a model copies it, and a large one takes long to load
+TRIES = 3  # of an upload whose connection was lost
+CONNECT, GREETING, ANSWER = (
+    10.0,
+    30.0,
+    1800.0,
+)  # seconds; creating a model copies it, and a large one takes long to load
+
+Messages = Sequence[Mapping[str, str]]
 
 
 class NoServer(EngineError):
     """Nobody answers at that address, or not Ollama."""
 
 
-class _Cut(Exception):
-    """The line broke within an upload."""
-
-
-def server_address(given: str | None = None) -> str:
+def server_address(address: str | None = None) -> str:
     """``http://host:port`` as Ollama's own client reads OLLAMA_HOST (``envconfig/config.go``)."""
-    text = (os.environ.get("OLLAMA_HOST", "") if given is None else given).strip().strip("\"'").strip()
-    scheme, found, rest = text.partition("://")
-    if not found:
+    text = (os.environ.get("OLLAMA_HOST", "") if address is None else address).strip().strip("\"'").strip()
+    shown = without_credentials(text)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
         scheme, rest = "http", text
     if scheme not in ("http", "https"):
-        raise UsageError(f"OLLAMA_HOST={text}: expected host:port, http://... or https://...")
-    place, slash, path = rest.partition("/")
-    usual = {"http": 80, "https": 443}[scheme] if found else PORT
+        raise UsageError(f"OLLAMA_HOST={shown}: expected host:port, http://... or https://...")
+    authority, slash, path = rest.partition("/")
+    credentials, at_sign, place = authority.rpartition("@")
+    usual = {"http": 80, "https": 443}[scheme] if separator else PORT
     try:
         bare = _is_ip6(place.strip("[]"))
         url = urlsplit(f"//[{place.strip('[]')}]" if bare else f"//{place}")
         host, port = url.hostname or "127.0.0.1", usual if url.port is None else url.port
     except ValueError:
-        raise UsageError(f"OLLAMA_HOST={text}: no such port", "expected host:port, such as 127.0.0.1:11434") from None
+        raise UsageError(f"OLLAMA_HOST={shown}: invalid port", "expected host:port, such as 127.0.0.1:11434") from None
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # where a server listens to all, a client takes one
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{(slash + path).rstrip('/')}"
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{credentials}{at_sign}{host}:{port}{(slash + path).rstrip('/')}"
 
 
 def _is_ip6(text: str) -> bool:
@@ -64,174 +76,120 @@ class Client:
     """A server at ``address``; without one, that of OLLAMA_HOST or this machine's."""
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = server_address(address)
-        self._url = urlsplit(self.address)
+        self._http = HttpClient(server_address(address), patience=ANSWER, connect=CONNECT)
+        self.address = self._http.address
 
     def version(self) -> str:
         """Its version; NoServer where nobody answers, or another server does."""
+        other = NoServer(f"{self.address} answers, but is no Ollama", "OLLAMA_HOST names another address")
         try:
-            return str(self._call("GET", "/api/version")["version"])
-        except NoServer:
-            raise
-        except (EngineError, KeyError, TypeError):
-            raise NoServer(f"{self.address} answers, but is no Ollama", "OLLAMA_HOST names another address") from None
+            version = self._call("GET", "/api/version", patience=GREETING).get("version")
+        except (HttpStatus, InvalidAnswer):
+            raise other from None
+        except (NoResponse, ConnectionLost) as error:
+            raise NoServer(error.message, "`ollama serve` starts one; OLLAMA_HOST names another address") from None
+        if not isinstance(version, str):
+            raise other
+        return version
 
     def has_blob(self, digest: str) -> bool:
         """Whether ``sha256:<hex>`` is in its store."""
-        with closing(self._connect()) as connection:
-            self._send(connection, "HEAD", f"/api/blobs/{digest}", {})
-            return connection.getresponse().status == http.client.OK
+        with self._reached():
+            return self._http.has(f"/api/blobs/{digest}")
 
     def upload(self, digest: str, path: Path, progress: Progress) -> None:
-        """A file into its store. A cut line is tried again: Ollama takes a blob whole."""
-        size = path.stat().st_size
-        with progress.track(f"upload {path.name}", size, "bytes") as advance:
-            for attempt in range(TRIES):
-                sent = [0]
+        """A file into its store. A lost connection is tried again: Ollama takes a blob whole."""
+        with progress.track(f"upload {path.name}", path.stat().st_size, "bytes") as advance:
+            for attempt in range(1, TRIES + 1):
+                sent: list[int] = []
 
-                def tell(count: int, sent: list[int] = sent) -> None:
-                    sent[0] += count
-                    advance(count)
+                def count(size: int, sent: list[int] = sent) -> None:
+                    sent.append(size)
+                    advance(size)
 
                 try:
-                    self._upload(digest, path, size, tell)
+                    self._upload(digest, path, count)
                     return
-                except _Cut as error:
-                    advance(-sent[0])
-                    if attempt == TRIES - 1:
+                except ConnectionLost as error:
+                    advance(-sum(sent))
+                    if attempt == TRIES:
                         raise EngineError(
-                            f"{self.address}: the upload of {path.name} broke off ({error})",
+                            f"{error.message}; {TRIES} tries to upload {path.name}",
                             "run the same command again: what is there is not sent twice",
                         ) from None
 
-    def create(self, body: Mapping[str, Any]) -> Iterator[str]:
-        """Make a model; yields what the server says while it works."""
-        said = ""
-        for line in self._stream("/api/create", {**body, "stream": True}):
-            said = str(line.get("status", ""))
-            yield said
-        if said != "success":
-            raise EngineError(f"{self.address}: creating {body.get('model')} ended without success: {said!r}")
+    def create(self, body: Mapping[str, object]) -> Iterator[str]:
+        """Make a model; yields the status that the server reports while it works."""
+        status = ""
+        with self._reached():
+            for line in self._http.lines("/api/create", {**body, "stream": True}):
+                if "error" in line:
+                    raise EngineError(f"{self.address}/api/create: {line['error']}")
+                status = str(line.get("status", ""))
+                yield status
+        if status != "success":
+            raise EngineError(f"{self.address}: creating {body.get('model')} ended without success: {status!r}")
 
     def delete(self, model: str) -> None:
         """Remove a model; what it shares with others stays."""
         self._call("DELETE", "/api/delete", {"model": model})
 
-    def show(self, model: str) -> dict[str, Any]:
+    def models(self) -> list[str]:
+        """The names of the models in its store."""
+        return [str(model.get("name")) for model in objects(self._call("GET", "/api/tags").get("models"))]
+
+    def show(self, model: str) -> Json:
         """What the server knows of a model: template, system, parameters, model_info."""
         return self._call("POST", "/api/show", {"model": model})
 
-    def chat(self, model: str, messages: Any, **more: Any) -> dict[str, Any]:
-        """One answer to a conversation, whole; an error where it is not done."""
+    def chat(self, model: str, messages: Messages, **more: object) -> Json:
+        """One answer to a conversation, complete; an error where it is not done."""
         return self._answer("/api/chat", {"model": model, "messages": list(messages), **more})
 
-    def render(self, model: str, messages: Any) -> str:
+    def render(self, model: str, messages: Messages) -> str:
         """The prompt that the server makes of a conversation."""
-        said = self._call("POST", "/api/chat", {
+        answer = self._call("POST", "/api/chat", {
             "model": model, "messages": list(messages), "stream": False, "_debug_render_only": True,
         })  # fmt: skip
-        info = said.get("_debug_info")
-        if not isinstance(info, dict) or "rendered_template" not in info:
+        prompt = at(answer, "_debug_info", "rendered_template")
+        if not isinstance(prompt, str):
             raise EngineError(f"{self.address}: shows no prompt (_debug_render_only)", "update Ollama")
-        return str(info["rendered_template"])
+        return prompt
 
-    def generate(self, model: str, prompt: str, **more: Any) -> dict[str, Any]:
+    def generate(self, model: str, prompt: str, **more: object) -> Json:
         """The continuation of a text as it is, without any template."""
         return self._answer("/api/generate", {"model": model, "prompt": prompt, "raw": True, **more})
 
-    def _answer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        said = self._call("POST", path, {**body, "stream": False})
-        if said.get("done") is not True:
+    def _answer(self, path: str, body: Mapping[str, object]) -> Json:
+        answer = self._call("POST", path, {**body, "stream": False})
+        if answer.get("done") is not True:
             raise EngineError(
-                f"{self.address}{path}: the answer is not whole (done is {said.get('done')!r})", "see Ollama's log"
+                f"{self.address}{path}: the answer is not complete (done is {answer.get('done')!r})", "see Ollama's log"
             )
-        return said
+        return answer
 
-    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        with closing(self._open(method, path, body)) as response:
-            raw = response.read()
+    def _call(
+        self, method: str, path: str, body: Mapping[str, object] | None = None, patience: float | None = None
+    ) -> Json:
+        with self._reached():
+            return self._http.call(method, path, body, patience=patience)
+
+    def _upload(self, digest: str, path: Path, count: Callable[[int], None]) -> None:
         try:
-            said = json.loads(raw) if raw.strip() else {}
-        except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            raise EngineError(f"{self.address}{path}: no JSON in the answer: {_words(raw)}")
-        return said
+            with self._reached():
+                self._http.upload(f"/api/blobs/{digest}", path, count)
+        except HttpStatus as error:
+            changed = error.status == HTTPStatus.BAD_REQUEST
+            raise EngineError(
+                f"{self.address} refuses {path.name} with {error.status}: {error.reply}",
+                "did it change since the export? Then export again" if changed else error.hint,
+            ) from None
 
-    def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        with closing(self._open("POST", path, body)) as response:
-            for raw in response:
-                if not raw.strip():
-                    continue
-                line = json.loads(raw)
-                if "error" in line:
-                    raise EngineError(f"{self.address}{path}: {_words(line['error'])}")
-                yield line
-
-    def _open(self, method: str, path: str, body: Mapping[str, Any] | None) -> http.client.HTTPResponse:
-        connection = self._connect()
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        data = json.dumps(body).encode() if body is not None else b""
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
         try:
-            self._send(connection, method, path, {**headers, "Content-Length": str(len(data))})
-            connection.send(data)
-            response = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise EngineError(f"{self.address}{path}: the line broke ({error or type(error).__name__})") from None
-        if response.status >= http.client.BAD_REQUEST:
-            raise EngineError(f"{self.address}{path} answers {response.status}: {_error(response)}")
-        return response
-
-    def _upload(self, digest: str, path: Path, size: int, tell: Any) -> None:
-        with closing(self._connect()) as connection, path.open("rb") as file:
-            self._send(connection, "POST", f"/api/blobs/{digest}", {"Content-Length": str(size)})
-            broken: Exception | None = None
-            try:
-                while block := file.read(BLOCK):
-                    connection.send(block)
-                    tell(len(block))
-            except (OSError, http.client.HTTPException) as error:
-                broken = error  # it may have said why before it hung up
-            try:
-                response = connection.getresponse()
-            except (OSError, http.client.HTTPException) as error:
-                raise _Cut(str(broken or error) or type(error).__name__) from None
-            if response.status >= http.client.BAD_REQUEST:
-                raise EngineError(
-                    f"{self.address} refuses {path.name} with {response.status}: {_error(response)}",
-                    "did it change since the export? Then export again"
-                    if response.status == http.client.BAD_REQUEST
-                    else "",
-                )
-
-    def _connect(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(str(self._url.hostname), self._url.port, timeout=CONNECT)
-        try:
-            connection.connect()
-        except OSError as error:
-            raise NoServer(f"no Ollama answers at {self.address} ({error})", "`ollama serve` starts one") from None
-        connection.sock.settimeout(ANSWER)
-        return connection
-
-    def _send(self, connection: http.client.HTTPConnection, method: str, path: str, headers: Mapping[str, str]) -> None:
-        connection.putrequest(method, self._url.path + path)
-        for key, value in {"User-Agent": "lora2serve", **headers}.items():
-            connection.putheader(key, value)
-        connection.endheaders()
-
-
-def _error(response: http.client.HTTPResponse) -> str:
-    """What the server says, in one line."""
-    raw = response.read(1 << 16)
-    try:
-        said = json.loads(raw)
-        return _words(said["error"])
-    except (ValueError, KeyError, TypeError):
-        return _words(raw)
-
-
-def _words(said: Any) -> str:
-    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
-    return " ".join(text.split())[:300] or "nothing"
+            yield
+        except Unreachable as error:
+            raise NoServer(
+                f"no Ollama answers at {self.address} ({error.reason})", "`ollama serve` starts one"
+            ) from None

@@ -10,6 +10,7 @@ from lora2serve.errors import EngineError, UsageError
 from lora2serve.exporting import sinks
 from lora2serve.progress import Progress
 from lora2serve.serving.ollama.ollama_client import Client
+from lora2serve.system.json_values import at
 
 QUESTION = "Hello! Who are you?"
 TOKENS = 128  # of the answer, at most
@@ -21,9 +22,9 @@ _NAME = re.compile(
 
 
 def refuse_name(name: str) -> None:
-    """UsageError for what Ollama takes for no name of a model."""
+    """UsageError for a name that Ollama does not accept."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"--create {name!r}: no name of a model", "such as my-model, my-model:v2 or me/my-model")
+        raise UsageError(f"--create {name!r}: invalid name of a model", "such as my-model, my-model:v2 or me/my-model")
 
 
 def create(client: Client, export: Path, name: str, progress: Progress) -> None:
@@ -35,8 +36,8 @@ def create(client: Client, export: Path, name: str, progress: Progress) -> None:
             progress.note(f"{path.name} is there already")
         else:
             client.upload(digest, path, progress)
-    for said in client.create({"model": name, **body}):
-        progress.note(f"ollama: {said}")
+    for status in client.create({"model": name, **body}):
+        progress.note(f"ollama: {status}")
 
 
 def command(export: Path, name: str) -> str:
@@ -47,20 +48,20 @@ def command(export: Path, name: str) -> str:
 def ask(client: Client, name: str) -> str:
     """Its answer to a first question."""
     messages = [{"role": "user", "content": QUESTION}]
-    said = client.chat(name, messages, options={"num_predict": TOKENS, "temperature": 0, "seed": 0})
-    return str((said.get("message") or {}).get("content", "")).strip()
+    answer = client.chat(name, messages, options={"num_predict": TOKENS, "temperature": 0, "seed": 0})
+    return str(at(answer, "message", "content") or "").strip()
 
 
 def _refuse_older(client: Client, required: str | None) -> None:
-    found = client.version()
-    if required and _numbers(found) < _numbers(required):
+    version = client.version()
+    if required and _numbers(version) < _numbers(required):
         raise EngineError(
-            f"Ollama {found} at {client.address}: this export needs {required} or newer",
+            f"Ollama {version} at {client.address}: this export needs {required} or newer",
             "update Ollama, or export --target gguf for llama.cpp",
         )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     """``0.30.0-rc2`` -> (0, 30, 0); a build without a number (0.0.0) is a developer's own and counts as newest."""
-    found = tuple(int(part) for part in re.findall(r"\d+", version.partition("-")[0])[:3])
-    return found if any(found) else (1 << 30,)
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version.partition("-")[0])[:3])
+    return numbers if any(numbers) else (1 << 30,)
