@@ -1,4 +1,4 @@
-"""AWQ and GPTQ: the merged 16-bit model is written by the one pass, then llm-compressor quantises it in a child.
+"""AWQ and GPTQ: the merged 16-bit model is written by the one pass, then llm-compressor quantizes it in a child.
 
 All of it happens inside the export's unpublished directory: the 16-bit model in ``merged``, which goes again, and the
 product beside it. AWQ moves scales between a layer and the one before it, so the product's norms are not the model's.
@@ -18,6 +18,7 @@ from converters.safetensors import ShardWriter
 from converters.vllm.compressed.compressed_reader import CompressedReader
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.compressed.selection import BLOCK, select
+from converters.vllm.weight_writer import WrittenWeights
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.exporting.sinks import Calibration, ExportModel
@@ -34,7 +35,7 @@ PARTS = re.compile(r"_(packed|scale|zero_point|shape|g_idx)$")
 
 
 class CalibratedWriter:
-    """Takes the merged tensors; ``finish`` leaves the quantised ones in ``out`` and returns what the child said."""
+    """Takes the merged tensors; ``finish`` leaves the quantized ones in ``out``."""
 
     def __init__(
         self, model: ExportModel, out: StagedDir, specs: Sequence[TensorSpec], quant: str, data: Calibration | None
@@ -46,34 +47,30 @@ class CalibratedWriter:
         self._model, self._out, self._specs, self._quant, self._data = model, out, specs, quant, data
         self._rows = _choose(data.rows())
         self._merged = out.subdir("merged")
-        self._writer = ShardWriter(self._merged, specs)
+        self.wanted: Mapping[str, int] = {spec.name: 1 for spec in specs}
+        self._shards = ShardWriter(self._merged, specs)
 
-    def write(self, name: str, rows: slice, block: Block) -> None:
-        """Rows of one merged tensor."""
-        self._writer.write(name, rows, block)
+    def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
+        self._shards.write(spec.name, rows, block)
 
-    def finish(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The product's ``quantization_config``, and what the manifest should say.
-
-        ``config`` is the merged model's. EngineError with the child's reason, and where its log is.
-        """
+    def finish(self, config: Mapping[str, Any]) -> WrittenWeights:
+        """EngineError with the child's reason, and where its log is."""
         self._merged.json("config.json", config)
         for name, path in self._model.files.items():
             self._merged.copy(name, path)
         merged = self._merged.publish({"target": "vllm", "name": self._model.name})
-        said = self._compress(merged, self._out.path / "quantised")
-        quantised = Checkpoint(self._out.path / "quantised")
-        _check_names(self._specs, quantised)
-        for path in sorted(quantised.path.glob("*.safetensors*")):
+        versions = self._compress(merged, self._out.path / "quantized")
+        quantized = Checkpoint(self._out.path / "quantized")
+        _check_names(self._specs, quantized)
+        for path in sorted(quantized.path.glob("*.safetensors*")):
             path.chmod((merged / "config.json").stat().st_mode)  # transformers keeps them for their owner
             path.rename(self._out.path / path.name)
-        shutil.rmtree(quantised.path)
+        shutil.rmtree(quantized.path)
         shutil.rmtree(merged)
         tokens = sum(len(row) for row in self._rows)
         calibration = {"data": self._data.source, "rows": len(self._rows), "tokens": tokens}
-        return dict(quantised.config["quantization_config"]), {
-            "group_size": self._selection.scheme.group, "calibration": calibration, "engine": said,
-        }  # fmt: skip
+        facts = {"group_size": self._selection.scheme.group, "calibration": calibration, "engine": versions}
+        return WrittenWeights(dict(quantized.config["quantization_config"]), facts)
 
     def close(self) -> None:
         """Release handles, and the merged model with them. Safe twice."""
@@ -117,7 +114,7 @@ def _choose(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _check_names(specs: Sequence[TensorSpec], product: Checkpoint) -> None:
-    """Every merged tensor is there, plain or quantised, and nothing else; fused experts come back one by one."""
+    """Every merged tensor is there, plain or quantized, and nothing else; fused experts come back one by one."""
     asked = {spec.name for spec in specs if ".experts." not in spec.name}
     found = {PARTS.sub("", spec.name) for spec in product.specs() if ".experts." not in spec.name}
     wrong = sorted(asked ^ found)
@@ -125,5 +122,5 @@ def _check_names(specs: Sequence[TensorSpec], product: Checkpoint) -> None:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise EngineError(
             f"llm-compressor wrote other tensors than it was given: {', '.join(wrong[:3])}{more}",
-            "--quant w4a16 quantises without it",
+            "--quant w4a16 quantizes without it",
         )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from converters.safetensors import SHARD, SafetensorsReader, ShardWriter
+from converters.safetensors import SHARD, SafetensorsReader
 from converters.vllm.calibrated import CALIBRATED, AwqReader, CalibratedWriter
 from converters.vllm.compressed.compressed_reader import CompressedReader
-from converters.vllm.compressed.quantizer import Quantizer
+from converters.vllm.compressed.compressed_writer import CompressedWriter
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.serve_config import generation_config, serve_yaml
+from converters.vllm.weight_writer import PlainWriter, WeightWriter
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.exporting.sinks import Calibration, ExportModel, Reader
 from lora2serve.weights.tensors import FLOATS, Block, TensorSpec
@@ -34,7 +35,7 @@ class VllmOptions:
 
 
 class VllmSink:
-    """Merged weights in safetensors, plain or quantised; config, tokenizer, chat template and generation config."""
+    """Merged weights in safetensors, plain or quantized; config, tokenizer, chat template and generation config."""
 
     Options: ClassVar[type[VllmOptions]] = VllmOptions
     quants: ClassVar[tuple[str, ...]] = (*SCHEMES, *CALIBRATED)
@@ -44,29 +45,18 @@ class VllmSink:
         self._model, self._out = model, out
         specs = list(model.source.specs())
         self._dtype = _main_dtype(specs)
-        self._quantizer = self._calibrated = None
-        if options.quant in CALIBRATED:
-            self._calibrated = CalibratedWriter(model, out, specs, options.quant, options.calibration)
-        elif options.quant:
-            self._quantizer = Quantizer(options.quant, specs, model.config, out.path)
-        self.wanted: Mapping[str, int] = self._quantizer.wanted if self._quantizer else {spec.name: 1 for spec in specs}
-        self._writer = self._calibrated or ShardWriter(
-            out, self._quantizer.specs if self._quantizer else specs, options.shard_size
-        )
+        self._weights = _open_writer(model, out, specs, options)
+        self.wanted: Mapping[str, int] = self._weights.wanted
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
-        if self._quantizer and spec.name in self._quantizer:
-            self._quantizer.write(spec.name, rows, block.values, self._writer.write)
-        else:
-            self._writer.write(spec.name, rows, block)
+        self._weights.write(spec, rows, block)
 
     def finish(self) -> Mapping[str, Any]:
         config = served_config(self._model.config, self._dtype)
-        if self._quantizer:
-            config["quantization_config"] = self._quantizer.config()
-        about: dict[str, Any] = {"compressed": self._quantizer.about()} if self._quantizer else {}
-        if self._calibrated:
-            config["quantization_config"], about = self._calibrated.finish(config)
+        weights = self._weights.finish(config)
+        quantization = weights.quantization_config
+        if quantization is not None:
+            config["quantization_config"] = quantization
         self._out.json("config.json", config)
         ends = generation_config(self._model)
         for name, path in self._model.files.items():
@@ -74,19 +64,24 @@ class VllmSink:
                 self._out.copy(name, path)
         if ends is not None:
             self._out.json("generation_config.json", ends)
-        quantized = self._quantizer or self._calibrated
-        served = "bfloat16" if quantized and self._dtype == "float32" else self._dtype  # no kernel for it in float32
+        served = "bfloat16" if quantization and self._dtype == "float32" else self._dtype  # no kernel for it in float32
         self._out.text("serve.yaml", serve_yaml(self._model, served))
-        return {"dtype": self._dtype, **about, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
+        return {"dtype": self._dtype, **weights.facts, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
 
     def close(self) -> None:
-        for part in (self._quantizer, self._calibrated):
-            if part:
-                part.close()
+        self._weights.close()
+
+
+def _open_writer(model: ExportModel, out: StagedDir, specs: Sequence[TensorSpec], options: VllmOptions) -> WeightWriter:
+    if options.quant is None:
+        return PlainWriter(out, specs, options.shard_size)
+    if options.quant in CALIBRATED:
+        return CalibratedWriter(model, out, specs, options.quant, options.calibration)
+    return CompressedWriter(options.quant, specs, model.config, out, options.shard_size)
 
 
 def open_reader(export: Path, about: Mapping[str, Any], model: ExportModel) -> Reader:
-    """The reader for an export, plain or quantised."""
+    """The reader for an export, plain or quantized."""
     if about.get("quant") == "awq":
         return AwqReader(export, about, model)
     if about.get("quant"):

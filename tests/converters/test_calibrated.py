@@ -138,7 +138,7 @@ def test_ctrl_c_ends_the_child(made: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     """Killed without a word, the parent leaves no child that goes on for hours."""
     script = (
-        "import sys, time; sys.path.insert(0, sys.argv[3]); from converters import calibrated_child as child;"
+        "import sys, time; sys.path.insert(0, sys.argv[3]); from converters.vllm import calibrated_child as child;"
         "child.compress = lambda advance, **_: (open(sys.argv[4], 'w').close(), time.sleep(600));"
         "child.main(int(sys.argv[1]), int(sys.argv[2]))"
     )

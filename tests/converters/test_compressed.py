@@ -7,6 +7,8 @@ import contextlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.vllm.compressed import library
 from converters.vllm.compressed.compressed_reader import CompressedReader
+from converters.vllm.compressed.quantize import global_factor, quantize
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.compressed.selection import FUSED, select
 from lora2serve.adapters.vllm_support import models_dir
@@ -31,6 +33,10 @@ from lora2serve.weights import tensors
 from tests.support.folding import fold, stored
 from tests.support.tiny import make_adapter, make_model
 
+PRESETS = {
+    "fp8": "FP8_DYNAMIC", "fp8-block": "FP8_BLOCK", "int8": "W8A8", "w8a16": "W8A16", "w4a16": "W4A16",
+    "nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16",
+}  # fmt: skip
 SHAPE = {"hidden_size": 256, "intermediate_size": 384, "num_key_value_heads": 2, "head_dim": 64}
 
 
@@ -78,7 +84,7 @@ def by_the_library(weights: dict[str, torch.Tensor], quant: str) -> dict[str, to
     found = {}
     low, high = (torch.stack([f(w) for w in weights.values()]) for f in (torch.min, torch.max))
     for name, weight in weights.items():
-        scheme = preset_name_to_scheme(SCHEMES[quant].preset, ["Linear"])
+        scheme = preset_name_to_scheme(PRESETS[quant], ["Linear"])
         module = torch.nn.Linear(*reversed(weight.shape), bias=False)
         module.weight.data.copy_(weight)
         initialize_module_for_quantization(module, scheme)
@@ -122,7 +128,7 @@ def test_the_config_is_the_librarys(quant: str, made: dict[str, Path], whole: An
     said = json.loads((made[quant] / "config.json").read_text())["quantization_config"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made[quant]))
-    scheme = whole.quantization.preset_name_to_scheme(SCHEMES[quant].preset, ["Linear"])
+    scheme = whole.quantization.preset_name_to_scheme(PRESETS[quant], ["Linear"])
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
     theirs = QuantizationConfig.from_pretrained(model, SCHEMES[quant].format).model_dump(mode="json")
     theirs["config_groups"]["group_0"]["format"] = SCHEMES[quant].format
@@ -130,6 +136,7 @@ def test_the_config_is_the_librarys(quant: str, made: dict[str, Path], whole: An
     assert said["ignore"] == theirs["ignore"] == ["lm_head"]
     assert (said["format"], said["quant_method"]) == (SCHEMES[quant].format, "compressed-tensors")
     assert said["quantization_status"] == "compressed"
+    assert said["version"] == whole.__version__
     assert CompressedTensorsConfig.from_config(said).quant_format == SCHEMES[quant].format
 
 
@@ -264,14 +271,59 @@ def test_damage_is_seen(quant: str, plain: Path, made: dict[str, Path], tmp_path
     assert [name for name in reader.differences if "q_proj.weight" in name]
 
 
-def test_the_library_stays_apart(whole: Any) -> None:
-    """The light copy is not the one that others import, and is the same version."""
-    import sys
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_scales_of_every_magnitude(quant: str, dtype: torch.dtype, whole: Any) -> None:
+    """Rows and groups of zeros, and weights from the smallest to the largest that the formats tell apart."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(128, 4096, generator=generator)
+    weight[:, ::16] = torch.tensor([1.0, 1.25, 1.5, 1.7499999, 1.75, 1.9999999, -1.75, -1.0]).repeat(32)
+    weight *= 2.0 ** torch.arange(-64, 64)[:, None]
+    weight[3] = 0.0
+    weight[:, 512:1024] = 0.0
+    name, scheme = "x.weight", SCHEMES[quant]
+    expected = by_the_library({name: weight.to(dtype).float()}, quant)
+    factor = global_factor(float(weight.to(dtype).float().abs().max())) if scheme.shared else None
+    codes, scales = quantize(weight.to(dtype), scheme, "F32", factor)
+    for ours, key in ((codes, scheme.weight), (scales, "weight_scale")):
+        theirs = expected[f"x.{key}"]
+        assert ours.dtype == theirs.dtype and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), key
+    other, _ = quantize(weight.to(dtype).flip(1), scheme, "F32", factor)
+    assert not torch.equal(other.view(torch.uint8), codes.view(torch.uint8)), "the control"
 
-    ours = library.library()
-    assert ours.version == whole.__version__
-    assert sys.modules["compressed_tensors"] is whole
-    assert ours.compressors is not whole.compressors.BaseCompressor
+
+def test_mxfp4_rounds_every_exponent_as_the_library_does(whole: Any) -> None:
+    from compressed_tensors.compressors.mx_utils import compress_mx_scale
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    significands = torch.tensor([1.0, 1.5, 1.75 - 2**-23, 1.75, 2 - 2**-23])
+    peaks = (significands[None] * 2.0 ** torch.arange(-126, 126)[:, None].float()).flatten()
+    rows = torch.zeros(len(peaks), 32)
+    rows[:, 5] = -peaks
+    scales, _ = calculate_qparams(-peaks, torch.zeros(()), preset_name_to_scheme("MXFP4A16", []).weights)
+    theirs = compress_mx_scale(scales, torch.uint8)
+    assert torch.equal(quantize(rows, SCHEMES["mxfp4"], "U8")[1].flatten(), theirs)
+    assert len(theirs.unique()) > 250, "the control: they are not all one"
+
+
+def test_an_export_needs_neither_the_library_nor_transformers() -> None:
+    """They are 260 MB and seconds; the reader, which runs in a process of its own, has them."""
+    script = """if True:
+        import sys, torch
+        from converters.vllm import vllm_sink
+        from converters.vllm.compressed.quantize import global_factor, quantize
+        for scheme in vllm_sink.SCHEMES.values():
+            quantize(torch.ones(128, 128), scheme, "BF16", global_factor(1.0) if scheme.shared else None)
+        print([name for name in ("compressed_tensors", "transformers", "torch._dynamo") if name in sys.modules])
+        vllm_sink.CompressedReader.__init__.__globals__["_library"]()
+        print([name for name in ("compressed_tensors", "transformers") if name in sys.modules])
+    """
+    lines = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    assert lines[0] == "[]"
+    assert lines[1] == "['compressed_tensors', 'transformers']", "the control"
 
 
 def test_refusals(tmp_path: Path) -> None:

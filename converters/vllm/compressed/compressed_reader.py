@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.vllm.compressed.library import library, refuse_missing
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import FLOATS, TensorSpec
@@ -30,15 +29,15 @@ class CompressedReader:
     def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
         from safetensors import safe_open
 
-        refuse_missing()
+        scheme, compressor = _library()
         files: list[Any] = [safe_open(path, "pt") for path in sorted(export.glob("*.safetensors"))]
         self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
         config = json.loads((export / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         groups = list(config["config_groups"].values())
         if len(groups) != 1:
             raise ExportError(f"{export}: {len(groups)} groups of quantised layers, expected one")
-        self._how = library().scheme.model_validate(groups[0])
-        self._compressor = library().compressors.get_value_from_registry(groups[0].get("format") or config["format"])
+        self._how = scheme.model_validate(groups[0])
+        self._compressor = compressor.get_value_from_registry(groups[0].get("format") or config["format"])
         planned = {spec.name: spec for spec in model.source.specs()}
         self._parts = {name: self._stored(name) for name in planned}
         self._quantized = {name for name, parts in self._parts.items() if self._is_quantized(parts)}
@@ -123,6 +122,17 @@ class CompressedReader:
             return -(-row // self._together())
         blocks = self._how.weights.block_structure
         return -(-row // blocks[0]) if blocks else row
+
+
+def _library() -> tuple[Any, Any]:
+    """Its schemes, and its registry of formats. It imports transformers' models: seconds, in a process of parity's."""
+    try:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+    except ImportError:
+        hint = "pip install compressed-tensors==0.17.0"
+        raise ExportError("compressed-tensors is not installed, which reads the export back", hint) from None
+    return QuantizationScheme, BaseCompressor
 
 
 def _refuse_shape(spec: TensorSpec, found: tuple[int, ...]) -> None:

@@ -24,14 +24,7 @@ class SpoolGroup:
     file: IO[bytes]  # without a name: it goes with the handle
     end: int = 0
     places: list[tuple[str, slice, int, dtype, tuple[int, ...]]] = field(default_factory=list)
-    low: float = 0.0
-    high: float = 0.0
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value of them all, float32 scalars."""
-        import torch
-
-        return torch.tensor(self.low), torch.tensor(self.high)
+    peak: float = 0.0  # the largest absolute value of them all
 
     def blocks(self) -> Iterator[tuple[str, slice, Tensor]]:
         """Every block as it came, (name, rows, values); the file is closed at the end."""
@@ -69,7 +62,7 @@ class Spool:
                 group = self._open[key] = SpoolGroup(left, self._file())
             offset, group.end = group.end, group.end + len(data)
             group.places.append((name, rows, offset, block.dtype, tuple(block.shape)))
-            group.low, group.high = min(group.low, low), max(group.high, high)
+            group.peak = max(group.peak, -low, high)
         done = 0
         while done < len(data):
             done += os.pwrite(group.file.fileno(), data[done:], offset + done)
