@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converters.gguf.native.vocab import tokenizer_directory
+from converters.gguf.tokenizer_files import tokenizer_directory
 from converters.ollama import go_template as templates
 from converters.ollama.go_template import Derived, Jinja
 from converters.ollama.modelfile import NUMBERS, Modelfile, Value

@@ -77,7 +77,7 @@ def _adds_bos(model: ExportModel, out: StagedDir) -> bool:
     """Whether llama.cpp adds BOS with this tokenizer: asked of it, on a header that is never written."""
     rehearsal = DryRunDir(out.target)
     try:
-        return GgufSink(model, rehearsal, GgufOptions(quant="F16")).proof.adds_bos
+        return GgufSink(model, rehearsal, GgufOptions(quant="F16")).tokens.adds_bos
     finally:
         rehearsal.discard()
 

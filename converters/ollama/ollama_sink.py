@@ -44,13 +44,13 @@ class OllamaSink:
         if self._chat.jinja and not self._chat.derived:
             options = replace(options, chat_template=APART + self._chat.jinja)
         self._gguf = GgufSink(model, out, options)
-        if not self._gguf.proof.ids:
+        if not self._gguf.tokens.compared:
             raise ExportError(
                 "--target ollama: without llama.cpp's library nobody knows who adds BOS",
                 install_hint("gguf"),
             )
         self.wanted = self._gguf.wanted
-        self._modelfile = self._chat.modelfile(f"./{self._gguf.files[0]}", self._gguf.proof.adds_bos)
+        self._modelfile = self._chat.modelfile(f"./{self._gguf.files[0]}", self._gguf.tokens.adds_bos)
         self._text = self._modelfile.write()  # a value that Ollama would read otherwise is found before the first byte
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
