@@ -138,7 +138,7 @@ def test_same_logits(models: dict[str, Path], tmp_path: Path, family: str) -> No
 
 
 def upstream(model: Path, out: Path, kind: str, pre: str = "") -> Path:
-    """llama.cpp's own converter, then its own quantiser out of the same library."""
+    """llama.cpp's own converter, then its own quantizer out of the same library."""
     f16 = convert(model, out / "upstream-f16.gguf", pre=pre)
     return f16 if kind == "F16" else quantize(f16, out / f"upstream-{kind}.gguf", kind)
 

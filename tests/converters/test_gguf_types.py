@@ -1,4 +1,4 @@
-"""All types in one pass, beside llama.cpp's own quantiser and run by it; what does not fit; no library at all."""
+"""All types in one pass, beside llama.cpp's own quantizer and run by it; what does not fit; no library at all."""
 
 from __future__ import annotations
 
