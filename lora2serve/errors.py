@@ -86,6 +86,11 @@ class ParityNotMet(Lora2ServeError):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a message, at most 200 characters; the class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" (did you mean 'rank'?)"``, or an empty string when nothing is near."""
     near = get_close_matches(word, list(known), n=1)

@@ -10,6 +10,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora2serve.errors import CheckpointError
 
@@ -23,19 +24,19 @@ MAX_NUMEL = 2**63 - 1
 
 @dataclass
 class Cursor:
-    """A position in the file that cannot leave it."""
+    """A place in the file that cannot leave it."""
 
     path: Path
-    data: mmap.mmap | bytes
-    position: int = 0
+    data: Any
+    place: int = 0
 
     def take(self, count: int, what: str) -> bytes:
         """The next bytes; CheckpointError where the file has not so many."""
-        left = len(self.data) - self.position
+        left = len(self.data) - self.place
         if count > left:
-            self.fail(f"{what}: {count} bytes at byte {self.position}, but {left} are left")
-        self.position += count
-        return bytes(self.data[self.position - count : self.position])
+            self.fail(f"{what}: {count} bytes at byte {self.place}, but {left} are left")
+        self.place += count
+        return bytes(self.data[self.place - count : self.place])
 
     def number(self, layout: str, what: str) -> int:
         return int(struct.unpack(f"<{layout}", self.take(struct.calcsize(layout), what))[0])
@@ -73,7 +74,7 @@ def _scan(cursor: Cursor) -> dict[str, str]:
     if version not in VERSIONS:
         cursor.fail(f"version {version}, expected one of {', '.join(map(str, VERSIONS))}")
     tensors, pairs = cursor.number("Q", "tensor count"), cursor.number("Q", "key count")
-    left = len(cursor.data) - cursor.position
+    left = len(cursor.data) - cursor.place
     # the smallest key takes 8 + 1 + 4 + 1 bytes, the smallest tensor 8 + 1 + 4 + 8 + 4 + 8
     if pairs * 14 > left or tensors * 33 > left:
         cursor.fail(f"{tensors} tensors and {pairs} keys in {left} bytes")
@@ -107,7 +108,7 @@ def _value(cursor: Cursor, kind: int, key: str) -> None:
     elif kind == ARRAY:
         inner, length = cursor.number("I", f"element type of {key}"), cursor.number("Q", f"length of {key}")
         if inner == STRING:
-            if length * 8 > len(cursor.data) - cursor.position:
+            if length * 8 > len(cursor.data) - cursor.place:
                 cursor.fail(f"{key}: {length} strings, but the file ends before")
             for _ in range(length):
                 cursor.text(key)
@@ -122,9 +123,9 @@ def _value(cursor: Cursor, kind: int, key: str) -> None:
 
 
 def _skip(cursor: Cursor, count: int, what: str) -> None:
-    if count > len(cursor.data) - cursor.position:
-        cursor.fail(f"{what}: {count} bytes, but {len(cursor.data) - cursor.position} are left")
-    cursor.position += count
+    if count > len(cursor.data) - cursor.place:
+        cursor.fail(f"{what}: {count} bytes, but {len(cursor.data) - cursor.place} are left")
+    cursor.place += count
 
 
 def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
@@ -132,11 +133,11 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     kinds = {kind.value: kind for kind in GGMLQuantizationType}
-    types: dict[str, str] = {}
+    found: dict[str, str] = {}
     end = 0
     for number in range(count):
         name = cursor.text(f"name of tensor {number}", MAX_NAME)
-        if name in types:
+        if name in found:
             cursor.fail(f"tensor {name} twice")
         dims = cursor.number("I", f"dimensions of {name}")
         if dims > MAX_DIMS:
@@ -148,7 +149,7 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
         numel = 1
         for length in shape:
             numel *= length
-        types[name] = kinds[kind].name
+        found[name] = kinds[kind].name
         elements, size = GGML_QUANT_SIZES[kinds[kind]]
         if numel > MAX_NUMEL or (shape and shape[0] % elements):
             cursor.fail(f"{name}: shape {shape}, expected rows of a multiple of {elements}")
@@ -156,7 +157,7 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
             cursor.fail(f"{name}: data at {offset}, expected {end}")
         end += numel // elements * size
         end += -end % alignment
-    start = cursor.position + -cursor.position % alignment
+    start = cursor.place + -cursor.place % alignment
     if count and start + end > len(cursor.data):
         cursor.fail(f"tensor data ends at byte {start + end}, but the file has {len(cursor.data)}")
-    return types
+    return found

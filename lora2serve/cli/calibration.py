@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora2serve.config.recipe import DataRecipe
     from lora2serve.exporting.sinks import Calibration, Exporter, ExportModel
     from lora2serve.progress import Progress
 
@@ -38,6 +37,7 @@ def _find(model: ExportModel, home: Path, asked: str | None, told: Progress) -> 
     """The data as asked; without a word a run's own. None where there is neither."""
     from lora2serve.artifacts import run
     from lora2serve.config import recipe
+    from lora2serve.data.calibration import calibration_ids, tokenizer_of
     from lora2serve.exporting.sinks import Calibration
 
     own = run.is_run(home.parent)
@@ -51,21 +51,12 @@ def _find(model: ExportModel, home: Path, asked: str | None, told: Progress) -> 
 
     @cache
     def rows() -> Sequence[Sequence[int]]:
-        return _tokens(model, wanted, told)
+        from lora2serve.hub import pin_data
+
+        tokenizer = tokenizer_of(model.adapter, Path(model.lineage["base"]["path"]))
+        return calibration_ids(wanted, tokenizer, pin_data, told)
 
     return Calibration(wanted.train, rows, told)
-
-
-def _tokens(model: ExportModel, wanted: DataRecipe, told: Progress) -> list[list[int]]:
-    from lora2serve.data import rows as data
-    from lora2serve.data import tokenization
-    from lora2serve.hub import pin_data
-    from lora2serve.training.model import load_tokenizer
-
-    rows, _ = data.load(wanted, pin_data)
-    trained = model.adapter if model.adapter and (model.adapter / "tokenizer.json").is_file() else None
-    tokenizer = load_tokenizer(trained or Path(model.lineage["base"]["path"]))
-    return [row.input_ids for row in tokenization.tokenize_all(rows, tokenizer, wanted, told)]
 
 
 def _importance(

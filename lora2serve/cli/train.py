@@ -58,13 +58,13 @@ def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], na
         chosen = recipes.load(here.recipe)
     else:
         chosen = recipes.load(recipes.find(recipe), overrides)
-    from lora2serve.data import rows
+    from lora2serve.data import data_sets
     from lora2serve.hub import pin_data
     from lora2serve.training.finetune import train as fine_tune
     from lora2serve.training.requirements import check_libraries
 
     check_libraries(chosen.train.quantize)
-    sets = rows.load(chosen.data, pin_data)  # before a base of many gigabytes is fetched
+    sets = data_sets.load(chosen.data, pin_data)  # before a base of many gigabytes is fetched
     if resume and here.record.base.id:
         base, _ = base_of(here.record.base, None, told)  # at the commit it began with, wherever the branch is now
     else:

@@ -1,17 +1,21 @@
-"""The base as training sees it (quantised or not) and the adapter on it."""
+"""The base as training sees it (quantized or not) and the adapter on it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
-from lora2serve.errors import TrainError, did_you_mean
-from lora2serve.training.requirements import first_line
+from lora2serve.errors import TrainError, did_you_mean, first_line
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
+from lora2serve.weights.checkpoint import read_config
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
 OTHER_TOWERS = ("vision", "visual", "audio")
@@ -39,41 +43,25 @@ def device() -> Device:
     return Device("cuda", "bfloat16" if torch.cuda.is_bf16_supported() else "float16")
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model directory, with something to pad with."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainError(
-            f"{path}: no tokenizer that transformers can load ({first_line(error)})",
-            "name a directory with config.json, tokenizer.json and safetensors in model.path, or a Hub id",
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(path: Path, recipe: TrainRecipe, where: Device) -> Any:
-    """The causal language model at ``path``, quantised as the recipe says."""
+def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedModel:
+    """The causal language model at ``path``, quantized as the recipe says."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = getattr(torch, where.dtype)
-    given: dict[str, Any] = {"dtype": dtype}
-    if recipe.quantize != "none" and not _is_quantized(path):
-        given["quantization_config"] = BitsAndBytesConfig(
+    dtype = getattr(torch, device.dtype)
+    options: dict[str, object] = {"dtype": dtype}
+    if recipe.quantize != "none" and not read_config(path).get("quantization_config"):
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=recipe.quantize,
             bnb_4bit_use_double_quant=recipe.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    if where.on_gpu:
-        given["device_map"] = {"": 0}
+    if device.on_gpu:
+        options["device_map"] = {"": 0}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), **given)
+        model = AutoModelForCausalLM.from_pretrained(str(path), **options)
     except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise TrainError(
             f"{path}: no causal language model that transformers can load ({first_line(error)})",
@@ -83,10 +71,10 @@ def load_base(path: Path, recipe: TrainRecipe, where: Device) -> Any:
     return use_plain_cpu_kernels(model) if recipe.quantize != "none" else model
 
 
-def prepare(model: Any, *, checkpointing: bool) -> Any:
+def prepare(model: PreTrainedModel, *, checkpointing: bool) -> PreTrainedModel:
     """The base, ready to carry an adapter.
 
-    What a quantised base keeps in 16 bits (norms, embeddings, head) goes to float32 where that is float16, whose range
+    What a quantized base keeps in 16 bits (norms, embeddings, head) goes to float32 where that is float16, whose range
     it may leave. In bfloat16 it stays: autocast would round a float32 head back at every step, and both take as much
     memory again as the 4-bit weights where the vocabulary is large.
     """
@@ -104,14 +92,14 @@ def prepare(model: Any, *, checkpointing: bool) -> Any:
     return model
 
 
-def lora_config(model: Any, recipe: TrainRecipe) -> Any:
+def lora_config(model: PreTrainedModel, recipe: TrainRecipe) -> LoraConfig:
     """PEFT's configuration for the recipe's adapter; TrainError for a module that ``model`` does not have."""
     from peft import LoraConfig
 
     lora = recipe.lora
     if getattr(model, "is_quantized", False) and lora_inits.changes_base(lora.init):
         raise TrainError(
-            f"train.lora.init: {lora.init} takes a part of the base out, which a quantised base cannot give",
+            f"train.lora.init: {lora.init} takes a part of the base out, which a quantized base cannot give",
             "set another init, or model.path to the 16-bit model",
         )
     _refuse_unknown("train.lora.modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
@@ -129,7 +117,7 @@ def lora_config(model: Any, recipe: TrainRecipe) -> Any:
     )
 
 
-def add_adapter(model: Any, config: Any) -> Any:
+def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """A PEFT model with a fresh LoRA, ready to train; ``model`` comes from ``prepare``, ``config`` from above."""
     from peft import get_peft_model
 
@@ -149,11 +137,11 @@ def _refuse_unknown(key: str, names: Sequence[str], paths: Sequence[str]) -> Non
         )
 
 
-def targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
-    """Module names for a preset, found in the real model, or the given names once each is known to be there."""
-    if not isinstance(wanted, str):
-        _refuse_unknown("train.lora.targets", wanted, _adaptable(model))
-        return list(wanted)
+def targets(model: PreTrainedModel, preset: str | Sequence[str]) -> list[str]:
+    """Module names: a preset's, looked up in the real model, or those of the recipe, once each is known to be there."""
+    if not isinstance(preset, str):
+        _refuse_unknown("train.lora.targets", preset, _adaptable(model))
+        return list(preset)
     paths = linear_modules(model)
     attention = [path for path in paths if "attn" in path or "attention" in path]
     qv = [path for path in paths if path.rsplit(".", 1)[-1] in QV]
@@ -162,27 +150,27 @@ def targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
         "attention": attention,
         "qv-mlp": qv + [path for path in paths if path not in set(attention)],
         "all-linear": paths,
-    }[wanted]
+    }[preset]
     if not chosen:
         leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
         raise TrainError(
-            f"train.lora.targets: preset {wanted} finds no module in this model", f"name them: {', '.join(leaves)}"
+            f"train.lora.targets: preset {preset} finds no module in this model", f"name them: {', '.join(leaves)}"
         )
     return _suffixes(chosen, paths)
 
 
 def _suffixes(chosen: Sequence[str], paths: Sequence[str]) -> list[str]:
     """The shortest endings that name the chosen modules and no other: GPT-2 has two kinds of ``c_proj``."""
-    left = set(paths) - set(chosen)
-    found = set()
+    others = set(paths) - set(chosen)
+    suffixes = set()
     for path in chosen:
         parts = path.split(".")
         endings = (".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1))
-        found.add(next(end for end in endings if not any(f".{other}".endswith(f".{end}") for other in left)))
-    return sorted(found)
+        suffixes.add(next(end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others)))
+    return sorted(suffixes)
 
 
-def _adaptable(model: Any) -> list[str]:
+def _adaptable(model: PreTrainedModel) -> list[str]:
     """Dotted names of every module that can carry a LoRA, head and embeddings too."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -191,7 +179,7 @@ def _adaptable(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def linear_modules(model: Any) -> list[str]:
+def linear_modules(model: PreTrainedModel) -> list[str]:
     """Dotted names of the linear layers, without the head and without routers of experts."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -206,7 +194,7 @@ def linear_modules(model: Any) -> list[str]:
     ]
 
 
-def quantized_modules(model: Any) -> list[str]:
+def quantized_modules(model: PreTrainedModel) -> list[str]:
     """Dotted names of the modules that bitsandbytes really replaced."""
     if not getattr(model, "is_quantized", False):
         return []
@@ -216,13 +204,7 @@ def quantized_modules(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _other_towers(model: Any) -> str | None:
+def _other_towers(model: PreTrainedModel) -> str | None:
     """A pattern for the modules that do not belong to the language model of a multimodal one."""
-    found = any(tower in name for name in linear_modules(model) for tower in OTHER_TOWERS)
-    return rf".*({'|'.join(OTHER_TOWERS)}).*" if found else None
-
-
-def _is_quantized(path: Path) -> bool:
-    from lora2serve.weights.checkpoint import read_config
-
-    return bool(read_config(path).get("quantization_config"))
+    towers = any(tower in name for name in linear_modules(model) for tower in OTHER_TOWERS)
+    return rf".*({'|'.join(OTHER_TOWERS)}).*" if towers else None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from lora2serve.artifacts.run import Run
 
@@ -39,19 +38,19 @@ def plot(run: Run) -> None:
 def smooth(values: Sequence[float]) -> list[float]:
     """An exponential moving average without the pull towards its start (Adam's bias correction)."""
     keep = 1 - 1 / max(1.0, WINDOW * len(values))
-    total, weight, found = 0.0, 0.0, []
+    total, weight, smoothed = 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        found.append(total / weight)
-    return found
+        smoothed.append(total / weight)
+    return smoothed
 
 
-def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[key]) for line in lines if key in line]
+def _series(lines: Sequence[Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
+    points = [(int(line["step"]), line[key]) for line in lines if key in line]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _evaluated(run: Run, lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+def _evaluated(run: Run, lines: Sequence[Mapping[str, float]]) -> list[tuple[int, float]]:
     """(step, eval loss): the base at step 0, then as logged."""
     base = run.record.metrics.base
     steps, losses = _series(lines, "eval_loss")

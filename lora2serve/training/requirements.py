@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lora2serve.errors import TrainError
+from lora2serve.errors import TrainError, first_line
 from lora2serve.system.extras import install_hint
 
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -35,27 +35,22 @@ def translated() -> Iterator[None]:
         raise _out_of_memory(error) from error
     except Exception as error:  # bitsandbytes, safetensors and torch have classes of their own
         if "python -m bitsandbytes" in str(error):  # its library for this CUDA could not be loaded
-            hint = "`python -m bitsandbytes` tells why; train.quantize: none does without it"
+            hint = "`python -m bitsandbytes` says why; train.quantize: none does without it"
             raise TrainError(f"bitsandbytes has no library that fits this GPU ({_cause(error)})", hint) from error
         if any(words in str(error) for words in MEMORY):
             raise _out_of_memory(error) from error
         if getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in DISK):
-            hint = "make room; `lora2serve train --resume` goes on from the last whole checkpoint"
+            hint = "make room; `lora2serve train --resume` continues from the last complete checkpoint"
             raise TrainError("the disk is full: the run could not be saved", hint) from error
         raise
 
 
 def _cause(error: BaseException) -> str:
     """What the loader said, out of bitsandbytes' page of advice."""
-    found = re.search(r"Original error: (.+)", str(error))
-    return found[1].strip()[:200] if found else first_line(error)
+    original = re.search(r"Original error: (.+)", str(error))
+    return original[1].strip()[:200] if original else first_line(error)
 
 
 def _out_of_memory(error: BaseException) -> TrainError:
     hint = "lower train.batch_size or data.max_length, and raise train.accumulation"
     return TrainError(f"out of memory ({first_line(error)})", hint)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, at most 200 characters; the class where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

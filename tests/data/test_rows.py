@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora2serve.config.recipe import DataRecipe
-from lora2serve.data import rows as data
-from lora2serve.data import tokenization
+from lora2serve.data import data_sets, tokenization
+from lora2serve.data.rendering import IGNORE
+from lora2serve.data.rows import ChatRow, CompletionRow, Row, TextRow, parse_row
 from lora2serve.errors import DataError
 from lora2serve.progress import Silent
-from tests.support.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
+from tests.support.runs import DEMO, fit, logged, plain, recipe_file, rows, write_jsonl
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
 PAIR = {"prompt": "Question: who? Answer:", "completion": " Nobody."}
@@ -32,14 +33,18 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(DEMO / "base")
 
 
-def learned(row: dict[str, Any], tokenizer: Any, **recipe: Any) -> str:
+def row_of(value: dict[str, Any]) -> Row:
+    row = parse_row(value)
+    assert not isinstance(row, str), row
+    return row
+
+
+def learned(value: dict[str, Any], tokenizer: Any, **recipe: Any) -> str:
     """The text that a loss is taken on."""
-    found = tokenization.tokenize(row, tokenizer, DataRecipe(train="", **recipe))
-    assert len(found.input_ids) == len(found.labels)
-    assert all(
-        label in (tokenization.IGNORE, token) for token, label in zip(found.input_ids, found.labels, strict=True)
-    )
-    return tokenizer.decode([label for label in found.labels if label != tokenization.IGNORE])
+    sample = tokenization.tokenize(row_of(value), tokenizer, DataRecipe(train="", **recipe))
+    assert len(sample.input_ids) == len(sample.labels)
+    assert all(label in (IGNORE, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
+    return tokenizer.decode([label for label in sample.labels if label != IGNORE])
 
 
 def test_loss_on_completions_only(tokenizer: Any) -> None:
@@ -62,11 +67,11 @@ def test_loss_on_everything_is_the_control(tokenizer: Any) -> None:
 
 
 def test_cut_rows_are_marked(tokenizer: Any) -> None:
-    long = {"text": "word " * 50}
+    long = TextRow("word " * 50)
     cut = tokenization.tokenize(long, tokenizer, DataRecipe(train="", max_length=16))
     assert (len(cut.input_ids), cut.cut, cut.learned) == (16, True, True)
-    assert not tokenization.tokenize(TEXT, tokenizer, DataRecipe(train="")).cut
-    prompt = {"prompt": "word " * 50, "completion": "x"}
+    assert not tokenization.tokenize(row_of(TEXT), tokenizer, DataRecipe(train="")).cut
+    prompt = CompletionRow("word " * 50, "x")
     assert not tokenization.tokenize(prompt, tokenizer, DataRecipe(train="", max_length=16)).learned
 
 
@@ -108,7 +113,7 @@ def test_each_form_trains_from_each_file(tmp_path: Path, small: Path, form: dict
         write_jsonl(file, content)
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), file)
-    assert data.read(str(file), "train").rows == content
+    assert plain(data_sets.read(str(file))) == content
     run, told, _ = fit(recipe_file(tmp_path, small, {"train": str(file), "eval_split": 0.25}, steps=2))
     assert [json.loads(line) for line in run.eval_data.read_text().splitlines()] == [form] * 3
     assert run.record.data.eval.rows == 3
@@ -119,23 +124,22 @@ def test_parquet_columns_that_a_row_leaves_empty(tmp_path: Path) -> None:
     empty = {"text": None, "prompt": None, "completion": None}
     table = pyarrow.Table.from_pylist([{**empty, **TEXT}, {**empty, **PAIR}])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert data.read(str(tmp_path / "a.parquet"), "train").rows == [TEXT, PAIR]
+    assert plain(data_sets.read(str(tmp_path / "a.parquet"))) == [TEXT, PAIR]
 
 
 def test_the_split_is_kept_apart_and_the_same_each_time(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n}"} for n in range(20)])
-    first, second = (data.load(DataRecipe(train=str(file), eval_split=0.3)) for _ in range(2))
-    train, held_out = first
+    first, second = (data_sets.load(DataRecipe(train=str(file), eval_split=0.3)) for _ in range(2))
+    train, held_out = first.train, first.held_out
     assert held_out is not None
     assert first == second
     assert (len(train.rows), len(held_out.rows)) == (14, 6)
-    assert {row["text"] for row in train.rows} | {row["text"] for row in held_out.rows} == {
-        f"row {n}" for n in range(20)
-    }
-    assert train.rows == [{"text": f"row {number - 1}"} for number in train.numbers], "each still knows its line"
+    texts = [row["text"] for row in plain(train) + plain(held_out)]
+    assert sorted(texts, key=str) == sorted(f"row {n}" for n in range(20))
+    assert plain(train) == [{"text": f"row {number - 1}"} for number in train.numbers], "each still knows its line"
     one = write_jsonl(tmp_path / "one.jsonl", [TEXT])
     with pytest.raises(DataError, match="none left to train on"):
-        data.load(DataRecipe(train=str(one), eval_split=0.3))
+        data_sets.load(DataRecipe(train=str(one), eval_split=0.3))
 
 
 BAD_ROWS = [
@@ -163,7 +167,7 @@ def test_a_bad_row_names_file_line_and_reason(tmp_path: Path, line: bytes, reaso
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n".join([good, b"", good, line, good]))
     with pytest.raises(DataError) as caught:
-        data.read(str(file), "train")
+        data_sets.read(str(file))
     assert caught.value.message.splitlines()[0] == "1 of 4 rows cannot be used:"
     assert caught.value.message.splitlines()[1].startswith(f"{file}:4: ")
     assert reason.removeprefix("a JSON array") in caught.value.message
@@ -173,7 +177,7 @@ def test_a_bad_row_names_file_line_and_reason(tmp_path: Path, line: bytes, reaso
 def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}] * 30 + [TEXT])
     with pytest.raises(DataError) as caught:
-        data.read(str(file), "train")
+        data_sets.read(str(file))
     lines = caught.value.message.splitlines()
     assert (lines[0], lines[-1], len(lines)) == ("30 of 31 rows cannot be used:", "... and 20 more", 12)
 
@@ -191,12 +195,12 @@ def test_a_file_that_is_no_data_set(tmp_path: Path, name: str, content: bytes | 
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=said):
-        data.read(str(tmp_path / name), "train")
+        data_sets.read(str(tmp_path / name))
 
 
 def test_a_set_of_the_hub_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="data set nobody/nothing-at-all: "):
-        data.read("nobody/nothing-at-all", "train")
+        data_sets.read("nobody/nothing-at-all")
 
 
 def test_line_separators_inside_json_end_no_line(tmp_path: Path) -> None:
@@ -204,7 +208,7 @@ def test_line_separators_inside_json_end_no_line(tmp_path: Path) -> None:
     row = {"text": "one\u2028two\x85three"}
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + (json.dumps(row, ensure_ascii=False) + "\r\n").encode() * 2)
-    assert data.read(str(file), "train").rows == [row, row]
+    assert plain(data_sets.read(str(file))) == [row, row]
 
 
 def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tokenizer: Any) -> None:
@@ -215,12 +219,12 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tokenizer: Any
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + strict.chat_template
     )
     system = {"messages": [{"role": "system", "content": "S"}, *CHAT["messages"]]}
-    found = data.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT, TEXT, system])), "train")
+    chats = data_sets.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT, TEXT, system])))
     with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses it: no system turn"):
-        tokenization.tokenize_all(found, strict, DataRecipe(train=""), Silent())
+        tokenization.tokenize_all(chats, strict, DataRecipe(train=""), Silent())
     strict.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        tokenization.tokenize_all(found, strict, DataRecipe(train=""), Silent())
+        tokenization.tokenize_all(chats, strict, DataRecipe(train=""), Silent())
 
 
 def test_a_template_that_rewrites_an_answer_fails_aloud(tmp_path: Path, tokenizer: Any) -> None:
@@ -228,10 +232,10 @@ def test_a_template_that_rewrites_an_answer_fails_aloud(tmp_path: Path, tokenize
 
     moody = copy.deepcopy(tokenizer)
     moody.chat_template = "{{ messages | length }}: " + moody.chat_template
-    found = data.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT])), "train")
+    chats = data_sets.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT])))
     with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template renders a conversation differently"):
-        tokenization.tokenize_all(found, moody, DataRecipe(train=""), Silent())
-    assert tokenization.tokenize_all(found, moody, DataRecipe(train="", completion_only=False), Silent())
+        tokenization.tokenize_all(chats, moody, DataRecipe(train=""), Silent())
+    assert tokenization.tokenize_all(chats, moody, DataRecipe(train="", completion_only=False), Silent())
 
 
 VALUES = st.recursive(
@@ -247,7 +251,11 @@ VALUES = st.recursive(
 @settings(max_examples=200)
 @given(row=VALUES)
 def test_any_value_is_a_row_or_has_a_reason(row: Any) -> None:
-    reason = data.problem_of(row)
-    assert "\n" not in reason
-    if not reason:
-        assert set(data.normal(row)) in ({"messages"}, {"prompt", "completion"}, {"text"})
+    parsed = parse_row(row)
+    if isinstance(parsed, str):
+        assert parsed
+        assert "\n" not in parsed
+    else:
+        assert isinstance(parsed, ChatRow | CompletionRow | TextRow)
+        assert set(parsed.json()) in ({"messages"}, {"prompt", "completion"}, {"text"})
+        assert parse_row(parsed.json()) == parsed

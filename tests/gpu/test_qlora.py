@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lora2serve.artifacts.run import Run
 from lora2serve.training import finetune
 from lora2serve.training import model as models
-from lora2serve.training.trainer import last_checkpoint
+from lora2serve.training.checkpoints import last_checkpoint
 from tests.support.runs import fit, logged, recipe_file
 
 ROWS, LENGTH = 4, 512

@@ -160,12 +160,12 @@ def test_export_with_nothing_local(hub: HubServer, tmp_path: Path) -> None:
 
 
 DATA = "datasets/org/data"
-PINNED = "from lora2serve.hub import pin_data; from lora2serve.data import rows as data; import json, sys;" \
-         "print(json.dumps([r.record() | {'row': r.rows[0]} for r in [data.read(name, 'train', pin_data) for name in sys.argv[1:]]]))"  # fmt: skip
+PINNED = "from lora2serve.hub import pin_data; from lora2serve.data import data_sets; import json, sys;" \
+         "print(json.dumps([{'path': r.path, 'sha256': r.sha256, 'rows': len(r.rows), 'revision': r.revision, 'row': r.rows[0].json()} for r in [data_sets.read(name, 'train', pin_data) for name in sys.argv[1:]]]))"  # fmt: skip
 
 
 def read_data(hub: HubServer, home: Path, *names: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``data.read`` by the real ``datasets`` in its own process, as ``train`` calls it."""
+    """``data_sets.read`` by the real ``datasets`` in its own process, as ``train`` calls it."""
     return subprocess.run(
         [sys.executable, "-c", PINNED, *names],
         env=client_env(hub, home, **environment),

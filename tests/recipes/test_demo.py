@@ -12,7 +12,7 @@ import torch
 
 from converters.gguf.native.pretokenizer import pre_tokenizer
 from lora2serve.config.recipe import find, load
-from lora2serve.data.rows import problem_of
+from lora2serve.data.rows import parse_row
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 
@@ -76,7 +76,7 @@ def test_template(tokenizer: Any) -> None:
 
 def test_data(tokenizer: Any) -> None:
     train, held_out = rows("train.jsonl"), rows("eval.jsonl")
-    assert not [problem_of(row) for row in train + held_out if problem_of(row)]
+    assert not [problem for row in train + held_out if isinstance(problem := parse_row(row), str)]
     asked = [{row["messages"][-2]["content"] for row in part} for part in (train, held_out)]
     assert not asked[0] & asked[1], "the held-out rows ask in other words"
     answers = [{row["messages"][-1]["content"] for row in part} for part in (train, held_out)]

@@ -14,7 +14,8 @@ import yaml
 from lora2serve.artifacts.run import Run
 from lora2serve.config import recipe as recipes
 from lora2serve.config.recipe import Recipe
-from lora2serve.data import rows as data
+from lora2serve.data import data_sets
+from lora2serve.data.data_sets import DataSet
 from lora2serve.progress import Unit
 from lora2serve.training.finetune import train
 from tests.support.tiny import make_model
@@ -46,6 +47,11 @@ class Told:
             self.said[label] = said or self.said.get(label, "")
 
         yield advance
+
+
+def plain(data: DataSet) -> list[dict[str, object]]:
+    """Its rows as they are written to a file."""
+    return [row.json() for row in data.rows]
 
 
 def rows(name: str, count: int) -> list[dict[str, Any]]:
@@ -84,7 +90,7 @@ def fit(file: Path, *, into: Path | None = None, resume: bool = False) -> tuple[
     recipe, told = recipes.load(file), Told()
     run = Run(into or file.parent / "run")
     run.path.mkdir(exist_ok=resume)
-    train(recipe, run, data.load(recipe.data), base=Path(recipe.model.path), resume=resume, progress=told)
+    train(recipe, run, data_sets.load(recipe.data), base=Path(recipe.model.path), resume=resume, progress=told)
     return run, told, recipe
 
 

@@ -17,8 +17,8 @@ import torch
 
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import CheckpointError, DataError, TrainError
+from lora2serve.training.checkpoints import last_checkpoint
 from lora2serve.training.requirements import translated
-from lora2serve.training.trainer import last_checkpoint
 from tests.support.runs import DEMO, fit, recipe_file, write_jsonl
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from lora2serve.config.recipe import load
-from lora2serve.data.tokenization import Tokens
+from lora2serve.data.tokenization import Sample
+from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.training import advice
 from tests.support.runs import fit, recipe_file
 
-GOOD = Tokens([1, 2, 3], [-100, 2, 3], cut=False)
-LONG = Tokens([1, 2, 3], [-100, 2, 3], cut=True)
-EMPTY = Tokens([1, 2, 3], [-100, -100, -100], cut=True)
+GOOD = Sample([1, 2, 3], [-100, 2, 3], cut=False)
+LONG = Sample([1, 2, 3], [-100, 2, 3], cut=True)
+EMPTY = Sample([1, 2, 3], [-100, -100, -100], cut=True)
 FINE: dict[str, Any] = {"rows": [GOOD] * 300, "held_out": True, "checkpointing": True}
 
 
@@ -31,7 +32,7 @@ FAULTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {},
         {"rows": [GOOD] * 150},
-        "150 rows will be memorised: set train.lora.dropout: 0.05 and train.early_stopping: 3",
+        "150 rows will be memorized: set train.lora.dropout: 0.05 and train.early_stopping: 3",
     ),
     ({"lora": {"rank": 65}}, {}, "rank 65 is large"),
     ({"lora": {"modules_to_save": ["lm_head"]}}, {}, "lm_head trained in full: vLLM, llama.cpp and Ollama refuse"),
@@ -94,9 +95,11 @@ def test_a_gpu_that_would_stand_idle(
 
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A10G (UUID: GPU-1)'\n")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA A10G, 23028 MiB, 570.1'\n")
     tool.chmod(0o755)
+    nvidia_gpus.cache_clear()
     assert advice.idle_gpu() == "", "the control: no GPU here"
+    nvidia_gpus.cache_clear()
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -105,4 +108,6 @@ def test_a_gpu_that_would_stand_idle(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "cannot use it: training takes the CPU (nvidia-smi shows the driver's version" in advice.idle_gpu()
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
+    nvidia_gpus.cache_clear()
     assert advice.idle_gpu() == "", "the control: the tool without a GPU"
+    nvidia_gpus.cache_clear()

@@ -12,10 +12,10 @@ import pytest
 
 from lora2serve.artifacts.run import Run
 from lora2serve.config.recipe import DataRecipe
-from lora2serve.data import rows as data
+from lora2serve.data import data_sets
 from lora2serve.errors import DataError
 from tests.support.hub_server import HubServer
-from tests.support.runs import recipe_file, rows, write_jsonl
+from tests.support.runs import plain, recipe_file, rows, write_jsonl
 
 CARD = """---
 configs:
@@ -49,15 +49,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_subset_and_splits(layout: Path) -> None:
-    train, held_out = data.load(DataRecipe(train=str(layout), subset="talk", eval_split="test"))
-    assert held_out is not None
-    assert (train.rows, held_out.rows) == (rows("train.jsonl", 12), rows("eval.jsonl", 5))
-    assert train.where(3) == f"{layout}:3"
-    other, _ = data.load(DataRecipe(train=str(layout), subset="talk", split="test"))
-    assert other.rows == held_out.rows
-    share, kept = data.load(DataRecipe(train=str(layout), subset="talk", eval_split=0.25))
-    assert kept is not None
-    assert (len(share.rows), len(kept.rows)) == (9, 3)
+    talk = data_sets.load(DataRecipe(train=str(layout), subset="talk", eval_split="test"))
+    assert talk.held_out is not None
+    assert (plain(talk.train), plain(talk.held_out)) == (rows("train.jsonl", 12), rows("eval.jsonl", 5))
+    assert talk.train.where(3) == f"{layout}:3"
+    other = data_sets.load(DataRecipe(train=str(layout), subset="talk", split="test"))
+    assert other.train.rows == talk.held_out.rows
+    share = data_sets.load(DataRecipe(train=str(layout), subset="talk", eval_split=0.25))
+    assert share.held_out is not None
+    assert (len(share.train.rows), len(share.held_out.rows)) == (9, 3)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_subset_and_splits(layout: Path) -> None:
 )
 def test_a_part_that_is_not_there(layout: Path, asked: dict[str, str], said: str) -> None:
     with pytest.raises(DataError, match=said) as caught:
-        data.load(DataRecipe(train=str(layout), **asked))
+        data_sets.load(DataRecipe(train=str(layout), **asked))
     assert caught.value.hint
     assert len(caught.value.message.splitlines()) <= 2
 
 
 def test_a_file_has_no_splits(layout: Path) -> None:
     with pytest.raises(DataError, match=r"data\.eval_split: test, but .* is a file"):
-        data.load(DataRecipe(train=str(layout / "talk" / "train.jsonl"), eval_split="test"))
+        data_sets.load(DataRecipe(train=str(layout / "talk" / "train.jsonl"), eval_split="test"))
 
 
 def test_both_by_their_hub_names(tmp_path: Path, layout: Path, small: Path) -> None:

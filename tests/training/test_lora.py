@@ -138,12 +138,13 @@ def test_every_init_gives_a_lora_for_the_true_base(
         shift = (logits(run.path, run.adapter, small) - base(torch.arange(5, 25)[None]).logits).abs().max()
     assert 1e-3 < shift < 20
     from lora2serve.config.recipe import DataRecipe
-    from lora2serve.data import rows, tokenization
+    from lora2serve.data import data_sets, tokenization
+    from lora2serve.data.tokenizer import load_tokenizer
     from lora2serve.progress import Silent
     from lora2serve.training import eval_loss
 
-    tokenizer = models.load_tokenizer(small)
-    held_out = tokenization.tokenize_all(rows.read(chats["eval"], ""), tokenizer, DataRecipe(train=""), Silent())
+    tokenizer = load_tokenizer(small)
+    held_out = tokenization.tokenize_all(data_sets.read(chats["eval"]), tokenizer, DataRecipe(train=""), Silent())
     from peft import PeftModel
 
     on_disk = eval_loss.evaluate(PeftModel.from_pretrained(base, run.adapter), held_out, 0, 4, Silent(), "")

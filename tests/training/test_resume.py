@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
-from lora2serve.training.trainer import last_checkpoint
+from lora2serve.training.checkpoints import last_checkpoint
 from tests.support.runs import DEMO, fit, logged, recipe_file
 
 STEPS = 24

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converters.gguf.header import GgufValue
 from lora2serve.errors import ExportError, did_you_mean
 
-Config = Mapping[str, Any]  # a config.json
-Values = dict[str, GgufValue | None]  # None takes a common key out
+Config = Mapping[str, Any]
+Keys = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Architecture:
     name: str
     permuted: bool = False
     norm_shift: bool = False
-    keys: Callable[[Config], Values] = lambda config: {}
+    keys: Callable[[Config], Keys] = lambda config: {}
     refuse: Callable[[Config], str] = lambda config: ""
     needs_sentencepiece: bool = False
     add_space_prefix: bool | None = None
@@ -50,11 +49,11 @@ def head_dim(config: Config) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _llama(config: Config) -> Values:
+def _llama(config: Config) -> Keys:
     return {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim(config)}
 
 
-def _granite(config: Config) -> Values:
+def _granite(config: Config) -> Keys:
     scales = {
         "attention.scale": "attention_multiplier",
         "embedding_scale": "embedding_multiplier",
@@ -66,7 +65,7 @@ def _granite(config: Config) -> Values:
     }
 
 
-def _gemma2(config: Config) -> Values:
+def _gemma2(config: Config) -> Keys:
     return {
         "attention.key_length": head_dim(config),
         "attention.value_length": head_dim(config),
@@ -76,8 +75,8 @@ def _gemma2(config: Config) -> Values:
     }
 
 
-def _gemma3(config: Config) -> Values:
-    keys: Values = {
+def _gemma3(config: Config) -> Keys:
+    keys: Keys = {
         "attention.key_length": config.get("head_dim", 256),
         "attention.value_length": config.get("head_dim", 256),
         "attention.sliding_window": config["sliding_window"],
@@ -87,31 +86,31 @@ def _gemma3(config: Config) -> Values:
     return keys
 
 
-def _qwen2_moe(config: Config) -> Values:
+def _qwen2_moe(config: Config) -> Keys:
     return {
         "expert_feed_forward_length": config["moe_intermediate_size"],
         "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
     }
 
 
-def _qwen3_moe(config: Config) -> Values:
+def _qwen3_moe(config: Config) -> Keys:
     return {"expert_feed_forward_length": config["moe_intermediate_size"]}
 
 
-def _refuse_unnormalized(config: Config) -> str:
+def _refuse_unnormalised(config: Config) -> str:
     if config.get("norm_topk_prob") is not True:
         return (
-            f"norm_topk_prob is {config.get('norm_topk_prob')!r}; llama.cpp always normalizes the expert weights here"
+            f"norm_topk_prob is {config.get('norm_topk_prob')!r}; llama.cpp always normalises the expert weights here"
         )
     return ""
 
 
-def _phi3(config: Config) -> Values:
+def _phi3(config: Config) -> Keys:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     context = config["max_position_embeddings"]
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or context
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    keys: Values = {
+    keys: Keys = {
         "rope.scaling.type": None,  # llama.cpp takes the factors from the two tensors
         "rope.scaling.original_context_length": original,
         "rope.dimension_count": int(share * config["hidden_size"]) // config["num_attention_heads"],
@@ -133,7 +132,7 @@ def _refuse_phi3(config: Config) -> str:
     return ""
 
 
-def _mistral3(config: Config) -> Values:
+def _mistral3(config: Config) -> Keys:
     rope = config.get("rope_parameters") or {}
     return _llama(config) | {
         "rope.scaling.yarn_log_multiplier": float(rope["mscale_all_dim"]),
@@ -149,14 +148,14 @@ def _refuse_mistral3(config: Config) -> str:
     return ""
 
 
-def _gpt_oss(config: Config) -> Values:
+def _gpt_oss(config: Config) -> Keys:
     return {
         "attention.sliding_window": config["sliding_window"],
         "expert_feed_forward_length": config["intermediate_size"],
     }
 
 
-def _olmo2(config: Config) -> Values:
+def _olmo2(config: Config) -> Keys:
     if not config.get("sliding_window"):
         return {}
     kinds = config.get("layer_types") or []
@@ -174,7 +173,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture("qwen2"),
     "Qwen2MoeForCausalLM": Architecture("qwen2moe", keys=_qwen2_moe),
     "Qwen3ForCausalLM": Architecture("qwen3"),
-    "Qwen3MoeForCausalLM": Architecture("qwen3moe", keys=_qwen3_moe, refuse=_refuse_unnormalized),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe", keys=_qwen3_moe, refuse=_refuse_unnormalised),
     "Gemma2ForCausalLM": Architecture(
         "gemma2",
         norm_shift=True,

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lora2serve.data.rows import Message
+
 Ids = Sequence[int]
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Message]
 
 
 @dataclass(frozen=True)

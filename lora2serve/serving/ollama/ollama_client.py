@@ -35,7 +35,7 @@ CONNECT, GREETING, ANSWER = (
     1800.0,
 )  # seconds; creating a model copies it, and a large one takes long to load
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, object]]
 
 
 class NoServer(EngineError):

@@ -1,0 +1,23 @@
+"""What a calibrated export is measured on: rows in the token ids that training saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora2serve.config.recipe import DataRecipe
+from lora2serve.data import data_sets
+from lora2serve.data.readers import Pin
+from lora2serve.data.tokenization import tokenize_all
+from lora2serve.data.tokenizer import load_tokenizer
+from lora2serve.progress import Progress
+
+
+def calibration_ids(recipe: DataRecipe, tokenizer: Path, pin: Pin, progress: Progress) -> list[list[int]]:
+    """The training rows of ``recipe`` by the tokenizer of a model directory, cut as in training."""
+    rows = data_sets.load(recipe, pin).train
+    return [sample.input_ids for sample in tokenize_all(rows, load_tokenizer(tokenizer), recipe, progress)]
+
+
+def tokenizer_of(adapter: Path | None, base: Path) -> Path:
+    """The directory of the trained tokenizer: beside the adapter, or the base's."""
+    return adapter if adapter and (adapter / "tokenizer.json").is_file() else base

@@ -1,0 +1,60 @@
+"""The tokenizer of a model directory, as far as we use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+from lora2serve.data.rows import Message
+from lora2serve.errors import TrainError, first_line
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers."""
+
+    chat_template: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    eos_token: str | None
+    pad_token: str | None
+
+    def __len__(self) -> int: ...
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False
+    ) -> Mapping[str, list[object]]: ...
+
+    def apply_chat_template(
+        self, conversation: Sequence[Message], *, tokenize: Literal[False], add_generation_prompt: bool = False
+    ) -> str: ...
+
+    def save_pretrained(self, save_directory: str) -> object: ...
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model directory, with something to pad with."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = cast("Tokenizer", AutoTokenizer.from_pretrained(str(path)))
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainError(
+            f"{path}: no tokenizer that transformers can load ({first_line(error)})",
+            "name a directory with config.json, tokenizer.json and safetensors in model.path, or a Hub id",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str, *, special: bool = True) -> list[int]:
+    """Token ids; ``special`` adds what the tokenizer puts around a text of its own, such as BOS."""
+    return cast("list[int]", list(tokenizer(text, add_special_tokens=special)["input_ids"]))
+
+
+def encode_with_spans(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text that has its special tokens, and for each the characters that it covers."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return cast("list[int]", list(encoded["input_ids"])), cast("list[tuple[int, int]]", encoded["offset_mapping"])

@@ -1,0 +1,93 @@
+"""What the trainer reports: figures into metrics.jsonl, steps into the bar, checkpoints into notes."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+
+from lora2serve.progress import Advance, Progress
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class MetricLog(TrainerCallback):  # type: ignore[misc]
+    """Metrics into metrics.jsonl, steps into the bar, checkpoints into words, Ctrl-C into a checkpoint."""
+
+    def __init__(self, path: Path, advance: Advance, progress: Progress) -> None:
+        self.path, self.advance, self.progress = path, advance, progress
+        self.last: dict[str, tuple[int, float]] = {}  # figure -> step, value
+        self.stopped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """After --resume the bar starts where the run is, and steps beyond the checkpoint leave the log."""
+        self.advance(state.global_step)
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            done = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Move the bar; after Ctrl-C, save and stop."""
+        self.advance(1)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, object] | None = None,
+        **_: object,
+    ) -> None:
+        """One line of metrics.jsonl."""
+        figures = {
+            key: value for key, value in (logs or {}).items() if isinstance(value, int | float) and math.isfinite(value)
+        }
+        if {"loss", "eval_loss", "train_runtime"} & figures.keys():  # the last one once, at the end
+            self.last |= {key: (state.global_step, value) for key, value in figures.items()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **figures}) + "\n")
+            self.advance(0, self._figures())
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """One line a checkpoint, so that a log file shows that something moves."""
+        figures = self._figures(since=state.global_step - args.logging_steps + 1)
+        self.progress.note(f"step {state.global_step} of {state.max_steps}: {figures or 'saved'}")
+
+    def _figures(self, since: int = 0) -> str:
+        """The last figures, those of a step before ``since`` left out."""
+        labels = {"loss": "loss", "eval_loss": "eval loss"}
+        known = {key: self.last[key] for key in labels if key in self.last}
+        return ", ".join(f"{labels[key]} {value:.4f}" for key, (step, value) in known.items() if step >= since)
+
+    @contextmanager
+    def stop_on_interrupt(self) -> Iterator[None]:
+        """The first Ctrl-C (or a scheduler's SIGTERM) finishes the step and saves; a second one ends at once."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stopped = True
+            restore()
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            restore()
