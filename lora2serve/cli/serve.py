@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from lora2serve.cli.common import progress
 from lora2serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora2serve.serving.server import ServeOptions
 
 KINDS = ("command", "compose", "k8s", "production-stack", "kserve", "ray")
 EXTRA = "lora2serve.engine_arguments"
@@ -68,7 +71,7 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
     Several adapter exports, or a bundle of them, share one server, each under its own name.
     """
     from lora2serve import console
-    from lora2serve.serving import server
+    from lora2serve.serving import server, server_process
 
     told = progress(ctx)
     if options["added"] or options["removed"]:
@@ -80,10 +83,7 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
     if options["printed"] not in (None, "command"):
         console.result(_rendered(exports, options, ctx.meta[EXTRA]))
         return
-    serving = server.plan(
-        list(exports) or [_default()], base=options["base"], engine=options["engine"], host=options["host"],
-        port=options["port"], updating=options["allow_updates"], extra=[*_parallel(options), *ctx.meta[EXTRA]],
-    )  # fmt: skip
+    serving = server.plan(list(exports) or [_default()], _serve_options(options, ctx.meta[EXTRA]))
     if options["printed"]:
         console.result(serving.line)
         return
@@ -91,7 +91,7 @@ def serve(ctx: click.Context, /, exports: tuple[Path, ...], **options: Any) -> N
         told.warn(
             "clients may load any adapter that lies on this machine: vLLM calls that unsafe for untrusted clients"
         )
-    code = server.run(serving, told)
+    code = server_process.run(serving, told)
     if code:
         ctx.exit(1)
 
@@ -132,14 +132,17 @@ def _rendered(exports: tuple[Path, ...], options: dict[str, Any], extra: tuple[s
 
     if options["engine"] == "llama.cpp":
         raise UsageError(f"--print {options['printed']}: vLLM only", "--print alone prints the command of llama.cpp")
-    taken = {key: options[key] for key in ("base", "tensor", "pipeline", "host", "port", "store")}
-    facts = deploy.gather(list(exports) or [_default()], extra=extra, **taken)
-    return deploy.render(options["printed"], facts).rstrip("\n")
+    spec = deploy.gather(list(exports) or [_default()], _serve_options(options, extra), options["store"])
+    return deploy.render(options["printed"], spec).rstrip("\n")
 
 
-def _parallel(options: dict[str, Any]) -> list[str]:
-    sizes = {"--tensor-parallel-size": options["tensor"], "--pipeline-parallel-size": options["pipeline"]}
-    return [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
+def _serve_options(options: dict[str, Any], extra: tuple[str, ...]) -> ServeOptions:
+    from lora2serve.serving.server import ServeOptions
+
+    return ServeOptions(
+        options["engine"], options["base"], options["host"], options["port"], options["allow_updates"],
+        options["tensor"], options["pipeline"], extra,
+    )  # fmt: skip
 
 
 def _default(wanted: tuple[str, ...] = PREFERRED) -> Path:

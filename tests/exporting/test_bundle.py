@@ -14,6 +14,7 @@ from lora2serve.artifacts import manifest
 from lora2serve.cli import run
 from lora2serve.errors import UsageError
 from lora2serve.serving import server
+from lora2serve.serving.server import ServeOptions
 from tests.support.tiny import make_adapter, make_model
 
 
@@ -158,29 +159,27 @@ def test_plan_writes_nothing(made: Path, here: Path, capfd: pytest.CaptureFixtur
 
 def test_how_it_is_served(made: Path, here: Path) -> None:
     bundle(made, "-o", "b")
-    given: dict[str, Any] = {"base": None, "engine": None, "host": "127.0.0.1", "port": 8000}
-    serving = server.plan([Path("b")], **given, extra=["--dtype", "float32"])
+    serving = server.plan([Path("b")], ServeOptions(engine_arguments=("--dtype", "float32")))
     assert serving.models == ("base", "red", "blue") and serving.folder == here / "b"
     assert serving.line.startswith(f"cd {here / 'b'} && ") and serving.line.endswith("--dtype float32")
     assert "--model" not in serving.command and server.RESOLVER not in serving.environment
-    updating = server.plan([Path("b")], **given, updating=True)
+    updating = server.plan([Path("b")], ServeOptions(allow_updates=True))
     assert updating.environment[server.RESOLVER] == str(here / "b" / "adapters")
     shutil.copytree(made / "red", here / "third")
     assert run(["export", str(here / "third"), "-t", "adapter", "-o", "more"]) == 0
-    mixed = server.plan([Path("b"), Path("more/adapter")], **given)
+    mixed = server.plan([Path("b"), Path("more/adapter")], ServeOptions())
     assert mixed.models == ("base", "third", "red", "blue") and mixed.folder is None
     assert run(["export", str(made / "red"), "-t", "adapter", "-o", "again"]) == 0
     with pytest.raises(UsageError, match="models share a name"):
-        server.plan([Path("b"), Path("again/adapter")], **given)
+        server.plan([Path("b"), Path("again/adapter")], ServeOptions())
 
 
 def test_served_where_the_base_lies_elsewhere(made: Path, here: Path) -> None:
     """Exported for a container, tried on this machine: the base that is here is loaded."""
     bundle(made, "-o", "b", "--served-base", "/models/base")
-    given: dict[str, Any] = {"engine": None, "host": "127.0.0.1", "port": 8000}
-    command = server.plan([Path("b")], base=None, **given).command
+    command = server.plan([Path("b")], ServeOptions()).command
     assert command[command.index("--model") + 1] == str(made / "base-model")
-    command = server.plan([Path("b")], base="org/copy", **given).command
+    command = server.plan([Path("b")], ServeOptions(base="org/copy")).command
     assert command[command.index("--model") + 1] == "org/copy"
 
 

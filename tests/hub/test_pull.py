@@ -217,7 +217,6 @@ def test_serve_takes_a_revision(tmp_path: Path) -> None:
 
     path = export(tmp_path, "adapter")
     manifest.update(path, rank=4, served_base="acme/base-1b")
-    how = {"engine": None, "host": "127.0.0.1", "port": 8000}
     for base, expected in (("org/base@v2", ("org/base", "v2")), (None, ("acme/base-1b", "0" * 40))):
-        command = server.plan([path], base=base, **how).command  # type: ignore[arg-type]
+        command = server.plan([path], server.ServeOptions(base=base)).command
         assert (command[command.index("--model") + 1], command[command.index("--revision") + 1]) == expected

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,13 @@ VARIANTS = {
     ),
     "large": ServerSpec(
         name="l", served="base", model="org/model", adapters={"A.b_c": "/x/a"}, rank=64, tensor=4, pipeline=2,
-        extra=("--max-model-len", "4096", "--enforce-eager", "--no-enable-prefix-caching"), size=140 << 30,
+        engine_arguments=("--max-model-len", "4096", "--enforce-eager", "--no-enable-prefix-caching"), size=140 << 30,
     ),
 }  # fmt: skip
 
 
-def rendered(kind: str, facts: ServerSpec) -> list[dict[str, Any]]:
-    from dataclasses import replace
-
-    chosen = replace(facts, **CLOUD) if kind == "ray" else facts
+def rendered(kind: str, spec: ServerSpec) -> list[dict[str, Any]]:
+    chosen = replace(spec, **CLOUD) if kind == "ray" else spec
     return list(yaml.safe_load_all(deploy.render(kind, chosen)))
 
 
@@ -147,7 +146,7 @@ def test_ray_arguments() -> None:
     assert config["model_loading_config"] == {"model_id": "M_1", "model_source": "s3://bucket/models/m"}
     assert config["engine_kwargs"]["dtype"] == "bfloat16" and "lora_config" not in config
     with pytest.raises(UsageError, match="-tp: Ray Serve takes"):
-        deploy.render("ray", ServerSpec(name="a", served="a", model="org/a", extra=("-tp", "2")))
+        deploy.render("ray", ServerSpec(name="a", served="a", model="org/a", engine_arguments=("-tp", "2")))
     with pytest.raises(UsageError, match="Ray Serve loads from s3"):
         deploy.render("ray", DEMO)
     with pytest.raises(UsageError, match="expected pvc://CLAIM"):
@@ -161,29 +160,29 @@ def test_vllm_takes_the_arguments(kind: str, variant: str, tmp_path: Path, monke
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    facts = VARIANTS[variant]
-    documents = rendered(kind, facts)
+    spec = VARIANTS[variant]
+    documents = rendered(kind, spec)
     if kind == "compose":
         model, *words = documents[0]["services"]["vllm"]["command"]
     elif kind == "k8s":
         model, *words = documents[1]["spec"]["template"]["spec"]["containers"][0]["args"]
     else:
-        spec = documents[0]["spec"]
-        model, words = spec["model"]["modelURL"], spec["vllmConfig"]["extraArgs"]
+        runtime = documents[0]["spec"]
+        model, words = runtime["model"]["modelURL"], runtime["vllmConfig"]["extraArgs"]
     if "--config" in words:
         (tmp_path / "serve.yaml").write_text("dtype: bfloat16\n")
         words[words.index("--config") + 1] = str(tmp_path / "serve.yaml")
     parser = make_arg_parser(FlexibleArgumentParser())
     seen = parser.parse_args(["--model", model, *words])
-    assert seen.model == facts.model and seen.served_model_name == [facts.served]
-    assert seen.pipeline_parallel_size == facts.pipeline
-    if facts.adapters:
-        assert seen.max_lora_rank == facts.rank
+    assert seen.model == spec.model and seen.served_model_name == [spec.served]
+    assert seen.pipeline_parallel_size == spec.pipeline
+    if spec.adapters:
+        assert seen.max_lora_rank == spec.rank
     if kind != "production-stack":
         assert {one.name: one.path for one in seen.lora_modules or []} == {
-            name: f"/models/adapters/{name}" for name in facts.adapters
+            name: f"/models/adapters/{name}" for name in spec.adapters
         }
-        assert seen.tensor_parallel_size == facts.tensor
+        assert seen.tensor_parallel_size == spec.tensor
     with pytest.raises(SystemExit):
         parser.parse_args(["--model", model, *words, "--no-such-flag"])
 
@@ -210,13 +209,17 @@ def test_what_is_asked_of_the_machine() -> None:
 
 
 @pytest.mark.parametrize("kind", deploy.KINDS)
-def test_recipes_are_what_is_rendered(kind: str) -> None:
-    from dataclasses import replace
+def test_what_no_cluster_has_run_says_so(kind: deploy.DeployKind) -> None:
+    first = deploy.render(kind, replace(DEMO, **CLOUD) if kind == "ray" else DEMO).splitlines()[0]
+    assert first.startswith("# experimental: ") == (kind in ("production-stack", "kserve", "ray"))
 
-    facts = replace(DEMO, **CLOUD) if kind == "ray" else DEMO
-    kept = (ROOT / "recipes" / "serve" / f"{kind}.yaml").read_text(encoding="utf-8")
-    assert kept == deploy.render(kind, facts), (
-        f"run: python -m tests.test_deploy, and look at recipes/serve/{kind}.yaml"
+
+@pytest.mark.parametrize("kind", deploy.KINDS)
+def test_recipes_are_what_is_rendered(kind: str) -> None:
+    spec = replace(DEMO, **CLOUD) if kind == "ray" else DEMO
+    stored = (ROOT / "recipes" / "serve" / f"{kind}.yaml").read_text(encoding="utf-8")
+    assert stored == deploy.render(kind, spec), (
+        f"run: python -m tests.serving.test_deploy, and look at recipes/serve/{kind}.yaml"
     )
 
 
@@ -262,13 +265,11 @@ def test_from_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 
 def main() -> None:
     """Render recipes/serve again."""
-    from dataclasses import replace
-
     folder = ROOT / "recipes" / "serve"
     folder.mkdir(exist_ok=True)
     for kind in deploy.KINDS:
-        facts = replace(DEMO, **CLOUD) if kind == "ray" else DEMO
-        (folder / f"{kind}.yaml").write_text(deploy.render(kind, facts), encoding="utf-8")
+        spec = replace(DEMO, **CLOUD) if kind == "ray" else DEMO
+        (folder / f"{kind}.yaml").write_text(deploy.render(kind, spec), encoding="utf-8")
 
 
 if __name__ == "__main__":

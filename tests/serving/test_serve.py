@@ -26,7 +26,8 @@ from lora2serve.artifacts import manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
 from lora2serve.errors import EngineError, UsageError
-from lora2serve.serving import runtime_lora, server
+from lora2serve.serving import runtime_lora, server, server_process
+from lora2serve.serving.server import ServeOptions, ServerCommand
 from lora2serve.weights.checkpoint import read_header
 from tests.conftest import lora2serve
 from tests.support.ollama_server import OllamaServer
@@ -227,8 +228,8 @@ def added_and_removed(address: str, adapter: Path, cache: Path) -> None:
         runtime_lora.remove(address, "third")
 
 
-def plan(*exports: Path, **more: Any) -> server.Serving:
-    return server.plan(exports, **{"base": None, "engine": None, "host": "127.0.0.1", "port": 8000, **more})
+def plan(*exports: Path, **options: Any) -> ServerCommand:
+    return server.plan(exports, ServeOptions(**options))
 
 
 def test_what_is_started(demo_exports: Mapping[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +242,7 @@ def test_what_is_started(demo_exports: Mapping[str, Path], capfd: pytest.Capture
     assert adapters.models == ("base", "demo")
     assert "--max-lora-rank" in adapters.command
     assert server.UPDATING not in adapters.environment, "off by default"
-    assert plan(demo_exports["adapter"], updating=True).environment[server.UPDATING] == "True"
+    assert plan(demo_exports["adapter"], allow_updates=True).environment[server.UPDATING] == "True"
 
 
 def test_refusals(demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
@@ -299,10 +300,13 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 
 
 def test_the_reason_in_a_log() -> None:
-    assert server.first_error(LOG) == NEEDED
-    assert server.first_error("something odd\nAnOddError without a colon\nlast words\n") == "AnOddError without a colon"
-    assert server.first_error("a\nlast words\n\n") == "last words"
-    assert server.first_error("") == "nothing in its log"
+    assert server_process.first_error(LOG) == NEEDED
+    assert (
+        server_process.first_error("something odd\nAnOddError without a colon\nlast words\n")
+        == "AnOddError without a colon"
+    )
+    assert server_process.first_error("a\nlast words\n\n") == "last words"
+    assert server_process.first_error("") == "nothing in its log"
 
 
 @pytest.mark.slow

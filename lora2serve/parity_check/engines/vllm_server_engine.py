@@ -11,7 +11,8 @@ from pathlib import Path
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engines.openai_engine import BUSY, REFUSED, OpenAI
 from lora2serve.parity_check.engines.vllm_engine import cpu_dtype, no_kernel
-from lora2serve.serving import server
+from lora2serve.serving import server, server_process
+from lora2serve.serving.server import ServeOptions
 from lora2serve.system.http import HttpStatus
 from lora2serve.system.json_values import Json
 
@@ -29,20 +30,21 @@ class VllmServer(OpenAI):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        extra = ["--max-model-len", str(window), "--max-logprobs", "-1", "--enforce-eager", "--seed", "0"]
+        arguments = ["--max-model-len", str(window), "--max-logprobs", "-1", "--enforce-eager", "--seed", "0"]
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
             merged = (Path(export) / "config.json").is_file()
-            extra += ["--dtype", cpu_dtype(export if merged else base)]
-        serving = server.plan([Path(export)], base=base, engine="vllm", host="127.0.0.1", port=port, extra=extra)
+            arguments += ["--dtype", cpu_dtype(export if merged else base)]
+        options = ServeOptions("vllm", base, port=port, engine_arguments=tuple(arguments))
+        command = server.plan([Path(export)], options)
         log = Path(tempfile.gettempdir()) / f"lora2serve-parity-{os.getpid()}.log"
         try:
-            self.process = server.start(serving, log)
+            self.process = server_process.start(command, log)
         except EngineError as error:  # the log stays: the error names it
             raise no_kernel(error.message) or error from None
         self._log = log.open(encoding="utf-8", errors="replace")
         log.unlink()
-        super().__init__(serving.address, tokenizer, serving.models[-1])
+        super().__init__(command.address, tokenizer, command.models[-1])
         self.version = f"vllm server, {self.model}"
 
     def _ask_once(self, method: str, path: str, body: Mapping[str, object] | None) -> Json:
@@ -53,5 +55,5 @@ class VllmServer(OpenAI):
             if isinstance(error, HttpStatus) and error.status in (*REFUSED, *BUSY):
                 raise
             self._log.seek(0)
-            reason = server.first_error(self._log.read())
+            reason = server_process.first_error(self._log.read())
             raise EngineError(f"{error.message.split(' answers ')[0]}: {reason}") from None

@@ -1,31 +1,36 @@
 """Servers on other machines, rendered from exports.
 
-One file per kind, each with ``header(facts)``, the words on top, and ``documents(facts)``, what YAML is made of.
+One module per kind, each with ``header(spec)``, the comment on top, and ``documents(spec)``, what the YAML is made of.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Literal, get_args
 
 from lora2serve.serving.deploy.server_spec import ServerSpec, gather
 
-__all__ = ["KINDS", "ServerSpec", "gather", "render"]
+__all__ = ["EXPERIMENTAL", "KINDS", "DeployKind", "ServerSpec", "gather", "render"]
 
-KINDS = ("compose", "k8s", "production-stack", "kserve", "ray")
+DeployKind = Literal["compose", "k8s", "production-stack", "kserve", "ray"]
+KINDS: tuple[DeployKind, ...] = get_args(DeployKind)
+EXPERIMENTAL: dict[DeployKind, str] = dict.fromkeys(
+    ("production-stack", "kserve", "ray"), "experimental: checked against its schema, never run on a cluster"
+)
 
 
-def render(kind: str, facts: ServerSpec) -> str:
+def render(kind: DeployKind, spec: ServerSpec) -> str:
     """YAML documents of one kind, under a comment that says how they are used."""
     import yaml
 
     class Plain(yaml.SafeDumper):
         """What occurs twice is written twice: anchors are hard to read and to edit."""
 
-        def ignore_aliases(self, data: Any) -> bool:
+        def ignore_aliases(self, data: object) -> bool:
             return True
 
     module = import_module(f"lora2serve.serving.deploy.{kind.replace('-', '_')}")
-    words = "".join(f"# {line}\n" for line in module.header(facts))
-    documents = module.documents(facts)
-    return words + yaml.dump_all(documents, Dumper=Plain, sort_keys=False, width=120, allow_unicode=True)
+    notes = [EXPERIMENTAL[kind]] if kind in EXPERIMENTAL else []
+    header = "".join(f"# {line}\n" for line in [*notes, *module.header(spec)])
+    documents = module.documents(spec)
+    return header + yaml.dump_all(documents, Dumper=Plain, sort_keys=False, width=120, allow_unicode=True)

@@ -3,45 +3,44 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 from lora2serve.exporting import bundle
 from lora2serve.serving.deploy.k8s import stored
-from lora2serve.serving.deploy.server_spec import ServerSpec
+from lora2serve.serving.deploy.server_spec import Document, ServerSpec
 
 
-def header(facts: ServerSpec) -> list[str]:
-    return [f"fill the store {facts.store}: {', '.join(stored(facts))}; then kubectl apply -f FILE"]
+def header(spec: ServerSpec) -> list[str]:
+    return [f"fill the store {spec.store}: {', '.join(stored(spec))}; then kubectl apply -f FILE"]
 
 
-def documents(facts: ServerSpec) -> list[dict[str, Any]]:
-    adapters = [{"name": name, "uri": facts.in_store(facts.adapter_path(name))} for name in facts.adapters]
+def documents(spec: ServerSpec) -> list[Document]:
+    adapters = [{"name": name, "uri": spec.in_store(spec.adapter_path(name))} for name in spec.adapters]
     count = len(adapters)
-    lora = {"lora": {"maxRank": facts.rank, "maxAdapters": count, "maxCpuAdapters": count, "adapters": adapters}}
-    pod = {"containers": [_container(facts)]}
-    spec = {
-        "model": {"uri": _address(facts), "name": facts.served, **(lora if adapters else {})},
+    lora = {"lora": {"maxRank": spec.rank, "maxAdapters": count, "maxCpuAdapters": count, "adapters": adapters}}
+    pod = {"containers": [_container(spec)]}
+    service = {
+        "model": {"uri": _address(spec), "name": spec.served, **(lora if adapters else {})},
         "replicas": 1,
-        "parallelism": {"tensor": facts.tensor, **({"pipeline": facts.pipeline} if facts.pipeline > 1 else {})},
+        "parallelism": {"tensor": spec.tensor, **({"pipeline": spec.pipeline} if spec.pipeline > 1 else {})},
         "router": {"route": {}, "gateway": {}, "scheduler": {}},
         "template": pod,
-        **({"worker": pod} if facts.pipeline > 1 else {}),  # each stage of the pipeline is a pod of its own
+        **({"worker": pod} if spec.pipeline > 1 else {}),  # each stage of the pipeline is a pod of its own
     }
-    name = {"name": facts.name}
-    return [{"apiVersion": "serving.kserve.io/v1alpha2", "kind": "LLMInferenceService", "metadata": name, "spec": spec}]
+    kind = {"apiVersion": "serving.kserve.io/v1alpha2", "kind": "LLMInferenceService"}
+    return [{**kind, "metadata": {"name": spec.name}, "spec": service}]
 
 
-def _address(facts: ServerSpec) -> str:
-    if facts.local:
-        return facts.in_store(facts.model)
-    return f"hf://{facts.model}" + (f":{facts.revision}" if facts.revision else "")
+def _address(spec: ServerSpec) -> str:
+    if spec.local:
+        return spec.in_store(spec.model)
+    return f"hf://{spec.model}" + (f":{spec.revision}" if spec.revision else "")
 
 
-def _container(facts: ServerSpec) -> dict[str, Any]:
-    config = ["--config", f"/mnt/models/{bundle.CONFIG}"] if facts.settings else []
-    extra = shlex.join([*config, *facts.extra])
+def _container(spec: ServerSpec) -> dict[str, object]:
+    config = ["--config", f"/mnt/models/{bundle.CONFIG}"] if spec.settings else []
+    extra = shlex.join([*config, *spec.engine_arguments])
     return {
         "name": "main",
         **({"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": extra}]} if extra else {}),
-        "resources": {"limits": {"nvidia.com/gpu": str(facts.tensor)}},
+        "resources": {"limits": {"nvidia.com/gpu": str(spec.tensor)}},
     }

@@ -1,25 +1,28 @@
-"""What a rendering needs to know about the exports: the model, its adapters, where each lies, and vLLM's arguments."""
+"""What a rendering needs to know about the exports: the model, its adapters, the path of each, vLLM's arguments."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-from lora2serve.adapters.lint import next_rank
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import UsageError
 from lora2serve.exporting import bundle
 from lora2serve.serving import server
+from lora2serve.serving.server import ServeOptions
 
-MODELS = "/models"  # where the files lie in a container, as in the store: base/ and adapters/<name>/
+MODELS = "/models"  # where the files are in a container, as in the store: base/ and adapters/<name>/
 IMAGE = "vllm/vllm-openai:v0.32.0"  # the version that the lint knows
-PORT = 8000
+PORT = server.PORT
 STORE = "pvc://models"
 GIB = 1 << 30
-LABEL = 50  # Kubernetes takes 63 characters, and its controllers add some
+LONGEST_LABEL = 50  # Kubernetes takes 63 characters, and its controllers add some
+
+Document: TypeAlias = Mapping[str, object]  # of YAML
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,11 @@ class ServerSpec:
     revision: str | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> directory on this machine
     rank: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # vLLM's, out of the serve.yaml beside a merged model
+    settings: Mapping[str, object] = field(default_factory=dict)  # vLLM's, out of the serve.yaml beside a merged model
     size: int = 0  # bytes of the files
     tensor: int = 1
     pipeline: int = 1
-    extra: tuple[str, ...] = ()
+    engine_arguments: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = PORT
     store: str = STORE
@@ -62,8 +65,8 @@ class ServerSpec:
 
     def claim(self) -> str:
         """The name of the volume claim that is the store."""
-        scheme, found, name = self.store.partition("://")
-        if scheme != "pvc" or not found or not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name):
+        scheme, separator, name = self.store.partition("://")
+        if scheme != "pvc" or not separator or not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name):
             raise UsageError(f"--store {self.store}: expected pvc://CLAIM for this kind")
         return name
 
@@ -77,63 +80,64 @@ class ServerSpec:
             words += ["--enable-lora", "--max-lora-rank", str(self.rank), "--max-loras", str(len(self.adapters))]
         if self.adapters and modules:
             words += ["--lora-modules", *(_module(name, self.adapter_path(name)) for name in self.adapters)]
-        return [*words, *self.extra]
+        return [*words, *self.engine_arguments]
 
 
-def gather(
-    exports: Sequence[Path], *, base: str | None, tensor: int, pipeline: int, extra: Sequence[str], host: str,
-    port: int, store: str,
-) -> ServerSpec:  # fmt: skip
-    """Facts of a merged export, of a bundle, or of adapters of one base; UsageError for what vLLM does not serve."""
-    about = server.read(exports)
-    path, first = next(iter(about.items()))
-    if first["target"] == bundle.TARGET:
-        members = bundle.members(path, first)
-    elif first["target"] == "adapter":
-        members = {server.adapter_name(part, one): part for part, one in about.items()}
-    elif first["target"] == "vllm":
-        members = {}
-    else:
+def gather(exports: Sequence[Path], options: ServeOptions, store: str = STORE) -> ServerSpec:
+    """The spec of a merged export, of a bundle, or of adapters of one base; UsageError for what vLLM does not serve."""
+    opened = server.open_exports(exports)
+    first = opened[0]
+    if first.target not in ("vllm", "adapter", bundle.TARGET):
         raise UsageError(
-            f"{path}: an export for {first['target']}, which vLLM does not serve",
-            "`lora2serve export --target vllm` or `--target adapter` makes one; --print alone prints the command",
+            f"{first.path}: an export for {first.target}, which vLLM does not serve",
+            "`lora2serve export --target vllm` or `--target adapter` makes one",
         )
-    model: dict[str, Any] = _of_base(first, base) if members else _of_merged(path, first)
-    ranks = [int(one["rank"]) for one in about.values() if members]
-    return ServerSpec(
-        name=label("-".join(members) or str(first["name"])), adapters={name: shown(at) for name, at in members.items()},
-        rank=next_rank(max(ranks)) if ranks else None, tensor=tensor, pipeline=pipeline, extra=tuple(extra), host=host,
-        port=port, store=store, **{**model, "size": model["size"] + sum(_bytes(at) for at in members.values())},
-    )  # fmt: skip
+    adapters: dict[str, Path] = {}
+    if first.target == bundle.TARGET:
+        adapters = first.members
+    elif first.target == "adapter":
+        adapters = {server.adapter_name(adapter): adapter.path for adapter in opened}
+    model = _of_base(first, options.base) if adapters else _of_merged(first)
+    return replace(
+        model,
+        name=label("-".join(adapters) or first.manifest.name),
+        adapters={name: shown(path) for name, path in adapters.items()},
+        rank=server.largest_rank(opened) if adapters else None,
+        size=model.size + sum(map(_bytes, adapters.values())),
+        tensor=options.tensor_parallel_size,
+        pipeline=options.pipeline_parallel_size,
+        engine_arguments=options.engine_arguments,
+        host=options.host,
+        port=options.port,
+        store=store,
+    )
 
 
 def shown(path: Path) -> str:
-    """Relative to here where it lies below, so that the files can be kept and moved together."""
-    whole, here = path.resolve(), Path.cwd()
-    return f"./{whole.relative_to(here).as_posix()}" if whole.is_relative_to(here) else str(whole)
+    """Relative to the working directory where it is below that, so that the files can be kept and moved together."""
+    absolute, here = path.resolve(), Path.cwd()
+    return f"./{absolute.relative_to(here).as_posix()}" if absolute.is_relative_to(here) else str(absolute)
 
 
-def _of_base(about: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+def _of_base(adapter: Export, base: str | None) -> ServerSpec:
     """A Hub id stays one, under the name that the adapters have for it; a directory is mounted."""
-    record = about.get("base") or {}
-    served, local = base or str(about["served_base"]), Path(base or str(record.get("path")))
+    record = adapter.manifest.base
+    served, local = base or str(adapter.manifest.served_base), Path(base or record.path)
     size = _bytes(local) if local.is_dir() else 0
     if re.fullmatch(r"[\w.-]+/[\w.-]+", served) and not Path(served).is_dir():
-        revision = None if base else record.get("revision")
-        return {"served": bundle.BASE, "model": served, "revision": revision, "size": size}
-    return {"served": bundle.BASE, "model": f"{MODELS}/base", "local": shown(local), "size": size}
+        revision = None if base else record.revision
+        return ServerSpec(bundle.BASE, bundle.BASE, served, revision=revision, size=size)
+    return ServerSpec(bundle.BASE, bundle.BASE, f"{MODELS}/base", local=shown(local), size=size)
 
 
-def _of_merged(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+def _of_merged(export: Export) -> ServerSpec:
     import yaml
 
-    name, file = str(about["name"]), path / bundle.CONFIG
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings = {key.replace("-", "_"): value for key, value in found.items() if key != "served-model-name"}
-    return {
-        "served": name, "model": f"{MODELS}/{label(name)}", "local": shown(path), "size": _bytes(path),
-        "settings": settings,
-    }  # fmt: skip
+    name, file = export.manifest.name, export.path / bundle.CONFIG
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = {key.replace("-", "_"): value for key, value in content.items() if key != "served-model-name"}
+    model = f"{MODELS}/{label(name)}"
+    return ServerSpec(name, name, model, local=shown(export.path), size=_bytes(export.path), settings=settings)
 
 
 def _module(name: str, path: str) -> str:
@@ -142,7 +146,7 @@ def _module(name: str, path: str) -> str:
 
 def label(name: str) -> str:
     """A name that Kubernetes takes for objects and labels."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:LABEL].strip("-") or "model"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:LONGEST_LABEL].strip("-") or "model"
 
 
 def _bytes(folder: Path) -> int:
