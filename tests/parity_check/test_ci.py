@@ -1,9 +1,8 @@
-"""What people put into their CI: the action's own steps, the pytest plugin, the files of both services."""
+"""What people put into their CI: the action, a baseline, the pytest plugin, the files of both services."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,9 @@ import pytest
 import yaml
 
 from lora2serve.artifacts.run import Run
+from lora2serve.cli import cli
 from lora2serve.cli import run as command
+from tests.conftest import lora2serve
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "ci"
 
@@ -35,45 +36,43 @@ def place(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def step(name: str, root: Path, **inputs: str) -> subprocess.CompletedProcess[str]:
-    """One step of action.yml as GitHub runs it: its own shell line, with its inputs in its environment."""
+@pytest.fixture(scope="module")
+def exported(place: Path) -> Path:
+    """The run's GGUF."""
+    lora2serve("export", "runs/latest", "--target", "gguf", cwd=place)
+    return place / "runs" / "demo" / "exports" / "gguf-Q4_K_M"
+
+
+def test_the_action_is_sound() -> None:
+    """Inputs reach the shell through the environment only, and every option is one of the command's."""
     action = yaml.safe_load((RECIPES / "action.yml").read_text())
-    given = {key: str(one["default"]) for key, one in action["inputs"].items()} | inputs
-    (found,) = [one for one in action["runs"]["steps"] if one["name"] == name]
-    own = {
-        key: re.sub(r"\$\{\{ inputs\.(\w+) \}\}", lambda match: given[match[1]], value)
-        for key, value in found.get("env", {}).items()
-    }
-    assert "${{" not in found["run"], "what a user hands in goes through the environment, never into the shell's text"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, **own, "PATH": path, "GITHUB_STEP_SUMMARY": str(root / "summary")}
-    words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", found["run"]]
-    return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    inputs = {f"${{{{ inputs.{name} }}}}" for name in action["inputs"]}
+    steps = action["runs"]["steps"]
+    assert [step["name"] for step in steps] == ["Export", "Parity", "Summary"]
+    for step in steps:
+        assert "${{" not in step["run"]
+        assert set(step.get("env", {}).values()) <= inputs
+        for name, options in re.findall(r"lora2serve (\w+)(.*)", step["run"]):
+            known = {option for parameter in cli.commands[name].params for option in parameter.opts}
+            assert set(re.findall(r"--[a-z-]+", options)) <= known
 
 
-def test_the_action(place: Path) -> None:
-    """Export, parity, summary; then the control: red against a baseline that was better."""
-    inputs = {"targets": "gguf", "require": "llama.cpp"}
-    for name in ("Export", "Parity", "Summary"):
-        done = step(name, place, **inputs)
-        assert done.returncode == 0, done.stderr
-    assert "| gguf-Q4_K_M | llama.cpp | ✅ met |" in (place / "summary").read_text()
+def test_worse_than_before_is_red(place: Path, exported: Path) -> None:
+    words = ("parity", "runs/latest", "--require", "llama.cpp", "--report", "parity")
+    lora2serve(*words, cwd=place)
+    assert "| gguf-Q4_K_M | llama.cpp | ✅ met |" in (place / "parity" / "summary.md").read_text()
     report = json.loads((place / "parity" / "report.json").read_text())
     (row,) = report["rows"]
     for check in row["gates"][2]["checks"]:
         if check["name"] == "mean_kl":
             check |= {"value": 1e-9, "low": 1e-9, "high": 1e-9}
     (place / "better.json").write_text(json.dumps(report))
-    done = step("Parity", place, **inputs, baseline="better.json")
-    assert done.returncode == 3
-    assert "mean_kl 1e-09 became" in done.stderr
+    lora2serve(*words, "--baseline", "better.json", cwd=place, code=3)
 
 
-def test_the_plugin(place: Path) -> None:
+def test_the_plugin(place: Path, exported: Path) -> None:
     """One test for each export and gate; with a bound that cannot be met, one of them fails and says why."""
-    run = place / "runs" / "demo"
-    if not (run / "exports" / "gguf-Q4_K_M").is_dir():
-        assert step("Export", place, targets="gguf").returncode == 0
+    run = exported.parents[1]
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA", "--lora2serve-exports"]
     done = subprocess.run([*words, run / "exports"], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -120,10 +119,7 @@ def test_the_files_of_both_services() -> None:
         (["--require", "vllm"], "--require vllm: no export here is compared in it"),
     ],
 )
-def test_engines_that_cannot_be(place: Path, capfd: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+def test_engines_that_cannot_be(exported: Path, capfd: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     """Refused before any work: an engine that is required and never asked could not turn red."""
-    export = place / "runs" / "demo" / "exports" / "gguf-Q4_K_M"
-    if not export.is_dir():
-        assert step("Export", place, targets="gguf").returncode == 0
-    assert command(["parity", str(export), *words]) == 2
+    assert command(["parity", str(exported), *words]) == 2
     assert said in capfd.readouterr().err
