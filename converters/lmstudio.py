@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from lora2serve.artifacts.staging import StagedDir, StagedFile
@@ -15,8 +15,8 @@ from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import Block, TensorSpec
 
-PUBLISHER = "lora2serve"
-BAD = set('/<>:"\\|?*')
+DEFAULT_PUBLISHER = "lora2serve"
+FORBIDDEN_CHARACTERS = set('/<>:"\\|?*')
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LmStudioOptions(GgufOptions):
     where the file must not be yet, unless it is to be replaced.
     """
 
-    publisher: str = PUBLISHER
+    publisher: str = DEFAULT_PUBLISHER
     install: Path | None = None
     replace: bool = False
 
@@ -40,20 +40,20 @@ class LmStudioSink:
     def __init__(self, model: ExportModel, out: StagedDir, options: LmStudioOptions) -> None:
         for name in (options.publisher, model.name):
             _refuse_name(name)
-        self._out, self._place = out, f"{options.publisher}/{model.name}"
-        self._gguf = GgufSink(model, Folder(out, self._place), options)
-        there = [options.install / self._place / name for name in self._gguf.files] if options.install else []
-        for path in (path for path in there if os.path.lexists(path) and not options.replace):
+        self._out, self._folder = out, f"{options.publisher}/{model.name}"
+        self._gguf = GgufSink(model, Folder(out, self._folder), options)
+        installed = [options.install / self._folder / name for name in self._gguf.files] if options.install else []
+        for path in (path for path in installed if os.path.lexists(path) and not options.replace):
             raise ExportError(f"{path}: LM Studio has that file", "--overwrite replaces it, or give another --name")
         self.wanted = self._gguf.wanted
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._gguf.write(spec, rows, block)
 
-    def finish(self) -> Mapping[str, Any]:
-        file = f"{self._place}/{self._gguf.files[0]}"
+    def finish(self) -> Mapping[str, object]:
+        file = f"{self._folder}/{self._gguf.files[0]}"
         path = shlex.quote(str(self._out.target / file))
-        return {**self._gguf.finish(), "file": file, "use": f"lms import --copy --user-repo {self._place} {path}"}
+        return {**self._gguf.finish(), "file": file, "use": f"lms import --copy --user-repo {self._folder} {path}"}
 
     def close(self) -> None:
         self._gguf.close()
@@ -61,7 +61,13 @@ class LmStudioSink:
 
 def _refuse_name(name: str) -> None:
     """What ``lms import`` takes for a folder's name (``isValidFolderName`` in its importCmd.ts)."""
-    if not 0 < len(name) <= 100 or name != name.strip() or name[0] == "." or name[-1] == "." or set(name) & BAD:
+    if (
+        not 0 < len(name) <= 100
+        or name != name.strip()
+        or name[0] == "."
+        or name[-1] == "."
+        or set(name) & FORBIDDEN_CHARACTERS
+    ):
         raise ExportError(f"{name!r}: no folder's name for LM Studio", "give another with --name")
 
 

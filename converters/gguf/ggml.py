@@ -1,4 +1,4 @@
-"""ggml's own quantiser, by ctypes out of llama-cpp-python's library; gguf's numpy code where it is missing.
+"""ggml's own quantizer, by ctypes out of llama-cpp-python's library; gguf's numpy code where it is missing.
 
 A failed assertion inside ggml ends the process, so every argument is checked here first.
 """
@@ -9,14 +9,15 @@ import ctypes
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora2serve.errors import ExportError
 from lora2serve.system.extras import install_hint
 from lora2serve.weights.tensors import all_finite
 
 if TYPE_CHECKING:
-    from numpy import ndarray
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
@@ -27,13 +28,6 @@ def type_number(name: str) -> int:
     from gguf import GGMLQuantizationType
 
     return int(GGMLQuantizationType[name].value)
-
-
-def type_name(number: int) -> str:
-    """The type's name for ggml's number."""
-    from gguf import GGMLQuantizationType
-
-    return str(GGMLQuantizationType(number).name)
 
 
 def block_size(name: str) -> tuple[int, int]:
@@ -52,13 +46,13 @@ def row_bytes(name: str, columns: int) -> int:
     return columns // elements * size
 
 
-def encode(block: Tensor, name: str, importance: ndarray[Any, Any] | None = None) -> memoryview:
+def encode(block: Tensor, name: str, importance: NDArray[np.float32] | None = None) -> memoryview:
     """Rows of float32 (n, columns) as bytes of that type; each row stands alone, so any rows may come together."""
     import torch
 
-    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if name in plain:
-        stored = block.to(plain[name])
+    floats = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if name in floats:
+        stored = block.to(floats[name])
         if name == "F16" and not all_finite(stored):
             raise ExportError(f"{float(block.abs().max()):.4g} does not fit F16 (65504 at most)", "use --quant BF16")
         return stored.contiguous().flatten().view(torch.uint8).numpy().data
@@ -89,7 +83,7 @@ def prepare(names: set[str]) -> None:
 
 
 @lru_cache(maxsize=1)
-def ggml() -> Any:
+def ggml() -> ctypes.CDLL | None:
     """libggml-base, or None where llama-cpp-python is not installed."""
     package = find_spec("llama_cpp")
     if package is None or package.origin is None:
@@ -114,4 +108,4 @@ def _encode_by_gguf(rows: Tensor, name: str) -> memoryview:
     try:
         return memoryview(quantize(rows.numpy(), GGMLQuantizationType[name]).tobytes())
     except NotImplementedError:
-        raise ExportError(f"{name} needs ggml's own quantiser", install_hint("gguf")) from None
+        raise ExportError(f"{name} needs ggml's own quantizer", install_hint("gguf")) from None

@@ -24,7 +24,7 @@ from lora2serve.weights.tensors import Block, TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLAIN = {"lora_A", "lora_B"}
+LORA_MATRICES = {"lora_A", "lora_B"}
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class GgufAdapterSink:
         if model.adapter is None or len(model.lineage.get("adapters") or [0]) != 1:
             raise ExportError("--target gguf-adapter: expected one adapter", "combine them with --combine")
         self._adapter = open_adapter(model.adapter)
-        with RowMaps(model) as moves:
-            self._architecture = moves.architecture
-            self._moves = {module: moves.of(f"{module}.weight") for module in self._adapter.layers}
-        _refuse(self._adapter, self._moves, model)
+        with RowMaps(model) as row_maps:
+            self._architecture = row_maps.architecture
+            self._row_maps = {module: row_maps.of(f"{module}.weight") for module in self._adapter.layers}
+        _refuse(self._adapter, self._row_maps, model)
         self._out, self.name = out, f"{model.name}-lora.gguf"
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
@@ -76,7 +76,7 @@ class GgufAdapterSink:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 0.0)
-        for target, parts in _by_target(self._moves).items():
+        for target, parts in _by_target(self._row_maps).items():
             a, b = self._factors(parts)
             writer.add_tensor(f"{target}.lora_a", a.numpy())
             writer.add_tensor(f"{target}.lora_b", b.numpy())
@@ -102,16 +102,16 @@ class GgufAdapterSink:
         return torch.cat(above).contiguous(), torch.cat(beside, dim=1).contiguous()
 
 
-def _by_target(moves: Mapping[str, Sequence[RowMap]]) -> dict[str, dict[str, Tensor]]:
+def _by_target(row_maps: Mapping[str, Sequence[RowMap]]) -> dict[str, dict[str, Tensor]]:
     """GGUF tensor -> the modules that lie in it, and their outputs there."""
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for module, places in moves.items():
-        for move in places:
-            found[move.target][module] = move.outputs
-    return found
+    targets: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for module, maps in row_maps.items():
+        for row_map in maps:
+            targets[row_map.target][module] = row_map.outputs
+    return targets
 
 
-def _refuse(adapter: Adapter, moves: Mapping[str, Sequence[RowMap]], model: ExportModel) -> None:
+def _refuse(adapter: Adapter, row_maps: Mapping[str, Sequence[RowMap]], model: ExportModel) -> None:
     """Everything that the format cannot hold, at once."""
     problems = [f"{name} was trained in full" for name in adapter.full if not _is_copy(name, adapter, model)]
     if not adapter.is_lora:
@@ -119,10 +119,10 @@ def _refuse(adapter: Adapter, moves: Mapping[str, Sequence[RowMap]], model: Expo
     if changes_base(init_of(adapter.config)):
         problems.append("its init took a part of the base into the adapter")
     for module, layer in adapter.layers.items():
-        extra = sorted(set(layer.parts) - PLAIN)
+        extra = sorted(set(layer.parts) - LORA_MATRICES)
         if extra:
             problems.append(f"{module}: {', '.join(extra)} has no place in a GGUF adapter")
-        elif not moves[module]:
+        elif not row_maps[module]:
             problems.append(f"{module}: no such tensor in the GGUF of this model")
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []

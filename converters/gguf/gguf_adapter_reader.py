@@ -15,7 +15,7 @@ from lora2serve.weights.tensors import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-ALPHA = "adapter.lora.alpha"
+ALPHA_KEY = "adapter.lora.alpha"
 
 
 class GgufAdapterReader:
@@ -28,19 +28,22 @@ class GgufAdapterReader:
         scan(path)
         reader = GGUFReader(path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._alpha = float(reader.fields[ALPHA].contents()) if ALPHA in reader.fields else 0.0
+        self._alpha = float(reader.fields[ALPHA_KEY].contents()) if ALPHA_KEY in reader.fields else 0.0
         source = model.source
-        with RowMaps(model) as moves:
-            self._moves = {name: found for name in source.changed() if (found := moves.of(name))}
+        with RowMaps(model) as row_maps:
+            self._row_maps = {name: maps for name in source.changed() if (maps := row_maps.of(name))}
         self._source = source
         planned = {
-            f"{move.target}.{part}" for found in self._moves.values() for move in found for part in ("lora_a", "lora_b")
+            f"{row_map.target}.{part}"
+            for maps in self._row_maps.values()
+            for row_map in maps
+            for part in ("lora_a", "lora_b")
         }
         rows = {spec.name: spec.rows for spec in source.specs()}
         self.wanted: Mapping[str, int] = {
             name: rows[name]  # its outputs may lie in any order: a tensor comes whole
-            for name, found in self._moves.items()
-            if all(f"{move.target}.{part}" in self._tensors for move in found for part in ("lora_a", "lora_b"))
+            for name, maps in self._row_maps.items()
+            if all(f"{row_map.target}.{part}" in self._tensors for row_map in maps for part in ("lora_a", "lora_b"))
         }
         self.differences = [f"{name}: missing" for name in sorted(planned - self._tensors.keys())]
         self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned)]
@@ -51,18 +54,18 @@ class GgufAdapterReader:
 
         base = self._source.before(spec.name, rows).values.float()
         sides: list[tuple[Tensor, Tensor]] = []
-        for move in self._moves[spec.name]:
-            a, b = self._factor(f"{move.target}.lora_a"), self._factor(f"{move.target}.lora_b")
-            if (b.shape[0], a.shape[0]) != (len(move.outputs), b.shape[1]):
+        for row_map in self._row_maps[spec.name]:
+            a, b = self._factor(f"{row_map.target}.lora_a"), self._factor(f"{row_map.target}.lora_b")
+            if (b.shape[0], a.shape[0]) != (len(row_map.outputs), b.shape[1]):
                 raise ExportError(
-                    f"{move.target}: B {list(b.shape)} and A {list(a.shape)} for {len(move.outputs)} rows"
+                    f"{row_map.target}: B {list(b.shape)} and A {list(a.shape)} for {len(row_map.outputs)} rows"
                 )
-            mine = move.outputs >= 0
-            change = (self._alpha / a.shape[0] if self._alpha else 1.0) * (b[mine] @ a)
-            before, planned = (values.float().T if move.turned else values.float() for values in (base, block))
-            order = move.outputs[mine]
+            own = row_map.outputs >= 0
+            change = (self._alpha / a.shape[0] if self._alpha else 1.0) * (b[own] @ a)
+            before, planned = (values.float().T if row_map.transposed else values.float() for values in (base, block))
+            order = row_map.outputs[own]
             sides.append((planned[order], before[order] + change))
-        names = " and ".join(move.target for move in self._moves[spec.name])
+        names = " and ".join(row_map.target for row_map in self._row_maps[spec.name])
         planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*sides, strict=True))
         return names, planned, stored
 

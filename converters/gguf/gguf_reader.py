@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.gguf import backends
+from converters.gguf.gguf_layout import LayoutOptions
 from converters.gguf.gguf_scan import scan
-from converters.gguf.gguf_sink import GgufOptions
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GgufReader:
-    """The tensors of an export, dequantised row by row; those of the projector too, where it has one."""
+    """The tensors of an export, dequantized row by row; those of the projector too, where it has one."""
 
     def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
         from gguf import GGUFReader
@@ -28,10 +28,10 @@ class GgufReader:
             scan(file)
         self._tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
         self._rounded_twice = bool(about.get("match_reference"))
-        options = GgufOptions(quant=str(about.get("quant") or "F16"), match_reference=self._rounded_twice)
-        self._layouts = backends.layouts(model, options)
-        self.wanted: Mapping[str, int] = backends.together(layout.wanted for layout in self._layouts)
-        planned = {tensor.name for layout in self._layouts for tensor in layout.tensors}
+        options = LayoutOptions(quant=str(about.get("quant") or "F16"), match_reference=self._rounded_twice)
+        self._backends = backends.open_backends(model, options)
+        self.wanted: Mapping[str, int] = backends.rows_at_once(backend.wanted for backend in self._backends)
+        planned = {tensor.name for backend in self._backends for tensor in backend.tensors}
         self.differences = [f"{name}: missing" for name in sorted(planned - self._tensors.keys())]
         self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned)]
 
@@ -51,10 +51,10 @@ class GgufReader:
         return " and ".join(names), planned, stored
 
     def _targets(self, spec: TensorSpec, rows: slice, block: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        for layout in self._layouts:
-            if spec.name in layout.wanted:
-                found = layout.targets(spec, rows, block)
-                yield from ((target, first, values) for target, first, values in found if target in self._tensors)
+        for backend in self._backends:
+            if spec.name in backend.wanted:
+                parts = backend.targets(spec, rows, block)
+                yield from ((target, first, values) for target, first, values in parts if target in self._tensors)
 
     def _pair(self, target: str, first: int, expected: Tensor) -> tuple[Tensor, Tensor]:
         import torch
@@ -65,9 +65,9 @@ class GgufReader:
         if columns != expected.shape[-1]:
             raise ExportError(f"{target}: rows of {columns} values, expected {expected.shape[-1]}", "export again")
         data = stored.data.reshape(-1, stored.data.shape[-1])[first : first + len(expected)]
-        found = torch.from_numpy(dequantize(data, stored.tensor_type).reshape(tuple(expected.shape)).copy())
+        values = torch.from_numpy(dequantize(data, stored.tensor_type).reshape(tuple(expected.shape)).copy())
         kind = stored.tensor_type.name
         if self._rounded_twice and kind != "F32":
             expected = expected.to(torch.float16).float()
-        plain = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind)
-        return expected.to(plain).float() if plain else expected, found.float()
+        rounded = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind)
+        return expected.to(rounded).float() if rounded else expected, values.float()

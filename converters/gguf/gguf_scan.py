@@ -10,7 +10,6 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora2serve.errors import CheckpointError
 
@@ -24,19 +23,19 @@ MAX_NUMEL = 2**63 - 1
 
 @dataclass
 class Cursor:
-    """A place in the file that cannot leave it."""
+    """A position in the file that cannot leave it."""
 
     path: Path
-    data: Any
-    place: int = 0
+    data: mmap.mmap | bytes
+    position: int = 0
 
     def take(self, count: int, what: str) -> bytes:
         """The next bytes; CheckpointError where the file has not so many."""
-        left = len(self.data) - self.place
+        left = len(self.data) - self.position
         if count > left:
-            self.fail(f"{what}: {count} bytes at byte {self.place}, but {left} are left")
-        self.place += count
-        return bytes(self.data[self.place - count : self.place])
+            self.fail(f"{what}: {count} bytes at byte {self.position}, but {left} are left")
+        self.position += count
+        return bytes(self.data[self.position - count : self.position])
 
     def number(self, layout: str, what: str) -> int:
         return int(struct.unpack(f"<{layout}", self.take(struct.calcsize(layout), what))[0])
@@ -74,7 +73,7 @@ def _scan(cursor: Cursor) -> dict[str, str]:
     if version not in VERSIONS:
         cursor.fail(f"version {version}, expected one of {', '.join(map(str, VERSIONS))}")
     tensors, pairs = cursor.number("Q", "tensor count"), cursor.number("Q", "key count")
-    left = len(cursor.data) - cursor.place
+    left = len(cursor.data) - cursor.position
     # the smallest key takes 8 + 1 + 4 + 1 bytes, the smallest tensor 8 + 1 + 4 + 8 + 4 + 8
     if pairs * 14 > left or tensors * 33 > left:
         cursor.fail(f"{tensors} tensors and {pairs} keys in {left} bytes")
@@ -108,7 +107,7 @@ def _value(cursor: Cursor, kind: int, key: str) -> None:
     elif kind == ARRAY:
         inner, length = cursor.number("I", f"element type of {key}"), cursor.number("Q", f"length of {key}")
         if inner == STRING:
-            if length * 8 > len(cursor.data) - cursor.place:
+            if length * 8 > len(cursor.data) - cursor.position:
                 cursor.fail(f"{key}: {length} strings, but the file ends before")
             for _ in range(length):
                 cursor.text(key)
@@ -123,9 +122,9 @@ def _value(cursor: Cursor, kind: int, key: str) -> None:
 
 
 def _skip(cursor: Cursor, count: int, what: str) -> None:
-    if count > len(cursor.data) - cursor.place:
-        cursor.fail(f"{what}: {count} bytes, but {len(cursor.data) - cursor.place} are left")
-    cursor.place += count
+    if count > len(cursor.data) - cursor.position:
+        cursor.fail(f"{what}: {count} bytes, but {len(cursor.data) - cursor.position} are left")
+    cursor.position += count
 
 
 def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
@@ -133,11 +132,11 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     kinds = {kind.value: kind for kind in GGMLQuantizationType}
-    found: dict[str, str] = {}
+    types: dict[str, str] = {}
     end = 0
     for number in range(count):
         name = cursor.text(f"name of tensor {number}", MAX_NAME)
-        if name in found:
+        if name in types:
             cursor.fail(f"tensor {name} twice")
         dims = cursor.number("I", f"dimensions of {name}")
         if dims > MAX_DIMS:
@@ -149,7 +148,7 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
         numel = 1
         for length in shape:
             numel *= length
-        found[name] = kinds[kind].name
+        types[name] = kinds[kind].name
         elements, size = GGML_QUANT_SIZES[kinds[kind]]
         if numel > MAX_NUMEL or (shape and shape[0] % elements):
             cursor.fail(f"{name}: shape {shape}, expected rows of a multiple of {elements}")
@@ -157,7 +156,7 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
             cursor.fail(f"{name}: data at {offset}, expected {end}")
         end += numel // elements * size
         end += -end % alignment
-    start = cursor.place + -cursor.place % alignment
+    start = cursor.position + -cursor.position % alignment
     if count and start + end > len(cursor.data):
         cursor.fail(f"tensor data ends at byte {start + end}, but the file has {len(cursor.data)}")
-    return found
+    return types

@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp, Ollama and LM Studio: from folded row blocks to a quantised file in one pass.
+"""GGUF for llama.cpp, Ollama and LM Studio: from folded row blocks to a quantized file in one pass.
 
 Plan, header, then blocks at their final offsets from any thread. Format: the GGUF specification
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), written by the ``gguf`` package.
@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from converters.gguf import import_gguf  # isort: skip  # noqa: F401 (before whatever imports gguf)
 from converters.gguf import backends, imatrix, tokenizer_check
+from converters.gguf.gguf_layout import LayoutOptions
+from converters.gguf.gguf_plan import plan_file
 from converters.gguf.gguf_writer import GgufWriter
 from converters.gguf.llama.llama_process import Llama
-from converters.gguf.presets import NEEDS_IMATRIX, PRESETS
+from converters.gguf.presets import NEED_IMATRIX, PRESETS
+from converters.gguf.shards import ShardFiles
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
@@ -24,19 +26,15 @@ from lora2serve.weights.tensors import Block, TensorSpec
 
 
 @dataclass(frozen=True)
-class GgufOptions:
-    """``tensor_type``: ``pattern=TYPE`` over the preset. ``match_reference``: round to bf16 and f16 first, as the usual
-    chain of merge, convert and quantise does. ``imatrix``: an importance matrix. ``split_size``: bytes of a file.
-    ``chat_template`` replaces the model's in the file.
+class GgufOptions(LayoutOptions):
+    """``tensor_type``: ``pattern=TYPE`` over the preset. ``imatrix``: an importance matrix. ``split_size``: bytes of a
+    file.
     """
 
     quant: str = "Q4_K_M"
     tensor_type: tuple[str, ...] = ()
-    pre: str | None = None
-    match_reference: bool = False
     imatrix: Path | None = None
     split_size: int | None = None
-    chat_template: str | None = None
 
 
 class GgufSink:
@@ -47,43 +45,46 @@ class GgufSink:
     default_quant: ClassVar[str | None] = "Q4_K_M"
 
     def __init__(self, model: ExportModel, out: StagedDir, options: GgufOptions) -> None:
-        if options.quant in NEEDS_IMATRIX and options.imatrix is None:
+        if options.quant in NEED_IMATRIX and options.imatrix is None:
             raise ExportError(
                 f"--quant {options.quant} needs an importance matrix", "give --imatrix FILE or --calibrate DATA"
             )
-        self._options = options
+        self._match_reference = options.match_reference
         with Llama() as llama, ExitStack() as stack:  # what was opened is closed where the rest is refused
-            main, *others = self._layouts = backends.layouts(model, options)
-            for layout in self._layouts:
-                stack.callback(layout.close)
+            main, *projectors = self._backends = backends.open_backends(model, options)
+            for backend in self._backends:
+                stack.callback(backend.close)
             shapes = {tensor.name: tensor.shape for tensor in main.tensors}
             matrix = imatrix.fit(imatrix.read(options.imatrix), shapes) if options.imatrix else None
-            rounded = options.match_reference
-            self._parts = [GgufWriter(main, llama, matrix, options.tensor_type, match_reference=rounded)]
-            self._parts += [GgufWriter(layout, llama, None, match_reference=rounded) for layout in others]
-            self.proof = tokenizer_check.prove(model, self._parts[0].write_empty, llama)
-            self.files = self._parts[0].allocate(out, f"{model.name}-{options.quant}", options.split_size)
-            self.projectors = [
-                name
-                for part in self._parts[1:]
-                for name in part.allocate(out, f"mmproj-{model.name}-{part.layout.preset}")
+            plan, *others = [
+                plan_file(main, llama, matrix, options.tensor_type),
+                *(plan_file(projector, llama) for projector in projectors),
             ]
+            self.tokens = tokenizer_check.check(model, plan, llama)
+            files = ShardFiles(out, f"{model.name}-{options.quant}", plan, options.split_size)
+            self._writers = [GgufWriter(main, plan, files, matrix, match_reference=options.match_reference)]
+            for projector, other in zip(projectors, others, strict=True):
+                files = ShardFiles(out, f"mmproj-{model.name}-{projector.preset}", other)
+                self._writers.append(GgufWriter(projector, other, files, None, match_reference=options.match_reference))
+            self.files, *beside = [writer.files.names for writer in self._writers]
+            self.projectors = [name for names in beside for name in names]
             stack.pop_all()
-        self.wanted: Mapping[str, int] = backends.together(part.layout.wanted for part in self._parts)
+        self.architecture = main.architecture
+        self.wanted: Mapping[str, int] = backends.rows_at_once(backend.wanted for backend in self._backends)
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
-        for part in self._parts:
-            part.write(spec, rows, block)
+        for writer in self._writers:
+            writer.write(spec, rows, block)
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self) -> Mapping[str, object]:
         return {
-            "architecture": self._layouts[0].architecture,
+            "architecture": self.architecture,
             "file": self.files[0],
             **({"projector": self.projectors[0]} if self.projectors else {}),
-            "match_reference": self._options.match_reference,
-            "tokens_proven": self.proof.ids,
+            "match_reference": self._match_reference,
+            "tokens_proven": self.tokens.compared,
         }
 
     def close(self) -> None:
-        for layout in self._layouts:
-            layout.close()
+        for backend in self._backends:
+            backend.close()

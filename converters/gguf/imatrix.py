@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from converters.gguf.gguf_scan import MAGIC, Cursor, scan
 from lora2serve.errors import CheckpointError, ExportError
 
 if TYPE_CHECKING:
-    from numpy import ndarray
+    import numpy as np
+    from numpy.typing import NDArray
 
-    Matrix = ndarray[Any, Any]
-
-CHUNK = 512  # tokens, as llama.cpp counts them
+Matrix: TypeAlias = "NDArray[np.float32]"
+CHUNK_TOKENS = 512  # as llama.cpp counts them
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,26 @@ class Imatrix:
 
     def of(self, name: str, shape: Sequence[int]) -> Matrix | None:
         """The means for a weight of that shape (its last axis is a row); None where it has none."""
-        found = self.means.get(name)
-        if found is None:
+        means = self.means.get(name)
+        if means is None:
             return None
         expected = (shape[0] if len(shape) == 3 else 1, shape[-1])
-        if found.shape != expected:
+        if means.shape != expected:
             raise ExportError(
-                f"{self.file}: {name} is {list(found.shape)}, expected {list(expected)}",
+                f"{self.file}: {name} is {list(means.shape)}, expected {list(expected)}",
                 "it was made for another model",
             )
-        return found
+        return means
 
-    def keys(self) -> dict[str, Any]:
+    def keys(self) -> dict[str, str | int]:
         """What llama-quantize writes about it into a GGUF."""
-        said: dict[str, Any] = {"quantize.imatrix.file": self.file}
+        keys: dict[str, str | int] = {"quantize.imatrix.file": self.file}
         if self.datasets:
-            said["quantize.imatrix.dataset"] = self.datasets[0]
-        counts = {"entries_count": len(self.means), **({"chunks_count": self.chunks} if self.chunks > 0 else {})}
-        return said | {f"quantize.imatrix.{key}": value for key, value in counts.items()}
+            keys["quantize.imatrix.dataset"] = self.datasets[0]
+        keys["quantize.imatrix.entries_count"] = len(self.means)
+        if self.chunks > 0:
+            keys["quantize.imatrix.chunks_count"] = self.chunks
+        return keys
 
 
 def read(path: Path) -> Imatrix:
@@ -60,15 +62,15 @@ def read(path: Path) -> Imatrix:
             magic = file.read(4)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "--imatrix takes llama.cpp's format") from None
-    found = _read_gguf(path) if magic == MAGIC else _read_legacy(path)
-    if not found.means:
+    imatrix = _read_gguf(path) if magic == MAGIC else _read_legacy(path)
+    if not imatrix.means:
         raise CheckpointError(f"{path}: an importance matrix without entries", "make it again")
     import numpy
 
-    bad = [name for name, values in found.means.items() if not numpy.isfinite(values).all() or (values < 0).any()]
+    bad = [name for name, values in imatrix.means.items() if not numpy.isfinite(values).all() or (values < 0).any()]
     if bad:
         raise CheckpointError(f"{path}: {bad[0]} holds values that are negative or not finite", "make it again")
-    return found
+    return imatrix
 
 
 def _read_gguf(path: Path) -> Imatrix:
@@ -86,9 +88,9 @@ def _read_gguf(path: Path) -> Imatrix:
         counts = tensors.get(f"{weight}.counts")
         if counts is None or sums.size % counts.size:
             raise CheckpointError(f"{path}: {weight} has no matching counts", "make it again")
-        each = counts.reshape(-1, 1)
-        mean = sums.reshape(counts.size, -1) / numpy.maximum(each, 1)
-        means[weight] = numpy.where(each > 0, mean, 1).astype(numpy.float32)  # an expert that nothing was routed to
+        tokens = counts.reshape(-1, 1)
+        mean = sums.reshape(counts.size, -1) / numpy.maximum(tokens, 1)
+        means[weight] = numpy.where(tokens > 0, mean, 1).astype(numpy.float32)  # an expert that nothing was routed to
     datasets = reader.fields.get("imatrix.datasets")
     chunks = reader.fields.get("imatrix.chunk_count")
     return Imatrix(
@@ -116,7 +118,7 @@ def _read_legacy(path: Path) -> Imatrix:
         means[name] = (raw / max(calls, 1)).astype(numpy.float32).reshape(1, -1)
     chunks = 0
     datasets: tuple[str, ...] = ()
-    if cursor.place < len(cursor.data):
+    if cursor.position < len(cursor.data):
         chunks = cursor.number("i", "chunk count")
         datasets = (cursor.take(_length(cursor, "data set"), "data set").decode("utf-8", "replace"),)
     return Imatrix(path.name, means, datasets, chunks)
@@ -147,8 +149,8 @@ def write(path: Path, sums: Mapping[str, Matrix], counts: Mapping[str, Matrix], 
     writer.kv_data[0].clear()  # an importance matrix has no architecture
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [dataset])
-    writer.add_uint32("imatrix.chunk_count", max(1, tokens // CHUNK))
-    writer.add_uint32("imatrix.chunk_size", CHUNK)
+    writer.add_uint32("imatrix.chunk_count", max(1, tokens // CHUNK_TOKENS))
+    writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
     for name, values in sums.items():
         writer.add_tensor(f"{name}.in_sum2", numpy.ascontiguousarray(values, numpy.float32))
         writer.add_tensor(f"{name}.counts", numpy.ascontiguousarray(counts[name], numpy.float32).reshape(-1, 1))

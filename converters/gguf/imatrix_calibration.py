@@ -7,9 +7,9 @@ transformers, with the adapter unfolded. As there, the head is left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from converters.gguf import imatrix
 from converters.gguf.row_map import RowMaps
@@ -19,9 +19,14 @@ from lora2serve.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
+    from torch.utils.hooks import RemovableHandle
 
-TOKENS = 50_000  # about a hundred of llama.cpp's chunks, its own advice
-EXPERTS = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.*\.)?experts")
+    Counter: TypeAlias = Callable[[Module, tuple[Tensor, ...]], None]
+    ExpertCounter: TypeAlias = Callable[[Module, tuple[Tensor, ...], dict[str, Tensor]], None]
+
+MAX_TOKENS = 50_000  # about a hundred of llama.cpp's chunks, its own advice
+EXPERTS_PATH = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.*\.)?experts")
 
 
 class Sums:
@@ -52,7 +57,7 @@ def calibrate(
     sums = Sums()
     if not list(_hook(loaded, _targets(model), sums)):
         raise ExportError("--calibrate: found no linear module that GGUF knows", "give --imatrix FILE")
-    used = list(_within(sequences, TOKENS))
+    used = list(_within(sequences, MAX_TOKENS))
     with progress.track("calibrate", sum(map(len, used))) as advance, torch.no_grad():
         for ids in used:
             loaded(torch.tensor([list(ids)]))
@@ -68,7 +73,7 @@ def calibrate(
     return partial.replace(out)
 
 
-def _load(model: ExportModel) -> Any:
+def _load(model: ExportModel) -> Module:
     """The base in float32 with the adapter in PEFT's own layers."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -80,7 +85,8 @@ def _load(model: ExportModel) -> Any:
         raise ExportError(f"--calibrate: {len(adapters)} adapters, expected one", "give --imatrix FILE")
     base = AutoModelForCausalLM.from_pretrained(model.lineage["base"]["path"], dtype=torch.float32)
     if model.adapter is None:
-        return base.eval()
+        plain: Module = base.eval()
+        return plain
     from peft import PeftModel
     from safetensors import safe_open
 
@@ -89,14 +95,15 @@ def _load(model: ExportModel) -> Any:
         rows = [file.get_slice(name).get_shape()[0] for name in names]
     if rows and rows[0] != base.get_input_embeddings().weight.shape[0]:  # tokens were added at training
         base.resize_token_embeddings(rows[0], mean_resizing=False)
-    return PeftModel.from_pretrained(base, str(model.adapter)).eval()
+    adapted: Module = PeftModel.from_pretrained(base, str(model.adapter)).eval()
+    return adapted
 
 
 def _targets(model: ExportModel) -> dict[str, list[str]]:
     """Module -> the GGUF tensors that its outputs lie in, whose columns are its inputs."""
-    with RowMaps(model) as moves:
-        found = {spec.name: moves.of(spec.name) for spec in model.source.specs()}
-    return {_known_as(name.removesuffix(".weight")): [move.target for move in made] for name, made in found.items()}
+    with RowMaps(model) as row_maps:
+        targets = {spec.name: [row_map.target for row_map in row_maps.of(spec.name)] for spec in model.source.specs()}
+    return {_known_as(name.removesuffix(".weight")): names for name, names in targets.items()}
 
 
 def _known_as(path: str) -> str:
@@ -105,18 +112,18 @@ def _known_as(path: str) -> str:
     return plain.removeprefix("model.")
 
 
-def _hook(loaded: Any, targets: Mapping[str, Sequence[str]], sums: Sums) -> Iterator[Any]:
+def _hook(loaded: Module, targets: Mapping[str, Sequence[str]], sums: Sums) -> Iterator[RemovableHandle]:
     """Hooks on every module whose weight has a place in the GGUF; of those that are fused there, one is enough."""
     seen = {"output.weight", "token_embd.weight"}
     for path, module in loaded.named_modules():
         name = _known_as(path)
         if ".lora_" in name or name in seen:
             continue
-        found = [] if hasattr(module, "num_embeddings") else targets.get(name, [])
-        experts = EXPERTS.fullmatch(name)
-        if found:
+        fed = [] if hasattr(module, "num_embeddings") else targets.get(name, [])
+        experts = EXPERTS_PATH.fullmatch(name)
+        if fed:
             seen.add(name)
-            for target in (target for target in found if target not in seen):
+            for target in (target for target in fed if target not in seen):
                 seen.add(target)
                 yield module.register_forward_pre_hook(_counter(sums, target))
         elif experts and getattr(module, "gate_up_proj", None) is not None:
@@ -125,20 +132,20 @@ def _hook(loaded: Any, targets: Mapping[str, Sequence[str]], sums: Sums) -> Iter
             yield module.register_forward_pre_hook(_expert_counter(sums, prefix), with_kwargs=True)
 
 
-def _counter(sums: Sums, target: str) -> Any:
-    def count(module: Any, inputs: Any) -> None:
+def _counter(sums: Sums, target: str) -> Counter:
+    def count(module: Module, inputs: tuple[Tensor, ...]) -> None:
         sums.add(target, inputs[0].flatten(0, -2))
 
     return count
 
 
-def _expert_counter(sums: Sums, prefix: str) -> Any:
+def _expert_counter(sums: Sums, prefix: str) -> ExpertCounter:
     """Stacked experts: (tokens, hidden) and which experts each token goes to."""
 
-    def count(module: Any, inputs: Any, named: Any) -> None:
+    def count(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         hidden, chosen = [*inputs, *named.values()][:2]
         hidden, chosen = hidden.flatten(0, -2), chosen.flatten(0, -2)
-        experts = module.gate_up_proj.shape[0]
+        experts = int(module.gate_up_proj.shape[0])
         for expert in range(experts):
             rows = hidden[(chosen == expert).any(dim=-1)]
             if len(rows):

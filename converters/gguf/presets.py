@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from converters.gguf import ggml
+from converters.gguf import ggml, header
+from converters.gguf.gguf_layout import TensorLayout
 from converters.gguf.gguf_scan import scan
-from converters.gguf.imatrix import Imatrix
+from converters.gguf.header import Keys
+from converters.gguf.imatrix import Imatrix, Matrix
 from converters.gguf.llama.llama_process import Llama
 from lora2serve.errors import ExportError
 from lora2serve.system.extras import install_hint
@@ -28,68 +28,43 @@ PRESETS = {
     "IQ4_NL": 25, "MXFP4": 38, "IQ3_S": 26, "IQ3_M": 27, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ2_M": 29, "IQ2_S": 28,
     "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
 }  # fmt: skip
-NEEDS_IMATRIX = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
-PLAIN = ("F32", "F16", "BF16")
-UNIFORM = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # what gguf's numpy code makes where ggml's library is missing
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One tensor of the file: its name and its shape, as llama.cpp counts rows (the last is a row's length).
-
-    ``kind``: its type where llama.cpp's converter makes an F16 file; None for its general rule. ``fixed``: no other.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str | None = None
-    fixed: bool = False
-
-    @property
-    def source(self) -> str:
-        """The type in a 16-bit or 32-bit file: that type itself where it is one of matrices, else F32."""
-        return self.kind or ("F16" if _is_matrix(self) else "F32")
+NEED_IMATRIX = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+FLOAT_TYPES = ("F32", "F16", "BF16")
+NUMPY_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # what gguf's numpy code makes where ggml's library is missing
 
 
 def choose(
-    preset: str, tensors: Sequence[Planned], new_writer: Callable[[Path], Any], llama: Llama,
-    imatrix: Imatrix | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """Tensor -> type for a preset; ``new_writer`` makes a GGUFWriter with the file's metadata."""
-    fixed = {tensor.name: tensor.source for tensor in tensors if tensor.fixed}
-    if preset in PLAIN:
-        return {tensor.name: preset if tensor.source in PLAIN[1:] else "F32" for tensor in tensors} | fixed
-    if preset in UNIFORM and not llama.there:
+    preset: str, tensors: Sequence[TensorLayout], keys: Keys, llama: Llama, imatrix: Imatrix | None = None
+) -> dict[str, str]:
+    """Tensor -> type for a preset; ``keys`` is the file's metadata."""
+    fixed = {tensor.name: tensor.unquantized_type for tensor in tensors if tensor.fixed}
+    if preset in FLOAT_TYPES:
+        return {tensor.name: preset if tensor.is_matrix else "F32" for tensor in tensors} | fixed
+    if preset in NUMPY_TYPES and not llama.there:
         return {tensor.name: _uniform(preset, tensor) for tensor in tensors} | fixed
     with tempfile.TemporaryDirectory(prefix="lora2serve-types-") as folder:
         skeleton, answer = Path(folder) / "skeleton.gguf", Path(folder) / "answer.gguf"
-        _write_skeleton(skeleton, tensors, new_writer)
+        _write_skeleton(skeleton, tensors, keys)
         _quantize(llama, skeleton, answer, PRESETS[preset], _shrink(imatrix, tensors) if imatrix else None)
         return scan(answer) | fixed
 
 
-def _uniform(kind: str, tensor: Planned) -> str:
+def _uniform(preset: str, tensor: TensorLayout) -> str:
     """Without llama.cpp to ask: one type for every matrix, F16 where no whole blocks fit in a row."""
-    if tensor.source not in PLAIN[1:]:
-        return tensor.source
-    return kind if tensor.shape[-1] % ggml.block_size(kind)[0] == 0 else "F16"
+    if not tensor.is_matrix:
+        return tensor.unquantized_type
+    return preset if tensor.shape[-1] % ggml.block_size(preset)[0] == 0 else "F16"
 
 
-def _is_matrix(tensor: Planned) -> bool:
-    small = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
-    return len(tensor.shape) > 1 and tensor.name.endswith(".weight") and not tensor.name.endswith(small)
-
-
-def _write_skeleton(path: Path, tensors: Sequence[Planned], new_writer: Callable[[Path], Any]) -> None:
+def _write_skeleton(path: Path, tensors: Sequence[TensorLayout], keys: Keys) -> None:
     import numpy
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
-    writer = new_writer(path)
-    for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.")]:
-        del writer.kv_data[0][key]  # most of the file, and no rule of a preset asks for it
+    # the vocabulary is most of the file, and no rule of a preset looks at it
+    writer = header.open_writer(path, {key: value for key, value in keys.items() if not key.startswith("tokenizer.")})
     for tensor in tensors:
-        kind = GGMLQuantizationType[tensor.source]
+        kind = GGMLQuantizationType[tensor.unquantized_type]
         shape = tuple(min(2, length) for length in tensor.shape[:-1]) + tensor.shape[-1:]
         zeros = numpy.zeros(quant_shape_to_byte_shape(shape, kind), numpy.uint8)
         writer.add_tensor(tensor.name, zeros, raw_dtype=kind)
@@ -99,17 +74,17 @@ def _write_skeleton(path: Path, tensors: Sequence[Planned], new_writer: Callable
     writer.close()
 
 
-def _shrink(imatrix: Imatrix, tensors: Sequence[Planned]) -> dict[str, Any]:
+def _shrink(imatrix: Imatrix, tensors: Sequence[TensorLayout]) -> dict[str, Matrix]:
     """The matrix for the skeleton: of stacked experts there are two."""
-    found = {tensor.name: imatrix.of(tensor.name, tensor.shape) for tensor in tensors if len(tensor.shape) > 1}
-    return {name: values[:2] for name, values in found.items() if values is not None}
+    means = {tensor.name: imatrix.of(tensor.name, tensor.shape) for tensor in tensors if len(tensor.shape) > 1}
+    return {name: values[:2] for name, values in means.items() if values is not None}
 
 
-def require_imatrix(kinds: Mapping[str, str], imatrix: Imatrix | None) -> None:
+def require_imatrix(types: Mapping[str, str], imatrix: Imatrix | None) -> None:
     """The lowest types are nonsense without: ExportError names each tensor that has none (llama.cpp refuses too)."""
     missing = [
         name
-        for name, kind in kinds.items()
+        for name, kind in types.items()
         if kind in ggml.NEEDS_IMATRIX
         and name not in ("token_embd.weight", "output.weight")
         and (imatrix is None or name not in imatrix.means)
@@ -118,16 +93,50 @@ def require_imatrix(kinds: Mapping[str, str], imatrix: Imatrix | None) -> None:
         raise _without_matrix(missing)
 
 
-def require_whole_blocks(kinds: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
+def require_whole_blocks(types: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
     """Rows hold whole blocks; ExportError names every tensor whose rows do not."""
-    bad = [
+    problems = [
         f"{name}: rows of {shapes[name][-1]} values, expected a multiple of {ggml.block_size(kind)[0]} for {kind}"
-        for name, kind in kinds.items()
+        for name, kind in types.items()
         if shapes[name][-1] % ggml.block_size(kind)[0]
     ]
-    if bad:
-        more = [f"... and {len(bad) - 5} more"] if len(bad) > 5 else []
-        raise ExportError("\n".join([*bad[:5], *more]), "name another type for them with --tensor-type")
+    if problems:
+        more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
+        raise ExportError("\n".join([*problems[:5], *more]), "name another type for them with --tensor-type")
+
+
+def override(types: Mapping[str, str], overrides: Sequence[str]) -> dict[str, str]:
+    """``pattern=TYPE`` over the preset's choice; a pattern that fits nothing is an error."""
+    from gguf import GGMLQuantizationType
+
+    result = dict(types)
+    for text in overrides:
+        pattern, _, kind = text.partition("=")
+        name = kind.upper()
+        if name not in GGMLQuantizationType.__members__:
+            raise ExportError(f"--tensor-type {text}: unknown type {kind!r}", "such as attn_v=Q8_0")
+        matching = [tensor for tensor in types if re.search(pattern, tensor)]
+        if not matching:
+            raise ExportError(f"--tensor-type {text}: no tensor matches", f"names are such as {next(iter(types))}")
+        result |= dict.fromkeys(matching, name)
+    return result
+
+
+def _quantize(llama: Llama, source: Path, out: Path, file_type: int, means: Mapping[str, Matrix] | None = None) -> None:
+    if not llama.there:
+        raise ExportError(
+            "mixed types need llama.cpp's library",
+            f"{install_hint('gguf')}, or take one of {', '.join((*FLOAT_TYPES, *NUMPY_TYPES))}",
+        )
+    refusal = llama.quantize(source, out, file_type, means or None)
+    without = re.search(r"Missing importance matrix for tensor (\S+)", refusal)
+    if without:
+        raise _without_matrix([without[1]])
+    if refusal:
+        raise ExportError(
+            f"llama.cpp refuses the model's metadata: {refusal}",
+            "please report this: it is a mistake of the export",
+        )
 
 
 def _without_matrix(names: Sequence[str]) -> ExportError:
@@ -136,37 +145,3 @@ def _without_matrix(names: Sequence[str]) -> ExportError:
         f"no importance matrix for {', '.join(names[:5])}{more}",
         "make one for this model with --calibrate, or take a larger type",
     )
-
-
-def _quantize(llama: Llama, source: Path, out: Path, file_type: int, means: Mapping[str, Any] | None = None) -> None:
-    if not llama.there:
-        raise ExportError(
-            "mixed types need llama.cpp's library",
-            f"{install_hint('gguf')}, or take one of {', '.join((*PLAIN, *UNIFORM))}",
-        )
-    refused = llama.quantize(source, out, file_type, means or None)
-    without = re.search(r"Missing importance matrix for tensor (\S+)", refused)
-    if without:
-        raise _without_matrix([without[1]])
-    if refused:
-        raise ExportError(
-            f"llama.cpp refuses the model's metadata: {refused}",
-            "please report this: it is a mistake of the export",
-        )
-
-
-def override(types: Mapping[str, str], wanted: Sequence[str]) -> dict[str, str]:
-    """``pattern=TYPE`` over the preset's choice; a pattern that fits nothing is an error."""
-    from gguf import GGMLQuantizationType
-
-    result = dict(types)
-    for given in wanted:
-        pattern, _, kind = given.partition("=")
-        name = kind.upper()
-        if name not in GGMLQuantizationType.__members__:
-            raise ExportError(f"--tensor-type {given}: unknown type {kind!r}", "such as attn_v=Q8_0")
-        matching = [tensor for tensor in types if re.search(pattern, tensor)]
-        if not matching:
-            raise ExportError(f"--tensor-type {given}: no tensor matches", f"names are such as {next(iter(types))}")
-        result |= dict.fromkeys(matching, name)
-    return result

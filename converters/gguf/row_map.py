@@ -6,21 +6,21 @@ another order, is found by probing: it gets a matrix that holds its own row numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from converters.gguf import backends
 from converters.gguf.native import architectures, native_layout
-from converters.gguf.native.native_layout import Place
-from converters.gguf.upstream.upstream_backend import Upstream
+from converters.gguf.native.native_layout import Placement
+from converters.gguf.upstream.upstream_backend import UpstreamBackend
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEAR = 0.1  # a probe's numbers are whole, but for the rounding of what they were added to
+PROBE_TOLERANCE = 0.1  # a probe's numbers are whole, but for the rounding of what they were added to
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RowMap:
 
     target: str
     outputs: Tensor
-    turned: bool = False  # stored as (in, out)
+    transposed: bool = False  # stored as (in, out)
 
 
 class RowMaps:
@@ -40,16 +40,17 @@ class RowMaps:
 
     def __init__(self, model: ExportModel) -> None:
         self._specs = {spec.name: spec for spec in model.source.specs()}
-        self._upstream: Upstream | None = None
+        self._upstream: UpstreamBackend | None = None
+        self._placements: Mapping[str, Sequence[Placement]]
         config = architectures.text_config(model.config)
         if backends.is_native(model):
             family = architectures.find(config)
             self.architecture = family.name
-            self._places: Any = native_layout.lay_out(list(self._specs.values()), config, family)
+            self._placements = native_layout.place_tensors(list(self._specs.values()), config, family)
         else:
             self._upstream = backends.upstream(model)
             self.architecture = self._upstream.architecture
-            self._places = self._upstream.places
+            self._placements = self._upstream.placements
 
     def __enter__(self) -> RowMaps:
         return self
@@ -63,16 +64,17 @@ class RowMaps:
         spec = self._specs.get(name)
         if spec is None or len(spec.shape) != 2:
             return []
-        places = self._places.get(name, ())
-        if all(_is_plain(place, spec) for place in places):
-            return [_moved(place, spec) for place in places] or self._probed(spec)
+        placements = self._placements.get(name, ())
+        if all(_keeps_rows(placement, spec) for placement in placements):
+            return [_read_off(placement, spec) for placement in placements] or self._probed(spec)
         return []
 
     def _probed(self, spec: TensorSpec) -> list[RowMap]:
-        """All of its moves, or none where an output is nowhere: half an adapter would answer, and wrongly."""
-        found = list(self._probe(spec))
-        there = {output for move in found for output in move.outputs.tolist()} - {-1}
-        return found if found and len(there) == spec.shape[1 if found[0].turned else 0] else []
+        """All of its maps, or none where an output is nowhere: half an adapter would answer, and wrongly."""
+        row_maps = list(self._probe(spec))
+        outputs = {output for row_map in row_maps for output in row_map.outputs.tolist()} - {-1}
+        whole = row_maps and len(outputs) == spec.shape[1 if row_maps[0].transposed else 0]
+        return row_maps if whole else []
 
     def _probe(self, spec: TensorSpec) -> Iterator[RowMap]:
         import torch
@@ -84,46 +86,46 @@ class RowMaps:
         by_row = self._answers(spec, rows[:, None].expand(spec.shape), zero)
         by_column = self._answers(spec, columns.expand(spec.shape), zero)
         ones = self._answers(spec, torch.ones(spec.shape), zero)
-        for target, ours in ones.items():
-            mine = ours.amax(dim=1) > 0.5
-            straight = _read(by_row[target], by_column[target], ours, mine, columns)
-            turned = _read(by_column[target], by_row[target], ours, mine, rows)
+        for target, weights in ones.items():
+            own = weights.amax(dim=1) > 0.5
+            straight = _outputs(by_row[target], by_column[target], weights, own, columns)
+            transposed = _outputs(by_column[target], by_row[target], weights, own, rows)
             if straight is not None:
                 yield RowMap(target, straight)
-            elif turned is not None:
-                yield RowMap(target, turned, turned=True)
+            elif transposed is not None:
+                yield RowMap(target, transposed, transposed=True)
 
     def _answers(self, spec: TensorSpec, probe: Tensor, before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What becomes of a matrix: target -> (rows, columns), less what was there ``before``."""
         assert self._upstream is not None
-        found = self._upstream.targets(spec, slice(0, spec.rows), probe.contiguous())
-        return {name: values - before[name] if before else values for name, _, values in found}
+        parts = self._upstream.targets(spec, slice(0, spec.rows), probe.contiguous())
+        return {name: values - before[name] if before else values for name, _, values in parts}
 
 
-def _is_plain(place: Place, spec: TensorSpec) -> bool:
-    turned = place.half is not None or place.transposed
-    return not turned and len(place.shape) == 2 and place.shape[-1] == spec.shape[-1]
+def _keeps_rows(placement: Placement, spec: TensorSpec) -> bool:
+    rearranged = placement.half is not None or placement.transposed
+    return not rearranged and len(placement.shape) == 2 and placement.shape[-1] == spec.shape[-1]
 
 
-def _moved(place: Place, spec: TensorSpec) -> RowMap:
+def _read_off(placement: Placement, spec: TensorSpec) -> RowMap:
     import torch
 
     order = torch.arange(spec.rows)
-    if place.heads:
-        order = native_layout.permute(order[:, None], place.heads).flatten()
-    outputs = torch.full((place.shape[0],), -1)
-    outputs[place.first : place.first + spec.rows] = order
-    return RowMap(place.target, outputs)
+    if placement.head_rows:
+        order = native_layout.permute(order[:, None], placement.head_rows).flatten()
+    outputs = torch.full((placement.shape[0],), -1)
+    outputs[placement.first : placement.first + spec.rows] = order
+    return RowMap(placement.target, outputs)
 
 
-def _read(outputs: Tensor, inputs: Tensor, ours: Tensor, mine: Tensor, expected: Tensor) -> Tensor | None:
-    """The output in each row that is ours, if it is one, unscaled, with every input in its place."""
+def _outputs(outputs: Tensor, inputs: Tensor, weights: Tensor, own: Tensor, expected: Tensor) -> Tensor | None:
+    """The output in each row that is the module's own, if it is one, unscaled, with every input in its place."""
     import torch
 
     if outputs.shape[1] != len(expected):
         return None
     first = outputs[:, :1].round()
-    sound = [(outputs - first)[mine], (inputs - expected)[mine], (ours - 1)[mine], ours[~mine]]
-    if any(float(part.abs().max()) > NEAR for part in sound if part.numel()):
+    errors = [(outputs - first)[own], (inputs - expected)[own], (weights - 1)[own], weights[~own]]
+    if any(float(error.abs().max()) > PROBE_TOLERANCE for error in errors if error.numel()):
         return None
-    return torch.where(mine, first[:, 0], -1.0).long()
+    return torch.where(own, first[:, 0], -1.0).long()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.gguf.gguf_plan import GgufPlan
 from converters.gguf.llama.llama_process import Llama
-from converters.gguf.native.vocab import space_scheme, tokenizer_directory
+from converters.gguf.tokenizer_files import added_tokens, space_scheme, tokenizer_directory
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 
-TEXT = """Hello, World! It's a test: they've, I'M, we'll, D'Artagnan's 3.14 1234567 12 345,678 0x1F 1e-5
+SAMPLE_TEXT = """Hello, World! It's a test: they've, I'M, we'll, D'Artagnan's 3.14 1234567 12 345,678 0x1F 1e-5
 def f(x, *, y=None):\n\treturn {"a": [x ** 2, y // 3]}  # comment\n\n\n    if x != y:\n        pass\r\n
 Grüße aus Köln, où est la bibliothèque? ¿Dónde está? Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم नमस्ते दुनिया
 你好，世界！今天天气很好。こんにちは、世界。カタカナ 안녕하세요 세계 สวัสดีชาวโลก Xin chào thế giới
@@ -25,35 +25,35 @@ https://example.org/a?b=c&d=%20 user@mail.com C++ C# <b>html</b>
 
 
 @dataclass(frozen=True)
-class Proof:
-    """``ids`` were compared, 0 without llama.cpp; ``adds_bos``: it puts BOS before every prompt by itself."""
+class TokenizerCheck:
+    """``compared`` ids were equal, 0 without llama.cpp; ``adds_bos``: it puts BOS before every prompt by itself."""
 
-    ids: int
+    compared: int
     adds_bos: bool
 
 
-def prove(model: ExportModel, write: Callable[[Path], None], llama: Llama) -> Proof:
+def check(model: ExportModel, plan: GgufPlan, llama: Llama) -> TokenizerCheck:
     """Compare ids on the text above and on every special token; ExportError names the first that differs.
 
-    ``write`` makes the planned file with its metadata and its tensors' names, types and shapes, but without their data:
-    llama.cpp loads it without allocating them, so what its graph cannot take is found now.
+    llama.cpp gets the planned file with its metadata and its tensors' names, types and shapes, but without their data:
+    it loads that without allocating them, so what its graph cannot take is found now.
     """
     if not llama.there:
-        return Proof(0, False)  # nothing to ask: the manifest says that no token was compared
+        return TokenizerCheck(0, False)  # nothing to ask: the manifest says that no token was compared
     texts = _texts(model)
     with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder:
         path = Path(folder) / "empty.gguf"
-        write(path)
-        found = llama.tokens(path, texts)
-    if "refused" in found:
-        raise _not_loaded(found["refused"])
-    return Proof(_compare(model, texts, found["ids"]), found["adds_bos"])
+        plan.write_empty(path)
+        answer = llama.tokens(path, texts)
+    if "refused" in answer:
+        raise _not_loaded(answer["refused"])
+    return TokenizerCheck(_compare(model, texts, answer["ids"]), answer["adds_bos"])
 
 
 def _texts(model: ExportModel) -> list[str]:
     specials = _special_tokens(model)
     before = specials[0] if specials and space_scheme(model) == "first" else ""  # as in a prompt, which BOS begins
-    texts = [*TEXT.splitlines(keepends=True), TEXT, *specials, f"a {' b '.join(specials)} c"]
+    texts = [*SAMPLE_TEXT.splitlines(keepends=True), SAMPLE_TEXT, *specials, f"a {' b '.join(specials)} c"]
     return [before + text for text in texts]
 
 
@@ -67,16 +67,16 @@ def _not_loaded(why: str) -> ExportError:
 
 def _compare(model: ExportModel, texts: Sequence[str], theirs: Sequence[Sequence[int]]) -> int:
     """How many ids there are, every one of them the same; ExportError with the first that is not."""
-    ours = _encoder(model)
-    for text, got in zip(texts, theirs, strict=True):
-        expected = ours(text)
-        if expected != got:
-            place = next(
-                (n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
+    encode = _encoder(model)
+    for text, ids in zip(texts, theirs, strict=True):
+        expected = encode(text)
+        if expected != ids:
+            first = next(
+                (n for n, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), min(len(expected), len(ids))
             )
             raise ExportError(
-                f"llama.cpp splits {text[:40]!r} otherwise: id {place} is {got[place : place + 3]}, "
-                f"expected {expected[place : place + 3]}",
+                f"llama.cpp splits {text[:40]!r} otherwise: id {first} is {ids[first : first + 3]}, "
+                f"expected {expected[first : first + 3]}",
                 "the pre-tokenizer is another one: name it with --pre",
             )
     return sum(len(ids) for ids in theirs)
@@ -96,8 +96,5 @@ def _encoder(model: ExportModel) -> Callable[[str], list[int]]:
 
 
 def _special_tokens(model: ExportModel) -> list[str]:
-    path = model.files.get("tokenizer.json")
-    if path is None:
-        return []
-    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
-    return [token["content"] for token in added if token.get("special") and token["content"].strip()][:64]
+    contents = [token["content"] for token in added_tokens(model) if token.get("special")]
+    return [content for content in contents if content.strip()][:64]

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from converters.gguf.native.vocab import tokenizer_directory
-from converters.ollama import go_template as templates
+from converters.gguf.tokenizer_files import tokenizer_directory
+from converters.ollama import go_template
 from converters.ollama.go_template import Derived, Jinja
-from converters.ollama.modelfile import NUMBERS, Modelfile, Value
+from converters.ollama.modelfile import PARAMETER_NAMES, Modelfile, ParameterValue
 from converters.ollama.modelfile_parser import PARAMETERS
 from converters.ollama.template_not_proven import TemplateNotProven
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 
-RAW = "{{ .Prompt }}"  # a model without a chat template completes text
-NATIVE = "0.30.0"  # from here on Ollama renders the GGUF's own Jinja
-DATED = "0.14.0"  # knows REQUIRES; ``currentDate`` is older
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMPLETION_TEMPLATE = "{{ .Prompt }}"  # a model without a chat template completes text
+RENDERS_JINJA_FROM = "0.30.0"  # from here on Ollama renders the GGUF's own Jinja
+KNOWS_DATES_FROM = "0.14.0"  # knows REQUIRES; ``currentDate`` is older
 
 
 @dataclass(frozen=True)
@@ -32,28 +35,28 @@ class Chat:
     reason: str
     system: str | None
     stop: tuple[str, ...]
-    parameters: Mapping[str, Value]
+    parameters: Mapping[str, ParameterValue]
 
     def modelfile(self, model: str, adds_bos: bool, adapter: str | None = None) -> Modelfile:
         """``adds_bos``: llama.cpp puts BOS before every prompt by itself, so the template must not."""
         bos = self.special.get("bos_token", "") if adds_bos else ""
-        template = self.derived.go(bos) if self.derived else (None if self.jinja else RAW)
-        requires = NATIVE if template is None else DATED if self.derived and self.derived.dated else None
+        template = self.derived.go(bos) if self.derived else (None if self.jinja else COMPLETION_TEMPLATE)
+        dated = self.derived is not None and self.derived.dated
+        requires = RENDERS_JINJA_FROM if template is None else KNOWS_DATES_FROM if dated else None
         return Modelfile(model, template, self.system, self.parameters, self.stop, adapter, requires)
 
-    def about(self) -> dict[str, Any]:
+    def template_facts(self) -> dict[str, str | bool]:
         """For the manifest: how the template was made, and what it cannot do."""
         if not self.jinja:
             return {"kind": "none"}
         if not self.derived:
-            return {"kind": "jinja", "why": self.reason, "requires": NATIVE}
-        made = self.derived
+            return {"kind": "jinja", "why": self.reason, "requires": RENDERS_JINJA_FROM}
         return {
             "kind": "go",
-            "trims": made.trims,
-            "drops_thoughts": made.drops_thoughts,
-            "dated": made.dated,
-            "native_preferred": templates.wants_native(self.jinja),
+            "trims": self.derived.trims,
+            "drops_thoughts": self.derived.drops_thoughts,
+            "dated": self.derived.dated,
+            "native_preferred": go_template.prefers_jinja(self.jinja),
         }
 
 
@@ -68,7 +71,7 @@ def read_chat(model: ExportModel) -> Chat:
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     jinja = tokenizer.get_chat_template() if tokenizer.chat_template else None
     derived, reason = _derive(jinja, special)
-    system = templates.default_system(Jinja(jinja, special), derived) if jinja and derived else None
+    system = go_template.default_system(Jinja(jinja, special), derived) if jinja and derived else None
     stop = _stops(tokenizer, generation, derived)
     return Chat(jinja, special, derived, reason, system, stop, _parameters(generation))
 
@@ -86,15 +89,15 @@ def _derive(jinja: str | None, special: Mapping[str, str]) -> tuple[Derived | No
     if not jinja:
         return None, ""
     try:
-        return templates.derive(Jinja(jinja, special)), ""
+        return go_template.derive(Jinja(jinja, special)), ""
     except TemplateNotProven as reason:
         return None, str(reason)
 
 
-def _parameters(generation: Mapping[str, Any]) -> dict[str, Value]:
+def _parameters(generation: Mapping[str, object]) -> dict[str, ParameterValue]:
     """Sampling defaults in the types that Ollama takes, where the model samples."""
-    found: dict[str, Value] = {}
-    for ours, theirs in NUMBERS.items() if generation.get("do_sample", False) else ():
+    parameters: dict[str, ParameterValue] = {}
+    for ours, theirs in PARAMETER_NAMES.items() if generation.get("do_sample", False) else ():
         value, kind = generation.get(ours), PARAMETERS[theirs]
         if value is None or kind is None:
             continue
@@ -103,14 +106,16 @@ def _parameters(generation: Mapping[str, Any]) -> dict[str, Value]:
                 f"generation_config.json: {ours} is {value!r}, expected {'a whole' if kind is int else 'a'} number",
                 "correct it in the model's directory, or take it out",
             )
-        found[theirs] = kind(value)
-    return found
+        parameters[theirs] = kind(value)
+    return parameters
 
 
-def _stops(tokenizer: Any, generation: Mapping[str, Any], derived: Derived | None) -> tuple[str, ...]:
+def _stops(
+    tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object], derived: Derived | None
+) -> tuple[str, ...]:
     """The end tokens of the generation config and the tokenizer, and the special token that closes a turn."""
-    said = generation.get("eos_token_id")
-    ids: Sequence[int] = said if isinstance(said, list) else [said] if said is not None else []
+    eos = generation.get("eos_token_id")
+    ids: Sequence[int] = eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
     stops = [tokenizer.eos_token, *(_text(tokenizer, number) for number in ids)]
     if derived:
         closing = derived.pieces.to_user.lstrip()
@@ -119,6 +124,6 @@ def _stops(tokenizer: Any, generation: Mapping[str, Any], derived: Derived | Non
     return tuple(dict.fromkeys(text for text in stops if text))
 
 
-def _text(tokenizer: Any, number: int) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
     """What the token prints: an ordinary one is stored in another alphabet (``Ċ`` is a newline)."""
     return str(tokenizer.decode([number], skip_special_tokens=False)) if 0 <= number < len(tokenizer) else ""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from converters.ollama.modelfile import ParameterValue
 from converters.ollama.modelfile_parser import DEPRECATED, PARAMETERS, ModelfileError, parse
 from lora2serve.artifacts import manifest
 from lora2serve.errors import InputError
 from lora2serve.system.small_files import digest
 
+ELSEWHERE = {"from", "adapter", "license", "message", *PARAMETERS, *DEPRECATED}  # commands with a form of their own
 
-def request(export: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+
+def request(export: Path) -> tuple[dict[str, object], dict[str, Path]]:
     """The body without the model's name, and the files that it needs: ``sha256:<hex>`` -> path."""
     modelfile = export / "Modelfile"
     try:
@@ -22,8 +25,7 @@ def request(export: Path) -> tuple[dict[str, Any], dict[str, Path]]:
         ) from None
     except ModelfileError as error:
         raise InputError(f"{modelfile}: {' '.join(str(error).split())}", "export again") from None
-    known: dict[str, Any] = manifest.read(export)["files"]
-    body: dict[str, Any] = {}
+    known: Mapping[str, Mapping[str, str]] = manifest.read(export)["files"]
     files: dict[str, Path] = {}
 
     def blob(path: Path) -> dict[str, str]:
@@ -32,31 +34,34 @@ def request(export: Path) -> tuple[dict[str, Any], dict[str, Path]]:
         files[f"sha256:{sha256}"] = path
         return {name: f"sha256:{sha256}"}
 
+    body: dict[str, object] = {name: value for name, value in commands if name not in ELSEWHERE}
     for name, value in commands:
         path = export / Path(value).expanduser() if name in ("from", "adapter") else None
         if name == "from" and path is not None:
             body |= {"files": blob(path)} if path.is_file() else {"from": value}
-        elif name == "adapter" and path is not None:
+        elif path is not None:
             if not path.is_file():
                 raise InputError(f"{path}: named in {modelfile}, and not there", "export again")
             body["adapters"] = blob(path)
-        else:
-            _add(body, name, value)
-    return body, files
+    lists = {
+        "license": [value for name, value in commands if name == "license"],
+        "messages": [_message(value) for name, value in commands if name == "message"],
+        "parameters": _parameters(commands),
+    }
+    return body | {name: value for name, value in lists.items() if value}, files
 
 
-def _add(body: dict[str, Any], name: str, value: str) -> None:
-    if name == "license":
-        body.setdefault("license", []).append(value)
-    elif name == "message":
-        role, _, content = value.partition(": ")
-        body.setdefault("messages", []).append({"role": role, "content": content})
-    elif name in PARAMETERS:
-        kind = PARAMETERS[name]
-        parameters = body.setdefault("parameters", {})
-        if kind is None:
-            parameters.setdefault(name, []).append(value)
-        else:
+def _message(value: str) -> dict[str, str]:
+    role, _, content = value.partition(": ")
+    return {"role": role, "content": content}
+
+
+def _parameters(commands: Sequence[tuple[str, str]]) -> dict[str, ParameterValue | list[str]]:
+    parameters: dict[str, ParameterValue | list[str]] = {}
+    for name, value in commands:
+        kind = PARAMETERS.get(name)
+        if kind is not None:
             parameters[name] = value == "true" if kind is bool else kind(value)
-    elif name not in DEPRECATED:
-        body[name] = value
+        elif name in PARAMETERS:  # a line for each
+            parameters[name] = [text for other, text in commands if other == name]
+    return parameters

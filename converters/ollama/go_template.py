@@ -12,27 +12,42 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict
 
 from converters.ollama import template_dates
 from converters.ollama.modelfile_parser import is_printable
-from converters.ollama.template_dates import Clock, Marks
+from converters.ollama.template_dates import Clock, DateMarks
 from converters.ollama.template_not_proven import TemplateNotProven
 
-Messages = Sequence[Mapping[str, str]]
+
+class PlainMessage(TypedDict):
+    """One turn of a plain conversation."""
+
+    role: str
+    content: str
+
+
+class OllamaData(TypedDict):
+    """What Ollama hands to a template."""
+
+    System: str
+    Messages: list[dict[str, str]]
+
+
+Messages = Sequence[PlainMessage]
 Render = Callable[[Messages], str]  # raises where the template refuses a conversation
 
 USERS = tuple(f"Uq{n}vzx" for n in range(4))
 ANSWERS = tuple(f"Aq{n}vzx" for n in range(4))
 SYSTEM = "Sq7vzx"
-PADDED = ({"role": "user", "content": "  padded\n"},)
-THOUGHT = (
+PADDED: Messages = ({"role": "user", "content": "  padded\n"},)
+THOUGHT: Messages = (
     {"role": "user", "content": "One"},
     {"role": "assistant", "content": "<think>\nTwo?\n</think>\n\nTwo"},
     {"role": "user", "content": "Three"},
 )
-TOOLS = ("tools", "tool_call")  # what Ollama looks for in a Jinja: server/images.go
-THINKING = ("<think>", "enable_thinking", "reasoning_content", "thinking")
+TOOL_WORDS = ("tools", "tool_call")  # what Ollama looks for in a Jinja: server/images.go
+THINKING_WORDS = ("<think>", "enable_thinking", "reasoning_content", "thinking")
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class Derived:
     """
 
     pieces: Pieces
-    marks: Marks  # the dates in the pieces
+    marks: DateMarks  # the dates in the pieces
     trims: bool
     drops_thoughts: bool
 
@@ -83,12 +98,12 @@ class Jinja:
         """The renderer at another time than now."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        more = {"strftime_now": clock} if clock else {}
+        variables = {"strftime_now": clock} if clock else {}
 
         def render(messages: Messages) -> str:
             rendered, _ = render_jinja_template(
                 [[dict(message) for message in messages]], chat_template=self.template, add_generation_prompt=True,
-                **self.special, **more,
+                **self.special, **variables,
             )  # fmt: skip
             return str(rendered[0])
 
@@ -97,7 +112,7 @@ class Jinja:
 
 def derive(jinja: Jinja) -> Derived:
     """The proven template; ``TemplateNotProven`` says why there is none."""
-    marks = Marks()
+    marks = DateMarks()
     pieces = _probe(jinja.at(marks))
     text = marks.to_go(write_go(pieces))
     with_system = pieces.before_system is not None
@@ -106,21 +121,21 @@ def derive(jinja: Jinja) -> Derived:
     for day in template_dates.days() if marks.formats else ():
         _prove(jinja, text, turns(2), day)
         _prove(jinja, text, turns(2, SYSTEM if with_system else None), day)
-    trims, drops = (_differs(jinja, text, asked) for asked in (PADDED, THOUGHT))
+    trims, drops = (_differs(jinja, text, messages) for messages in (PADDED, THOUGHT))
     return Derived(pieces, marks, trims, drops)
 
 
-def default_system(jinja: Jinja, made: Derived) -> str | None:
+def default_system(jinja: Jinja, derived: Derived) -> str | None:
     """The system message that the template brings along, where naming it as SYSTEM changes no prompt."""
-    pieces = made.pieces
-    if pieces.before_system is None or pieces.system_last or wants_native(jinja.template):
+    pieces = derived.pieces
+    if pieces.before_system is None or pieces.system_last or prefers_jinja(jinja.template):
         return None
     before, after = pieces.before_system, pieces.after_system or ""
-    found = pieces.head.removeprefix(before).removesuffix(after)
-    if not found or before + found + after != pieces.head or found != found.strip() or made.marks.inside(found):
+    system = pieces.head.removeprefix(before).removesuffix(after)
+    if not system or before + system + after != pieces.head or system != system.strip() or derived.marks.inside(system):
         return None
-    same = all(_attempt(jinja, turns(n, found)) == _attempt(jinja, turns(n)) for n in (1, 2, 3))
-    return found if same and all(is_printable(c) or c in "\n\t" for c in found) else None
+    same = all(_attempt(jinja, turns(n, system)) == _attempt(jinja, turns(n)) for n in (1, 2, 3))
+    return system if same and all(is_printable(c) or c in "\n\t" for c in system) else None
 
 
 def _differs(jinja: Jinja, go: str, messages: Messages) -> bool:
@@ -134,9 +149,9 @@ def _prove(jinja: Jinja, go: str, messages: Messages, day: date) -> None:
     expected = _attempt(jinja.at(template_dates.on(day)), messages)
     if expected is None:
         raise TemplateNotProven(f"it refuses {len(messages)} plain turns")
-    found = compile_go(go, day)(messages)
-    if found != expected:
-        raise TemplateNotProven(f"no fixed pieces: {_difference(expected, found)}")
+    rendered = compile_go(go, day)(messages)
+    if rendered != expected:
+        raise TemplateNotProven(f"no fixed pieces: {_difference(expected, rendered)}")
 
 
 def write_go(pieces: Pieces) -> str:
@@ -191,7 +206,7 @@ def compile_go(template: str, day: date = date.min) -> Render:
     return render
 
 
-def ollama_data(messages: Messages) -> dict[str, Any]:
+def ollama_data(messages: Messages) -> OllamaData:
     """What Ollama hands to a template: system messages joined, and all messages in order."""
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     return {"System": system, "Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
@@ -205,19 +220,19 @@ def without_bos(pieces: Pieces, bos: str) -> Pieces:
     return replace(pieces, head=pieces.head.removeprefix(bos), before_system=before)
 
 
-def wants_native(template: str) -> bool:
+def prefers_jinja(template: str) -> bool:
     """Whether Ollama from 0.30 on prefers this Jinja to a plain Go template: it knows tools or thinking."""
-    return any(word in template for word in (*TOOLS, *THINKING))
+    return any(word in template for word in (*TOOL_WORDS, *THINKING_WORDS))
 
 
-def turns(users: int, system: str | None = None, text: Callable[[int], str] | None = None) -> list[dict[str, str]]:
+def turns(users: int, system: str | None = None, text: Callable[[int], str] | None = None) -> list[PlainMessage]:
     """A conversation that ends with a user's turn; ``text(n)`` is the content of its n-th turn."""
     say = text or (lambda n: (USERS, ANSWERS)[n % 2][n // 2])
-    made = [{"role": "system", "content": system}] if system is not None else []
-    return made + [{"role": ("user", "assistant")[n % 2], "content": say(n)} for n in range(2 * users - 1)]
+    first: list[PlainMessage] = [{"role": "system", "content": system}] if system is not None else []
+    return first + [{"role": ("user", "assistant")[n % 2], "content": say(n)} for n in range(2 * users - 1)]
 
 
-def conversations(with_system: bool) -> Iterator[list[dict[str, str]]]:
+def conversations(with_system: bool) -> Iterator[list[PlainMessage]]:
     """What the proof runs on: one to six turns, with and without system, quotes, braces, newlines, other scripts."""
     texts = (
         "Hello",
@@ -254,13 +269,13 @@ def _probe(render: Render) -> Pieces:
 
 def _probe_system(render: Render, plain: Pieces) -> Pieces:
     """The pieces with those around a system message, at the start or in the last turn."""
-    said = _attempt(render, turns(3, SYSTEM))
-    if said is None or SYSTEM not in said:
+    text = _attempt(render, turns(3, SYSTEM))
+    if text is None or SYSTEM not in text:
         return plain
-    if said.find(SYSTEM) < said.find(USERS[0]):
-        before, after, *_ = _split(said, [SYSTEM, USERS[0]])
+    if text.find(SYSTEM) < text.find(USERS[0]):
+        before, after, *_ = _split(text, [SYSTEM, USERS[0]])
         return replace(plain, before_system=before, after_system=after)
-    *_, before, after, _ = _split(said, [USERS[0], ANSWERS[0], USERS[1], ANSWERS[1], SYSTEM, USERS[2]])
+    *_, before, after, _ = _split(text, [USERS[0], ANSWERS[0], USERS[1], ANSWERS[1], SYSTEM, USERS[2]])
     if not before.startswith(plain.to_user):
         raise TemplateNotProven("the turn with the system message begins otherwise")
     return replace(plain, before_system=before.removeprefix(plain.to_user), after_system=after, system_last=True)
@@ -276,7 +291,7 @@ def _split(text: str, marks: Sequence[str]) -> list[str]:
     return [*parts, text]
 
 
-def _attempt(render: Callable[[Any], str], messages: Messages) -> str | None:
+def _attempt(render: Render, messages: Messages) -> str | None:
     try:
         return render(messages)
     except TemplateNotProven:
@@ -285,8 +300,7 @@ def _attempt(render: Callable[[Any], str], messages: Messages) -> str | None:
         return None
 
 
-def _difference(expected: str, found: str) -> str:
-    at = next(
-        (n for n, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
-    )
-    return f"character {at} is {found[at : at + 20]!r}, expected {expected[at : at + 20]!r}"
+def _difference(expected: str, rendered: str) -> str:
+    pairs = zip(expected, rendered, strict=False)
+    at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(rendered)))
+    return f"character {at} is {rendered[at : at + 20]!r}, expected {expected[at : at + 20]!r}"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from converters.ollama.modelfile_parser import PARAMETERS, ModelfileError, is_printable, parse
 from lora2serve.errors import ExportError
 
-NUMBERS = {  # generation_config.json -> PARAMETER
+PARAMETER_NAMES = {  # generation_config.json -> PARAMETER
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }  # fmt: skip
-Value = str | int | float
+ParameterValue = str | int | float
 HINT = "use --target gguf, and the GGUF's own template"
 
 
@@ -24,7 +23,7 @@ class Modelfile:
     model: str  # path of the GGUF, relative; or what to lay an adapter on
     template: str | None = None
     system: str | None = None
-    parameters: Mapping[str, Value] = field(default_factory=dict)
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     adapter: str | None = None
     requires: str | None = None
@@ -49,16 +48,18 @@ class Modelfile:
             read = parse(text)
         except ModelfileError as error:
             raise ExportError(f"Modelfile: Ollama would not read it: {_one_line(error)}", HINT) from None
-        for (name, value), (found, other) in zip(written, read, strict=False):
-            if (found, other) != (name, value):
+        for (name, value), (other, other_value) in zip(written, read, strict=False):
+            if (other, other_value) != (name, value):
                 lost = "".join(sorted({c for c in value if c not in "\t\r\n" and not is_printable(c)}))
                 why = f" (it drops {lost!a})" if lost else ""
-                raise ExportError(f"Modelfile: Ollama would read {name} {value!r} as {found} {other!r}{why}", HINT)
+                raise ExportError(
+                    f"Modelfile: Ollama would read {name} {value!r} as {other} {other_value!r}{why}", HINT
+                )
         if len(read) != len(written):
             raise ExportError(f"Modelfile: Ollama would read {len(read)} commands, written were {len(written)}", HINT)
         return text
 
-    def params(self) -> dict[str, Any]:
+    def params(self) -> dict[str, ParameterValue | list[str]]:
         """The Hub's side file of that name."""
         return {**self.parameters, **({"stop": list(self.stop)} if self.stop else {})}
 
@@ -75,7 +76,7 @@ def _quoted(value: str) -> str:
     return f'"""{value}"""' if '"' in value else f'"{value}"'
 
 
-def _number(value: Value) -> str:
+def _number(value: ParameterValue) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -52,7 +52,7 @@ class _Parser:
     """The states of the original, under its names but ``state``."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[str, str]] = []
+        self.commands: list[tuple[str, str]] = []
         self._state, self._buffer, self._name, self._role, self._line = "nil", "", "", "", 1
 
     def take(self, character: str) -> None:
@@ -67,9 +67,9 @@ class _Parser:
             self._finish(_unquote(self._buffer))
         elif self._state not in ("nil", "comment"):
             raise ModelfileError("unexpected EOF")
-        if not any(name == "from" for name, _ in self.found):
+        if not any(name == "from" for name, _ in self.commands):
             raise ModelfileError("no FROM line")
-        return self.found
+        return self.commands
 
     def _nil(self, character: str) -> None:
         if character == "#":
@@ -127,7 +127,7 @@ class _Parser:
     def _finish(self, value: str | None) -> None:
         if value is None:
             raise ModelfileError(f"unexpected EOF: {self._buffer[:40]!r}")
-        self.found.append((self._name, f"{self._role}: {value}" if self._role else value))
+        self.commands.append((self._name, f"{self._role}: {value}" if self._role else value))
         self._role = ""
 
     def _go(self, state: str) -> None:

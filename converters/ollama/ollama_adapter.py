@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from converters.gguf.gguf_adapter import GgufAdapterOptions, GgufAdapterSink
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from converters.ollama.chat import read_chat, write_files
-from converters.ollama.go_template import wants_native
+from converters.ollama.go_template import prefers_jinja
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
@@ -51,42 +51,42 @@ class OllamaAdapterSink:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Never called: nothing is wanted of the merged model."""
 
-    def finish(self) -> Mapping[str, Any]:
-        said = self._adapter.finish()
+    def finish(self) -> Mapping[str, object]:
+        facts = self._adapter.finish()
         write_files(self._out, self._modelfile, self._text)
         use = f"ollama create {self._name} -f {shlex.quote(str(self._out.target / 'Modelfile'))}"
-        return {**said, "template": self._chat.about(), "from": self._from, "use": use}
+        return {**facts, "template": self._chat.template_facts(), "from": self._from, "use": use}
 
     def close(self) -> None:
         self._adapter.close()
 
 
-def _base(given: str | None) -> str:
+def _base(name: str | None) -> str:
     """A name as it is, a file by its absolute path: Ollama takes a mistyped path for a name."""
-    if not given:
+    if not name:
         raise ExportError("--as adapter: expected --from BASE", "the base as Ollama knows it, such as llama3.2:1b")
-    path = Path(given).expanduser()
+    path = Path(name).expanduser()
     if path.is_file():
         return str(path.resolve())
-    if given.endswith(".gguf") or given.startswith(("/", "./", "../", "~")) or path.exists():
-        raise ExportError(f"--from {given}: no such GGUF file", "a file, or a name that `ollama list` shows")
-    return given
+    if name.endswith(".gguf") or name.startswith(("/", "./", "../", "~")) or path.exists():
+        raise ExportError(f"--from {name}: no such GGUF file", "a file, or a name that `ollama list` shows")
+    return name
 
 
 def _adds_bos(model: ExportModel, out: StagedDir) -> bool:
     """Whether llama.cpp adds BOS with this tokenizer: asked of it, on a header that is never written."""
-    rehearsal = DryRunDir(out.target)
+    unwritten = DryRunDir(out.target)
     try:
-        return GgufSink(model, rehearsal, GgufOptions(quant="F16")).proof.adds_bos
+        return GgufSink(model, unwritten, GgufOptions(quant="F16")).tokens.adds_bos
     finally:
-        rehearsal.discard()
+        unwritten.discard()
 
 
 def _refuse_shadowed(model: ExportModel, jinja: str | None) -> None:
     """From 0.30 on Ollama prefers the base's own Jinja to a TEMPLATE where that Jinja knows tools or thinking."""
     base = Path(str((model.lineage.get("base") or {}).get("path", "")))
-    before = _template_of(base)
-    if before and before != jinja and wants_native(before):
+    template = _template_of(base)
+    if template and template != jinja and prefers_jinja(template):
         raise ExportError(
             "--as adapter: another chat template was trained with than the base's, which Ollama would prefer",
             "use --target ollama without --as: the GGUF carries the template trained with",
@@ -97,5 +97,5 @@ def _template_of(base: Path) -> str | None:
     file, config = base / "chat_template.jinja", base / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    said = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    return said if isinstance(said, str) else None
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None

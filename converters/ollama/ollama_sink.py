@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from converters.ollama.chat import read_chat, write_files
@@ -17,7 +17,7 @@ from lora2serve.weights.tensors import Block, TensorSpec
 
 # Ollama takes a chat template for a known one that is fewer than 100 edits away (``Named``, template/template.go).
 # An edit adds or removes one tilde at most, so a template with fewer than 100 of them is never that near to this one.
-APART = (
+LOOKALIKE_GUARD = (
     "{# This comment keeps Ollama from taking this template for another one that looks much like it.\n"
     + "~" * 200
     + " #}\n"  # the newline goes with it: trim_blocks
@@ -42,25 +42,25 @@ class OllamaSink:
         self._out, self._name = out, model.name.lower()
         self._chat = read_chat(model)
         if self._chat.jinja and not self._chat.derived:
-            options = replace(options, chat_template=APART + self._chat.jinja)
+            options = replace(options, chat_template=LOOKALIKE_GUARD + self._chat.jinja)
         self._gguf = GgufSink(model, out, options)
-        if not self._gguf.proof.ids:
+        if not self._gguf.tokens.compared:
             raise ExportError(
                 "--target ollama: without llama.cpp's library nobody knows who adds BOS",
                 install_hint("gguf"),
             )
         self.wanted = self._gguf.wanted
-        self._modelfile = self._chat.modelfile(f"./{self._gguf.files[0]}", self._gguf.proof.adds_bos)
+        self._modelfile = self._chat.modelfile(f"./{self._gguf.files[0]}", self._gguf.tokens.adds_bos)
         self._text = self._modelfile.write()  # a value that Ollama would read otherwise is found before the first byte
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._gguf.write(spec, rows, block)
 
-    def finish(self) -> Mapping[str, Any]:
-        said = self._gguf.finish()
+    def finish(self) -> Mapping[str, object]:
+        facts = self._gguf.finish()
         write_files(self._out, self._modelfile, self._text)
         path = shlex.quote(str(self._out.target / "Modelfile"))
-        return {**said, "template": self._chat.about(), "use": f"ollama create {self._name} -f {path}"}
+        return {**facts, "template": self._chat.template_facts(), "use": f"ollama create {self._name} -f {path}"}
 
     def close(self) -> None:
         self._gguf.close()

@@ -18,7 +18,7 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
 _MONTH = "slice currentDate 5 7"
 
 
-class Marks:
+class DateMarks:
     """A clock that prints a marker word for each format, so that a probe finds where dates stand."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ def on(day: date) -> Clock:
     """A clock that stands still, in English whatever the locale."""
 
     def clock(pattern: str) -> str:
-        return re.sub("%(.)", lambda found: _plain(found[1], day) or day.strftime(found[0]), pattern, flags=re.S)
+        return re.sub("%(.)", lambda match: _plain(match[1], day) or day.strftime(match[0]), pattern, flags=re.S)
 
     return clock
 
@@ -56,8 +56,8 @@ def days() -> Iterator[date]:
 
 
 def in_go(pattern: str) -> str:
-    """A strftime format as Go; Unproven where ``currentDate`` does not hold it."""
-    return re.sub("%(.?)", lambda found: _directive(found[1], pattern), pattern, flags=re.S)
+    """A strftime format as Go; TemplateNotProven where ``currentDate`` does not hold it."""
+    return re.sub("%(.?)", lambda match: _directive(match[1], pattern), pattern, flags=re.S)
 
 
 def _directive(letter: str, pattern: str) -> str:

@@ -20,6 +20,7 @@ from lora2serve.cli.push import pull_check, push
 from lora2serve.cli.serve import serve
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError, did_you_mean
+from lora2serve.system import own_process
 from lora2serve.system.extras import EXTRA_OF, install_hint
 
 VERBOSE = {"-v", "--verbose"}
@@ -66,6 +67,7 @@ for command in (init, train, export, parity, serve, push, pull_check, inspect, d
 def main(args: Sequence[str] | None = None) -> None:
     """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
     given = list(sys.argv[1:] if args is None else args)
+    own_process.claim()
     gc.set_threshold(100_000, 20)  # importing torch makes a million objects that stay: not looked through every 700
     if not VERBOSE & set(given):
         # What the libraries have to say is not about the user's input; ours goes through Progress.

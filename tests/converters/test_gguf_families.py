@@ -82,10 +82,10 @@ def sentencepiece_tokenizer(path: Path) -> None:
     """A real SentencePiece model in place of the byte-level one, as Gemma 2 has."""
     from sentencepiece import SentencePieceTrainer
 
-    from converters.gguf.tokenizer_check import TEXT
+    from converters.gguf.tokenizer_check import SAMPLE_TEXT
 
     SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines() * 3), model_prefix=str(path / "tokenizer"), model_type="bpe",
+        sentence_iterator=iter(SAMPLE_TEXT.splitlines() * 3), model_prefix=str(path / "tokenizer"), model_type="bpe",
         vocab_size=600, byte_fallback=True, split_digits=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
         normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def test_same_logits(models: dict[str, Path], tmp_path: Path, family: str) -> No
 
 
 def upstream(model: Path, out: Path, kind: str, pre: str = "") -> Path:
-    """llama.cpp's own converter, then its own quantiser out of the same library."""
+    """llama.cpp's own converter, then its own quantizer out of the same library."""
     f16 = convert(model, out / "upstream-f16.gguf", pre=pre)
     return f16 if kind == "F16" else quantize(f16, out / f"upstream-{kind}.gguf", kind)
 

@@ -1,4 +1,4 @@
-"""Importance matrices and split files: beside llama.cpp's own quantiser, and beside sums made by hand."""
+"""Importance matrices and split files: beside llama.cpp's own quantizer, and beside sums made by hand."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_means_of_activations(matrix: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["IQ3_XXS", "Q4_K_M", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
 def test_byte_identical_to_llama_quantize(matrix: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
-    """The same types and bytes as llama.cpp's quantiser with the same matrix; without it they are others."""
+    """The same types and bytes as llama.cpp's quantizer with the same matrix; without it they are others."""
     model, path = matrix
     plain = export(model, tmp_path / "f16", "-q", "F16", "--match-reference")
     keys, tensors = read(export(model, tmp_path / "ours", "-q", kind, "--match-reference", "--imatrix", str(path)))

@@ -19,7 +19,7 @@ from converters.gguf import imatrix
 from converters.gguf.gguf_adapter_reader import GgufAdapterReader
 from converters.gguf.row_map import RowMaps
 from converters.gguf.upstream import llama_cpp_source
-from converters.gguf.upstream.upstream_backend import Upstream
+from converters.gguf.upstream.upstream_backend import UpstreamBackend
 from lora2serve.cli import run
 from lora2serve.exporting.open_model import OpenOptions, open_adapters, open_plain
 from lora2serve.weights.checkpoint import SafetensorsFiles
@@ -158,13 +158,13 @@ def test_half_an_adapter_is_none(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     base = model_of(root, "falcon")
     model = open_plain(base, str(base), OpenOptions())
     name = "transformer.h.0.self_attention.query_key_value.weight"
-    targets = Upstream.targets
+    targets = UpstreamBackend.targets
     with RowMaps(model) as moves:
         (move,) = moves.of(name)
         assert sorted(move.outputs.tolist()) == list(range(512))
         for kept in (0, 256):
             lost = lambda *given, kept=kept: ((t, n, v[:kept]) for t, n, v in targets(*given))  # noqa: E731
-            monkeypatch.setattr(Upstream, "targets", lost)
+            monkeypatch.setattr(UpstreamBackend, "targets", lost)
             assert moves.of(name) == []
 
 

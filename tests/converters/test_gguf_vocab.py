@@ -144,7 +144,7 @@ def test_two_tokens_of_one_text(
     words = ["export", str(tmp_path), "-t", "gguf", "-q", "F16", "--plan", "-o", str(tmp_path / "out")]
     assert run(words) == 1
     assert f"tokens {rows} and {rows + 1} are both '\ufffd\ufffd'" in capfd.readouterr().err
-    monkeypatch.setattr(header, "_refuse_twins", lambda writer: None)
+    monkeypatch.setattr(header, "_refuse_twins", lambda keys: None)
     assert run(words) == 1
     said = capfd.readouterr().err
     assert "llama.cpp died (signal SIGABRT)" in said and "GGML_ASSERT" in said

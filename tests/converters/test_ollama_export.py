@@ -12,7 +12,7 @@ import pytest
 from converters.gguf.gguf_scan import scan
 from converters.ollama.go_template import turns
 from converters.ollama.modelfile_parser import parse
-from converters.ollama.ollama_sink import APART
+from converters.ollama.ollama_sink import LOOKALIKE_GUARD
 from lora2serve.artifacts import manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
@@ -63,7 +63,7 @@ def test_an_unproven_template(ollama: OllamaServer, base: Path, tmp_path: Path) 
     assert "turns look different" in about["why"]
     scan(next(made.glob("*.gguf")))
     assert rendered(ollama, made) == trained(base)
-    assert ollama.load("demo:latest").jinja == APART + NUMBERED
+    assert ollama.load("demo:latest").jinja == LOOKALIKE_GUARD + NUMBERED
 
 
 def test_a_dated_template(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.ollama.modelfile import NUMBERS, Modelfile
+from converters.ollama.modelfile import PARAMETER_NAMES, Modelfile
 from converters.ollama.modelfile_parser import COMMANDS, DEPRECATED, PARAMETERS, ModelfileError, is_printable, parse
 from lora2serve.errors import ExportError
 
@@ -90,11 +90,11 @@ def test_printable_is_what_go_says(go_program: Path) -> None:
 
 def test_no_line_that_ollama_deprecates_or_does_not_know() -> None:
     """What we write by name is a parameter, with one space after PARAMETER; its values are numbers."""
-    assert set(NUMBERS.values()) <= set(PARAMETERS)
+    assert set(PARAMETER_NAMES.values()) <= set(PARAMETERS)
     assert not set(PARAMETERS) & set(DEPRECATED)
-    text = Modelfile("./a.gguf", parameters=dict.fromkeys(NUMBERS.values(), 1), stop=("a", "b")).write()
+    text = Modelfile("./a.gguf", parameters=dict.fromkeys(PARAMETER_NAMES.values(), 1), stop=("a", "b")).write()
     lines = [line for line in text.splitlines() if line.startswith("PARAMETER")]
-    assert len(lines) == len(NUMBERS) + 2
+    assert len(lines) == len(PARAMETER_NAMES) + 2
     assert all(line.split(" ")[1] in PARAMETERS for line in lines)
 
 
@@ -127,7 +127,7 @@ MODELFILES = st.builds(
     template=st.none() | TEXT,
     system=st.none() | TEXT,
     parameters=st.dictionaries(
-        st.sampled_from(sorted(NUMBERS.values())),
+        st.sampled_from(sorted(PARAMETER_NAMES.values())),
         st.integers(-9, 99) | st.floats(0, 10, allow_nan=False) | st.booleans(),
     ),
     stop=st.lists(TEXT.filter(bool), max_size=4).map(tuple),

@@ -21,12 +21,12 @@ from converters.ollama.go_template import (
     default_system,
     derive,
     ollama_data,
+    prefers_jinja,
     quote,
     turns,
-    wants_native,
     write_go,
 )
-from converters.ollama.ollama_sink import APART
+from converters.ollama.ollama_sink import LOOKALIKE_GUARD
 from converters.ollama.template_not_proven import TemplateNotProven
 from tests.support.golang import Renderer
 from tests.support.upstream import llama_cpp_dir
@@ -219,10 +219,10 @@ def distance(a: str, b: str) -> int:
 
 def test_a_refused_template_is_kept_apart() -> None:
     """The comment changes no prompt, and no template with fewer than 100 tildes is within 100 edits of it."""
-    assert APART.count("~") == 200
+    assert LOOKALIKE_GUARD.count("~") == 200
     alike = CHATML.replace("<|im_start|>", "<|start|>").replace("<|im_end|>", "<|end|>")
     assert distance(alike, CHATML) < 100  # what Ollama would take for ChatML
-    assert distance(APART + alike, CHATML) >= 200
+    assert distance(LOOKALIKE_GUARD + alike, CHATML) >= 200
     for path in corpus():
         text = path.read_text(encoding="utf-8")
         assert text.count("~") < 100
@@ -231,12 +231,12 @@ def test_a_refused_template_is_kept_apart() -> None:
                 expected = Jinja(text, SPECIAL).at(template_dates.on(DAY))(messages)
             except Exception:
                 continue
-            assert Jinja(APART + text, SPECIAL).at(template_dates.on(DAY))(messages) == expected, path.name
+            assert Jinja(LOOKALIKE_GUARD + text, SPECIAL).at(template_dates.on(DAY))(messages) == expected, path.name
 
 
 def test_native_is_preferred_where_tools_are() -> None:
-    assert wants_native("{% if tools %}{% endif %}")
-    assert not wants_native(CHATML)
+    assert prefers_jinja("{% if tools %}{% endif %}")
+    assert not prefers_jinja(CHATML)
 
 
 REAL = ("Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.2-3B-Instruct", "mistralai-Mistral-Nemo-Instruct-2407",

@@ -18,7 +18,7 @@ def seen(text: Path, projector: Path, pixels: np.ndarray, scratch: Path) -> np.n
     """The rows for one image, in float64."""
     given, out = scratch / "pixels.npy", scratch / "rows.npy"
     np.save(given, pixels)
-    words = [sys.executable, "-m", "tests.sight", str(text), str(projector), str(given), str(out)]
+    words = [sys.executable, "-m", "tests.support.sight", str(text), str(projector), str(given), str(out)]
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return np.load(out).astype(np.float64)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from converters.gguf.header import GgufValue
 from lora2serve.errors import ExportError, did_you_mean
 
-Config = Mapping[str, Any]
-Keys = dict[str, Any]
+Config = Mapping[str, Any]  # a config.json
+Values = dict[str, GgufValue | None]  # None takes a common key out
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Architecture:
     name: str
     permuted: bool = False
     norm_shift: bool = False
-    keys: Callable[[Config], Keys] = lambda config: {}
+    keys: Callable[[Config], Values] = lambda config: {}
     refuse: Callable[[Config], str] = lambda config: ""
     needs_sentencepiece: bool = False
     add_space_prefix: bool | None = None
@@ -49,11 +50,11 @@ def head_dim(config: Config) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _llama(config: Config) -> Keys:
+def _llama(config: Config) -> Values:
     return {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim(config)}
 
 
-def _granite(config: Config) -> Keys:
+def _granite(config: Config) -> Values:
     scales = {
         "attention.scale": "attention_multiplier",
         "embedding_scale": "embedding_multiplier",
@@ -65,7 +66,7 @@ def _granite(config: Config) -> Keys:
     }
 
 
-def _gemma2(config: Config) -> Keys:
+def _gemma2(config: Config) -> Values:
     return {
         "attention.key_length": head_dim(config),
         "attention.value_length": head_dim(config),
@@ -75,8 +76,8 @@ def _gemma2(config: Config) -> Keys:
     }
 
 
-def _gemma3(config: Config) -> Keys:
-    keys: Keys = {
+def _gemma3(config: Config) -> Values:
+    keys: Values = {
         "attention.key_length": config.get("head_dim", 256),
         "attention.value_length": config.get("head_dim", 256),
         "attention.sliding_window": config["sliding_window"],
@@ -86,31 +87,31 @@ def _gemma3(config: Config) -> Keys:
     return keys
 
 
-def _qwen2_moe(config: Config) -> Keys:
+def _qwen2_moe(config: Config) -> Values:
     return {
         "expert_feed_forward_length": config["moe_intermediate_size"],
         "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
     }
 
 
-def _qwen3_moe(config: Config) -> Keys:
+def _qwen3_moe(config: Config) -> Values:
     return {"expert_feed_forward_length": config["moe_intermediate_size"]}
 
 
-def _refuse_unnormalised(config: Config) -> str:
+def _refuse_unnormalized(config: Config) -> str:
     if config.get("norm_topk_prob") is not True:
         return (
-            f"norm_topk_prob is {config.get('norm_topk_prob')!r}; llama.cpp always normalises the expert weights here"
+            f"norm_topk_prob is {config.get('norm_topk_prob')!r}; llama.cpp always normalizes the expert weights here"
         )
     return ""
 
 
-def _phi3(config: Config) -> Keys:
+def _phi3(config: Config) -> Values:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     context = config["max_position_embeddings"]
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or context
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    keys: Keys = {
+    keys: Values = {
         "rope.scaling.type": None,  # llama.cpp takes the factors from the two tensors
         "rope.scaling.original_context_length": original,
         "rope.dimension_count": int(share * config["hidden_size"]) // config["num_attention_heads"],
@@ -132,7 +133,7 @@ def _refuse_phi3(config: Config) -> str:
     return ""
 
 
-def _mistral3(config: Config) -> Keys:
+def _mistral3(config: Config) -> Values:
     rope = config.get("rope_parameters") or {}
     return _llama(config) | {
         "rope.scaling.yarn_log_multiplier": float(rope["mscale_all_dim"]),
@@ -148,14 +149,14 @@ def _refuse_mistral3(config: Config) -> str:
     return ""
 
 
-def _gpt_oss(config: Config) -> Keys:
+def _gpt_oss(config: Config) -> Values:
     return {
         "attention.sliding_window": config["sliding_window"],
         "expert_feed_forward_length": config["intermediate_size"],
     }
 
 
-def _olmo2(config: Config) -> Keys:
+def _olmo2(config: Config) -> Values:
     if not config.get("sliding_window"):
         return {}
     kinds = config.get("layer_types") or []
@@ -173,7 +174,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture("qwen2"),
     "Qwen2MoeForCausalLM": Architecture("qwen2moe", keys=_qwen2_moe),
     "Qwen3ForCausalLM": Architecture("qwen3"),
-    "Qwen3MoeForCausalLM": Architecture("qwen3moe", keys=_qwen3_moe, refuse=_refuse_unnormalised),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe", keys=_qwen3_moe, refuse=_refuse_unnormalized),
     "Gemma2ForCausalLM": Architecture(
         "gemma2",
         norm_shift=True,

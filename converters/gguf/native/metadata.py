@@ -5,24 +5,26 @@ Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; values as 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.gguf.header import GgufValue
 from converters.gguf.native import vocab
-from converters.gguf.native.architectures import Architecture, head_dim
+from converters.gguf.native.architectures import Architecture, Config, head_dim
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 
-Config = Mapping[str, Any]
+Values = dict[str, GgufValue]
 Sizes = tuple[int, int, int, int]  # parameters: all, outside the experts, of one expert; number of experts
 ROPE_SCALING = {"linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
 
 
-def architecture_keys(config: Config, architecture: Architecture) -> dict[str, Any]:
-    """``{arch}.*``: what the graph needs to know. bool, int, float, str or list values."""
-    found: dict[str, Any] = {"block_count": config["num_hidden_layers"]}
+def architecture_keys(config: Config, architecture: Architecture) -> Values:
+    """``{arch}.*``: what the graph needs to know."""
+    keys: dict[str, GgufValue | None] = {"block_count": config["num_hidden_layers"]}
     plain = {
         "context_length": "max_position_embeddings",
         "embedding_length": "hidden_size",
@@ -30,24 +32,24 @@ def architecture_keys(config: Config, architecture: Architecture) -> dict[str, A
         "attention.head_count": "num_attention_heads",
         "attention.head_count_kv": "num_key_value_heads",
     }
-    found |= {key: config[name] for key, name in plain.items() if config.get(name) is not None}
-    found |= _rope(config)
+    keys |= {key: config[name] for key, name in plain.items() if config.get(name) is not None}
+    keys |= _rope(config)
     if config.get("rms_norm_eps") is not None:
-        found["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
+        keys["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
     experts = config.get("num_local_experts") or config.get("num_experts")
     if experts:
-        found["expert_count"] = experts
-        found["expert_used_count"] = config["num_experts_per_tok"]
+        keys["expert_count"] = experts
+        keys["expert_used_count"] = config["num_experts_per_tok"]
     if config.get("head_dim") is not None:
-        found["attention.key_length"] = found["attention.value_length"] = config["head_dim"]
-    found |= architecture.keys(config)
+        keys["attention.key_length"] = keys["attention.value_length"] = config["head_dim"]
+    keys |= architecture.keys(config)
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window and not architecture.sliding:  # the graph attends to everything: right as long as that is the window
-        found["context_length"] = min(found["context_length"], window)
-    return {f"{architecture.name}.{key}": value for key, value in found.items() if value is not None}
+        keys["context_length"] = min(config["max_position_embeddings"], window)
+    return {f"{architecture.name}.{key}": value for key, value in keys.items() if value is not None}
 
 
-def general_keys(model: ExportModel, architecture: Architecture, file_type: int, sizes: Sizes) -> dict[str, Any]:
+def general_keys(model: ExportModel, architecture: Architecture, file_type: int, sizes: Sizes) -> Values:
     """``general.*``, and where the file came from."""
     from gguf import GGML_QUANT_VERSION, size_label
 
@@ -64,34 +66,34 @@ def general_keys(model: ExportModel, architecture: Architecture, file_type: int,
     }
 
 
-def lineage_keys(model: ExportModel) -> dict[str, Any]:
+def lineage_keys(model: ExportModel) -> Values:
     """The base, and where the file came from."""
-    found: dict[str, Any] = {}
+    keys: Values = {}
     base, lineage = model.base, model.lineage
     if base and not base.startswith(("/", ".")):
-        organisation, _, name = base.rpartition("/")
-        found = {
+        organization, _, name = base.rpartition("/")
+        keys = {
             "general.base_model.count": 1,
             "general.base_model.0.name": name,
-            "general.base_model.0.organization": organisation or name,
+            "general.base_model.0.organization": organization or name,
             "general.base_model.0.repo_url": f"https://huggingface.co/{base}",
         }
     if lineage.get("merge_base"):
-        found["lora2serve.merge_base"] = str(lineage["merge_base"])
+        keys["lora2serve.merge_base"] = str(lineage["merge_base"])
     if lineage.get("run"):
-        found["lora2serve.run"] = str(lineage["run"])
-    return found
+        keys["lora2serve.run"] = str(lineage["run"])
+    return keys
 
 
-def extra_tensors(config: Config) -> dict[str, list[float]]:
+def rope_factor_tensors(config: Config) -> dict[str, list[float]]:
     """Rope factors that llama.cpp reads as tensors: Llama 3's, and the two sets of longrope (Phi-3)."""
     rope = _rope_parameters(config)
     factors = rope_factors(config)
-    found = {"rope_freqs.weight": factors} if factors else {}
+    tensors = {"rope_freqs.weight": factors} if factors else {}
     if rope.get("long_factor"):
-        found["rope_factors_long.weight"] = list(rope["long_factor"])
-        found["rope_factors_short.weight"] = list(rope["short_factor"])
-    return found
+        tensors["rope_factors_long.weight"] = list(rope["long_factor"])
+        tensors["rope_factors_short.weight"] = list(rope["short_factor"])
+    return tensors
 
 
 def rope_factors(config: Config) -> list[float] | None:
@@ -119,49 +121,52 @@ def rope_factors(config: Config) -> list[float] | None:
     return factors
 
 
-def _rope_parameters(config: Config) -> Mapping[str, Any]:
+def _rope_parameters(config: Config) -> Config:
     """Rope settings under the names of either generation of transformers."""
-    given: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    given = given.get("full_attention", given)
-    rope_type = given.get("rope_type") or given.get("type")
-    theta = given.get("rope_theta", config.get("rope_theta"))
-    return {**given, **({"rope_type": rope_type} if rope_type else {}), **({"rope_theta": theta} if theta else {})}
+    settings: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    settings = settings.get("full_attention", settings)
+    rope_type = settings.get("rope_type") or settings.get("type")
+    theta = settings.get("rope_theta", config.get("rope_theta"))
+    return {**settings, **({"rope_type": rope_type} if rope_type else {}), **({"rope_theta": theta} if theta else {})}
 
 
-def _rope(config: Config) -> dict[str, Any]:
+def _rope(config: Config) -> Values:
     rope = _rope_parameters(config)
-    found: dict[str, Any] = {}
+    keys: Values = {}
     kind = str(rope.get("rope_type") or "default").lower()
     if kind in ROPE_SCALING:
-        found["rope.scaling.type"] = ROPE_SCALING[kind]
+        keys["rope.scaling.type"] = ROPE_SCALING[kind]
         if kind in ("linear", "yarn"):
-            found["rope.scaling.factor"] = float(rope["factor"])
+            keys["rope.scaling.factor"] = float(rope["factor"])
         if kind == "yarn":
-            found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-            found |= {
-                key: float(rope[name])
-                for key, name in (
-                    ("rope.scaling.yarn_attn_factor", "attention_factor"),
-                    ("rope.scaling.yarn_ext_factor", "extrapolation_factor"),
-                    ("rope.scaling.yarn_beta_fast", "beta_fast"),
-                    ("rope.scaling.yarn_beta_slow", "beta_slow"),
-                )
-                if rope.get(name) is not None
-            }
+            keys |= _yarn(rope)
     elif kind not in ("default", "llama3"):
         raise ExportError(f"rope type {kind!r}: llama.cpp has no such scaling", "serve it with --target vllm")
     if rope.get("rope_theta"):
-        found["rope.freq_base"] = float(rope["rope_theta"])
+        keys["rope.freq_base"] = float(rope["rope_theta"])
     local = (config.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta") or config.get(
         "rope_local_base_freq"
     )
     if local:
-        found["rope.freq_base_swa"] = float(local)
-    return found
+        keys["rope.freq_base_swa"] = float(local)
+    return keys
 
 
-def _card(model: ExportModel) -> dict[str, Any]:
-    """Licence, tags and languages from the head of the base's model card."""
+def _yarn(rope: Config) -> Values:
+    numbers = (
+        ("rope.scaling.yarn_attn_factor", "attention_factor"),
+        ("rope.scaling.yarn_ext_factor", "extrapolation_factor"),
+        ("rope.scaling.yarn_beta_fast", "beta_fast"),
+        ("rope.scaling.yarn_beta_slow", "beta_slow"),
+    )
+    return {
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        **{key: float(rope[name]) for key, name in numbers if rope.get(name) is not None},
+    }
+
+
+def _card(model: ExportModel) -> Values:
+    """License, tags and languages from the head of the base's model card."""
     path = (model.lineage.get("base") or {}).get("path")
     readme = Path(path) / "README.md" if path else None
     if readme is None or not readme.is_file():
@@ -169,51 +174,34 @@ def _card(model: ExportModel) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        data: Any = ModelCard(readme.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data
+        card: Any = ModelCard(readme.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
     except ValueError:  # someone else's card: what cannot be read tells nothing
         return {}
-    told = data.to_dict()
-    found: dict[str, Any] = {}
+    data: Mapping[str, object] = card.data.to_dict()
     names = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-    found |= {key: told[name] for name, key in names.items() if isinstance(told.get(name), str)}
-    tags = [*_list(told.get("tags")), *_list(told.get("pipeline_tag"))]
-    found |= {"tags": tags} if tags else {}
-    found |= {"languages": _list(told["language"])} if told.get("language") else {}
-    return {f"general.{key}": value for key, value in found.items()}
+    keys: Values = {names[name]: value for name in names if isinstance(value := data.get(name), str)}
+    tags = [*_list(data.get("tags")), *_list(data.get("pipeline_tag"))]
+    keys |= {"tags": tags} if tags else {}
+    keys |= {"languages": _list(data["language"])} if data.get("language") else {}
+    return {f"general.{key}": value for key, value in keys.items()}
 
 
-def _list(value: Any) -> list[str]:
+def _list(value: object) -> list[str]:
     return [str(part) for part in value] if isinstance(value, list) else [str(value)] if value else []
 
 
-def _sampling(model: ExportModel) -> dict[str, Any]:
+def _sampling(model: ExportModel) -> Values:
     """Sampling defaults of generation_config.json, which llama.cpp's tools take over."""
-    import json
-
     path = model.files.get("generation_config.json")
-    given = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    kinds = {
+    generation: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    kinds: dict[str, tuple[str, type[int] | type[float]]] = {
         "temperature": ("temp", float),
         "top_p": ("top_p", float),
         "top_k": ("top_k", int),
         "min_p": ("min_p", float),
     }
     return {
-        f"general.sampling.{name}": kind(given[key])
+        f"general.sampling.{name}": kind(value)
         for key, (name, kind) in kinds.items()
-        if isinstance(given.get(key), int | float)
+        if isinstance(value := generation.get(key), int | float)
     }
-
-
-def add_key(writer: Any, key: str, value: Any) -> None:
-    """One key of a GGUFWriter, in the type llama.cpp reads it in."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)

@@ -1,15 +1,15 @@
 """llama.cpp's names for pre-tokenizers (``tokenizer.ggml.pre``), by the rules of a tokenizer.json.
 
 The regular expressions and steps are those of the models' own tokenizer.json files; which name has which rules is in
-llama.cpp's ``src/llama-vocab.cpp``. A name taken by mistake is found out by proof.py.
+llama.cpp's ``src/llama-vocab.cpp``. A name taken by mistake is found out by tokenizer_check.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from converters.gguf.tokenizer_files import PreTokenizerStep, TokenizerJson
 from converters.gguf.upstream import llama_cpp_source
 from lora2serve.errors import ExportError
 
@@ -61,36 +61,36 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
 }
 
 
-def pre_tokenizer(path: Path, content: Mapping[str, Any]) -> str:
+def pre_tokenizer(path: Path, content: TokenizerJson) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json: by its steps, else by upstream's hash.
 
     ExportError where neither knows it.
     """
     steps = tuple(_steps(content.get("pre_tokenizer") or {}))
-    found = PRE_TOKENIZERS.get(steps)
-    if found == "llama-bpe" and not content["model"].get("ignore_merges"):
-        found = "dbrx"  # the same rules, and a word that is a token is put together by merges like any other
-    found = found or llama_cpp_source.pre_tokenizer_by_hash(path)
-    if found is None:
+    name = PRE_TOKENIZERS.get(steps)
+    if name == "llama-bpe" and not content["model"].get("ignore_merges"):
+        name = "dbrx"  # the same rules, and a word that is a token is put together by merges like any other
+    name = name or llama_cpp_source.pre_tokenizer_by_hash(path)
+    if name is None:
         raise ExportError(
             f"tokenizer: no llama.cpp name is known for the pre-tokenizer {' + '.join(steps)[:160] or 'none'}",
             "name it with --pre (such as llama-bpe, qwen2, gpt-2): a wrong one is found out before anything is written",
         )
-    return found
+    return name
 
 
-def _steps(part: Mapping[str, Any]) -> Iterator[str]:
-    kind = part.get("type")
+def _steps(step: PreTokenizerStep) -> Iterator[str]:
+    kind = step.get("type")
     if kind == "Sequence":
-        for inner in part.get("pretokenizers", []):
+        for inner in step.get("pretokenizers", []):
             yield from _steps(inner)
     elif kind == "Split":
-        pattern = part.get("pattern", {})
+        pattern = step.get("pattern", {})
         regex = pattern.get("Regex") or f"text:{pattern.get('String')}"
         yield regex.replace("\r", r"\r").replace("\n", r"\n")  # some files spell them, some hold them
     elif kind == "Digits":
-        yield "digits:single" if part.get("individual_digits") else "digits"
+        yield "digits:single" if step.get("individual_digits") else "digits"
     elif kind == "ByteLevel":
-        yield "bytelevel:regex" if part.get("use_regex", True) else "bytelevel"
+        yield "bytelevel:regex" if step.get("use_regex", True) else "bytelevel"
     elif kind:
         yield str(kind).lower()

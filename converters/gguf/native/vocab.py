@@ -1,25 +1,36 @@
 """The tokenizer's part of a GGUF file: tokens, types, merges, special ids, pre-tokenizer name, chat template.
 
-The pre-tokenizer's name follows from its rules (pretokenizer.py), which survive fine-tuning; upstream recognises it by
-a hash of token ids, which does not survive an added token. Then it is proven: proof.py.
+The pre-tokenizer's name follows from its rules (pretokenizer.py), which survive fine-tuning; upstream recognizes it by
+a hash of token ids, which does not survive an added token. Then it is proven: tokenizer_check.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from converters.gguf import header
+from converters.gguf.header import GgufValue
 from converters.gguf.native.architectures import Architecture
 from converters.gguf.native.pretokenizer import pre_tokenizer
+from converters.gguf.tokenizer_files import (
+    AddedToken,
+    TokenizerJson,
+    added_tokens,
+    read_tokenizer_json,
+    space_scheme,
+    tokenizer_directory,
+)
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 
 class TokenType(IntEnum):
@@ -33,37 +44,39 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-@dataclass
+@dataclass(frozen=True)
 class Vocab:
     """``tokens``: text (BPE, byte-level) or UTF-8 bytes (SentencePiece); all lists have the embedding's length."""
 
     model: str  # gpt2 or llama
-    tokens: list[Any]
-    types: list[int]
-    scores: list[float] = field(default_factory=list)
+    tokens: Sequence[str] | Sequence[bytes]
+    types: Sequence[int]
+    scores: Sequence[float] = ()
     pre: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, GgufValue] = field(default_factory=dict)
 
 
-@contextmanager
-def tokenizer_directory(model: ExportModel) -> Iterator[Path]:
-    """The model's tokenizer files and config in one directory, as the readers of other libraries want them."""
-    with tempfile.TemporaryDirectory(prefix="lora2serve-tokenizer-") as name:
-        fill_tokenizer_directory(Path(name), model)
-        yield Path(name)
+def tokenizer_keys(model: ExportModel, vocab: Vocab, chat_template: str | None) -> dict[str, header.TypedValue]:
+    """``tokenizer.*``: the vocabulary, and what gguf's own reader finds in the tokenizer's files."""
+    from gguf import GGUFWriter, SpecialVocab
 
-
-def fill_tokenizer_directory(folder: Path, model: ExportModel) -> None:
-    """Links to the files; configs without ``auto_map``, so that no reader fetches or runs code of the model's."""
-    for file, path in model.files.items():
-        place = folder / file
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if file == "tokenizer_config.json" and "auto_map" in (told := json.loads(path.read_text(encoding="utf-8"))):
-            place.write_text(json.dumps({key: value for key, value in told.items() if key != "auto_map"}))
-        else:
-            place.symlink_to(path.resolve())
-    config = {key: value for key, value in model.config.items() if key != "auto_map"}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    writer = GGUFWriter(None, "")  # it collects the keys; nothing is written
+    writer.kv_data[0].clear()
+    writer.add_tokenizer_model(vocab.model)
+    if vocab.pre:
+        writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_list(vocab.tokens)
+    if vocab.scores:
+        writer.add_token_scores(vocab.scores)
+    writer.add_token_types(vocab.types)
+    with tokenizer_directory(model) as folder:
+        special = SpecialVocab(folder, load_merges=vocab.model == "gpt2", n_vocab=len(vocab.tokens))
+    if chat_template is not None:
+        special.chat_template = chat_template
+    first = {**header.collected(writer), **header.typed(vocab.extra)}
+    writer.kv_data[0].clear()
+    special.add_to_gguf(writer)
+    return {**first, **header.collected(writer)}
 
 
 def read_vocab(model: ExportModel, architecture: Architecture, rows: int, pre: str | None) -> Vocab:
@@ -79,7 +92,7 @@ def read_vocab(model: ExportModel, architecture: Architecture, rows: int, pre: s
         raise ExportError(
             "no tokenizer.json and no tokenizer.model beside the model", "copy the base's tokenizer files beside it"
         )
-    content = json.loads(model.files["tokenizer.json"].read_text(encoding="utf-8"))
+    content = read_tokenizer_json(model.files["tokenizer.json"])
     kind = content.get("model", {}).get("type")
     if kind != "BPE":
         raise ExportError(f"tokenizer.json holds a {kind} model, expected BPE", "serve it with --target vllm")
@@ -88,7 +101,7 @@ def read_vocab(model: ExportModel, architecture: Architecture, rows: int, pre: s
     return _bpe(model.files["tokenizer.json"], content, rows, pre)
 
 
-def _bpe(path: Path, content: Mapping[str, Any], rows: int, pre: str | None) -> Vocab:
+def _bpe(path: Path, content: TokenizerJson, rows: int, pre: str | None) -> Vocab:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(path))
@@ -114,9 +127,7 @@ def _bpe(path: Path, content: Mapping[str, Any], rows: int, pre: str | None) -> 
     return Vocab("gpt2", tokens, [int(kind) for kind in types], pre=pre or pre_tokenizer(path, content))
 
 
-def _bpe_of_sentencepiece(
-    model: ExportModel, content: Mapping[str, Any], rows: int, architecture: Architecture
-) -> Vocab:
+def _bpe_of_sentencepiece(model: ExportModel, content: TokenizerJson, rows: int, architecture: Architecture) -> Vocab:
     """A SentencePiece BPE that only tokenizer.json tells of (Llama 2 style).
 
     The scores of the pieces are gone, but not what they decide: which merge comes first. A piece is scored by the rank
@@ -141,13 +152,13 @@ def _bpe_of_sentencepiece(
 
 def _merge_ranks(merges: Sequence[str | Sequence[str]]) -> dict[str, int]:
     """Piece -> the place, among all pieces, of the first merge that makes it."""
-    made: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for merge in merges:
-        made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), len(made))
-    return made
+        ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), len(ranks))
+    return ranks
 
 
-def _piece_kind(token: str | None, added: Mapping[str, Any] | None, unknown: bool) -> TokenType:
+def _piece_kind(token: str | None, added: AddedToken | None, unknown: bool) -> TokenType:
     if token is None:
         return TokenType.UNUSED
     if unknown:
@@ -166,13 +177,13 @@ def _sentencepiece(model: ExportModel, rows: int, architecture: Architecture) ->
     pieces = SentencePieceProcessor()
     pieces.LoadFromFile(str(model.files["tokenizer.model"]))
     count = max(rows, pieces.vocab_size())
-    tokens: list[Any] = [f"[PAD{number}]".encode() for number in range(count)]
+    tokens = [f"[PAD{number}]".encode() for number in range(count)]
     types, scores = [int(TokenType.UNUSED)] * count, [-10000.0] * count
     for number in range(pieces.vocab_size()):
         tokens[number] = pieces.IdToPiece(number).encode()
         scores[number] = pieces.GetScore(number)
         types[number] = int(_sentencepiece_kind(pieces, number))
-    for number, token in _added_tokens(model).items():
+    for number, token in _added_pieces(model).items():
         if number < count:
             special = token.get("special", False) or looks_special(token["content"])
             tokens[number] = token["content"].replace("▁", " ").encode()
@@ -183,42 +194,30 @@ def _sentencepiece(model: ExportModel, rows: int, architecture: Architecture) ->
     )
 
 
-def _sentencepiece_kind(pieces: Any, number: int) -> TokenType:
-    for kind, asked in (
+def _sentencepiece_kind(pieces: SentencePieceProcessor, number: int) -> TokenType:
+    for kind, is_kind in (
         (TokenType.UNKNOWN, pieces.IsUnknown),
         (TokenType.CONTROL, pieces.IsControl),
         (TokenType.UNUSED, pieces.IsUnused),
         (TokenType.BYTE, pieces.IsByte),
     ):
-        if asked(number):
+        if is_kind(number):
             return kind
     return TokenType.NORMAL
 
 
-def _added_tokens(model: ExportModel) -> dict[int, dict[str, Any]]:
+def _added_pieces(model: ExportModel) -> dict[int, AddedToken]:
     """Tokens beside the SentencePiece model, from tokenizer_config.json."""
     path = model.files.get("tokenizer_config.json")
-    given = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if path else {}
-    return {int(number): token for number, token in given.items()}
+    decoder = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if path else {}
+    return {int(number): token for number, token in decoder.items()}
 
 
-def _space_prefix(architecture: Architecture, model: ExportModel) -> dict[str, Any]:
+def _space_prefix(architecture: Architecture, model: ExportModel) -> dict[str, GgufValue]:
     """llama.cpp's ``add_space_prefix``: a space before each text and after each special token, by default."""
     if architecture.add_space_prefix is None and space_scheme(model) not in ("first", "never"):
         return {}
     return {"tokenizer.ggml.add_space_prefix": bool(architecture.add_space_prefix)}
-
-
-def space_scheme(model: ExportModel) -> str | None:
-    """``prepend_scheme`` of the tokenizer's Metaspace step: always, never, or first; None where there is no such step.
-
-    "first" (Mistral 0.3) puts a space only before a text that nothing precedes, not even BOS. llama.cpp has no such
-    rule. Without its space prefix it is right for whatever follows a special token: every prompt.
-    """
-    path = model.files.get("tokenizer.json")
-    step = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") if path else None
-    steps = (step or {}).get("pretokenizers", [step] if step else [])
-    return next((one.get("prepend_scheme") for one in steps if one.get("type") == "Metaspace"), None)
 
 
 def name_for_llama_cpp(model: ExportModel) -> str:
@@ -227,8 +226,7 @@ def name_for_llama_cpp(model: ExportModel) -> str:
     By that word alone llama.cpp decides that special tokens take the white space after them along (src/llama-vocab.cpp,
     "set attributes by model/tokenizer/architecture name"), and that there is a token ``</s>``: else it does not load.
     """
-    path = model.files.get("tokenizer.json")
-    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []) if path else []
+    added = added_tokens(model)
     strips = any(token.get("rstrip") for token in added) and any(token["content"] == "</s>" for token in added)
     named = re.search("phi-?3", model.name, re.IGNORECASE)
     if strips and not named:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lora2serve.errors import ExportError
 from lora2serve.system.doctor import source_package
 
-FETCH = "lora2serve doctor --fix"
+FETCH_COMMAND = "lora2serve doctor --fix"
 
 
 def converter() -> Path | None:
@@ -56,12 +56,12 @@ def refuse(name: str, native: list[str], tree: Path | None) -> ExportError:
     if tree is None:
         return ExportError(
             f"architecture {name}: no GGUF conversion of our own{near}",
-            f"{FETCH} brings llama.cpp's converter, which knows many more; our own: {', '.join(names)}",
+            f"{FETCH_COMMAND} brings llama.cpp's converter, which knows many more; our own: {', '.join(names)}",
         )
     return ExportError(
         f"architecture {name}: neither we nor llama.cpp's converter know it{near}", f"known: {', '.join(names)}"
     )
 
 
-def _alike(one: str, other: str) -> float:
-    return SequenceMatcher(None, one.lower(), other.lower()).ratio()
+def _alike(name: str, other: str) -> float:
+    return SequenceMatcher(None, name.lower(), other.lower()).ratio()
