@@ -1,6 +1,6 @@
-"""LM Studio's own folder of models: where it is, and an export put there, whole or not at all.
+"""LM Studio's own folder of models: where it is, and an export installed there, completely or not at all.
 
-Places as in lmstudio-ai/lms, ``src/modelsFolder.ts`` and the older ``src/subcommands/importCmd.ts``.
+The folders are those of lmstudio-ai/lms, ``src/modelsFolder.ts`` and the older ``src/subcommands/importCmd.ts``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError, InputError
 from lora2serve.progress import Progress
 
-BLOCK = 4 << 20
+BLOCK = 4 << 20  # bytes copied at once
 
 
 def models_folder() -> Path:
@@ -36,7 +36,7 @@ def models_folder() -> Path:
 
 def install(export: Path, folder: Path, progress: Progress, *, overwrite: bool = False) -> list[Path]:
     """Every GGUF of the export at ``folder/publisher/model/``: linked where that is possible, else copied."""
-    names = [name for name in manifest.read(export)["files"] if name.endswith(".gguf")]
+    names = [name for name in Manifest.read(export).files if name.endswith(".gguf")]
     targets = [folder / name for name in names]
     refuse_existing(targets, overwrite)
     mark = f"partial-{uuid.uuid4().hex[:8]}"
@@ -44,7 +44,7 @@ def install(export: Path, folder: Path, progress: Progress, *, overwrite: bool =
     try:
         for name, partial in zip(names, partials, strict=True):
             partial.parent.mkdir(parents=True, exist_ok=True)
-            _place(export / name, partial, progress)
+            _link_or_copy(export / name, partial, progress)
         _publish(partials, targets, mark, overwrite)
     except OSError as error:
         raise ExportError(
@@ -58,9 +58,9 @@ def install(export: Path, folder: Path, progress: Progress, *, overwrite: bool =
 
 def refuse_existing(targets: Sequence[Path], overwrite: bool) -> None:
     """ExportError where LM Studio has such a file."""
-    there = [target for target in targets if os.path.lexists(target)]
-    if there and not overwrite:
-        raise ExportError(f"{there[0]}: LM Studio has that file", "--overwrite replaces it, or give another --name")
+    existing = [target for target in targets if os.path.lexists(target)]
+    if existing and not overwrite:
+        raise ExportError(f"{existing[0]}: LM Studio has that file", "--overwrite replaces it, or give another --name")
 
 
 def _home() -> Path:
@@ -71,7 +71,7 @@ def _home() -> Path:
     return older if older.is_dir() else Path.home() / ".lmstudio"
 
 
-def _place(source: Path, partial: Path, progress: Progress) -> None:
+def _link_or_copy(source: Path, partial: Path, progress: Progress) -> None:
     """A second name for the file, or on another file system a copy."""
     with suppress(OSError):
         os.link(source, partial)
@@ -89,18 +89,18 @@ def _place(source: Path, partial: Path, progress: Progress) -> None:
 
 
 def _publish(partials: Sequence[Path], targets: Sequence[Path], mark: str, overwrite: bool) -> None:
-    """All names at once, as far as that goes: what was there comes back if one of them fails."""
+    """All files under their names, one rename after the other; the old files come back if one of them fails."""
     aside: dict[Path, Path] = {}
-    made: list[Path] = []
+    published: list[Path] = []
     try:
         for partial, target in zip(partials, targets, strict=True):
             if overwrite and os.path.lexists(target):
                 aside[target] = target.with_name(f".{target.name}.{mark}-old")
                 os.rename(target, aside[target])
             _rename_new(partial, target)
-            made.append(target)
+            published.append(target)
     except BaseException:
-        for target in made:
+        for target in published:
             target.unlink()
         for target, old in aside.items():
             if not os.path.lexists(target):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.system.hardware import cache_folder
 from lora2serve.system.http import HttpClient, HttpStatus
@@ -58,9 +58,10 @@ def add(address: str, name: str, adapter: Path, folder: Path | None = None) -> P
     """
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise UsageError(f"{name!r}: invalid name of an adapter", "letters, digits, '.', '-' and '_'")
-    if manifest.read(adapter)["target"] != "adapter":
+    export = Export.open(adapter)
+    if export.target != "adapter":
         raise UsageError(f"{adapter}: not an adapter export", "`lora2serve export --target adapter` makes one, linted")
-    problems = manifest.verify(adapter)
+    problems = export.verify()
     if problems:
         raise EngineError(f"{adapter}: {problems[0]}", "export it again")
     copy = _copied(adapter, name, folder or cache())

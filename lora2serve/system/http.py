@@ -62,7 +62,7 @@ class InvalidAnswer(HttpError):
 
 
 class HttpStatus(HttpError):
-    """A status of 300 or more; ``reply`` is what the server said."""
+    """A status of 300 or more; ``reply`` is the server's own message."""
 
     def __init__(self, message: str, hint: str, status: int, reply: str) -> None:
         super().__init__(message, hint)
@@ -146,7 +146,7 @@ class HttpClient:
         self, method: str, path: str, content: bytes | Iterable[bytes] | None, headers: Mapping[str, str],
         patience: float | None = None,
     ) -> Iterator[httpx2.Response]:  # fmt: skip
-        """The response once its head is there and good; what fails from here on is told in our words."""
+        """The response once its head is there and good; httpx's errors become ours, while it is read too."""
         import httpx2
 
         silence = patience or self.patience
@@ -174,7 +174,7 @@ class HttpClient:
         import httpx2
 
         raw = b""
-        with suppress(httpx2.RequestError):  # what it said before it hung up
+        with suppress(httpx2.RequestError):  # the part that arrived will do
             for part in response.iter_bytes():
                 raw += part
                 if len(raw) >= MAX_MESSAGE:
@@ -209,7 +209,7 @@ class HttpClient:
         yield rest
 
     def _reason(self, error: BaseException) -> str:
-        """The system's words, which httpx keeps some causes below."""
+        """The system's own message, which is the cause of httpx's error."""
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, OSError) and cause.strerror:
@@ -262,14 +262,14 @@ def _blocks(file: Path, size: int, advance: Callable[[int], object]) -> Iterator
 
 
 def _message(raw: bytes) -> str:
-    """What a server says of an error: in one of the places where JSON APIs put it, or as it is."""
+    """A server's message: from one of the keys where JSON APIs put it, or the text as it is."""
     text = raw.decode("utf-8", "replace")
     try:
         value: JsonValue = json.loads(raw)
     except (ValueError, RecursionError):
         return text
     for path in (("error", "message"), ("error",), ("message",), ("detail",)):
-        found = at(value, *path)
-        if found:
-            return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+        message = at(value, *path)
+        if message:
+            return message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
     return text

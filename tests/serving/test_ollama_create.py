@@ -95,7 +95,7 @@ def test_from_the_command_line(ollama: OllamaServer, demo_run: Run, tmp_path: Pa
     assert stored.model.read_bytes() == (tmp_path / "ollama-F16" / "demo-F16.gguf").read_bytes()
     assert stored.template == (tmp_path / "ollama-F16" / "template").read_text()
     assert export_demo(demo_run.path, tmp_path, "--create", "again", "--overwrite") == 0
-    assert "is there already" in capfd.readouterr().err
+    assert "is already there" in capfd.readouterr().err
     assert ollama.count("POST", "blob") == 1
 
 

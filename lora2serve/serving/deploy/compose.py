@@ -1,4 +1,4 @@
-"""Docker Compose: one machine, the files mounted where they lie."""
+"""Docker Compose: one machine, with the files mounted from it."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def shown(path: Path) -> str:
 
 
 def _of_base(adapter: Export, base: str | None) -> ServerSpec:
-    """A Hub id stays one, under the name that the adapters have for it; a directory is mounted."""
+    """A Hub id is kept, under the name that the adapters have for it; a directory is mounted."""
     record = adapter.manifest.base
     served, local = base or str(adapter.manifest.served_base), Path(base or record.path)
     size = _bytes(local) if local.is_dir() else 0

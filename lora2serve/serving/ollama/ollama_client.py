@@ -52,11 +52,11 @@ def server_address(address: str | None = None) -> str:
     if scheme not in ("http", "https"):
         raise UsageError(f"OLLAMA_HOST={shown}: expected host:port, http://... or https://...")
     authority, slash, path = rest.partition("/")
-    credentials, at_sign, place = authority.rpartition("@")
+    credentials, at_sign, host_port = authority.rpartition("@")
     usual = {"http": 80, "https": 443}[scheme] if separator else PORT
     try:
-        bare = _is_ip6(place.strip("[]"))
-        url = urlsplit(f"//[{place.strip('[]')}]" if bare else f"//{place}")
+        bare_ip6 = _is_ip6(host_port.strip("[]"))
+        url = urlsplit(f"//[{host_port.strip('[]')}]" if bare_ip6 else f"//{host_port}")
         host, port = url.hostname or "127.0.0.1", usual if url.port is None else url.port
     except ValueError:
         raise UsageError(f"OLLAMA_HOST={shown}: invalid port", "expected host:port, such as 127.0.0.1:11434") from None
@@ -98,7 +98,7 @@ class Client:
             return self._http.has(f"/api/blobs/{digest}")
 
     def upload(self, digest: str, path: Path, progress: Progress) -> None:
-        """A file into its store. A lost connection is tried again: Ollama takes a blob whole."""
+        """A file into its store. A lost connection is tried again: Ollama does not resume a blob."""
         with progress.track(f"upload {path.name}", path.stat().st_size, "bytes") as advance:
             for attempt in range(1, TRIES + 1):
                 sent: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lora2serve.errors import EngineError, UsageError
@@ -28,12 +29,13 @@ def refuse_name(name: str) -> None:
 
 
 def create(client: Client, export: Path, name: str, progress: Progress) -> None:
-    """Make ``name`` of an Ollama export on a server that answers; EngineError says what the server said."""
-    body, files = sinks.load(sinks.OLLAMA_REQUEST)(export)
-    _refuse_older(client, body.get("requires"))
+    """Make ``name`` of an Ollama export on a running server; EngineError with the server's own message."""
+    request: Callable[[Path], tuple[Mapping[str, object], Mapping[str, Path]]] = sinks.load(sinks.OLLAMA_REQUEST)
+    body, files = request(export)
+    _refuse_older(client, str(body.get("requires") or ""))
     for digest, path in files.items():
         if client.has_blob(digest):
-            progress.note(f"{path.name} is there already")
+            progress.note(f"{path.name} is already there")
         else:
             client.upload(digest, path, progress)
     for status in client.create({"model": name, **body}):
@@ -52,7 +54,7 @@ def ask(client: Client, name: str) -> str:
     return str(at(answer, "message", "content") or "").strip()
 
 
-def _refuse_older(client: Client, required: str | None) -> None:
+def _refuse_older(client: Client, required: str) -> None:
     version = client.version()
     if required and _numbers(version) < _numbers(required):
         raise EngineError(
