@@ -13,7 +13,7 @@ from typing import Any
 
 
 def build(folder: Path) -> Path:
-    """The program of ``tests/render_go``."""
+    """The program of ``tests/support/render_go``."""
     program = folder / "render"
     binary = Path(sys.executable).parent / "go"
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"}

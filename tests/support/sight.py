@@ -1,6 +1,6 @@
 """What llama.cpp's multimodal library makes of an image: the rows that its projector hands to the text model.
 
-``python -m tests.sight TEXT.gguf MMPROJ.gguf PIXELS.npy OUT.npy``: pixels (height, width, 3) uint8, rows (n, embd)
+``python -m tests.support.sight TEXT.gguf MMPROJ.gguf PIXELS.npy OUT.npy``: pixels (height, width, 3) uint8, rows (n, embd)
 float32. In a process of its own, since a failed assertion there ends it.
 """
 
