@@ -79,7 +79,7 @@ def tested() -> dict[str, dict[str, str]]:
         ("merge", "✓", test_binding.test_multimodal, "kind", own),
         ("merge", "✓", test_merge_families.test_equals_peft, "kind", own),
         ("quantized", "✓", test_compressed.test_experts, "kind", own),
-        ("gguf", "✓", test_gguf_families.test_same_logits, "family", families),
+        ("gguf", "✓", test_gguf_families.test_same_logits, "exported", families),
         ("gguf", "✓ c", test_gguf_upstream.test_same_logits_and_bytes, "name", others),
         ("gguf", "✓ p", test_gguf_upstream.test_multimodal, "kind", own),
         ("gguf-adapter", "✓ c", test_gguf_upstream.test_an_adapter_beside_its_base, "name", others),

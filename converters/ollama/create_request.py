@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from converters.ollama.modelfile import ParameterValue
 from converters.ollama.modelfile_parser import DEPRECATED, PARAMETERS, ModelfileError, parse
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import InputError
 from lora2serve.system.small_files import digest
 
@@ -25,12 +25,12 @@ def request(export: Path) -> tuple[dict[str, object], dict[str, Path]]:
         ) from None
     except ModelfileError as error:
         raise InputError(f"{modelfile}: {' '.join(str(error).split())}", "export again") from None
-    known: Mapping[str, Mapping[str, str]] = manifest.read(export)["files"]
+    known = Manifest.read(export).files
     files: dict[str, Path] = {}
 
     def blob(path: Path) -> dict[str, str]:
         name = path.name
-        sha256 = known[name]["sha256"] if path.parent == export and name in known else digest(path)["sha256"]
+        sha256 = known[name].sha256 if path.parent == export and name in known else digest(path)["sha256"]
         files[f"sha256:{sha256}"] = path
         return {name: f"sha256:{sha256}"}
 

@@ -55,11 +55,6 @@ CARD = (
 )
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {"root": tmp_path_factory.mktemp("families")}
-
-
 def model_of(models: dict[str, Path], family: str) -> Path:
     """Saved once; weights scaled up so that the logits are far from uniform."""
     if family not in models:
@@ -126,12 +121,20 @@ def by_transformers(model: Path) -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_same_logits(models: dict[str, Path], tmp_path: Path, family: str) -> None:
+@pytest.fixture(scope="module")
+def exported(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A family, its model, and the folder of its F16 and Q4_K_M files, which one command made."""
+    model, out = model_of(models, request.param), tmp_path_factory.mktemp("exported")
+    export(model, out, "-q", "F16", "-q", "Q4_K_M", "--match-reference")
+    return request.param, model, out
+
+
+@pytest.mark.parametrize("exported", FAMILIES, indirect=True)
+def test_same_logits(exported: tuple[str, Path, Path]) -> None:
     """NMSE under 1e-5 at F16, under 1e-3 for mixtures of experts; the control, a shuffled answer, is far off."""
-    model = model_of(models, family)
+    family, model, out = exported
     expected = by_transformers(model)
-    got = by_llama_cpp(export(model, tmp_path / "out", "-q", "F16"))
+    got = by_llama_cpp(next((out / "gguf-F16").glob("*.gguf")))
     assert expected.std() > 0.5, "far from uniform"
     assert nmse(got, expected) < (1e-3 if family in EXPERTS else 1e-5)
     assert nmse(got[::-1], expected) > 0.1
@@ -139,7 +142,9 @@ def test_same_logits(models: dict[str, Path], tmp_path: Path, family: str) -> No
 
 def upstream(model: Path, out: Path, kind: str, pre: str = "") -> Path:
     """llama.cpp's own converter, then its own quantizer out of the same library."""
-    f16 = convert(model, out / "upstream-f16.gguf", pre=pre)
+    f16 = out / "upstream-f16.gguf"
+    if not f16.exists():
+        convert(model, f16, pre=pre)
     return f16 if kind == "F16" else quantize(f16, out / f"upstream-{kind}.gguf", kind)
 
 
@@ -160,17 +165,25 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("kind", [pytest.param("F16", marks=pytest.mark.slow), "Q4_K_M"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_byte_identical_to_upstream(models: dict[str, Path], tmp_path: Path, family: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
+@pytest.mark.parametrize("exported", FAMILIES, indirect=True)
+def test_byte_identical_to_upstream(exported: tuple[str, Path, Path], kind: str) -> None:
     """With ``--match-reference``: the same tensors, types and bytes, and the same metadata that the engine reads."""
-    model = model_of(models, family)
-    keys, tensors = read(export(model, tmp_path / "out", "-q", kind, "--match-reference"))
-    their_keys, theirs = read(upstream(model, tmp_path, kind, keys["tokenizer.ggml.pre"]))
+    _, model, out = exported
+    keys, tensors = read(next((out / f"gguf-{kind}").glob("*.gguf")))
+    their_keys, theirs = read(upstream(model, out, kind, keys["tokenizer.ggml.pre"]))
     assert tensors.keys() == theirs.keys()
     assert {n: t for n, (t, _) in tensors.items()} == {n: t for n, (t, _) in theirs.items()}
     assert [name for name in tensors if tensors[name] != theirs[name]] == []
     assert differences(keys, their_keys) == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_default_roundings_of_exact_weights(models: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """bfloat16 weights that F16 holds: the file is the same without ``--match-reference``."""
+    model = model_of(models, family)
+    files = [export(model, tmp_path / str(len(words)), "-q", "F16", *words) for words in ((), ("--match-reference",))]
+    assert read(files[0]) == read(files[1])
 
 
 def test_a_value_that_llama_cpp_cannot_express(

@@ -15,10 +15,9 @@ from converters.gguf import imatrix
 from lora2serve.cli import run
 from lora2serve.errors import CheckpointError, ExportError
 from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
-from tests.converters.test_gguf_families import export, model_of, models, read
+from tests.converters.test_gguf_families import export, model_of, read
 from tests.support.upstream import quantize
 
-__all__ = ["models"]
 DATA = [{"text": f"The number {n} has the square {n * n}; its half is {n / 2}."} for n in range(40)]
 
 

@@ -18,10 +18,9 @@ from converters.gguf.presets import NEED_IMATRIX, PRESETS
 from lora2serve.cli import run
 from lora2serve.weights.checkpoint import SafetensorsFiles
 from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
-from tests.converters.test_gguf_families import export, model_of, models, read
+from tests.converters.test_gguf_families import export, model_of, read
 from tests.support.upstream import convert, quantize
 
-__all__ = ["models"]
 # NMSE of the logits against F16's, of a random model whose weights are far from uniform: about twice what was measured.
 WORST = {"F32": 1e-5, "BF16": 1e-4, "Q8_0": 5e-3, "Q6_K": 0.02, "Q5": 0.1, "Q4": 0.4, "IQ4": 0.4, "MXFP4": 1.0}
 
