@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+TYPES_THAT_NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
 
 
 def type_number(name: str) -> int:
@@ -58,7 +58,7 @@ def encode(block: Tensor, name: str, importance: NDArray[np.float32] | None = No
         return stored.contiguous().flatten().view(torch.uint8).numpy().data
     rows = block.to(torch.float32).contiguous()
     size = row_bytes(name, rows.shape[-1])
-    if name in NEEDS_IMATRIX and importance is None:
+    if name in TYPES_THAT_NEED_IMATRIX and importance is None:
         raise ExportError(f"{name} needs an importance matrix", "give --imatrix FILE or --calibrate DATA")
     library = ggml()
     if library is None:

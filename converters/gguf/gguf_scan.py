@@ -15,7 +15,7 @@ from lora2serve.errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
+VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
 STRING, ARRAY, UINT32 = 8, 9, 4
 MAX_NAME, MAX_KEY, MAX_DIMS = 63, 65535, 4  # GGML_MAX_NAME - 1; the specification; GGML_MAX_DIMS
 MAX_NUMEL = 2**63 - 1
@@ -111,12 +111,12 @@ def _value(cursor: Cursor, kind: int, key: str) -> None:
                 cursor.fail(f"{key}: {length} strings, but the file ends before")
             for _ in range(length):
                 cursor.text(key)
-        elif inner in SIZES:
-            _skip(cursor, length * SIZES[inner], key)
+        elif inner in VALUE_SIZES:
+            _skip(cursor, length * VALUE_SIZES[inner], key)
         else:
             cursor.fail(f"{key}: an array of type {inner}, expected numbers or strings")
-    elif kind in SIZES:
-        _skip(cursor, SIZES[kind], key)
+    elif kind in VALUE_SIZES:
+        _skip(cursor, VALUE_SIZES[kind], key)
     else:
         cursor.fail(f"{key}: type {kind}, expected 0 to 12")
 

@@ -17,7 +17,7 @@ from converters.gguf.gguf_layout import LayoutOptions
 from converters.gguf.gguf_plan import plan_file
 from converters.gguf.gguf_writer import GgufWriter
 from converters.gguf.llama.llama_process import Llama
-from converters.gguf.presets import NEED_IMATRIX, PRESETS
+from converters.gguf.presets import PRESETS, PRESETS_THAT_NEED_IMATRIX
 from converters.gguf.shards import ShardFiles
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
@@ -45,7 +45,7 @@ class GgufSink:
     default_quant: ClassVar[str | None] = "Q4_K_M"
 
     def __init__(self, model: ExportModel, out: StagedDir, options: GgufOptions) -> None:
-        if options.quant in NEED_IMATRIX and options.imatrix is None:
+        if options.quant in PRESETS_THAT_NEED_IMATRIX and options.imatrix is None:
             raise ExportError(
                 f"--quant {options.quant} needs an importance matrix", "give --imatrix FILE or --calibrate DATA"
             )

@@ -28,7 +28,7 @@ PRESETS = {
     "IQ4_NL": 25, "MXFP4": 38, "IQ3_S": 26, "IQ3_M": 27, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ2_M": 29, "IQ2_S": 28,
     "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
 }  # fmt: skip
-NEED_IMATRIX = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+PRESETS_THAT_NEED_IMATRIX = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 FLOAT_TYPES = ("F32", "F16", "BF16")
 NUMPY_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # what gguf's numpy code makes where ggml's library is missing
 
@@ -85,7 +85,7 @@ def require_imatrix(types: Mapping[str, str], imatrix: Imatrix | None) -> None:
     missing = [
         name
         for name, kind in types.items()
-        if kind in ggml.NEEDS_IMATRIX
+        if kind in ggml.TYPES_THAT_NEED_IMATRIX
         and name not in ("token_embd.weight", "output.weight")
         and (imatrix is None or name not in imatrix.means)
     ]

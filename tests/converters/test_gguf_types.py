@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.gguf.presets import NEED_IMATRIX, PRESETS
+from converters.gguf.presets import PRESETS, PRESETS_THAT_NEED_IMATRIX
 from lora2serve.cli import run
 from lora2serve.weights.checkpoint import SafetensorsFiles
 from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
@@ -28,7 +28,7 @@ WORST = {"F32": 1e-5, "BF16": 1e-4, "Q8_0": 5e-3, "Q6_K": 0.02, "Q5": 0.1, "Q4":
 def test_every_type(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One command, one read of the base; each file has upstream's types and bytes, and llama.cpp runs it."""
     model = model_of(models, "llama")
-    kinds = [kind for kind in PRESETS if kind not in NEED_IMATRIX]
+    kinds = [kind for kind in PRESETS if kind not in PRESETS_THAT_NEED_IMATRIX]
     seen: Counter[tuple[str, int]] = Counter()
     fill = SafetensorsFiles._fill
     monkeypatch.setattr(
