@@ -51,6 +51,13 @@ class EngineVerdict(JsonRecord):
     equal_answers: float | None = None
     retention: float | None = None
 
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The figures by their names in ``metric_table``."""
+        names = ("mean_kl", "p999_kl", "top1", "equal_answers", "retention")
+        values = (self.mean_kl, self.p999_kl, self.top1, self.equal_answers, self.retention)
+        return dict(zip(names, values, strict=True))
+
 
 @dataclass(frozen=True)
 class ParityVerdict(JsonRecord):

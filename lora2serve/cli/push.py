@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--create-pr", is_flag=True, help="Leave it as a pull request.")
 @click.option("--single-repo", is_flag=True, help="Everything into one repository.")
 @click.option("--allow-unproven", is_flag=True, help="Push exports whose parity is not proven; the card says so.")
-@click.option("--dry-run", is_flag=True, help="Show the commit plan and the card; send nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the files and the card; send nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Results as JSON.")
 @click.pass_context
 def push(ctx: click.Context, /, exports: tuple[Path, ...], repo_id: str, as_json: bool, **options: Any) -> None:
@@ -92,9 +92,7 @@ def _show(pushed: PushResult, told: Progress) -> None:
     rows = [["add", path, console.size(size)] for path, size in pushed.uploaded.items()]
     rows += [["delete", path, ""] for path in pushed.deleted]
     rows += [["keep", path, ""] for path in pushed.unchanged]
-    how = {0: "nothing to do", 1: "one commit"}.get(
-        pushed.commits, f"{pushed.commits} commits on a pull request, merged once its files are verified"
-    )
+    how = "one commit" if pushed.uploaded or pushed.deleted else "nothing to do"
     total = console.size(sum(pushed.uploaded.values()))
     told.note(f"\n{pushed.url} at {pushed.revision}: {how}, {len(pushed.uploaded)} files of {total}")
     console.table("", ["", "file", "size"], rows)

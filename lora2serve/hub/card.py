@@ -21,84 +21,82 @@ HELD_OUT = "held-out rows of the training set"
 LIBRARY = {MERGED: "transformers", ADAPTER: "peft", GGUF: "gguf", GGUF_ADAPTER: "gguf"}
 
 
-def write(facts: CardData, existing: str | None) -> str:
+def write(card: CardData, existing: str | None) -> str:
     """The text of README.md; ``existing`` is the card that is there, if any."""
     from huggingface_hub import ModelCard
 
     # Marks stand around empty sections too: what is measured later finds its place, what was taken out stays out.
-    parts = {name: make(facts).strip() for name, make in card_sections.ALL.items()}
-    ours = metadata(facts)
+    parts = {name: make(card).strip() for name, make in card_sections.ALL.items()}
+    ours = metadata(card)
     if existing is None:
-        body = f"# {facts.repo_id.split('/')[-1]}\n\n" + "\n\n".join(
-            _marked(name, text) for name, text in parts.items()
-        )
+        body = f"# {card.repo_id.split('/')[-1]}\n\n" + "\n\n".join(_marked(name, text) for name, text in parts.items())
         return f"---\n{_yaml(ours)}---\n\n{body}\n"
     text = str(ModelCard(existing, ignore_metadata_errors=True).text)
-    there = read_metadata(existing)
-    merged = _merge(there, ours)
+    before = read_metadata(existing)
+    merged = _merge(before, ours)
     head = existing[: len(existing) - len(text)]
-    if merged != there or not head.strip():
+    if merged != before or not head.strip():
         head = f"---\n{_yaml(merged)}---\n"
     return head + rewrite(text, parts)
 
 
 def rewrite(text: str, parts: Mapping[str, str]) -> str:
     """``text`` with our sections renewed; all of them at its end where it has none."""
-    found = {match["name"] for match in MARK.finditer(text)}
-    if not found:
+    marked = {match["name"] for match in MARK.finditer(text)}
+    if not marked:
         return text.rstrip() + "\n\n" + "\n\n".join(_marked(name, part) for name, part in parts.items()) + "\n"
     return MARK.sub(lambda match: _marked(match["name"], parts.get(match["name"], "")), text)
 
 
-def metadata(facts: CardData) -> dict[str, Any]:
+def metadata(card: CardData) -> dict[str, Any]:
     """The card's YAML as the Hub expects it, for what the repository holds."""
     from huggingface_hub import ModelCardData
 
-    kind = next(kind for kind in (MERGED, GGUF, ADAPTER, GGUF_ADAPTER) if kind in facts.kinds)
-    base, relation = _base(facts, kind)
-    results = _eval_results(facts)
+    kind = next(kind for kind in (MERGED, GGUF, ADAPTER, GGUF_ADAPTER) if kind in card.kinds)
+    base, relation = _base(card, kind)
+    results = _eval_results(card)
     fields: dict[str, Any] = {
-        **{key: facts.base_card.get(key) for key in ("license", "license_name", "language")},
-        "license_link": _licence_link(facts),
+        **{key: card.base_card.get(key) for key in ("license", "license_name", "language")},
+        "license_link": _license_link(card),
         "base_model": base,
-        "datasets": _datasets(facts) or None,
+        "datasets": _datasets(card) or None,
         "library_name": LIBRARY[kind],
-        "pipeline_tag": _task(facts, kind),
-        "tags": _tags(facts, kind, base),
+        "pipeline_tag": _task(card, kind),
+        "tags": _tags(card, kind, base),
         "base_model_relation": relation if base else None,
         "eval_results": results or None,
-        "model_name": facts.name if results else None,
+        "model_name": card.name if results else None,
     }
     data: Any = ModelCardData(**fields)
     return dict(data.to_dict())
 
 
-def _task(facts: CardData, kind: str) -> str:
+def _task(card: CardData, kind: str) -> str:
     """What the base is for; GGUF files look at pictures only with their projector beside them."""
-    seen = any("mmproj" in name for export in facts.exports.values() for name in export["files"])
-    pictures = facts.base_card.get("pipeline_tag") == "image-text-to-text" and (kind != GGUF or seen)
+    seen = any("mmproj" in name for export in card.exports.values() for name in export.files)
+    pictures = card.base_card.get("pipeline_tag") == "image-text-to-text" and (kind != GGUF or seen)
     return "image-text-to-text" if pictures else "text-generation"
 
 
-def _licence_link(facts: CardData) -> str | None:
-    """The base's link to its licence: a file beside its card is meant relative to the base, unless it came along."""
-    link = facts.base_card.get("license_link")
-    if not isinstance(link, str) or "://" in link or any(link in export["files"] for export in facts.exports.values()):
+def _license_link(card: CardData) -> str | None:
+    """The base's link to its license: a file beside its card is meant relative to the base, unless it came along."""
+    link = card.base_card.get("license_link")
+    if not isinstance(link, str) or "://" in link or any(link in export.files for export in card.exports.values()):
         return link if isinstance(link, str) else None
-    return f"{page(facts.base)}/blob/main/{link}" if facts.base else None
+    return f"{page(card.base)}/blob/main/{link}" if card.base else None
 
 
-def _base(facts: CardData, kind: str) -> tuple[str | None, str]:
-    """The repository this one derives from, and how: quantised files come from the merged model if pushed."""
+def _base(card: CardData, kind: str) -> tuple[str | None, str]:
+    """The repository this one derives from, and how: quantized files come from the merged model if pushed."""
     if kind in (ADAPTER, GGUF_ADAPTER):
-        return facts.base, "adapter"
-    quantized = kind == GGUF or all(export.get("quant") for export in facts.exports.values())
-    whole = (repo for repo, about in facts.siblings.items() if kind_of(about) == MERGED and not about.get("quant"))
-    merged = next(whole, facts.repo_id)
-    return (merged, "quantized") if quantized and merged != facts.repo_id else (facts.base, "finetune")
+        return card.base, "adapter"
+    quantized = kind == GGUF or all(export.quant for export in card.exports.values())
+    siblings = card.siblings.items()
+    merged = next((repo for repo, export in siblings if kind_of(export) == MERGED and not export.quant), card.repo_id)
+    return (merged, "quantized") if quantized and merged != card.repo_id else (card.base, "finetune")
 
 
-def _tags(facts: CardData, kind: str, base: str | None) -> list[str]:
+def _tags(card: CardData, kind: str, base: str | None) -> list[str]:
     tags = ["lora2serve"]
     if kind in (ADAPTER, GGUF_ADAPTER):
         tags += ["lora", *([f"base_model:adapter:{base}"] if base else [])]
@@ -106,34 +104,34 @@ def _tags(facts: CardData, kind: str, base: str | None) -> list[str]:
         tags += ["text-generation-inference"]
     if kind in (MERGED, ADAPTER):
         tags += ["transformers", "vllm"]
-    if facts.kinds & {GGUF, GGUF_ADAPTER}:
+    if card.kinds & {GGUF, GGUF_ADAPTER}:
         tags += ["gguf", "llama.cpp", "ollama"]
-    if facts.record.quantization:
+    if card.record.quantization:
         tags += ["qlora"]
-    return tags + (["conversational"] if facts.chat else [])
+    return tags + (["conversational"] if card.chat else [])
 
 
-def _datasets(facts: CardData) -> list[str]:
+def _datasets(card: CardData) -> list[str]:
     """Training sets that are on the Hub; the recipe may name them anywhere under ``data``."""
-    data = facts.recipe.get("data")
+    data = card.recipe.get("data")
     named = data.values() if isinstance(data, Mapping) else [data]
     flat = [inner for value in named for inner in (value if isinstance(value, list) else [value])]
     names = [value.partition("@")[0] for value in flat if isinstance(value, str) and not value.endswith(FILES)]
     return [name for name in names if hub_id(name)]
 
 
-def _eval_results(facts: CardData) -> list[Any]:
+def _eval_results(card: CardData) -> list[Any]:
     """The held-out loss after training, as model-index: ``.eval_results`` is for the Hub's benchmark sets only."""
     from huggingface_hub import EvalResult
 
-    tuned = facts.record.metrics.tuned
+    tuned = card.record.metrics.tuned
     if not tuned:
         return []
     figures = [("loss", "Held-out loss", tuned.eval_loss), ("perplexity", "Held-out perplexity", tuned.perplexity)]
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=(_datasets(facts) or ["private"])[0],
+            dataset_type=(_datasets(card) or ["private"])[0],
             dataset_name=HELD_OUT,
             metric_type=kind,
             metric_name=title,
@@ -143,12 +141,12 @@ def _eval_results(facts: CardData) -> list[Any]:
     ]
 
 
-def _merge(there: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(before: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata that is there, with ours where it has none, and ours where it must follow the push."""
-    merged = {**there, **{key: value for key, value in ours.items() if key not in there or key in FOLLOWS}}
-    tags = there.get("tags") or []
+    merged = {**before, **{key: value for key, value in ours.items() if key not in before or key in FOLLOWS}}
+    tags = before.get("tags") or []
     merged["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *ours["tags"]]))
-    index = [_without_ours(entry) for entry in there.get("model-index") or []]
+    index = [_without_ours(entry) for entry in before.get("model-index") or []]
     if index and any(entry["results"] for entry in index):
         results = (ours.get("model-index") or [{"results": []}])[0]["results"]
         merged["model-index"] = [{**index[0], "results": [*index[0]["results"], *results]}, *index[1:]]

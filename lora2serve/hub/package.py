@@ -10,11 +10,12 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import BinaryIO
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.errors import InputError, UsageError
 from lora2serve.hub.secret_scan import LONGEST, find_secret
 from lora2serve.progress import Progress
@@ -37,55 +38,31 @@ class Item:
     git: str  # sha1 of the git blob, which the Hub shows for small files
 
 
-@dataclass(frozen=True)
-class PushedExport:
-    """A published export directory and its manifest."""
-
-    path: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def target(self) -> str:
-        return str(self.manifest["target"])
-
-    @property
-    def quant(self) -> str | None:
-        return self.manifest.get("quant")
-
-    @property
-    def name(self) -> str:
-        return f"{self.target}-{self.quant}" if self.quant else self.target
-
-    @property
-    def bytes(self) -> int:
-        return sum(int(file["size"]) for file in self.manifest["files"].values())
-
-
 @dataclass
 class Package:
     """What one repository gets. ``items`` are the exports' files; card and manifest come on top."""
 
     repo_id: str
-    exports: list[PushedExport]
+    exports: list[Export]
     items: dict[str, Item] = field(default_factory=dict)
     placed: dict[str, dict[str, str]] = field(default_factory=dict)  # export name -> its file -> path in the repository
-    reports: dict[str, list[Item]] = field(default_factory=dict)  # export name -> what is told of its parity
+    reports: dict[str, list[Item]] = field(default_factory=dict)  # export name -> its published parity report
 
 
-def open_export(path: Path) -> PushedExport:
-    """The export at ``path``; an error if it is none."""
-    content = manifest.read(path)
-    if "bundle" in content:
+def open_export(path: Path) -> Export:
+    """The export at ``path``; an error if it is none, or a bundle."""
+    export = Export.open(path)
+    if export.manifest.bundle:
         raise UsageError(f"{path}: a bundle of adapters", "push them one by one, each is an export in its adapters/")
-    return PushedExport(path, content)
+    return export
 
 
 def package(
     repo_id: str,
-    exports: Sequence[PushedExport],
+    exports: Sequence[Export],
     progress: Progress,
     folders: Mapping[str, str],
-    staying: Sequence[Mapping[str, Any]],
+    staying: Sequence[Manifest],
 ) -> Package:
     """Read, check and scan every file of ``exports``.
 
@@ -95,30 +72,30 @@ def package(
     Raises InputError with everything that is wrong at once: a file that is missing, changed, a symbolic link,
     Python code, or that holds something shaped like a token.
     """
-    made = Package(repo_id, list(exports))
+    package = Package(repo_id, list(exports))
     problems: list[str] = []
-    taken = {name: str(file["sha256"]) for old in staying for name, file in old["files"].items()}
+    taken = {name: entry.sha256 for manifest in staying for name, entry in manifest.files.items()}
     with progress.track("verify", sum(export.bytes for export in exports), "bytes") as advance:
         for export in exports:
-            placed = made.placed[export.name] = {}
-            for name, expected in export.manifest["files"].items():
+            placed = package.placed[export.name] = {}
+            for name, expected in export.manifest.files.items():
                 if name == CARD:
                     continue
                 item, problem = _read(export.path, name, expected)
-                advance(int(expected["size"]))
+                advance(expected.size)
                 if item is None:
                     problems.append(f"{export.path / name}: {problem}")
                     continue
                 item = _place(taken, item, folders.get(export.target, ""), export)
                 taken[item.path] = item.sha256
-                made.items[item.path] = item
+                package.items[item.path] = item
                 placed[name] = item.path
     if problems:
         raise InputError("\n".join(problems), "nothing was sent; export again, then push")
-    return made
+    return package
 
 
-def _read(root: Path, name: str, expected: Mapping[str, Any]) -> tuple[Item | None, str]:
+def _read(root: Path, name: str, expected: FileEntry) -> tuple[Item | None, str]:
     """The file as an item, or None and what is wrong with it."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or name.startswith(".git"):
@@ -135,10 +112,10 @@ def _read(root: Path, name: str, expected: Mapping[str, Any]) -> tuple[Item | No
     with os.fdopen(fd, "rb") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            return None, "no regular file"
-        if status.st_size != expected["size"]:
-            return None, f"{status.st_size} bytes, expected {expected['size']}"
-        return _hash_and_scan(path, name, _chunks(file), status.st_size, str(expected["sha256"]))
+            return None, "not a regular file"
+        if status.st_size != expected.size:
+            return None, f"{status.st_size} bytes, expected {expected.size}"
+        return _hash_and_scan(path, name, _chunks(file), status.st_size, expected.sha256)
 
 
 def _hash_and_scan(path: Path, name: str, chunks: Iterator[bytes], size: int, sha256: str) -> tuple[Item | None, str]:
@@ -158,12 +135,12 @@ def _hash_and_scan(path: Path, name: str, chunks: Iterator[bytes], size: int, sh
     return Item(name, kept if size <= IN_MEMORY else path, size, sha256, git.hexdigest()), ""
 
 
-def _chunks(file: Any) -> Iterator[bytes]:
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
     while chunk := file.read(CHUNK):
         yield chunk
 
 
-def _place(taken: Mapping[str, str], item: Item, folder: str, export: PushedExport) -> Item:
+def _place(taken: Mapping[str, str], item: Item, folder: str, export: Export) -> Item:
     """The item where it goes in the repository; beside another of that name only if one of them is a side file."""
     # LM Studio's two folders are for its own disk: in a repository the file lies at the top, where engines look.
     inner = PurePosixPath(item.path).name if export.target == "lmstudio" else item.path
@@ -188,35 +165,37 @@ def text_item(path: str, text: str) -> Item:
     return Item(path, data, len(data), hashlib.sha256(data).hexdigest(), git)
 
 
-def repository_manifest(made: Package) -> dict[str, Any]:
-    """``lora2serve.json`` of the repository: one export's own, or the union with each under ``exports``."""
-    told = {name: {item.path: _entry(item) for item in items} for name, items in made.reports.items()}
-    files = {item.path: _entry(item) for item in made.items.values()} | {
-        k: v for t in told.values() for k, v in t.items()
-    }
-    each = {
-        export.name: {
-            **public({key: value for key, value in export.manifest.items() if key not in LOCAL}),
-            "files": {**_renamed(export, made.placed[export.name]), **told.get(export.name, {})},
-        }
-        for export in made.exports
-    }
-    head = next(iter(each.values()))
-    if len(each) > 1:
-        same = {key: value for key, value in head.items() if all(other.get(key) == value for other in each.values())}
-        head = {**same, "exports": each}
-    return {**head, "files": dict(sorted(files.items()))}
+def repository_manifest(package: Package, staying: Sequence[Manifest]) -> Manifest:
+    """``lora2serve.json`` of the repository, with the exports that stay there: see ``union``."""
+    pushed = {export.name: _published(package, export) for export in package.exports}
+    if not staying:
+        return union(pushed)
+    both = pushed | {manifest.export_name: manifest for manifest in staying}
+    return union(dict(sorted(both.items())))
 
 
-def _entry(item: Item) -> dict[str, Any]:
-    return {"sha256": item.sha256, "size": item.size}
+def union(exports: Mapping[str, Manifest]) -> Manifest:
+    """The manifest of one export as it is; of several what is the same in each, and each under ``exports``."""
+    first, *others = exports.values()
+    if not others:
+        return first
+    rest = [manifest.to_json() for manifest in others]
+    same = {key: value for key, value in first.to_json().items() if all(other.get(key) == value for other in rest)}
+    files = {name: entry.to_json() for manifest in exports.values() for name, entry in manifest.files.items()}
+    each = {name: manifest.to_json() for name, manifest in exports.items()}
+    return Manifest.from_json({**same, "exports": each, "files": dict(sorted(files.items()))})
 
 
-def _renamed(export: PushedExport, placed: Mapping[str, str]) -> dict[str, Any]:
-    return {placed[name]: entry for name, entry in export.manifest["files"].items() if name in placed}
+def _published(package: Package, export: Export) -> Manifest:
+    """The manifest as others may read it: with the files as they lie in the repository, and the report's."""
+    placed = package.placed[export.name]
+    files = {placed[name]: entry for name, entry in export.manifest.files.items() if name in placed}
+    files |= {item.path: FileEntry(item.sha256, item.size) for item in package.reports.get(export.name, [])}
+    content = {key: value for key, value in export.manifest.to_json().items() if key not in LOCAL}
+    return replace(Manifest.from_json(public(content)), files=dict(sorted(files.items())))
 
 
-def public(value: Any) -> Any:
+def public(value: object) -> object:
     """A manifest or recipe as others may read it: absolute paths of this machine cut to their last part."""
     if isinstance(value, Mapping):
         return {key: public(inner) for key, inner in value.items() if key != "stat"}

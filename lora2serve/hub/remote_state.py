@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.manifest import NAME, Manifest
+from lora2serve.errors import InputError
 from lora2serve.hub.package import Item
 
 if TYPE_CHECKING:
@@ -71,33 +71,23 @@ def read_text(api: HfApi, repo_id: str, remote: Remote, path: str) -> str | None
     return Path(api.hf_hub_download(repo_id, path, revision=remote.head)).read_text(encoding="utf-8-sig")
 
 
-def old_exports(api: HfApi, repo_id: str, remote: Remote) -> list[dict[str, Any]]:
-    """The manifests of the exports that the repository holds already, empty where it was not made by us."""
-    text = read_text(api, repo_id, remote, manifest.NAME)
+def old_exports(api: HfApi, repo_id: str, remote: Remote) -> list[Manifest]:
+    """The manifests of the exports that the repository holds already; empty where it was not made by us.
+
+    One that was damaged there counts as none: the push puts it right.
+    """
+    text = read_text(api, repo_id, remote, NAME)
     try:
-        content = json.loads(text or "{}")
-    except ValueError:
+        return list(Manifest.from_text(text, NAME).each_export().values()) if text else []
+    except InputError:
         return []
-    if not isinstance(content, dict) or content.get("format") != manifest.FORMAT:
-        return []
-    exports = content.get("exports")
-    found = list(exports.values()) if isinstance(exports, dict) else [content]
-    return found if all(map(_is_manifest, found)) else []
-
-
-def _is_manifest(content: Any) -> bool:
-    """Whether it has what we look at; it may have been edited there."""
-    if not isinstance(content, dict) or not isinstance(content.get("target"), str):
-        return False
-    files = content.get("files")
-    return isinstance(files, dict) and all(isinstance(file, dict) and "sha256" in file for file in files.values())
 
 
 def change(remote: Remote, items: Iterable[Item], obsolete: Iterable[str]) -> RemoteChange:
     """What is missing there, and what of the ``obsolete`` paths is still there."""
-    wanted = list(items)
-    names = {item.path for item in wanted}
+    every = list(items)
+    names = {item.path for item in every}
     return RemoteChange(
-        [item for item in wanted if not remote.has(item)],
+        [item for item in every if not remote.has(item)],
         sorted(path for path in set(obsolete) - names if path in remote.files),
     )

@@ -7,7 +7,7 @@ the repository before it acts, so a step whose answer was lost is not done twice
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAIN = "main"
-FILES_PER_COMMIT = 200  # the Hub takes more, but grows slow and times out
-BYTES_PER_COMMIT = 64 << 20  # of small files, which travel inside the commit
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,9 @@ class Uploader:
 
     def publish(self, wanted: RemoteChange, title: str, start: Remote, *, create_pr: bool) -> UploadResult:
         """Bring ``wanted`` into the repository that looked like ``start``; verified by what the Hub then shows."""
-        parts = list(batches(wanted))
         self._upload(wanted.add, create_pr)
-        if create_pr or len(parts) > 1:
-            return self._through_pull_request(parts, wanted, title, start, create_pr)
+        if create_pr:
+            return self._into_pull_request(wanted, title, start)
         head = self._commit(self.revision, wanted, title, start.head)
         self._verify(self.revision, wanted)
         return UploadResult(head)
@@ -72,7 +69,7 @@ class Uploader:
             if status_of(error) != 403:
                 raise
             owner, me = self.repo_id.split("/")[0], self.api.whoami()
-            spaces = [str(me["name"]), *(str(one["name"]) for one in me.get("orgs") or [])]
+            spaces = [str(me["name"]), *(str(group["name"]) for group in me.get("orgs") or [])]
             if owner in spaces:
                 raise
             raise HubError(
@@ -125,7 +122,7 @@ class Uploader:
             if now.head != head:
                 raise self._moved(revision)
             try:
-                made = self.api.create_commit(
+                commit = self.api.create_commit(
                     self.repo_id, operations, commit_message=title, revision=revision, parent_commit=head
                 )
             except HfHubHTTPError as error:
@@ -135,7 +132,7 @@ class Uploader:
                 if change(now, wanted.add, wanted.delete):
                     raise self._moved(revision) from None
                 return str(now.head)
-            return str(made.oid)
+            return str(commit.oid)
 
         return self._again(attempt)
 
@@ -145,46 +142,32 @@ class Uploader:
         deletions = [CommitOperationDelete(path, is_folder=False) for path in wanted.delete]
         return [*(self._operation(item) for item in wanted.add), *deletions]
 
-    def _through_pull_request(
-        self, parts: Sequence[RemoteChange], wanted: RemoteChange, title: str, start: Remote, leave_open: bool
-    ) -> UploadResult:
-        number, url = self._again(lambda: self._open_pull_request(parts[0], title, start))
+    def _into_pull_request(self, wanted: RemoteChange, title: str, start: Remote) -> UploadResult:
+        number, url, is_new = self._again(lambda: self._open_pull_request(wanted, title, start))
         revision = f"refs/pr/{number}"
-        for batch in parts:
-            now = self._again(lambda: fetch_state(self.api, self.repo_id, revision))
-            missing = change(now, batch.add, batch.delete)
-            if missing:
-                self._commit(revision, missing, title, now.head)
-        if leave_open:
-            return UploadResult(self._verify(revision, wanted), url)
-        self._verify(revision, wanted)
-        self._again(lambda: self._merge(number, start))
-        return UploadResult(self._verify(self.revision, wanted))
+        now = self._again(lambda: fetch_state(self.api, self.repo_id, revision))
+        missing = change(now, wanted.add, wanted.delete)
+        if missing and not is_new:  # an earlier push opened it, and what it holds is not ours
+            self._commit(revision, missing, title, now.head)
+        return UploadResult(self._verify(revision, wanted), url)
 
-    def _open_pull_request(self, first: RemoteChange, title: str, start: Remote) -> tuple[int, str]:
-        """The open pull request of that title, made with the first batch where there is none."""
+    def _open_pull_request(self, wanted: RemoteChange, title: str, start: Remote) -> tuple[int, str, bool]:
+        """The open pull request of that title: its number and address, and whether it was made now."""
         me = str(self.api.whoami()["name"])
         for known in self.api.get_repo_discussions(
             self.repo_id, author=me, discussion_type="pull_request", discussion_status="open"
         ):
             if known.title == title and known.author == me:  # what a stranger opened under that title is not ours
-                return known.num, known.url
-        made = self.api.create_commit(
+                return known.num, known.url, False
+        commit = self.api.create_commit(
             self.repo_id,
-            self._operations(first),
+            self._operations(wanted),
             commit_message=title,
             revision=self.revision,
             parent_commit=start.head,
             create_pr=True,
         )
-        return int(made.pr_num or 0), str(made.pr_url)
-
-    def _merge(self, number: int, start: Remote) -> None:
-        if self.api.get_discussion_details(self.repo_id, number).status == "merged":
-            return
-        if fetch_state(self.api, self.repo_id, self.revision).head != start.head:
-            raise self._moved(self.revision)
-        self.api.merge_pull_request(self.repo_id, number)
+        return int(commit.pr_num or 0), str(commit.pr_url), True
 
     def _verify(self, revision: str, wanted: RemoteChange) -> str:
         """What the Hub shows must be what we have; the head that was compared."""
@@ -207,17 +190,3 @@ class Uploader:
 
     def _again(self, act: Callable[[], T]) -> T:
         return with_retries(act, self.progress, self.repo_id)
-
-
-def batches(wanted: RemoteChange) -> Iterator[RemoteChange]:
-    """The change in commits that the Hub takes: one, nearly always."""
-    batch: list[Item] = []
-    inside = 0
-    for item in wanted.add:
-        small = item.size if isinstance(item.source, bytes) else 0
-        if batch and (len(batch) >= FILES_PER_COMMIT or inside + small > BYTES_PER_COMMIT):
-            yield RemoteChange(batch, [])
-            batch, inside = [], 0
-        batch.append(item)
-        inside += small
-    yield RemoteChange(batch, wanted.delete)

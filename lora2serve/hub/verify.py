@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import glob
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from lora2serve.artifacts import manifest
-from lora2serve.errors import HubError
-from lora2serve.hub.card_data import unproven
+from lora2serve.artifacts.json_record import read_text
+from lora2serve.artifacts.manifest import NAME, Manifest
+from lora2serve.errors import HubError, InputError
 from lora2serve.hub.hub_client import check_id, hub_errors, hub_progress, hub_quiet
 from lora2serve.hub.retry import with_retries
 from lora2serve.progress import Progress, Silent
@@ -38,90 +36,80 @@ def pull_check(name: str, revision: str | None = None, progress: Progress | None
     Raises HubError where the repository was not pushed by lora2serve, cannot be had, or differs from its manifest;
     the caller decides about ``unproven``.
     """
-    told = progress or Silent()
+    progress = progress or Silent()
     repo_id, _, after = name.partition("@")
     revision = revision or after or None
     check_id(repo_id)
     with hub_quiet():
-        content, commit = with_retries(partial(_manifest, repo_id, revision), told, repo_id, reached=False)
-        with hub_progress(told):
-            path = with_retries(partial(_download, repo_id, commit, content), told, repo_id)
-    problems = _compare(path, content["files"], told)
+        manifest, commit = with_retries(partial(_manifest, repo_id, revision), progress, repo_id, reached=False)
+        with hub_progress(progress):
+            path = with_retries(partial(_download, repo_id, commit, manifest), progress, repo_id)
+    problems = _compare(path, manifest, progress)
     if problems:
         raise HubError(
             f"{repo_id}@{revision or commit}: " + "\n".join(problems),
             f"if the copy here is damaged, remove {path} and run again; else push again",
         )
-    exports: dict[str, Any] = content.get("exports") or {str(content.get("target")): content}
+    exports = manifest.each_export()
     return Checked(
         repo_id=repo_id,
         commit=commit,
         path=path,
-        files=len(content["files"]),
-        bytes=sum(int(entry["size"]) for entry in content["files"].values()),
+        files=len(manifest.files),
+        bytes=manifest.bytes,
         exports=list(exports),
-        unproven={export: why for export, told_of in exports.items() if (why := unproven(told_of))},
-        unlisted_files=with_retries(partial(_unlisted_files, repo_id, commit, content), told, repo_id),
+        unproven={name: why for name, export in exports.items() if (why := export.unproven())},
+        unlisted_files=with_retries(partial(_unlisted_files, repo_id, commit, manifest), progress, repo_id),
     )
 
 
-def _manifest(repo_id: str, revision: str | None) -> tuple[dict[str, Any], str]:
+def _manifest(repo_id: str, revision: str | None) -> tuple[Manifest, str]:
+    """The manifest, and the commit that it is of."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     with hub_errors(repo_id, revision):
         try:
-            path = Path(hf_hub_download(repo_id, manifest.NAME, revision=revision))
+            path = Path(hf_hub_download(repo_id, NAME, revision=revision))
         except RemoteEntryNotFoundError:
-            raise HubError(f"{repo_id}: no {manifest.NAME}, so nothing that lora2serve pushed") from None
+            raise HubError(f"{repo_id}: not pushed by lora2serve (no {NAME})") from None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != manifest.FORMAT:
-            raise HubError(f"{repo_id}: {manifest.NAME} has format {content['format']}, expected {manifest.FORMAT}")
-        _names(content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise HubError(f"{repo_id}: {manifest.NAME} is damaged ({error})", "push again") from None
-    return content, path.parent.name
+        manifest = Manifest.from_text(read_text(path), NAME)
+        for name in manifest.files:
+            if name.startswith("/") or ".." in name.split("/"):
+                raise InputError(f"{NAME}: files.{name}: outside the repository")
+    except InputError as error:
+        raise HubError(f"{repo_id}: damaged manifest: {'; '.join(error.message.splitlines())}", "push again") from None
+    return manifest, path.parent.name
 
 
-def _names(content: dict[str, Any]) -> None:
-    exports = content.get("exports", {})
-    if not isinstance(exports, dict) or not all(isinstance(one, dict) for one in exports.values()):
-        raise ValueError(f"exports is {str(exports)[:50]!r}, expected a mapping of manifests")
-    for name, entry in content["files"].items():
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"names {name!r}, a place outside the repository")
-        if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
-            raise ValueError(f"no size and sha256 for {name!r}")
-
-
-def _download(repo_id: str, commit: str, content: dict[str, Any]) -> Path:
+def _download(repo_id: str, commit: str, manifest: Manifest) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(repo_id, commit):
-        exactly = [glob.escape(name) for name in content["files"]]
+        exactly = [glob.escape(name) for name in manifest.files]
         return Path(snapshot_download(repo_id, revision=commit, allow_patterns=exactly))
 
 
-def _compare(path: Path, files: dict[str, Any], told: Progress) -> list[str]:
+def _compare(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
     problems = []
-    with told.track("verify", sum(int(entry["size"]) for entry in files.values()), "bytes") as advance:
-        for name, expected in files.items():
+    with progress.track("verify", manifest.bytes, "bytes") as advance:
+        for name, expected in manifest.files.items():
             if not (path / name).is_file():
                 problems.append(f"{name}: missing")
                 continue
             found = digest(path / name)
-            if found != {"sha256": expected["sha256"], "size": expected["size"]}:
-                problems.append(f"{name}: {found['size']} bytes with another sha256, expected {expected['size']} bytes")
-            advance(int(expected["size"]))
+            if found != {"sha256": expected.sha256, "size": expected.size}:
+                problems.append(f"{name}: {found['size']} bytes with another sha256, expected {expected.size} bytes")
+            advance(expected.size)
     return problems
 
 
-def _unlisted_files(repo_id: str, commit: str, content: dict[str, Any]) -> list[str]:
+def _unlisted_files(repo_id: str, commit: str, manifest: Manifest) -> list[str]:
     from huggingface_hub import HfApi, constants
 
     if constants.is_offline_mode():
         return []
     with hub_errors(repo_id, commit):
-        there = HfApi().list_repo_files(repo_id, revision=commit)
-    return sorted(set(there) - set(content["files"]) - {manifest.NAME, "README.md", ".gitattributes"})
+        present = HfApi().list_repo_files(repo_id, revision=commit)
+    return sorted(set(present) - set(manifest.files) - {NAME, "README.md", ".gitattributes"})

@@ -82,7 +82,7 @@ def test_the_report_goes_along_without_its_texts(hub: HubServer, tmp_path: Path)
     there = hub.repos[REPO].files()
     assert "[report](parity/vllm.md)" in card(hub)
     page, figures = (hub.read(there[f"parity/vllm.{kind}"]).decode() for kind in ("md", "json"))
-    assert "| mean KL divergence (nats) | 0.0001 | 9e-05 to 0.0002 | ≤ 0.001 | met |" in page
+    assert "| Mean KL divergence (nats) | 0.0001 | 9e-05 to 0.0002 | ≤ 0.001 | met |" in page
     assert [row["engine"] for row in json.loads(figures)["rows"]] == ["vllm"]
     for text in (page, figures, card(hub)):
         assert SECRET not in text and "/home/" not in text

@@ -12,14 +12,14 @@ import pytest
 
 from lora2serve.artifacts import manifest
 from lora2serve.errors import HubError
-from lora2serve.hub import fetch, pull_check, push, upload
+from lora2serve.hub import fetch, pull_check, push
 from tests.hub.conftest import TOKEN, client_env, connect, export, same
 from tests.support.hub_handler import ROUTES
 from tests.support.hub_server import Fault, HubServer
 
 REPO = "user/demo"
 STEPS = ["create", "validate", "preupload", "batch", "put", "verify", "commit", "tree", "info"]
-PULL_REQUEST = ["whoami", "discussions", "discussion", "merge", "commit", "preupload"]  # of a push in several commits
+PULL_REQUEST = ["whoami", "discussions", "commit", "preupload", "tree"]  # of a push with --create-pr
 MULTIPART = ["part", "complete"]
 PULL = ["tree", "resolve", "storage"]
 GIVES_UP = 200  # more failures than any of the tries lasts
@@ -36,6 +36,14 @@ def settle(hub: HubServer, path: Path, ref: str = "main") -> None:
     assert not checked.unlisted_files
     for name in manifest.read(path)["files"]:
         assert (checked.path / name).read_bytes() == (path / name).read_bytes()
+
+
+def one_pull_request(hub: HubServer, path: Path) -> None:
+    """One, with the right files, and nothing of them on the branch; then the same push without it."""
+    assert [pull.status for pull in hub.repos[REPO].pulls] == ["open"]
+    same(hub, REPO, path, "refs/pr/1")
+    assert hub.repos[REPO].log() == ["initial commit"]
+    settle(hub, path)
 
 
 def failing(hub: HubServer, step: str, status: int, times: int = 2) -> Fault:
@@ -60,16 +68,12 @@ def test_two_failures_are_survived(hub: HubServer, tmp_path: Path, step: str, st
 
 @pytest.mark.parametrize("status", [503, 429])
 @pytest.mark.parametrize("step", PULL_REQUEST)
-def test_two_failures_on_the_way_through_a_pull_request(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, status: int
-) -> None:
-    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
+def test_two_failures_on_the_way_into_a_pull_request(hub: HubServer, tmp_path: Path, step: str, status: int) -> None:
     path = export(tmp_path, "vllm")
     fault = failing(hub, step, status)
-    push([path], repo_id=REPO)
+    push([path], repo_id=REPO, create_pr=True)
     assert fault.times == 0, "the fault was met"
-    settle(hub, path)
-    assert [pull.status for pull in hub.repos[REPO].pulls] == ["merged"]
+    one_pull_request(hub, path)
 
 
 @pytest.mark.parametrize("status", [503, 429])
@@ -146,26 +150,13 @@ def test_a_broken_line(hub: HubServer, tmp_path: Path, step: str, kind: str) -> 
         assert hub.count("commit") == 1, "an accepted commit is not sent twice"
 
 
-def test_lost_pull_request_and_merge(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
+def test_a_lost_pull_request(hub: HubServer, tmp_path: Path) -> None:
+    """It was opened, and only the answer is missing: found again by its title, not opened twice."""
     path = export(tmp_path, "vllm")
-    hub.fail("commit", "lost", times=1)  # the one that opens the pull request
-    hub.fail("commit", "lost", times=1, skip=1)
-    hub.fail("merge", "lost", times=1)
-    push([path], repo_id=REPO)
-    assert [pull.status for pull in hub.repos[REPO].pulls] == ["merged"]
-    settle(hub, path)
-
-
-def test_killed_between_two_commits(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
-    path = export(tmp_path, "vllm")
-    hub.fail("commit", status=503, times=GIVES_UP, skip=1)
-    with pytest.raises(HubError):
-        push([path], repo_id=REPO)
-    assert hub.repos[REPO].log() == ["initial commit"], "a reader sees nothing of it"
-    settle(hub, path)
-    assert [pull.status for pull in hub.repos[REPO].pulls] == ["merged"]
+    fault = hub.fail("commit", "lost", times=1)
+    push([path], repo_id=REPO, create_pr=True)
+    assert fault.times == 0
+    one_pull_request(hub, path)
 
 
 def test_wrong_contents_are_not_published(hub: HubServer, tmp_path: Path) -> None:
@@ -177,15 +168,17 @@ def test_wrong_contents_are_not_published(hub: HubServer, tmp_path: Path) -> Non
     settle(hub, path)
 
 
-def test_a_hub_that_shows_other_contents(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commit was answered with 200, but the tree is not ours: found, and not merged."""
-    monkeypatch.setattr(upload, "FILES_PER_COMMIT", 2)
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_a_hub_that_shows_other_contents(hub: HubServer, tmp_path: Path, create_pr: bool) -> None:
+    """The commit was answered with 200, but the tree is not ours: found, and put right by the next push."""
     path = export(tmp_path, "vllm")
-    hub.fail("commit", "swap", times=1, skip=1)
+    hub.fail("commit", "swap", times=1)
     with pytest.raises(HubError, match="shows other contents for"):
-        push([path], repo_id=REPO)
-    assert hub.repos[REPO].log() == ["initial commit"]
-    settle(hub, path)
+        push([path], repo_id=REPO, create_pr=create_pr)
+    push([path], repo_id=REPO, create_pr=create_pr)
+    same(hub, REPO, path, "refs/pr/1" if create_pr else "main")
+    assert len(hub.repos[REPO].pulls) == create_pr
+    assert len(hub.repos[REPO].log()) == (1 if create_pr else 3)
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "the token was refused"), (403, "forbidden"), (413, "413")])
@@ -251,19 +244,17 @@ def test_slow_lines(hub: HubServer, tmp_path: Path) -> None:
     settle(hub, path)
 
 
-@pytest.mark.parametrize("step", ["put", "commit", "merge"])
-def test_a_killed_client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+@pytest.mark.parametrize("step", ["put", "commit"])
+def test_a_killed_client(hub: HubServer, tmp_path: Path, step: str) -> None:
     """Killed while the Hub is at work, which may still do what it was asked for."""
-    per_commit = 2 if step == "merge" else 200
     path = export(tmp_path, "vllm")
     held = hub.fail(step, "hold")
-    client = run_client(hub, tmp_path, path, per_commit)
+    client = run_client(hub, tmp_path, path)
     assert held.reached.wait(60)
     assert hub.repos[REPO].log() == ["initial commit"], "a reader sees nothing of it"
     os.kill(client.pid, signal.SIGKILL)
     client.wait(10)
     held.release.set()
-    monkeypatch.setattr(upload, "FILES_PER_COMMIT", per_commit)
     settle(hub, path)
 
 
@@ -350,11 +341,8 @@ def test_pull_finds_corruption(hub: HubServer, tmp_path: Path) -> None:
         pull_check(REPO)
 
 
-def run_client(
-    hub: HubServer, tmp_path: Path, path: Path, per_commit: int = 200, **environment: str
-) -> subprocess.Popen[bytes]:
-    """The command line in its own process, with so many files in one commit."""
-    program = f"from lora2serve.hub import upload; upload.FILES_PER_COMMIT = {per_commit}; from lora2serve.cli import main; main()"
-    command = [sys.executable, "-c", program, "push", str(path), "--repo-id", REPO]
+def run_client(hub: HubServer, tmp_path: Path, path: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """The command line in its own process."""
+    command = [sys.executable, "-m", "lora2serve", "push", str(path), "--repo-id", REPO]
     environment = client_env(hub, tmp_path / "home2", **environment)
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -46,15 +46,13 @@ ROUTES: list[tuple[str, str, str]] = [
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/refs", "refs"),
     ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "branch"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions", "discussions"),
-    ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions/(?P<num>\d+)", "discussion"),
-    ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions/(?P<num>\d+)/merge", "merge"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.+))?", "tree"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", "info"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)", "info"),
     ("HEAD", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
 ]
-WRITES = {"create", "delete", "preupload", "commit", "batch", "verify", "branch", "merge"}
+WRITES = {"create", "delete", "preupload", "commit", "batch", "verify", "branch"}
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -373,7 +371,7 @@ class HubHandler(BaseHTTPRequestHandler):
                 self.apply(tree, line["key"], line["value"])
             ref, extra = self.values["rev"], {}
             if "create_pr" in self.query:
-                pull = PullRequest(len(self.repo.pulls) + 1, header["summary"], self.user, ref, head.oid)
+                pull = PullRequest(len(self.repo.pulls) + 1, header["summary"], self.user)
                 self.repo.pulls.append(pull)
                 ref = f"refs/pr/{pull.num}"
                 self.repo.refs[ref] = head.oid
@@ -420,35 +418,6 @@ class HubHandler(BaseHTTPRequestHandler):
             if status in (None, p.status) and self.query.get("author") in (None, p.author)
         ]
         return {"count": len(found), "start": 0, "discussions": found}
-
-    def pull(self) -> PullRequest:
-        number = int(self.values["num"])
-        if not 0 < number <= len(self.repo.pulls):
-            raise Refused(404, message="no such discussion")
-        return self.repo.pulls[number - 1]
-
-    def discussion(self) -> Any:
-        pull = self.pull()
-        changes = {"base": f"refs/heads/{pull.base}", "mergeCommitId": pull.merged}
-        return {**self.told(pull), "changes": changes, "filesWithConflicts": [], "events": [], "diff": ""}
-
-    def merge(self) -> Any:
-        self.body()
-        with self.hub.lock:
-            pull = self.pull()
-            if pull.status != "open":
-                raise Refused(400, message=f"this pull request is {pull.status}")
-            ours, theirs = self.repo.files(f"refs/pr/{pull.num}"), dict(self.repo.files(pull.base))
-            start = self.repo.commits[pull.start].tree
-            for path in start.keys() | ours.keys():
-                if ours.get(path) == start.get(path):
-                    continue
-                if theirs.get(path) != start.get(path):
-                    raise Refused(409, message=f"conflict in {path}")
-                theirs[path] = ours.get(path)  # type: ignore[assignment]
-            tree = {path: blob for path, blob in theirs.items() if blob is not None}
-            pull.merged, pull.status = self.repo.commit(pull.base, pull.title, tree).oid, "merged"
-        return {}
 
     # -- downloads
 

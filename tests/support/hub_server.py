@@ -51,10 +51,7 @@ class PullRequest:
     num: int
     title: str
     author: str
-    base: str
-    start: str  # the target's head when it was opened
     status: str = "open"
-    merged: str | None = None
 
 
 @dataclass
