@@ -91,6 +91,25 @@ def test_the_report_goes_along_without_its_texts(hub: HubServer, tmp_path: Path)
     assert len(hub.repos[REPO].log()) == 2
 
 
+def test_lower_and_upper_bounds_of_the_published_report(hub: HubServer, tmp_path: Path) -> None:
+    """What must be reached at least is not told as an upper bound; missed and met as the gate decided."""
+    row = a_row("vllm", 0.0001)
+    row["gates"][0]["checks"] += [
+        {"name": "top1_but_ties", "value": 1.0, "low": 0.99, "high": 1.0, "bound": 1.0, "met": False},
+        {"name": "first_difference", "value": 1.0, "low": 1.0, "high": 1.0, "bound": 1.0, "met": True},
+        {"name": "retention", "value": 0.05, "low": 0.04, "high": 0.06, "bound": 0.1, "met": True},
+    ]
+    push([export(tmp_path, "vllm")], repo_id=REPO, run=a_run(tmp_path / "run", [row]))
+    page = hub.read(hub.repos[REPO].files()["parity/vllm.md"]).decode()
+    for line in (
+        "| Mean KL divergence (nats) | 0.0001 | 9e-05 to 0.0002 | ≤ 0.001 | met |",  # the control: an upper one
+        "| Same top token, ties apart | 100.00% | 99.00% to 100.00% | ≥ 100.00% | **missed** |",
+        "| First difference excusable | 100% |  | ≥ 100% | met |",
+        "| Adapter's signal kept | 95.00% | 94.00% to 96.00% | ≥ 90.00% | met |",
+    ):
+        assert line in page, page
+
+
 @pytest.mark.parametrize("rows", [[a_row("vllm", 0.0002)], [a_row("other", 0.0001)], []])
 def test_a_report_on_something_else_is_not_linked(hub: HubServer, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     """Its figures are not those of the manifest: the export was made again since, or it is another."""
