@@ -65,13 +65,19 @@ def test_means_of_activations(matrix: tuple[Path, Path]) -> None:
     assert "output.weight" not in found.means
 
 
+@pytest.fixture(scope="module")
+def unquantized(matrix: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(matrix[0], tmp_path_factory.mktemp("f16"), "-q", "F16", "--match-reference")
+
+
 @pytest.mark.parametrize("kind", ["IQ3_XXS", "Q4_K_M", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
-def test_byte_identical_to_llama_quantize(matrix: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+def test_byte_identical_to_llama_quantize(
+    matrix: tuple[Path, Path], unquantized: Path, tmp_path: Path, kind: str
+) -> None:
     """The same types and bytes as llama.cpp's quantizer with the same matrix; without it they are others."""
     model, path = matrix
-    plain = export(model, tmp_path / "f16", "-q", "F16", "--match-reference")
     keys, tensors = read(export(model, tmp_path / "ours", "-q", kind, "--match-reference", "--imatrix", str(path)))
-    theirs = read(quantize(plain, tmp_path / "theirs.gguf", kind, imatrix.read(path).means))[1]
+    theirs = read(quantize(unquantized, tmp_path / "theirs.gguf", kind, imatrix.read(path).means))[1]
     assert {name: found[0] for name, found in tensors.items()} == {name: found[0] for name, found in theirs.items()}
     assert [name for name in tensors if tensors[name] != theirs[name]] == []
     assert keys["quantize.imatrix.entries_count"] == len(imatrix.read(path).means)
