@@ -68,7 +68,7 @@ def _refuse_name(name: str) -> None:
         or name[-1] == "."
         or set(name) & FORBIDDEN_CHARACTERS
     ):
-        raise ExportError(f"{name!r}: no folder's name for LM Studio", "give another with --name")
+        raise ExportError(f"{name!r}: not a folder name that LM Studio takes", "give another with --name")
 
 
 class Folder(StagedDir):

@@ -115,7 +115,7 @@ def _refuse(adapter: Adapter, row_maps: Mapping[str, Sequence[RowMap]], model: E
     """Everything that the format cannot hold, at once."""
     problems = [f"{name} was trained in full" for name in adapter.full if not _is_copy(name, adapter, model)]
     if not adapter.is_lora:
-        problems.append(f"{adapter.method} is no LoRA")
+        problems.append(f"{adapter.method} is not LoRA")
     if changes_base(init_of(adapter.config)):
         problems.append("its init took a part of the base into the adapter")
     for module, layer in adapter.layers.items():

@@ -49,18 +49,18 @@ class Cursor:
             return raw.decode()
         except UnicodeDecodeError:
             if limit is not None:
-                self.fail(f"{what}: {raw[:40]!r} is no UTF-8")
+                self.fail(f"{what}: {raw[:40]!r} is not UTF-8")
             return ""  # a value may hold any bytes, as tokens do
 
     def fail(self, problem: str) -> None:
-        raise CheckpointError(f"{self.path}: no sound GGUF file: {problem}", "fetch or export it again")
+        raise CheckpointError(f"{self.path}: not a valid GGUF file: {problem}", "fetch or export it again")
 
 
 def scan(path: Path) -> dict[str, str]:
     """Tensor -> type, in file order; CheckpointError with the first thing that is wrong. Reads no tensor data."""
     with path.open("rb") as file:
         if not path.stat().st_size:
-            raise CheckpointError(f"{path}: no sound GGUF file: it is empty", "fetch or export it again")
+            raise CheckpointError(f"{path}: not a valid GGUF file: it is empty", "fetch or export it again")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _scan(Cursor(path, data))
 

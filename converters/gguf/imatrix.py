@@ -107,7 +107,9 @@ def _read_legacy(path: Path) -> Imatrix:
     cursor = Cursor(path, path.read_bytes())
     count = cursor.number("i", "entry count")
     if not 0 < count <= len(cursor.data) // 12:
-        raise CheckpointError(f"{path}: no importance matrix ({count} entries)", "--imatrix takes llama.cpp's format")
+        raise CheckpointError(
+            f"{path}: not an importance matrix ({count} entries)", "--imatrix takes llama.cpp's format"
+        )
     means = {}
     for number in range(count):
         name = cursor.take(_length(cursor, f"name of entry {number}"), f"name of entry {number}").decode(

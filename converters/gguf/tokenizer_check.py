@@ -75,9 +75,9 @@ def _compare(model: ExportModel, texts: Sequence[str], theirs: Sequence[Sequence
                 (n for n, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), min(len(expected), len(ids))
             )
             raise ExportError(
-                f"llama.cpp splits {text[:40]!r} otherwise: id {first} is {ids[first : first + 3]}, "
+                f"llama.cpp splits {text[:40]!r} differently: id {first} is {ids[first : first + 3]}, "
                 f"expected {expected[first : first + 3]}",
-                "the pre-tokenizer is another one: name it with --pre",
+                "the pre-tokenizer is a different one: name it with --pre",
             )
     return sum(len(ids) for ids in theirs)
 

@@ -21,7 +21,7 @@ def request(export: Path) -> tuple[dict[str, object], dict[str, Path]]:
         commands = parse(modelfile.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
-            f"{export}: no Modelfile, so no Ollama export", "`lora2serve export --target ollama`"
+            f"{export}: not an Ollama export (no Modelfile)", "`lora2serve export --target ollama`"
         ) from None
     except ModelfileError as error:
         raise InputError(f"{modelfile}: {' '.join(str(error).split())}", "export again") from None
@@ -41,7 +41,7 @@ def request(export: Path) -> tuple[dict[str, object], dict[str, Path]]:
             body |= {"files": blob(path)} if path.is_file() else {"from": value}
         elif path is not None:
             if not path.is_file():
-                raise InputError(f"{path}: named in {modelfile}, and not there", "export again")
+                raise InputError(f"{path}: named in {modelfile}, but missing", "export again")
             body["adapters"] = blob(path)
     lists = {
         "license": [value for name, value in commands if name == "license"],

@@ -88,7 +88,7 @@ def _refuse_shadowed(model: ExportModel, jinja: str | None) -> None:
     template = _template_of(base)
     if template and template != jinja and prefers_jinja(template):
         raise ExportError(
-            "--as adapter: another chat template was trained with than the base's, which Ollama would prefer",
+            "--as adapter: the model was trained with a chat template other than the base's, which Ollama would prefer",
             "use --target ollama without --as: the GGUF carries the template trained with",
         )
 

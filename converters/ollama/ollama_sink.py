@@ -46,7 +46,7 @@ class OllamaSink:
         self._gguf = GgufSink(model, out, options)
         if not self._gguf.tokens.compared:
             raise ExportError(
-                "--target ollama: without llama.cpp's library nobody knows who adds BOS",
+                "--target ollama needs llama.cpp's library: it is asked whether it adds BOS",
                 install_hint("gguf"),
             )
         self.wanted = self._gguf.wanted

@@ -86,7 +86,7 @@ SOUND = {
     "no tensors": file(tensors=(), data=0),
     "two tensors": file(tensors=(tensor(), tensor("v", offset=128)), data=256),
     "another alignment": file(keys=(ARCH, align(64)), align=64),
-    "text that is no UTF-8": file(keys=(ARCH, key("a", STRING, text(b"\xff\xfe")))),
+    "text that is not UTF-8": file(keys=(ARCH, key("a", STRING, text(b"\xff\xfe")))),
 }
 
 
@@ -117,7 +117,7 @@ def ggml_takes(path: Path) -> bool:
 def test_broken(tmp_path: Path, name: str) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(BROKEN[name])
-    with pytest.raises(CheckpointError, match="no sound GGUF file"):
+    with pytest.raises(CheckpointError, match="not a valid GGUF file"):
         scan(path)
     assert not ggml_takes(path)
 

@@ -181,7 +181,7 @@ def test_a_file_that_changed_since(ollama: OllamaServer, export: Path) -> None:
     ("text", "said"),
     [
         ("FORM ./x.gguf\n", "command must be one of"),
-        ("FROM ./demo-Q4_K_M.gguf\nADAPTER ./gone.gguf\n", "and not there"),
+        ("FROM ./demo-Q4_K_M.gguf\nADAPTER ./gone.gguf\n", "but missing"),
     ],
 )
 def test_a_broken_modelfile(export: Path, text: str, said: str) -> None:
