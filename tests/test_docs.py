@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lora2serve.cli import cli
+from lora2serve.exporting.sinks import find, known
 from lora2serve.parity_check.thresholds import TABLE, Thresholds
 from scripts import model_table
 from tests.test_imports import LEVELS
@@ -89,10 +90,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
+def section(page: str, heading: str) -> str:
+    return page.split(f"## {heading}\n", maxsplit=1)[1].split("\n## ", maxsplit=1)[0]
+
+
 def table(page: str, heading: str) -> list[list[str]]:
     """The cells of the first table under a heading, without its head."""
-    section = page.split(f"## {heading}\n")[1].split("\n## ", maxsplit=1)[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section(page, heading).splitlines()
+        if line[:1] == "|"
+    ]
     return rows[2:]
 
 
@@ -140,6 +148,17 @@ def test_numbers_are_those_of_the_imports() -> None:
 
 def test_models_are_those_of_the_tests() -> None:
     assert model_table.PAGE.read_text(encoding="utf-8") == model_table.written(), "make docs writes it"
+
+
+def test_targets_and_types_are_those_of_the_code() -> None:
+    readme, gguf, vllm = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/gguf.md", "docs/vllm.md")
+    )
+    assert {row[0].strip("`") for row in table(readme, "Targets")} == set(known()) - {"ollama-adapter"}
+    types = section(gguf, "Types").strip().split("\n\n")[0]
+    assert set(re.findall(r"\b(?:[BI]?[FQ]|MXFP)\d[A-Z0-9_]*\b", types)) == set(find("gguf").quants)
+    schemes = [name for row in table(vllm, "Schemes") for name in re.findall("`(.+?)`", row[0])]
+    assert schemes == list(find("vllm").quants)
 
 
 def test_thresholds_are_those_of_the_code() -> None:
