@@ -1,3 +1,54 @@
-"""From a QLoRA fine-tune to a served model, with proof that what is served is what was trained."""
+"""From a QLoRA fine-tune to a served model, with proof that what is served is what was trained.
+
+The functions below do what the commands of the same names do. Each is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora2serve.api.check_parity import ParityResult, parity
+    from lora2serve.api.export_model import ExportPlan, export, plan_export
+    from lora2serve.api.export_request import ExportRequest
+    from lora2serve.api.inspect_path import inspect
+    from lora2serve.api.push_to_hub import push
+    from lora2serve.api.serve_model import RunningServer, deploy, serve
+    from lora2serve.api.train_run import init, train
+    from lora2serve.api.verify_copy import Verified, verify
+    from lora2serve.artifacts.run import Run
+    from lora2serve.errors import Lora2ServeError
+    from lora2serve.progress import Progress
 
 __version__ = "0.1.0"
+__all__ = [
+    "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult", "Progress", "Run", "RunningServer", "Verified",
+    "deploy", "export", "init", "inspect", "parity", "plan_export", "push", "serve", "train", "verify",
+]  # fmt: skip
+_MODULES = {
+    "api.check_parity": ("ParityResult", "parity"),
+    "api.export_model": ("ExportPlan", "export", "plan_export"),
+    "api.export_request": ("ExportRequest",),
+    "api.inspect_path": ("inspect",),
+    "api.push_to_hub": ("push",),
+    "api.serve_model": ("RunningServer", "deploy", "serve"),
+    "api.train_run": ("init", "train"),
+    "api.verify_copy": ("Verified", "verify"),
+    "artifacts.run": ("Run",),
+    "errors": ("Lora2ServeError",),
+    "progress": ("Progress",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

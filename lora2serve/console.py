@@ -1,4 +1,4 @@
-"""What the terminal shows: results on stdout; words, bars and tables on stderr. With cli.py, all that prints."""
+"""What the terminal shows: results on stdout; messages, bars and tables on stderr. With ``cli``, all that prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.errors import Lora2ServeError
-from lora2serve.progress import Advance, Unit
+from lora2serve.progress import Advance, Progress, Silent, Unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,14 +54,8 @@ class Terminal:
         if self.quiet:  # no bar, and no 6 MB for a library of bars
             yield lambda amount, said="": None
             return
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
 
         amount = {"bytes": [DownloadColumn()], "": []}.get(unit, [MofNCompleteColumn()])
         columns = [
@@ -73,15 +67,22 @@ class Terminal:
             TextColumn("{task.fields[said]}"),
         ]
         console = _stderr()
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        shown = console.is_terminal or console.is_jupyter
+        with Bars(*columns, console=console, transient=True, disable=not shown) as bars:
             task = bars.add_task(label, total=total, said="")
             yield lambda amount, said="": bars.update(task, advance=amount, **({"said": said} if said else {}))
+
+
+def default_progress() -> Progress:
+    """Where the Python API shows its work when it is not told: a terminal or a notebook that a person looks at."""
+    interactive = hasattr(sys, "ps1") or sys.flags.interactive or _stderr().is_jupyter
+    return Terminal() if interactive else Silent()
 
 
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[int, str] | None = None
 ) -> None:
-    """A table on stderr; ``styles`` colours whole rows."""
+    """A table on stderr; ``styles`` colors whole rows."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -104,18 +105,16 @@ def table(
 
 def size(count: float) -> str:
     """``4.1 MB``: bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    from rich.filesize import decimal
+
+    return decimal(int(count))
 
 
 def _stderr() -> Console:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         console = Console(file=sys.stderr, width=160)
     return console
 

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import click
 
 from lora2serve import __version__
-from lora2serve.cli.check import doctor, inspect
+from lora2serve.cli.adapters import adapters
+from lora2serve.cli.doctor import doctor
 from lora2serve.cli.export import export
+from lora2serve.cli.inspect import inspect
 from lora2serve.cli.parity import parity
-from lora2serve.cli.push import pull_check, push
-from lora2serve.cli.serve import serve
+from lora2serve.cli.push import pull_check, push, verify
+from lora2serve.cli.serve import deploy, serve
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError, did_you_mean
 from lora2serve.system import own_process
@@ -25,7 +27,7 @@ from lora2serve.system.extras import EXTRA_OF, install_hint
 
 VERBOSE = {"-v", "--verbose"}
 EVERYWHERE = VERBOSE | {"--quiet"}  # options that may stand before the command or behind it
-SYSTEM = {  # errno -> the way out
+HINTS = {  # errno -> the way out
     errno.EACCES: "run it in a folder that you may write to",
     errno.EROFS: "run it in a folder that you may write to",
     errno.ENOSPC: "make room on that disk, and run it again",
@@ -52,7 +54,7 @@ class CommandGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="lora2serve")
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and the libraries' own words.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and the libraries' own logs.")
 @click.option("--quiet", is_flag=True, help="No progress, only results, warnings and errors.")
 @click.pass_context
 def cli(ctx: click.Context, verbose: bool, quiet: bool) -> None:
@@ -60,20 +62,20 @@ def cli(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     ctx.obj = {"verbose": verbose, "quiet": quiet}
 
 
-for command in (init, train, export, parity, serve, push, pull_check, inspect, doctor):
+for command in (init, train, export, parity, push, verify, pull_check, serve, deploy, adapters, inspect, doctor):
     cli.add_command(command)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
-    given = list(sys.argv[1:] if args is None else args)
+    words = list(sys.argv[1:] if args is None else args)
     own_process.claim()
     gc.set_threshold(100_000, 20)  # importing torch makes a million objects that stay: not looked through every 700
-    if not VERBOSE & set(given):
-        # What the libraries have to say is not about the user's input; ours goes through Progress.
+    if not VERBOSE & set(words):
+        # What the libraries log is not about the user's input; our messages go through Progress.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    sys.exit(run(given))
+    sys.exit(run(words))
 
 
 def run(args: list[str]) -> int:
@@ -97,9 +99,9 @@ def run(args: list[str]) -> int:
     except Exception as problem:
         if VERBOSE & set(args):
             traceback.print_exc()
-        told = _in_our_words(problem)
-        console.error(told)
-        return told.exit_code
+        error = _as_ours(problem)
+        console.error(error)
+        return error.exit_code
 
 
 def _options_first(args: list[str]) -> list[str]:
@@ -109,7 +111,7 @@ def _options_first(args: list[str]) -> list[str]:
     return [*first, *(word for word in own if word not in EVERYWHERE), *args[len(own) :]]
 
 
-def _in_our_words(problem: Exception) -> Lora2ServeError:
+def _as_ours(problem: Exception) -> Lora2ServeError:
     """Any exception as an error of one line and a way out."""
     first = (str(problem).strip().splitlines() or ["no message"])[0]
     if isinstance(problem, Lora2ServeError):
@@ -119,5 +121,5 @@ def _in_our_words(problem: Exception) -> Lora2ServeError:
         return Lora2ServeError(f"{package} is not installed", install_hint(EXTRA_OF.get(package, "train")))
     if isinstance(problem, OSError) and problem.strerror:  # a full disk, a folder that may not be written
         where = f"{problem.filename}: " if problem.filename else ""
-        return Lora2ServeError(f"{where}{problem.strerror}", SYSTEM.get(problem.errno or 0, ""))
+        return Lora2ServeError(f"{where}{problem.strerror}", HINTS.get(problem.errno or 0, ""))
     return Lora2ServeError(f"{type(problem).__name__}: {first}", "unexpected: `lora2serve -v ...` shows the traceback")

@@ -18,7 +18,7 @@ from lora2serve.exporting import bundle
 from lora2serve.system.extras import install_hint
 from lora2serve.system.hardware import nvidia_gpus
 
-PORT = 8000
+HOST, PORT = "127.0.0.1", 8000
 UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 RESOLVER = "VLLM_LORA_RESOLVER_CACHE_DIR"
 LLAMA_CPP_TARGETS = {"gguf", "ollama", "lmstudio"}
@@ -31,7 +31,7 @@ class ServeOptions:
 
     engine: str | None = None  # vllm or llama.cpp; None: the one that the export is for
     base: str | None = None  # for adapters: the model to load, a path or a Hub id; None: the one trained on
-    host: str = "127.0.0.1"
+    host: str = HOST
     port: int = PORT
     allow_updates: bool = False  # clients may load and unload adapters
     tensor_parallel_size: int = 1  # GPUs that share each layer

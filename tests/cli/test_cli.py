@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,10 +136,10 @@ def test_inspect_and_doctor_are_for_people(
     base, adapter = pair
     assert run(["inspect", str(adapter)]) == 0
     assert run(["inspect", str(base)]) == 0
-    said = capfd.readouterr().out.splitlines()
-    assert "ranks: 4 ×6" in said
-    assert "types: BF16 ×21" in said
-    assert not any("{" in line or "[" in line for line in said)
+    lines = capfd.readouterr().out.splitlines()
+    assert "ranks: 4 ×6" in lines
+    assert "types: BF16 ×21" in lines
+    assert not any("{" in line or "[" in line for line in lines)
     assert run(["doctor"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("python ")
@@ -150,22 +151,26 @@ def test_inspect_says_whether_vllm_serves_it(
 ) -> None:
     base, adapter = pair
 
-    def multi_lora(path: Path) -> list[str]:
+    def multi_lora(path: Path) -> dict[str, Any]:
         assert run(["inspect", str(path), "--json"]) == 0
-        said: list[str] = json.loads(capfd.readouterr().out)["multi-LoRA"]
-        return said
+        facts: dict[str, Any] = json.loads(capfd.readouterr().out)["multi_lora"]
+        assert run(["inspect", str(path)]) == 0
+        shown = capfd.readouterr().out
+        assert ("vLLM serves it as it is" in shown) == facts["servable"]
+        assert all(problem["message"] in shown for problem in facts["problems"])
+        return facts
 
-    assert multi_lora(adapter) == ["vLLM serves it as it is"]
-    dora, magnitudes = multi_lora(make_adapter(here / "dora", base, use_dora=True))
-    assert dora.startswith("dora: DoRA rescales") and "--as-lora-rank" in dora
-    assert magnitudes.startswith("tensors: no LoRA weights")
+    as_it_is = {"servable": True, "problems": [], "missing_base": None}
+    assert multi_lora(adapter) == as_it_is
+    dora, magnitudes = multi_lora(make_adapter(here / "dora", base, use_dora=True))["problems"]
+    assert dora["rule"] == "dora" and dora["message"].startswith("DoRA rescales")
+    assert "--as-lora-rank" in dora["way_out"]
+    assert magnitudes["rule"] == "tensors" and magnitudes["message"].startswith("no LoRA weights")
     gone = Path(shutil.copytree(adapter, here / "gone"))
     config = json.loads((gone / "adapter_config.json").read_text())
     for name in ("org/nowhere", "/nowhere/at all"):
         (gone / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
-        assert multi_lora(gone) == [
-            "vLLM serves it as it is", f"{name} is not here: the rules of its class were not asked",
-        ]  # fmt: skip
+        assert multi_lora(gone) == {**as_it_is, "missing_base": name}
     assert run(["export", str(adapter), "-t", "adapter", "-o", "out"]) == 0
     capfd.readouterr()
-    assert multi_lora(here / "out" / "adapter") == ["vLLM serves it as it is"]
+    assert multi_lora(here / "out" / "adapter") == as_it_is

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.api.inspect_path import InspectedExports, inspect
 from lora2serve.artifacts import manifest
 from lora2serve.errors import HubError, InputError
-from lora2serve.exporting.inspection import inspect
 from lora2serve.hub import fetch, pin_data, pull_check, push
 from tests.hub.conftest import TOKEN, client_env, export
 from tests.support.hub_server import HubServer
@@ -117,9 +117,10 @@ def test_inspect_what_was_pushed(hub: HubServer, tmp_path: Path) -> None:
     for name in ("user/demo", "user/demo-GGUF"):
         facts = inspect(fetch(name).path)
         commit = hub.repos[name].refs["main"]
-        assert facts["verify it"] == f"lora2serve pull-check {name}@{commit}" and not facts["problems"]
+        assert facts.pulled_from == f"{name}@{commit}" and not facts.problems
         assert pull_check(f"{name}@{commit}").commit == commit
-    assert [one["quant"] for one in facts["exports"]] == ["Q8_0", "Q4_K_M"]
+    assert isinstance(facts, InspectedExports)
+    assert [export.quant for export in facts.exports] == ["Q8_0", "Q4_K_M"]
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "a/b/c", "nothing/"])

@@ -78,7 +78,7 @@ def test_refusals(
         ([str(others), "exports/towns/gguf-adapter"], 1, "made from another adapter than"),
         ([str(bundle)], 2, f"lora2serve parity {bundle}/adapters/a"),
         ([str(gone)], 1, "the adapter it was made from is not here"),
-        ([str(tmp_path)], 2, "no run, export, adapter or model"),
+        ([str(tmp_path)], 2, "not a run, export, adapter or model"),
         (["exports/towns/adapter", *map(str, Path("exports").glob("*/vllm"))], 2, "were made from different models"),
     ):
         base = ["--base", json.loads((others / "adapter_config.json").read_text())["base_model_name_or_path"]]

@@ -113,7 +113,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     (told,) = [line for line in err.splitlines() if "saved at step" in line]
     step = int(told.split("saved at step ")[1].split()[0])
     assert told == f"saved at step {step} of {STEPS}"
-    assert "runs/run is kept: `lora2serve train --resume` goes on from its last checkpoint" in err
+    assert "runs/run is kept: `lora2serve train --resume` continues from its last checkpoint" in err
     checkpoint = last_checkpoint(run)
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{step}"
@@ -201,7 +201,7 @@ def test_killed_after_the_last_step(tmp_path: Path, unbroken: Run) -> None:
     ("words", "said"),
     [
         (("--resume",), "no runs/latest here"),
-        (("--resume", "no-such-run"), "--resume no-such-run: no run"),
+        (("--resume", "no-such-run"), "--resume no-such-run: not a run"),
         (("--resume", "--set", "train.steps=9"), "no --set and no --name"),
     ],
 )

@@ -1,0 +1,183 @@
+"""``lora2serve.parity``: every export in its real engine, against the trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora2serve.api.export_request import Named, several, words
+from lora2serve.api.locate import Located, base_of_adapter, base_of_run, fetch, find_export, find_run, locate
+from lora2serve.artifacts import run as runs
+from lora2serve.artifacts.manifest import NAME as MANIFEST
+from lora2serve.artifacts.parity_report import ParityReport
+from lora2serve.artifacts.run import Run
+from lora2serve.config.recipe import ParityRecipe
+from lora2serve.console import default_progress
+from lora2serve.errors import UsageError
+from lora2serve.parity_check import trained_model
+from lora2serve.parity_check.trained_model import TrainedModel
+from lora2serve.progress import Progress
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """The report, and the page that shows it; report.json, report.xml and summary.md lie beside the page."""
+
+    report: ParityReport
+    page: Path
+    exports: tuple[Path, ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether every export answers like the trained model."""
+        return self.report.met
+
+    @property
+    def answers(self) -> Mapping[str, str]:
+        """Who answered what to the question ``ask``."""
+        return self.report.asked.answers
+
+
+def parity(
+    model: Named | None = None,
+    exports: Named | Sequence[Named] = (),
+    *,
+    base: Named | None = None,
+    data: Named | None = None,
+    engines: str | Sequence[str] = (),
+    require: str | Sequence[str] = (),
+    thresholds: Mapping[str, float] | None = None,
+    url: str | None = None,
+    url_model: str | None = None,
+    ask: str = "",
+    baseline: Named | None = None,
+    report_dir: Named | None = None,
+    progress: Progress | None = None,
+) -> ParityResult:
+    """Compare exports with the trained model, each in its real engine, and write a report.
+
+    model
+        A run, an adapter directory, a plain model, or a Hub id of one of these; ``runs/latest`` by default. An export
+        here is taken as the first of ``exports``: its manifest says what it was made from.
+    exports
+        Export directories; all of the model's by default.
+    base, data
+        The base (default: the one trained on), and a file of held-out rows (default: the run's).
+    engines, require
+        The only engines to ask; those that must be installed.
+    thresholds
+        Other bounds, such as ``{"Q4_K_M.mean_kl": 0.1, "all.top1": 0.9}``.
+    url, url_model
+        A running deployment to compare as well: its OpenAI-compatible address, and the model's name there.
+    ask
+        A question that the base, the trained model and every export answer: see ``ParityResult.answers``.
+    baseline
+        An earlier report.json: what got worse beyond noise counts as not met.
+    report_dir
+        Where the report goes; the run's ``parity/``, or ``parity/`` beside the exports, by default.
+    progress
+        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+
+    The result says in ``met`` whether parity holds; an engine that fails is a row of the report, not an error.
+    Raises UsageError and InputError for what cannot be compared, HubError for what cannot be fetched.
+    """
+    from lora2serve.parity_check import comparisons
+    from lora2serve.parity_check.baseline import regressions
+    from lora2serve.parity_check.comparator import check
+    from lora2serve.parity_check.report import writers
+
+    progress = progress or default_progress()
+    trained, paths = _find(model, several(exports), base, progress)
+    settings = _settings(trained.settings, thresholds or {}, words(engines), words(require))
+    trained = replace(trained, settings=settings, rows=Path(data) if data else trained.rows)
+    compared = comparisons.of_exports(trained, paths)
+    if url:
+        compared.append(comparisons.of_url(trained, url, url_model))
+    _refuse_unused(words(require), [comparison.engine for comparison in compared])
+    report = check(trained, compared, progress=progress, ask=ask)
+    if baseline:
+        report = replace(report, regressions=regressions(report, Path(baseline)))
+    page = writers.write(report, Path(report_dir) if report_dir else trained.home)
+    return ParityResult(report, page, tuple(paths))
+
+
+def _find(
+    model: Named | None, exports: Sequence[Named], base: Named | None, progress: Progress
+) -> tuple[TrainedModel, list[Path]]:
+    """The trained model and its exports, from what the user named of the two."""
+    if model is None:
+        model = exports[0] if exports else runs.latest().path
+        exports = exports[1:]
+    if (Path(model) / MANIFEST).is_file():
+        paths = [find_export(export) for export in (model, *exports)]
+        run = trained_model.run_of(paths[0])
+        trained = _of_run(run, base, progress) if run else _of_manifest(paths, base, progress)
+    else:
+        trained = _of_model(str(model), base, progress)
+        paths = [find_export(export) for export in exports] or _default_exports(trained)
+    trained_model.refuse_others(trained, paths)
+    return trained, paths
+
+
+def _default_exports(trained: TrainedModel) -> list[Path]:
+    """Where ``export`` puts them by default."""
+    if trained.run:
+        return trained.run.list_exports()
+    return sorted(path.parent for path in trained.home.parent.glob(f"*/{MANIFEST}"))
+
+
+def _of_run(run: Run, base: Named | None, progress: Progress) -> TrainedModel:
+    return trained_model.of_run(run, base_of_run(run.record.base, base, progress)[0])
+
+
+def _of_manifest(exports: Sequence[Path], base: Named | None, progress: Progress) -> TrainedModel:
+    """An export without a run: its manifest names the adapters and the base."""
+    record, adapters = trained_model.parts_of(exports)
+    local, _ = base_of_run(record, base, progress)
+    name = (adapters[0] if adapters else local).resolve().name
+    return trained_model.of_parts(name, local, adapters, exports[0].resolve().parent / "parity")
+
+
+def _of_model(name: str, base: Named | None, progress: Progress) -> TrainedModel:
+    """A run, an adapter directory or a plain model."""
+    if find_run(name) is None and Path(name).is_dir():
+        here = Located(Path(name), name)
+        if not here.is_adapter and not (here.path / "config.json").is_file():
+            raise UsageError(
+                f"{name}: not a run, export, adapter or model", "name what was trained, or an export of it"
+            )
+    found = locate(name, progress)
+    if found.run:
+        return _of_run(found.run, base, progress)
+    short = found.path.resolve().name
+    home = Path("exports") / short / "parity"
+    if not found.is_adapter:
+        return trained_model.of_parts(short, found.path, (), home)
+    local = fetch(base_of_adapter(found.path, base), progress)
+    return trained_model.of_parts(short, local, (found.path,), home)
+
+
+def _settings(
+    recipe: ParityRecipe, thresholds: Mapping[str, float], engines: tuple[str, ...], require: tuple[str, ...]
+) -> ParityRecipe:
+    """The recipe's ``parity`` section with the arguments over it."""
+    from lora2serve.parity_check.comparisons import check_names
+
+    bounds = {name: dict(figures) for name, figures in recipe.thresholds.items()}
+    for path, bound in thresholds.items():
+        kind, _, figure = path.rpartition(".")
+        bounds.setdefault(kind, {})[figure] = float(bound)
+    settings = replace(recipe, thresholds=bounds, engines=engines or recipe.engines, require=require or recipe.require)
+    check_names("require", settings.require)
+    return settings
+
+
+def _refuse_unused(require: Sequence[str], engines: Sequence[str]) -> None:
+    """An engine that is required, and that nothing here is compared in, could never fail."""
+    unused = [name for name in require if name not in engines]
+    if unused:
+        raise UsageError(
+            f"--require {','.join(unused)}: no export here is compared in it",
+            f"here: {', '.join(dict.fromkeys(engines))}",
+        )

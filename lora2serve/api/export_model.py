@@ -1,0 +1,176 @@
+"""``lora2serve.export``: a run, an adapter or a model, to every target in one pass over its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora2serve.api import after_export, export_calibration
+from lora2serve.api.export_request import Combine, DType, ExportRequest, Named, OllamaKind, several, words
+from lora2serve.api.export_source import open_source
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.console import default_progress
+from lora2serve.errors import UsageError
+from lora2serve.exporting import bundle, sinks, stream
+from lora2serve.exporting.open_model import MergeBase
+from lora2serve.exporting.sinks import Exporter, ExportModel
+from lora2serve.progress import Progress
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would write. Sizes are in bytes."""
+
+    tensors: int
+    changed: int  # by the adapter
+    outputs: Mapping[str, Mapping[str, int]]  # directory -> {"files": ..., "bytes": ...}
+    disk: int
+    free: int
+    memory: int  # beside the libraries
+
+
+def export(
+    source: Named | Sequence[Named] | None = None, *,
+    targets: str | Sequence[str], quants: str | Sequence[str] = (), out: Named | None = None, overwrite: bool = False,
+    base: Named | None = None, merge_base: MergeBase = "auto", dtype: DType | None = None, name: str | None = None,
+    adapters: Sequence[Named] = (), combine: Combine | None = None, weights: Sequence[float] = (), density: float = 0.5,
+    allow_base_mismatch: bool = False, allow_pickle: bool = False, calibrate: Named | None = None,
+    shard_size: str | int | None = None,
+    tensor_type: Sequence[str] = (), pre: str | None = None, imatrix: Named | None = None,
+    split_size: str | int | None = None,
+    served_base: str | None = None, as_lora_rank: int | None = None,
+    as_kind: OllamaKind | None = None, from_model: str | None = None, create: str | None = None, install: bool = False,
+    progress: Progress | None = None,
+) -> list[Export]:  # fmt: skip
+    """Write ``source`` for one or more targets, in one pass over the weights; all of the exports, or none.
+
+    source
+        A run, a PEFT adapter directory, a plain model directory, or a Hub id of one of these; ``runs/latest`` by
+        default. Several of them, with ``targets="adapter"``, make one bundle of adapters for one server.
+    targets
+        "vllm", "gguf", "ollama", "lmstudio", "adapter", "gguf-adapter", or several of these.
+    quants
+        Types such as "Q4_K_M" or "fp8"; each goes to every target that knows it.
+    out
+        The folder for one directory per target and type; the run's ``exports/`` by default.
+    overwrite
+        Replace exports that exist, once the new ones are complete.
+    base, merge_base, dtype, name
+        What to fold onto and which of its weights ("auto", "trained" or "original"), the type of merged 16-bit weights
+        ("bf16", "fp16" or "fp32"), and the model's name in files and servers.
+    adapters, combine, weights, density
+        Instead of ``source``: adapters to fold onto ``base`` one after another, or to combine first by PEFT's method
+        of that name.
+    allow_base_mismatch, allow_pickle
+        Fold onto a base that is not the run's; read an ``adapter_model.bin``, weights only, in a child process.
+    calibrate
+        Data to measure activations on, for AWQ, GPTQ and importance matrices; "train" is the run's own.
+    shard_size (vllm), tensor_type, pre, imatrix, split_size (GGUF), served_base, as_lora_rank (adapter),
+    as_kind, from_model, create (ollama), install (lmstudio)
+        Options of these targets: see ``lora2serve export --help``.
+    progress
+        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+
+    Raises UsageError for options that do not go together, CheckpointError and AdapterError for files that cannot be
+    read, MergeError where base and adapter do not fit, and ExportError with every target's refusal, before the first
+    byte is written. All are Lora2ServeError.
+    """
+    request = ExportRequest(
+        sources=() if source is None else several(source), targets=words(targets), quants=words(quants),
+        out=Path(out) if out else None, overwrite=overwrite, base=base, merge_base=merge_base, dtype=dtype, name=name,
+        adapters=tuple(adapters), combine=combine, weights=tuple(weights), density=density,
+        allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle, calibrate=calibrate, shard_size=shard_size,
+        tensor_type=words(tensor_type), pre=pre, imatrix=Path(imatrix) if imatrix else None, split_size=split_size,
+        served_base=served_base, as_lora_rank=as_lora_rank, as_kind=as_kind, from_model=from_model, create=create,
+        install=install,
+    )  # fmt: skip
+    return run_export(request, progress)
+
+
+def run_export(request: ExportRequest, progress: Progress | None = None) -> list[Export]:
+    """``export``, with its arguments in one value."""
+    progress = progress or default_progress()
+    with ExitStack() as stack:
+        prepared = _prepare(request, progress, stack, dry_run=False)
+        if isinstance(prepared, _Bundle):
+            overwrite = request.overwrite
+            path = bundle.export(prepared.models, prepared.options, prepared.out, progress, overwrite=overwrite)
+            return [Export.open(path)]
+        written = stream.export(prepared.model, prepared.plans, progress, overwrite=request.overwrite)
+    exports = [Export.open(path) for path in written]
+    after_export.hand_over(exports, request, progress)
+    return exports
+
+
+def plan_export(request: ExportRequest, progress: Progress | None = None) -> ExportPlan:
+    """What ``run_export`` would write; raises every refusal, and reads no weights."""
+    progress = progress or default_progress()
+    with ExitStack() as stack:
+        prepared = _prepare(request, progress, stack, dry_run=True)
+        if isinstance(prepared, _Bundle):
+            return ExportPlan(**bundle.dry_run(prepared.models, prepared.options, prepared.out))
+        return ExportPlan(**stream.dry_run(prepared.model, prepared.plans))
+
+
+@dataclass(frozen=True)
+class _Single:
+    """One model and what to write of it."""
+
+    model: ExportModel
+    plans: Sequence[stream.Plan]
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """Several models, whose adapters go into one directory."""
+
+    models: Sequence[ExportModel]
+    options: Any
+    out: Path
+
+
+def _prepare(request: ExportRequest, progress: Progress, stack: ExitStack, *, dry_run: bool) -> _Single | _Bundle:
+    """Everything up to the first byte: options are checked before models are opened."""
+    if not request.targets:
+        raise UsageError("no --target given", f"one or more of {', '.join(sinks.known())}")
+    targets = {name: sinks.find(name) for name in request.target_names()}
+    options = request.target_options()
+    planned = sinks.plan_options(targets, request.quants, options)
+    after_export.refuse(request, [target for target, _ in planned])
+    if len(request.sources) > 1 and not request.adapters:
+        return _prepare_bundle(request, planned, progress, stack)
+    model, home = open_source(request.sources, request, progress, stack)
+    options |= export_calibration.prepare(targets, model, home, request, progress, dry_run=dry_run)
+    return _Single(model, _plans(targets, request, options, request.out or home))
+
+
+def _plans(
+    targets: Mapping[str, Exporter], request: ExportRequest, options: Mapping[str, Any], folder: Path
+) -> list[stream.Plan]:
+    planned = sinks.plan_options(targets, request.quants, options)
+    return [stream.Plan(name, targets[name], chosen, folder / _folder(name, chosen)) for name, chosen in planned]
+
+
+def _folder(target: str, options: Any) -> str:
+    quant = getattr(options, "quant", None)
+    return f"{target}-{quant}" if quant else target
+
+
+def _prepare_bundle(
+    request: ExportRequest, planned: Sequence[tuple[str, Any]], progress: Progress, stack: ExitStack
+) -> _Bundle:
+    """Several runs: their adapters together, for one server."""
+    count = len(request.sources)
+    if [target for target, _ in planned] != ["adapter"]:
+        raise UsageError(
+            f"{count} runs given, expected one: only --target adapter, alone, takes several",
+            "to merge several adapters into one model: --adapter A --adapter B --base BASE",
+        )
+    if request.name:
+        raise UsageError(f"--name {request.name} with {count} runs: each adapter keeps its run's name")
+    models = [open_source((source,), request, progress, stack)[0] for source in request.sources]
+    out = request.out or Path("exports") / "+".join(model.name for model in models)
+    return _Bundle(models, planned[0][1], out)

@@ -1,0 +1,68 @@
+"""From what the user names to the opened model, and where its exports go by default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lora2serve.api.export_request import ExportRequest, Named
+from lora2serve.api.locate import base_of_adapter, base_of_run, fetch, locate
+from lora2serve.errors import UsageError
+from lora2serve.exporting import open_model as models
+from lora2serve.exporting.sinks import ExportModel
+from lora2serve.progress import Progress
+from lora2serve.system.hub_snapshot import short_name
+
+
+def open_source(
+    sources: Sequence[Named], request: ExportRequest, progress: Progress, stack: ExitStack
+) -> tuple[ExportModel, Path]:
+    """The model to export and the folder for its exports; ``stack`` keeps what must not outlive the export."""
+    if request.adapters:
+        if sources:
+            raise UsageError(
+                "--adapter with a RUN: expected one of the two", "name the run's adapter directory with --adapter"
+            )
+        return _open_adapters(request.adapters, request, progress, stack)
+    source = locate(sources[0] if sources else None, progress, pickle=request.allow_pickle)
+    if source.run:
+        base, _ = base_of_run(source.run.record.base, request.base, progress)
+        return models.open_run(source.run, base, request.open_options(), progress), source.run.exports
+    if source.is_adapter:
+        return _open_adapters((source.path,), request, progress, stack)
+    model = models.open_plain(source.path, source.name, request.open_options())
+    return model, Path("exports") / short_name(source.path)
+
+
+def _open_adapters(
+    adapters: Sequence[Named], request: ExportRequest, progress: Progress, stack: ExitStack
+) -> tuple[ExportModel, Path]:
+    paths = [fetch(name, progress, pickle=request.allow_pickle) for name in adapters]
+    if request.allow_pickle:
+        from lora2serve.adapters.pickles import convert
+
+        paths = [convert(path, _scratch(stack)) for path in paths]
+    base = base_of_adapter(paths[0], request.base)
+    local, name = fetch(base, progress), short_name(paths[0])
+    _warn_of_quantized(local, base, progress)
+    if request.combine:
+        from lora2serve.adapters.combine import combine
+        from lora2serve.weights.checkpoint import Checkpoint
+
+        weights = request.weights or (1.0,) * len(paths)
+        checkpoint = Checkpoint(local)
+        paths = [combine(paths, checkpoint, request.combine, weights, request.density, _scratch(stack))]
+    return models.open_adapters(paths, local, base, request.open_options()), Path("exports") / name
+
+
+def _scratch(stack: ExitStack) -> Path:
+    return Path(stack.enter_context(TemporaryDirectory(prefix="lora2serve-")))
+
+
+def _warn_of_quantized(local: Path, name: str, progress: Progress) -> None:
+    from lora2serve.weights.checkpoint import read_config
+
+    if read_config(local).get("quantization_config"):
+        progress.warn(f"{name} is quantized: folding onto its dequantized weights; --base names the 16-bit model")

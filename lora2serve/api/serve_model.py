@@ -1,0 +1,195 @@
+"""``lora2serve.serve``: the engine that an export is for, started; ``deploy``: files for other machines."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from lora2serve.api.export_request import Named, several, words
+from lora2serve.artifacts import run as runs
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.console import default_progress
+from lora2serve.errors import UsageError
+from lora2serve.progress import Progress
+from lora2serve.serving import server, server_process
+from lora2serve.serving.deploy import DeployKind, gather, render
+from lora2serve.serving.deploy.server_spec import STORE
+from lora2serve.serving.server import HOST, PORT, ServeOptions, ServerCommand
+
+Engine = Literal["vllm", "llama.cpp", "ollama"]
+PREFERRED = ("vllm", "adapter", "gguf", "ollama", "lmstudio")  # of runs/latest, when no export is named
+PATIENCE = 30  # seconds that an engine gets to end by itself
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """An engine that answers at ``address``. Use it in a ``with`` statement, or ``close`` it; Ollama runs on."""
+
+    address: str
+    models: tuple[str, ...]
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+
+    def close(self) -> None:
+        """End the engine, if it was started here."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> RunningServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def serve(
+    exports: Named | Sequence[Named] = (),
+    *,
+    engine: Engine | None = None,
+    base: Named | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    allow_updates: bool = False,
+    engine_arguments: str | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> RunningServer:
+    """Start the engine that an export is for, and return once it answers.
+
+    exports
+        An export, a bundle, or several adapters of one base, which share one server; by default one of ``runs/latest``.
+    engine
+        "vllm", "llama.cpp" or "ollama"; by default the one that the export is for. A running Ollama gets the model.
+    base
+        For adapters: the base to load; the one trained on by default.
+    host, port
+        Where clients connect; 127.0.0.1 and 8000 by default. The host 0.0.0.0 lets any machine connect.
+    tensor_parallel_size, pipeline_parallel_size
+        GPUs that share each layer, and groups of layers.
+    allow_updates
+        Let clients load and unload adapters: for trusted clients only.
+    engine_arguments
+        More arguments for the engine, such as ``["--max-model-len", "8192"]``.
+    progress
+        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+
+    Raises UsageError for exports that cannot share a server, EngineError for an engine that is not installed or ends.
+    """
+    paths = tuple(Path(export) for export in several(exports))
+    options = ServeOptions(
+        engine, str(base) if base else None, host, port, allow_updates, tensor_parallel_size, pipeline_parallel_size,
+        words(engine_arguments),
+    )  # fmt: skip
+    progress = progress or default_progress()
+    if engine == "ollama":
+        return serve_in_ollama(paths, options, progress)
+    command = _plan(paths, options)
+    with tempfile.NamedTemporaryFile(prefix="lora2serve-serve-", suffix=".log", delete=False) as file:
+        log = Path(file.name)
+    progress.note(f"starting {command.engine}; its log: {log}")
+    process = server_process.start(command, log)
+    progress.note(f"{command.address} serves {', '.join(command.models)}")
+    return RunningServer(command.address, command.models, process, log)
+
+
+def serve_until_stopped(exports: Sequence[Path], options: ServeOptions, progress: Progress) -> int:
+    """What the command line does: run the engine, pass signals on, and return its exit code."""
+    if options.engine == "ollama":
+        serve_in_ollama(exports, options, progress)
+        return 0
+    command = _plan(exports, options)
+    if options.allow_updates:
+        progress.warn("clients may load any adapter on this machine: vLLM calls that unsafe for untrusted clients")
+    return server_process.run(command, progress)
+
+
+def serving_command(exports: Sequence[Path], options: ServeOptions) -> str:
+    """The shell command that starts the same server."""
+    if options.engine != "ollama":
+        return _plan(exports, options).line
+    from lora2serve.serving import ollama
+
+    path, name = _ollama_export(exports, options)
+    return f"{ollama.command(path, name)} && ollama run {name}"
+
+
+def serve_in_ollama(exports: Sequence[Path], options: ServeOptions, progress: Progress) -> RunningServer:
+    """Ollama runs by itself: the model is created there, and stays."""
+    from lora2serve.serving import ollama
+
+    path, name = _ollama_export(exports, options)
+    client = ollama.Client()
+    client.version()
+    ollama.create(client, path, name, progress)
+    progress.note(f"{client.address} serves {name}")
+    progress.note(server.first_question(client.address, name))
+    return RunningServer(client.address, (name,))
+
+
+def deploy(
+    kind: DeployKind, exports: Named | Sequence[Named] = (), *,
+    base: Named | None = None, host: str = HOST, port: int = PORT, tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1, store: str = STORE, engine_arguments: str | Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The YAML of a vLLM server for other machines: "compose", "k8s", "production-stack", "kserve" or "ray".
+
+    ``store`` is where a cluster finds ``base/`` and ``adapters/``: ``pvc://CLAIM``; for kserve and ray also ``s3://...``.
+    The other arguments are those of ``serve``. Raises UsageError for exports that vLLM does not serve.
+    """
+    from lora2serve.serving.deploy import KINDS
+
+    if kind not in KINDS:
+        raise UsageError(f"deploy {kind}: unknown kind", f"known kinds: {', '.join(KINDS)}")
+    options = ServeOptions(
+        None, str(base) if base else None, host, port, False, tensor_parallel_size, pipeline_parallel_size,
+        words(engine_arguments),
+    )  # fmt: skip
+    paths = [Path(export) for export in several(exports)] or [_default_export()]
+    return render(kind, gather(paths, options, store)).rstrip("\n")
+
+
+def _plan(exports: Sequence[Path], options: ServeOptions) -> ServerCommand:
+    return server.plan(list(exports) or [_default_export()], options)
+
+
+def _ollama_export(exports: Sequence[Path], options: ServeOptions) -> tuple[Path, str]:
+    """The export to create in Ollama, and its name there."""
+    unusable = {
+        "--host": options.host != HOST,
+        "--port": options.port != PORT,
+        "--": bool(options.engine_arguments),
+    }
+    for option, requested in unusable.items():
+        if requested:
+            raise UsageError(f"--engine ollama with {option}: its server runs already", "OLLAMA_HOST names it")
+    paths = list(exports) or [_default_export(("ollama",))]
+    export = Export.open(paths[0])
+    if len(paths) > 1 or not export.target.startswith("ollama"):
+        raise UsageError(
+            f"--engine ollama: {len(paths)} exports for {export.target}, expected one for ollama",
+            "`lora2serve export --target ollama` makes one",
+        )
+    return export.path, export.manifest.name
+
+
+def _default_export(targets: Sequence[str] = PREFERRED) -> Path:
+    """The export of ``runs/latest`` that is for the first of these targets."""
+    exports = {Export.open(path).target: path for path in reversed(runs.latest().list_exports())}
+    for target in targets:
+        if target in exports:
+            return exports[target]
+    raise UsageError("runs/latest has no export to serve", f"`lora2serve export --target {targets[0]}` makes one")

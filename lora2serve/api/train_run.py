@@ -1,0 +1,119 @@
+"""``lora2serve.train``: one fine-tune, from a recipe to a run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora2serve.api.locate import base_of_run, fetch
+from lora2serve.artifacts import run as runs
+from lora2serve.config import recipe as recipes
+from lora2serve.config.recipe import ModelRecipe, Recipe
+from lora2serve.console import default_progress
+from lora2serve.errors import UsageError
+from lora2serve.progress import Progress
+
+
+def init(path: str | Path = recipes.FILE, *, overwrite: bool = False) -> Path:
+    """Write a commented recipe to ``path``, which is returned; UsageError where there is one already."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path}: already exists", "--overwrite replaces it")
+    path.write_text(recipes.template(), encoding="utf-8")
+    return path
+
+
+def train(
+    recipe: str | Path | None = None,
+    *,
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    name: str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> runs.Run:
+    """Fine-tune as ``recipe`` says, and return the run: ``runs/NAME``, to which ``runs/latest`` then points.
+
+    recipe
+        The path of a YAML file, a built-in name such as ``"demo"``, or nothing for ``lora2serve.yaml`` here.
+        With ``resume``, the directory or name of the run to resume; nothing for the last one.
+    overrides
+        Fields of the recipe, such as ``{"train.lora.rank": 32}``, or ``["train.lora.rank=32"]``.
+    name
+        Name of the run directory; the recipe's by default.
+    resume
+        Continue the last checkpoint of a run that was interrupted, with its own recipe.
+    progress
+        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+
+    Raises RecipeError with every problem of the recipe, DataError and TrainError for what cannot be trained, HubError
+    for what cannot be fetched, and KeyboardInterrupt once Ctrl-C has saved a checkpoint.
+    """
+    progress = progress or default_progress()
+    if resume and (overrides or name):
+        raise UsageError("--resume keeps the recipe as it was: no --set and no --name", "start a new run instead")
+    run = _unfinished(recipe) if resume else None
+    chosen = recipes.load(run.recipe if run else recipes.find(str(recipe) if recipe else None), _settings(overrides))
+    return _train(chosen, name or chosen.name, run, progress)
+
+
+def _train(recipe: Recipe, name: str, resumed: runs.Run | None, progress: Progress) -> runs.Run:
+    from lora2serve.data import data_sets
+    from lora2serve.hub import pin_data
+    from lora2serve.training.finetune import train as fine_tune
+    from lora2serve.training.requirements import check_libraries
+
+    check_libraries(recipe.train.quantize)
+    sets = data_sets.load(recipe.data, pin_data)  # before a base of many gigabytes is fetched
+    if resumed and resumed.record.base.id:
+        base, _ = base_of_run(resumed.record.base, None, progress)  # at its first commit, wherever the branch is now
+    else:
+        base = _fetch_base(recipe.model, progress)
+    run = resumed or runs.create(name)
+    with runs.kept_once_started(run), _hint_to_resume(run, progress):
+        fine_tune(recipe, run, sets, base=base, resume=resumed is not None, progress=progress)
+    return run
+
+
+def _settings(overrides: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
+    """As ``KEY=VALUE`` with the value in YAML, of which JSON is a part."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return overrides
+
+
+def _fetch_base(model: ModelRecipe, progress: Progress) -> Path:
+    if not model.revision:
+        return fetch(model.path, progress)
+    if Path(model.path).exists():
+        raise UsageError(
+            f"model.revision: {model.revision}, but {model.path} is a directory", "leave it out, or name a Hub id"
+        )
+    return fetch(f"{model.path}@{model.revision}", progress)
+
+
+def _unfinished(name: str | Path | None) -> runs.Run:
+    """The run to resume: the last one, or by its path or its name under ``runs/``."""
+    if name is None:
+        run = runs.latest()
+    else:
+        paths = (Path(name), runs.ROOT / name)
+        found = next((path for path in paths if (path / "recipe.yaml").is_file()), None)
+        if found is None:
+            raise UsageError(f"--resume {name}: not a run", "name a directory under runs/, or none for the last run")
+        run = runs.Run(found)
+    if run.record.finished:
+        raise UsageError(f"{run.path}: finished at step {run.record.steps}", "train without --resume")
+    return run
+
+
+@contextmanager
+def _hint_to_resume(run: runs.Run, progress: Progress) -> Iterator[None]:
+    """After Ctrl-C, at whatever stage: how to continue, where there is a checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (run.path / "checkpoints").exists():
+            progress.note(f"{run.path} is kept: `lora2serve train --resume` continues from its last checkpoint")
+        raise

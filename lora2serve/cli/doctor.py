@@ -1,0 +1,34 @@
+"""``lora2serve doctor``."""
+
+from __future__ import annotations
+
+import click
+
+from lora2serve.cli.options import Command, json_option, plain, progress
+from lora2serve.errors import EngineError
+
+
+@click.command(
+    cls=Command,
+    short_help="Show what is installed, what is missing, and how to install it.",
+    examples=[("lora2serve doctor", ""), ("lora2serve doctor --fix", "llama.cpp's converter, llm-compressor")],
+)
+@click.option(
+    "--fix", is_flag=True, help="Install into the user's cache what can be: llama.cpp's converter, llm-compressor."
+)
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, fix: bool, as_json: bool) -> None:
+    """Show devices, engines and versions, what is missing, and the command that installs it."""
+    from lora2serve import console
+    from lora2serve.system import doctor as doctors
+
+    failed = doctors.fix(progress(ctx)) if fix else []
+    facts = doctors.examine()
+    if as_json:
+        console.result_json(plain(facts))
+    width = max(len(fact.what) for fact in facts)
+    for fact in [] if as_json else facts:
+        console.result(f"{fact.what:<{width}}  {fact.found}" + (f"\n{'':<{width}}  -> {fact.fix}" if fact.fix else ""))
+    if failed:
+        raise EngineError("\n".join(error.message for error in failed), failed[0].hint)
