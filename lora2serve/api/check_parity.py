@@ -16,6 +16,7 @@ from lora2serve.config.recipe import ParityRecipe
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
 from lora2serve.parity_check import trained_model
+from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
 
@@ -40,52 +41,30 @@ class ParityResult:
 
 
 def parity(
-    model: Named | None = None,
-    exports: Named | Sequence[Named] = (),
-    *,
-    base: Named | None = None,
-    data: Named | None = None,
-    engines: str | Sequence[str] = (),
-    require: str | Sequence[str] = (),
-    thresholds: Mapping[str, float] | None = None,
-    url: str | None = None,
-    url_model: str | None = None,
-    ask: str = "",
-    baseline: Named | None = None,
-    report_dir: Named | None = None,
-    progress: Progress | None = None,
-) -> ParityResult:
+    model: Named | None = None, exports: Named | Sequence[Named] = (), *,
+    base: Named | None = None, data: Named | None = None,
+    engines: str | Sequence[str] = (), require: str | Sequence[str] = (), thresholds: Mapping[str, float] | None = None,
+    url: str | None = None, url_model: str | None = None, ask: str = "", baseline: Named | None = None,
+    report_dir: Named | None = None, progress: Progress | None = None,
+) -> ParityResult:  # fmt: skip
     """Compare exports with the trained model, each in its real engine, and write a report.
 
-    model
-        A run, an adapter directory, a plain model, or a Hub id of one of these; ``runs/latest`` by default. An export
-        here is taken as the first of ``exports``: its manifest says what it was made from.
-    exports
-        Export directories; all of the model's by default.
-    base, data
-        The base (default: the one trained on), and a file of held-out rows (default: the run's).
-    engines, require
-        The only engines to ask; those that must be installed.
-    thresholds
-        Other bounds, such as ``{"Q4_K_M.mean_kl": 0.1, "all.top1": 0.9}``.
-    url, url_model
-        A running deployment to compare as well: its OpenAI-compatible address, and the model's name there.
-    ask
-        A question that the base, the trained model and every export answer: see ``ParityResult.answers``.
-    baseline
-        An earlier report.json: what got worse beyond noise counts as not met.
-    report_dir
-        Where the report goes; the run's ``parity/``, or ``parity/`` beside the exports, by default.
-    progress
-        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    model: a run, an adapter directory, a plain model, or a Hub id of one of these; ``runs/latest`` by default. An
+        export here is taken as the first of ``exports``: its manifest says what it was made from.
+    exports: export directories; all of the model's by default.
+    base, data: the base (default: the one trained on), and a file of held-out rows (default: the run's).
+    engines, require: the only engines to ask; those that must be installed.
+    thresholds: other bounds, such as ``{"Q4_K_M.mean_kl": 0.1, "all.top1": 0.9}``.
+    url, url_model: a running deployment to compare as well: its OpenAI-compatible address, the model's name there.
+    ask: a question that the base, the trained model and every export answer: see ``ParityResult.answers``.
+    baseline: an earlier report.json: what got worse beyond noise counts as not met.
+    report_dir: where the report goes; the run's ``parity/``, or ``parity/`` beside the exports, by default.
+    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
 
     The result says in ``met`` whether parity holds; an engine that fails is a row of the report, not an error.
     Raises UsageError and InputError for what cannot be compared, HubError for what cannot be fetched.
     """
     from lora2serve.parity_check import comparisons
-    from lora2serve.parity_check.baseline import regressions
-    from lora2serve.parity_check.comparator import check
-    from lora2serve.parity_check.report import writers
 
     progress = progress or default_progress()
     trained, paths = _find(model, several(exports), base, progress)
@@ -95,11 +74,22 @@ def parity(
     if url:
         compared.append(comparisons.of_url(trained, url, url_model))
     _refuse_unused(words(require), [comparison.engine for comparison in compared])
+    report, page = _compare(trained, compared, ask, baseline, report_dir, progress)
+    return ParityResult(report, page, tuple(paths))
+
+
+def _compare(
+    trained: TrainedModel, compared: Sequence[Comparison], ask: str, baseline: Named | None, report_dir: Named | None,
+    progress: Progress,
+) -> tuple[ParityReport, Path]:  # fmt: skip
+    from lora2serve.parity_check.baseline import regressions
+    from lora2serve.parity_check.comparator import check
+    from lora2serve.parity_check.report import writers
+
     report = check(trained, compared, progress=progress, ask=ask)
     if baseline:
         report = replace(report, regressions=regressions(report, Path(baseline)))
-    page = writers.write(report, Path(report_dir) if report_dir else trained.home)
-    return ParityResult(report, page, tuple(paths))
+    return report, writers.write(report, Path(report_dir) if report_dir else trained.home)
 
 
 def _find(

@@ -47,32 +47,21 @@ def export(
 ) -> list[Export]:  # fmt: skip
     """Write ``source`` for one or more targets, in one pass over the weights; all of the exports, or none.
 
-    source
-        A run, a PEFT adapter directory, a plain model directory, or a Hub id of one of these; ``runs/latest`` by
+    source: a run, a PEFT adapter directory, a plain model directory, or a Hub id of one of these; ``runs/latest`` by
         default. Several of them, with ``targets="adapter"``, make one bundle of adapters for one server.
-    targets
-        "vllm", "gguf", "ollama", "lmstudio", "adapter", "gguf-adapter", or several of these.
-    quants
-        Types such as "Q4_K_M" or "fp8"; each goes to every target that knows it.
-    out
-        The folder for one directory per target and type; the run's ``exports/`` by default.
-    overwrite
-        Replace exports that exist, once the new ones are complete.
-    base, merge_base, dtype, name
-        What to fold onto and which of its weights ("auto", "trained" or "original"), the type of merged 16-bit weights
-        ("bf16", "fp16" or "fp32"), and the model's name in files and servers.
-    adapters, combine, weights, density
-        Instead of ``source``: adapters to fold onto ``base`` one after another, or to combine first by PEFT's method
-        of that name.
-    allow_base_mismatch, allow_pickle
-        Fold onto a base that is not the run's; read an ``adapter_model.bin``, weights only, in a child process.
-    calibrate
-        Data to measure activations on, for AWQ, GPTQ and importance matrices; "train" is the run's own.
-    shard_size (vllm), tensor_type, pre, imatrix, split_size (GGUF), served_base, as_lora_rank (adapter),
-    as_kind, from_model, create (ollama), install (lmstudio)
-        Options of these targets: see ``lora2serve export --help``.
-    progress
-        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    targets: "vllm", "gguf", "ollama", "lmstudio", "adapter", "gguf-adapter", or several of these.
+    quants: types such as "Q4_K_M" or "fp8"; each goes to every target that knows it.
+    out: the folder for one directory per target and type; the run's ``exports/`` by default.
+    overwrite: replace exports that exist, once the new ones are complete.
+    base, merge_base, dtype, name: what to fold onto, and which of its weights ("auto", "trained" or "original"); the
+        type of merged 16-bit weights ("bf16", "fp16" or "fp32"); the model's name in files and servers.
+    adapters, combine, weights, density: instead of ``source``, adapters to fold onto ``base`` one after another, or to
+        combine first by PEFT's method of that name.
+    allow_base_mismatch, allow_pickle: fold onto a base that is not the run's; read an ``adapter_model.bin``.
+    calibrate: data to measure activations on, for AWQ, GPTQ and importance matrices; "train" is the run's own.
+    shard_size (vllm), tensor_type, pre, imatrix, split_size (GGUF), served_base, as_lora_rank (adapter), as_kind,
+        from_model, create (ollama), install (lmstudio): options of these targets: see ``lora2serve export --help``.
+    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
 
     Raises UsageError for options that do not go together, CheckpointError and AdapterError for files that cannot be
     read, MergeError where base and adapter do not fit, and ExportError with every target's refusal, before the first

@@ -15,35 +15,20 @@ from lora2serve.progress import Progress
 
 
 def push(
-    exports: Named | Sequence[Named] = (),
-    *,
-    repo_id: str,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    single_repo: bool = False,
-    allow_unproven: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> list[PushResult]:
+    exports: Named | Sequence[Named] = (), *,
+    repo_id: str, private: bool = False, revision: str | None = None, create_pr: bool = False,
+    single_repo: bool = False, allow_unproven: bool = False, dry_run: bool = False, progress: Progress | None = None,
+) -> list[PushResult]:  # fmt: skip
     """Push export directories to the Hugging Face Hub, each repository as one state, model card included.
 
-    exports
-        Export directories; all of ``runs/latest`` by default.
-    repo_id
-        ``user/name``. Merged weights go there, an adapter to ``name-lora``, all GGUF types to ``name-GGUF``.
-    private
-        Make new repositories private, and refuse one that is public.
-    revision
-        A branch, made if it does not exist; ``main`` by default.
-    create_pr, single_repo
-        Leave it as a pull request; put everything into ``repo_id`` itself.
-    allow_unproven
-        Push exports whose parity is not proven; the card says so.
-    dry_run
-        Return what would be uploaded, and the card; send nothing.
-    progress
-        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    exports: export directories; all of ``runs/latest`` by default.
+    repo_id: ``user/name``. Merged weights go there, an adapter to ``name-lora``, all GGUF types to ``name-GGUF``.
+    private: make new repositories private, and refuse one that is public.
+    revision: a branch, made if it does not exist; ``main`` by default.
+    create_pr, single_repo: leave it as a pull request; put everything into ``repo_id`` itself.
+    allow_unproven: push exports whose parity is not proven; the card says so.
+    dry_run: return what would be uploaded, and the card; send nothing.
+    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
 
     Raises ParityNotMet for an export that is not proven, InputError for files that are not as their manifest says or
     that hold a token, and HubError for whatever the Hub refuses, all before anything is sent. The token is that of

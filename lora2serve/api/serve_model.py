@@ -56,36 +56,22 @@ class RunningServer:
 
 
 def serve(
-    exports: Named | Sequence[Named] = (),
-    *,
-    engine: Engine | None = None,
-    base: Named | None = None,
-    host: str | None = None,
-    port: int | None = None,
-    tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int = 1,
-    allow_updates: bool = False,
-    engine_arguments: str | Sequence[str] = (),
-    progress: Progress | None = None,
-) -> RunningServer:
+    exports: Named | Sequence[Named] = (), *,
+    engine: Engine | None = None, base: Named | None = None, host: str | None = None, port: int | None = None,
+    tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, allow_updates: bool = False,
+    engine_arguments: str | Sequence[str] = (), progress: Progress | None = None,
+) -> RunningServer:  # fmt: skip
     """Start the engine that an export is for, and return once it answers.
 
-    exports
-        An export, a bundle, or several adapters of one base, which share one server; by default one of ``runs/latest``.
-    engine
-        "vllm", "llama.cpp" or "ollama"; by default the one that the export is for. A running Ollama gets the model.
-    base
-        For adapters: the base to load; the one trained on by default.
-    host, port
-        Where clients connect; 127.0.0.1 and 8000 by default. The host 0.0.0.0 lets any machine connect.
-    tensor_parallel_size, pipeline_parallel_size
-        GPUs that share each layer, and groups of layers.
-    allow_updates
-        Let clients load and unload adapters: for trusted clients only.
-    engine_arguments
-        More arguments for the engine, such as ``["--max-model-len", "8192"]``.
-    progress
-        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    exports: an export, a bundle, or several adapters of one base, which share one server; by default one of
+        ``runs/latest``.
+    engine: "vllm", "llama.cpp" or "ollama"; by default the one that the export is for. A running Ollama gets the model.
+    base: for adapters, the base to load; the one trained on by default.
+    host, port: where clients connect; 127.0.0.1 and 8000 by default. The host 0.0.0.0 lets any machine connect.
+    tensor_parallel_size, pipeline_parallel_size: GPUs that share each layer, and groups of layers.
+    allow_updates: let clients load and unload adapters: for trusted clients only.
+    engine_arguments: more arguments for the engine, such as ``["--max-model-len", "8192"]``.
+    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
 
     Raises UsageError for exports that cannot share a server, EngineError for an engine that is not installed or ends.
     """

@@ -26,26 +26,18 @@ def init(path: str | Path = recipes.FILE, *, overwrite: bool = False) -> Path:
 
 
 def train(
-    recipe: str | Path | None = None,
-    *,
-    overrides: Mapping[str, object] | Sequence[str] = (),
-    name: str | None = None,
-    resume: bool = False,
+    recipe: str | Path | None = None, *,
+    overrides: Mapping[str, object] | Sequence[str] = (), name: str | None = None, resume: bool = False,
     progress: Progress | None = None,
-) -> runs.Run:
+) -> runs.Run:  # fmt: skip
     """Fine-tune as ``recipe`` says, and return the run: ``runs/NAME``, to which ``runs/latest`` then points.
 
-    recipe
-        The path of a YAML file, a built-in name such as ``"demo"``, or nothing for ``lora2serve.yaml`` here.
+    recipe: the path of a YAML file, a built-in name such as "demo", or nothing for ``lora2serve.yaml`` here.
         With ``resume``, the directory or name of the run to resume; nothing for the last one.
-    overrides
-        Fields of the recipe, such as ``{"train.lora.rank": 32}``, or ``["train.lora.rank=32"]``.
-    name
-        Name of the run directory; the recipe's by default.
-    resume
-        Continue the last checkpoint of a run that was interrupted, with its own recipe.
-    progress
-        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    overrides: fields of the recipe, such as ``{"train.lora.rank": 32}``, or ``["train.lora.rank=32"]``.
+    name: name of the run directory; the recipe's by default.
+    resume: continue the last checkpoint of a run that was interrupted, with its own recipe.
+    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
 
     Raises RecipeError with every problem of the recipe, DataError and TrainError for what cannot be trained, HubError
     for what cannot be fetched, and KeyboardInterrupt once Ctrl-C has saved a checkpoint.

@@ -37,12 +37,9 @@ class Verified:
 def verify(name: str | Path, *, allow_unproven: bool = False, progress: Progress | None = None) -> Verified:
     """Compare every file with the sha256 in its manifest, and ask for the proof of parity.
 
-    name
-        An export directory, a run (all of its exports), or ``user/name[@revision]`` on the Hub, which is downloaded.
-    allow_unproven
-        Look at the files only.
-    progress
-        Where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    name: an export directory, a run (all of its exports), or ``user/name[@revision]`` on the Hub, which is downloaded.
+    allow_unproven: look at the files only.
+    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
 
     Raises InputError and HubError for files that differ or are missing, ParityNotMet for an export without proof.
     """
