@@ -57,7 +57,7 @@ class RunningServer:
 
 def serve(
     exports: Named | Sequence[Named] = (), *,
-    engine: Engine | None = None, base: Named | None = None, host: str | None = None, port: int | None = None,
+    engine: Engine | None = None, base: Named | None = None, host: str = HOST, port: int = PORT,
     tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, allow_updates: bool = False,
     engine_arguments: str | Sequence[str] = (), progress: Progress | None = None,
 ) -> RunningServer:  # fmt: skip
