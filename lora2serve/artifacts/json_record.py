@@ -166,7 +166,7 @@ def _decode_union(kinds: Sequence[object], value: object, path: str, problems: l
 
 
 def _decode_tuple(kinds: Sequence[object], value: object, path: str, problems: list[str]) -> object:
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         problems.append(_misfit(path, value, "a list"))
         return ()
     if kinds[-1] is ...:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +26,16 @@ from lora2serve.artifacts.parity_report import (
     ReferenceName,
     TensorError,
 )
-from lora2serve.errors import EngineError, UsageError
+from lora2serve.errors import EngineError, Lora2ServeError, UsageError
+from lora2serve.exporting import sinks, stream
+from lora2serve.exporting.open_model import OpenOptions, open_plain
 from lora2serve.parity_check import gates, thresholds, worker
 from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.gates import Behavior
 from lora2serve.parity_check.references import References
 from lora2serve.parity_check.trained_model import TrainedModel
-from lora2serve.progress import Progress
+from lora2serve.progress import Progress, Silent
 
 
 def check(
@@ -108,7 +108,7 @@ class Comparator:
         if self._reader:
             self._reader.close()
 
-    def _child(self, engine: str, options: Any, log: str) -> EngineProcess:
+    def _child(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
         return EngineProcess(engine, options, self.work / "logs" / f"{log}.log", self.settings.limit)
 
     def compare(self, comparison: Comparison) -> ComparisonResult:
@@ -136,7 +136,7 @@ class Comparator:
         self.progress.note(f"{row.export} in {row.engine}: {row.status} ({row.seconds:.0f} s)")
         return row
 
-    def _options(self, comparison: Comparison) -> dict[str, Any]:
+    def _options(self, comparison: Comparison) -> dict[str, object]:
         """What makes the engine: with room for the longest text, and the base as GGUF where an adapter needs it."""
         options = dict(comparison.options)
         if "window" in options:
@@ -149,12 +149,13 @@ class Comparator:
         """The served base as GGUF, in its own type, so that nothing but the adapter is in question."""
         folder = self.work / "base"
         if not folder.is_dir():
-            kind = {"float16": "F16", "float32": "F32"}.get(_dtype(self.origin.base), "BF16")
-            command = [sys.executable, "-m", "lora2serve", "export", str(self.origin.base), "-t", "gguf", "-q", kind]
-            done = subprocess.run([*command, "-o", str(folder)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = " ".join(done.stderr.split())[-300:]
-                raise EngineError(f"llama.cpp: the base cannot be written as GGUF: {said}")
+            base, gguf = self.origin.base, sinks.find("gguf")
+            quant = {"float16": "F16", "float32": "F32"}.get(_dtype(base), "BF16")
+            plan = stream.Plan("gguf", gguf, gguf.Options(quant=quant), folder)
+            try:
+                stream.export(open_plain(base, base.name, OpenOptions()), [plan], Silent())
+            except Lora2ServeError as error:
+                raise EngineError(f"llama.cpp: the base cannot be written as GGUF: {error.message}") from None
         return next(folder.rglob("*.gguf"))
 
     def _through_gates(
@@ -162,8 +163,9 @@ class Comparator:
     ) -> ComparisonResult:
         label = f"{row.export} in {row.engine}: loading, prompts"
         with self.progress.track(label, len(self.data.conversations)) as advance:
-            tokens = child.call("tokens", advance, data=str(self.references.path))
-        row = replace(row, version=tokens["version"], said=self._answer(child) if self.ask else "")
+            answer = child.call("tokens", advance, data=str(self.references.path))
+        tokens = gates.EngineTokens.from_json(answer, f"{row.engine}: tokens")
+        row = replace(row, version=tokens.version, said=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, tokens))
         if passed[-1].status == "met" and comparison.path:
             gate, worst = self._tensors(comparison.path, row.kind)
@@ -171,7 +173,7 @@ class Comparator:
             row = replace(row, tensors=worst)
         if passed[-1].status not in ("met", "skipped"):
             return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in gates.NAMES[len(passed) :])))
-        return self._behaviour(row, child, passed)
+        return self._behavior(row, child, passed)
 
     def _answer(self, child: EngineProcess) -> str:
         ids = child.call("answer", prompt=self.ask, new_tokens=self.settings.new_tokens)
@@ -197,11 +199,11 @@ class Comparator:
         bounds = thresholds.lookup(kind, self.settings.thresholds)
         return gates.tensors(errors, differences["missing"], bounds), tuple(errors[:WORST])
 
-    def _behaviour(self, row: ComparisonResult, child: EngineProcess, passed: list[Gate]) -> ComparisonResult:
+    def _behavior(self, row: ComparisonResult, child: EngineProcess, passed: list[Gate]) -> ComparisonResult:
         known, scored = self.references, self.work / "scored.npz"
-        place = {name: str(path) for name, path in known.files.items()}
+        files = {name: str(path) for name, path in known.files.items()}
         with self.progress.track(f"{row.export} in {row.engine}", self.data.positions, "tokens") as advance:
-            child.call("score", advance, data=str(known.path), references=place, out=str(scored))
+            child.call("score", advance, data=str(known.path), references=files, out=str(scored))
         answers = child.call("generate", data=str(known.path), new_tokens=self.settings.new_tokens)
         measured: dict[str, Behavior] = {
             name: Behavior(
@@ -212,7 +214,7 @@ class Comparator:
         }  # fmt: skip
         main = measured[row.reference]
         bounds = thresholds.lookup(row.kind, self.settings.thresholds)
-        gate = gates.behaviour(main, main.measure(), bounds, self._name_of)
+        gate = gates.behavior(main, main.measure(), bounds, self._name_of)
         beside = {name: _shown(other) for name, other in measured.items() if name != row.reference}
         return replace(
             row,
@@ -232,12 +234,12 @@ class Comparator:
 
     def _parts(self, measured: Behavior) -> dict[str, tuple[Metric, ...]]:
         parts = {}
-        for part, where in (("task", measured.task), ("general", ~measured.task)):
-            if where.any():
+        for part, rows in (("task", measured.task), ("general", ~measured.task)):
+            if rows.any():
                 of_part = replace(
-                    measured, positions=measured.positions.take(where),
-                    base=measured.base.take(where) if measured.base else None,
-                    sequences=measured.sequences[where], task=np.ones(int(where.sum()), dtype=bool), greedy=None,
+                    measured, positions=measured.positions.take(rows),
+                    base=measured.base.take(rows) if measured.base else None,
+                    sequences=measured.sequences[rows], task=np.ones(int(rows.sum()), dtype=bool), greedy=None,
                 )  # fmt: skip
                 parts[part] = _shown(of_part)
         return parts
@@ -259,8 +261,8 @@ class Comparator:
         assert measured.greedy is not None
         expected = self.references.words([tokens for tokens, _ in self.references.greedy[reference]])
         got = self.references.words(answers)
-        asked = [prompt.messages[-1]["content"] if prompt.messages else prompt.text for prompt in self.data.prompts]
-        return tuple(Answer(*four) for four in zip(asked, expected, got, measured.greedy.parts, strict=True))
+        prompts = [prompt.messages[-1]["content"] if prompt.messages else prompt.text for prompt in self.data.prompts]
+        return tuple(Answer(*parts) for parts in zip(prompts, expected, got, measured.greedy.parts, strict=True))
 
 
 def _dtype(base: Path) -> str:

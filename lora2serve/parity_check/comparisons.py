@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.parity_report import ReferenceName
@@ -16,7 +15,7 @@ from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.system.http import without_credentials
 
 NAMES = ("transformers", "peft", "vllm", "vllm-server", "llama.cpp", "ollama", "openai")
-ASKED_FOR = ("vllm-server",)  # only where it is named: the same arithmetic as vllm, and a server start more
+BY_NAME_ONLY = ("vllm-server",)  # the same arithmetic as vllm, and a server start more
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Comparison:
     target: str
     kind: str  # the row of the table of thresholds
     engine: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     reference: ReferenceName  # the one that the verdict is on
 
 
@@ -41,7 +40,7 @@ def of_exports(origin: TrainedModel, exports: Sequence[Path]) -> list[Comparison
         folded = not manifest.is_adapter and manifest.merge_base == "trained" and origin.quantization
         reference: ReferenceName = "trained" if folded else "original"
         for engine, options in _engines(export, origin):
-            if engine in chosen or (not chosen and engine not in ASKED_FOR):
+            if engine in chosen or (not chosen and engine not in BY_NAME_ONLY):
                 kind = thresholds.kind_of(manifest)
                 comparisons.append(Comparison(name, export.path, export.target, kind, engine, options, reference))
     if exports and not comparisons:
@@ -66,23 +65,28 @@ def check_names(key: str, names: Sequence[str]) -> None:
             raise UsageError(f"parity.{key}: unknown engine {name!r}{near}", f"known: {', '.join(NAMES)}")
 
 
-def _engines(export: Export, origin: TrainedModel) -> list[tuple[str, dict[str, Any]]]:
+def _engines(export: Export, origin: TrainedModel) -> list[tuple[str, dict[str, object]]]:
     """The engines that open this target, with what each is made from; windows are set once the data are known."""
     path, target = export.path, export.target
     window, base = origin.settings.window, str(origin.base)
-    server = {"export": str(path), "base": base, "tokenizer": str(origin.tokenizer), "window": window}
+    server: dict[str, object] = {
+        "export": str(path),
+        "base": base,
+        "tokenizer": str(origin.tokenizer),
+        "window": window,
+    }
     if target == "vllm":
-        engines: list[tuple[str, dict[str, Any]]] = [("vllm", {"model": str(path), "window": window})]
+        engines: list[tuple[str, dict[str, object]]] = [("vllm", {"model": str(path), "window": window})]
         if _stored_as(path) in (None, "compressed-tensors"):  # transformers needs another package for AWQ's own format
             engines.insert(0, ("transformers", {"model": str(path)}))
         return [*engines, ("vllm-server", server)]
     if target == "adapter":
-        tuned = {"model": base, "window": window, "adapter": str(path), "rank": largest_rank(path)}
-        plain = {"base": base, "adapters": [str(path)], "tokenizer": str(origin.tokenizer)}
+        tuned: dict[str, object] = {"model": base, "window": window, "adapter": str(path), "rank": largest_rank(path)}
+        plain: dict[str, object] = {"base": base, "adapters": [str(path)], "tokenizer": str(origin.tokenizer)}
         return [("peft", plain), ("vllm", tuned), ("vllm-server", server)]
-    hosted = {"export": str(path), "tokenizer": str(origin.tokenizer), "window": window}
+    hosted: dict[str, object] = {"export": str(path), "tokenizer": str(origin.tokenizer), "window": window}
     if target in ("gguf", "ollama", "lmstudio"):
-        file = {"model": str(export.gguf), "window": window}
+        file: dict[str, object] = {"model": str(export.gguf), "window": window}
         return [("llama.cpp", file), ("ollama", hosted)] if target == "ollama" else [("llama.cpp", file)]
     if target == "ollama-adapter":
         return [("ollama", hosted)]

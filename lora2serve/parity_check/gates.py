@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
+from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.artifacts.metric_table import higher_is_better
 from lora2serve.artifacts.parity_report import Gate, GateName, Metric, TensorError
 from lora2serve.data.prompts import Conversation, PromptSet
@@ -18,28 +19,39 @@ from lora2serve.parity_check.thresholds import Thresholds
 NAMES: tuple[GateName, ...] = get_args(GateName)
 
 
-def tokens(data: PromptSet, said: Mapping[str, Any]) -> Gate:
+@dataclass(frozen=True)
+class EngineTokens(JsonRecord):
+    """What an engine makes of every conversation; None where it cannot be asked."""
+
+    version: str
+    rendered: tuple[str | None, ...]
+    ids: tuple[tuple[int, ...] | None, ...]
+    stop: tuple[int, ...] | None = None  # tokens that end an answer
+    eos: int | None = None  # the end token that a GGUF names
+
+
+def tokens(data: PromptSet, engine: EngineTokens) -> Gate:
     """Prompts byte for byte, ids one by one, BOS at most once, and the token that ends an answer."""
     count = {"prompts": 0, "ids": 0}
-    for conversation, rendered, ids in zip(data.conversations, said["rendered"], said["ids"], strict=True):
-        twice = _bos_difference(data, conversation, ids)
-        if twice:
-            return _tokens_missed(*twice, count)
+    for conversation, rendered, ids in zip(data.conversations, engine.rendered, engine.ids, strict=True):
+        difference = _bos_difference(data, conversation, ids)
+        if difference:
+            return _tokens_missed(*difference, count)
         if rendered is not None:
             count["prompts"] += 1
             if rendered != conversation.text:
                 return _tokens_missed(*_text_difference(conversation, rendered), count)
         if ids is not None:
             count["ids"] += 1
-            if tuple(ids) != conversation.ids:
+            if ids != conversation.ids:
                 return _tokens_missed(*_id_difference(conversation, ids), count)
-    missing = sorted(set(data.stop) - set(said["stop"] if said["stop"] is not None else data.stop))
+    missing = sorted(set(data.stop) - set(data.stop if engine.stop is None else engine.stop))
     if missing:
-        where = f"the trained model stops at token {missing[0]}, the export does not"
-        return _tokens_missed(where, "end token: missing in the export's generation config or tokenizer", count)
-    if said.get("eos") is not None and data.stop and said["eos"] not in data.stop:
-        where = f"the file's end token is {said['eos']}, the trained model stops at {', '.join(map(str, data.stop))}"
-        return _tokens_missed(where, "end token: the file names another", count)
+        first = f"the trained model stops at token {missing[0]}, the export does not"
+        return _tokens_missed(first, "end token: missing in the export's generation config or tokenizer", count)
+    if engine.eos is not None and data.stop and engine.eos not in data.stop:
+        first = f"the file's end token is {engine.eos}, the trained model stops at {', '.join(map(str, data.stop))}"
+        return _tokens_missed(first, "end token: the file names another", count)
     return Gate("tokens", "met", _counts(count))
 
 
@@ -68,13 +80,13 @@ def _bos_difference(data: PromptSet, conversation: Conversation, ids: Sequence[i
     """BOS at the start, as often as in training."""
     if ids is None or data.bos is None:
         return None
-    expected, found = (
+    expected, actual = (
         sum(1 for _ in takewhile(lambda token: token == data.bos, part)) for part in (conversation.ids, ids)
     )
-    if found == expected <= 1:
+    if actual == expected <= 1:
         return None
-    first = f"prompt {_name(conversation)!r}: BOS {found} times at the start, expected {min(expected, 1)}"
-    if found > 1:
+    first = f"prompt {_name(conversation)!r}: BOS {actual} times at the start, expected {min(expected, 1)}"
+    if actual > 1:
         return first, "BOS: the template writes it twice, or the engine adds it again"
     return (
         first,
@@ -162,7 +174,11 @@ class Greedy:
         return sum(self.likely) / len(self.likely)
 
 
-def greedy(reference: Sequence[Any], answers: Sequence[Sequence[int]], stop: Sequence[int]) -> Greedy:
+def greedy(
+    reference: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    answers: Sequence[Sequence[int]],
+    stop: Sequence[int],
+) -> Greedy:
     """``reference`` holds (tokens, likeliest at each step); a stop counts as a token."""
     parts, likely = [], []
     for (expected, tops), got in zip(reference, answers, strict=True):
@@ -187,32 +203,33 @@ class Behavior:
     sequences: Ints  # (P,) sequence of each position
     task: np.ndarray  # (P,) bool: from held-out rows
     greedy: Greedy | None = None
-    found: dict[str, Estimate] = field(default_factory=dict)
 
     def measure(self) -> dict[str, Estimate]:
         """All figures with their intervals, over the positions of which the engine says something."""
         known = ~np.isnan(self.positions.kl)
         if not known.all():
             base = self.base.take(known) if self.base else None
-            one = replace(
+            asked = replace(
                 self, positions=self.positions.take(known), base=base,
                 sequences=self.sequences[known], task=self.task[known],
             )  # fmt: skip
             share = float(known.mean())
-            return {**one.measure(), "known": Estimate(share, share, share)}
-        found = figures(self.positions, self.sequences)
+            return {**asked.measure(), "known": Estimate(share, share, share)}
+        estimates = figures(self.positions, self.sequences)
         if self.base is not None:
-            where = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
-            found["retention"] = ratio(self.positions.kl[where], self.base.kl[where], self.sequences[where])
+            rows = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
+            estimates["retention"] = ratio(self.positions.kl[rows], self.base.kl[rows], self.sequences[rows])
         if self.greedy:
             for name, value in (("equal_answers", self.greedy.equal), ("first_difference", self.greedy.excusable)):
-                found[name] = Estimate(value, value, value)
-        return found
+                estimates[name] = Estimate(value, value, value)
+        return estimates
 
 
-def behaviour(measured: Behavior, found: Mapping[str, Estimate], bounds: Thresholds, name_of: Any) -> Gate:
-    """The worse end of each interval against its bound; ``name_of(position)`` says where a position is."""
-    checks = [_check(name, figure, getattr(bounds, name, None)) for name, figure in found.items()]
+def behavior(
+    measured: Behavior, estimates: Mapping[str, Estimate], bounds: Thresholds, name_of: Callable[[int], str]
+) -> Gate:
+    """The worse end of each interval against its bound; ``name_of(position)`` says which text a position is in."""
+    checks = [_check(name, estimate, getattr(bounds, name, None)) for name, estimate in estimates.items()]
     missed = [check for check in checks if check.met is False]
     if not missed:
         return Gate("behaviour", "met", tuple(checks))
@@ -220,7 +237,7 @@ def behaviour(measured: Behavior, found: Mapping[str, Estimate], bounds: Thresho
     broken = np.flatnonzero(np.isinf(measured.positions.kl))
     at = int(broken[0]) if len(broken) else worst
     first = f"{name_of(at)}: KL {measured.positions.kl[at]:.3g}"
-    return Gate("behaviour", "missed", tuple(checks), first, _cause(measured, found, bool(len(broken))))
+    return Gate("behaviour", "missed", tuple(checks), first, _cause(measured, estimates, bool(len(broken))))
 
 
 def _check(name: str, figure: Estimate, bound: float | None) -> Metric:
@@ -233,16 +250,16 @@ def _check(name: str, figure: Estimate, bound: float | None) -> Metric:
     return Metric(name, figure.value, figure.low, figure.high, bound, bool(met))
 
 
-def _cause(measured: Behavior, found: Mapping[str, Estimate], broken: bool) -> str:
+def _cause(measured: Behavior, estimates: Mapping[str, Estimate], broken: bool) -> str:
     if broken:
         return "dtype: NaN or infinity in the export's logits"
     if measured.base is None:
         return "damaged weights, dtype or rounding: the export answers otherwise than the model it was made from"
-    kept = found["retention"].value
-    if not np.isfinite(kept) or float(measured.base.kl.mean()) < 1e-9:
+    lost = estimates["retention"].value
+    if not np.isfinite(lost) or float(measured.base.kl.mean()) < 1e-9:
         return "adapter: the trained model answers like its base, so nothing was learned or the adapter was not loaded"
-    if 0.7 <= kept <= 1.4:
+    if 0.7 <= lost <= 1.4:
         return "adapter: not applied, or lost in rounding; the export is as far from the trained model as the base is"
-    if kept > 1.4:
+    if lost > 1.4:
         return "wrong base or damaged weights: the export is further from the trained model than the base is"
     return "scale or rounding: the adapter is there, but not as trained (alpha, rsLoRA, dtype, too few bits)"
