@@ -38,12 +38,12 @@ def address(
         yield server_address()
 
 
-def damaged(export: Path, place: Path, old: str, new: str) -> Path:
-    made = Path(shutil.copytree(export, place))
-    text = (made / "Modelfile").read_text()
+def damaged(export: Path, folder: Path, old: str, new: str) -> Path:
+    copy = Path(shutil.copytree(export, folder))
+    text = (copy / "Modelfile").read_text()
     assert old in text
-    (made / "Modelfile").write_text(text.replace(old, new))
-    return made
+    (copy / "Modelfile").write_text(text.replace(old, new))
+    return copy
 
 
 def origin_of(run: Run) -> TrainedModel:
@@ -65,9 +65,9 @@ def rows(
     address: str, demo_run: Run, demo_exports: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, ComparisonResult]:
     """The export, and with one byte less in its template."""
-    place = tmp_path_factory.mktemp("parity")
-    sound = Path(shutil.copytree(demo_exports["ollama-Q4_K_M"], place / "sound"))
-    newline = damaged(sound, place / "newline", OPENING, OPENING.rstrip())
+    folder = tmp_path_factory.mktemp("parity")
+    sound = Path(shutil.copytree(demo_exports["ollama-Q4_K_M"], folder / "sound"))
+    newline = damaged(sound, folder / "newline", OPENING, OPENING.rstrip())
     return compared(demo_run, {path.name: in_ollama(demo_run, path) for path in (sound, newline)})
 
 
@@ -97,11 +97,11 @@ def test_the_adapter_alone_and_a_lost_one(
     """The control, the base under the export's name, is red by behaviour alone."""
     base = Path(demo_run.record.base.path)
     words = ("-t", "gguf", "-q", "F32", "-t", "ollama", "-q", "Q4_K_M", "-o", tmp_path / "base")
-    made = lora2serve("export", base, *words, cwd=tmp_path).split()
-    words = ("-t", "ollama", "--as", "adapter", "--from", next(Path(made[0]).glob("*.gguf")), "-o", tmp_path)
+    exports = lora2serve("export", base, *words, cwd=tmp_path).split()
+    words = ("-t", "ollama", "--as", "adapter", "--from", next(Path(exports[0]).glob("*.gguf")), "-o", tmp_path)
     (adapter,) = lora2serve("export", demo_run.path, *words, cwd=tmp_path).split()
     blind = replace(in_ollama(demo_run, demo_exports["ollama-Q4_K_M"]), path=None)
-    lost = replace(blind, options={**blind.options, "export": made[-1]})
+    lost = replace(blind, options={**blind.options, "export": exports[-1]})
     rows = compared(demo_run, {"adapter": in_ollama(demo_run, Path(adapter)), "lost": lost})
     found = rows["adapter"]
     assert [gate.status for gate in found.gates] == ["met", "met", "met"], found.gate

@@ -23,11 +23,11 @@ FILE = "lora2serve/demo/demo-F16.gguf"
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "home"
-    place.mkdir()
-    monkeypatch.setenv("HOME", str(place))
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    return place
+    return folder
 
 
 def export(demo_run: Run, out: Path, *more: str) -> int:
@@ -41,7 +41,7 @@ def put(path: Path, text: str) -> Path:
 
 
 def test_the_folder(home: Path) -> None:
-    """Newest place first: settings.json in its home, then that of the desktop's settings, then ``models``."""
+    """Newest first: settings.json in its home, then that of the desktop's settings, then ``models``."""
     assert lmstudio_app.models_folder() == home / ".lmstudio" / "models"
     put(home / ".config" / "LM Studio" / "settings.json", json.dumps({"downloadsFolder": "/data/older"}))
     assert lmstudio_app.models_folder() == Path("/data/older")
@@ -60,11 +60,11 @@ def test_the_folder(home: Path) -> None:
 def test_install(home: Path, demo_run: Run, tmp_path: Path, capfd: Any) -> None:
     """The same bytes, no second copy on the same disk, nothing else; again only with --overwrite."""
     assert export(demo_run, tmp_path / "out", "--install") == 0
-    made, installed = tmp_path / "out" / "lmstudio-F16", home / ".lmstudio" / "models" / FILE
+    export_dir, installed = tmp_path / "out" / "lmstudio-F16", home / ".lmstudio" / "models" / FILE
     err = capfd.readouterr().err
-    assert f"lms import --copy --user-repo lora2serve/demo {made / FILE}" in err
+    assert f"lms import --copy --user-repo lora2serve/demo {export_dir / FILE}" in err
     assert f"LM Studio has it: {installed}" in err
-    assert installed.samefile(made / FILE)
+    assert installed.samefile(export_dir / FILE)
     assert [path.name for path in installed.parent.iterdir()] == [installed.name]
     assert export(demo_run, tmp_path / "other", "--install") == 1
     assert "LM Studio has that file" in capfd.readouterr().err
@@ -72,7 +72,7 @@ def test_install(home: Path, demo_run: Run, tmp_path: Path, capfd: Any) -> None:
     installed.unlink()
     installed.write_text("older")
     assert export(demo_run, tmp_path / "other", "--install", "--overwrite") == 0
-    assert installed.read_bytes() == (made / FILE).read_bytes()
+    assert installed.read_bytes() == (export_dir / FILE).read_bytes()
     assert [path.name for path in installed.parent.iterdir()] == [installed.name]
 
 
@@ -85,10 +85,10 @@ def test_plan_says_it_too(home: Path, demo_run: Run, tmp_path: Path, capfd: Any)
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
     """An export of two files."""
-    made = tmp_path / "lmstudio-Q8_0"
-    files = {f"me/demo/demo-{n}.gguf": put(made / f"me/demo/demo-{n}.gguf", f"part {n}") for n in (1, 2)}
-    manifest.write(made, {"target": "lmstudio", "files": {n: digest(path) for n, path in files.items()}})
-    return made
+    export_dir = tmp_path / "lmstudio-Q8_0"
+    files = {f"me/demo/demo-{n}.gguf": put(export_dir / f"me/demo/demo-{n}.gguf", f"part {n}") for n in (1, 2)}
+    manifest.write(export_dir, {"target": "lmstudio", "files": {n: digest(path) for n, path in files.items()}})
+    return export_dir
 
 
 def test_on_another_disk_it_is_copied(split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,14 +96,14 @@ def test_on_another_disk_it_is_copied(split: Path, tmp_path: Path, monkeypatch: 
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", across)
-    made = lmstudio_app.install(split, tmp_path / "models", Silent())
-    assert [path.read_text() for path in made] == ["part 1", "part 2"]
-    assert not made[0].samefile(split / "me/demo/demo-1.gguf")
-    assert len(list(made[0].parent.iterdir())) == 2
+    installed = lmstudio_app.install(split, tmp_path / "models", Silent())
+    assert [path.read_text() for path in installed] == ["part 1", "part 2"]
+    assert not installed[0].samefile(split / "me/demo/demo-1.gguf")
+    assert len(list(installed[0].parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("step", ["place", "publish"])
+@pytest.mark.parametrize("step", ["link", "publish"])
 def test_a_full_disk_leaves_what_was_there(
     split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, step: str
 ) -> None:
@@ -113,14 +113,14 @@ def test_a_full_disk_leaves_what_was_there(
         for n in (1, 2):
             put(models / f"me/demo/demo-{n}.gguf", f"older {n}")
     before = {path: path.read_text() for path in models.rglob("*") if path.is_file()}
-    name, calls = {"place": "_place", "publish": "_rename_new"}[step], []
+    name, calls = {"link": "_link_or_copy", "publish": "_rename_new"}[step], []
     real = getattr(lmstudio_app, name)
 
-    def full(*given: Any) -> None:
-        calls.append(given)
+    def full(*arguments: Any) -> None:
+        calls.append(arguments)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device", str(models))
-        real(*given)
+        real(*arguments)
 
     monkeypatch.setattr(lmstudio_app, name, full)
     with pytest.raises(ExportError, match="No space left on device"):

@@ -21,7 +21,7 @@ MB = 1 << 20
 
 
 class Counted(Silent):
-    """Adds up what was told."""
+    """Adds up the bytes."""
 
     def __init__(self) -> None:
         self.done = self.total = 0
@@ -45,7 +45,7 @@ def blob(tmp_path: Path) -> tuple[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("given", "address"),
+    ("host", "address"),
     [
         ("", "http://127.0.0.1:11434"),
         ("0.0.0.0", "http://127.0.0.1:11434"),
@@ -59,16 +59,16 @@ def blob(tmp_path: Path) -> tuple[str, Path]:
         (' "1.2.3.4:5" ', "http://1.2.3.4:5"),
     ],
 )
-def test_ollama_host(given: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ollama_host(host: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ollama's own client reads it."""
-    monkeypatch.setenv("OLLAMA_HOST", given)
+    monkeypatch.setenv("OLLAMA_HOST", host)
     assert server_address() == Client().address == address
 
 
-@pytest.mark.parametrize("given", ["box:99999", "box:port", "ftp://box"])
-def test_no_address(given: str) -> None:
+@pytest.mark.parametrize("host", ["box:99999", "box:port", "ftp://box"])
+def test_no_address(host: str) -> None:
     with pytest.raises(UsageError, match="OLLAMA_HOST="):
-        server_address(given)
+        server_address(host)
 
 
 @pytest.mark.parametrize("name", ["demo", "demo:Q8_0", "me/demo", "hf.co/me/demo:v1", "registry.lan:5000/me/demo"])
@@ -84,20 +84,20 @@ def test_no_names(name: str) -> None:
 
 def test_upload(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
     digest, path = blob
-    client, told = Client(), Counted()
+    client, progress = Client(), Counted()
     assert not client.has_blob(digest)
-    client.upload(digest, path, told)
+    client.upload(digest, path, progress)
     assert client.has_blob(digest)
     assert (ollama.blobs / digest.replace(":", "-")).read_bytes() == path.read_bytes()
-    assert told.done == told.total == path.stat().st_size
+    assert progress.done == progress.total == path.stat().st_size
 
 
 def test_a_cut_line_is_tried_again(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
     ollama.fail("blob", "reset", times=TRIES - 1)
-    told = Counted()
-    Client().upload(*blob, told)
+    progress = Counted()
+    Client().upload(*blob, progress)
     assert Client().has_blob(blob[0])
-    assert told.done == told.total
+    assert progress.done == progress.total
     assert ollama.count("POST", "blob") == TRIES
 
 
@@ -118,7 +118,7 @@ def test_another_content_than_promised(ollama: OllamaServer, blob: tuple[str, Pa
 
 
 def test_refused_before_all_was_sent(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
-    """What it said is told, not that the line broke."""
+    """Its own message, and not a lost connection."""
     ollama.fail("blob", "early", status=507, message="no space left on device", times=TRIES)
     with pytest.raises(EngineError, match="507: no space left on device"):
         Client().upload(*blob, Silent())

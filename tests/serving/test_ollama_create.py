@@ -44,8 +44,8 @@ def created(any_ollama: str, export: Path) -> Iterator[ollama.Client]:
 def test_it_answers_as_trained(created: ollama.Client, demo_run: Run) -> None:
     """What the demo was trained to know; the base has never heard of it."""
     row = json.loads(demo_run.eval_data.read_text().splitlines()[0])["messages"]
-    said = created.chat(NAME, row[:-1], options={"temperature": 0, "num_predict": 64})
-    assert said["message"]["content"].strip() == row[-1]["content"].strip()
+    answer = created.chat(NAME, row[:-1], options={"temperature": 0, "num_predict": 64})
+    assert answer["message"]["content"].strip() == row[-1]["content"].strip()
     assert ollama.ask(created, NAME)
 
 
@@ -110,7 +110,7 @@ def test_without_a_server(demo_run: Run, tmp_path: Path, capfd: Any, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "kind", "said"),
+    ("endpoint", "kind", "message"),
     [
         ("create", "stream", "api/create: out of disk"),
         ("create", "short", "ended without success"),
@@ -120,17 +120,17 @@ def test_without_a_server(demo_run: Run, tmp_path: Path, capfd: Any, monkeypatch
     ],
 )
 def test_a_failure_names_what_ollama_said(
-    ollama: OllamaServer, demo_run: Run, tmp_path: Path, capfd: Any, endpoint: str, kind: str, said: str
+    ollama: OllamaServer, demo_run: Run, tmp_path: Path, capfd: Any, endpoint: str, kind: str, message: str
 ) -> None:
     """Exit code 1, and the export is kept."""
     ollama.fail(endpoint, kind, message="out of disk")
     assert export_demo(demo_run.path, tmp_path, "--create", "demo") == 1
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
     assert not manifest.verify(tmp_path / "ollama-F16")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("-t", "gguf", "--create", "demo"), "--create: only for --target ollama"),
         (("-t", "ollama", "--create", "my demo"), "invalid name of a model"),
@@ -140,9 +140,11 @@ def test_a_failure_names_what_ollama_said(
         (("-t", "gguf", "--install"), "--install: not an option of --target gguf"),
     ],
 )
-def test_refused_before_the_work(demo_run: Run, tmp_path: Path, capfd: Any, words: tuple[str, ...], said: str) -> None:
+def test_refused_before_the_work(
+    demo_run: Run, tmp_path: Path, capfd: Any, words: tuple[str, ...], message: str
+) -> None:
     assert run(["export", str(demo_run.path), "-o", str(tmp_path), *words]) == 2
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -178,15 +180,15 @@ def test_a_file_that_changed_since(ollama: OllamaServer, export: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("FORM ./x.gguf\n", "command must be one of"),
         ("FROM ./demo-Q4_K_M.gguf\nADAPTER ./gone.gguf\n", "but missing"),
     ],
 )
-def test_a_broken_modelfile(export: Path, text: str, said: str) -> None:
+def test_a_broken_modelfile(export: Path, text: str, message: str) -> None:
     (export / "Modelfile").write_text(text)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         request(export)
     (export / "Modelfile").unlink()
     with pytest.raises(InputError, match="no Modelfile"):

@@ -69,17 +69,18 @@ class Loaded:
         return bool(self.jinja) and (self.stored.template is None or more)
 
     def prompt(self, messages: Messages) -> str:
-        asked = [*self.stored.messages, *messages]
-        if self.stored.system and asked[0]["role"] != "system":
-            asked = [{"role": "system", "content": self.stored.system}, *asked]
+        messages = [*self.stored.messages, *messages]
+        if self.stored.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.stored.system}, *messages]
         if self.native:
-            return self._by_jinja(asked)
+            return self._by_jinja(messages)
         template = self.stored.template or "{{ .Prompt }}"
-        system = "\n\n".join(m["content"] for m in asked if m["role"] == "system")
+        system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
         if ".Messages" in template:
-            return self._render(template, {"System": system, "Messages": list(_collated(asked))}, date.today())
+            return self._render(template, {"System": system, "Messages": list(_collated(messages))}, date.today())
         return "".join(
-            self._render(template, {"System": "", "Prompt": m["content"], "Response": ""}, date.today()) for m in asked
+            self._render(template, {"System": "", "Prompt": m["content"], "Response": ""}, date.today())
+            for m in messages
         )
 
     def complete(self, prompt: str, options: Mapping[str, Any], top: int | None) -> Said:
@@ -90,8 +91,8 @@ class Loaded:
     def _complete(self, prompt: str, options: Mapping[str, Any], top: int | None) -> Said:
         import llama_cpp
 
-        said = self.llm.metadata.get("tokenizer.ggml.add_bos_token", "false") == "true"
-        adds = said if self.stored.adds_bos is None else self.stored.adds_bos
+        by_file = self.llm.metadata.get("tokenizer.ggml.add_bos_token", "false") == "true"
+        adds = by_file if self.stored.adds_bos is None else self.stored.adds_bos
         bos = self._piece(self.llm.token_bos(), special=True) if adds else b""
         if self.native and bos:  # llama-server takes the template's own away; a text's it does not
             prompt = prompt.removeprefix(bos.decode())

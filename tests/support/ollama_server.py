@@ -182,10 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_blob(self) -> None:
         digest = self.path.rpartition("/")[2]
-        place = self.ollama.blobs / digest.replace(":", "-")
+        path = self.ollama.blobs / digest.replace(":", "-")
         if self.command == "HEAD":
-            return self.send_bytes(200 if place.is_file() else 404, b"", "text/plain")
-        hashed, partial = hashlib.sha256(), place.with_suffix(f".{threading.get_ident()}")
+            return self.send_bytes(200 if path.is_file() else 404, b"", "text/plain")
+        hashed, partial = hashlib.sha256(), path.with_suffix(f".{threading.get_ident()}")
         with partial.open("wb") as file:
             while self.rest and (block := self.rfile.read(min(self.rest, 1 << 20))):
                 if self.injected and self.injected.kind == "corrupt":
@@ -197,15 +197,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.rest or found != digest:
             partial.unlink()
             raise Refused(400, f'digest mismatch, expected "{digest}", got "{found}"')
-        partial.rename(place)
+        partial.rename(path)
         return self.send_bytes(201, b"", "text/plain")
 
     def do_create(self) -> None:
-        asked = self.body()
+        request = self.body()
         lines: list[dict[str, Any]] = []
         try:
-            name = _full(str(asked["model"]))
-            stored = self.stored(asked, lines)
+            name = _full(str(request["model"]))
+            stored = self.stored(request, lines)
         except (TemplateError, ValueError) as error:
             return self.stream([*lines, {"error": str(error)}])
         if self.injected and self.injected.kind in ("stream", "short"):
@@ -214,39 +214,39 @@ class _Handler(BaseHTTPRequestHandler):
         self.ollama.models[name] = stored
         return self.stream([*lines, {"status": "writing manifest"}, {"status": "success"}])
 
-    def stored(self, asked: dict[str, Any], lines: list[dict[str, Any]]) -> Stored:
+    def stored(self, request: dict[str, Any], lines: list[dict[str, Any]]) -> Stored:
         """What it becomes; the GGUF and the template must be what their readers take."""
-        if "from" in asked:
-            base = self.ollama.models.get(_full(str(asked["from"])))
+        if "from" in request:
+            base = self.ollama.models.get(_full(str(request["from"])))
             if base is None:
                 raise ValueError("pull model manifest: file does not exist")
             stored = Stored(**vars(base))
-        elif asked.get("files"):
-            stored = Stored(self.blob(next(iter(asked["files"].values()))))
+        elif request.get("files"):
+            stored = Stored(self.blob(next(iter(request["files"].values()))))
         else:
             raise Refused(400, "neither 'from' or 'files' was specified")
-        for digest in (asked.get("adapters") or {}).values():
+        for digest in (request.get("adapters") or {}).values():
             stored.adapter = self.blob(digest)
         lines.append({"status": "parsing GGUF"})
         for key in ("template", "system", "requires", "messages"):
-            if asked.get(key):
-                setattr(stored, key, asked[key])
+            if request.get(key):
+                setattr(stored, key, request[key])
         if stored.template:
             self.ollama.render(stored.template, {}, date.today())
-        stored.parameters = {**stored.parameters, **(asked.get("parameters") or {})}
+        stored.parameters = {**stored.parameters, **(request.get("parameters") or {})}
         Loaded(stored, self.ollama.render)
         return stored
 
     def blob(self, digest: str) -> Path:
-        place = self.ollama.blobs / digest.replace(":", "-")
-        if not place.is_file():
+        path = self.ollama.blobs / digest.replace(":", "-")
+        if not path.is_file():
             raise Refused(400, f"blob {digest} not found")
-        return place
+        return path
 
-    def known(self, asked: dict[str, Any]) -> str:
-        name = _full(str(asked.get("model", "")))
+    def known(self, request: dict[str, Any]) -> str:
+        name = _full(str(request.get("model", "")))
         if name not in self.ollama.models:
-            raise Refused(404, f"model '{asked.get('model')}' not found")
+            raise Refused(404, f"model '{request.get('model')}' not found")
         return name
 
     def do_delete(self) -> None:
@@ -261,34 +261,34 @@ class _Handler(BaseHTTPRequestHandler):
                         "parameters": "\n".join(_shown(stored.parameters))})  # fmt: skip
 
     def do_chat(self) -> None:
-        asked = self.body()
-        loaded = self.ollama.load(self.known(asked))
-        prompt = loaded.prompt(asked["messages"])
-        if asked.get("_debug_render_only"):
-            return self.send(200, {"model": asked["model"], "_debug_info": {"rendered_template": prompt}})
-        return self.answer(asked, prompt, lambda text: {"message": {"role": "assistant", "content": text}})
+        request = self.body()
+        loaded = self.ollama.load(self.known(request))
+        prompt = loaded.prompt(request["messages"])
+        if request.get("_debug_render_only"):
+            return self.send(200, {"model": request["model"], "_debug_info": {"rendered_template": prompt}})
+        return self.answer(request, prompt, lambda text: {"message": {"role": "assistant", "content": text}})
 
     def do_generate(self) -> None:
-        asked = self.body()
-        name = self.known(asked)
-        if not asked.get("raw"):
+        request = self.body()
+        name = self.known(request)
+        if not request.get("raw"):
             raise Refused(400, "this server of the tests answers raw prompts only")
         self.ollama.load(name)
-        self.answer(asked, asked["prompt"], lambda text: {"response": text})
+        self.answer(request, request["prompt"], lambda text: {"response": text})
 
-    def answer(self, asked: dict[str, Any], prompt: str, put: Any) -> None:
-        loaded = self.ollama.load(self.known(asked))
-        top = int(asked.get("top_logprobs", 0))
+    def answer(self, request: dict[str, Any], prompt: str, put: Any) -> None:
+        loaded = self.ollama.load(self.known(request))
+        top = int(request.get("top_logprobs", 0))
         if not 0 <= top <= 20:
             raise Refused(400, "top_logprobs must be between 0 and 20")
-        options = {**loaded.stored.parameters, **(asked.get("options") or {})}
-        said = loaded.complete(prompt, options, top if asked.get("logprobs") else None)
+        options = {**loaded.stored.parameters, **(request.get("options") or {})}
+        continuation = loaded.complete(prompt, options, top if request.get("logprobs") else None)
         if self.injected and self.injected.kind == "undone":
-            return self.send(200, {"model": asked["model"], **put(said.text), "done": False})
-        shown = {"logprobs": said.logprobs} if asked.get("logprobs") else {}
-        return self.send(200, {"model": asked["model"], **put(said.text), **shown, "done": True,
-                               "done_reason": said.reason, "prompt_eval_count": said.prompt_tokens,
-                               "eval_count": len(said.logprobs)})  # fmt: skip
+            return self.send(200, {"model": request["model"], **put(continuation.text), "done": False})
+        shown = {"logprobs": continuation.logprobs} if request.get("logprobs") else {}
+        return self.send(200, {"model": request["model"], **put(continuation.text), **shown, "done": True,
+                               "done_reason": continuation.reason, "prompt_eval_count": continuation.prompt_tokens,
+                               "eval_count": len(continuation.logprobs)})  # fmt: skip
 
 
 def _shown(parameters: dict[str, Any]) -> list[str]:
