@@ -41,12 +41,13 @@ def list_adapters(url: str, as_json: bool) -> None:
 def add_adapter(ctx: click.Context, adapter: str, url: str) -> None:
     """Load the adapter export DIR into the server as NAME. Its files are checked, and copied to where they stay."""
     from lora2serve.api import served_adapters
+    from lora2serve.system.http import without_credentials
 
     name, _, path = adapter.partition("=")
     if not name or not path:
         raise UsageError(f"{adapter}: expected NAME=DIR", "such as towns=runs/towns/exports/adapter")
     copy = served_adapters.add_adapter(name, path, url)
-    progress(ctx).note(f"{url} serves {name} from {copy}")
+    progress(ctx).note(f"{without_credentials(url)} serves {name} from {copy}")
 
 
 @adapters.command("remove", cls=Command, short_help="Unload one.", examples=[("lora2serve adapters remove towns", "")])
@@ -56,6 +57,7 @@ def add_adapter(ctx: click.Context, adapter: str, url: str) -> None:
 def remove_adapter(ctx: click.Context, name: str, url: str) -> None:
     """Unload the adapter NAME from the server."""
     from lora2serve.api import served_adapters
+    from lora2serve.system.http import without_credentials
 
     served_adapters.remove_adapter(name, url)
-    progress(ctx).note(f"{url} no longer serves {name}")
+    progress(ctx).note(f"{without_credentials(url)} no longer serves {name}")

@@ -234,10 +234,10 @@ def test_from_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 
     def printed(*words: str, code: int = 0) -> list[dict[str, Any]]:
         capfd.readouterr()
-        assert run(["serve", *words]) == code
+        assert run(["deploy", *words]) == code
         return list(yaml.safe_load_all(capfd.readouterr().out)) if not code else []
 
-    (compose,) = printed("b", "--print", "compose", "--port", "9000", "--host", "0.0.0.0", "--", "--dtype", "float32")
+    (compose,) = printed("compose", "b", "--port", "9000", "--host", "0.0.0.0", "--", "--dtype", "float32")
     validate("compose", [compose])
     service = compose["services"]["vllm"]
     mounts = {one["target"]: one["source"] for one in service["volumes"]}
@@ -248,19 +248,25 @@ def test_from_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
     }
     assert service["ports"] == ["0.0.0.0:9000:8000"] and "float32" in service["command"]
     assert compose["name"] == "red-blue-2"
-    apart = printed("b/adapters/red", "b/adapters/Blue_2", "--print", "k8s", "--tensor-parallel-size", "2")
+    apart = printed("k8s", "b/adapters/red", "b/adapters/Blue_2", "--tensor-parallel-size", "2")
     validate("k8s", apart)
     container = apart[1]["spec"]["template"]["spec"]["containers"][0]
     assert container["args"][container["args"].index("--max-lora-rank") + 1] == "16"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
-    (merged,) = printed("--print", "compose", "merged/vllm")
+    (merged,) = printed("compose", "merged/vllm")
     assert merged["services"]["vllm"]["volumes"][0] == {
         "type": "bind", "source": "./merged/vllm", "target": "/models/red", "read_only": True,
     }  # fmt: skip
     assert merged["services"]["vllm"]["command"][:3] == ["/models/red", "--config", "/models/red/serve.yaml"]
+    assert run(["serve", "b", "--dry-run"]) == 0
+    command = capfd.readouterr().out
+    assert "--config" in command
     assert run(["serve", "--print", "b"]) == 0
-    assert "--config" in capfd.readouterr().out, "without a word, the command"
-    printed("b", "--print", "nomad", code=2)
+    assert capfd.readouterr().out == command, "its former name, for one release"
+    (former,) = printed("compose", "b")
+    assert run(["serve", "b", "--print", "compose"]) == 0
+    assert yaml.safe_load(capfd.readouterr().out) == former
+    printed("nomad", "b", code=2)
 
 
 def main() -> None:

@@ -233,7 +233,7 @@ def plan(*exports: Path, **options: Any) -> ServerCommand:
 
 
 def test_what_is_started(demo_exports: Mapping[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
-    assert command(["serve", str(demo_exports["vllm"]), "--print", "--port", "8123"]) == 0
+    assert command(["serve", str(demo_exports["vllm"]), "--dry-run", "--port", "8123"]) == 0
     line = capfd.readouterr().out
     assert f"--model {demo_exports['vllm']}" in line
     assert f"--config {demo_exports['vllm'] / 'serve.yaml'}" in line
@@ -330,7 +330,7 @@ def test_in_ollama(
 ) -> None:  # fmt: skip
     """``--engine ollama`` makes the model on the one that runs, and says where it is."""
     export = str(demo_exports["ollama-Q4_K_M"])
-    assert command(["serve", export, "--engine", "ollama", "--print"]) == 0
+    assert command(["serve", export, "--engine", "ollama", "--dry-run"]) == 0
     assert capfd.readouterr().out.strip() == f"ollama create demo -f {export}/Modelfile && ollama run demo"
     assert command(["serve", export, "--engine", "ollama"]) == 0
     err = capfd.readouterr().err
