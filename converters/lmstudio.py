@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import ExportError
-from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.weights.tensors import Block, TensorSpec
 
 DEFAULT_PUBLISHER = "lora2serve"
@@ -50,10 +49,10 @@ class LmStudioSink:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._gguf.write(spec, rows, block)
 
-    def finish(self) -> Mapping[str, object]:
+    def finish(self) -> ExportFacts:
         file = f"{self._folder}/{self._gguf.files[0]}"
         path = shlex.quote(str(self._out.target / file))
-        return {**self._gguf.finish(), "file": file, "use": f"lms import --copy --user-repo {self._folder} {path}"}
+        return replace(self._gguf.finish(), file=file, use=f"lms import --copy --user-repo {self._folder} {path}")
 
     def close(self) -> None:
         self._gguf.close()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
@@ -98,7 +99,7 @@ def as_bytes(values: Tensor) -> memoryview:
 class SafetensorsReader:
     """The plain weights of an export, opened by the safetensors library."""
 
-    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
+    def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
         from safetensors import safe_open
 
         files: list[Any] = [safe_open(path, "pt") for path in sorted(export.glob("*.safetensors"))]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora2serve.api.check_parity import ParityResult, parity
-    from lora2serve.api.export_model import ExportPlan, export, plan_export
+    from lora2serve.api.export_model import export, plan_export
     from lora2serve.api.export_request import ExportRequest
     from lora2serve.api.inspect_path import inspect
     from lora2serve.api.push_to_hub import push
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora2serve.api.verify_copy import Verified, verify
     from lora2serve.artifacts.run import Run
     from lora2serve.errors import Lora2ServeError
+    from lora2serve.exporting.stream import ExportPlan
     from lora2serve.progress import Progress
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 _MODULES = {
     "api.check_parity": ("ParityResult", "parity"),
-    "api.export_model": ("ExportPlan", "export", "plan_export"),
+    "api.export_model": ("export", "plan_export"),
     "api.export_request": ("ExportRequest",),
     "api.inspect_path": ("inspect",),
     "api.push_to_hub": ("push",),
@@ -37,6 +38,7 @@ _MODULES = {
     "api.verify_copy": ("Verified", "verify"),
     "artifacts.run": ("Run",),
     "errors": ("Lora2ServeError",),
+    "exporting.stream": ("ExportPlan",),
     "progress": ("Progress",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

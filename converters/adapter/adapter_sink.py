@@ -14,7 +14,7 @@ from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from lora2serve.adapters.lint import Finding, lint
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.exporting.sinks import ExportModel, ModelSource
+from lora2serve.exporting.sinks import ExportFacts, ExportModel, ModelSource
 from lora2serve.weights.tensors import Block, TensorSpec, torch_dtype
 
 # What PEFT and vLLM need to load it again; the rest of the config is about training.
@@ -53,7 +53,7 @@ class AdapterSink:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Never called: nothing is wanted of the merged model."""
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self) -> ExportFacts:
         offsets, offset = {}, self._data_start
         for spec in self._product.specs:
             offsets[spec.name] = offset
@@ -62,7 +62,7 @@ class AdapterSink:
             self._file.pwrite(as_bytes(value.to(torch_dtype(spec.dtype))), offsets[spec.name])
         self._out.json(CONFIG, self._config)
         served = self._config["base_model_name_or_path"]
-        return {"rank": self._product.rank, "served_base": served, **self._product.report()}
+        return ExportFacts(rank=self._product.rank, served_base=served, details=self._product.report())
 
     def close(self) -> None:
         """Nothing is held open but the output's own file."""
@@ -104,7 +104,7 @@ def engine_check(config: Mapping[str, Any]) -> None:
 
 
 def _only_adapter(model: ExportModel) -> Adapter:
-    count = len(model.lineage.get("adapters") or [model.adapter])
+    count = max(1, len(model.lineage.adapters))
     if model.adapter is None or count != 1:
         raise ExportError(
             f"--target adapter: {count if model.adapter else 'no'} adapters, expected one",

@@ -11,14 +11,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from converters.gguf.row_map import RowMap, RowMaps
 from lora2serve.adapters.adapter import Adapter, open_adapter
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.errors import ExportError
-from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.weights.tensors import Block, TensorSpec
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class GgufAdapterSink:
 
     def __init__(self, model: ExportModel, out: StagedDir, options: GgufAdapterOptions) -> None:
         self.wanted: Mapping[str, int] = {}  # the base is no part of the product
-        if model.adapter is None or len(model.lineage.get("adapters") or [0]) != 1:
+        if model.adapter is None or len(model.lineage.adapters) > 1:
             raise ExportError("--target gguf-adapter: expected one adapter", "combine them with --combine")
         self._adapter = open_adapter(model.adapter)
         with RowMaps(model) as row_maps:
@@ -53,18 +53,15 @@ class GgufAdapterSink:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Never called: nothing is wanted of the merged model."""
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self) -> ExportFacts:
         with tempfile.TemporaryDirectory(prefix="lora2serve-adapter-") as folder:
             path = Path(folder) / self.name
             self._write_file(path)
             content = path.read_bytes()
         file = self._out.file(self.name, len(content))
         file.pwrite(content, 0)
-        return {
-            "architecture": self._architecture,
-            "file": self.name,
-            "use": f"llama-server -m BASE.gguf --lora {self._out.target / self.name}",
-        }
+        use = f"llama-server -m BASE.gguf --lora {self._out.target / self.name}"
+        return ExportFacts(use=use, architecture=self._architecture, file=self.name)
 
     def close(self) -> None:
         pass

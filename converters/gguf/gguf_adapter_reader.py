@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from converters.gguf.gguf_scan import scan
 from converters.gguf.row_map import RowMaps
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
@@ -21,7 +22,7 @@ ALPHA_KEY = "adapter.lora.alpha"
 class GgufAdapterReader:
     """As llama.cpp applies it: W + scale * B A, with scale alpha / rank, or 1 where alpha is 0."""
 
-    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
+    def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
         from gguf import GGUFReader
 
         (path,) = sorted(export.rglob("*.gguf"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from converters.gguf import backends
 from converters.gguf.gguf_layout import LayoutOptions
 from converters.gguf.gguf_scan import scan
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 class GgufReader:
     """The tensors of an export, dequantized row by row; those of the projector too, where it has one."""
 
-    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
+    def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
         from gguf import GGUFReader
 
         files = sorted(export.rglob("*.gguf"))
         for file in files:
             scan(file)
         self._tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
-        self._rounded_twice = bool(about.get("match_reference"))
-        options = LayoutOptions(quant=str(about.get("quant") or "F16"), match_reference=self._rounded_twice)
+        self._rounded_twice = manifest.match_reference
+        options = LayoutOptions(quant=manifest.quant or "F16", match_reference=self._rounded_twice)
         self._backends = backends.open_backends(model, options)
         self.wanted: Mapping[str, int] = backends.rows_at_once(backend.wanted for backend in self._backends)
         planned = {tensor.name for backend in self._backends for tensor in backend.tensors}

@@ -21,7 +21,7 @@ from converters.gguf.presets import PRESETS, PRESETS_THAT_NEED_IMATRIX
 from converters.gguf.shards import ShardFiles
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.weights.tensors import Block, TensorSpec
 
 
@@ -76,14 +76,14 @@ class GgufSink:
         for writer in self._writers:
             writer.write(spec, rows, block)
 
-    def finish(self) -> Mapping[str, object]:
-        return {
-            "architecture": self.architecture,
-            "file": self.files[0],
-            **({"projector": self.projectors[0]} if self.projectors else {}),
-            "match_reference": self._match_reference,
-            "tokens_proven": self.tokens.compared,
-        }
+    def finish(self) -> ExportFacts:
+        return ExportFacts(
+            architecture=self.architecture,
+            file=self.files[0],
+            projector=self.projectors[0] if self.projectors else None,
+            match_reference=self._match_reference,
+            tokens_proven=self.tokens.compared,
+        )
 
     def close(self) -> None:
         for backend in self._backends:

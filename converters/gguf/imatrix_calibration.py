@@ -80,10 +80,10 @@ def _load(model: ExportModel) -> Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    adapters = model.lineage.get("adapters") or ([model.adapter] if model.adapter else [])
-    if len(adapters) > 1:
-        raise ExportError(f"--calibrate: {len(adapters)} adapters, expected one", "give --imatrix FILE")
-    base = AutoModelForCausalLM.from_pretrained(model.lineage["base"]["path"], dtype=torch.float32)
+    count = len(model.lineage.adapters)
+    if count > 1:
+        raise ExportError(f"--calibrate: {count} adapters, expected one", "give --imatrix FILE")
+    base = AutoModelForCausalLM.from_pretrained(model.lineage.base.path, dtype=torch.float32)
     if model.adapter is None:
         plain: Module = base.eval()
         return plain

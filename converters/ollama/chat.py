@@ -13,6 +13,7 @@ from converters.ollama.go_template import Derived, Jinja
 from converters.ollama.modelfile import PARAMETER_NAMES, Modelfile, ParameterValue
 from converters.ollama.modelfile_parser import PARAMETERS
 from converters.ollama.template_not_proven import TemplateNotProven
+from lora2serve.artifacts.manifest import TemplateRecord
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
@@ -45,19 +46,19 @@ class Chat:
         requires = RENDERS_JINJA_FROM if template is None else KNOWS_DATES_FROM if dated else None
         return Modelfile(model, template, self.system, self.parameters, self.stop, adapter, requires)
 
-    def template_facts(self) -> dict[str, str | bool]:
+    def template_record(self) -> TemplateRecord:
         """For the manifest: how the template was made, and what it cannot do."""
         if not self.jinja:
-            return {"kind": "none"}
+            return TemplateRecord("none")
         if not self.derived:
-            return {"kind": "jinja", "why": self.reason, "requires": RENDERS_JINJA_FROM}
-        return {
-            "kind": "go",
+            return TemplateRecord("jinja", RENDERS_JINJA_FROM, unknown={"why": self.reason})
+        limits = {
             "trims": self.derived.trims,
             "drops_thoughts": self.derived.drops_thoughts,
             "dated": self.derived.dated,
             "native_preferred": go_template.prefers_jinja(self.jinja),
         }
+        return TemplateRecord("go", unknown=limits)
 
 
 def read_chat(model: ExportModel) -> Chat:

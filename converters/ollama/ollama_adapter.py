@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from converters.ollama.chat import read_chat, write_files
 from converters.ollama.go_template import prefers_jinja
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.weights.tensors import Block, TensorSpec
 
 
@@ -51,11 +50,11 @@ class OllamaAdapterSink:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Never called: nothing is wanted of the merged model."""
 
-    def finish(self) -> Mapping[str, object]:
+    def finish(self) -> ExportFacts:
         facts = self._adapter.finish()
         write_files(self._out, self._modelfile, self._text)
         use = f"ollama create {self._name} -f {shlex.quote(str(self._out.target / 'Modelfile'))}"
-        return {**facts, "template": self._chat.template_facts(), "from": self._from, "use": use}
+        return replace(facts, template=self._chat.template_record(), from_model=self._from, use=use)
 
     def close(self) -> None:
         self._adapter.close()
@@ -84,7 +83,7 @@ def _adds_bos(model: ExportModel, out: StagedDir) -> bool:
 
 def _refuse_shadowed(model: ExportModel, jinja: str | None) -> None:
     """From 0.30 on Ollama prefers the base's own Jinja to a TEMPLATE where that Jinja knows tools or thinking."""
-    base = Path(str((model.lineage.get("base") or {}).get("path", "")))
+    base = Path(model.lineage.base.path)
     template = _template_of(base)
     if template and template != jinja and prefers_jinja(template):
         raise ExportError(

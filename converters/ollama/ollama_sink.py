@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from converters.ollama.chat import read_chat, write_files
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
-from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.system.extras import install_hint
 from lora2serve.weights.tensors import Block, TensorSpec
 
@@ -56,11 +55,11 @@ class OllamaSink:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._gguf.write(spec, rows, block)
 
-    def finish(self) -> Mapping[str, object]:
+    def finish(self) -> ExportFacts:
         facts = self._gguf.finish()
         write_files(self._out, self._modelfile, self._text)
         path = shlex.quote(str(self._out.target / "Modelfile"))
-        return {**facts, "template": self._chat.template_facts(), "use": f"ollama create {self._name} -f {path}"}
+        return replace(facts, template=self._chat.template_record(), use=f"ollama create {self._name} -f {path}")
 
     def close(self) -> None:
         self._gguf.close()

@@ -19,6 +19,7 @@ from converters.vllm.compressed.compressed_reader import CompressedReader
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.compressed.selection import BLOCK, select
 from converters.vllm.weight_writer import WrittenWeights
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.exporting.sinks import Calibration, ExportModel
@@ -58,7 +59,7 @@ class CalibratedWriter:
         self._merged.json("config.json", config)
         for name, path in self._model.files.items():
             self._merged.copy(name, path)
-        merged = self._merged.publish({"target": "vllm", "name": self._model.name})
+        merged = self._merged.publish(Manifest(target="vllm", name=self._model.name)).path
         versions = self._compress(merged, self._out.path / "quantized")
         quantized = Checkpoint(self._out.path / "quantized")
         _check_names(self._specs, quantized)
@@ -99,8 +100,8 @@ class CalibratedWriter:
 class AwqReader(CompressedReader):
     """What AWQ does not move: it scales the inputs of a layer's matrices and takes the scale back before them."""
 
-    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
-        super().__init__(export, about, model)
+    def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
+        super().__init__(export, manifest, model)
         self.wanted = {name: rows for name, rows in self.wanted.items() if not BLOCK.search(name)}
 
 

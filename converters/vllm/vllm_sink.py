@@ -15,8 +15,9 @@ from converters.vllm.compressed.compressed_writer import CompressedWriter
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.serve_config import generation_config, serve_yaml
 from converters.vllm.weight_writer import PlainWriter, WeightWriter
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir
-from lora2serve.exporting.sinks import Calibration, ExportModel, Reader
+from lora2serve.exporting.sinks import Calibration, ExportFacts, ExportModel, Reader
 from lora2serve.weights.tensors import FLOATS, Block, TensorSpec
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -51,7 +52,7 @@ class VllmSink:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._weights.write(spec, rows, block)
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self) -> ExportFacts:
         config = served_config(self._model.config, self._dtype)
         weights = self._weights.finish(config)
         quantization = weights.quantization_config
@@ -66,7 +67,8 @@ class VllmSink:
             self._out.json("generation_config.json", ends)
         served = "bfloat16" if quantization and self._dtype == "float32" else self._dtype  # no kernel for it in float32
         self._out.text("serve.yaml", serve_yaml(self._model, served))
-        return {"dtype": self._dtype, **weights.facts, "use": f"vllm serve {shlex.quote(str(self._out.target))}"}
+        use = f"vllm serve {shlex.quote(str(self._out.target))}"
+        return ExportFacts(use=use, dtype=self._dtype, details=weights.facts)
 
     def close(self) -> None:
         self._weights.close()
@@ -80,13 +82,13 @@ def _open_writer(model: ExportModel, out: StagedDir, specs: Sequence[TensorSpec]
     return CompressedWriter(options.quant, specs, model.config, out, options.shard_size)
 
 
-def open_reader(export: Path, about: Mapping[str, Any], model: ExportModel) -> Reader:
+def open_reader(export: Path, manifest: Manifest, model: ExportModel) -> Reader:
     """The reader for an export, plain or quantized."""
-    if about.get("quant") == "awq":
-        return AwqReader(export, about, model)
-    if about.get("quant"):
-        return CompressedReader(export, about, model)
-    return SafetensorsReader(export, about, model)
+    if manifest.quant == "awq":
+        return AwqReader(export, manifest, model)
+    if manifest.quant:
+        return CompressedReader(export, manifest, model)
+    return SafetensorsReader(export, manifest, model)
 
 
 def served_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

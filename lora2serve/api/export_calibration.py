@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from lora2serve.api.export_request import ExportRequest, accepts
@@ -54,7 +55,7 @@ def _find_data(model: ExportModel, home: Path, requested: str | Path | None, pro
         from lora2serve.data.calibration import calibration_ids, tokenizer_of
         from lora2serve.hub import pin_data
 
-        tokenizer = tokenizer_of(model.adapter, Path(model.lineage["base"]["path"]))
+        tokenizer = tokenizer_of(model.adapter, Path(model.lineage.base.path))
         return calibration_ids(data, tokenizer, pin_data, progress)
 
     return Calibration(data.train, rows, progress)
@@ -67,6 +68,6 @@ def _importance_matrix(
     assert data
     file = (request.out or (home.parent if run.is_run(home.parent) else home)) / "imatrix.gguf"
     file.parent.mkdir(parents=True, exist_ok=True)
-    matrix: Path = sinks.load(sinks.CALIBRATOR)(model, data.rows(), data.source, file, progress)
+    matrix: Path = resolve_name(sinks.CALIBRATOR)(model, data.rows(), data.source, file, progress)
     progress.note(f"importance matrix: {matrix}")
     return matrix

@@ -17,19 +17,8 @@ from lora2serve.errors import UsageError
 from lora2serve.exporting import bundle, sinks, stream
 from lora2serve.exporting.open_model import MergeBase
 from lora2serve.exporting.sinks import Exporter, ExportModel
+from lora2serve.exporting.stream import ExportPlan
 from lora2serve.progress import Progress
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """What an export would write. Sizes are in bytes."""
-
-    tensors: int
-    changed: int  # by the adapter
-    outputs: Mapping[str, Mapping[str, int]]  # directory -> {"files": ..., "bytes": ...}
-    disk: int
-    free: int
-    memory: int  # beside the libraries
 
 
 def export(
@@ -86,10 +75,8 @@ def run_export(request: ExportRequest, progress: Progress | None = None) -> list
         prepared = _prepare(request, progress, stack, dry_run=False)
         if isinstance(prepared, _Bundle):
             overwrite = request.overwrite
-            path = bundle.export(prepared.models, prepared.options, prepared.out, progress, overwrite=overwrite)
-            return [Export.open(path)]
-        written = stream.export(prepared.model, prepared.plans, progress, overwrite=request.overwrite)
-    exports = [Export.open(path) for path in written]
+            return [bundle.export(prepared.models, prepared.options, prepared.out, progress, overwrite=overwrite)]
+        exports = stream.export(prepared.model, prepared.plans, progress, overwrite=request.overwrite)
     after_export.hand_over(exports, request, progress)
     return exports
 
@@ -100,8 +87,8 @@ def plan_export(request: ExportRequest, progress: Progress | None = None) -> Exp
     with ExitStack() as stack:
         prepared = _prepare(request, progress, stack, dry_run=True)
         if isinstance(prepared, _Bundle):
-            return ExportPlan(**bundle.dry_run(prepared.models, prepared.options, prepared.out))
-        return ExportPlan(**stream.dry_run(prepared.model, prepared.plans))
+            return bundle.dry_run(prepared.models, prepared.options, prepared.out)
+        return stream.dry_run(prepared.model, prepared.plans)
 
 
 @dataclass(frozen=True)

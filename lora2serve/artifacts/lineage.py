@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lora2serve.artifacts.json_record import JsonRecord
 
@@ -50,3 +51,19 @@ class AdapterRecord(JsonRecord):
     id: str | None = None
     revision: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """From what one model was made: the base, which of its weights, and the adapters in their order."""
+
+    base: BaseRecord = field(default_factory=BaseRecord)
+    run: str | None = None
+    merge_base: Literal["trained", "original"] | None = None
+    base_mismatch: str | None = None  # in what the base that was folded onto differs from the run's
+    adapters: tuple[AdapterRecord, ...] = ()
+
+    @property
+    def adapter(self) -> AdapterRecord | None:
+        """The first adapter."""
+        return self.adapters[0] if self.adapters else None

@@ -18,12 +18,15 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.errors import ExportError
 from lora2serve.system.small_files import digest
 
@@ -145,25 +148,30 @@ class StagedDir:
         """A side file as it is (the bytes, not the link or the mode)."""
         self.bytes(name, source.read_bytes())
 
-    def publish(self, about: Mapping[str, Any]) -> Path:
+    def publish(self, about: Manifest) -> Export:
         """``seal`` and ``swap``."""
-        self.seal(about)
-        return self.swap()
+        sealed = self.seal(about)
+        return Export(self.swap(), sealed)
 
-    def seal(self, about: Mapping[str, Any]) -> None:
-        """Sync every file, and write the manifest last: all that can still fail for want of disk."""
-        sums = {name: {"sha256": file.finish(), "size": file.size} for name, file in self._files.items()}
+    def seal(self, about: Manifest) -> Manifest:
+        """Sync every file, and write the manifest last: all that can still fail for want of disk.
+
+        The manifest as it is written, with every file in it.
+        """
+        sums = {name: FileEntry(file.finish(), file.size) for name, file in self._files.items()}
         for file in self._files.values():
             file.close()
         for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
             name = path.relative_to(self.path).as_posix()
             if name not in sums and path.name != manifest.NAME:
                 _sync(path)
-                sums[name] = digest(path)
-        manifest.write(self.path, {**about, "files": dict(sorted(sums.items()))})
+                sums[name] = FileEntry.from_json(digest(path), name)
+        sealed = replace(about, files=dict(sorted(sums.items())))
+        sealed.write(self.path)
         _sync(self.path / manifest.NAME)
         for folder in [*(p for p in self.path.rglob("*") if p.is_dir()), self.path]:
             _sync(folder)
+        return sealed
 
     def swap(self) -> Path:
         """Rename the sealed directory into its place."""

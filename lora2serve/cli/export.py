@@ -24,9 +24,9 @@ from lora2serve.cli.options import (
 from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora2serve.api.export_model import ExportPlan
     from lora2serve.api.export_request import ExportRequest
     from lora2serve.artifacts.export_dir import Export
+    from lora2serve.exporting.stream import ExportPlan
     from lora2serve.progress import Progress
 
 EXAMPLES = [
@@ -158,7 +158,7 @@ def _show_plan(plan: ExportPlan, as_json: bool, progress: Progress) -> None:
     if as_json:
         console.result_json(plain(plan))
         return
-    rows = [[name, str(output["files"]), console.size(output["bytes"])] for name, output in plan.outputs.items()]
+    rows = [[name, str(output.files), console.size(output.bytes)] for name, output in plan.outputs.items()]
     console.table("", ["output", "files", "size"], rows)
     console.result(
         f"{plan.tensors} tensors, {plan.changed} changed by the adapter; disk {console.size(plan.disk)} "

@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.adapters.lint import next_rank
-from lora2serve.artifacts import manifest, staging
+from lora2serve.artifacts import staging
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.lineage import BaseRecord
+from lora2serve.artifacts.manifest import Manifest, versions
 from lora2serve.errors import ExportError, Lora2ServeError, UsageError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.stream import ExportPlan
 from lora2serve.progress import Progress
 
 TARGET = "bundle"
@@ -32,7 +36,7 @@ BASE = "base"  # what a server calls the base in requests
 
 def export(
     models: Sequence[ExportModel], options: Any, out: Path, progress: Progress, *, overwrite: bool = False
-) -> Path:
+) -> Export:
     """Write every adapter and the server's configuration into ``out``; all of it, or nothing.
 
     ``options`` are those of the adapter target. UsageError for names or bases that do not go together, ExportError
@@ -40,31 +44,32 @@ def export(
     """
     dry_run(models, options, out)
     options = _for_one_base(models, options)
-    with staging.opened(out, overwrite=overwrite) as made:
-        for model in models:
-            stream.export(model, [_plan(model, options, made.path)], progress)
-        abouts = [manifest.read(made.path / ADAPTERS / model.name) for model in models]
-        rank = next_rank(max(int(about["rank"]) for about in abouts))
-        made.text(CONFIG, serve_yaml(options.served_base, models, rank))
-        return made.publish(
-            {
-                "target": TARGET,
-                "quant": None,
-                "name": "+".join(model.name for model in models),
-                "bundle": [model.name for model in models],
-                "base": models[0].lineage["base"],
-                "served_base": options.served_base,
-                "rank": rank,
-                "use": f"cd {shlex.quote(str(made.target))} && vllm serve --config {CONFIG}",
-                "versions": manifest.versions(),
-            }
+    with staging.opened(out, overwrite=overwrite) as staged:
+        exports = [
+            export
+            for model in models
+            for export in stream.export(model, [_plan(model, options, staged.path)], progress)
+        ]
+        rank = next_rank(max(export.manifest.rank or 1 for export in exports))
+        staged.text(CONFIG, serve_yaml(options.served_base, models, rank))
+        return staged.publish(
+            Manifest(
+                target=TARGET,
+                name="+".join(model.name for model in models),
+                bundle=tuple(model.name for model in models),
+                base=models[0].lineage.base,
+                served_base=options.served_base,
+                rank=rank,
+                use=f"cd {shlex.quote(str(staged.target))} && vllm serve --config {CONFIG}",
+                versions=versions(),
+            )
         )
 
 
-def dry_run(models: Sequence[ExportModel], options: Any, out: Path) -> dict[str, Any]:
-    """``stream.rehearse`` for all adapters together; raises every refusal, and writes nothing."""
+def dry_run(models: Sequence[ExportModel], options: Any, out: Path) -> ExportPlan:
+    """``stream.dry_run`` for all adapters together; raises every refusal, and writes nothing."""
     _refuse_names([model.name for model in models])
-    refuse_other_bases({model.name: model.lineage["base"] for model in models})
+    refuse_other_bases({model.name: model.lineage.base for model in models})
     options = _for_one_base(models, options)
     plans, refusals = [], []
     for model in models:
@@ -74,20 +79,20 @@ def dry_run(models: Sequence[ExportModel], options: Any, out: Path) -> dict[str,
             refusals.append(_named(error, model.name))
     if refusals:
         raise ExportError("\n".join(error.message for error in refusals), refusals[0].hint)
-    return {
-        "tensors": max(plan["tensors"] for plan in plans),
-        "changed": max(plan["changed"] for plan in plans),
-        "outputs": {name: sizes for plan in plans for name, sizes in plan["outputs"].items()},
-        "disk": sum(plan["disk"] for plan in plans),
-        "free": plans[0]["free"],
-        "memory": max(plan["memory"] for plan in plans),
-    }
+    return ExportPlan(
+        tensors=max(plan.tensors for plan in plans),
+        changed=max(plan.changed for plan in plans),
+        outputs={name: output for plan in plans for name, output in plan.outputs.items()},
+        disk=sum(plan.disk for plan in plans),
+        free=plans[0].free,
+        memory=max(plan.memory for plan in plans),
+    )
 
 
 def serve_yaml(model: str, models: Sequence[ExportModel], rank: int | None) -> str:
     """Arguments for ``vllm serve --config serve.yaml``. Paths are relative, so that DIR can be moved."""
-    modules = [json.dumps({"name": one.name, "path": f"{ADAPTERS}/{one.name}"}) for one in models]
-    revision = models[0].lineage["base"].get("revision")
+    modules = [json.dumps({"name": adapter.name, "path": f"{ADAPTERS}/{adapter.name}"}) for adapter in models]
+    revision = models[0].lineage.base.revision
     lines = [
         f"# in this directory: vllm serve --config {CONFIG}",
         f"model: {json.dumps(model)}",
@@ -107,13 +112,13 @@ def members(path: Path, about: Mapping[str, Any]) -> dict[str, Path]:
     return {str(name): path / ADAPTERS / str(name) for name in about["bundle"]}
 
 
-def refuse_other_bases(bases: Mapping[str, Mapping[str, Any]]) -> None:
+def refuse_other_bases(bases: Mapping[str, BaseRecord]) -> None:
     """UsageError where the adapters of the records ``bases``, by name, were trained on more than one base."""
-    for (one, first), (other, second) in combinations(bases.items(), 2):
-        hashes = first.get("files") and second.get("files")  # not on record for adapters without a run
-        if first.get("fingerprint") != second.get("fingerprint") or (hashes and first["files"] != second["files"]):
+    for (name, first), (other, second) in combinations(bases.items(), 2):
+        hashed = first.files and second.files  # not on record for adapters without a run
+        if first.fingerprint != second.fingerprint or (hashed and first.files != second.files):
             raise UsageError(
-                f"adapters of different bases: {one} of {first.get('id')}, {other} of {second.get('id')}",
+                f"adapters of different bases: {name} of {first.id}, {other} of {second.id}",
                 "one server holds adapters of one base; merged exports (--target vllm) need a server each",
             )
 

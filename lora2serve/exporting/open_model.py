@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
-from lora2serve.artifacts.lineage import BaseRecord
+from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord, Lineage
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.errors import MergeError, UsageError
@@ -50,12 +50,8 @@ def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> E
     source: Source = Dequantized(checkpoint)
     if merge_base == "trained" and record.quantization and not checkpoint.config.get("quantization_config"):
         source = FakeQuantized(source, Quantization.of(record.to_json()))
-    lineage = {
-        "run": run.name,
-        "base": record.base.to_json() or identity(base),
-        "merge_base": merge_base,
-        **({"base_mismatch": mismatch} if mismatch else {}),
-    }
+    known = record.base if record.base.fingerprint.tensors else BaseRecord.from_json(identity(base), "base")
+    lineage = Lineage(known, run.name, merge_base, mismatch or None)
     return _model(source, checkpoint, [open_adapter(run.adapter)], choice, choice.name or run.name, lineage)
 
 
@@ -69,14 +65,14 @@ def open_adapters(adapters: Sequence[Path], base: Path, base_name: str, choice: 
     checkpoint = Checkpoint(base)
     opened = [open_adapter(path) for path in adapters]
     name = choice.name or short_name(adapters[0])
-    lineage = {"base": identity(base, base_name, content=False), "merge_base": "original"}
+    lineage = _lineage(base, base_name)
     return _model(Dequantized(checkpoint), checkpoint, opened, choice, name, lineage)
 
 
 def open_plain(base: Path, base_name: str, choice: OpenOptions) -> ExportModel:
     """A model with nothing to fold."""
     checkpoint = Checkpoint(base)
-    lineage = {"base": identity(base, base_name, content=False), "merge_base": "original"}
+    lineage = _lineage(base, base_name)
     return _model(Dequantized(checkpoint), checkpoint, [], choice, choice.name or short_name(base), lineage)
 
 
@@ -121,7 +117,7 @@ def _model(
     adapters: Sequence[Adapter],
     choice: OpenOptions,
     name: str,
-    lineage: Mapping[str, Any],
+    lineage: Lineage,
 ) -> ExportModel:
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     dtype = DTYPES[choice.dtype] if choice.dtype else None
@@ -129,22 +125,23 @@ def _model(
         config["dtype"] = {"BF16": "bfloat16", "F16": "float16"}.get(source.specs()[0].dtype, "float32")
     merged = Merged(source, adapters, config, dtype)
     adapter = adapters[0].path if adapters else None
-    folded = [_folded(adapter.path) for adapter in adapters]
     return ExportModel(
         source=merged,
         files=side_files(checkpoint.path, adapter),
         name=name,
-        base=str(lineage["base"].get("id") or checkpoint.path),
+        base=lineage.base.id or str(checkpoint.path),
         adapter=adapter,
-        lineage={**lineage, "adapter": folded[0] if folded else None, "adapters": folded},
+        lineage=replace(lineage, adapters=tuple(_adapter_record(adapter.path) for adapter in adapters)),
     )
 
 
-def _folded(adapter: Path) -> dict[str, Any]:
-    """What the manifest says of an adapter: where it lay, the repository and commit if the Hub's, and its hashes."""
+def _lineage(base: Path, name: str) -> Lineage:
+    """That of a model without a run; the weights' bytes are not read for it."""
+    return Lineage(BaseRecord.from_json(identity(base, name, content=False), "base"), merge_base="original")
+
+
+def _adapter_record(adapter: Path) -> AdapterRecord:
     pulled = hub_snapshot(adapter)
-    return {
-        "path": str(adapter.resolve()),
-        **({"id": pulled.id, "revision": pulled.commit} if pulled else {}),
-        "sha256": {name: content_hash(adapter / name) for name in (CONFIG, WEIGHTS)},
-    }
+    sums = {name: content_hash(adapter / name) for name in (CONFIG, WEIGHTS)}
+    path = str(adapter.resolve())
+    return AdapterRecord(path, pulled.id, pulled.commit, sums) if pulled else AdapterRecord(path, sha256=sums)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from lora2serve.artifacts.lineage import Lineage
+from lora2serve.artifacts.manifest import Manifest, TemplateRecord
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.progress import Progress
 from lora2serve.weights.tensors import ALL, Block, Source, TensorSpec
@@ -74,7 +76,7 @@ class ExportModel:
     name: str  # short name for files and cards, such as "demo"
     base: str  # repo id or path of the base, as the user named it
     adapter: Path | None = None  # the PEFT directory that was folded in, if any
-    lineage: Mapping[str, Any] = field(default_factory=dict)  # goes into the manifest as it is
+    lineage: Lineage = field(default_factory=Lineage)  # goes into the manifest
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -91,6 +93,24 @@ class Calibration:
     progress: Progress
 
 
+@dataclass(frozen=True)
+class ExportFacts:
+    """What a format says of its export in the manifest, where the fields of that name are explained."""
+
+    use: str | None = None
+    dtype: str | None = None
+    architecture: str | None = None
+    file: str | None = None
+    projector: str | None = None
+    match_reference: bool = False
+    tokens_proven: int | None = None
+    template: TemplateRecord | None = None
+    from_model: str | None = None
+    rank: int | None = None
+    served_base: str | None = None
+    details: Mapping[str, object] = field(default_factory=dict)  # keys of this format alone
+
+
 class Sink(Protocol):
     """One open output. Its constructor plans everything and refuses before the first byte.
 
@@ -105,7 +125,7 @@ class Sink(Protocol):
         """Take rows ``[start, stop)`` of one wanted tensor; must not change them."""
         ...
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self) -> ExportFacts:
         """Write the side files; return what the manifest should say about this format."""
         ...
 
@@ -156,7 +176,7 @@ def known() -> list[str]:
 def find(name: str) -> Exporter:
     """The exporter of that name, imported now."""
     if name in BUILTIN:
-        exporter: Exporter = load(BUILTIN[name])
+        exporter: Exporter = resolve_name(BUILTIN[name])
         return exporter
     for point in entry_points(group=GROUP, name=name):
         found: Exporter = point.load()
@@ -166,18 +186,12 @@ def find(name: str) -> Exporter:
     )
 
 
-def find_reader(target: str) -> Callable[[Path, Mapping[str, Any], ExportModel], Reader] | None:
+def find_reader(target: str) -> Callable[[Path, Manifest, ExportModel], Reader] | None:
     """The reader for a target's exports, imported now; None where there is none."""
     if target not in READERS:
         return None
-    reader: Callable[[Path, Mapping[str, Any], ExportModel], Reader] = load(READERS[target])
+    reader: Callable[[Path, Manifest, ExportModel], Reader] = resolve_name(READERS[target])
     return reader
-
-
-def load(name: str) -> Any:
-    """What ``module:attribute`` names, imported now."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
 
 
 def plan_options(

@@ -13,10 +13,12 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from lora2serve.artifacts import manifest, staging
+from lora2serve.artifacts import staging
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.manifest import Manifest, versions
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError, Lora2ServeError
-from lora2serve.exporting.sinks import Exporter, ExportModel, Sink
+from lora2serve.exporting.sinks import Exporter, ExportFacts, ExportModel, Sink
 from lora2serve.progress import Progress
 from lora2serve.system.hardware import cores
 from lora2serve.weights.tensors import TensorSpec, row_blocks
@@ -41,6 +43,26 @@ class Plan:
         return getattr(self.options, "quant", None)
 
 
+@dataclass(frozen=True)
+class PlannedOutput:
+    """What one output would take."""
+
+    files: int  # large ones, of tensors
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would write. Sizes are in bytes."""
+
+    tensors: int
+    changed: int  # by the adapter
+    outputs: Mapping[str, PlannedOutput]  # by directory
+    disk: int
+    free: int
+    memory: int  # beside the libraries
+
+
 def export(
     model: ExportModel,
     plans: Sequence[Plan],
@@ -48,7 +70,7 @@ def export(
     *,
     overwrite: bool = False,
     threads: int | None = None,
-) -> list[Path]:
+) -> list[Export]:
     """Write every planned output in one pass over the model; all of them, or none.
 
     ``threads`` workers fold independent blocks, so memory is ``threads`` blocks whatever the model's size.
@@ -60,14 +82,16 @@ def export(
             _stream(model, sinks, progress, threads_for(threads))
             for warning in model.source.survival.check():
                 progress.warn(warning)
-            for plan, sink, out in zip(plans, sinks, outputs, strict=True):
-                out.seal(_about(model, plan, sink.finish()))
+            sealed = [
+                out.seal(_manifest(model, plan, sink.finish()))
+                for plan, sink, out in zip(plans, sinks, outputs, strict=True)
+            ]
         except OSError as error:
             raise ExportError(
                 f"{error.filename or plans[0].out}: {error.strerror}",
                 "nothing was left behind; free the disk and run again",
             ) from error
-        return [out.swap() for out in outputs]
+        return [Export(out.swap(), manifest) for out, manifest in zip(outputs, sealed, strict=True)]
 
 
 def threads_for(asked: int | None) -> int:
@@ -161,39 +185,56 @@ def _blocks(spec: TensorSpec, sinks: Sequence[Sink]) -> Iterator[slice]:
     return row_blocks(spec, lcm(*(max(1, sink.wanted[spec.name]) for sink in sinks if spec.name in sink.wanted)))
 
 
-def _about(model: ExportModel, plan: Plan, said: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(model: ExportModel, plan: Plan, facts: ExportFacts) -> Manifest:
     """The manifest, apart from the files."""
-    return {
-        "target": plan.target,
-        "quant": plan.quant,
-        "name": model.name,
-        **model.lineage,
-        **said,
-        "survival": {name: round(share, 6) for name, share in model.source.survival.shares().items()},
-        "versions": manifest.versions(),
-    }
+    lineage = model.lineage
+    return Manifest(
+        target=plan.target,
+        quant=plan.quant,
+        name=model.name,
+        run=lineage.run,
+        base=lineage.base,
+        merge_base=lineage.merge_base,
+        base_mismatch=lineage.base_mismatch,
+        adapter=lineage.adapter,
+        adapters=lineage.adapters,
+        dtype=facts.dtype,
+        architecture=facts.architecture,
+        file=facts.file,
+        projector=facts.projector,
+        match_reference=facts.match_reference,
+        tokens_proven=facts.tokens_proven,
+        template=facts.template,
+        from_model=facts.from_model,
+        rank=facts.rank,
+        served_base=facts.served_base,
+        use=facts.use,
+        unknown=facts.details,
+        survival={name: round(share, 6) for name, share in model.source.survival.shares().items()},
+        versions=versions(),
+    )
 
 
-def dry_run(model: ExportModel, plans: Sequence[Plan]) -> dict[str, Any]:
-    """What ``export`` would write: sizes per output, disk and memory; raises every refusal, reads no weight."""
+def dry_run(model: ExportModel, plans: Sequence[Plan]) -> ExportPlan:
+    """What ``export`` would write; raises every refusal, and reads no weight."""
     with ExitStack() as stack:
         outputs = [DryRunDir(plan.out) for plan in plans]
         for out in outputs:
             stack.callback(out.discard)
         sinks = _open_sinks(model, plans, outputs, stack)
         specs = [spec for spec in model.source.specs() if any(spec.name in sink.wanted for sink in sinks)]
-        largest = max(
-            (min(b.stop - b.start for b in [next(_blocks(s, sinks))]) * s.row_numel for s in specs if s.rows), default=0
-        )
-        place = next(parent for parent in [*plans[0].out.absolute().parents] if parent.exists())
-        return {
-            "tensors": len(model.source.specs()),
-            "changed": len(model.source.changed()),
-            "outputs": {
-                str(plan.out): {"files": len(out.sizes), "bytes": sum(out.sizes.values())}
-                for plan, out in zip(plans, outputs, strict=True)
-            },
-            "disk": sum(sum(out.sizes.values()) for out in outputs),
-            "free": shutil.disk_usage(place).free,
-            "memory": threads_for(None) * largest * BYTES_IN_FLIGHT + len(outputs) * staging.KEPT + AROUND,
+        firsts = [(spec, next(_blocks(spec, sinks))) for spec in specs if spec.rows]
+        largest = max(((rows.stop - rows.start) * spec.row_numel for spec, rows in firsts), default=0)
+        folder = next(parent for parent in plans[0].out.absolute().parents if parent.exists())
+        planned = {
+            str(plan.out): PlannedOutput(len(out.sizes), sum(out.sizes.values()))
+            for plan, out in zip(plans, outputs, strict=True)
         }
+        return ExportPlan(
+            tensors=len(model.source.specs()),
+            changed=len(model.source.changed()),
+            outputs=planned,
+            disk=sum(output.bytes for output in planned.values()),
+            free=shutil.disk_usage(folder).free,
+            memory=threads_for(None) * largest * BYTES_IN_FLIGHT + len(outputs) * staging.KEPT + AROUND,
+        )

@@ -91,7 +91,7 @@ class Tensors:
             return None
         model = open_model(self.origin, self.manifest)
         merged = model.source
-        reader: sinks.Reader = kind(self.path, self.manifest.to_json(), model)
+        reader: sinks.Reader = kind(self.path, self.manifest, model)
         changed, found = set(merged.changed()), dict[str, Difference]()
         for spec, rows in _parts(model, reader.wanted):
             name, expected, stored = reader.pair(spec, rows, merged.read(spec.name, rows).values)

@@ -116,7 +116,7 @@ def open_exports(paths: Sequence[Path]) -> list[Export]:
             "several adapters share one server; anything else needs one each, with --port",
         )
     if targets == {"adapter"}:
-        bundle.refuse_other_bases({str(export.path): export.manifest.base.to_json() for export in exports})
+        bundle.refuse_other_bases({str(export.path): export.manifest.base for export in exports})
         names = [bundle.BASE, *map(adapter_name, exports)]
         if len(set(names)) < len(names):
             raise UsageError(f"models share a name: {', '.join(names)}", "export the adapter again with --name")

@@ -29,7 +29,7 @@ def write(base: Path, adapter: Path, out: Path, **options: Any) -> Path:
     exporter = find("adapter")
     merged = fold(base, [adapter])
     model = ExportModel(merged, {}, "tiny", str(base), adapter)
-    return export(model, [Plan("adapter", exporter, exporter.Options(**options), out)], Silent())[0]
+    return export(model, [Plan("adapter", exporter, exporter.Options(**options), out)], Silent())[0].path
 
 
 def config_of(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from converters.vllm.compressed.quantize import global_factor, quantize
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.compressed.selection import FUSED, select
 from lora2serve.adapters.vllm_support import models_dir
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel, find
 from lora2serve.exporting.stream import Plan, export
@@ -45,7 +46,8 @@ def written(base: Path, out: Path, *quants: str, adapters: tuple[Path, ...] = ()
     merged, exporter = fold(base, adapters), find("vllm")
     model = ExportModel(merged, {}, "tiny", str(base))
     plans = [Plan("vllm", exporter, exporter.Options(quant=quant), out / quant) for quant in quants]
-    return dict(zip(quants, export(model, plans, Silent()), strict=True))
+    exports = export(model, plans, Silent())
+    return {quant: done.path for quant, done in zip(quants, exports, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +211,7 @@ def test_small_blocks_give_the_same_bytes(
 def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[list[Difference], list[str]]:
     """The tensor gate's figures."""
     merged = fold(base, adapters)
-    reader = CompressedReader(path, {"quant": quant}, ExportModel(merged, {}, "tiny", str(base)))
+    reader = CompressedReader(path, Manifest(target="vllm", quant=quant), ExportModel(merged, {}, "tiny", str(base)))
     found = {name: Difference(name) for name in reader.wanted}
     for spec, rows in _parts(ExportModel(merged, {}, "tiny", str(base)), reader.wanted):
         found[spec.name].add(*reader.pair(spec, rows, merged.read(spec.name, rows).values)[1:])
@@ -267,7 +269,7 @@ def test_damage_is_seen(quant: str, plain: Path, made: dict[str, Path], tmp_path
     assert max(one.nmse for one in turned) > bound
     lost = damage(made[quant], tmp_path / "lost", lose)
     merged = fold(plain, ())
-    reader = CompressedReader(lost, {"quant": quant}, ExportModel(merged, {}, "tiny", str(plain)))
+    reader = CompressedReader(lost, Manifest(target="vllm", quant=quant), ExportModel(merged, {}, "tiny", str(plain)))
     assert [name for name in reader.differences if "q_proj.weight" in name]
 
 

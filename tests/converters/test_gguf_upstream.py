@@ -20,6 +20,7 @@ from converters.gguf.gguf_adapter_reader import GgufAdapterReader
 from converters.gguf.row_map import RowMaps
 from converters.gguf.upstream import llama_cpp_source
 from converters.gguf.upstream.upstream_backend import UpstreamBackend
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.cli import run
 from lora2serve.exporting.open_model import OpenOptions, open_adapters, open_plain
 from lora2serve.weights.checkpoint import SafetensorsFiles
@@ -144,7 +145,7 @@ def test_an_adapter_beside_its_base(root: Path, tmp_path: Path, name: str, modul
     assert nmse(by_llama_cpp(alone, beside), expected) < 1e-5
     assert nmse(by_llama_cpp(alone), expected) > 1e-3
     model = open_adapters([adapter], base, str(base), OpenOptions())
-    reader = GgufAdapterReader(beside.parent, {}, model)
+    reader = GgufAdapterReader(beside.parent, Manifest(target="gguf-adapter"), model)
     assert reader.differences == []
     assert set(reader.wanted) == set(model.source.changed())
     for spec in model.source.specs():

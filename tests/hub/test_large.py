@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import opened
 from lora2serve.hub import pull_check
 from tests.hub.conftest import client_env, export
@@ -23,8 +23,7 @@ def test_two_gigabytes_in_little_memory(hub: HubServer, tmp_path: Path) -> None:
         file = out.file("model.safetensors", 2_000_000_000)
         for start in range(0, 2_000_000_000, 50_000_000):
             file.pwrite(bytes(50_000_000), start)
-        about = json.loads((path / "lora2serve.json").read_text())
-        out.publish({key: value for key, value in about.items() if key not in ("files", "format", "lora2serve")})
+        out.publish(Manifest.read(path))
     # VmHWM and not ru_maxrss: that one a child inherits from the process that started it (getrusage(2)).
     program = (
         "from pathlib import Path; import huggingface_hub, httpx2, lora2serve.hub; from lora2serve.cli import run;"

@@ -37,7 +37,7 @@ def export_merged(
     merged = fold(base, adapters, dtype)
     exporter = find("vllm")
     model = ExportModel(merged, {}, "tiny", str(base))
-    return export(model, [Plan("vllm", exporter, exporter.Options(**options), out)], progress or Silent())[0]
+    return export(model, [Plan("vllm", exporter, exporter.Options(**options), out)], progress or Silent())[0].path
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:

@@ -78,10 +78,10 @@ def lineage_keys(model: ExportModel) -> Values:
             "general.base_model.0.organization": organization or name,
             "general.base_model.0.repo_url": f"https://huggingface.co/{base}",
         }
-    if lineage.get("merge_base"):
-        keys["lora2serve.merge_base"] = str(lineage["merge_base"])
-    if lineage.get("run"):
-        keys["lora2serve.run"] = str(lineage["run"])
+    if lineage.merge_base:
+        keys["lora2serve.merge_base"] = lineage.merge_base
+    if lineage.run:
+        keys["lora2serve.run"] = lineage.run
     return keys
 
 
@@ -167,7 +167,7 @@ def _yarn(rope: Config) -> Values:
 
 def _card(model: ExportModel) -> Values:
     """License, tags and languages from the head of the base's model card."""
-    path = (model.lineage.get("base") or {}).get("path")
+    path = model.lineage.base.path
     readme = Path(path) / "README.md" if path else None
     if readme is None or not readme.is_file():
         return {}

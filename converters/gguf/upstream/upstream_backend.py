@@ -155,7 +155,7 @@ def _pre_tokenizer(model: ExportModel) -> str | None:
 @contextmanager
 def _folder(model: ExportModel) -> Iterator[Path]:
     """The model's directory as upstream wants it, without weights. Its name and its card give metadata."""
-    base = (model.lineage.get("base") or {}).get("path")
+    base = model.lineage.base.path
     card = Path(base) / "README.md" if base else None
     with tempfile.TemporaryDirectory(prefix="lora2serve-model-") as parent:
         folder = Path(parent) / model.name

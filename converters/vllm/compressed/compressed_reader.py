@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import FLOATS, TensorSpec
@@ -26,7 +27,7 @@ ZERO = "weight_zero_point"
 class CompressedReader:
     """See ``lora2serve.exporting.sinks.Reader``."""
 
-    def __init__(self, export: Path, about: Mapping[str, Any], model: ExportModel) -> None:
+    def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
         from safetensors import safe_open
 
         scheme, compressor = _library()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,6 +87,5 @@ ENGINES = {
 
 def make(name: str, options: Mapping[str, Any]) -> Engine:
     """The engine of that name, loaded. ImportError where it is not installed."""
-    module, _, attribute = ENGINES[name].partition(":")
-    engine: Engine = getattr(import_module(module), attribute)(**options)
+    engine: Engine = resolve_name(ENGINES[name])(**options)
     return engine

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.exporting import sinks
@@ -30,7 +31,7 @@ def refuse_name(name: str) -> None:
 
 def create(client: Client, export: Path, name: str, progress: Progress) -> None:
     """Make ``name`` of an Ollama export on a running server; EngineError with the server's own message."""
-    request: Callable[[Path], tuple[Mapping[str, object], Mapping[str, Path]]] = sinks.load(sinks.OLLAMA_REQUEST)
+    request: Callable[[Path], tuple[Mapping[str, object], Mapping[str, Path]]] = resolve_name(sinks.OLLAMA_REQUEST)
     body, files = request(export)
     _refuse_older(client, str(body.get("requires") or ""))
     for digest, path in files.items():
