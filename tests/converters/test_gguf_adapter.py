@@ -93,7 +93,7 @@ def test_equals_peft(
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         ({"use_dora": True}, "lora_magnitude_vector has no place"),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight was trained in full"),
@@ -102,7 +102,7 @@ def test_equals_peft(
     ],
 )
 def test_refused_by_name(
-    base: Path, tmp_path: Path, kind: dict[str, Any], said: str, capfd: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, kind: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from lora2serve.cli import run
     from tests.support.tiny import make_adapter
@@ -110,16 +110,18 @@ def test_refused_by_name(
     adapter = make_adapter(tmp_path / "adapter", base, **kind)
     assert run(["export", str(adapter), "--base", str(base), "-t", "gguf-adapter", "-o", str(tmp_path / "out")]) == 1
     err = capfd.readouterr().err
-    assert said in err
+    assert message in err
     assert "--target gguf merges it" in err
 
 
 def test_lmstudio(demo_run: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
     """Two folders deep, the same bytes as the GGUF target's, which name their run, and the line that imports it."""
-    (made,) = lora2serve("export", demo_run.path, "-t", "lmstudio", "-q", "Q8_0", "-o", tmp_path, cwd=tmp_path).split()
-    about = json.loads((Path(made) / "lora2serve.json").read_text())
-    assert list(about["files"]) == ["lora2serve/demo/demo-Q8_0.gguf"]
+    (directory,) = lora2serve(
+        "export", demo_run.path, "-t", "lmstudio", "-q", "Q8_0", "-o", tmp_path, cwd=tmp_path
+    ).split()
+    manifest = json.loads((Path(directory) / "lora2serve.json").read_text())
+    assert list(manifest["files"]) == ["lora2serve/demo/demo-Q8_0.gguf"]
     plain = demo_exports["gguf-Q8_0"] / "demo-Q8_0.gguf"
-    assert (Path(made) / "lora2serve/demo/demo-Q8_0.gguf").read_bytes() == plain.read_bytes()
-    assert about["use"].startswith("lms import --copy --user-repo lora2serve/demo ")
-    assert GGUFReader(plain).fields["lora2serve.run"].contents() == about["run"]
+    assert (Path(directory) / "lora2serve/demo/demo-Q8_0.gguf").read_bytes() == plain.read_bytes()
+    assert manifest["use"].startswith("lms import --copy --user-repo lora2serve/demo ")
+    assert GGUFReader(plain).fields["lora2serve.run"].contents() == manifest["run"]

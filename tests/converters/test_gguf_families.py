@@ -85,8 +85,8 @@ def sentencepiece_tokenizer(path: Path) -> None:
         normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
     )  # fmt: skip
     (path / "tokenizer.json").unlink()
-    told = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    (path / "tokenizer_config.json").write_text(json.dumps(told))
+    settings = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def _sharpen(path: Path, by: float = 3) -> None:

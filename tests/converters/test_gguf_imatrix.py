@@ -45,7 +45,7 @@ def inputs(model: Path, module: str) -> Any:
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     seen: list[Any] = []
-    loaded.get_submodule(module).register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, -2)))
+    loaded.get_submodule(module).register_forward_pre_hook(lambda _, values: seen.append(values[0].flatten(0, -2)))
     with torch.no_grad():
         for row in DATA:
             loaded(torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]]))
@@ -55,14 +55,14 @@ def inputs(model: Path, module: str) -> Any:
 def test_means_of_activations(matrix: tuple[Path, Path]) -> None:
     """The input of layer 1's query, by hand; every expert that a token went to is counted."""
     model, path = matrix
-    found = imatrix.read(path)
+    stored = imatrix.read(path)
     expected = inputs(model, "model.layers.1.self_attn.q_proj").double().square().mean(dim=0).numpy()
-    np.testing.assert_allclose(found.means["blk.1.attn_q.weight"][0], expected, rtol=1e-4)
-    assert not np.allclose(found.means["blk.0.attn_q.weight"][0], expected, rtol=1e-2), "layers differ"
-    assert found.datasets[0].endswith("data.jsonl")
-    stacked = [values for name, values in found.means.items() if "_exps" in name]
+    np.testing.assert_allclose(stored.means["blk.1.attn_q.weight"][0], expected, rtol=1e-4)
+    assert not np.allclose(stored.means["blk.0.attn_q.weight"][0], expected, rtol=1e-2), "layers differ"
+    assert stored.datasets[0].endswith("data.jsonl")
+    stacked = [values for name, values in stored.means.items() if "_exps" in name]
     assert all(len(values) == 4 for values in stacked)
-    assert "output.weight" not in found.means
+    assert "output.weight" not in stored.means
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_byte_identical_to_llama_quantize(
     model, path = matrix
     keys, tensors = read(export(model, tmp_path / "ours", "-q", kind, "--match-reference", "--imatrix", str(path)))
     theirs = read(quantize(unquantized, tmp_path / "theirs.gguf", kind, imatrix.read(path).means))[1]
-    assert {name: found[0] for name, found in tensors.items()} == {name: found[0] for name, found in theirs.items()}
+    assert {name: stored[0] for name, stored in tensors.items()} == {name: stored[0] for name, stored in theirs.items()}
     assert [name for name in tensors if tensors[name] != theirs[name]] == []
     assert keys["quantize.imatrix.entries_count"] == len(imatrix.read(path).means)
     if kind == "Q4_K_M":
@@ -88,16 +88,16 @@ def test_byte_identical_to_llama_quantize(
 
 def test_older_format(matrix: tuple[Path, Path], tmp_path: Path) -> None:
     _, path = matrix
-    found = imatrix.read(path)
-    parts = [struct.pack("<i", len(found.means))]
-    for name, values in found.means.items():
+    stored = imatrix.read(path)
+    parts = [struct.pack("<i", len(stored.means))]
+    for name, values in stored.means.items():
         parts += [struct.pack("<i", len(name)), name.encode(), struct.pack("<ii", 7, values.size)]
         parts.append((values * 7).astype(np.float32).tobytes())
     old = tmp_path / "imatrix.dat"
     old.write_bytes(b"".join([*parts, struct.pack("<ii", 7, 5), b"stuff"]))
-    again = imatrix.fit(imatrix.read(old), {name: (4, 2, values.shape[-1]) for name, values in found.means.items()})
+    again = imatrix.fit(imatrix.read(old), {name: (4, 2, values.shape[-1]) for name, values in stored.means.items()})
     assert (again.chunks, again.datasets) == (7, ("stuff",))
-    for name, values in found.means.items():
+    for name, values in stored.means.items():
         np.testing.assert_allclose(again.means[name], values, rtol=1e-6)
     old.write_bytes(old.read_bytes()[:-30])
     with pytest.raises(CheckpointError, match="are left"):
@@ -129,6 +129,6 @@ def test_split(models: dict[str, Path], tmp_path: Path) -> None:
         f"llama-Q8_0-{number:05}-of-{len(files):05}.gguf" for number in range(1, len(files) + 1)
     ]
     assert len(files) > 2
-    assert {name: found for file in files for name, found in read(file)[1].items()} == read(whole)[1]
+    assert {name: stored for file in files for name, stored in read(file)[1].items()} == read(whole)[1]
     assert all(file.stat().st_size < 1_100_000 for file in files[1:])
     assert nmse(by_llama_cpp(files[0]), by_llama_cpp(whole)) == 0

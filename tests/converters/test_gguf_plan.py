@@ -67,17 +67,19 @@ def test_split() -> None:
 
 def test_the_header_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For the proof and for the file; the control, another plan, makes its own."""
-    made: list[int] = []
+    encoded: list[int] = []
     encode = header.encode
-    monkeypatch.setattr(header, "encode", lambda keys, tensors: (made.append(len(tensors)), encode(keys, tensors))[1])
+    monkeypatch.setattr(
+        header, "encode", lambda keys, tensors: (encoded.append(len(tensors)), encode(keys, tensors))[1]
+    )
     whole = plan()
     whole.write_empty(tmp_path / "empty.gguf")
     out = DryRunDir(tmp_path / "out")
     assert ShardFiles(out, "model", whole).names == ["model.gguf"]
     assert out.sizes == {"model.gguf": whole.size}
-    assert made == [3]
+    assert encoded == [3]
     ShardFiles(out, "model", plan(), split_size=1)
-    assert made == [3, 1, 1, 1]
+    assert encoded == [3, 1, 1, 1]
     out.discard()
 
 

@@ -103,14 +103,14 @@ def ggml_takes(path: Path) -> bool:
     library.gguf_init_from_file.argtypes = [ctypes.c_char_p, Params]
     library.gguf_free.argtypes = [ctypes.c_void_p]
     context = ctypes.c_void_p()
-    found = library.gguf_init_from_file(
+    opened = library.gguf_init_from_file(
         str(path).encode(), Params(False, ctypes.cast(ctypes.byref(context), ctypes.c_void_p))
     )
-    if found:
-        library.gguf_free(found)
+    if opened:
+        library.gguf_free(opened)
     library.ggml_free.argtypes = [ctypes.c_void_p]
     library.ggml_free(context)
-    return bool(found)
+    return bool(opened)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -150,8 +150,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_what_passes_is_read_by_both(written: bytes, tmp_path: Path, data: st.DataObject) -> None:
     """Any damage to a real file is found, or ggml and gguf read the file all the same."""
     raw = bytearray(written)
-    for place in data.draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=3)):
-        raw[place] = data.draw(st.integers(0, 255))
+    for position in data.draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=3)):
+        raw[position] = data.draw(st.integers(0, 255))
     path = tmp_path / "damaged.gguf"
     path.write_bytes(raw[: data.draw(st.integers(len(raw) // 2, len(raw)))])
     try:

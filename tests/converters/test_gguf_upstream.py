@@ -112,8 +112,8 @@ def by_peft(base: Path, adapter: Path) -> np.ndarray:
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         ids = torch.tensor([list(range(20, 90))])
-        found: np.ndarray = PeftModel.from_pretrained(plain, adapter)(ids).logits[0].double().numpy()
-    return found
+        result: np.ndarray = PeftModel.from_pretrained(plain, adapter)(ids).logits[0].double().numpy()
+    return result
 
 
 def test_an_adapter_is_folded(root: Path, tmp_path: Path) -> None:
@@ -163,8 +163,8 @@ def test_half_an_adapter_is_none(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     with RowMaps(model) as moves:
         (move,) = moves.of(name)
         assert sorted(move.outputs.tolist()) == list(range(512))
-        for kept in (0, 256):
-            lost = lambda *given, kept=kept: ((t, n, v[:kept]) for t, n, v in targets(*given))  # noqa: E731
+        for count in (0, 256):
+            lost = lambda *args, count=count: ((t, n, v[:count]) for t, n, v in targets(*args))  # noqa: E731
             monkeypatch.setattr(UpstreamBackend, "targets", lost)
             assert moves.of(name) == []
 
@@ -200,17 +200,17 @@ def test_refused_before_the_first_byte(root: Path, tmp_path: Path, capfd: pytest
     model = Path(shutil.copytree(model_of(root, "phi-2"), tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
 
-    def said(**changes: Any) -> str:
+    def refusal(**changes: Any) -> str:
         (model / "config.json").write_text(json.dumps({**config, **changes}))
         assert run(["export", str(model), "-t", "gguf", "-o", str(tmp_path / "out")]) == 1
         assert not list((tmp_path / "out").glob("*"))
         return capfd.readouterr().err
 
-    known = said(architectures=["PhyForCausalLM"])
+    known = refusal(architectures=["PhyForCausalLM"])
     assert "did you mean 'PhiForCausalLM'?" in known
     assert "known: PhiForCausalLM" in known, "the nearest first"
     assert all(name in known for name in ("LlamaForCausalLM", "MambaForCausalLM"))
-    assert "wrong shape" in said(hidden_size=128)
+    assert "wrong shape" in refusal(hidden_size=128)
 
 
 def test_without_the_tree(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -240,8 +240,8 @@ def test_no_child_stays(root: Path, tmp_path: Path) -> None:
     import psutil
 
     def children() -> list[str]:
-        found = psutil.Process().children(recursive=True)
-        return [child.name() for child in found if "upstream_child" in " ".join(child.cmdline())]
+        result = psutil.Process().children(recursive=True)
+        return [child.name() for child in result if "upstream_child" in " ".join(child.cmdline())]
 
     export(model_of(root, "gpt-2"), tmp_path / "out", "-q", "Q8_0")
     assert (
@@ -315,7 +315,7 @@ def multimodal(root: Path, kind: str) -> Path:
             torch.nn.init.normal_(weight, std=0.02)
     model.save_pretrained(path)
     dress(path, by=2)
-    told = {
+    settings = {
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         "image_seq_length": 4,
@@ -323,7 +323,7 @@ def multimodal(root: Path, kind: str) -> Path:
         "max_pixels": 12544,
         "size": {"shortest_edge": 3136, "longest_edge": 12544},
     }
-    (path / "preprocessor_config.json").write_text(json.dumps(told))
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return path
 
 
@@ -348,8 +348,8 @@ def image_rows(loaded: Any, kind: str, pixels: np.ndarray) -> np.ndarray:
         cut = values.reshape(3, side // 2, 2, 14, side // 2, 2, 14).permute(1, 4, 2, 5, 0, 3, 6)
         values = cut.reshape(side * side, 3, 1, 14 * 14).expand(-1, -1, 2, -1).reshape(side * side, -1)
     with torch.no_grad():
-        found = loaded.model.get_image_features(pixel_values=values, **grid).pooler_output
-    rows = found[0] if isinstance(found, (tuple, list)) else found
+        result = loaded.model.get_image_features(pixel_values=values, **grid).pooler_output
+    rows = result[0] if isinstance(result, (tuple, list)) else result
     return rows.reshape(-1, rows.shape[-1]).double().numpy()
 
 
@@ -377,5 +377,5 @@ def test_multimodal(root: Path, tmp_path: Path, kind: str) -> None:
     assert [name for name in theirs if tensors.get(name) != theirs[name]] == []
     assert tensors.keys() == theirs.keys()
     assert differences(keys, their_keys) == {}
-    about = json.loads((file.parent / "lora2serve.json").read_text())
-    assert (about["file"], about["projector"]) == (file.name, projector.name)
+    manifest = json.loads((file.parent / "lora2serve.json").read_text())
+    assert (manifest["file"], manifest["projector"]) == (file.name, projector.name)

@@ -45,18 +45,18 @@ def read(name: str) -> tuple[dict[str, Any], list[str], list[list[int]]]:
 
 def steps(rules: tuple[str, ...]) -> list[dict[str, Any]]:
     """The steps of a tokenizer.json: the inverse of ``pretokenizer._steps``."""
-    made: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for rule in rules:
         if rule.startswith("digits"):
-            made.append({"type": "Digits", "individual_digits": rule == "digits:single"})
+            parts.append({"type": "Digits", "individual_digits": rule == "digits:single"})
         elif rule == "punctuation":
-            made.append({"type": "Punctuation", "behavior": "Contiguous"})
+            parts.append({"type": "Punctuation", "behavior": "Contiguous"})
         elif rule.startswith("bytelevel"):
             regex = rule == "bytelevel:regex"
-            made.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex})
+            parts.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex})
         else:
-            made.append({"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False})
-    return made
+            parts.append({"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False})
+    return parts
 
 
 def rebuild(name: str, path: Path) -> int:
@@ -146,8 +146,8 @@ def test_two_tokens_of_one_text(
     assert f"tokens {rows} and {rows + 1} are both '\ufffd\ufffd'" in capfd.readouterr().err
     monkeypatch.setattr(header, "_refuse_twins", lambda keys: None)
     assert run(words) == 1
-    said = capfd.readouterr().err
-    assert "llama.cpp died (signal SIGABRT)" in said and "GGML_ASSERT" in said
+    error = capfd.readouterr().err
+    assert "llama.cpp died (signal SIGABRT)" in error and "GGML_ASSERT" in error
 
 
 def test_the_hash_is_the_second_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +219,6 @@ def test_spaces_before_a_text(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
         path.write_text(json.dumps({**content, "normalizer": None, "pre_tokenizer": step}))
         code = run(["export", str(tmp_path), "-t", "gguf", "-q", "F16", "-o", str(tmp_path / "out"), "--plan"])
-        said = capfd.readouterr().err
-        assert code == (scheme == "always"), said
-    assert "llama.cpp splits" in said, "the control: a space unless there is one is nothing that llama.cpp can do"
+        error = capfd.readouterr().err
+        assert code == (scheme == "always"), error
+    assert "llama.cpp splits" in error, "the control: a space unless there is one is nothing that llama.cpp can do"

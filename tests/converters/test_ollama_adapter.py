@@ -29,8 +29,8 @@ def base(demo_run: Run) -> Path:
 @pytest.fixture(scope="module")
 def base_export(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("base-ollama")
-    (made,) = lora2serve("export", base, "-t", "ollama", "-q", "F32", "-o", out, cwd=out).split()
-    return Path(made)
+    (directory,) = lora2serve("export", base, "-t", "ollama", "-q", "F32", "-o", out, cwd=out).split()
+    return Path(directory)
 
 
 def as_adapter(subject: Path, out: Path, *more: str) -> int:
@@ -57,19 +57,19 @@ def test_what_is_written(ollama: OllamaServer, demo_run: Run, base_export: Path,
     """FROM a file by its absolute path, ADAPTER beside the Modelfile, the proven template, and stops."""
     gguf = next(base_export.glob("*.gguf"))
     assert as_adapter(demo_run.path, tmp_path, "--from", str(gguf), "--create", "tuned") == 0
-    made = tmp_path / "ollama-adapter"
-    assert capfd.readouterr().out.split() == [str(made)]
-    commands = dict(parse((made / "Modelfile").read_text()))
+    directory = tmp_path / "ollama-adapter"
+    assert capfd.readouterr().out.split() == [str(directory)]
+    commands = dict(parse((directory / "Modelfile").read_text()))
     assert commands["from"] == str(gguf)
     assert commands["adapter"] == "./demo-lora.gguf"
-    assert commands["template"] == (made / "template").read_text()
-    assert json.loads((made / "params").read_text())["stop"]
-    assert not manifest.verify(made)
-    about = manifest.read(made)
-    assert (about["target"], about["from"], about["template"]["kind"]) == ("ollama-adapter", str(gguf), "go")
+    assert commands["template"] == (directory / "template").read_text()
+    assert json.loads((directory / "params").read_text())["stop"]
+    assert not manifest.verify(directory)
+    facts = manifest.read(directory)
+    assert (facts["target"], facts["from"], facts["template"]["kind"]) == ("ollama-adapter", str(gguf), "go")
     stored = ollama.models["tuned:latest"]
     assert stored.adapter is not None
-    assert stored.adapter.read_bytes() == (made / "demo-lora.gguf").read_bytes()
+    assert stored.adapter.read_bytes() == (directory / "demo-lora.gguf").read_bytes()
     assert stored.model.read_bytes() == gguf.read_bytes()
 
 
@@ -80,7 +80,7 @@ def test_a_base_that_the_server_has_not(ollama: OllamaServer, demo_run: Run, tmp
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "expected --from BASE"),
         (("--from", "./llama.gguf"), "--from ./llama.gguf: no such GGUF file"),
@@ -88,29 +88,29 @@ def test_a_base_that_the_server_has_not(ollama: OllamaServer, demo_run: Run, tmp
         (("--from", "llama3", "-q", "Q8_0"), "--quant Q8_0: unknown"),
     ],
 )
-def test_refused(demo_run: Run, tmp_path: Path, capfd: Any, words: tuple[str, ...], said: str) -> None:
+def test_refused(demo_run: Run, tmp_path: Path, capfd: Any, words: tuple[str, ...], message: str) -> None:
     assert as_adapter(demo_run.path, tmp_path, *words) in (1, 2)
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("trained", "before", "said"),
+    ("trained", "before", "message"),
     [
         (UNPROVEN, None, "no proven template (turns look different"),
         (None, "{% if tools %}{{ tools }}{% endif %}" + UNPROVEN, "which Ollama would prefer"),
     ],
 )
 def test_no_prompt_but_the_trained_one(
-    demo_run: Run, base: Path, tmp_path: Path, capfd: Any, trained: str | None, before: str | None, said: str
+    demo_run: Run, base: Path, tmp_path: Path, capfd: Any, trained: str | None, before: str | None, message: str
 ) -> None:
     """Without a proven template, or with one that a newer Ollama would pass over for the base's own."""
     adapter, other = (
-        Path(shutil.copytree(place, tmp_path / name)) for place, name in ((demo_run.adapter, "adapter"), (base, "base"))
+        Path(shutil.copytree(path, tmp_path / name)) for path, name in ((demo_run.adapter, "adapter"), (base, "base"))
     )
     if trained:
         (adapter / "chat_template.jinja").write_text(trained)
     if before:
         (other / "chat_template.jinja").write_text(before)
     assert as_adapter(adapter, tmp_path / "out", "--base", str(other), "--from", "llama3") == 1
-    assert said in " ".join(capfd.readouterr().err.split())
+    assert message in " ".join(capfd.readouterr().err.split())

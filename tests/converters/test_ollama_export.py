@@ -53,38 +53,38 @@ def trained(base: Path) -> str:
 def test_an_unproven_template(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:
     """No TEMPLATE and no guess: the GGUF's own Jinja, kept apart from those that look like it, and REQUIRES."""
     (base / "chat_template.jinja").write_text(NUMBERED)
-    made = exported(base, tmp_path)
-    commands = dict(parse((made / "Modelfile").read_text()))
+    directory = exported(base, tmp_path)
+    commands = dict(parse((directory / "Modelfile").read_text()))
     assert "template" not in commands
     assert commands["requires"] == "0.30.0"
-    assert not (made / "template").exists()
-    about = manifest.read(made)["template"]
-    assert (about["kind"], about["requires"]) == ("jinja", "0.30.0")
-    assert "turns look different" in about["why"]
-    scan(next(made.glob("*.gguf")))
-    assert rendered(ollama, made) == trained(base)
+    assert not (directory / "template").exists()
+    template = manifest.read(directory)["template"]
+    assert (template["kind"], template["requires"]) == ("jinja", "0.30.0")
+    assert "turns look different" in template["why"]
+    scan(next(directory.glob("*.gguf")))
+    assert rendered(ollama, directory) == trained(base)
     assert ollama.load("demo:latest").jinja == LOOKALIKE_GUARD + NUMBERED
 
 
 def test_a_dated_template(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:
-    place = base / "chat_template.jinja"
-    place.write_text(DATED + place.read_text())
-    made = exported(base, tmp_path)
-    assert dict(parse((made / "Modelfile").read_text()))["requires"] == "0.14.0"
-    assert manifest.read(made)["template"]["dated"] is True
-    assert "currentDate" in (made / "template").read_text()
-    assert rendered(ollama, made) == trained(base)
+    path = base / "chat_template.jinja"
+    path.write_text(DATED + path.read_text())
+    directory = exported(base, tmp_path)
+    assert dict(parse((directory / "Modelfile").read_text()))["requires"] == "0.14.0"
+    assert manifest.read(directory)["template"]["dated"] is True
+    assert "currentDate" in (directory / "template").read_text()
+    assert rendered(ollama, directory) == trained(base)
 
 
 def test_a_default_system_message(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:
     """All three side files, and the same prompt with it and without."""
-    place = base / "chat_template.jinja"
+    path = base / "chat_template.jinja"
     default = "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nBe kind.<|im_end|>\n' }}{%- endif %}"
-    place.write_text(default + place.read_text())
-    made = exported(base, tmp_path)
-    assert (made / "system").read_text() == "Be kind."
-    assert {"Modelfile", "template", "system", "params"} <= set(manifest.read(made)["files"])
-    ollama_create(Client(), made, "demo", Silent())
+    path.write_text(default + path.read_text())
+    directory = exported(base, tmp_path)
+    assert (directory / "system").read_text() == "Be kind."
+    assert {"Modelfile", "template", "system", "params"} <= set(manifest.read(directory)["files"])
+    ollama_create(Client(), directory, "demo", Silent())
     assert ollama.models["demo:latest"].system == "Be kind."
     plain = Client().render("demo", turns(1))
     assert plain.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
@@ -94,10 +94,10 @@ def test_a_default_system_message(ollama: OllamaServer, base: Path, tmp_path: Pa
 def test_sampling_defaults_and_stops(base: Path, tmp_path: Path) -> None:
     """Numbers in Ollama's types; every end token of the generation config as text."""
     path = base / "generation_config.json"
-    given = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 1, "repetition_penalty": 1.05}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **given, "eos_token_id": [0, 1, 88, 10**6]}))
-    made = exported(base, tmp_path)
-    params = json.loads((made / "params").read_text())
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 1, "repetition_penalty": 1.05}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **sampling, "eos_token_id": [0, 1, 88, 10**6]}))
+    directory = exported(base, tmp_path)
+    params = json.loads((directory / "params").read_text())
     stop = params.pop("stop")
     assert params == {"temperature": 0.7, "top_p": 1.0, "top_k": 20, "repeat_penalty": 1.05}
     assert {"<|im_end|>", "<|endoftext|>"} <= set(stop)

@@ -81,8 +81,8 @@ def test_characters_that_ollama_drops(lost: str) -> None:
 
 def test_printable_is_what_go_says(go_program: Path) -> None:
     """Every code point; a difference may only be one that we refuse and a newer Unicode of Go's takes."""
-    said = subprocess.run([go_program, "printable"], capture_output=True, text=True, check=True).stdout
-    theirs = {c for start, end in json.loads(said) for c in range(start, end)}
+    printed = subprocess.run([go_program, "printable"], capture_output=True, text=True, check=True).stdout
+    theirs = {c for start, end in json.loads(printed) for c in range(start, end)}
     ours = {c for c in range(0x110000) if is_printable(chr(c))}
     assert len(theirs) > 140_000
     assert not ours - theirs
@@ -99,7 +99,7 @@ def test_no_line_that_ollama_deprecates_or_does_not_know() -> None:
 
 
 @pytest.mark.parametrize(
-    "made",
+    "modelfile",
     [
         {"model": "./a\nb.gguf"},
         {"system": 'one """\ntwo'},
@@ -108,10 +108,10 @@ def test_no_line_that_ollama_deprecates_or_does_not_know() -> None:
         {"adapter": '"a.gguf'},
     ],
 )
-def test_the_control(made: dict[str, Any]) -> None:
+def test_the_control(modelfile: dict[str, Any]) -> None:
     """What would end early, or become another command, is refused in one line."""
     with pytest.raises(ExportError) as caught:
-        Modelfile(**{"model": "./a.gguf", **made}).write()
+        Modelfile(**{"model": "./a.gguf", **modelfile}).write()
     assert "\n" not in caught.value.message
     assert caught.value.hint
 
@@ -137,13 +137,13 @@ MODELFILES = st.builds(
 
 
 @given(MODELFILES)
-def test_reads_what_was_written_or_says_so(made: Modelfile) -> None:
+def test_reads_what_was_written_or_says_so(modelfile: Modelfile) -> None:
     try:
-        text = made.write()
+        text = modelfile.write()
     except ExportError as error:
         assert "\n" not in error.message
         return
-    assert parse(text) == list(made.commands())
+    assert parse(text) == list(modelfile.commands())
 
 
 PLAIN = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from(" \n\t{}'"), min_size=1, max_size=60)
@@ -152,18 +152,18 @@ PLAIN = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from("
 @given(PLAIN, PLAIN, PLAIN)
 def test_plain_contents_are_never_refused(template: str, system: str, stop: str) -> None:
     """Text without quotes and without characters that Ollama drops always passes, so the test above is no empty one."""
-    made = Modelfile("./a.gguf", template=template, system=system, stop=(stop,))
+    modelfile = Modelfile("./a.gguf", template=template, system=system, stop=(stop,))
     clean = (
         all(is_printable(c) or c in "\n\t" for c in template + system + stop) and '"' not in template + system + stop
     )
     if clean:
-        assert parse(made.write()) == list(made.commands())
+        assert parse(modelfile.write()) == list(modelfile.commands())
 
 
 @given(st.lists(st.sampled_from([c.upper() + " " for c in COMMANDS]) | NASTY | st.text(max_size=20)).map("".join))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
-        found = parse(text)
+        commands = parse(text)
     except ModelfileError:
         return
-    assert all(is_printable(c) or c in "\t\r\n" for _, value in found for c in value)
+    assert all(is_printable(c) or c in "\t\r\n" for _, value in commands for c in value)

@@ -43,7 +43,7 @@ Go = Callable[..., list[str]]
 @pytest.fixture(scope="session")
 def go(go_render: Renderer) -> Go:
     """Renders (template, messages) pairs with Go's own text/template."""
-    return lambda asked, day=DAY: [go_render(template, ollama_data(messages), day) for template, messages in asked]
+    return lambda cases, day=DAY: [go_render(template, ollama_data(messages), day) for template, messages in cases]
 
 
 def corpus() -> list[Path]:
@@ -59,27 +59,27 @@ def attempt(path: Path) -> Derived | str:
 
 def test_corpus(go: Go) -> None:
     """Every real template is proven in real Go on all conversations, or refused; the counts stand in docs/ollama.md."""
-    found = {path: attempt(path) for path in corpus()}
-    proven = {path: made for path, made in found.items() if isinstance(made, Derived)}
-    assert len(found) >= 60
-    for path, made in proven.items():
+    results = {path: attempt(path) for path in corpus()}
+    proven = {path: derived for path, derived in results.items() if isinstance(derived, Derived)}
+    assert len(results) >= 60
+    for path, derived in proven.items():
         template = Jinja(path.read_text(encoding="utf-8"), SPECIAL)
-        asked = list(conversations(made.pieces.before_system is not None))
-        for day in (DAY, date(2031, 11, 30)) if made.dated else (DAY,):
+        cases = list(conversations(derived.pieces.before_system is not None))
+        for day in (DAY, date(2031, 11, 30)) if derived.dated else (DAY,):
             render = template.at(template_dates.on(day))
-            answers = go([(made.go(), messages) for messages in asked], day)
-            assert answers == [render(messages) for messages in asked], path.name
-    refused = {path.stem: made for path, made in found.items() if not isinstance(made, Derived)}
+            answers = go([(derived.go(), messages) for messages in cases], day)
+            assert answers == [render(messages) for messages in cases], path.name
+    refused = {path.stem: derived for path, derived in results.items() if not isinstance(derived, Derived)}
     print(f"{len(proven)} proven, {len(refused)} refused: {refused}")
     text = Path(__file__).parents[2].joinpath("docs", "ollama.md").read_text(encoding="utf-8")
-    assert f"{len(found)} templates: {len(proven)} proven, {len(refused)} refused" in text
+    assert f"{len(results)} templates: {len(proven)} proven, {len(refused)} refused" in text
 
 
 def test_gotpl_agrees_with_go(go: Go) -> None:
     """What proves a template at export time renders as Go does."""
     template = derive(Jinja(CHATML, SPECIAL)).go()
-    asked = list(conversations(True))
-    assert go([(template, messages) for messages in asked]) == [compile_go(template)(messages) for messages in asked]
+    cases = list(conversations(True))
+    assert go([(template, messages) for messages in cases]) == [compile_go(template)(messages) for messages in cases]
 
 
 def test_control_a_lost_newline_is_seen(go: Go) -> None:
@@ -126,11 +126,11 @@ def test_a_date_of_every_day(go: Go, pattern: str) -> None:
 
 def test_two_formats_in_one_template(go: Go) -> None:
     text = "{{ bos_token }}Year {{ strftime_now('%Y') }}.\n" + CHATML + "{{ strftime_now('%d %B') }}:"
-    made = derive(Jinja(text, SPECIAL))
-    assert made.dated
-    assert "2026" not in made.go()
+    derived = derive(Jinja(text, SPECIAL))
+    assert derived.dated
+    assert "2026" not in derived.go()
     for day in template_dates.days():
-        assert go([(made.go(), turns(2))], day) == [Jinja(text, SPECIAL).at(template_dates.on(day))(turns(2))]
+        assert go([(derived.go(), turns(2))], day) == [Jinja(text, SPECIAL).at(template_dates.on(day))(turns(2))]
 
 
 def test_a_system_message_in_the_last_turn(go: Go) -> None:
@@ -140,11 +140,11 @@ def test_a_system_message_in_the_last_turn(go: Go) -> None:
         "{% if loop.last and messages[0].role == 'system' %}<<{{ messages[0].content }}>>{% endif %}{{ m.content }}[/INST]"
         "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
     )
-    made = derive(Jinja(text, SPECIAL))
-    assert made.pieces.system_last
-    asked = list(conversations(True))
-    assert go([(made.go("<s>"), messages) for messages in asked]) == [
-        Jinja(text, SPECIAL)(messages).removeprefix("<s>") for messages in asked
+    derived = derive(Jinja(text, SPECIAL))
+    assert derived.pieces.system_last
+    cases = list(conversations(True))
+    assert go([(derived.go("<s>"), messages) for messages in cases]) == [
+        Jinja(text, SPECIAL)(messages).removeprefix("<s>") for messages in cases
     ]
 
 
@@ -155,14 +155,14 @@ def test_the_generation_tag(go: Go) -> None:
 
 
 def test_trimming_is_told() -> None:
-    made = derive(Jinja(CHATML.replace("m['content']", "m['content'] | trim"), SPECIAL))
-    assert made.trims
+    derived = derive(Jinja(CHATML.replace("m['content']", "m['content'] | trim"), SPECIAL))
+    assert derived.trims
     assert not derive(Jinja(CHATML, SPECIAL)).trims
 
 
 def test_bos_is_left_to_the_engine(go: Go) -> None:
-    made = derive(Jinja("{{ bos_token }}" + CHATML, SPECIAL))
-    with_bos, without = go([(made.go(), turns(1, "s")), (made.go("<s>"), turns(1, "s"))])
+    derived = derive(Jinja("{{ bos_token }}" + CHATML, SPECIAL))
+    with_bos, without = go([(derived.go(), turns(1, "s")), (derived.go("<s>"), turns(1, "s"))])
     assert with_bos == "<s>" + without
     assert not without.startswith("<s>")
 
@@ -182,12 +182,12 @@ DEFAULT = (
 def test_a_default_system_message(go: Go) -> None:
     """It becomes SYSTEM where that changes no prompt: Ollama then sends it itself."""
     template = Jinja(DEFAULT, SPECIAL)
-    made = derive(template)
-    system = default_system(template, made)
+    derived = derive(template)
+    system = default_system(template, derived)
     assert system == "You are Wexley.\nBe kind."
     for messages in conversations(False):
         sent = [{"role": "system", "content": system}, *messages]
-        assert go([(made.go(), sent)]) == [template(messages)] == go([(made.go(), messages)])
+        assert go([(derived.go(), sent)]) == [template(messages)] == go([(derived.go(), messages)])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_native_is_preferred_where_tools_are() -> None:
 
 REAL = ("Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.2-3B-Instruct", "mistralai-Mistral-Nemo-Instruct-2407",
         "google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct")  # fmt: skip
-SAID = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40).filter(
+CONTENTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40).filter(
     lambda text: text == text.strip()
 )
 
@@ -255,16 +255,18 @@ def real(name: str) -> tuple[Jinja, Derived]:
 @settings(max_examples=60)
 @given(
     st.sampled_from(REAL),
-    st.lists(SAID, min_size=1, max_size=7).filter(lambda said: len(said) % 2),
-    st.none() | SAID,
+    st.lists(CONTENTS, min_size=1, max_size=7).filter(lambda contents: len(contents) % 2),
+    st.none() | CONTENTS,
     st.dates(),
 )
-def test_any_conversation(name: str, said: list[str], system: str | None, day: date) -> None:
+def test_any_conversation(name: str, contents: list[str], system: str | None, day: date) -> None:
     """What nobody thought of: any text without white space around it, on any day."""
-    template, made = real(name)
-    messages = turns(len(said) // 2 + 1, system if made.pieces.before_system is not None else None, said.__getitem__)
+    template, derived = real(name)
+    messages = turns(
+        len(contents) // 2 + 1, system if derived.pieces.before_system is not None else None, contents.__getitem__
+    )
     if day.year >= 1900:
-        assert compile_go(made.go(), day)(messages) == template.at(template_dates.on(day))(messages)
+        assert compile_go(derived.go(), day)(messages) == template.at(template_dates.on(day))(messages)
 
 
 @given(st.text(max_size=30))

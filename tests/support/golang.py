@@ -34,15 +34,15 @@ class Renderer:
         self._lock = threading.Lock()
 
     def __call__(self, template: str, data: Mapping[str, Any], day: date) -> str:
-        asked = json.dumps({"Template": template, "Data": data, "Date": day.isoformat()})
+        request = json.dumps({"Template": template, "Data": data, "Date": day.isoformat()})
         assert self._process.stdin and self._process.stdout
         with self._lock:
-            self._process.stdin.write(asked + "\n")
+            self._process.stdin.write(request + "\n")
             self._process.stdin.flush()
-            said = json.loads(self._process.stdout.readline())
-        if said["Error"]:
-            raise TemplateError(said["Error"])
-        return str(said["Text"])
+            answer = json.loads(self._process.stdout.readline())
+        if answer["Error"]:
+            raise TemplateError(answer["Error"])
+        return str(answer["Text"])
 
     def close(self) -> None:
         assert self._process.stdin

@@ -16,18 +16,18 @@ import numpy as np
 
 def seen(text: Path, projector: Path, pixels: np.ndarray, scratch: Path) -> np.ndarray:
     """The rows for one image, in float64."""
-    given, out = scratch / "pixels.npy", scratch / "rows.npy"
-    np.save(given, pixels)
-    words = [sys.executable, "-m", "tests.support.sight", str(text), str(projector), str(given), str(out)]
+    source, out = scratch / "pixels.npy", scratch / "rows.npy"
+    np.save(source, pixels)
+    words = [sys.executable, "-m", "tests.support.sight", str(text), str(projector), str(source), str(out)]
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return np.load(out).astype(np.float64)
 
 
-def main(text: str, projector: str, given: str, out: str) -> None:
+def main(text: str, projector: str, source: str, out: str) -> None:
     from llama_cpp import llama_cpp, mtmd_cpp
 
-    pixels = np.ascontiguousarray(np.load(given))
+    pixels = np.ascontiguousarray(np.load(source))
     model = llama_cpp.llama_model_load_from_file(text.encode(), llama_cpp.llama_model_default_params())
     params = mtmd_cpp.mtmd_context_params_default()
     params.use_gpu, params.n_threads, params.warmup = False, 2, False
@@ -40,8 +40,8 @@ def main(text: str, projector: str, given: str, out: str) -> None:
     chunks = mtmd_cpp.mtmd_input_chunks_init()
     images = (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(image)
     assert mtmd_cpp.mtmd_tokenize(context, chunks, ctypes.byref(prompt), images, 1) == 0
-    found = [mtmd_cpp.mtmd_input_chunks_get(chunks, n) for n in range(mtmd_cpp.mtmd_input_chunks_size(chunks))]
-    (chunk,) = (c for c in found if mtmd_cpp.mtmd_input_chunk_get_type(c) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE)
+    parts = [mtmd_cpp.mtmd_input_chunks_get(chunks, n) for n in range(mtmd_cpp.mtmd_input_chunks_size(chunks))]
+    (chunk,) = (c for c in parts if mtmd_cpp.mtmd_input_chunk_get_type(c) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE)
     assert mtmd_cpp.mtmd_encode_chunk(context, chunk) == 0
     shape = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk), llama_cpp.llama_model_n_embd_inp(model)
     np.save(out, np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(context), shape))

@@ -24,13 +24,13 @@ for line in sys.stdin:
     tree, pre, words = json.loads(line)
     base.TextModel.get_vocab_base_pre = (lambda self, tokenizer: pre) if pre else by_hash
     sys.argv = [tree + "/convert_hf_to_gguf.py", *words]
-    said = ""
+    problem = ""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             runpy.run_path(sys.argv[0], run_name="__main__")
     except BaseException:
-        said = traceback.format_exc()
-    print(json.dumps(said), flush=True)
+        problem = traceback.format_exc()
+    print(json.dumps(problem), flush=True)
 """
 
 
@@ -53,11 +53,11 @@ def convert(model: Path, out: Path, *words: str, pre: str = "", outtype: str = "
     process = _converter()
     assert process.stdin is not None
     assert process.stdout is not None
-    asked = [str(model), "--outfile", str(out), "--outtype", outtype, *words]
-    process.stdin.write(json.dumps([str(llama_cpp_dir()), pre, asked]) + "\n")
+    arguments = [str(model), "--outfile", str(out), "--outtype", outtype, *words]
+    process.stdin.write(json.dumps([str(llama_cpp_dir()), pre, arguments]) + "\n")
     process.stdin.flush()
-    said = json.loads(process.stdout.readline())
-    assert said == "", said[-1500:]
+    error = json.loads(process.stdout.readline())
+    assert error == "", error[-1500:]
     return out
 
 
@@ -73,7 +73,7 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Any = None) -> Path:
     entries = llama_child.entries(imatrix) if imatrix else None
     if entries is not None:
         params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-    with llama_child.quiet_llama() as said:
+    with llama_child.quiet_llama() as log:
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
-    assert failed == 0, said.last_error()
+    assert failed == 0, log.last_error()
     return out
