@@ -31,7 +31,7 @@ from lora2serve.weights.tensors import Block, TensorSpec
 CALIBRATED = ("awq", "gptq")
 LIKE = SCHEMES["w4a16"]  # the data-free scheme with the same layout: what fits it, and which group
 ROWS = 512  # of the calibration data, at most; llm-compressor's own default
-SCRIPT = Path(__file__).with_name("calibrated_child.py")
+WORKER = f"{Path(__file__).with_name('calibrated_child.py')}:CompressorWorker"
 PARTS = re.compile(r"_(packed|scale|zero_point|shape|g_idx)$")
 
 
@@ -86,7 +86,7 @@ class CalibratedWriter:
             log = Path(file.name)
         with (
             self._data.progress.track(f"{self._quant} by llm-compressor", steps) as advance,
-            WorkerProcess("llm-compressor", [str(self._python), "-I", str(SCRIPT)], [], log, limit=None) as child,
+            WorkerProcess("llm-compressor", WORKER, {}, log, python=(str(self._python), "-I")) as child,
         ):
             said = child.call(
                 "compress", advance, model=merged, out=out, quant=self._quant, tokens=tokens,

@@ -1,4 +1,4 @@
-"""AWQ or GPTQ by llm-compressor, run as a script by its own environment's Python, which has no lora2serve.
+"""AWQ or GPTQ by llm-compressor, loaded by its path in an environment of its own, which has no lora2serve.
 
 AWQ: https://arxiv.org/abs/2306.00978; GPTQ: https://arxiv.org/abs/2210.17323. Both write the compressed-tensors format
 (pack-quantized, 4 bits in groups along the input): AWQ with zero points, GPTQ symmetric.
@@ -7,41 +7,49 @@ AWQ: https://arxiv.org/abs/2306.00978; GPTQ: https://arxiv.org/abs/2210.17323. B
 from __future__ import annotations
 
 import json
-import os
-import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 TOGETHER = 8192  # tokens in one forward
 
 
-def compress(
-    advance: Callable[[int], None], *, model: str, out: str, quant: str, tokens: str, group: int, ignore: list[str]
-) -> dict[str, Any]:
-    """Quantise the model directory ``model`` into ``out``; ``tokens`` is a JSON file of rows of token ids.
+class Signs(Protocol):
+    """What this worker needs of its link to the parent."""
 
-    ``advance`` is told 1 for the model loaded, for each decoder layer and for the rest. Returns versions.
-    """
-    import compressed_tensors
-    import llmcompressor
-    import torch
+    def advance(self, done: int) -> None:
+        """A sign of life, and how much is done."""
+        ...
 
-    rows = json.loads(Path(tokens).read_text(encoding="utf-8"))
-    loaded, dtype = _load(model)
-    advance(1)
-    data: Any = torch.utils.data.DataLoader(list(batches(rows)), batch_size=None)  # type: ignore[arg-type]
-    recipe = _recipe(quant, group, ignore, advance)
-    llmcompressor.oneshot(model=loaded, recipe=recipe, dataset=data, pipeline="sequential")
-    loaded.to(dtype).save_pretrained(out, save_compressed=True)
-    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    return {
-        "llmcompressor": llmcompressor.__version__,
-        "compressed-tensors": compressed_tensors.__version__,
-        "device": device,
-    }
+
+class CompressorWorker:
+    """The one job."""
+
+    def __init__(self, link: Signs) -> None:
+        self._advance = link.advance
+
+    def compress(self, model: str, out: str, quant: str, tokens: str, group: int, ignore: list[str]) -> dict[str, str]:
+        """Quantize the model directory ``model`` into ``out``; ``tokens`` is a JSON file of rows of token ids.
+
+        Advances by 1 for the model loaded, for each decoder layer and for the rest. Returns versions.
+        """
+        import compressed_tensors
+        import llmcompressor
+        import torch
+
+        rows = json.loads(Path(tokens).read_text(encoding="utf-8"))
+        loaded, dtype = _load(model)
+        self._advance(1)
+        data: Any = torch.utils.data.DataLoader(list(batches(rows)), batch_size=None)  # type: ignore[arg-type]
+        recipe = _recipe(quant, group, ignore, self._advance)
+        llmcompressor.oneshot(model=loaded, recipe=recipe, dataset=data, pipeline="sequential")
+        loaded.to(dtype).save_pretrained(out, save_compressed=True)
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+        return {
+            "llmcompressor": llmcompressor.__version__,
+            "compressed-tensors": compressed_tensors.__version__,
+            "device": device,
+        }
 
 
 def batches(rows: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
@@ -100,34 +108,3 @@ def _recipe(quant: str, group: int, ignore: list[str], advance: Callable[[int], 
     if quant == "gptq":
         return [GPTQModifier(**groups), Tell()]
     return [AWQModifier(), QuantizationModifier(**groups), Tell()]
-
-
-def _end_with_parent(asked: int) -> None:
-    """Nothing more comes from the parent: its pipe closes when it is gone, and then nobody wants the result."""
-    while os.read(asked, 1 << 16):
-        pass
-    os._exit(1)
-
-
-def main(asked: int, answers: int) -> None:
-    """One job from the pipe; its signs of life, then its result or error, into the other."""
-    line = b""
-    while not line.endswith(b"\n"):
-        line += os.read(asked, 1 << 16) or os._exit(1)
-    threading.Thread(target=_end_with_parent, args=(asked,), daemon=True).start()
-
-    def say(message: dict[str, Any]) -> None:
-        os.write(answers, json.dumps(message).encode() + b"\n")
-
-    try:
-        say({"result": compress(lambda done: say({"advance": done}), **json.loads(line)["arguments"])})
-    except BaseException as error:
-        traceback.print_exc()
-        first = (str(error).strip().splitlines() or ["no message"])[0][:300]
-        say({"error": f"{type(error).__name__}: {first}"})
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
-    sys.stdout.flush()
-    os._exit(0)  # libraries with threads of their own would hang here

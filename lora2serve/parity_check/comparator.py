@@ -83,8 +83,8 @@ def _asked(references: References, rows: Sequence[ComparisonResult], ask: str) -
     """The user's own question and who answers what."""
     if not ask:
         return Question()
-    texts = references.words(list(references.said.values()))
-    answers = {who: text.strip() for who, text in zip(references.said, texts, strict=True)}
+    texts = references.words(list(references.answers.values()))
+    answers = {who: text.strip() for who, text in zip(references.answers, texts, strict=True)}
     return Question(ask, answers | {f"{row.export} in {row.engine}": row.said for row in rows if row.version})
 
 

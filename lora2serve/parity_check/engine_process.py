@@ -1,18 +1,16 @@
-"""Engines in child processes: one that crashes or hangs is a failed row, not a failed program."""
+"""Engines in worker processes: one that crashes or hangs is a failed row, not a failed program."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lora2serve.errors import EngineError
-from lora2serve.system import worker_process
 from lora2serve.system.extras import Extra, install_hint
+from lora2serve.system.worker_process import WorkerProcess
 
-LIMIT = 600.0  # seconds without a sign of life
+LIMIT = 600.0  # seconds without a response
+WORKER = "lora2serve.parity_check.worker:EngineWorker"
 EXTRAS: dict[str, Extra] = {
     "peft": "train",
     "transformers": "train",
@@ -26,17 +24,18 @@ class EngineMissing(EngineError):
     """The engine is not installed, or no server answers."""
 
 
-class EngineProcess(worker_process.WorkerProcess):
-    """One child process with one engine. ``call`` runs a function of ``jobs.py`` there; arrays go through files."""
+MISSING = {EngineMissing.__name__, ModuleNotFoundError.__name__}
 
-    def __init__(self, engine: str, options: Mapping[str, Any], log: Path, limit: float = LIMIT) -> None:
-        program = [sys.executable, "-m", "lora2serve.parity_check.worker"]
-        super().__init__(
-            engine, program, [engine, json.dumps(options)], log, limit, hint="raise the limit with parity.limit; "
-        )
 
-    def failed(self, answer: Mapping[str, Any]) -> EngineError:
-        missing = bool(answer["missing"])
+class EngineProcess(WorkerProcess):
+    """One process with one engine. ``call`` runs a job of ``EngineWorker`` there; arrays go through files."""
+
+    def __init__(self, engine: str, options: Mapping[str, object], log: Path, limit: float = LIMIT) -> None:
+        hint = "raise the limit with parity.limit; "
+        super().__init__(engine, WORKER, {"engine": engine, "options": options}, log, limit, hint)
+
+    def failed(self, message: Mapping[str, str]) -> EngineError:
+        missing = message["kind"] in MISSING
         kind = EngineMissing if missing else EngineError
-        way_out = install_hint(EXTRAS[self.name]) if missing and self.name in EXTRAS else ""
-        return kind(f"{self.name}: {answer['error']}", str(answer["hint"] or way_out))
+        install = install_hint(EXTRAS[self.name]) if missing and self.name in EXTRAS else ""
+        return kind(f"{self.name}: {message['error']}", message["hint"] or install)

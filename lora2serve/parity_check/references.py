@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ SPARE = 1.1  # of the disk that the references need
 
 
 class References:
-    """The data that everybody is asked, and what the trained model says to it.
+    """The data that every engine is asked, and what the trained model answers.
 
     ``files`` hold the logits, (P, V) float32 each; ``base`` is how far the model without adapter is from each, None
     where there is no adapter; ``greedy`` their answers. One model is in memory at a time, and only while it is asked.
@@ -34,30 +34,30 @@ class References:
         self.versions: dict[str, ReferenceInfo] = {}
         self.base: dict[str, Positions | None] = {}
         self.greedy: dict[str, Any] = {}
-        self.said: dict[str, list[int]] = {}  # to the user's own question, by who
+        self.answers: dict[str, list[int]] = {}  # to the user's own question, by the model
         for name in origin.references:
-            with self._child("peft", self._options(name), f"reference-{name}") as child:
+            with self._worker("peft", self._options(name), f"reference-{name}") as engine:
                 if not self.files:
-                    self._prepare(child)
-                self._measure(name, child)
+                    self._prepare(engine)
+                self._measure(name, engine)
         lengths = [len(text.ids) - 1 for text in self.data.sequences]
         self.sequences: Ints = np.repeat(np.arange(len(lengths)), lengths)
         self.task = np.repeat([text.part == "task" for text in self.data.sequences], lengths)
-        self._words = self._child("tokenizer", {"tokenizer": str(origin.tokenizer)}, "tokenizer")
+        self._tokenizer = self._worker("tokenizer", {"tokenizer": str(origin.tokenizer)}, "tokenizer")
 
     def close(self) -> None:
-        """End the child that puts ids in words."""
-        self._words.close()
+        """End the worker that decodes ids."""
+        self._tokenizer.close()
 
     @property
     def path(self) -> Path:
-        """Where the data lie, for engines."""
+        """The file of the data, for engines."""
         return self._work / "data.json"
 
     def words(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Ids in words, by the trained tokenizer."""
-        words: list[str] = self._words.call("text", ids=[list(part) for part in ids])
-        return words
+        """Ids as text, by the trained tokenizer."""
+        texts: list[str] = self._tokenizer.call("text", ids=[list(item) for item in ids])
+        return texts
 
     def scored(self) -> ScoredData:
         """What was scored."""
@@ -72,10 +72,10 @@ class References:
             window=self.data.window,
         )
 
-    def _child(self, engine: str, options: Any, log: str) -> EngineProcess:
+    def _worker(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
         return EngineProcess(engine, options, self._logs / f"{log}.log", self._origin.settings.limit)
 
-    def _options(self, name: ReferenceName) -> dict[str, Any]:
+    def _options(self, name: ReferenceName) -> dict[str, object]:
         origin = self._origin
         return {
             "base": str(origin.base),
@@ -85,20 +85,22 @@ class References:
             "trained_on": origin.run.record.device if origin.run else None,
         }
 
-    def _prepare(self, child: EngineProcess) -> None:
+    def _prepare(self, engine: EngineProcess) -> None:
         """Choose what is asked; InputError where the disk cannot hold the answers."""
         origin, settings = self._origin, self._origin.settings
         amount = Amount(settings.tokens, settings.window, settings.prompts, settings.new_tokens)
-        place = {"out": str(self.path), "eval_rows": str(origin.rows) if origin.rows else None}
+        rows = str(origin.rows) if origin.rows else None
         with self._progress.track("loading the trained model", 1) as advance:
-            vocab = child.call("prepare_data", advance, **place, general=settings.general, amount=vars(amount))
+            vocab = engine.call(
+                "prepare_data", advance, out=self.path, eval_rows=rows, general=settings.general, amount=vars(amount)
+            )
         self.data: PromptSet = load_saved(self.path)
         need = int(self.data.positions * vocab * 4 * len(origin.references) * SPARE)
         free = shutil.disk_usage(self._work).free
         if need > free:
             raise InputError(
                 f"{self._work.parent}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for the references' logits",
-                "free some, or score less: parity.tokens in the recipe",
+                "make room on the disk, or score less: parity.tokens in the recipe",
             )
         if self.data.positions < settings.tokens:
             self._progress.warn(
@@ -106,18 +108,18 @@ class References:
                 "--data or parity.general brings more"
             )
 
-    def _measure(self, name: ReferenceName, child: EngineProcess) -> None:
+    def _measure(self, name: ReferenceName, engine: EngineProcess) -> None:
         self.files[name] = self._work / f"{name}.f32"
         positions, data = self._work / f"{name}.npz", str(self.path)
         with self._progress.track(f"reference: {name}", self.data.positions, "tokens") as advance:
-            written = child.call(
+            written = engine.call(
                 "write_reference", advance, data=data, out=str(self.files[name]), positions=str(positions)
             )
         self.versions[name] = ReferenceInfo.from_json(written, "write_reference")
         new_tokens = self._origin.settings.new_tokens
-        self.greedy[name] = child.call("likeliest", data=data, new_tokens=new_tokens)
+        self.greedy[name] = engine.call("likeliest", data=data, new_tokens=new_tokens)
         self.base[name] = worker.load_positions(positions).get("base")
         if self._ask and name == self._origin.references[-1]:
-            for who in ("base", "trained") if self._origin.adapters else ("trained",):
-                alone = who == "base"
-                self.said[who] = child.call("answer", prompt=self._ask, new_tokens=new_tokens, base=alone)
+            for model in ("base", "trained") if self._origin.adapters else ("trained",):
+                alone = model == "base"
+                self.answers[model] = engine.call("answer", prompt=self._ask, new_tokens=new_tokens, base=alone)

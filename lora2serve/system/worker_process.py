@@ -1,50 +1,69 @@
-"""A child process for what may crash, hang, or need another Python: one that fails is an error, not the end.
+"""A worker: a child process for what may crash, hang or need another Python. One that fails is an error, not the end.
 
-The parent sends one JSON line per call and reads JSON lines back: signs of life, then a result or an error. The child
-gets the two descriptors as its first arguments. What its libraries print goes into a log.
+See worker_protocol.py for what is said between the two, and fork_client.py for how it starts within milliseconds. What
+its libraries print goes into a log.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import signal
+import socket
 import subprocess
-import time
+import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from lora2serve.errors import EngineError
+from lora2serve.system import worker_protocol
+from lora2serve.system.fork_client import SETTINGS, fork_worker
+from lora2serve.system.worker_protocol import Link, LinkClosed
 
-GRACE = 10.0  # seconds that a child has to end by itself once its pipe is closed
+GRACE = 10.0  # seconds that a worker has to end by itself once it is told to
+INTERRUPTED = 2.0  # the same after Ctrl-C
+PYTHON = (sys.executable, "-P")  # -P: nothing is imported from the current folder
+
+
+class ChildProcess(Protocol):
+    """What subprocess.Popen and ForkedProcess have in common."""
+
+    pid: int
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code."""
+        ...
 
 
 class WorkerProcess:
-    """One child process: ``program IN OUT arguments``. ``call`` runs a job in it.
+    """One process with one worker, ``module:Class`` or ``/path/file.py:Class``. ``call`` runs one of its jobs.
 
-    ``limit`` is how many seconds may pass without a sign of life; None for work whose steps have no known bound.
+    ``options`` make the worker. ``limit`` is how many seconds may pass without a response; None for work whose steps
+    have no known bound. ``python`` is the command of another interpreter.
     """
 
     def __init__(
-        self, name: str, program: Sequence[str], arguments: Sequence[str], log: Path, limit: float | None,
-        hint: str = "",
+        self, name: str, worker: str, options: Mapping[str, object], log: Path, limit: float | None = None,
+        hint: str = "", python: Sequence[str] = PYTHON, fork: bool = True,
     ) -> None:  # fmt: skip
         self.name, self.log, self.limit, self._hint = name, log, limit, hint
-        asked, self._to = os.pipe()
-        self._from, answer = os.pipe()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                [*program, str(asked), str(answer), *arguments], stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, env=environment, pass_fds=(asked, answer), start_new_session=True,
+        ours, theirs = socket.socketpair()
+        with theirs, log.open("wb") as file:
+            environment = {**os.environ, **SETTINGS}
+            forked = fork_worker(worker, theirs, file, environment) if fork and python == PYTHON else None
+            self._process: ChildProcess = forked or subprocess.Popen(
+                [*python, worker_protocol.__file__, str(theirs.fileno()), worker], stdin=subprocess.DEVNULL,
+                stdout=file, stderr=file, env=environment, pass_fds=(theirs.fileno(),), start_new_session=True,
             )  # fmt: skip
-        os.close(asked)
-        os.close(answer)
-        self._buffer = b""
+        self._link = Link(ours)
+        self._code: int | None = None
+        ours.settimeout(limit)
+        weakref.finalize(self, ours.close)
+        with suppress(LinkClosed):  # the first call says why
+            self._link.send({"options": options})
 
     def __enter__(self) -> Self:
         return self
@@ -52,72 +71,69 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:  # such as Ctrl-C: what it is at is wanted no more
-            self._kill()
+        if kind is not None and self._code is None:  # such as Ctrl-C: nobody waits for what it is at
+            self._end(INTERRUPTED)
         self.close()
 
-    def call(self, job: str, advance: Callable[[int], None] | None = None, **arguments: Any) -> Any:
-        """The result of one job. EngineError says what went wrong; the child is then gone."""
+    def call(
+        self, job: str, advance: Callable[[int], None] | None = None,
+        answer: Callable[[Any], object] | None = None, **arguments: Any,
+    ) -> Any:  # fmt: skip
+        """The result of one job; ``answer`` is what the job may ask. EngineError says what failed; the worker ends."""
         try:
-            os.write(self._to, json.dumps({"job": job, "arguments": arguments}, default=str).encode() + b"\n")
-        except BrokenPipeError:
+            self._link.send({"job": job, "arguments": arguments})
+            while "result" not in (message := self._link.receive()):
+                if "question" in message:
+                    assert answer is not None, f"{self.name} asks {message['question']!r}"
+                    self._link.send({"answer": answer(message["question"])})
+                elif "error" in message:
+                    self.close()
+                    raise self.failed(message)
+                elif advance:
+                    advance(message["advance"])
+            return message["result"]
+        except TimeoutError:
+            raise self._silent() from None
+        except (LinkClosed, OSError):
             raise self._died() from None
-        while True:
-            answer = self._read()
-            if "advance" in answer:
-                if advance:
-                    advance(answer["advance"])
-                continue
-            if "result" in answer:
-                return answer["result"]
-            self.close()
-            raise self.failed(answer)
 
-    def failed(self, answer: Mapping[str, Any]) -> EngineError:
-        """The error that an answer tells of: ``error`` and ``hint``."""
-        return EngineError(f"{self.name}: {answer['error']}", answer.get("hint") or f"its log: {self.log}")
+    def failed(self, message: Mapping[str, str]) -> EngineError:
+        """What an error message means: its ``error``, ``hint`` and ``kind``."""
+        return EngineError(f"{self.name}: {message['error']}", message["hint"] or f"its log: {self.log}")
+
+    def died(self, code: int, last_line: str) -> EngineError:
+        """What it means that the worker ended by itself."""
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return EngineError(f"{self.name} died ({how}): {last_line}", f"its log: {self.log}")
 
     def close(self) -> None:
-        """End the child and everything it started."""
-        for descriptor in (self._to, self._from):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._to = self._from = -1
+        """End the worker and everything it started. Safe twice."""
+        if self._code is None:
+            with suppress(LinkClosed, OSError):
+                self._link.send({"close": True})
+            self._end(GRACE)
+
+    def _end(self, seconds: float) -> None:
+        if seconds < GRACE:
+            self._link.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=GRACE)  # it ends by itself when its pipe closes
-        self._kill()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        deadline = None if self.limit is None else time.monotonic() + self.limit
-        while b"\n" not in self._buffer:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([self._from], [], [], left)
-            if not ready:
-                self._kill()
-                self.close()
-                hint = f"{self._hint}its log ends: {self._last_words()}"
-                raise EngineError(f"{self.name}: no sign of life for {self.limit:.0f} s", hint)
-            part = os.read(self._from, 1 << 16)
-            if not part:
-                raise self._died()
-            self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def _kill(self) -> None:
+            self._process.wait(timeout=seconds)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._code = self._process.wait()
+        self._link.close()
+
+    def _silent(self) -> EngineError:
+        self._end(0.0)
+        hint = f"{self._hint}its log ends: {self._last_line()}"
+        return EngineError(f"{self.name}: no response for {self.limit:.0f} s", hint)
 
     def _died(self) -> EngineError:
-        self.close()
-        code = self._process.returncode
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return EngineError(f"{self.name} died ({how}): {self._last_words()}", f"its log: {self.log}")
+        self._end(GRACE)
+        return self.died(self._code or 0, self._last_line())
 
-    def _last_words(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        errors = [line for line in said if "Error" in line]
-        return (errors or said or ["nothing"])[-1][:300]
+    def _last_line(self) -> str:
+        content = self.log.read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in content.split("\n") if line.strip()]
+        errors = [line for line in lines if "Error" in line]
+        return (errors or lines or ["nothing"])[-1][:300]

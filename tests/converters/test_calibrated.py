@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.vllm import calibrated
+from converters.vllm.calibrated import WORKER
 from converters.vllm.calibrated_child import TOGETHER, batches
 from lora2serve.artifacts import manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.parity_check.thresholds import lookup
-from lora2serve.system import tool_env
+from lora2serve.system import tool_env, worker_protocol
 from lora2serve.weights.checkpoint import Checkpoint
 from tests.conftest import lora2serve
 from tests.support.tiny import make_adapter, make_model
@@ -137,26 +139,26 @@ def test_ctrl_c_ends_the_child(made: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     """Killed without a word, the parent leaves no child that goes on for hours."""
-    script = (
-        "import sys, time; sys.path.insert(0, sys.argv[3]); from converters.vllm import calibrated_child as child;"
-        "child.compress = lambda advance, **_: (open(sys.argv[4], 'w').close(), time.sleep(600));"
-        "child.main(int(sys.argv[1]), int(sys.argv[2]))"
-    )
-    asked, to = os.pipe()
-    come, answer = os.pipe()
-    words = [str(asked), str(answer), str(Path(__file__).parents[2]), str(tmp_path / "at work")]
-    process = subprocess.Popen([sys.executable, "-c", script, *words], pass_fds=(asked, answer))
-    os.close(asked)
-    os.close(answer)
-    os.write(to, b'{"job": "compress", "arguments": {}}\n')
+    sign = tmp_path / "at work"
+    fake = f"import time\nopen({str(sign)!r}, 'w').close()\ntime.sleep(600)"
+    (tmp_path / "compressed_tensors.py").write_text(fake)
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, worker_protocol.__file__, str(theirs.fileno()), WORKER], pass_fds=[theirs.fileno()],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, start_new_session=True,
+    )  # fmt: skip
+    theirs.close()
+    link = worker_protocol.Link(ours)
+    link.send({"options": {}})
+    arguments = {"model": "", "out": "", "quant": "gptq", "tokens": "", "group": 128, "ignore": []}
+    link.send({"job": "compress", "arguments": arguments})
     for _ in range(600):
-        if (tmp_path / "at work").exists():
+        if sign.exists():
             break
         time.sleep(0.05)
-    assert process.poll() is None
-    os.close(to)
-    assert process.wait(timeout=20) == 1
-    os.close(come)
+    assert sign.exists() and process.poll() is None
+    link.close()
+    assert process.wait(timeout=20) == 0
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=6), min_size=1, max_size=40))

@@ -19,6 +19,7 @@ from converters.gguf import imatrix
 from converters.gguf.gguf_adapter_reader import GgufAdapterReader
 from converters.gguf.row_map import RowMaps
 from converters.gguf.upstream import llama_cpp_source
+from converters.gguf.upstream.converter_process import ConverterProcess
 from converters.gguf.upstream.upstream_backend import UpstreamBackend
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.cli import run
@@ -235,18 +236,21 @@ def test_its_gguf_stays_out_of_our_process(root: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0 False True"
 
 
-def test_no_child_stays(root: Path, tmp_path: Path) -> None:
+def test_no_child_stays(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter's process ends with the export, also where that is refused."""
     import psutil
 
     def children() -> list[str]:
-        result = psutil.Process().children(recursive=True)
-        return [child.name() for child in result if "upstream_child" in " ".join(child.cmdline())]
+        found = psutil.Process().children(recursive=True)
+        return [name for name in (child.name() for child in found) if name == "ConverterWorker"]
 
+    plan, seen = ConverterProcess.plan, list[str]()
+    monkeypatch.setattr(ConverterProcess, "plan", lambda self: (plan(self), seen.extend(children()))[0])
     export(model_of(root, "gpt-2"), tmp_path / "out", "-q", "Q8_0")
     assert (
         run(["export", str(model_of(root, "gpt-2")), "-t", "gguf", "-o", str(tmp_path), "--tensor-type", "x=Q8_0"]) == 1
     )
+    assert set(seen) == {"ConverterWorker"}, "the control: it is seen while it runs"
     assert children() == []
 
 

@@ -1,52 +1,56 @@
-"""The process that asks llama.cpp itself: run by llama.py, with nothing of ours imported."""
+"""What a worker process asks llama.cpp itself: loaded by its path, with nothing of ours imported."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 _keep: list[Any] = []  # a log callback that is collected crashes the library at its next word
 
 
-def quantize(source: str, out: str, file_type: int, means: str | None) -> str:
-    """``llama_model_quantize``; what it says where it fails, else nothing. ``means``: an .npz, tensor -> float32."""
-    import llama_cpp
-    import numpy
+class LlamaWorker:
+    """The jobs; made while the parent plans."""
 
-    with quiet_llama() as said:
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.nthread, params.pure = file_type, 1, False
-        if means:
-            loaded = dict(numpy.load(means))  # alive until the call is done, as the array of pointers into it
-            array = entries(loaded)
-            params.imatrix = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-        failed = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
-    return said.last_error() if failed else ""
+    def __init__(self, link: object) -> None:
+        os.environ["GGML_NO_BACKTRACE"] = "1"  # an assertion's own line is its last word
+        import llama_cpp  # noqa: F401
 
+    def quantize(self, source: str, out: str, file_type: int, means: str | None) -> str:
+        """``llama_model_quantize``; its reason where it fails, else nothing. ``means``: an .npz, tensor -> float32."""
+        import llama_cpp
+        import numpy
 
-def tokens(path: str, texts: list[str]) -> dict[str, Any]:
-    """``ids`` of each text, special tokens recognised and none added, and ``adds_bos``; or ``refused``: why not.
+        with quiet_llama() as log:
+            params = llama_cpp.llama_model_quantize_default_params()
+            params.ftype, params.nthread, params.pure = file_type, 1, False
+            if means:
+                loaded = dict(numpy.load(means))  # alive until the call is done, as the array of pointers into it
+                array = entries(loaded)
+                params.imatrix = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+            failed = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
+        return log.last_error() if failed else ""
 
-    The file needs no tensor data: its tensors are checked against the graph, but not allocated.
-    """
-    import llama_cpp
+    def tokens(self, path: str, texts: list[str]) -> dict[str, object]:
+        """``ids`` of each text, special tokens recognized and none added, and ``adds_bos``; or ``refused``: why not.
 
-    with quiet_llama() as said:
-        params = llama_cpp.llama_model_default_params()
-        params.no_alloc, params.load_mode, params.n_gpu_layers = True, 0, 0  # LLAMA_LOAD_MODE_NONE
-        llama_cpp.llama_backend_init()
-        loaded = llama_cpp.llama_model_load_from_file(path.encode(), params)
-    if not loaded:
-        return {"refused": said.last_error().removeprefix("llama_model_load: error loading model: ")}
-    vocab = llama_cpp.llama_model_get_vocab(loaded)
-    ids = [_tokenize(vocab, text.encode()) for text in texts]
-    adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(vocab))
-    llama_cpp.llama_model_free(loaded)
-    return {"ids": ids, "adds_bos": adds_bos}
+        The file needs no tensor data: its tensors are checked against the graph, but not allocated.
+        """
+        import llama_cpp
+
+        with quiet_llama() as log:
+            params = llama_cpp.llama_model_default_params()
+            params.no_alloc, params.load_mode, params.n_gpu_layers = True, 0, 0  # LLAMA_LOAD_MODE_NONE
+            llama_cpp.llama_backend_init()
+            loaded = llama_cpp.llama_model_load_from_file(path.encode(), params)
+        if not loaded:
+            return {"refused": log.last_error().removeprefix("llama_model_load: error loading model: ")}
+        vocab = llama_cpp.llama_model_get_vocab(loaded)
+        ids = [_tokenize(vocab, text.encode()) for text in texts]
+        adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(vocab))
+        llama_cpp.llama_model_free(loaded)
+        return {"ids": ids, "adds_bos": adds_bos}
 
 
 def _tokenize(vocab: Any, text: bytes) -> list[int]:
@@ -97,25 +101,3 @@ class quiet_llama:  # noqa: N801
         """The last line of warning or error that gives a reason."""
         told = [line for line in self._lines if line and not line.endswith("failed to load model")]
         return (told or self._lines or ["no reason given"])[-1]
-
-
-def main(asked: int, answers: int) -> None:
-    """One line of JSON for each job, and one with its result, until the parent closes its end."""
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # an assertion's own line is its last word
-    import llama_cpp  # noqa: F401 (while the parent plans)
-
-    jobs: dict[str, Any] = {"quantize": quantize, "tokens": tokens}
-    with os.fdopen(asked, "rb") as lines, os.fdopen(answers, "wb") as out:
-        for line in lines:
-            given = json.loads(line)
-            try:
-                answer = {"result": jobs[given["job"]](**given["arguments"])}
-            except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            out.write(json.dumps(answer).encode() + b"\n")
-            out.flush()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
-    os._exit(0)  # the parent waits, and there is nothing left to tidy

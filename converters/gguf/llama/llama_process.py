@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from typing import Any
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.system.worker_process import WorkerProcess
 
-SCRIPT = Path(__file__).with_name("llama_child.py")
+WORKER = f"{Path(__file__).with_name('llama_child.py')}:LlamaWorker"
 
 
 class Llama:
@@ -27,7 +26,7 @@ class Llama:
     def __enter__(self) -> Llama:
         if self.there:
             log = Path(self._folder.name) / "log"
-            self._child = WorkerProcess("llama.cpp", [sys.executable, "-P", str(SCRIPT)], [], log, limit=None)
+            self._child = WorkerProcess("llama.cpp", WORKER, {}, log, fork=False)  # it needs no torch
         return self
 
     def __exit__(

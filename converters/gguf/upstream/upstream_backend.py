@@ -78,13 +78,11 @@ class UpstreamBackend:
 
     def constants(self) -> Iterator[tuple[str, Tensor | bytes]]:
         """What comes from no stored tensor: values, or bytes in the file's own type."""
-        import torch
-
         for target, known in self._constants.items():
             if isinstance(known, bytes):
                 yield target, known
                 continue
-            values = self._converter.make(target, {}) if known is None else torch.from_numpy(known)
+            values = self._converter.make(target, {}) if known is None else known
             yield target, values.reshape(-1, values.shape[-1])
 
     def close(self) -> None:

@@ -1,23 +1,23 @@
 """llama.cpp's own converter in a process of its own: its classes, its ``gguf``, and tensors that the parent hands over.
 
-Run as a script by upstream.py. What a class does to a tensor is recorded as it is planned (its tensors are lazy), and
-done when the parent asks for the result. Nothing of the checkpoint is read here, and nothing is written.
+A worker, loaded by its path with nothing of ours imported. What a class does to a tensor is recorded as it is planned
+(its tensors are lazy), and done when the parent asks for the result. Nothing of the checkpoint is read here, and
+nothing is written.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from multiprocessing.connection import Connection
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any
+from typing import Any, Protocol
 
 VISION = "vision_tower.vision_model."
 
@@ -35,38 +35,67 @@ class Recorded:
     nbytes: int = 0
 
 
-class Child:
-    """One model of the parent's, seen through one of upstream's classes."""
+class Parent(Protocol):
+    """What this worker needs of its link to the parent."""
 
-    def __init__(self, link: Connection, asked: Mapping[str, Any]) -> None:
-        self._link, self._asked = link, asked
-        self._specs = {name: (tuple(shape), dtype) for name, shape, dtype in asked["specs"]}
+    def ask(self, question: object) -> Any:
+        """The parent's answer."""
+        ...
+
+
+class UpstreamRefuses(Exception):
+    """Upstream's error with the line where it gave up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConverterWorker:
+    """One model of the parent's, seen through one of upstream's classes, from the ``tree`` of its source.
+
+    ``architecture``, ``folder``, ``projector``, ``file_type``, ``pre``, ``pre_found`` and ``specs`` say which.
+    """
+
+    def __init__(self, link: Parent, tree: str, **request: Any) -> None:
+        import torch
+
+        sys.path[:0] = [tree, f"{tree}/gguf-py"]  # the first is where upstream looks for its built-in vocabularies
+        self._parent, self._request = link, request
+        self._specs = {name: (tuple(shape), dtype) for name, shape, dtype in request["specs"]}
         self._given: dict[str, Any] = {}
         self._targets: dict[str, Any] = {}
-        self._gguf, self._base = import_module("gguf"), import_module("conversion.base")
-        self._lazy = self._base.LazyTorchTensor
-        self._model = self._open()
+        with _refusals(), torch.inference_mode():
+            self._gguf, self._base = import_module("gguf"), import_module("conversion.base")
+            self._lazy = self._base.LazyTorchTensor
+            self._model = self._open()
 
     def plan(self) -> dict[str, Any]:
         """Everything of the file but the data of its tensors."""
-        self._model.prepare_tensors()
-        self._model.prepare_metadata(vocab_only=False)
-        writer = self._model.gguf_writer
-        tensors = [self._describe(name, info) for part in writer.tensors for name, info in part.items()]
-        keys = [
-            (key, plain(kept.value), int(kept.type), None if kept.sub_type is None else int(kept.sub_type))
-            for key, kept in writer.kv_data[0].items()
-        ]
-        return {"architecture": writer.arch, "keys": keys, "tensors": tensors}
+        import torch
 
-    def make(self, target: str, given: Mapping[str, Any]) -> Any:
-        """The values of one planned tensor, float32 and contiguous."""
+        with _refusals(), torch.inference_mode():
+            self._model.prepare_tensors()
+            self._model.prepare_metadata(vocab_only=False)
+            writer = self._model.gguf_writer
+            tensors = [self._describe(name, info) for part in writer.tensors for name, info in part.items()]
+            keys = [
+                (key, plain(kept.value), int(kept.type), None if kept.sub_type is None else int(kept.sub_type))
+                for key, kept in writer.kv_data[0].items()
+            ]
+            return {"architecture": writer.arch, "keys": keys, "tensors": tensors}
+
+    def make(self, target: str, given: Mapping[str, bytearray]) -> dict[str, Any]:
+        """The values of one planned tensor, float32; what it needs beside ``given`` is asked for."""
         import numpy
+        import torch
 
-        self._given = dict(given)
+        self._given = {name: from_bytes(values, *self._specs[name]) for name, values in given.items()}
         try:
-            root = self._targets[target]
-            return numpy.ascontiguousarray(self._evaluate(root, self._uses(root), {}), numpy.float32)
+            with _refusals(), torch.inference_mode():
+                root = self._targets[target]
+                values = numpy.ascontiguousarray(self._evaluate(root, self._uses(root), {}), numpy.float32)
+                return {"shape": list(values.shape), "values": values.data}
         finally:
             self._given = {}
 
@@ -74,13 +103,13 @@ class Child:
         """Upstream's class for the architecture, with our index of tensors and our answer to what is no fact of it."""
         conversion, base = import_module("conversion"), self._base
         kinds = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
-        found = conversion.get_model_class(self._asked["architecture"], mmproj=self._asked["projector"])
+        found = conversion.get_model_class(self._request["architecture"], mmproj=self._request["projector"])
         base.ModelBase.index_tensors = self._index_tensors()
         self._gguf.quants.quantize = self._record
         record = self._record
         self._gguf.LazyChunkedTensor.quantize = lambda self, kind: record(self, kind)  # noqa: PLW0108 (it is a method)
         base.TextModel.get_vocab_base_pre = self._pre_tokenizer(base.TextModel.get_vocab_base_pre)
-        folder, file_type = Path(self._asked["folder"]), self._gguf.LlamaFileType[kinds[self._asked["file_type"]]]
+        folder, file_type = Path(self._request["folder"]), self._gguf.LlamaFileType[kinds[self._request["file_type"]]]
         settings = self._settings(folder)
         found.no_mtp = found.supports_mtp_export and not self._predicts_more(settings)
         return found(folder, file_type, folder / "unwritten.gguf", hparams=settings)
@@ -113,13 +142,13 @@ class Child:
         """``tokenizer.ggml.pre``: as the user names it, else upstream's hash, else what the parent found."""
 
         def name(model: Any, tokenizer: Any) -> str:
-            if self._asked["pre"]:
-                return str(self._asked["pre"])
+            if self._request["pre"]:
+                return str(self._request["pre"])
             try:
                 return str(by_hash(model, tokenizer))
             except NotImplementedError:
-                if self._asked["pre_found"]:
-                    return str(self._asked["pre_found"])
+                if self._request["pre_found"]:
+                    return str(self._request["pre_found"])
                 raise
 
         return name
@@ -136,8 +165,7 @@ class Child:
 
     def _load(self, name: str) -> Any:
         if name not in self._given:
-            self._link.send(("need", name))
-            return receive(self._link, *self._specs[name])
+            return from_bytes(self._parent.ask(name), *self._specs[name])
         return self._given[name]
 
     def _record(self, values: Any, kind: Any) -> Recorded:
@@ -153,9 +181,10 @@ class Child:
         kept = info.tensor
         if not isinstance(kept, Recorded):  # converted by the class itself: its bytes are the file's
             stored = self._gguf.LazyNumpyTensor.to_eager(kept)
-            return found | {"stored": numpy.ascontiguousarray(stored).tobytes()}
+            return found | {"stored": numpy.ascontiguousarray(stored).data}
         if isinstance(kept.values, numpy.ndarray):
-            return found | {"constant": numpy.ascontiguousarray(kept.values, numpy.float32)}
+            values = numpy.ascontiguousarray(kept.values, numpy.float32)
+            return found | {"constant": {"shape": list(values.shape), "values": values.data}}
         self._targets[name] = kept.values
         straight = list(self._straight(kept.values))
         return found | {"straight": straight, "sources": [] if straight else sorted(self._sources(kept.values))}
@@ -245,59 +274,20 @@ def source_of(node: Any) -> str:
     return str(vars(node).get("source", "")) if hasattr(node, "__dict__") else ""
 
 
-def receive(link: Connection, shape: tuple[int, ...], dtype: str) -> Any:
-    """The tensor whose bytes come next."""
+def from_bytes(values: bytearray, shape: tuple[int, ...], dtype: str) -> Any:
+    """The tensor of these bytes, which are not copied."""
     import torch
 
-    buffer = torch.empty(shape, dtype=getattr(torch, dtype))
-    view = buffer.reshape(-1).view(torch.uint8).numpy().data if buffer.numel() else memoryview(b"")
-    while view:
-        got = os.readv(link.fileno(), [view])
-        if not got:
-            raise EOFError
-        view = view[got:]
-    return buffer
+    kind = getattr(torch, dtype)
+    return (torch.frombuffer(values, dtype=kind) if values else torch.empty(0, dtype=kind)).reshape(shape)
 
 
-def send(link: Connection, values: Any) -> None:
-    """The bytes of an array."""
-    view = memoryview(values).cast("B") if values.size else memoryview(b"")
-    while view:
-        view = view[os.write(link.fileno(), view) :]
-
-
-def serve(link: Connection) -> None:
-    """Plan once, then answer until the parent goes away."""
-    import torch
-
-    with torch.inference_mode():
-        child = Child(link, link.recv())
-        link.send(("plan", child.plan()))
-        while True:
-            target, given = link.recv()
-            made = child.make(target, {name: receive(link, *child._specs[name]) for name in given})
-            link.send(("made", made.shape))
-            send(link, made)
-
-
-def main() -> None:
-    """``upstream_child.py TREE FD``."""
-    tree, link = sys.argv[1], Connection(int(sys.argv[2]))
-    sys.path[:0] = [tree, f"{tree}/gguf-py"]  # the first is where upstream looks for its built-in vocabularies
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What upstream raises, with the place in its code: many of its assertions say nothing else."""
     try:
-        serve(link)
-    except (EOFError, BrokenPipeError):
-        return  # the parent has all it wants
+        yield
     except Exception as error:
-        link.send(("error", f"{type(error).__name__}: {error} ({place_of(error)})"))
-        raise
-
-
-def place_of(error: BaseException) -> str:
-    """Where upstream's code gave up: many of its assertions say nothing else."""
-    frame = extract_tb(error.__traceback__)[-1]
-    return f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
-
-
-if __name__ == "__main__":
-    main()
+        frame = extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
+        raise UpstreamRefuses(f"{type(error).__name__}: {error} ({place})") from error

@@ -1,4 +1,4 @@
-"""One small protocol for every engine; one file each. All of them run in a child process (see worker.py).
+"""One small protocol for every engine; one file each. All of them run in a worker process (see worker.py).
 
 An engine is made by its options, all of them JSON. What an engine cannot show, it answers with None.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pkgutil import resolve_name
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,9 +82,3 @@ ENGINES = {
     "tensors": "lora2serve.parity_check.tensor_gate:Tensors",  # no engines, but run like them
     "tokenizer": "lora2serve.parity_check.engines.tokenizer_engine:Words",
 }
-
-
-def make(name: str, options: Mapping[str, Any]) -> Engine:
-    """The engine of that name, loaded. ImportError where it is not installed."""
-    engine: Engine = resolve_name(ENGINES[name])(**options)
-    return engine
