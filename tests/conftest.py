@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from hypothesis import settings
 
 from lora2serve.artifacts.run import Run
 from tests.support import golang
+from tests.support.commands import run_command
 from tests.support.ollama_server import OllamaServer
 
 # the same examples in every run: a red build is red again; `--hypothesis-profile default` draws new ones
@@ -25,9 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def lora2serve(*words: str | Path, cwd: Path, code: int = 0) -> str:
     """Run the command line as a user does; its stdout."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lora2serve", *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    done = run_command([str(word) for word in words], cwd)
     assert done.returncode == code, f"lora2serve {words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "nanobind: leaked" not in done.stderr, "a library's words at the end of the process reach the user"
     return done.stdout

@@ -18,7 +18,7 @@ class Signs(Protocol):
     """What this worker needs of its link to the parent."""
 
     def advance(self, done: int) -> None:
-        """A sign of life, and how much is done."""
+        """Say that the job goes on, and how much of it is done."""
         ...
 
 

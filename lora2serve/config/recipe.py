@@ -100,7 +100,7 @@ class ParityRecipe:
     window: Annotated[int, Range(8, 1 << 20)] = 512  # tokens of one row at most
     prompts: Annotated[int, Range(1, 1 << 20)] = 8  # greedy answers
     new_tokens: Annotated[int, Range(1, 1 << 20)] = 32  # of one answer
-    limit: Annotated[float, Positive(1e9)] = 600  # seconds without a sign of life after which an engine is given up
+    limit: Annotated[float, Positive(1e9)] = 600  # seconds without a response after which an engine is given up
 
 
 @dataclass(frozen=True)

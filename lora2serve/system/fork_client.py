@@ -111,12 +111,14 @@ def _end(server: subprocess.Popen[bytes], connection: socket.socket, folder: str
 _clients: list[ForkClient] = []  # the one of this process
 
 
-def client() -> ForkClient | None:
-    """The fork server of this process; None where it must not be used."""
+def client(start: bool = True) -> ForkClient | None:
+    """The fork server of this process; None where it must not be used, or does not run and is not to be started."""
     named = os.environ.get(VARIABLE, "")
     if named == OFF or sys.platform != "linux" or any(Path(device).exists() for device in GPU_DEVICES):
         return None
     if not (_clients and _clients[0].usable):
+        if not (start or named):
+            return None
         try:
             _clients[:] = [ForkClient(named or None)]
         except OSError:  # a server that has ended
@@ -125,10 +127,10 @@ def client() -> ForkClient | None:
 
 
 def fork_worker(
-    worker: str, link: socket.socket, log: IO[bytes], environment: Mapping[str, str]
+    worker: str, link: socket.socket, log: IO[bytes], environment: Mapping[str, str], start: bool
 ) -> ForkedProcess | None:
     """A worker from the fork server; None where it is to be started by itself."""
-    server = client()
+    server = client(start)
     if server is None:
         return None
     with open(os.devnull, "rb") as nothing:

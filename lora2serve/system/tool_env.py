@@ -1,7 +1,7 @@
 """An environment of its own for llm-compressor, whose pins (transformers, compressed-tensors) do not fit vLLM's.
 
-It lies in the user's cache. A marker, written last, says that it is whole: what an interrupted make leaves behind has
-none, is never used, and goes with the next make.
+It is in the user's cache. A marker, written last, says that it is complete: what an interrupted `make` leaves has none,
+is never used, and is removed by the next one.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ COMPRESSOR = "llmcompressor==0.14.0.1"
 TORCH, TORCH_CPU = "torch==2.13.*", "torch==2.13.0+cpu"  # as scripts/setup.sh has them
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MARKER = ".whole.json"
-SPACE = 3 << 30  # bytes; 1.5 GB on the CPU, and pip unpacks beside what it installs
+SPACE = 3 << 30  # bytes; 1.5 GB on the CPU, and as much again while pip unpacks
 FIX = "lora2serve doctor --fix"
 
 
 def folder() -> Path:
-    """Where the environment of this machine is or would be: a shared cache keeps those with and without GPU apart."""
+    """The environment's folder, there or not: a cache shared by machines keeps those with and without GPU apart."""
     kind = "cuda" if nvidia_gpus() else "cpu"
     version = COMPRESSOR.partition("==")[2]
     return cache_folder() / f"llm-compressor-{version}-py{sys.version_info[0]}.{sys.version_info[1]}-{kind}"
 
 
 def python() -> Path | None:
-    """The environment's interpreter; None where it is not there, or not whole."""
-    found = folder() / "bin" / "python"
-    return found if (folder() / MARKER).is_file() and os.access(found, os.X_OK) else None
+    """The environment's interpreter; None where it is not installed, or not completely."""
+    interpreter = folder() / "bin" / "python"
+    return interpreter if (folder() / MARKER).is_file() and os.access(interpreter, os.X_OK) else None
 
 
 def require() -> Path:
     """The environment's interpreter; EngineError with the way out where there is none."""
-    found = python()
-    if found is None:
+    interpreter = python()
+    if interpreter is None:
         raise EngineError(f"llm-compressor has no environment here ({folder()})", f"`{FIX}` makes it")
-    return found
+    return interpreter
 
 
 def make(progress: Progress) -> Path:
-    """Make the environment where it is not there; its folder. EngineError where pip or the disk says no."""
+    """Make the environment unless it is there; its folder. EngineError where pip fails or the disk is full."""
     target = folder()
     if python() is not None:
         return target
@@ -59,7 +59,7 @@ def make(progress: Progress) -> Path:
     if free < SPACE:
         raise EngineError(
             f"{target.parent}: {free / 1e9:.1f} GB free, the environment of llm-compressor needs {SPACE / 1e9:.0f}",
-            "free the disk, or name another cache with XDG_CACHE_HOME",
+            "make room on that disk, or name another cache with XDG_CACHE_HOME",
         )
     with _locked(target):
         if python() is None:
@@ -68,7 +68,7 @@ def make(progress: Progress) -> Path:
 
 
 def _fill(target: Path, progress: Progress) -> None:
-    shutil.rmtree(target, ignore_errors=True)  # an interrupted make's
+    shutil.rmtree(target, ignore_errors=True)  # what an interrupted one left
     progress.note(f"making the environment of llm-compressor in {target}")
     try:
         _run([sys.executable, "-m", "venv", str(target)], progress, "on Debian and Ubuntu: apt install python3-venv")
@@ -76,8 +76,8 @@ def _fill(target: Path, progress: Progress) -> None:
         pip += ["--progress-bar", "off"]
         _install_torch(pip, progress)
         _run([*pip, COMPRESSOR], progress)
-        known = [str(target / "bin" / "python"), "-I", "-c", "import llmcompressor; print(llmcompressor.__version__)"]
-        version = _run(known, progress, "remove it from the cache and run it again")[-1]
+        show = [str(target / "bin" / "python"), "-I", "-c", "import llmcompressor; print(llmcompressor.__version__)"]
+        version = _run(show, progress, "remove it from the cache and run it again")[-1]
         (target / MARKER).write_text(json.dumps({"llmcompressor": version}) + "\n", encoding="utf-8")
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
@@ -85,7 +85,7 @@ def _fill(target: Path, progress: Progress) -> None:
 
 
 def _install_torch(pip: Sequence[str], progress: Progress) -> None:
-    """First, or pip takes a CUDA build on any machine. PyTorch's own index is asked last: it is slow to fail."""
+    """Before llm-compressor, or pip takes a CUDA build on any machine. PyTorch's own index comes last: it is slow."""
     if nvidia_gpus():
         _run([*pip, TORCH], progress)
         return
@@ -98,8 +98,8 @@ def _install_torch(pip: Sequence[str], progress: Progress) -> None:
 
 
 def _run(command: Sequence[str], progress: Progress, hint: str = "is there a network?") -> list[str]:
-    """Run it to its end and pass on what pip downloads; what it said. EngineError has its last error."""
-    said: list[str] = []
+    """Run it to its end and report what pip downloads; its output. EngineError has its last error."""
+    output: list[str] = []
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -107,7 +107,7 @@ def _run(command: Sequence[str], progress: Progress, hint: str = "is there a net
     assert process.stdout
     try:
         for line in process.stdout:
-            said.append(line.strip())
+            output.append(line.strip())
             if line.lstrip().startswith(("Downloading ", "Installing collected packages")):
                 progress.note("  " + line.strip()[:110])
     finally:
@@ -116,16 +116,16 @@ def _run(command: Sequence[str], progress: Progress, hint: str = "is there a net
         process.stdout.close()
         code = process.wait()
     if code:
-        errors = [line for line in said if line.startswith("ERROR:")]
-        last = (errors or [line for line in said if line] or ["no message"])[-1].removeprefix("ERROR: ")
+        errors = [line for line in output if line.startswith("ERROR:")]
+        last = (errors or [line for line in output if line] or ["no message"])[-1].removeprefix("ERROR: ")
         name = Path(command[0]).name
         raise EngineError(f"{name} {' '.join(command[1:4])}: {last[:300]}", hint)
-    return said
+    return output
 
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Two makes at once: the second waits, then finds it made. The lock's file stays, empty."""
+    """Of two at once the second waits, and then has nothing to do. The lock's file stays, empty."""
     with target.with_name(f"{target.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -16,15 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from lora2serve.errors import EngineError
 from lora2serve.system import worker_protocol
-from lora2serve.system.fork_client import SETTINGS, fork_worker
+from lora2serve.system.fork_client import SETTINGS, ForkedProcess, fork_worker
 from lora2serve.system.worker_protocol import Link, LinkClosed
 
 GRACE = 10.0  # seconds that a worker has to end by itself once it is told to
 INTERRUPTED = 2.0  # the same after Ctrl-C
+Fork = Literal["always", "if running", "never"]
 PYTHON = (sys.executable, "-P")  # -P: nothing is imported from the current folder
 
 
@@ -42,28 +43,30 @@ class WorkerProcess:
     """One process with one worker, ``module:Class`` or ``/path/file.py:Class``. ``call`` runs one of its jobs.
 
     ``options`` make the worker. ``limit`` is how many seconds may pass without a response; None for work whose steps
-    have no known bound. ``python`` is the command of another interpreter.
+    have no known bound. ``python`` is the command of another interpreter. ``fork``: whether it is a fork of the server,
+    which the first ``always`` starts.
     """
 
     def __init__(
         self, name: str, worker: str, options: Mapping[str, object], log: Path, limit: float | None = None,
-        hint: str = "", python: Sequence[str] = PYTHON, fork: bool = True,
+        hint: str = "", python: Sequence[str] = PYTHON, fork: Fork = "if running",
     ) -> None:  # fmt: skip
         self.name, self.log, self.limit, self._hint = name, log, limit, hint
         ours, theirs = socket.socketpair()
         with theirs, log.open("wb") as file:
             environment = {**os.environ, **SETTINGS}
-            forked = fork_worker(worker, theirs, file, environment) if fork and python == PYTHON else None
+            forked: ForkedProcess | None = None
+            if python == PYTHON and fork != "never":
+                forked = fork_worker(worker, theirs, file, environment, start=fork == "always")
             self._process: ChildProcess = forked or subprocess.Popen(
                 [*python, worker_protocol.__file__, str(theirs.fileno()), worker], stdin=subprocess.DEVNULL,
                 stdout=file, stderr=file, env=environment, pass_fds=(theirs.fileno(),), start_new_session=True,
             )  # fmt: skip
         self._link = Link(ours)
         self._code: int | None = None
-        ours.settimeout(limit)
         weakref.finalize(self, ours.close)
         with suppress(LinkClosed):  # the first call says why
-            self._link.send({"options": options})
+            self._link.send({"options": options, "name": name})
 
     def __enter__(self) -> Self:
         return self
@@ -81,6 +84,7 @@ class WorkerProcess:
     ) -> Any:  # fmt: skip
         """The result of one job; ``answer`` is what the job may ask. EngineError says what failed; the worker ends."""
         try:
+            self._link.socket.settimeout(self.limit)
             self._link.send({"job": job, "arguments": arguments})
             while "result" not in (message := self._link.receive()):
                 if "question" in message:

@@ -72,7 +72,7 @@ class Link:
         return message
 
     def advance(self, done: int) -> None:
-        """A sign of life, and how much is done."""
+        """Say that the job goes on, and how much of it is done."""
         self.send({"advance": int(done)})
 
     def ask(self, question: object) -> Any:
@@ -135,9 +135,11 @@ def serve(link: Link, worker: str) -> None:
     ending = threading.Event()
     threading.Thread(target=end_with_parent, args=(link.socket.fileno(), ending), daemon=True).start()
     try:
-        options = link.receive()["options"]
+        start = link.receive()
+        with suppress(OSError):  # not everywhere
+            Path("/proc/self/comm").write_text(start["name"][:15])  # what `ps` and `top` show
         try:
-            instance = load(worker)(link, **options)
+            instance = load(worker)(link, **start["options"])
         except Exception as error:  # the answer to the first job
             traceback.print_exc()
             failure = error
@@ -168,8 +170,6 @@ def describe(error: BaseException) -> dict[str, str]:
 def run(descriptor: int, worker: str) -> None:
     """The whole life of a worker process. Does not return: libraries with threads of their own would hang."""
     os.set_inheritable(descriptor, False)
-    with suppress(OSError):  # not everywhere
-        Path("/proc/self/comm").write_text(worker.rpartition(":")[2][:15])  # what `ps` and `top` show
     signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's background job it is ignored
     with suppress(KeyboardInterrupt):
         serve(Link(socket.socket(fileno=descriptor)), worker)

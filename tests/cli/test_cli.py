@@ -142,6 +142,11 @@ def test_inspect_and_doctor_are_for_people(
     assert not any("{" in line or "[" in line for line in lines)
     assert run(["doctor"]) == 0
     lines = capfd.readouterr().out.splitlines()
+    assert run(["doctor", "--json"]) == 0
+    findings = json.loads(capfd.readouterr().out)
+    assert all(
+        finding["name"].isidentifier() and set(finding) == {"name", "label", "value", "fix"} for finding in findings
+    )
     assert lines[0].startswith("python ")
     assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if "  " in line[1:]}) == 1, "aligned"
 

@@ -149,7 +149,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     )  # fmt: skip
     theirs.close()
     link = worker_protocol.Link(ours)
-    link.send({"options": {}})
+    link.send({"options": {}, "name": "llm-compressor"})
     arguments = {"model": "", "out": "", "quant": "gptq", "tokens": "", "group": 128, "ignore": []}
     link.send({"job": "compress", "arguments": arguments})
     for _ in range(600):

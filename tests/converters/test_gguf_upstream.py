@@ -242,7 +242,7 @@ def test_no_child_stays(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def children() -> list[str]:
         found = psutil.Process().children(recursive=True)
-        return [name for name in (child.name() for child in found) if name == "ConverterWorker"]
+        return [name for name in (child.name() for child in found) if name.startswith("llama.cpp's con")]
 
     plan, seen = ConverterProcess.plan, list[str]()
     monkeypatch.setattr(ConverterProcess, "plan", lambda self: (plan(self), seen.extend(children()))[0])
@@ -250,7 +250,7 @@ def test_no_child_stays(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (
         run(["export", str(model_of(root, "gpt-2")), "-t", "gguf", "-o", str(tmp_path), "--tensor-type", "x=Q8_0"]) == 1
     )
-    assert set(seen) == {"ConverterWorker"}, "the control: it is seen while it runs"
+    assert len(seen) == 2, "the control: it is seen while it runs"
     assert children() == []
 
 

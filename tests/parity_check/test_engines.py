@@ -116,7 +116,7 @@ class Hit(Silent):
     def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
         def advance(amount: int) -> None:
             if label == "hit in llama.cpp" and unit == "tokens":
-                (engine,) = [one for one in psutil.Process().children() if "llama.cpp" in one.cmdline()]
+                (engine,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "llama.cpp"]
                 engine.send_signal(self.number)
 
         yield advance
@@ -153,7 +153,7 @@ def test_an_engine_that_hangs(demo_run: Run, demo_exports: dict[str, Path], tmp_
         engine = psutil.Process(child._process.pid)
         engine.send_signal(signal.SIGSTOP)
         child.limit = 2
-        with pytest.raises(EngineError, match=r"llama.cpp: no sign of life for 2 s"):
+        with pytest.raises(EngineError, match=r"llama.cpp: no response for 2 s"):
             child.call("answer", prompt="Hello", new_tokens=2)
         assert not engine.is_running()
 

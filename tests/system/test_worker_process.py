@@ -16,6 +16,7 @@ import pytest
 from lora2serve.errors import EngineError
 from lora2serve.system import fork_client, worker_process, worker_protocol
 from lora2serve.system.worker_process import WorkerProcess
+from tests.support.commands import light_fork_server
 
 ROOT = Path(__file__).parents[2]
 WORKER = """
@@ -65,15 +66,7 @@ def worker(tmp_path: Path) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def light_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A fork server as it is, but for the seconds that its libraries take."""
-    script = tmp_path_factory.mktemp("server") / "light_server.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lora2serve.system import fork_server;"
-        "fork_server.LIBRARIES = ('decimal',); fork_server.main()"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(fork_client.VARIABLE, raising=False)
-        patch.setattr(fork_client, "_clients", [])
-        patch.setattr(fork_client, "SCRIPT", script)
+    with light_fork_server(tmp_path_factory.mktemp("server")):
         yield
 
 
@@ -83,7 +76,7 @@ def fork(request: pytest.FixtureRequest) -> bool:
 
 
 def start(worker: str, tmp_path: Path, fork: bool, limit: float | None = 60, **options: object) -> WorkerProcess:
-    process = WorkerProcess("some worker", worker, options, tmp_path / "log", limit, fork=fork)
+    process = WorkerProcess("some worker", worker, options, tmp_path / "log", limit, fork="always" if fork else "never")
     assert isinstance(process._process, fork_client.ForkedProcess) == fork
     return process
 
@@ -109,7 +102,7 @@ def test_results(worker: str, tmp_path: Path, fork: bool, monkeypatch: pytest.Mo
         facts = process.call("facts")
         assert facts["group"] == facts["pid"] != os.getpgid(0)
         assert facts["folder"] == str(Path.cwd()) and "" not in facts["path"]
-        assert facts["set"] == "of this test" and facts["name"].strip() == "Worker"
+        assert facts["set"] == "of this test" and facts["name"].strip() == "some worker"
         assert facts["forked"] == fork
     assert (tmp_path / "log").read_text().splitlines() == ["closed"], "it ends by itself, and tidies up"
     assert gone(facts["pid"])
@@ -150,7 +143,6 @@ def test_a_worker_that_hangs(worker: str, tmp_path: Path, fork: bool) -> None:
     with start(worker, tmp_path, fork, limit=None) as process:
         pid = process.call("facts")["pid"]
         process.limit = 0.5
-        process._link.socket.settimeout(process.limit)
         with pytest.raises(EngineError, match="no response for 0 s"):
             process.call("sleep", started=tmp_path / "started")
     assert gone(pid)
@@ -172,13 +164,13 @@ def test_an_interrupt_ends_it(worker: str, tmp_path: Path, fork: bool) -> None:
 def test_it_ends_with_its_parent(worker: str, tmp_path: Path, fork: bool, end: signal.Signals) -> None:
     program = (
         "import sys; from pathlib import Path; from lora2serve.system.worker_process import WorkerProcess;"
-        "process = WorkerProcess('w', sys.argv[1], {}, Path(sys.argv[2], 'log'), fork=sys.argv[3] == 'True');"
+        "process = WorkerProcess('w', sys.argv[1], {}, Path(sys.argv[2], 'log'), fork=sys.argv[3]);"
         "process.__enter__().call('sleep', started=sys.argv[2] + '/started')"
     )
     server = fork_client.client()
     assert server is not None
     environment = {**os.environ, fork_client.VARIABLE: server.path}
-    words = [sys.executable, "-c", program, worker, str(tmp_path), str(fork)]
+    words = [sys.executable, "-c", program, worker, str(tmp_path), "if running" if fork else "never"]
     parent = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL)
     started = tmp_path / "started"
     for _ in range(2400):

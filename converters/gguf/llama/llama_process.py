@@ -26,7 +26,7 @@ class Llama:
     def __enter__(self) -> Llama:
         if self.there:
             log = Path(self._folder.name) / "log"
-            self._child = WorkerProcess("llama.cpp", WORKER, {}, log, fork=False)  # it needs no torch
+            self._child = WorkerProcess("llama.cpp", WORKER, {}, log, fork="never")  # it needs no torch
         return self
 
     def __exit__(
