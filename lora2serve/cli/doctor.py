@@ -24,12 +24,12 @@ def doctor(ctx: click.Context, fix: bool, as_json: bool) -> None:
     from lora2serve.system import doctor as doctors
 
     failed = doctors.fix(progress(ctx)) if fix else []
-    findings = doctors.examine()
+    facts = doctors.examine()
     if as_json:
-        console.result_json(plain(findings))
-    width = max(len(finding.label) for finding in findings)
-    for finding in [] if as_json else findings:
-        fix_line = f"\n{'':<{width}}  -> {finding.fix}" if finding.fix else ""
-        console.result(f"{finding.label:<{width}}  {finding.value}{fix_line}")
+        console.result_json(plain(facts))
+    width = max(len(fact.label) for fact in facts)
+    for fact in [] if as_json else facts:
+        fix_line = f"\n{'':<{width}}  -> {fact.fix}" if fact.fix else ""
+        console.result(f"{fact.label:<{width}}  {fact.value}{fix_line}")
     if failed:
         raise EngineError("\n".join(error.message for error in failed), failed[0].hint)

