@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LONGEST_VALUE = 60  # characters of it in a message
 TYPE_NAMES: Mapping[object, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-UNKNOWN = "?"  # stands in for a text that is missing or wrong
+UNKNOWN = "?"  # instead of a text that is missing or wrong
 
 
 def build(kind: type[T], content: object, problems: list[str], other_names: Mapping[str, str] | None = None) -> T:
     """``content`` (what YAML gives) as a ``kind``: a dataclass of scalars, Literals, tuples, Mappings and their unions.
 
-    Where it does not fit, ``problems`` gets a line and the default stands in, so that all other values are looked at.
-    ``other_names`` are what other tools call a key: name -> key path.
+    Where it does not fit, ``problems`` gets a line and the default is taken, so that all other values are checked, too.
+    ``other_names`` are what other libraries call a key: name -> key path.
     """
     return cast("T", _Builder(problems, other_names or {}).build(kind, content, ""))
 
@@ -111,7 +111,7 @@ class _Builder:
         return kind(**built)
 
     def _meant(self, key: object, prefix: str, known: Collection[str]) -> str:
-        """The key that another tool's name stands for, or the one that is spelled nearly so."""
+        """The key that another library's name is for, or the one that is spelled nearly so."""
         if not isinstance(key, str):
             return ""
         path = self.other_names.get(key, "")
@@ -184,5 +184,5 @@ class _Builder:
 
 
 def _name(key: object) -> str:
-    """A key as it stands in a message, which is one line."""
+    """A key as a message shows it, which is one line."""
     return key if isinstance(key, str) and key.isprintable() and len(key) <= LONGEST_VALUE else show(key)

@@ -171,7 +171,7 @@ def _conversations(openings: Iterable[Sequence[Message] | str], tokenizer: Token
 
 
 def _conversation(start: Sequence[Message] | str, tokenizer: Tokenizer) -> Conversation | None:
-    """Rendered and tokenized; None where the template has no place for such turns."""
+    """Rendered and tokenized; None where the template refuses such turns."""
     if isinstance(start, str):
         return Conversation([], start, tuple(encode(tokenizer, start)))
     if not start or not tokenizer.chat_template:

@@ -61,7 +61,7 @@ def _render_chat(messages: Sequence[Message], tokenizer: Tokenizer, completion_o
     """The conversation as the template renders it; with ``completion_only`` the labels are the assistant's turns.
 
     A turn is found by rendering the conversation up to it and with it: what is new is the turn. That needs no
-    {% generation %} marks in the template, and fails aloud where a template changes what it said before.
+    {% generation %} marks in the template, and is an error where a template changes what it wrote before.
     """
     text = render_messages(messages, tokenizer)
     ids, characters = encode_with_spans(tokenizer, text)

@@ -1,4 +1,4 @@
-"""What the libraries raise when the machine is too small, in our words."""
+"""Missing libraries, and errors of a machine that is too small, as TrainError with a way out."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def translated() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """What the loader said, out of bitsandbytes' page of advice."""
+    """The loader's own message, out of bitsandbytes' page of advice."""
     original = re.search(r"Original error: (.+)", str(error))
     return original[1].strip()[:200] if original else first_line(error)
 

@@ -136,7 +136,7 @@ BAD = [
     ("train.lora.alpha", 0),
     ("train.lora.targets", []),
     ("train.lora.targets", [1]),
-    ("train.lora.init", "pissa"),  # on a quantised base
+    ("train.lora.init", "pissa"),  # on a quantized base
     ("train.lora.init", "eva"),
     ("parity.thresholds", {"Q4_K_M": 1}),
     ("parity.thresholds", {"Q4_K_M": {"mean_kl": "x"}}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,22 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base of 0.2 million parameters with the demo's tokenizer."""
     return make_chat_model(tmp_path_factory.mktemp("small") / "base")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_libraries() -> Iterator[None]:
+    """What the libraries bring is passed over by the collector, which training calls twice: a third of a short run."""
+    import bitsandbytes  # noqa: F401
+    import datasets  # noqa: F401
+    from matplotlib.figure import Figure  # noqa: F401
+    from peft import PeftModel  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+    from trl import SFTTrainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lora2serve.artifacts.run import Run
+from lora2serve.cli import run as command
 from lora2serve.errors import CheckpointError, DataError, TrainError
 from lora2serve.training.checkpoints import last_checkpoint
 from lora2serve.training.requirements import translated
@@ -77,13 +78,11 @@ def test_missing_libraries_are_named_with_their_extra(
     """All of them at once, before anything is read or made."""
     import importlib.util as machinery
 
-    from lora2serve.cli import run
-
     find = machinery.find_spec
     gone = ("bitsandbytes", "trl")
     monkeypatch.setattr(machinery, "find_spec", lambda name, *rest: None if name in gone else find(name, *rest))
     monkeypatch.chdir(recipe_file(tmp_path, DEMO / "base", chats).parent)
-    assert run(["train"]) == 1
+    assert command(["train"]) == 1
     said = "error: not installed: trl, bitsandbytes\nhint: pip install 'lora2serve[train]'\n"
     assert capfd.readouterr().err == said
     assert not (tmp_path / "runs").exists()
@@ -109,8 +108,8 @@ def test_a_library_that_breaks_on_import(tmp_path: Path, chats: dict[str, str]) 
     assert not list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else True
 
 
-def test_a_library_is_needed_for_quantisation_only(tmp_path: Path, chats: dict[str, str]) -> None:
-    """The control: LoRA without quantisation runs where bitsandbytes is not."""
+def test_a_library_is_needed_for_quantization_only(tmp_path: Path, chats: dict[str, str]) -> None:
+    """The control: LoRA without quantization runs where bitsandbytes is not."""
     recipe_file(tmp_path, DEMO / "base", chats, quantize="none", steps=1)
     script = "import sys; sys.modules['bitsandbytes'] = None\nfrom lora2serve.cli import main; main(['train'])"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -171,10 +170,8 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 def test_a_folder_that_cannot_be_written_to(
     read_only: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
-    from lora2serve.cli import run
-
     monkeypatch.chdir(read_only)
-    assert run(words) == 1
+    assert command(words) == 1
     first, second = capfd.readouterr().err.splitlines()[-2:]
     assert first.startswith(f"error: {'lora2serve.yaml' if words == ['init'] else 'runs'}: ")
     assert second == "hint: run it in a folder that you may write to"
@@ -194,21 +191,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk(small_disk: Path, chats: dict[str, str]) -> None:
+def test_a_full_disk(
+    small_disk: Path, chats: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """One line; what was saved before stays, and the run goes on once there is room."""
     recipe_file(small_disk, DEMO / "base", chats, steps=12)
-    words = [sys.executable, "-m", "lora2serve", "train"]
-    done = subprocess.run(words, cwd=small_disk, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "error: the disk is full" in done.stderr
-    assert "lora2serve train --resume" in done.stderr
+    monkeypatch.chdir(small_disk)
+    assert command(["train"]) == 1
+    stderr = capfd.readouterr().err
+    assert "Traceback" not in stderr
+    assert "error: the disk is full" in stderr
+    assert "lora2serve train --resume" in stderr
     run = Run(small_disk / "runs" / "run")
     kept = last_checkpoint(run)
     assert kept is not None
     assert json.loads((run.path / "run.json").read_text())["name"] == "run"
 
     subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
-    done = subprocess.run([*words, "--resume"], cwd=small_disk, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert command(["train", "--resume"]) == 0
     assert run.record.steps == 12

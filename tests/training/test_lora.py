@@ -46,7 +46,7 @@ LLAMA = {
 
 
 @pytest.mark.parametrize("preset", LLAMA)
-def test_presets_on_a_quantised_llama(tmp_path: Path, small: Path, chats: dict[str, str], preset: str) -> None:
+def test_presets_on_a_quantized_llama(tmp_path: Path, small: Path, chats: dict[str, str], preset: str) -> None:
     run, _, _ = fit(recipe_file(tmp_path, small, chats, steps=1, lora={"targets": preset, "rank": 4}))
     assert trained_leaves(run) == LLAMA[preset]
     assert {t.shape[0] for name, t in tensors_of(run).items() if "lora_A" in name} == {4}
@@ -154,7 +154,7 @@ def test_every_init_gives_a_lora_for_the_true_base(
     assert metrics.tuned.eval_loss < metrics.base.eval_loss - 2e-3, "the control: training did something"
 
 
-def test_a_rebasing_init_on_a_base_that_is_quantised_already(tmp_path: Path, small: Path) -> None:
+def test_a_rebasing_init_on_a_base_that_is_quantized_already(tmp_path: Path, small: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lora2serve.config.recipe import LoraRecipe, TrainRecipe

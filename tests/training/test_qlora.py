@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, chats: dict[str, str]) -> 
 
 
 def held_out_loss(run: Run, *, four_bit: bool, adapter: bool, scale: float = 1.0) -> float:
-    """Mean loss over the labelled tokens of the held-out rows, one row at a time and without any padding."""
+    """Mean loss over the labeled tokens of the held-out rows, one row at a time and without any padding."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -136,7 +136,7 @@ def test_adapter_is_float32_and_has_learned(trained: tuple[Run, Told]) -> None:
     assert len(learned) == 7 * 3, "seven linear layers in each of three blocks"
 
 
-def test_what_was_quantised_is_written_down(trained: tuple[Run, Told]) -> None:
+def test_what_was_quantized_is_written_down(trained: tuple[Run, Told]) -> None:
     kept = trained[0].record.quantization
     assert (kept.type, kept.double_quant, kept.compute_dtype) == ("nf4", True, "float32")
     assert len(kept.modules) == 7 * 3
@@ -160,7 +160,7 @@ def test_the_seed_decides(trained: tuple[Run, Told], tmp_path: Path, chats: dict
     assert logged(other)[1] != logged(again)[1], "the control: other rows come first"
 
 
-def test_no_quantisation(tmp_path: Path, chats: dict[str, str]) -> None:
+def test_no_quantization(tmp_path: Path, chats: dict[str, str]) -> None:
     run, _, _ = fit(recipe_file(tmp_path, DEMO / "base", chats, steps=3, quantize="none"))
     assert run.record.quantization is None
     assert run.record.metrics.tuned_on_original is None
@@ -193,7 +193,7 @@ def test_a_full_base_that_does_not_fit_is_said_so(
     assert fits.record.metrics.tuned_on_original, "the control"
 
 
-def test_a_base_that_is_quantised_already(tmp_path: Path, chats: dict[str, str]) -> None:
+def test_a_base_that_is_quantized_already(tmp_path: Path, chats: dict[str, str]) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
