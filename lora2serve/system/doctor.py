@@ -18,6 +18,7 @@ from lora2serve.errors import EngineError, Lora2ServeError
 from lora2serve.progress import Progress
 from lora2serve.system import hardware, tool_env
 from lora2serve.system.extras import install_hint
+from lora2serve.system.http import without_credentials
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _vllm() -> MachineFact:
 
 
 def _ollama() -> MachineFact:
-    place = shutil.which("ollama") or os.environ.get("OLLAMA_HOST")
+    place = shutil.which("ollama") or without_credentials(os.environ.get("OLLAMA_HOST", ""))
     if place:
         return MachineFact("ollama", "ollama", place)
     return MachineFact("ollama", "ollama", "not found", "optional: https://ollama.com/download")

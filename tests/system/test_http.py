@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve.errors import EngineError, UsageError
-from lora2serve.system import http
+from lora2serve.system import doctor, http
 from lora2serve.system.http import (
     ConnectionLost,
     HttpClient,
@@ -297,6 +297,13 @@ def test_credentials_are_used_and_never_shown(monkeypatch: pytest.MonkeyPatch) -
             HttpClient(address, patience=PATIENCE).call("GET", "/x")
         assert not any(word in str(error.value) for word in (host, "pw", "p/w", "me:"))
     assert without_credentials("http://me:p@w@h:1/v1/a@b") == "http://h:1/v1/a@b"
+
+
+def test_doctor_shows_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("OLLAMA_HOST", "https://me:secret@box:99")
+    (fact,) = [fact for fact in doctor.examine() if fact.name == "ollama"]
+    assert fact.value == "https://box:99"
 
 
 def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
