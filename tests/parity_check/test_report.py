@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -128,6 +128,31 @@ def test_schema(tmp_path: Path) -> None:
         assert schema_errors({**content, **change}), change
     del content["rows"][0]["gates"][0]["cause"]
     assert schema_errors(content)
+
+
+def test_schema_and_types_agree() -> None:
+    """Every key of the schema is a field, and every field a key; a report of version 0.1.0 is of the schema, too."""
+    schema = json.loads((Path(writers.__file__).parent / "report.schema.json").read_text())
+    answer, prompt = (schema["$defs"]["row"]["properties"][key] for key in ("answers", "prompts"))
+    pairs = {
+        ParityReport: schema,
+        ScoredData: schema["properties"]["data"],
+        ReferenceInfo: schema["properties"]["references"]["additionalProperties"],
+        Question: schema["properties"]["asked"],
+        ComparisonResult: schema["$defs"]["row"],
+        Gate: schema["$defs"]["gate"],
+        Metric: schema["$defs"]["check"],
+        Answer: answer["items"],
+        PromptFigures: prompt["items"],
+        TensorError: schema["$defs"]["row"]["properties"]["tensors"]["items"],
+    }
+    for kind, described in pairs.items():
+        names = {spec.name for spec in fields(kind) if spec.name not in ("unknown", "key_order")}
+        assert names | {*kind.COMPUTED} == described["properties"].keys(), kind
+    old = json.loads((Path(__file__).parents[1] / "artifacts" / "samples" / "report.json").read_text())
+    assert not schema_errors(old)
+    del old["rows"][0]["gates"][0]["checks"][0]["bound"]
+    assert schema_errors(old), "the control"
 
 
 def test_page_is_whole_and_alone(tmp_path: Path) -> None:
