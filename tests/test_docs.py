@@ -146,6 +146,7 @@ def test_numbers_are_those_of_the_imports() -> None:
         assert (path.is_dir() or path.with_suffix(".py").is_file()) == (not folder), there
 
 
+@pytest.mark.engine  # reads the tests of engines
 def test_models_are_those_of_the_tests() -> None:
     assert model_table.PAGE.read_text(encoding="utf-8") == model_table.written(), "make docs writes it"
 
