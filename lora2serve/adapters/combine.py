@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from lora2serve.adapters.adapter import Adapter, open_adapter
 from lora2serve.adapters.meta_model import meta_model, peft_config
@@ -13,11 +13,6 @@ from lora2serve.adapters.peft_methods import UNMERGEABLE, VARIANTS, needs_peft
 from lora2serve.config.lora_inits import init_of
 from lora2serve.errors import MergeError, raise_all
 from lora2serve.weights.checkpoint import Checkpoint
-
-Method = Literal[
-    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"
-]
-METHODS: tuple[str, ...] = get_args(Method)
 
 
 def combine(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,10 +19,10 @@ from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError, Lora2ServeError
 from lora2serve.exporting.sinks import Exporter, ExportFacts, ExportModel, Sink
 from lora2serve.progress import Progress
+from lora2serve.system import malloc, own_process
 from lora2serve.system.hardware import cores
 from lora2serve.weights.tensors import TensorSpec, row_blocks
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 BYTES_IN_FLIGHT = 20  # per element of a block: as stored, before and after the fold, the delta, as written
 AROUND = 32 << 20  # bytes for headers, handles and what is imported late: measured
 
@@ -127,7 +126,8 @@ def _open_sinks(
 def _stream(model: ExportModel, sinks: Sequence[Sink], progress: Progress, threads: int) -> None:
     import torch
 
-    _keep_freed_memory()
+    if own_process.is_ours():
+        malloc.keep_freed_memory()
     specs = [spec for spec in model.source.specs() if any(spec.name in sink.wanted for sink in sinks)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the pool is the parallelism: BLAS threads inside it would fight over the same cores
@@ -144,19 +144,6 @@ def _stream(model: ExportModel, sinks: Sequence[Sink], progress: Progress, threa
             _run(((spec, rows) for spec in specs for rows in _blocks(spec, sinks)), fold, threads)
     finally:
         torch.set_num_threads(before)
-
-
-def _keep_freed_memory() -> None:
-    """Let malloc hand the memory of one block to the next: fresh pages for each would cost more than the fold.
-
-    From one heap for all threads: with one each, every heap would keep what its own largest moment took.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc; others keep their ways
-        libc.malloc_trim(0)  # what planning has left
-        libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _run(jobs: Iterator[tuple[TensorSpec, slice]], work: Callable[[TensorSpec, slice], None], threads: int) -> None:

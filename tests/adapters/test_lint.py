@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from lora2serve.adapters import vllm_support
 from lora2serve.adapters.lint import HEAD_LIMIT, RANKS, lint, next_rank
 from lora2serve.weights.tensors import TensorSpec
+from scripts import vllm_lora_classes
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "vocab_size": 320}
@@ -190,14 +193,17 @@ def test_reader_agrees_with_the_class(name: str) -> None:
         assert set(read.embeddings) == set(cls.embedding_modules)
 
 
-def test_the_table_is_the_pinned_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    import json
-
-    root = vllm_support.models_dir()
+def test_the_table_is_that_of_the_installed_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the script writes it as it stands."""
+    root = vllm_lora_classes.models_dir()
     assert root is not None
-    assert json.loads(vllm_support.TABLE.read_text())["classes"] == vllm_support.table(root)
-    with_engine = {name: vllm_support.lora_class(name) for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "NoSuch")}
-    vllm_support.lora_class.cache_clear()
-    monkeypatch.setattr(vllm_support, "models_dir", lambda: None)
-    assert {name: vllm_support.lora_class(name) for name in with_engine} == with_engine
-    vllm_support.lora_class.cache_clear()
+    classes = vllm_lora_classes.table(root)
+    assert json.loads(vllm_support.TABLE.read_text())["classes"] == classes
+    assert {name: read.lora for name, read in vllm_support.lora_classes().items()} == {
+        name: modules is not None for name, modules in classes.items()
+    }
+    assert vllm_support.lora_class("NoSuch") is None
+    assert {read.lora for read in vllm_support.lora_classes().values()} == {True, False}, "the control"
+    monkeypatch.setattr(vllm_lora_classes, "TABLE", tmp_path / "table.json")
+    vllm_lora_classes.main()
+    assert (tmp_path / "table.json").read_bytes() == vllm_support.TABLE.read_bytes()

@@ -22,7 +22,6 @@ from converters.vllm.compressed.compressed_reader import CompressedReader
 from converters.vllm.compressed.quantize import global_factor, quantize
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.compressed.selection import FUSED, select
-from lora2serve.adapters.vllm_support import models_dir
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel, find
@@ -31,6 +30,7 @@ from lora2serve.parity_check import thresholds
 from lora2serve.parity_check.tensor_gate import Difference, _parts
 from lora2serve.progress import Silent
 from lora2serve.weights import tensors
+from scripts.vllm_lora_classes import models_dir
 from tests.support.folding import fold, stored
 from tests.support.tiny import make_adapter, make_model
 

@@ -13,7 +13,9 @@ import pytest
 from benchmarks.models import config, make
 from lora2serve.artifacts import manifest
 from lora2serve.cli import run
-from tests.support.tiny import make_adapter
+from lora2serve.system import malloc, own_process
+from tests.support.folding import export_merged
+from tests.support.tiny import make_adapter, make_model
 
 ROOM = 100 << 20  # bytes beyond what importing the libraries takes
 PROGRAM = """
@@ -31,7 +33,7 @@ WHOLE = "state = safetensors.torch.load(open(sys.argv[3], 'rb').read()); sys.exi
 
 
 def limited(work: str, *words: Path) -> subprocess.CompletedProcess[str]:
-    imports = "from lora2serve.cli import run; import lora2serve.exporting.stream, lora2serve.exporting.open_model, lora2serve.merge.merged, lora2serve.adapters.peft_layers"
+    imports = "from lora2serve.cli import run; from lora2serve.system import own_process; own_process.claim(); import lora2serve.exporting.stream, lora2serve.exporting.open_model, lora2serve.merge.merged, lora2serve.adapters.peft_layers"
     program = PROGRAM.format(imports=imports, room=ROOM, work=work)
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, check=False
@@ -50,6 +52,18 @@ def test_tensors_that_exceed_the_memory(tmp_path: Path) -> None:
     control = limited(WHOLE, *words)
     assert control.returncode != 0
     assert "Memory" in control.stderr or "memory" in control.stderr
+
+
+def test_malloc_is_tuned_by_the_command_line_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds for the whole process, which is not ours where a program calls the export."""
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    calls: list[str] = []
+    monkeypatch.setattr(malloc, "keep_freed_memory", lambda: calls.append("tuned"))
+    for ours in (False, True):
+        monkeypatch.setattr(own_process, "is_ours", lambda ours=ours: ours)
+        export_merged(base, [adapter], tmp_path / f"out-{ours}")
+        assert calls == ["tuned"] * ours
 
 
 @pytest.fixture
