@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,21 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 # a shell that starts the tests in the background has them ignore Ctrl-C, and every child with them
 signal.signal(signal.SIGINT, signal.default_int_handler)
+MARKED = re.compile(r"^pytestmark = \[?pytest\.mark\.engine\b", re.MULTILINE)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """What needs the demo's run needs its training; other tests with engines are marked where they are."""
+    for item in items:
+        if "demo_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.engine)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make check` does not even import the modules that are marked as a whole: they load the most."""
+    left_out = "not engine" in config.getoption("markexpr") and collection_path.suffix == ".py"
+    return True if left_out and MARKED.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def lora2serve(*words: str | Path, cwd: Path, code: int = 0) -> str:

@@ -46,6 +46,7 @@ def test_setup_names_the_python_it_needs(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.engine
 def test_setup_makes_a_broken_environment_again(tmp_path: Path) -> None:
     """The real script, no further than the environment: pip is not let near an index.
 
@@ -138,6 +139,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.engine
 def test_wheel_holds_what_it_needs(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -162,6 +164,7 @@ def test_wheel_holds_what_it_needs(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
 
 
+@pytest.mark.engine
 def test_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python, home = tmp_path / "env" / "bin" / "python", tmp_path / "home"
@@ -187,6 +190,7 @@ def test_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None
     assert not (home / "runs" / "demo").exists()
 
 
+@pytest.mark.engine
 @pytest.mark.slow  # trains
 def test_demo_trains_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     """The installed files alone are enough: no checkout is on the path."""

@@ -193,6 +193,7 @@ def test_reader_agrees_with_the_class(name: str) -> None:
         assert set(read.embeddings) == set(cls.embedding_modules)
 
 
+@pytest.mark.engine
 def test_the_table_is_that_of_the_installed_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the script writes it as it stands."""
     root = vllm_lora_classes.models_dir()

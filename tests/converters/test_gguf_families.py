@@ -16,6 +16,8 @@ from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
 from tests.support.tiny import make_model
 from tests.support.upstream import convert, quantize
 
+pytestmark = pytest.mark.engine
+
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
 SHAPE = {
     "vocab_size": 1536, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,

@@ -18,6 +18,8 @@ from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
 from tests.converters.test_gguf_families import export, model_of, read
 from tests.support.upstream import quantize
 
+pytestmark = pytest.mark.engine
+
 DATA = [{"text": f"The number {n} has the square {n * n}; its half is {n / 2}."} for n in range(40)]
 
 

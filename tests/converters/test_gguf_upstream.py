@@ -42,6 +42,8 @@ from tests.support.sight import seen
 from tests.support.tiny import make_adapter, make_model
 from tests.support.upstream import convert, llama_cpp_dir
 
+pytestmark = pytest.mark.engine
+
 # fmt: off
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-2": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "intermediate_size": 1024}),

@@ -17,7 +17,7 @@ from lora2serve.artifacts import manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.progress import Silent
-from lora2serve.serving.ollama import Client, ollama_create
+from lora2serve.serving.ollama import Client, create
 from tests.support.ollama_server import OllamaServer
 
 NUMBERED = (
@@ -39,7 +39,7 @@ def exported(base: Path, out: Path) -> Path:
 
 
 def rendered(server: OllamaServer, export: Path) -> str:
-    ollama_create(Client(), export, "demo", Silent())
+    create(Client(), export, "demo", Silent())
     return Client().render("demo", turns(2, "Be brief."))
 
 
@@ -84,7 +84,7 @@ def test_a_default_system_message(ollama: OllamaServer, base: Path, tmp_path: Pa
     directory = exported(base, tmp_path)
     assert (directory / "system").read_text() == "Be kind."
     assert {"Modelfile", "template", "system", "params"} <= set(manifest.read(directory)["files"])
-    ollama_create(Client(), directory, "demo", Silent())
+    create(Client(), directory, "demo", Silent())
     assert ollama.models["demo:latest"].system == "Be kind."
     plain = Client().render("demo", turns(1))
     assert plain.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")

@@ -25,6 +25,8 @@ from tests.conftest import lora2serve
 from tests.support.folding import export_merged
 from tests.support.tiny import make_adapter, make_model
 
+pytestmark = pytest.mark.engine
+
 # Imports once, then forks one child for each line it reads: the child exports again and again over the same place.
 FORKER = """
 import os, sys

@@ -40,6 +40,7 @@ def limited(work: str, *words: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.engine
 def test_tensors_that_exceed_the_memory(tmp_path: Path) -> None:
     """350 MB of tensors in 100 MB; the control, which reads them whole, does not get through."""
     make(tmp_path, 1)

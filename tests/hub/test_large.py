@@ -15,6 +15,7 @@ from tests.hub.conftest import client_env, export
 from tests.support.hub_server import HubServer
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_two_gigabytes_in_little_memory(hub: HubServer, tmp_path: Path) -> None:
     """The peak of pushing 2 GB stays within 200 MB of the imports."""

@@ -23,6 +23,8 @@ from lora2serve.system.small_files import digest
 from tests.hub.conftest import client_env
 from tests.support.hub_server import HubServer
 
+pytestmark = pytest.mark.engine
+
 MET = {"met": True, "engines": {"vllm": {"status": "met", "mean_kl": 0.0}}}
 
 

@@ -11,6 +11,8 @@ import torch
 from tests.support.folding import export_merged
 from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
 
+pytestmark = pytest.mark.engine
+
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MLA = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,

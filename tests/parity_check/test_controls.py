@@ -25,7 +25,7 @@ from lora2serve.parity_check.trained_model import of_run
 from lora2serve.progress import Silent
 from tests.conftest import lora2serve
 
-pytestmark = pytest.mark.timeout(1800)  # the one fixture compares thirty exports
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]  # the one fixture compares thirty exports
 
 Weights = dict[str, torch.Tensor]
 Q = "model.layers.{}.self_attn.q_proj.weight"

@@ -27,6 +27,8 @@ from lora2serve.parity_check.engines.openai_engine import OpenAI
 from lora2serve.parity_check.trained_model import TrainedModel, of_run
 from lora2serve.progress import Silent, Unit
 
+pytestmark = pytest.mark.engine
+
 RANK = 16
 
 

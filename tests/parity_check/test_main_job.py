@@ -11,6 +11,8 @@ import pytest
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
 
+pytestmark = pytest.mark.engine
+
 ROWS = {
     ("adapter", "peft"): "original",
     ("adapter", "vllm"): "original",

@@ -14,6 +14,8 @@ import pytest
 from lora2serve.system import fork_client
 from tests.support.tiny import make_model
 
+pytestmark = pytest.mark.engine
+
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
 VOCABULARY, WINDOW = 128_256, 256
 BOUND = 5 * WINDOW * VOCABULARY * 4  # bytes: the engine's text and the reference's, each also while it is made

@@ -15,6 +15,8 @@ from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.dequantize import Dequantized
 from tests.support.runs import make_chat_model
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.mark.parametrize("double", [True, False])
 def test_codes_are_those_of_the_device_that_trained(tmp_path: Path, double: bool) -> None:

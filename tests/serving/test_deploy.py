@@ -153,6 +153,7 @@ def test_ray_arguments() -> None:
         deploy.render("k8s", ServerSpec(name="a", served="a", model="org/a", store="s3://b"))
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ("compose", "k8s", "production-stack"))
 def test_vllm_takes_the_arguments(kind: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ from tests.conftest import lora2serve
 from tests.support.ollama_server import OllamaServer
 from tests.support.tiny import make_model
 
+pytestmark = pytest.mark.engine
+
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 
 

@@ -22,6 +22,8 @@ from lora2serve.training.checkpoints import last_checkpoint
 from lora2serve.training.requirements import translated
 from tests.support.runs import DEMO, fit, recipe_file, write_jsonl
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture
 def tokenizer_only(tmp_path: Path) -> Path:

@@ -17,6 +17,8 @@ from lora2serve.errors import DataError
 from tests.support.hub_server import HubServer
 from tests.support.runs import plain, recipe_file, rows, write_jsonl
 
+pytestmark = pytest.mark.engine
+
 CARD = """---
 configs:
 - config_name: talk

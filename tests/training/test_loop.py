@@ -16,6 +16,8 @@ from lora2serve.errors import TrainError
 from lora2serve.training import trainer
 from tests.support.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

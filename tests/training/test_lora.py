@@ -16,6 +16,8 @@ from lora2serve.training import model as models
 from tests.support.runs import DEMO, fit, recipe_file
 from tests.support.tiny import load_model, make_model
 
+pytestmark = pytest.mark.engine
+
 
 def config_of(run: Run) -> dict[str, Any]:
     return json.loads((run.adapter / "adapter_config.json").read_text())

@@ -17,6 +17,8 @@ from lora2serve.training import model as models
 from lora2serve.weights.dequantize import Dequantized
 from tests.support.runs import DEMO, Told, fit, logged, recipe_file
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, chats: dict[str, str]) -> tuple[Run, Told]:

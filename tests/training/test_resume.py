@@ -20,6 +20,8 @@ from lora2serve.cli import run as command
 from lora2serve.training.checkpoints import last_checkpoint
 from tests.support.runs import DEMO, fit, logged, recipe_file
 
+pytestmark = pytest.mark.engine
+
 STEPS = 24
 
 
