@@ -192,7 +192,7 @@ class StagedDir:
 
 
 class DryRunDir(StagedDir):
-    """An output that only adds up what would be written: for ``--plan``."""
+    """An output that only adds up what would be written: for ``--dry-run``."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

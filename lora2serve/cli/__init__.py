@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -17,6 +18,7 @@ from lora2serve.cli.adapters import adapters
 from lora2serve.cli.doctor import doctor
 from lora2serve.cli.export import export
 from lora2serve.cli.inspect import inspect
+from lora2serve.cli.leave import leave
 from lora2serve.cli.parity import parity
 from lora2serve.cli.push import pull_check, push, verify
 from lora2serve.cli.serve import deploy, serve
@@ -66,7 +68,7 @@ for command in (init, train, export, parity, push, verify, pull_check, serve, de
     cli.add_command(command)
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None) -> NoReturn:
     """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
     words = list(sys.argv[1:] if args is None else args)
     own_process.claim()
@@ -75,7 +77,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # What the libraries log is not about the user's input; our messages go through Progress.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    sys.exit(run(words))
+    leave(run(words))
 
 
 def run(args: list[str]) -> int:

@@ -199,7 +199,7 @@ def parity(card: CardData) -> str:
         f"export in its own engine, and their next-token distributions were compared.\n\n{text}\n\n"
         "`Mean KL` is the divergence from the trained model in nats (0 is equal), `Signal kept` how much of what the "
         "fine-tune changed is still there. To verify every file and this table: "
-        f"`lora2serve pull-check {card.repo_id}`."
+        f"`lora2serve verify {card.repo_id}`."
     )
 
 
