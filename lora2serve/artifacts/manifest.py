@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from lora2serve import __version__
 from lora2serve.artifacts.json_record import JsonRecord, named, read_text, required
@@ -188,26 +188,6 @@ class Manifest(JsonRecord):
         paths = (path for path in directory.rglob("*") if not path.is_dir() and path.name != NAME)
         present = {path.relative_to(directory).as_posix() for path in paths}
         return problems + [f"{name}: not part of the export" for name in sorted(present - self.files.keys())]
-
-
-def read(directory: Path) -> dict[str, Any]:
-    """``Manifest.read`` as JSON, for callers that do not use the type yet."""
-    return Manifest.read(directory).to_json()
-
-
-def write(directory: Path, content: Mapping[str, Any]) -> None:
-    """``Manifest.write`` of JSON."""
-    Manifest.from_json({"format": FORMAT, "lora2serve": __version__, **content}).write(directory)
-
-
-def update(directory: Path, **changes: Any) -> None:
-    """Set top-level keys of a manifest, such as ``parity=...``."""
-    write(directory, {**read(directory), **changes})
-
-
-def verify(directory: Path) -> list[str]:
-    """``Manifest.verify`` of a directory."""
-    return Manifest.read(directory).verify(directory)
 
 
 def versions() -> dict[str, str]:

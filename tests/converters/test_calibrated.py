@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from converters.vllm import calibrated
 from converters.vllm.calibrated import WORKER
 from converters.vllm.calibrated_child import TOGETHER, batches
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.errors import EngineError, ExportError
@@ -229,8 +229,11 @@ def test_the_true_thing(quant: str, demo_run: Run, tmp_path: Path) -> None:
     """llm-compressor on the run's own data; compressed-tensors' loader and vLLM say that it is the fine-tune."""
     words = ("export", demo_run.path, "-t", "vllm", "-q", quant, "--merge-base", "original", "-o", tmp_path / "x")
     out = Path(lora2serve(*words, cwd=tmp_path).strip())
-    about, asked = manifest.read(out), json.loads((out / "config.json").read_text())["quantization_config"]
-    assert manifest.verify(out) == [] and about["calibration"]["rows"] == 200
+    about, asked = (
+        Export.open(out).manifest.to_json(),
+        json.loads((out / "config.json").read_text())["quantization_config"],
+    )
+    assert Export.open(out).verify() == [] and about["calibration"]["rows"] == 200
     assert asked["quant_method"] == "compressed-tensors" and asked["format"] == "pack-quantized"
     assert asked["config_groups"]["group_0"]["weights"]["symmetric"] == (quant == "gptq")
     assert {path.name for path in out.iterdir()} >= {"serve.yaml", "tokenizer.json", "model.safetensors"}

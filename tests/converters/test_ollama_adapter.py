@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from converters.ollama.modelfile_parser import parse
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.progress import Silent
@@ -64,8 +64,8 @@ def test_what_is_written(ollama: OllamaServer, demo_run: Run, base_export: Path,
     assert commands["adapter"] == "./demo-lora.gguf"
     assert commands["template"] == (directory / "template").read_text()
     assert json.loads((directory / "params").read_text())["stop"]
-    assert not manifest.verify(directory)
-    facts = manifest.read(directory)
+    assert not Export.open(directory).verify()
+    facts = Export.open(directory).manifest.to_json()
     assert (facts["target"], facts["from"], facts["template"]["kind"]) == ("ollama-adapter", str(gguf), "go")
     stored = ollama.models["tuned:latest"]
     assert stored.adapter is not None
@@ -76,7 +76,7 @@ def test_what_is_written(ollama: OllamaServer, demo_run: Run, base_export: Path,
 def test_a_base_that_the_server_has_not(ollama: OllamaServer, demo_run: Run, tmp_path: Path, capfd: Any) -> None:
     assert as_adapter(demo_run.path, tmp_path, "--from", "nobody:1b", "--create", "tuned") == 1
     assert "file does not exist" in capfd.readouterr().err
-    assert not manifest.verify(tmp_path / "ollama-adapter")
+    assert not Export.open(tmp_path / "ollama-adapter").verify()
 
 
 @pytest.mark.parametrize(

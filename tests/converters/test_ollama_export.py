@@ -13,7 +13,7 @@ from converters.gguf.gguf_scan import scan
 from converters.ollama.go_template import turns
 from converters.ollama.modelfile_parser import parse
 from converters.ollama.ollama_sink import LOOKALIKE_GUARD
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.progress import Silent
@@ -58,7 +58,7 @@ def test_an_unproven_template(ollama: OllamaServer, base: Path, tmp_path: Path) 
     assert "template" not in commands
     assert commands["requires"] == "0.30.0"
     assert not (directory / "template").exists()
-    template = manifest.read(directory)["template"]
+    template = Export.open(directory).manifest.to_json()["template"]
     assert (template["kind"], template["requires"]) == ("jinja", "0.30.0")
     assert "turns look different" in template["why"]
     scan(next(directory.glob("*.gguf")))
@@ -71,7 +71,7 @@ def test_a_dated_template(ollama: OllamaServer, base: Path, tmp_path: Path) -> N
     path.write_text(DATED + path.read_text())
     directory = exported(base, tmp_path)
     assert dict(parse((directory / "Modelfile").read_text()))["requires"] == "0.14.0"
-    assert manifest.read(directory)["template"]["dated"] is True
+    assert Export.open(directory).manifest.to_json()["template"]["dated"] is True
     assert "currentDate" in (directory / "template").read_text()
     assert rendered(ollama, directory) == trained(base)
 
@@ -83,7 +83,7 @@ def test_a_default_system_message(ollama: OllamaServer, base: Path, tmp_path: Pa
     path.write_text(default + path.read_text())
     directory = exported(base, tmp_path)
     assert (directory / "system").read_text() == "Be kind."
-    assert {"Modelfile", "template", "system", "params"} <= set(manifest.read(directory)["files"])
+    assert {"Modelfile", "template", "system", "params"} <= set(Export.open(directory).manifest.files)
     create(Client(), directory, "demo", Silent())
     assert ollama.models["demo:latest"].system == "Be kind."
     plain = Client().render("demo", turns(1))

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.cli import run
 from lora2serve.errors import UsageError
 from lora2serve.serving import server
 from lora2serve.serving.server import ServeOptions
+from tests.support.manifests import change_manifest
 from tests.support.tiny import make_adapter, make_model
 
 
@@ -57,27 +58,27 @@ def test_layout(made: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     assert f"cd {folder} && vllm serve --config serve.yaml" in err
     assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["blue", "red"]
     assert [path.name for path in folder.parent.iterdir()] == ["red+blue"], "no lock, no partial directory"
-    assert manifest.read(folder)["bundle"] == ["red", "blue"] and manifest.verify(folder) == []
+    assert Export.open(folder).manifest.bundle == ("red", "blue") and Export.open(folder).verify() == []
     seen = parsed_by_vllm(folder, monkeypatch)
     assert seen.enable_lora and seen.max_loras == 2
     assert seen.max_lora_rank == 16, "the next allowed over 12"
     assert seen.model == str(made / "base-model")
     assert [(one.name, one.path) for one in seen.lora_modules] == [("red", "adapters/red"), ("blue", "adapters/blue")]
     for name in ("red", "blue"):
-        assert manifest.verify(folder / "adapters" / name) == []
+        assert Export.open(folder / "adapters" / name).verify() == []
         config = json.loads((folder / "adapters" / name / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == seen.model, "what the filesystem resolver compares"
 
 
 def test_verify_sees_each_file(made: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle(made, "-o", "b")
-    manifest.update(here / "b" / "adapters" / "red", parity={"met": True})
-    assert manifest.verify(here / "b") == [], "a measured adapter is no damage"
+    change_manifest(here / "b" / "adapters" / "red", parity={"met": True})
+    assert Export.open(here / "b").verify() == [], "a measured adapter is no damage"
     with (here / "b" / "adapters" / "red" / "adapter_model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
     (here / "b" / "adapters" / "stray.txt").write_text("")
-    assert [problem.split(":")[0] for problem in manifest.verify(here / "b")] == [
+    assert [problem.split(":")[0] for problem in Export.open(here / "b").verify()] == [
         "adapters/red/adapter_model.safetensors", "adapters/stray.txt",
     ]  # fmt: skip
 
@@ -124,7 +125,7 @@ def test_one_refused_adapter_leaves_nothing(made: Path, here: Path, capfd: pytes
     assert (
         run(["export", str(made / "red"), str(here / "dora"), "-t", "adapter", "-o", "b", "--as-lora-rank", "64"]) == 0
     )
-    about = manifest.read(here / "b" / "adapters" / "dora")
+    about = Export.open(here / "b" / "adapters" / "dora").manifest.to_json()
     assert about["rank"] == 64 and not about["lossless"]
 
 
@@ -132,7 +133,7 @@ def test_an_old_bundle_stays_until_the_new_one_is_whole(
     made: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bundle(made, "-o", "b")
-    before = manifest.read(here / "b")
+    before = Export.open(here / "b").manifest.to_json()
     bundle(made, "-o", "b", code=1)
     assert "already exists" in capfd.readouterr().err
 
@@ -142,7 +143,7 @@ def test_an_old_bundle_stays_until_the_new_one_is_whole(
     with monkeypatch.context() as patch:
         patch.setattr("converters.adapter.adapter_sink.AdapterSink.finish", full)
         bundle(made, "-o", "b", "--overwrite", code=1)
-    assert manifest.read(here / "b") == before and manifest.verify(here / "b") == []
+    assert Export.open(here / "b").manifest.to_json() == before and Export.open(here / "b").verify() == []
     assert [path.name for path in here.iterdir()] == ["b"]
     bundle(made, "-o", "b", "--overwrite")
 

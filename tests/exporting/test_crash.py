@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import opened
 from lora2serve.errors import ExportError
 from tests.conftest import lora2serve
@@ -32,8 +33,8 @@ FORKER = """
 import os, sys
 from pathlib import Path
 import torch
-import converters.vllm, lora2serve.stream
-from tests import folding
+import converters.vllm.vllm_sink, lora2serve.exporting.stream
+from tests.support import folding
 torch.set_num_threads(1)
 base, first, second, out = map(Path, sys.argv[1:])
 export = folding.export
@@ -78,7 +79,7 @@ def kill_many(parts: tuple[Path, Path, Path], tmp_path: Path, times: int) -> Non
             time.sleep(dice.random() * 3 * one_export)
             os.kill(child, signal.SIGKILL)
             assert int(forker.stdout.readline()) == signal.SIGKILL, "it was still at work"
-            assert manifest.verify(out) == []
+            assert Export.open(out).verify() == []
             content = (out / "model.safetensors").read_bytes()
             assert content in whole
             seen.add(content)
@@ -124,7 +125,7 @@ def test_a_full_disk(parts: tuple[Path, Path, Path], disk: Path, share: int, tar
     base, adapter, _ = parts
     words = ["export", adapter, "--base", base, "-t", target, "-o", disk / "out"]
     lora2serve(*words, cwd=disk)
-    kept = manifest.read(disk / "out" / target)
+    kept = Export.open(disk / "out" / target).manifest.to_json()
     need = sum(file["size"] for file in kept["files"].values())
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     (disk / "ballast").write_bytes(bytes(free - need * share // 100))
@@ -138,8 +139,8 @@ def test_a_full_disk(parts: tuple[Path, Path, Path], disk: Path, share: int, tar
     assert "No space left" in done.stderr
     assert "hint:" in done.stderr
     assert "Traceback" not in done.stderr
-    assert manifest.verify(disk / "out" / target) == []
-    assert manifest.read(disk / "out" / target) == kept
+    assert Export.open(disk / "out" / target).verify() == []
+    assert Export.open(disk / "out" / target).manifest.to_json() == kept
     assert [path.name for path in (disk / "out").iterdir()] == [target]
     (disk / "ballast").unlink()
     lora2serve(*words, "--overwrite", cwd=disk)
@@ -171,7 +172,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", base)
     words = ["export", adapter, "--base", base, "-t", "vllm", "-o", tmp_path / "out"]
     lora2serve(*words, cwd=tmp_path)
-    kept = manifest.read(tmp_path / "out" / "vllm")
+    kept = Export.open(tmp_path / "out" / "vllm").manifest.to_json()
     child = subprocess.Popen(
         [sys.executable, "-m", "lora2serve", *map(str, words), "--overwrite"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -183,8 +184,8 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     out, err = child.communicate()
     assert (child.returncode, out, err.strip()) == (130, "", "interrupted")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vllm"]
-    assert manifest.verify(tmp_path / "out" / "vllm") == []
-    assert manifest.read(tmp_path / "out" / "vllm") == kept
+    assert Export.open(tmp_path / "out" / "vllm").verify() == []
+    assert Export.open(tmp_path / "out" / "vllm").manifest.to_json() == kept
 
 
 def test_all_outputs_or_none(parts: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,15 +197,15 @@ def test_all_outputs_or_none(parts: tuple[Path, Path, Path], tmp_path: Path, mon
 
     merged, kind = fold(parts[0], [parts[1]]), find("vllm")
     plans = [Plan("vllm", kind, kind.Options(), tmp_path / "out" / name) for name in ("one", "two")]
-    write, calls = manifest.write, []
+    write, calls = Manifest.write, []
 
-    def full(directory: Path, content: Any) -> None:
+    def full(manifest: Manifest, directory: Path) -> None:
         calls.append(directory)
         if len(calls) == 2:
             raise OSError(28, "No space left on device", str(directory))
-        write(directory, content)
+        write(manifest, directory)
 
-    monkeypatch.setattr(manifest, "write", full)
+    monkeypatch.setattr(Manifest, "write", full)
     with pytest.raises(ExportError, match="No space left on device"):
         export(ExportModel(merged, {}, "tiny", "base"), plans, Silent())
     assert len(calls) == 2
@@ -229,7 +230,7 @@ def test_two_runs_into_one_target(tmp_path: Path) -> None:
             pass
     with opened(tmp_path / "out", overwrite=False) as out:
         out.text("x", "y")
-        out.publish({})
+        out.publish(Manifest(target="vllm"))
 
 
 def test_a_live_export_is_replaced_never_written_into(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -279,11 +280,11 @@ def test_a_flipped_bit_is_named(parts: tuple[Path, Path, Path], tmp_path: Path) 
     content = bytearray((out / "model.safetensors").read_bytes())
     content[-100] ^= 1
     (out / "model.safetensors").write_bytes(bytes(content))
-    assert manifest.verify(out) == ["model.safetensors: content changed since the export (sha256 differs)"]
+    assert Export.open(out).verify() == ["model.safetensors: content changed since the export (sha256 differs)"]
     lora2serve("inspect", out, cwd=tmp_path, code=1)
     (out / "model.safetensors").unlink()
     (out / "stray").write_text("x")
-    assert manifest.verify(out) == ["model.safetensors: missing", "stray: not part of the export"]
+    assert Export.open(out).verify() == ["model.safetensors: missing", "stray: not part of the export"]
     (out / manifest.NAME).write_text(json.dumps({"format": 99}))
     lora2serve("inspect", out, cwd=tmp_path, code=1)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import config, make
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.cli import run
 from lora2serve.system import malloc, own_process
 from tests.support.folding import export_merged
@@ -49,7 +49,7 @@ def test_tensors_that_exceed_the_memory(tmp_path: Path) -> None:
     words = (tmp_path / "adapter", tmp_path / "out", tmp_path / "base" / "model.safetensors")
     done = limited(OURS, *words)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert manifest.verify(tmp_path / "out" / "vllm") == []
+    assert Export.open(tmp_path / "out" / "vllm").verify() == []
     control = limited(WHOLE, *words)
     assert control.returncode != 0
     assert "Memory" in control.stderr or "memory" in control.stderr

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora2serve.artifacts import manifest, staging
+from lora2serve.artifacts import staging
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.manifest import Manifest
 from tests.support.hub_server import HubServer
+from tests.support.manifests import change_manifest
 
 TOKEN = "hf_" + "CanaryCanaryCanaryCanaryCanaryCana"
 LINEAGE = {
@@ -58,16 +61,17 @@ def export(
     with staging.opened(path, overwrite=True) as out:
         for name, content in {**files, **extra}.items():
             out.bytes(name, content)
-        out.publish({"target": target, "quant": quant, "name": "demo", **LINEAGE, "versions": {"peft": "0.21"}})
+        facts = {"target": target, "quant": quant, "name": "demo", **LINEAGE, "versions": {"peft": "0.21"}}
+        out.publish(Manifest.from_json({"format": 1, **facts, "files": {}}))
     if parity is not None:
-        manifest.update(path, parity=parity)
+        change_manifest(path, parity=parity)
     return path
 
 
 def same(hub: HubServer, repo_id: str, path: Path, ref: str = "main") -> None:
     """The repository's files are the export's, byte for byte, and nothing else is there."""
     there = hub.repos[repo_id].files(ref)
-    listed = manifest.read(path)["files"]
+    listed = Export.open(path).manifest.files
     assert set(there) == {*listed, "lora2serve.json", "README.md", ".gitattributes"}
     for name in listed:
         assert hub.read(there[name]) == (path / name).read_bytes(), name

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from lora2serve.artifacts import manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.hub import pull_check, push
 from tests.hub.conftest import MET, client_env, export
 from tests.support.hub_server import HubServer
+from tests.support.manifests import change_manifest
 
 REPO = "user/demo"
 SECRET = "a held-out row that is nobody's business"
@@ -188,7 +188,7 @@ def test_split_files(hub: HubServer, tmp_path: Path) -> None:
 
 def test_manifest_says_nothing_of_this_machine(hub: HubServer, tmp_path: Path) -> None:
     path = export(tmp_path, "vllm")
-    manifest.update(path, use=f"vllm serve {path}")
+    change_manifest(path, use=f"vllm serve {path}")
     push([path], repo_id=REPO)
     for name, blob in hub.repos[REPO].files().items():
         assert str(tmp_path).encode() not in hub.read(blob), name
@@ -231,7 +231,7 @@ def test_a_section_fills_when_there_is_something_to_tell(hub: HubServer, tmp_pat
     assert "## Parity" not in card(hub) and "[!WARNING]" in card(hub)
     without = re.sub(r"<!-- lora2serve:limits -->.*<!-- /lora2serve:limits -->", "", card(hub), flags=re.S)
     hub.add(REPO, {"README.md": without.encode()})
-    manifest.update(path, parity=MET)
+    change_manifest(path, parity=MET)
     push([path], repo_id=REPO)
     assert "| vllm | vLLM | 0.0001 |" in card(hub) and "[!WARNING]" not in card(hub)
     assert "## Limits" not in card(hub)

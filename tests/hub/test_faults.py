@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import HubError
 from lora2serve.hub import fetch, pull_check, push
 from tests.hub.conftest import TOKEN, client_env, connect, export, same
@@ -34,7 +34,7 @@ def settle(hub: HubServer, path: Path, ref: str = "main") -> None:
     assert len(hub.repos[REPO].log(ref)) == 2, hub.repos[REPO].log(ref)
     checked = pull_check(REPO, ref)
     assert not checked.unlisted_files
-    for name in manifest.read(path)["files"]:
+    for name in Export.open(path).manifest.files:
         assert (checked.path / name).read_bytes() == (path / name).read_bytes()
 
 
@@ -108,7 +108,7 @@ def test_two_failures_of_a_pull(hub: HubServer, tmp_path: Path, step: str, statu
     fault = failing(hub, step, status)
     checked = pull_check(REPO)
     assert fault.times == 0, "the fault was met"
-    for name in manifest.read(path)["files"]:
+    for name in Export.open(path).manifest.files:
         assert (checked.path / name).read_bytes() == (path / name).read_bytes()
     fetched = failing(hub, "info", status)
     assert fetch(REPO).commit == checked.commit
@@ -296,13 +296,11 @@ def test_through_xet(tmp_path: Path, fault: dict[str, object]) -> None:
             _, said = client.communicate(timeout=120)
             assert client.returncode == 0, said.decode()
         there = hub.repos[REPO].files()
-        listed = manifest.read(path)["files"]
-        assert {name: there[name].sha256 for name in listed} == {
-            name: entry["sha256"] for name, entry in listed.items()
-        }
+        listed = Export.open(path).manifest.files
+        assert {name: there[name].sha256 for name in listed} == {name: entry.sha256 for name, entry in listed.items()}
         assert not hub.count("batch") and hub.count("commit") == 1
         stored = [file for file in (tmp_path / "xet").rglob("*") if file.is_file()]
-        assert sum(file.stat().st_size for file in stored) > listed["model.safetensors"]["size"] * 0.9
+        assert sum(file.stat().st_size for file in stored) > listed["model.safetensors"].size * 0.9
 
 
 def test_multipart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +327,7 @@ def test_pull_through_faults(hub: HubServer, tmp_path: Path, step: str, fault: d
     except HubError as error:
         assert "\n" not in error.message
     checked = pull_check(REPO)
-    for name in manifest.read(path)["files"]:
+    for name in Export.open(path).manifest.files:
         assert (checked.path / name).read_bytes() == (path / name).read_bytes()
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from lora2serve.api.inspect_path import InspectedExports, inspect
-from lora2serve.artifacts import manifest
 from lora2serve.errors import HubError, InputError
 from lora2serve.hub import fetch, pin_data, pull_check, push
 from tests.hub.conftest import TOKEN, client_env, export
 from tests.support.hub_server import HubServer
+from tests.support.manifests import change_manifest
 from tests.support.tiny import make_adapter, make_model
 
 REPO = "org/model"
@@ -217,7 +217,7 @@ def test_serve_takes_a_revision(tmp_path: Path) -> None:
     from lora2serve.serving import server
 
     path = export(tmp_path, "adapter")
-    manifest.update(path, rank=4, served_base="acme/base-1b")
+    change_manifest(path, rank=4, served_base="acme/base-1b")
     for base, expected in (("org/base@v2", ("org/base", "v2")), (None, ("acme/base-1b", "0" * 40))):
         command = server.plan([path], server.ServeOptions(base=base)).command
         assert (command[command.index("--model") + 1], command[command.index("--revision") + 1]) == expected

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.cli import run as command_line
 from lora2serve.errors import HubError, InputError, ParityNotMet, UsageError
 from lora2serve.hub import fetch, pull_check, push
@@ -16,6 +16,7 @@ from lora2serve.progress import Silent
 from lora2serve.system.small_files import digest
 from tests.hub.conftest import MET, export, same
 from tests.support.hub_server import HubServer
+from tests.support.manifests import change_manifest
 
 REPO = "user/demo"
 
@@ -29,7 +30,7 @@ def test_round_trip_of_three_kinds(hub: HubServer, tmp_path: Path) -> None:
         assert hub.repos[one.repo_id].log() == [hub.repos[one.repo_id].log()[0], "initial commit"]
         checked = pull_check(one.repo_id)
         assert checked.commit == one.commit and not checked.unproven and not checked.unlisted_files
-        for name in manifest.read(path)["files"]:
+        for name in Export.open(path).manifest.files:
             assert (checked.path / name).read_bytes() == (path / name).read_bytes()
     fetched = fetch(REPO)
     assert fetched.commit == pushed[0].commit and (fetched.path / "model.safetensors").is_file()
@@ -120,7 +121,7 @@ def test_a_manifest_cannot_name_files_outside(hub: HubServer, tmp_path: Path) ->
     path = export(tmp_path, "vllm")
     outside = tmp_path / "outside"
     outside.write_bytes(b"x")
-    manifest.update(path, files={**manifest.read(path)["files"], "../outside": digest(outside)})
+    change_manifest(path, files={**Export.open(path).manifest.to_json()["files"], "../outside": digest(outside)})
     with pytest.raises(InputError, match="outside the export"):
         push([path], repo_id=REPO)
 
@@ -161,7 +162,7 @@ def test_a_damaged_verdict_is_none(hub: HubServer, tmp_path: Path, parity: objec
 def test_dry_run_sends_nothing(hub: HubServer, tmp_path: Path) -> None:
     path = export(tmp_path, "vllm")
     planned = push([path], repo_id=REPO, dry_run=True)[0]
-    assert set(planned.uploaded) == {*manifest.read(path)["files"], "lora2serve.json", "README.md"}
+    assert set(planned.uploaded) == {*Export.open(path).manifest.files, "lora2serve.json", "README.md"}
     assert planned.dry_run and planned.commit is None and "base_model: acme/base-1b" in planned.card
     assert not hub.repos and {request.method for request in hub.requests} <= {"GET", "HEAD"}
     done = push([path], repo_id=REPO)[0]
@@ -208,7 +209,7 @@ def test_the_repositorys_gitignore_drops_nothing(hub: HubServer, tmp_path: Path)
     hub.add(REPO, {".gitignore": b"*.json\n*.safetensors\n"})
     path = export(tmp_path, "vllm")
     push([path], repo_id=REPO)
-    assert {*manifest.read(path)["files"]} <= set(hub.repos[REPO].files())
+    assert {*Export.open(path).manifest.files} <= set(hub.repos[REPO].files())
 
 
 def test_manifest_without_paths_of_this_machine(hub: HubServer, tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_base_that_only_this_machine_knows(hub: HubServer, tmp_path: Path) -> 
 
     for base in ("/home/someone/base-1b", "acme/base-1b"):
         path = export(tmp_path / base.strip("/").replace("/", "-"), "adapter")
-        manifest.update(path, served_base=base)
+        change_manifest(path, served_base=base)
         push([path], repo_id=REPO, progress=Words(), dry_run=True)
     assert len(told) == 1 and "--served-base" in told[0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.hub import pull_check, push, upload
 from lora2serve.hub.push import SUFFIX
 from tests.hub.conftest import export
@@ -37,7 +37,7 @@ def repository() -> Iterator[str]:
 def same(repository: str, path: Path, revision: str | None = None) -> None:
     checked = pull_check(repository, revision)
     assert not checked.unlisted_files
-    for name in manifest.read(path)["files"]:
+    for name in Export.open(path).manifest.files:
         assert (checked.path / name).read_bytes() == (path / name).read_bytes()
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.run import Run
 from lora2serve.hub import push
 from lora2serve.system.small_files import digest
 from tests.hub.conftest import client_env
 from tests.support.hub_server import HubServer
+from tests.support.manifests import change_manifest
 
 pytestmark = pytest.mark.engine
 
@@ -36,15 +37,15 @@ def pushed(hub: HubServer, demo_run: Run, demo_exports: Mapping[str, Path], tmp_
     exports = []
     for name in ("vllm", "adapter", "gguf-Q4_K_M"):
         path = Path(shutil.copytree(demo_exports[name], tmp_path / "exports" / name))
-        manifest.update(path, parity=MET, base={**manifest.read(path)["base"], "id": "org/base"})
+        change_manifest(path, parity=MET, base={**Export.open(path).manifest.to_json()["base"], "id": "org/base"})
         if name == "adapter":
             config = json.loads((path / "adapter_config.json").read_text())
             (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
             files = {
-                **manifest.read(path)["files"],
+                **Export.open(path).manifest.to_json()["files"],
                 "adapter_config.json": digest(path / "adapter_config.json"),
             }
-            manifest.update(path, files=files)
+            change_manifest(path, files=files)
         exports.append(path)
     push(exports, repo_id="user/demo", run=demo_run)
     return hub

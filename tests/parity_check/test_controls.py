@@ -24,6 +24,7 @@ from lora2serve.parity_check.comparisons import Comparison, of_exports
 from lora2serve.parity_check.trained_model import of_run
 from lora2serve.progress import Silent
 from tests.conftest import lora2serve
+from tests.support.manifests import change_manifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]  # the one fixture compares thirty exports
 
@@ -216,7 +217,7 @@ def test_a_coarser_type_under_a_finer_name(demo_run: Run, demo_exports: dict[str
     (made,) = lora2serve("export", demo_run.path, "-t", "gguf", "-q", "Q4_0", "-o", tmp_path, cwd=tmp_path).split()
     named = tmp_path / "gguf-Q8_0"
     Path(made).rename(named)
-    manifest.update(named, quant="Q8_0")
+    change_manifest(named, quant="Q8_0")
     origin = of_run(demo_run, Path(demo_run.record.base.path))
     (row,) = check(origin, of_exports(origin, [named]), progress=Silent()).rows
     assert row.red

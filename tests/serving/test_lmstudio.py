@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.errors import ExportError, InputError
@@ -87,7 +87,9 @@ def split(tmp_path: Path) -> Path:
     """An export of two files."""
     export_dir = tmp_path / "lmstudio-Q8_0"
     files = {f"me/demo/demo-{n}.gguf": put(export_dir / f"me/demo/demo-{n}.gguf", f"part {n}") for n in (1, 2)}
-    manifest.write(export_dir, {"target": "lmstudio", "files": {n: digest(path) for n, path in files.items()}})
+    Manifest.from_json(
+        {"format": 1, "target": "lmstudio", "files": {n: digest(path) for n, path in files.items()}}
+    ).write(export_dir)
     return export_dir
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from converters.ollama.create_request import request
 from converters.ollama.go_template import conversations
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.errors import EngineError, InputError
@@ -106,7 +106,7 @@ def test_without_a_server(demo_run: Run, tmp_path: Path, capfd: Any, monkeypatch
     err = capfd.readouterr().err
     assert "no Ollama answers at http://127.0.0.1:9" in err
     assert f"ollama create demo -f {tmp_path}/ollama-F16/Modelfile" in err
-    assert not manifest.verify(tmp_path / "ollama-F16")
+    assert not Export.open(tmp_path / "ollama-F16").verify()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_failure_names_what_ollama_said(
     ollama.fail(endpoint, kind, message="out of disk")
     assert export_demo(demo_run.path, tmp_path, "--create", "demo") == 1
     assert message in capfd.readouterr().err
-    assert not manifest.verify(tmp_path / "ollama-F16")
+    assert not Export.open(tmp_path / "ollama-F16").verify()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import torch
 
 from lora2serve.adapters.adapter import WEIGHTS
 from lora2serve.adapters.lint import lint
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
 from lora2serve.errors import EngineError, UsageError
@@ -30,6 +30,7 @@ from lora2serve.serving import runtime_lora, server, server_process
 from lora2serve.serving.server import ServeOptions, ServerCommand
 from lora2serve.weights.checkpoint import read_header
 from tests.conftest import lora2serve
+from tests.support.manifests import change_manifest
 from tests.support.ollama_server import OllamaServer
 from tests.support.tiny import make_model
 
@@ -253,8 +254,8 @@ def test_refusals(demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="models share a name: base, demo, demo"):
         plan(demo_exports["adapter"], Path(shutil.copytree(demo_exports["adapter"], tmp_path / "twin")))
     stranger = Path(shutil.copytree(demo_exports["adapter"], tmp_path / "stranger"))
-    base = {**manifest.read(stranger)["base"], "fingerprint": {"config": "x", "tensors": "y"}}
-    manifest.update(stranger, base=base, name="stranger")
+    base = {**Export.open(stranger).manifest.to_json()["base"], "fingerprint": {"config": "x", "tensors": "y"}}
+    change_manifest(stranger, base=base, name="stranger")
     with pytest.raises(UsageError, match="adapters of different bases"):
         plan(demo_exports["adapter"], stranger)
     with pytest.raises(UsageError, match="not an adapter export"):

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from lora2serve.artifacts import manifest
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engine_process import EngineMissing
 from lora2serve.parity_check.engines import Ids, Messages, Scores
@@ -170,7 +170,7 @@ class Ollama:
 
 def _mark(export: Path) -> str:
     """The same for the same files, so that a killed run leaves one model at most."""
-    files = json.dumps(manifest.read(export)["files"], sort_keys=True)
+    files = json.dumps(Manifest.read(export).to_json()["files"], sort_keys=True)
     return hashlib.sha256(files.encode()).hexdigest()[:12]
 
 
