@@ -156,8 +156,8 @@ def _merge(before: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _without_ours(entry: Mapping[str, Any]) -> dict[str, Any]:
-    kept = [result for result in entry["results"] if result["dataset"]["name"] != HELD_OUT]
-    return {**entry, "results": kept}
+    theirs = [result for result in entry["results"] if result["dataset"]["name"] != HELD_OUT]
+    return {**entry, "results": theirs}
 
 
 def _yaml(data: Mapping[str, Any]) -> str:

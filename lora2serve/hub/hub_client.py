@@ -46,7 +46,7 @@ def check_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise UsageError(f"{repo_id!r}: no repository id, expected org/name") from None
+        raise UsageError(f"{repo_id!r}: not a repository id, expected org/name") from None
 
 
 @contextmanager
@@ -101,8 +101,8 @@ def hub_errors(
         raise HubError(f"{repo_id}: no revision {revision!r}{did_you_mean(revision or '', known)}", hint) from None
     except errors.GatedRepoError:
         yours = "your token has no access" if has_token() else "there is no token"
-        where = page(f"datasets/{repo_id}" if kind == "dataset" else repo_id)
-        hint = f"ask for access at {where}" + ("" if has_token() else f", then {LOG_IN}")
+        address = page(f"datasets/{repo_id}" if kind == "dataset" else repo_id)
+        hint = f"ask for access at {address}" + ("" if has_token() else f", then {LOG_IN}")
         raise HubError(f"{repo_id}: gated, and {yours}", hint) from None
     except errors.RepositoryNotFoundError:
         what = "data set" if kind == "dataset" else "repository"
@@ -127,11 +127,11 @@ def _spelling() -> str:
 
 def _http_error(repo_id: str, doing: str, error: Exception) -> HubError:
     status = error.response.status_code  # type: ignore[attr-defined]
-    said = getattr(error, "server_message", None) or ""
-    why = f" ({clean(said)})" if said else ""
+    reason = getattr(error, "server_message", None) or ""
+    why = f" ({clean(reason)})" if reason else ""
     if status == 401:
-        given = os.environ.get("HF_TOKEN")
-        hint = "HF_TOKEN holds it: set another, or unset it and `hf auth login`" if given else LOG_IN
+        from_environment = os.environ.get("HF_TOKEN")
+        hint = "HF_TOKEN holds it: set another, or unset it and `hf auth login`" if from_environment else LOG_IN
         return HubError(f"{doing} {repo_id}: the token was refused{why}", hint)
     if status == 403:
         return HubError(
@@ -191,7 +191,7 @@ def _revisions(repo_id: str, kind: Kind) -> list[str]:
 
     try:
         refs = HfApi().list_repo_refs(repo_id, repo_type=kind)
-    except Exception:  # only for a better hint: the error that is being told is another one
+    except Exception:  # only for a better hint: the error that is shown is another one
         return []
     return [ref.name for ref in [*refs.branches, *refs.tags]]
 

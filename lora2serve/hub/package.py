@@ -99,7 +99,7 @@ def _read(root: Path, name: str, expected: FileEntry) -> tuple[Item | None, str]
     """The file as an item, or None and what is wrong with it."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or name.startswith(".git"):
-        return None, "its manifest names a place outside the export"
+        return None, "its manifest names a path outside the export"
     if pure.suffix == ".py":
         return None, "Python code is never pushed"
     path = root / name
@@ -120,19 +120,19 @@ def _read(root: Path, name: str, expected: FileEntry) -> tuple[Item | None, str]
 
 def _hash_and_scan(path: Path, name: str, chunks: Iterator[bytes], size: int, sha256: str) -> tuple[Item | None, str]:
     digest, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    kept, tail, scanned = b"", b"", 0
+    content, tail, scanned = b"", b"", 0
     for chunk in chunks:
         digest.update(chunk)
         git.update(chunk)
         if size <= IN_MEMORY:
-            kept += chunk
+            content += chunk
         if not name.endswith(WEIGHTS) or scanned < 4 * CHUNK:  # of weights, the header
             if secret := find_secret(tail + chunk):
                 return None, f"holds something shaped like {secret}"
             tail, scanned = chunk[-LONGEST:], scanned + len(chunk)
     if digest.hexdigest() != sha256:
         return None, "content changed since the export (sha256 differs)"
-    return Item(name, kept if size <= IN_MEMORY else path, size, sha256, git.hexdigest()), ""
+    return Item(name, content if size <= IN_MEMORY else path, size, sha256, git.hexdigest()), ""
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)
 def with_retries(act: Callable[[], T], progress: Progress, what: str, *, reached: bool = True) -> T:
     """Run ``act``, which must be safe to repeat, until it gets through or fails for good.
 
-    ``reached`` says that the Hub answered before: else a machine that cannot be connected to is no network, told now.
+    ``reached`` says that the Hub answered before: else a connection that is refused is no network, an error at once.
     """
     for wait in WAITS:
         try:
@@ -84,8 +84,8 @@ def _retry_after(error: BaseException) -> float:
     for cause in causes(error):
         response: Any = getattr(cause, "response", None)
         if response is not None:
-            said = response.headers.get("Retry-After", "")
-            return min(float(said), LONGEST) if said.isdigit() else 0.0
+            seconds = response.headers.get("Retry-After", "")
+            return min(float(seconds), LONGEST) if seconds.isdigit() else 0.0
     return 0.0
 
 

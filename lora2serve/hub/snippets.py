@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from lora2serve.adapters.lint import max_lora_rank
 
@@ -95,12 +94,12 @@ def generate(chat: bool) -> str:
 
 def curl(model: str, chat: bool) -> str:
     """A request to an OpenAI-compatible server on this machine."""
-    path, asked = (
+    path, question = (
         ("chat/completions", {"messages": [{"role": "user", "content": PROMPT}]})
         if chat
         else ("completions", {"prompt": PROMPT})
     )
-    body: dict[str, Any] = {"model": model, **asked, "max_tokens": 64}
+    body: dict[str, object] = {"model": model, **question, "max_tokens": 64}
     return (
         f"curl http://localhost:8000/v1/{path} -H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(body, ensure_ascii=False)}'"

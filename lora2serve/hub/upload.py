@@ -1,8 +1,8 @@
 """Getting files into a repository so that a reader sees the old state or the new one, never a mix.
 
-Contents go up first and show nothing. Then one commit publishes all of them; where they are too many for one,
-several commits build a pull request, whose files are compared with ours before it is merged. Every step looks at
-the repository before it acts, so a step whose answer was lost is not done twice, and a re-run goes on.
+Contents go up first and show nothing. Then one commit publishes all of them, on the branch or as a pull request, and
+what the Hub then shows is compared with ours. Every step looks at the repository before it acts, so a step whose answer
+was lost is not done twice, and a second run resumes.
 """
 
 from __future__ import annotations

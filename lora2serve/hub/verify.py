@@ -98,9 +98,9 @@ def _compare(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
             if not (path / name).is_file():
                 problems.append(f"{name}: missing")
                 continue
-            found = digest(path / name)
-            if found != {"sha256": expected.sha256, "size": expected.size}:
-                problems.append(f"{name}: {found['size']} bytes with another sha256, expected {expected.size} bytes")
+            actual = digest(path / name)
+            if actual != {"sha256": expected.sha256, "size": expected.size}:
+                problems.append(f"{name}: {actual['size']} bytes with another sha256, expected {expected.size} bytes")
             advance(expected.size)
     return problems
 
