@@ -34,10 +34,10 @@ class ShardWriter:
             if len(groups) == 1
             else [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
         )
-        self._places: dict[str, tuple[StagedFile, int]] = {}
+        self._offsets: dict[str, tuple[StagedFile, int]] = {}
         self._specs = {spec.name: spec for spec in specs}
         for name, group in zip(names, groups, strict=True):
-            self._lay(out, name, group)
+            self._allocate(out, name, group)
         if len(groups) > 1:
             total = sum(spec.nbytes for spec in specs)
             weight_map = {spec.name: name for name, group in zip(names, groups, strict=True) for spec in group}
@@ -46,16 +46,16 @@ class ShardWriter:
     def write(self, name: str, rows: slice, block: Block) -> None:
         """Rows of one tensor, cast to the planned type (the one rounding) and put in their place."""
         spec = self._specs[name]
-        file, offset = self._places[name]
+        file, offset = self._offsets[name]
         file.pwrite(as_bytes(cast(block, spec)), offset + rows.start * spec.row_numel * itemsize(spec.dtype))
 
-    def _lay(self, out: StagedDir, name: str, group: Sequence[TensorSpec]) -> None:
+    def _allocate(self, out: StagedDir, name: str, group: Sequence[TensorSpec]) -> None:
         header = encode_header(group)
         file = out.file(name, len(header) + sum(spec.nbytes for spec in group))
         file.pwrite(header, 0)
         offset = len(header)
         for spec in group:
-            self._places[spec.name] = (file, offset)
+            self._offsets[spec.name] = (file, offset)
             offset += spec.nbytes
 
 
@@ -111,10 +111,10 @@ class SafetensorsReader:
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
         stored = self._files[spec.name].get_slice(spec.name)
-        found = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
-        if tuple(found.shape) != tuple(block.shape):
+        values = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
+        if tuple(values.shape) != tuple(block.shape):
             raise ExportError(f"{spec.name}: shape {list(stored.get_shape())}, expected {list(spec.shape)}")
-        return spec.name, block.to(found.dtype).float(), found.float()
+        return spec.name, block.to(values.dtype).float(), values.float()
 
 
 def _group(specs: Sequence[TensorSpec], shard: int) -> list[list[TensorSpec]]:

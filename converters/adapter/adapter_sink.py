@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 from converters.adapter import extract
 from converters.adapter.extract import Extracted
-from converters.adapter.normalize import EXPERTS, Normalized, normalise, split
+from converters.adapter.normalize import EXPERTS, Normalized, normalize, split
 from converters.safetensors import as_bytes, encode_header
 from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from lora2serve.adapters.lint import Finding, lint
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportFacts, ExportModel, ModelSource
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import Block, TensorSpec, torch_dtype
 
 # What PEFT and vLLM need to load it again; the rest of the config is about training.
@@ -90,7 +91,7 @@ def _targets(adapter: Adapter, product: Normalized | Extracted) -> list[str]:
     return [name for name in names if not (fused and EXPERTS.search(name))]
 
 
-def engine_check(config: Mapping[str, Any]) -> None:
+def engine_check(config: JsonObject) -> None:
     """Ask the installed vLLM's own checker, ``PEFTHelper.validate_legal``; without vLLM the lint stands alone."""
     try:
         from vllm.config.lora import LoRAConfig
@@ -120,7 +121,7 @@ def _plan(model: ExportModel, adapter: Adapter, rank: int | None) -> Normalized 
     _refuse([finding for finding in findings if finding.fix != "export"])
     if any(finding.rule == "init" for finding in findings):
         return extract.plan(model, adapter, None)
-    return normalise(adapter)
+    return normalize(adapter)
 
 
 def _without_copies(model: ExportModel, adapter: Adapter) -> list[TensorSpec]:

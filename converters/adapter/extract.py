@@ -2,7 +2,7 @@
 
 The change ``W' - W`` is taken in float32 from the merged model and its base. PiSSA and OLoRA change the base by
 rank 2r exactly (their share of the base goes out, the trained product comes in), so there nothing is lost.
-The randomised range finder is that of Halko, Martinsson, Tropp (https://arxiv.org/abs/0909.4061), with a fixed seed.
+The randomized range finder is that of Halko, Martinsson, Tropp (https://arxiv.org/abs/0909.4061), with a fixed seed.
 """
 
 from __future__ import annotations

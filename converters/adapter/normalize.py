@@ -49,7 +49,7 @@ class Normalized:
         return {"lossless": True, "rescaled": {name: ratio for name, ratio in self.ratios.items() if ratio != 1}}
 
 
-def normalise(adapter: Adapter) -> Normalized:
+def normalize(adapter: Adapter) -> Normalized:
     """Plan the plain form of an adapter whose modules are all plain LoRA; reads headers only."""
     heights = {name: _rank(adapter, name) for name in adapter.layers}
     if not heights:

@@ -24,6 +24,7 @@ from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.exporting.sinks import Calibration, ExportModel
 from lora2serve.system import tool_env
+from lora2serve.system.small_files import JsonObject
 from lora2serve.system.worker_process import WorkerProcess
 from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.tensors import Block, TensorSpec
@@ -54,7 +55,7 @@ class CalibratedWriter:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._shards.write(spec.name, rows, block)
 
-    def finish(self, config: Mapping[str, Any]) -> WrittenWeights:
+    def finish(self, config: JsonObject) -> WrittenWeights:
         """EngineError with the child's reason, and where its log is."""
         self._merged.json("config.json", config)
         for name, path in self._model.files.items():

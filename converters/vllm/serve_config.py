@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from lora2serve.exporting.sinks import ExportModel
+from lora2serve.system.small_files import JsonObject
 
 # The markup in which a template writes a call of a tool -> the parser of vLLM 0.32.0 (``vllm/tool_parsers``) that reads
 # it. All marks of a row must be there; the first row counts, so what is more special comes first.
@@ -59,13 +59,13 @@ def chat_template(model: ExportModel) -> str:
     """The template that is shipped, the one for tools where there are several; empty where there is none."""
     if "chat_template.jinja" in model.files:
         return model.files["chat_template.jinja"].read_text(encoding="utf-8")
-    said = _json(model, "tokenizer_config.json").get("chat_template") or _json(model, "chat_template.json").get(
+    value = _json(model, "tokenizer_config.json").get("chat_template") or _json(model, "chat_template.json").get(
         "chat_template"
     )
-    if isinstance(said, list):
-        named = {str(one.get("name")): str(one.get("template")) for one in said if isinstance(one, dict)}
+    if isinstance(value, list):
+        named = {str(entry.get("name")): str(entry.get("template")) for entry in value if isinstance(entry, dict)}
         return named.get("tool_use") or named.get("default") or ""
-    return said if isinstance(said, str) else ""
+    return value if isinstance(value, str) else ""
 
 
 def generation_config(model: ExportModel) -> dict[str, Any] | None:
@@ -73,13 +73,13 @@ def generation_config(model: ExportModel) -> dict[str, Any] | None:
 
     They are those of the base's generation config, of its config, and the end token of the shipped tokenizer.
     """
-    given = _json(model, "generation_config.json")
-    before = _ids(given.get("eos_token_id"))
-    said = [model.config.get("eos_token_id"), _text_config(model.config).get("eos_token_id"), _tokenizer_end(model)]
-    found = list(dict.fromkeys([*before, *(token for part in said for token in _ids(part))]))
-    if found == before:
+    generation = _json(model, "generation_config.json")
+    before = _ids(generation.get("eos_token_id"))
+    sources = [model.config.get("eos_token_id"), _text_config(model.config).get("eos_token_id"), _tokenizer_end(model)]
+    ends = list(dict.fromkeys([*before, *(token for source in sources for token in _ids(source))]))
+    if ends == before:
         return None
-    return {**given, "eos_token_id": found if len(found) > 1 else found[0]}
+    return {**generation, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def _tokenizer_end(model: ExportModel) -> int | None:
@@ -89,13 +89,13 @@ def _tokenizer_end(model: ExportModel) -> int | None:
     return next((int(token["id"]) for token in added if text and token.get("content") == text), None)
 
 
-def _ids(said: Any) -> list[int]:
-    return [int(token) for token in (said if isinstance(said, list) else [said]) if token is not None]
+def _ids(value: Any) -> list[int]:
+    return [int(token) for token in (value if isinstance(value, list) else [value]) if token is not None]
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next((config[part] for part in TEXT_PARTS if isinstance(config.get(part), dict)), config)
-    return found
+def _text_config(config: JsonObject) -> JsonObject:
+    text: JsonObject = next((config[part] for part in TEXT_PARTS if isinstance(config.get(part), dict)), config)
+    return text
 
 
 def _json(model: ExportModel, name: str) -> dict[str, Any]:

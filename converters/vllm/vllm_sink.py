@@ -18,6 +18,7 @@ from converters.vllm.weight_writer import PlainWriter, WeightWriter
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.exporting.sinks import Calibration, ExportFacts, ExportModel, Reader
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import FLOATS, Block, TensorSpec
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -91,7 +92,7 @@ def open_reader(export: Path, manifest: Manifest, model: ExportModel) -> Reader:
     return SafetensorsReader(export, manifest, model)
 
 
-def served_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def served_config(config: JsonObject, dtype: str) -> dict[str, Any]:
     """``config.json`` of the merged model: plain weights in ``dtype``, under whichever key the base used for it."""
     served = {key: value for key, value in config.items() if key != "quantization_config"}
     served[_dtype_key(config)] = dtype
@@ -101,7 +102,7 @@ def served_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return served
 
 
-def _dtype_key(config: Mapping[str, Any]) -> str:
+def _dtype_key(config: JsonObject) -> str:
     return "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
 
 

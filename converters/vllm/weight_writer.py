@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from converters.safetensors import ShardWriter
 from lora2serve.artifacts.staging import StagedDir
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import Block, TensorSpec
 
 
@@ -15,8 +16,8 @@ from lora2serve.weights.tensors import Block, TensorSpec
 class WrittenWeights:
     """What the rest of the directory must say of the weights."""
 
-    quantization_config: Mapping[str, Any] | None = None  # for config.json
-    facts: Mapping[str, Any] = field(default_factory=dict)  # for the manifest
+    quantization_config: JsonObject | None = None  # for config.json
+    facts: JsonObject = field(default_factory=dict)  # for the manifest
 
 
 class WeightWriter(Protocol):
@@ -31,7 +32,7 @@ class WeightWriter(Protocol):
         """Take rows of one merged tensor."""
         ...
 
-    def finish(self, config: Mapping[str, Any]) -> WrittenWeights:
+    def finish(self, config: JsonObject) -> WrittenWeights:
         """Complete the weights; ``config`` is the merged model's, as it would be served in 16 bits."""
         ...
 
@@ -50,7 +51,7 @@ class PlainWriter:
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._shards.write(spec.name, rows, block)
 
-    def finish(self, config: Mapping[str, Any]) -> WrittenWeights:
+    def finish(self, config: JsonObject) -> WrittenWeights:
         return WrittenWeights()
 
     def close(self) -> None:

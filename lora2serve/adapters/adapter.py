@@ -18,7 +18,7 @@ from typing import Any
 from lora2serve.adapters.deltas import AdapterTensor, AddVector, Delta, EmbeddingLora, Lora, Replace, ReplaceRows
 from lora2serve.adapters.peft_methods import NATIVE, needs_peft
 from lora2serve.errors import AdapterError, raise_all
-from lora2serve.system.small_files import inside, read_json
+from lora2serve.system.small_files import JsonObject, inside, read_json
 from lora2serve.weights.checkpoint import SafetensorsFiles, read_header
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -131,10 +131,10 @@ class Adapter:
         return changes
 
     def _token_indices(self, module: str) -> tuple[int, ...]:
-        given = self.config.get("trainable_token_indices") or self.config.get("token_indices") or []
-        if isinstance(given, dict):
-            given = next((v for k, v in given.items() if module == k or module.endswith(f".{k}")), [])
-        return tuple(int(index) for index in given)
+        indices = self.config.get("trainable_token_indices") or self.config.get("token_indices") or []
+        if isinstance(indices, dict):
+            indices = next((v for k, v in indices.items() if module == k or module.endswith(f".{k}")), [])
+        return tuple(int(index) for index in indices)
 
 
 def open_adapter(path: Path) -> Adapter:
@@ -162,7 +162,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _problems(config: JsonObject) -> Iterator[str]:
     """Every field that no PEFT would have written so."""
     method = config.get("peft_type", "LORA")
     if not isinstance(method, str):
@@ -240,7 +240,7 @@ def _within(name: str, modules: Container[str]) -> bool:
     return False
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _by_pattern(patterns: JsonObject | None, module: str, default: Any) -> Any:
     """PEFT's rule: the first key that matches the end of the module's name (``peft.utils.get_pattern_key``)."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lora2serve.adapters.peft_layers import weightless
 from lora2serve.adapters.peft_methods import UNMERGEABLE, VARIANTS, needs_peft
 from lora2serve.config.lora_inits import init_of
 from lora2serve.errors import MergeError, raise_all
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.checkpoint import Checkpoint
 
 
@@ -83,7 +84,7 @@ def _is_copy(name: str, value: Any, base: Checkpoint) -> bool:
     return name in base and torch.equal(base.read(name).values.float(), value)
 
 
-def _put_on(adapters: Sequence[Adapter], names: Sequence[str], config: Mapping[str, Any]) -> Any:
+def _put_on(adapters: Sequence[Adapter], names: Sequence[str], config: JsonObject) -> Any:
     """The adapters' A and B on a model without weights."""
     from peft import get_peft_model, set_peft_model_state_dict
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lora2serve.adapters.vllm_support import lora_class
 from lora2serve.config import lora_inits
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import TensorSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks
@@ -47,7 +48,7 @@ class Finding:
         return WAY_OUT[self.fix]
 
 
-def lint(config: Mapping[str, Any], tensors: Sequence[TensorSpec], base: Mapping[str, Any]) -> list[Finding]:
+def lint(config: JsonObject, tensors: Sequence[TensorSpec], base: JsonObject) -> list[Finding]:
     """Every broken rule. ``tensors`` may be empty, before training; ``base`` is the base's config.json."""
     if config.get("peft_type", "LORA") != "LORA":
         return [Finding("method", f"{config['peft_type']} is no LoRA", "extract")]
@@ -69,12 +70,12 @@ def max_lora_rank(rank: int) -> int:
     return next_rank(rank) or RANKS[-1]
 
 
-def ranks(config: Mapping[str, Any]) -> list[int]:
+def ranks(config: JsonObject) -> list[int]:
     """``r`` and every rank of ``rank_pattern``."""
     return [int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values())]
 
 
-def _config_rules(config: Mapping[str, Any]) -> Iterator[Finding]:
+def _config_rules(config: JsonObject) -> Iterator[Finding]:
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         yield Finding("fields", f"adapter_config.json lacks {', '.join(missing)}", "export")
@@ -100,7 +101,7 @@ def _config_rules(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("trained-tokens", "single tokens of the embedding were trained", "extract")
 
 
-def _rank_rules(config: Mapping[str, Any]) -> Iterator[Finding]:
+def _rank_rules(config: JsonObject) -> Iterator[Finding]:
     if not isinstance(config.get("r"), int):
         return
     found = ranks(config)
@@ -110,7 +111,7 @@ def _rank_rules(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("rank", f"rank {max(found)} is above the engine's largest, {RANKS[-1]}", "extract")
 
 
-def _tensor_rules(tensors: Sequence[TensorSpec], base: Mapping[str, Any]) -> Iterator[Finding]:
+def _tensor_rules(tensors: Sequence[TensorSpec], base: JsonObject) -> Iterator[Finding]:
     unsupported = [spec.name for spec in tensors if not _is_lora_tensor(spec.name)]
     if unsupported:
         more = f" and {len(unsupported) - 3} more" if len(unsupported) > 3 else ""
@@ -135,9 +136,7 @@ def _tensor_rules(tensors: Sequence[TensorSpec], base: Mapping[str, Any]) -> Ite
             yield Finding("embedding-vocabulary", words, "merge")
 
 
-def _model_rules(
-    config: Mapping[str, Any], tensors: Sequence[TensorSpec], base: Mapping[str, Any]
-) -> Iterator[Finding]:
+def _model_rules(config: JsonObject, tensors: Sequence[TensorSpec], base: JsonObject) -> Iterator[Finding]:
     architecture = (base.get("architectures") or [""])[0]
     taken = lora_class(architecture)
     if not architecture or taken is None:  # a class the table does not know: the engine's generic one takes LoRA
@@ -172,11 +171,11 @@ def _module(name: str) -> str:
     return re.split(r"\.lora_", name)[0].rsplit(".", 1)[-1]
 
 
-def _targets(config: Mapping[str, Any]) -> set[str]:
+def _targets(config: JsonObject) -> set[str]:
     named = config.get("target_modules") or []
     return {str(name).rsplit(".", 1)[-1] for name in ([named] if isinstance(named, str) else named)}
 
 
-def _text(base: Mapping[str, Any]) -> Mapping[str, Any]:
+def _text(base: JsonObject) -> JsonObject:
     text = base.get("text_config")
     return text if isinstance(text, Mapping) and "vocab_size" not in base else base

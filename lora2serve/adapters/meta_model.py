@@ -6,11 +6,11 @@ Built on the meta device, and only where names on disk and names in the adapter 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.errors import MergeError
+from lora2serve.system.small_files import JsonObject
 
 if TYPE_CHECKING:
     from lora2serve.adapters.adapter import Adapter
@@ -41,7 +41,7 @@ class Wrapped:
 class MetaModel:
     """One model class on the meta device."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: JsonObject) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
 
@@ -100,7 +100,7 @@ class MetaModel:
         return renamed
 
 
-def meta_model(config: Mapping[str, Any]) -> Any:
+def meta_model(config: JsonObject) -> Any:
     """The class that ``config.architectures`` names, without weights."""
     import torch
     import transformers

@@ -15,10 +15,9 @@ from lora2serve.adapters.adapter import PREFIX, Adapter, ParameterDelta
 from lora2serve.adapters.meta_model import meta_model, peft_config
 from lora2serve.adapters.peft_methods import changes_bias, rebases
 from lora2serve.errors import AdapterError, raise_all
+from lora2serve.system.small_files import JsonObject
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
 Leaf = Literal["weight", "bias"]
@@ -48,7 +47,7 @@ class PeftDelta:
 class PeftLayers:
     """The adapted model, real but for the base's values."""
 
-    def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
+    def __init__(self, adapter: Adapter, config: JsonObject) -> None:
         self._lock = Lock()
         self._adapter = adapter
         self._rebases = rebases(adapter)
@@ -98,7 +97,7 @@ class PeftLayers:
                 base.weight, base.bias = before
             return merged.float()
 
-    def _put_on_all(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def _put_on_all(self, config: JsonObject) -> dict[str, Any]:
         """PEFT's layers by module name, with the adapter's tensors in them."""
         from peft import get_peft_model, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer

@@ -27,6 +27,7 @@ from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.exporting.stream import ExportPlan
 from lora2serve.progress import Progress
+from lora2serve.system.small_files import JsonObject
 
 TARGET = "bundle"
 ADAPTERS = "adapters"
@@ -107,7 +108,7 @@ def serve_yaml(model: str, models: Sequence[ExportModel], rank: int | None) -> s
     return "\n".join(lines) + "\n"
 
 
-def members(path: Path, about: Mapping[str, Any]) -> dict[str, Path]:
+def members(path: Path, about: JsonObject) -> dict[str, Path]:
     """The adapter exports in a bundle by name."""
     return {str(name): path / ADAPTERS / str(name) for name in about["bundle"]}
 

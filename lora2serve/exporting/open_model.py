@@ -59,7 +59,7 @@ def open_adapters(adapters: Sequence[Path], base: Path, base_name: str, choice: 
     """Adapter directories without a run, folded one after another onto ``base``."""
     if choice.merge_base == "trained":
         raise UsageError(
-            "--merge-base trained: only a run of lora2serve knows which modules were quantised",
+            "--merge-base trained: only a run of lora2serve knows which modules were quantized",
             "use --merge-base original",
         )
     checkpoint = Checkpoint(base)

@@ -13,6 +13,7 @@ from lora2serve.artifacts.lineage import Lineage
 from lora2serve.artifacts.manifest import Manifest, TemplateRecord
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.progress import Progress
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import ALL, Block, Source, TensorSpec
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ModelSource(Source, Protocol):
     """A merged model that still knows its base: ``lora2serve.merge.merged.Merged``."""
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> JsonObject:
         """config.json of the merged model, without a quantization_config."""
         ...
 
@@ -79,14 +80,14 @@ class ExportModel:
     lineage: Lineage = field(default_factory=Lineage)  # goes into the manifest
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> JsonObject:
         """The source's config.json."""
         return self.source.config
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Data that a target measures activations on, tokenised when it asks, and how its long work speaks."""
+    """Data that a target measures activations on, tokenized when it asks, and how its long work speaks."""
 
     source: str  # as the user named it
     rows: Callable[[], Sequence[Sequence[int]]]  # token ids; DataError where it cannot be read
@@ -195,18 +196,18 @@ def find_reader(target: str) -> Callable[[Path, Manifest, ExportModel], Reader] 
 
 
 def plan_options(
-    targets: Mapping[str, Exporter], quants: Sequence[str], given: Mapping[str, Any]
+    targets: Mapping[str, Exporter], quants: Sequence[str], requested: JsonObject
 ) -> list[tuple[str, Any]]:
     """One ``(target, options)`` for each output to write.
 
-    Each of ``quants`` goes to every target that knows it, each option in ``given`` to every target
+    Each of ``quants`` goes to every target that knows it, each option in ``requested`` to every target
     that has such a field. What fits no target is an error that names it.
     """
-    _refuse_homeless(targets, quants, given)
+    _refuse_homeless(targets, quants, requested)
     planned = []
     for name, exporter in targets.items():
         own = {f.name for f in fields(exporter.Options)}
-        options = {key: value for key, value in given.items() if key in own}
+        options = {key: value for key, value in requested.items() if key in own}
         if not exporter.quants:
             planned.append((name, exporter.Options(**options)))
             continue
@@ -217,7 +218,7 @@ def plan_options(
     return planned
 
 
-def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], given: Mapping[str, Any]) -> None:
+def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], requested: JsonObject) -> None:
     shown = " ".join(f"--target {name}" for name in targets)
     known_quants = {quant.lower(): quant for exporter in targets.values() for quant in exporter.quants}
     known_options = {f.name for exporter in targets.values() for f in fields(exporter.Options)}
@@ -226,7 +227,9 @@ def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], giv
         for quant in quants
         if quant.lower() not in known_quants
     ]
-    problems += [f"--{key.replace('_', '-')}: not an option of {shown}" for key in given if key not in known_options]
+    problems += [
+        f"--{key.replace('_', '-')}: not an option of {shown}" for key in requested if key not in known_options
+    ]
     if problems:
         hint = f"known types: {', '.join(known_quants.values())}" if known_quants else ""
         raise UsageError("\n".join(problems), hint)

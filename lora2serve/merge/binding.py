@@ -8,20 +8,20 @@ sides: what it calls alike is alike.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
 from lora2serve.adapters.deltas import Delta, ExpertLora, Lora
 from lora2serve.adapters.meta_model import MetaModel, StoredParameter
 from lora2serve.errors import MergeError, did_you_mean
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import TensorSpec
 
 
 class Binder:
     """Where each change of an adapter lands in a checkpoint."""
 
-    def __init__(self, specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], config: JsonObject) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._config = config
         self._skeleton: MetaModel | None = None
@@ -32,9 +32,9 @@ class Binder:
         if change.parameter in self._specs:
             return [(change.parameter, change.delta)]
         if adapter.config.get("target_parameters") and isinstance(change.delta, Lora):
-            found = self._find_parameter(change.parameter, change.delta, adapter)
-            if found:
-                return found
+            targets = self._find_parameter(change.parameter, change.delta, adapter)
+            if targets:
+                return targets
         sources = self._sources(change.parameter)
         if len(sources) == 1 and not sources[0].fused:
             return [(sources[0].stored, change.delta)]

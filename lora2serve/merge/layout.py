@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
 from lora2serve.adapters.deltas import Delta, Replace, ReplaceRows
 from lora2serve.adapters.peft_layers import PeftLayers
 from lora2serve.adapters.peft_methods import needs_peft, refuse_unmergeable
 from lora2serve.errors import MergeError
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import TensorSpec
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -33,16 +33,16 @@ class ModelLayout:
     """The merged model before anything is bound: its tensors, its config, and what each adapter changes, in order."""
 
     tensors: Sequence[MergedTensor]
-    config: Mapping[str, Any]
+    config: JsonObject
     changes: Sequence[Sequence[ParameterDelta]] = ()
 
 
-def lay_out(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: Mapping[str, Any]) -> ModelLayout:
+def lay_out(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: JsonObject) -> ModelLayout:
     """The merged model's layout; ``config`` is the base's, and stays as it is."""
     return _untie(_replicate(specs, adapters, config), adapters)
 
 
-def resize_vocabulary(config: Mapping[str, Any], tensors: Sequence[MergedTensor]) -> Mapping[str, Any]:
+def resize_vocabulary(config: JsonObject, tensors: Sequence[MergedTensor]) -> JsonObject:
     """The config with the vocabulary as training left it; embedding and head must agree."""
     tables = {tensor.spec.name: tensor for tensor in tensors if tensor.spec.name.endswith((*EMBEDDINGS, HEAD))}
     rows = {name: tensor.spec.rows for name, tensor in tables.items()}
@@ -59,7 +59,7 @@ def resize_vocabulary(config: Mapping[str, Any], tensors: Sequence[MergedTensor]
     return {**config, "text_config": {**text, "vocab_size": size}} if text else config
 
 
-def _replicate(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: Mapping[str, Any]) -> ModelLayout:
+def _replicate(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: JsonObject) -> ModelLayout:
     """PEFT's ``layer_replication``: a list of [start, stop) of old layers, laid one after another."""
     ranges = [a.config["layer_replication"] for a in adapters if a.config.get("layer_replication")]
     if not ranges:
@@ -115,7 +115,7 @@ def _untie(layout: ModelLayout, adapters: Sequence[Adapter]) -> ModelLayout:
     return ModelLayout(tensors, config, mirrored)
 
 
-def _changes(adapter: Adapter, config: Mapping[str, Any]) -> list[ParameterDelta]:
+def _changes(adapter: Adapter, config: JsonObject) -> list[ParameterDelta]:
     refuse_unmergeable(adapter)
     return PeftLayers(adapter, config).changes() if needs_peft(adapter) else adapter.changes()
 

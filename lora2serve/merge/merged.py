@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora2serve.adapters.adapter import Adapter
 from lora2serve.adapters.deltas import Delta, Lora, Replace
@@ -22,6 +22,7 @@ from lora2serve.errors import MergeError, raise_all
 from lora2serve.merge.binding import Binder
 from lora2serve.merge.layout import MergedTensor, ModelLayout, lay_out, resize_vocabulary
 from lora2serve.merge.survival import Survival, squared_norm
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import ALL, FLOATS, Block, DType, Source, TensorSpec, all_finite, torch_dtype
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Merged:
     """
 
     def __init__(
-        self, base: Source, adapters: Sequence[Adapter], config: Mapping[str, Any], dtype: DType | None = None
+        self, base: Source, adapters: Sequence[Adapter], config: JsonObject, dtype: DType | None = None
     ) -> None:
         self.base, self.survival = base, Survival()
         specs = list(base.specs())
@@ -43,7 +44,7 @@ class Merged:
         deltas = self._bind(layout, adapters)
         tensors = _fold_shapes(layout.tensors, deltas, _casts(specs, dtype))
         self._tensors = {tensor.spec.name: tensor for tensor in tensors}
-        self.config: Mapping[str, Any] = resize_vocabulary(layout.config, tensors)
+        self.config: JsonObject = resize_vocabulary(layout.config, tensors)
 
     def specs(self) -> Sequence[TensorSpec]:
         return [tensor.spec for tensor in self._tensors.values()]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora2serve.errors import CheckpointError, InputError
+
+JsonObject: TypeAlias = Mapping[str, Any]  # a config of another program: what its values are, is known there
 
 MAX_SIZE = 100_000_000  # bytes: the limit of a safetensors header, and ours for an index or a config
 

@@ -11,14 +11,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora2serve.errors import CheckpointError, raise_all
 from lora2serve.system.hub_snapshot import hub_snapshot
-from lora2serve.system.small_files import MAX_SIZE, digest, inside, read_json
+from lora2serve.system.small_files import MAX_SIZE, JsonObject, digest, inside, read_json
 from lora2serve.weights.tensors import ALL, DTYPES, Block, TensorSpec, itemsize, torch_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -103,7 +103,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path / "config.json", "no config.json, so no model directory")
 
 
-def model_dtype(config: Mapping[str, Any]) -> str | None:
+def model_dtype(config: JsonObject) -> str | None:
     """``bfloat16`` and the like: ``dtype`` (transformers 5), ``torch_dtype`` (4), or the text part's."""
     for part in (config, config.get("text_config") or {}):
         found = part.get("dtype") or part.get("torch_dtype")

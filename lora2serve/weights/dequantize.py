@@ -1,6 +1,6 @@
-"""Quantised weights shown as plain ones.
+"""Quantized weights shown as plain ones.
 
-* bitsandbytes 4-bit (nf4, fp4; absmax quantised or not): ``code[nibble] * absmax`` per block of 64, the
+* bitsandbytes 4-bit (nf4, fp4; absmax quantized or not): ``code[nibble] * absmax`` per block of 64, the
   high nibble first (``bitsandbytes/functional.py``, ``QuantState.as_dict``; https://arxiv.org/abs/2305.14314).
 * bitsandbytes int8: ``int8 * SCB / 127`` per row (https://arxiv.org/abs/2208.07339).
 * fp8 with one float32 scale per 128 x 128 block (``weight_scale_inv``: DeepSeek V3, Qwen3).
@@ -12,12 +12,13 @@ All in float32 and in row blocks, without a GPU and without bitsandbytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lora2serve.errors import CheckpointError
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.checkpoint import Checkpoint, model_dtype
 from lora2serve.weights.tensors import ALL, Block, DType, TensorSpec
 
@@ -30,7 +31,7 @@ DTYPE_NAMES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32"
 
 
 class Packed(Protocol):
-    """One quantised weight."""
+    """One quantized weight."""
 
     @property
     def spec(self) -> TensorSpec:
@@ -43,7 +44,7 @@ class Packed(Protocol):
 
 
 class Dequantized:
-    """A checkpoint whose quantised weights look like plain ones."""
+    """A checkpoint whose quantized weights look like plain ones."""
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
@@ -62,8 +63,8 @@ class Dequantized:
         start, stop, _ = rows.indices(packed.spec.rows)
         return Block(packed.read(slice(start, stop)))
 
-    def _collapse(self, config: Mapping[str, Any]) -> set[str]:
-        """Find the quantised weights; the names of their scales and states, which are no weights of their own."""
+    def _collapse(self, config: JsonObject) -> set[str]:
+        """Find the quantized weights; the names of their scales and states, which are no weights of their own."""
         method = config.get("quant_method")
         if not config or (method == "bitsandbytes" and not _is_quantized(self.base)):
             return set()
@@ -89,7 +90,7 @@ class Dequantized:
                 hidden.add(f"{packed.spec.name}_scales")
         if not self._packed:
             raise CheckpointError(
-                f"{self.base.path}: quantised by {method!r}, expected bitsandbytes, block-scaled fp8 or MXFP4",
+                f"{self.base.path}: quantized by {method!r}, expected bitsandbytes, block-scaled fp8 or MXFP4",
                 "name the full-precision base with --base",
             )
         return hidden
@@ -102,19 +103,19 @@ class FourBit:
     spec: TensorSpec
     base: Checkpoint
     block: int
-    nested: int  # blocks of absmax that share one scale; 0 without double quantisation
+    nested: int  # blocks of absmax that share one scale; 0 without double quantization
     offset: float
 
     @classmethod
     def open(cls, base: Checkpoint, weight: str, state: str) -> FourBit:
         raw = base.read(state).values.numpy().tobytes()
         try:
-            told = json.loads(raw)
-            shape, dtype = tuple(told["shape"]), DTYPE_NAMES[told["dtype"]]
-            nested, offset = int(told.get("nested_blocksize") or 0), float(told.get("nested_offset") or 0)
-            packed = cls(TensorSpec(weight, shape, dtype), base, int(told["blocksize"]), nested, offset)
+            state_json = json.loads(raw)
+            shape, dtype = tuple(state_json["shape"]), DTYPE_NAMES[state_json["dtype"]]
+            nested, offset = int(state_json.get("nested_blocksize") or 0), float(state_json.get("nested_offset") or 0)
+            packed = cls(TensorSpec(weight, shape, dtype), base, int(state_json["blocksize"]), nested, offset)
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{base.path}: {state}: unreadable quantisation state ({error})") from None
+            raise CheckpointError(f"{base.path}: {state}: unreadable quantization state ({error})") from None
         if base.spec(weight).nbytes != (prod(shape) + 1) // 2:
             raise CheckpointError(f"{base.path}: {weight}: {base.spec(weight).nbytes} bytes for 4-bit {list(shape)}")
         return packed
@@ -185,7 +186,7 @@ class Fp8Blocks:
     block: tuple[int, int]
 
     @classmethod
-    def open(cls, base: Checkpoint, weight: str, dtype: DType, config: Mapping[str, Any]) -> Fp8Blocks:
+    def open(cls, base: Checkpoint, weight: str, dtype: DType, config: JsonObject) -> Fp8Blocks:
         height, width = config.get("weight_block_size") or (128, 128)
         stored, scales = base.spec(weight), base.spec(f"{weight}_scale_inv")
         expected = (*stored.shape[:-2], -(-stored.shape[-2] // height), -(-stored.shape[-1] // width))
@@ -253,5 +254,5 @@ def scale_blocks(values: Tensor, absmax: Tensor, block: int) -> Tensor:
 
 
 def _is_quantized(base: Checkpoint) -> bool:
-    """A config may carry the training's quantisation over weights that are plain."""
+    """A config may carry the training's quantization over weights that are plain."""
     return any(".quant_state.bitsandbytes__" in s.name or s.name.endswith(".SCB") for s in base.specs())

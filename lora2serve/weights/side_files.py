@@ -23,24 +23,24 @@ def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
     may load as another class. The adapter's own are taken where training changed them: another
     vocabulary (added tokens), another chat template.
     """
-    found = _side_files(base)
+    files = _side_files(base)
     if adapter is None:
-        return found
+        return files
     trained = _side_files(adapter)
     if "tokenizer.json" in trained and _vocabulary(trained.get("tokenizer.json")) != _vocabulary(
-        found.get("tokenizer.json")
+        files.get("tokenizer.json")
     ):
-        found = {name: path for name, path in found.items() if not _belongs_to_tokenizer(name)}
-        return found | {name: path for name, path in trained.items() if _belongs_to_tokenizer(name)}
+        files = {name: path for name, path in files.items() if not _belongs_to_tokenizer(name)}
+        return files | {name: path for name, path in trained.items() if _belongs_to_tokenizer(name)}
     template = trained.get("chat_template.jinja")
-    if template and template.read_text(encoding="utf-8") != _chat_template(found):
-        found["chat_template.jinja"] = template
-    return found
+    if template and template.read_text(encoding="utf-8") != _chat_template(files):
+        files["chat_template.jinja"] = template
+    return files
 
 
 def _side_files(path: Path) -> dict[str, Path]:
-    found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
-    return {name: p for name, p in found.items() if SIDE_FILES.fullmatch(name)}
+    files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+    return {name: p for name, p in files.items() if SIDE_FILES.fullmatch(name)}
 
 
 def _belongs_to_tokenizer(name: str) -> bool:
@@ -58,6 +58,6 @@ def _chat_template(files: Mapping[str, Path]) -> str | None:
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].read_text(encoding="utf-8")
     if "tokenizer_config.json" in files:
-        told = read_json(files["tokenizer_config.json"], "no tokenizer_config.json").get("chat_template")
-        return told if isinstance(told, str) else None
+        template = read_json(files["tokenizer_config.json"], "no tokenizer_config.json").get("chat_template")
+        return template if isinstance(template, str) else None
     return None

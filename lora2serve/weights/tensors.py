@@ -41,9 +41,9 @@ def torch_dtype(dtype: DType) -> dtype:
         "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
         "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
     }  # fmt: skip
-    found = getattr(torch, names[dtype])
-    assert isinstance(found, torch.dtype)
-    return found
+    named = getattr(torch, names[dtype])
+    assert isinstance(named, torch.dtype)
+    return named
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def test_other_tensors_than_given(made: Path) -> None:
         calibrated._check_names([s for s in given_.specs() if s.name != "model.norm.weight"], given_)
 
 
-def dequantised(path: Path) -> Any:
+def dequantized(path: Path) -> Any:
     """The model as compressed-tensors' own loader gives it, float32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -237,10 +237,10 @@ def test_the_true_thing(quant: str, demo_run: Run, tmp_path: Path) -> None:
     assert asked["quant_method"] == "compressed-tensors" and asked["format"] == "pack-quantized"
     assert asked["config_groups"]["group_0"]["weights"]["symmetric"] == (quant == "gptq")
     assert {path.name for path in out.iterdir()} >= {"serve.yaml", "tokenizer.json", "model.safetensors"}
-    assert not {path.name for path in out.iterdir()} & {"merged", "quantised", "tokens.json"}
+    assert not {path.name for path in out.iterdir()} & {"merged", "quantized", "tokens.json"}
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     bounds, rows, reference = lookup(quant), held_out(demo_run), trained(demo_run)
-    model = dequantised(out)
+    model = dequantized(out)
     kl, same = distance(reference, model, rows)
     assert bounds.mean_kl and bounds.top1 and kl < bounds.mean_kl and same > bounds.top1
     with torch.no_grad():

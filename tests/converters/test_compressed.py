@@ -122,7 +122,7 @@ def test_the_bytes_are_the_librarys(quant: str, plain: Path, made: dict[str, Pat
 
 @pytest.mark.parametrize("quant", SCHEMES)
 def test_the_config_is_the_librarys(quant: str, made: dict[str, Path], whole: Any) -> None:
-    """What it writes for the same model with the same layers quantised; transformers and vLLM read it."""
+    """What it writes for the same model with the same layers quantized; transformers and vLLM read it."""
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from transformers import AutoConfig, AutoModelForCausalLM
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
@@ -143,7 +143,7 @@ def test_the_config_is_the_librarys(quant: str, made: dict[str, Path], whole: An
 
 
 def test_towers_stay() -> None:
-    """Of a multimodal model the text part is quantised; the rest is named in ``ignore``."""
+    """Of a multimodal model the text part is quantized; the rest is named in ``ignore``."""
     text, tower = "model.language_model.layers.0.", "model.visual.blocks.0."
     names = {
         f"{text}self_attn.q_proj", f"{text}mlp.experts.0.up_proj", f"{text}linear_attn.in_proj_qkv",
@@ -153,9 +153,9 @@ def test_towers_stay() -> None:
     }  # fmt: skip
     specs = [tensors.TensorSpec(f"{name}.weight", (64, 64), "BF16") for name in sorted(names)]
     found = select(specs, {"text_config": {"model_type": "qwen3_5_moe"}}, SCHEMES["fp8"])
-    quantised = {name.removesuffix(".weight") for name in found.weights}
-    assert quantised == {name for name in names if name.startswith(text) and name.endswith(("_proj", "_qkv"))}
-    assert set(found.ignore) == names - quantised
+    quantized = {name.removesuffix(".weight") for name in found.weights}
+    assert quantized == {name for name in names if name.startswith(text) and name.endswith(("_proj", "_qkv"))}
+    assert set(found.ignore) == names - quantized
     stack = tensors.TensorSpec(f"{text}mlp.experts.gate_up_proj", (4, 128, 64), "BF16")
     with pytest.raises(ExportError, match="experts in one tensor"):
         select([*specs, stack], {}, SCHEMES["fp8"])
@@ -219,8 +219,8 @@ def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[li
 
 
 @pytest.mark.parametrize("quant", SCHEMES)
-def test_dequantised_it_is_the_fold(quant: str, tmp_path: Path) -> None:
-    """A bf16 base with an adapter; the error is that of the format, and none where nothing is quantised."""
+def test_dequantized_it_is_the_fold(quant: str, tmp_path: Path) -> None:
+    """A bf16 base with an adapter; the error is that of the format, and none where nothing is quantized."""
     base = make_model(tmp_path / "base", **SHAPE)
     adapter = make_adapter(tmp_path / "adapter", base)
     out = written(base, tmp_path / "out", quant, adapters=(adapter,))[quant]

@@ -1,4 +1,4 @@
-"""Our dequantisers against bitsandbytes' own, to the last bit, and the round trip against a real quantised model."""
+"""Our dequantizers against bitsandbytes' own, to the last bit, and the round trip against a real quantized model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOUR_BIT = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 
 
 def quantized(base: Path, out: Path, **config: Any) -> tuple[Path, Any]:
-    """The model as bitsandbytes quantised it: its directory, and the model itself."""
+    """The model as bitsandbytes quantized it: its directory, and the model itself."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -37,7 +37,7 @@ def quantized(base: Path, out: Path, **config: Any) -> tuple[Path, Any]:
 def dequantized_four_bit(weight: Any) -> torch.Tensor:
     """By bitsandbytes' kernel, or its generic code where rows are no multiple of the block.
 
-    There the CPU kernel of 0.50 starts counting blocks anew in each row, unlike its quantiser and its CUDA kernels.
+    There the CPU kernel of 0.50 starts counting blocks anew in each row, unlike its quantizer and its CUDA kernels.
     """
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
     from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
@@ -52,7 +52,7 @@ def dequantized_four_bit(weight: Any) -> torch.Tensor:
 
 
 def by_bitsandbytes(model: Any) -> dict[str, torch.Tensor]:
-    """Every quantised weight, dequantised by bitsandbytes itself."""
+    """Every quantized weight, dequantized by bitsandbytes itself."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import int8_vectorwise_dequant
 
@@ -126,7 +126,7 @@ def test_round_trip_is_bit_equal(base: Path, tmp_path: Path, double: bool) -> No
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_round_trip_of_a_base_that_was_loaded_in_another_type(tmp_path: Path, on_gpu: bool) -> None:
-    """A float16 base is bfloat16 on a GPU before it is quantised: rounded twice."""
+    """A float16 base is bfloat16 on a GPU before it is quantized: rounded twice."""
     stored_half = make_model(tmp_path / "half", dtype=torch.float16)
     as_loaded = load_model(stored_half, torch.bfloat16)
     as_loaded.save_pretrained(tmp_path / "loaded")
@@ -224,5 +224,5 @@ def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
 def test_unknown_quantisation_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
     save_file(load_file(base / "model.safetensors"), tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="quantised by 'awq'"):
+    with pytest.raises(CheckpointError, match="quantized by 'awq'"):
         Dequantized(Checkpoint(tmp_path))

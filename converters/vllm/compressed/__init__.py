@@ -1,1 +1,1 @@
-"""Quantised safetensors in the compressed-tensors format, as vLLM loads them."""
+"""Quantized safetensors in the compressed-tensors format, as vLLM loads them."""

@@ -1,4 +1,4 @@
-"""Quantised weights read back: dequantised by compressed-tensors' own decompressors, in row blocks.
+"""Quantized weights read back: dequantized by compressed-tensors' own decompressors, in row blocks.
 
 What each weight is comes from ``quantization_config`` in the export's config.json, not from the table of schemes: any
 compressed-tensors export with one config group is read, calibrated ones too.
@@ -36,7 +36,7 @@ class CompressedReader:
         config = json.loads((export / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         groups = list(config["config_groups"].values())
         if len(groups) != 1:
-            raise ExportError(f"{export}: {len(groups)} groups of quantised layers, expected one")
+            raise ExportError(f"{export}: {len(groups)} groups of quantized layers, expected one")
         self._how = scheme.model_validate(groups[0])
         self._compressor = compressor.get_value_from_registry(groups[0].get("format") or config["format"])
         planned = {spec.name: spec for spec in model.source.specs()}
@@ -54,7 +54,7 @@ class CompressedReader:
         self.differences += [f"{name}: not planned" for name in sorted(self._files.keys() - known)]
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
-        """The stored name, the planned rows and the dequantised ones, or those of a plain tensor, in float32."""
+        """The stored name, the planned rows and the dequantized ones, or those of a plain tensor, in float32."""
         parts = self._parts[spec.name]
         if spec.name not in self._quantized:
             stored = self._files[spec.name].get_slice(spec.name)
@@ -86,7 +86,7 @@ class CompressedReader:
         )
 
     def _lost(self, name: str) -> list[str]:
-        """What must lie beside a quantised weight and does not."""
+        """What must lie beside a quantized weight and does not."""
         keys = self._compressor.compression_param_names(self._how)
         missing = [key for key in keys if key not in self._parts[name] and key not in self._unused()]
         return [f"{name.removesuffix('weight')}{key}: missing" for key in missing]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from converters.safetensors import ShardWriter
 from converters.vllm.compressed.quantize import global_factor, quantize
@@ -12,6 +12,7 @@ from converters.vllm.compressed.selection import select
 from converters.vllm.compressed.spool import Spool
 from converters.vllm.weight_writer import WrittenWeights
 from lora2serve.artifacts.staging import StagedDir
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import Block, TensorSpec
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ class CompressedWriter:
     last one of them is in. So each weight is still read and folded once, and memory stays a few blocks.
     """
 
-    def __init__(
-        self, quant: str, specs: Sequence[TensorSpec], config: Mapping[str, Any], out: StagedDir, shard: int
-    ) -> None:
+    def __init__(self, quant: str, specs: Sequence[TensorSpec], config: JsonObject, out: StagedDir, shard: int) -> None:
         self._selection = select(specs, config, SCHEMES[quant])
         self.scheme, weights = self._selection.scheme, self._selection.weights
         self._tensors = {name: self.scheme.tensors(spec) for name, spec in weights.items()}
@@ -47,7 +46,7 @@ class CompressedWriter:
             for name, at, values in complete.blocks():
                 self._put(name, at, values, factor)
 
-    def finish(self, config: Mapping[str, Any]) -> WrittenWeights:
+    def finish(self, config: JsonObject) -> WrittenWeights:
         quantized = len(self._tensors)
         counts = {"format": self.scheme.format, "quantized": quantized, "kept": len(self.wanted) - quantized}
         return WrittenWeights(self.scheme.config(self._selection.ignore), {"compressed": counts})

@@ -1,14 +1,14 @@
-"""Which weights are quantised, which stay as they are, and which vLLM fuses into one."""
+"""Which weights are quantized, which stay as they are, and which vLLM fuses into one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from converters.vllm.compressed.schemes import Scheme
 from lora2serve.errors import ExportError
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import FLOATS, TensorSpec
 
 # Linear layers lie in numbered blocks of the text model; embeddings and heads lie outside.
@@ -34,7 +34,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Selection:
-    """The weights to quantise, by name, with the scheme as it fits this model."""
+    """The weights to quantize, by name, with the scheme as it fits this model."""
 
     scheme: Scheme
     weights: Mapping[str, TensorSpec]
@@ -42,23 +42,23 @@ class Selection:
     ignore: tuple[str, ...]  # modules that stay as they are, for the config
 
 
-def select(specs: Sequence[TensorSpec], config: Mapping[str, Any], scheme: Scheme) -> Selection:
-    """What to quantise; ExportError, with every problem at once, where the scheme does not fit the model."""
+def select(specs: Sequence[TensorSpec], config: JsonObject, scheme: Scheme) -> Selection:
+    """What to quantize; ExportError, with every problem at once, where the scheme does not fit the model."""
     kind = str((config.get("text_config") or config).get("model_type"))
     if kind in TRANSPOSED:
         raise ExportError(f"{kind}: its weights lie transposed (Conv1D), compressed-tensors has none such", PLAIN_HINT)
     weights = {spec.name: spec for spec in specs if _is_linear(spec)}
     fused = _fused(weights)
     fitted = _fit(scheme, weights.values())
-    problems = [f"{spec.name}: experts in one tensor; vLLM reads quantised ones one by one" for spec in _stacked(specs)]
+    problems = [f"{spec.name}: experts in one tensor; vLLM reads quantized ones one by one" for spec in _stacked(specs)]
     problems += _misfits(fitted, weights, fused)
     if not weights and not problems:
-        problems = ["no linear layer in it that vLLM would quantise"]
+        problems = ["no linear layer in it that vLLM would quantize"]
     if problems:
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise ExportError("\n".join([*problems[:SHOWN], *more]), PLAIN_HINT)
-    kept = [s.name.removesuffix(".weight") for s in specs if s.name.endswith(".weight") and len(s.shape) == 2]
-    ignore = [name for name in kept if f"{name}.weight" not in weights and not EMBEDDING.search(name)]
+    matrices = [s.name.removesuffix(".weight") for s in specs if s.name.endswith(".weight") and len(s.shape) == 2]
+    ignore = [name for name in matrices if f"{name}.weight" not in weights and not EMBEDDING.search(name)]
     return Selection(fitted, weights, fused, tuple(dict.fromkeys([*ignore, "lm_head"])))
 
 
@@ -79,13 +79,13 @@ def _stacked(specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
 
 
 def _fused(weights: Mapping[str, TensorSpec]) -> dict[str, tuple[str, ...]]:
-    found = {}
+    groups = {}
     for name in weights:
         parent, _, last = name.removesuffix(".weight").rpartition(".")
         parts = next((part for part in FUSED if last in part), (last,))
         together = tuple(f"{parent}.{part}.weight" for part in parts)
-        found[name] = tuple(other for other in together if other in weights)
-    return found
+        groups[name] = tuple(other for other in together if other in weights)
+    return groups
 
 
 def _fit(scheme: Scheme, weights: Iterable[TensorSpec]) -> Scheme:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora2serve.errors import CheckpointError
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.bnb import cuda_quantize
 from lora2serve.weights.dequantize import DTYPE_NAMES, nibbles, scale_blocks
 from lora2serve.weights.tensors import ALL, Block, DType, Source, TensorSpec, torch_dtype
@@ -29,7 +30,7 @@ class Quantization:
     on_gpu: bool  # by CUDA kernels, which see some values on the other side of a border than those for a CPU
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Quantization:
+    def of(cls, record: JsonObject) -> Quantization:
         """From a run's record; CheckpointError where it was not nf4, which is what can be computed again."""
         quantization = record["quantization"]
         if quantization["type"] != "nf4":
