@@ -1,6 +1,6 @@
 """The tensor gate: an export, opened by its format's own reader, against the fold that was planned for it.
 
-Runs in a child process like an engine, since a damaged file may hang its reader or end it.
+Runs in a worker process like an engine, since a damaged file may hang its reader or end it.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Difference:
         """How much of the adapter's change is in the stored tensor: 1 as planned, 0 none; None where it has none."""
         return self.along / self.delta if self.delta > 0 else None
 
-    def add_change(self, base: Tensor, expected: Tensor, found: Tensor) -> None:
+    def add_change(self, base: Tensor, expected: Tensor, stored: Tensor) -> None:
         """Count the adapter's part of some rows in."""
-        change, there = expected.double() - base.double(), found.double() - base.double()
-        self.along += float((change * there).sum())
-        self.delta += float(change.square().sum())
+        planned, actual = expected.double() - base.double(), stored.double() - base.double()
+        self.along += float((planned * actual).sum())
+        self.delta += float(planned.square().sum())
 
-    def add(self, expected: Tensor, found: Tensor) -> None:
+    def add(self, expected: Tensor, stored: Tensor) -> None:
         """Count some rows in; a NaN counts as an infinite error."""
         import torch
 
-        difference = (expected.double() - found.double()).flatten().square().nan_to_num(nan=torch.inf)
+        difference = (expected.double() - stored.double()).flatten().square().nan_to_num(nan=torch.inf)
         power = expected.double().flatten().square()
         self.error += float(difference.sum())
         self.power += float(power.sum())
@@ -77,13 +77,13 @@ class Tensors:
     """What compares exports with the model they were planned from, one after another: the libraries load once."""
 
     def __init__(self, origin: Mapping[str, Any]) -> None:
-        self._given = origin
+        self._trained = origin
 
     def compare(self, export: Path, advance: Callable[[int], None]) -> dict[str, Any] | None:
         """Every tensor's difference, the largest first; None where the target has no reader."""
         self.path, self.manifest = export, Manifest.read(export)
         served_on_plain = self.manifest.is_adapter  # whatever it was trained on
-        self.origin = {**self._given, "run": None} if served_on_plain else self._given
+        self.origin = {**self._trained, "run": None} if served_on_plain else self._trained
         if self.manifest.target == "adapter":
             return self._compare_adapters(advance)
         kind = sinks.find_reader(self.manifest.target)
@@ -92,17 +92,17 @@ class Tensors:
         model = open_model(self.origin, self.manifest)
         merged = model.source
         reader: sinks.Reader = kind(self.path, self.manifest, model)
-        changed, found = set(merged.changed()), dict[str, Difference]()
+        changed, differences = set(merged.changed()), dict[str, Difference]()
         for spec, rows in _parts(model, reader.wanted):
             name, expected, stored = reader.pair(spec, rows, merged.read(spec.name, rows).values)
-            one = found.setdefault(name, Difference(name))
-            one.add(expected, stored)
+            difference = differences.setdefault(name, Difference(name))
+            difference.add(expected, stored)
             if spec.name in changed:
                 base = merged.before(spec.name, rows).values
                 if base.numel() == expected.numel():  # not where the vocabulary grew
-                    one.add_change(reader.pair(spec, rows, base)[1], expected, stored)
+                    difference.add_change(reader.pair(spec, rows, base)[1], expected, stored)
             advance(expected.numel())
-        return _told(found, reader.differences)
+        return _figures(differences, reader.differences)
 
     def _compare_adapters(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """A raw adapter, folded, against the trained one, folded."""
@@ -111,23 +111,25 @@ class Tensors:
             for adapters in (self.origin["adapters"], [str(self.path)])
         )
         merged, other = trained.source, exported.source
-        found: dict[str, Difference] = {}
+        differences: dict[str, Difference] = {}
         for spec, rows in _parts(trained, dict.fromkeys(merged.changed(), 1)):
-            one = found.setdefault(spec.name, Difference(spec.name))
+            difference = differences.setdefault(spec.name, Difference(spec.name))
             expected, stored = (side.read(spec.name, rows).values for side in (merged, other))
-            one.add(expected, stored)
+            difference.add(expected, stored)
             base = merged.before(spec.name, rows).values
             if base.numel() == expected.numel():
-                one.add_change(base, expected, stored)
+                difference.add_change(base, expected, stored)
             advance(expected.numel())
-        return _told(found, [f"{name}: not planned" for name in sorted({*other.changed()} - {*merged.changed()})])
+        return _figures(
+            differences, [f"{name}: not planned" for name in sorted({*other.changed()} - {*merged.changed()})]
+        )
 
 
-def _told(found: Mapping[str, Difference], missing: Sequence[str]) -> dict[str, Any]:
-    ordered = sorted(found.values(), key=lambda one: (one.nmse, one.worst), reverse=True)
+def _figures(differences: Mapping[str, Difference], missing: Sequence[str]) -> dict[str, Any]:
+    ordered = sorted(differences.values(), key=lambda item: (item.nmse, item.worst), reverse=True)
     return {
         "missing": list(missing),
-        "tensors": [asdict(one) | {"nmse": one.nmse, "strength": one.strength} for one in ordered],
+        "tensors": [asdict(item) | {"nmse": item.nmse, "strength": item.strength} for item in ordered],
     }
 
 

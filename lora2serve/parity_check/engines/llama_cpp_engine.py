@@ -37,8 +37,8 @@ class LlamaCpp:
             return None
         bos, eos = self.llm.token_bos(), self.llm.token_eos()
         names = [self._piece(token) if token >= 0 else "" for token in (bos, eos)]
-        made = Jinja2ChatFormatter(template, eos_token=names[1], bos_token=names[0], add_generation_prompt=True)
-        return str(made(messages=list(messages)).prompt)
+        formatter = Jinja2ChatFormatter(template, eos_token=names[1], bos_token=names[0], add_generation_prompt=True)
+        return str(formatter(messages=list(messages)).prompt)
 
     def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
         """As llama.cpp's own server does it: BOS is added where the file says so and the template has not."""
@@ -59,8 +59,8 @@ class LlamaCpp:
 
     def eos_id(self) -> int | None:
         """The end token that the file names; llama.cpp knows others by their text."""
-        found = int(self.llm.token_eos())
-        return found if found >= 0 else None
+        token = int(self.llm.token_eos())
+        return token if token >= 0 else None
 
     def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
         for ids in sequences:

@@ -19,7 +19,7 @@ class Peft(Transformers):
     """transformers + PEFT on the base as it was trained (``quantization`` as in run.json) or in full precision.
 
     Several ``adapters`` are active together: their changes add up. With none it is the base alone. The base is loaded
-    in the type that training computed in, since bitsandbytes dequantises to that; the arithmetic is float32. Where
+    in the type that training computed in, since bitsandbytes dequantizes to that; the arithmetic is float32. Where
     another device ``trained_on`` it (cuda or cpu), the 4-bit codes are those of that device, not of this one.
     """
 
@@ -39,15 +39,15 @@ class Peft(Transformers):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         quiet(threads)
-        where = device()
+        device_name = device()
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        given: dict[str, Any] = {"dtype": torch.float32, "device_map": where}
+        options: dict[str, Any] = {"dtype": torch.float32, "device_map": device_name}
         if quantization:
-            given |= _quantized(base, quantization)
-        model = AutoModelForCausalLM.from_pretrained(base, **given)
+            options |= _quantized(base, quantization)
+        model = AutoModelForCausalLM.from_pretrained(base, **options)
         if quantization:
             _check_modules(model, quantization["modules"])
-            if "quantization_config" in given and trained_on not in (None, where):
+            if "quantization_config" in options and trained_on not in (None, device_name):
                 _requantize(model, base, Quantization.of({"quantization": quantization, "device": trained_on}))
             _compute_in_float32(model)
         rows = len(self.tokenizer)
@@ -63,7 +63,9 @@ class Peft(Transformers):
         if len(self.adapters) > 1:
             self.model.base_model.set_adapter(self.adapters)
         named = f"{quantization['type']} base" if quantization else "full-precision base"
-        self.version = f"peft {peft.__version__} on transformers {transformers.__version__}, {named}, float32 {where}"
+        self.version = (
+            f"peft {peft.__version__} on transformers {transformers.__version__}, {named}, float32 {device_name}"
+        )
 
     def pairs(self, sequences: Sequence[Ids]) -> Iterator[tuple[Scores, Scores | None]]:
         """The tuned model and its base (adapter off) on each sequence; None where there is no adapter."""
@@ -91,7 +93,7 @@ def _quantized(base: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
 
     dtype = getattr(torch, quantization["compute_dtype"])
     if getattr(AutoConfig.from_pretrained(base), "quantization_config", None):
-        return {"dtype": dtype}  # the base came quantised
+        return {"dtype": dtype}  # the base came quantized
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization["type"],
@@ -102,24 +104,24 @@ def _quantized(base: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_modules(model: Any, recorded: Sequence[str]) -> None:
-    """The same modules must be quantised as at training, or this is another model."""
+    """The same modules must be quantized as at training, or this is another model."""
     import bitsandbytes as bnb
 
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    found = {name for name, module in model.named_modules() if isinstance(module, kinds)}
-    different = sorted(found ^ set(recorded))
+    quantized = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    different = sorted(quantized ^ set(recorded))
     if different:
         raise EngineError(
-            f"the base is not quantised as at training: {len(different)} modules differ, the first is {different[0]}",
+            f"the base is not quantized as at training: {len(different)} modules differ, the first is {different[0]}",
             "use the versions of transformers and bitsandbytes in run.json",
         )
 
 
 def _requantize(model: Any, base: str, how: Quantization) -> None:
-    trip = FakeQuantized(Dequantized(Checkpoint(Path(base))), how)
+    fake_quantized = FakeQuantized(Dequantized(Checkpoint(Path(base))), how)
     for name in how.modules:
         weight = model.get_submodule(name).weight
-        codes, absmax = trip.quantized(f"{name}.weight")
+        codes, absmax = fake_quantized.quantized(f"{name}.weight")
         weight.data.copy_(codes.view_as(weight.data))
         state = weight.quant_state
         state.absmax, state.nested = absmax.to(weight.device), False

@@ -1,4 +1,4 @@
-"""transformers: a merged directory, plain or quantised, and what the reference shares with it."""
+"""transformers: a merged directory, plain or quantized, and what the reference shares with it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Transformers:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         quiet(threads)
-        where = device()
+        device_name = device()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        given: dict[str, Any] = {"dtype": torch.float32, "device_map": where, **_decompressed(model)}
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, **given).float().eval()
-        self.version = f"transformers {transformers.__version__} float32 {where}"
+        options: dict[str, Any] = {"dtype": torch.float32, "device_map": device_name, **_decompressed(model)}
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, **options).float().eval()
+        self.version = f"transformers {transformers.__version__} float32 {device_name}"
 
     def render(self, messages: Messages) -> str | None:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -41,8 +41,8 @@ class Transformers:
     def positions(self) -> int | None:
         """Tokens of one text that the model was made for; None where its config names no limit."""
         config = self.model.config.get_text_config()
-        found = getattr(config, "max_position_embeddings", None)
-        return int(found) if found else None
+        limit = getattr(config, "max_position_embeddings", None)
+        return int(limit) if limit else None
 
     def vocab(self) -> int:
         """Logits for each position."""
@@ -87,9 +87,9 @@ def device() -> str:
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """The end tokens of the generation config and of the tokenizer."""
-    said = model.generation_config.eos_token_id
-    found = set(said if isinstance(said, list) else [said]) | {tokenizer.eos_token_id}
-    return sorted(token for token in found if token is not None)
+    named = model.generation_config.eos_token_id
+    ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    return sorted(token for token in ids if token is not None)
 
 
 def logits(model: Any, ids: Ids) -> Any:
@@ -97,28 +97,28 @@ def logits(model: Any, ids: Ids) -> Any:
     import torch
 
     with torch.no_grad():
-        found = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, :-1]
-    return found.float().cpu().numpy()
+        values = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, :-1]
+    return values.float().cpu().numpy()
 
 
 def greedy(model: Any, ids: Ids, new_tokens: int, stop: Ids, top: int = 0) -> tuple[list[int], list[list[int]]]:
     """The likeliest continuation up to a stop token, and the ``top`` likeliest tokens of each step, the stop's too."""
     import torch
 
-    given = torch.tensor([list(ids)], device=model.device)
+    inputs = torch.tensor([list(ids)], device=model.device)
     tokens: list[int] = []
     likeliest: list[list[int]] = []
     cache = None
     with torch.no_grad():
         for _ in range(new_tokens):
-            out = model(input_ids=given, past_key_values=cache, use_cache=True)
+            out = model(input_ids=inputs, past_key_values=cache, use_cache=True)
             last, cache = out.logits[0, -1].float().cpu().numpy(), out.past_key_values
             likeliest.append(np.argsort(-last, kind="stable")[:top].tolist())
             token = int(last.argmax())
             if token in stop:
                 break
             tokens.append(token)
-            given = torch.tensor([[token]], device=model.device)
+            inputs = torch.tensor([[token]], device=model.device)
     return tokens, likeliest
 
 

@@ -37,19 +37,19 @@ class Vllm:
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "enforce_eager": True,
             "max_logprobs": -1,
             "max_model_len": _length(model, window),
             "seed": 0,
         }
         if adapter:
-            given |= {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
+            options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
         if not on_cpu:
-            given["gpu_memory_utilization"] = 0.5
+            options["gpu_memory_utilization"] = 0.5
         self._dtype = dtype or (cpu_dtype(model) if on_cpu else "auto")
         try:
-            self.llm: Any = LLM(model, dtype=self._dtype, **given)
+            self.llm: Any = LLM(model, dtype=self._dtype, **options)
         except ValueError as error:
             raise no_kernel(str(error)) or error from None
         self.lora = LoRARequest("parity", 1, adapter) if adapter else None
@@ -64,15 +64,18 @@ class Vllm:
         from vllm import SamplingParams
 
         once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
-        given: dict[str, Any] = {"use_tqdm": False, "lora_request": self.lora}
-        asked = self.llm.chat([list(messages)], once, **given) if messages else self.llm.generate([text], once, **given)
-        return list(asked[0].prompt_token_ids)
+        options: dict[str, Any] = {"use_tqdm": False, "lora_request": self.lora}
+        if messages:
+            outputs = self.llm.chat([list(messages)], once, **options)
+        else:
+            outputs = self.llm.generate([text], once, **options)
+        return list(outputs[0].prompt_token_ids)
 
     def stop_ids(self) -> list[int] | None:
-        found = {self.llm.get_tokenizer().eos_token_id, *(self.llm.get_default_sampling_params().stop_token_ids or ())}
-        said = self.llm.model_config.try_get_generation_config().get("eos_token_id")
-        found |= set(said if isinstance(said, list) else [said])
-        return sorted(token for token in found if token is not None)
+        ids = {self.llm.get_tokenizer().eos_token_id, *(self.llm.get_default_sampling_params().stop_token_ids or ())}
+        named = self.llm.model_config.try_get_generation_config().get("eos_token_id")
+        ids |= set(named if isinstance(named, list) else [named])
+        return sorted(token for token in ids if token is not None)
 
     def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
         for ids in sequences:
@@ -82,37 +85,37 @@ class Vllm:
         from vllm import SamplingParams
 
         stop = self.stop_ids() or []
-        how = SamplingParams(max_tokens=new_tokens, temperature=0, stop_token_ids=stop, detokenize=False)
-        answers = [list(out.outputs[0].token_ids) for out in self._ask(prompts, how)]
+        params = SamplingParams(max_tokens=new_tokens, temperature=0, stop_token_ids=stop, detokenize=False)
+        answers = [list(out.outputs[0].token_ids) for out in self._ask(prompts, params)]
         return [answer[:-1] if answer and answer[-1] in stop else answer for answer in answers]
 
     def _score(self, ids: Ids) -> Scores:
         from vllm import SamplingParams
 
-        how = SamplingParams(
+        params = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=self._top(len(ids)), flat_logprobs=True, detokenize=False
         )
-        flat = self._ask([ids], how)[0].prompt_logprobs
+        flat = self._ask([ids], params)[0].prompt_logprobs
         return self._scores([(flat, position) for position in range(1, len(ids))], ids)
 
     def _score_by_prefixes(self, ids: Ids) -> Scores:
         """One request per prefix: vLLM's CPU worker dies on prompt_logprobs while LoRA is on."""
         from vllm import SamplingParams
 
-        how = SamplingParams(
+        params = SamplingParams(
             max_tokens=1, temperature=0, logprobs=self._top(AT_ONCE), flat_logprobs=True, detokenize=False
         )
-        found = []
+        flat = []
         for start in range(1, len(ids), AT_ONCE):
             prefixes = [ids[:end] for end in range(start, min(start + AT_ONCE, len(ids)))]
-            found += [(out.outputs[0].logprobs, 0) for out in self._ask(prefixes, how)]
-        return self._scores(found, ids)
+            flat += [(out.outputs[0].logprobs, 0) for out in self._ask(prefixes, params)]
+        return self._scores(flat, ids)
 
-    def _ask(self, prompts: Sequence[Ids], how: Any) -> list[Any]:
+    def _ask(self, prompts: Sequence[Ids], params: Any) -> list[Any]:
         from vllm import TokensPrompt
 
-        given = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
-        return list(self.llm.generate(given, how, lora_request=self.lora, use_tqdm=False))
+        requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+        return list(self.llm.generate(requests, params, lora_request=self.lora, use_tqdm=False))
 
     def _top(self, positions: int) -> int:
         """-1, the whole vocabulary, where it fits; else as many of the likeliest as do."""
@@ -126,9 +129,9 @@ class Vllm:
     def _scores(self, flat: Sequence[tuple[Any, int]], ids: Ids) -> Scores:
         """From vLLM's flat lists: the true token comes first, then the likeliest in order."""
         rows = []
-        for found, position in flat:
-            part = slice(found.start_indices[position], found.end_indices[position])
-            rows.append((np.array(found.token_ids[part]), np.array(found.logprobs[part], dtype=np.float32)))
+        for logprobs, position in flat:
+            part = slice(logprobs.start_indices[position], logprobs.end_indices[position])
+            rows.append((np.array(logprobs.token_ids[part]), np.array(logprobs.logprobs[part], dtype=np.float32)))
         if all(len(names) >= self._vocab for names, _ in rows):
             values = np.full((len(rows), self._vocab), np.nan, dtype=np.float32)
             for row, (names, logprobs) in enumerate(rows):
@@ -138,19 +141,19 @@ class Vllm:
         top = np.full((len(rows), width), -1, dtype=np.int64)
         values = np.full((len(rows), width), np.nan, dtype=np.float32)
         target = np.full(len(rows), np.nan, dtype=np.float32)
-        for row, (said, logprobs) in enumerate(rows):
-            names, first = np.unique(said, return_index=True)
+        for row, (tokens, logprobs) in enumerate(rows):
+            names, first = np.unique(tokens, return_index=True)
             top[row, : len(names)], values[row, : len(names)] = names, logprobs[first]
             true = np.flatnonzero(names == ids[row + 1])
             target[row] = logprobs[first][true[0]] if len(true) else np.nan
         return Scores(values, top, target)
 
 
-def no_kernel(said: str) -> EngineMissing | None:
+def no_kernel(message: str) -> EngineMissing | None:
     """Where vLLM's build for this machine has nothing that computes with such weights."""
-    if "kernel" not in said:
+    if "kernel" not in message:
         return None
-    reason = " ".join(said.split())[:200]
+    reason = " ".join(message.split())[:200]
     return EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "ask it on a GPU")
 
 
