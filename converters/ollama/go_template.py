@@ -18,13 +18,7 @@ from converters.ollama import template_dates
 from converters.ollama.modelfile_parser import is_printable
 from converters.ollama.template_dates import Clock, DateMarks
 from converters.ollama.template_not_proven import TemplateNotProven
-
-
-class PlainMessage(TypedDict):
-    """One turn of a plain conversation."""
-
-    role: str
-    content: str
+from lora2serve.data.rows import Message
 
 
 class OllamaData(TypedDict):
@@ -34,7 +28,7 @@ class OllamaData(TypedDict):
     Messages: list[dict[str, str]]
 
 
-Messages = Sequence[PlainMessage]
+Messages = Sequence[Message]
 Render = Callable[[Messages], str]  # raises where the template refuses a conversation
 
 USERS = tuple(f"Uq{n}vzx" for n in range(4))
@@ -225,14 +219,14 @@ def prefers_jinja(template: str) -> bool:
     return any(word in template for word in (*TOOL_WORDS, *THINKING_WORDS))
 
 
-def turns(users: int, system: str | None = None, text: Callable[[int], str] | None = None) -> list[PlainMessage]:
+def turns(users: int, system: str | None = None, text: Callable[[int], str] | None = None) -> list[Message]:
     """A conversation that ends with a user's turn; ``text(n)`` is the content of its n-th turn."""
     say = text or (lambda n: (USERS, ANSWERS)[n % 2][n // 2])
-    first: list[PlainMessage] = [{"role": "system", "content": system}] if system is not None else []
+    first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     return first + [{"role": ("user", "assistant")[n % 2], "content": say(n)} for n in range(2 * users - 1)]
 
 
-def conversations(with_system: bool) -> Iterator[list[PlainMessage]]:
+def conversations(with_system: bool) -> Iterator[list[Message]]:
     """What the proof runs on: one to six turns, with and without system, quotes, braces, newlines, other scripts."""
     texts = (
         "Hello",
