@@ -40,7 +40,7 @@ def choose(
     fixed = {tensor.name: tensor.unquantized_type for tensor in tensors if tensor.fixed}
     if preset in FLOAT_TYPES:
         return {tensor.name: preset if tensor.is_matrix else "F32" for tensor in tensors} | fixed
-    if preset in NUMPY_TYPES and not llama.there:
+    if preset in NUMPY_TYPES and not llama.installed:
         return {tensor.name: _uniform(preset, tensor) for tensor in tensors} | fixed
     with tempfile.TemporaryDirectory(prefix="lora2serve-types-") as folder:
         skeleton, answer = Path(folder) / "skeleton.gguf", Path(folder) / "answer.gguf"
@@ -123,7 +123,7 @@ def override(types: Mapping[str, str], overrides: Sequence[str]) -> dict[str, st
 
 
 def _quantize(llama: Llama, source: Path, out: Path, file_type: int, means: Mapping[str, Matrix] | None = None) -> None:
-    if not llama.there:
+    if not llama.installed:
         raise ExportError(
             "mixed types need llama.cpp's library",
             f"{install_hint('gguf')}, or take one of {', '.join((*FLOAT_TYPES, *NUMPY_TYPES))}",

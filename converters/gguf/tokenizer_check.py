@@ -38,7 +38,7 @@ def check(model: ExportModel, plan: GgufPlan, llama: Llama) -> TokenizerCheck:
     llama.cpp gets the planned file with its metadata and its tensors' names, types and shapes, but without their data:
     it loads that without allocating them, so what its graph cannot take is found now.
     """
-    if not llama.there:
+    if not llama.installed:
         return TokenizerCheck(0, False)  # nothing to ask: the manifest says that no token was compared
     texts = _texts(model)
     with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_keep: list[Any] = []  # a log callback that is collected crashes the library at its next word
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_callbacks: list[object] = []  # a log callback that is collected crashes the library at its next word
 
 
 class LlamaWorker:
@@ -53,7 +57,7 @@ class LlamaWorker:
         return {"ids": ids, "adds_bos": adds_bos}
 
 
-def _tokenize(vocab: Any, text: bytes) -> list[int]:
+def _tokenize(vocab: object, text: bytes) -> list[int]:
     import llama_cpp
 
     room = len(text) + 8
@@ -65,7 +69,7 @@ def _tokenize(vocab: Any, text: bytes) -> list[int]:
         room = -count  # as many as it needs
 
 
-def entries(means: Mapping[str, Any]) -> Any:
+def entries(means: Mapping[str, NDArray[np.float32]]) -> Any:
     """llama.cpp's own array of importances (which stay alive as long as ``means``), ended by one without a name."""
     import llama_cpp
 
@@ -86,12 +90,12 @@ class quiet_llama:  # noqa: N801
     def __enter__(self) -> quiet_llama:
         import llama_cpp
 
-        def hear(level: int, text: bytes, data: Any) -> None:
+        def listen(level: int, text: bytes, data: object) -> None:
             if level >= 3:  # GGML_LOG_LEVEL_WARN
                 self._lines.append(text.decode("utf-8", errors="replace").strip())
 
-        _keep.append(llama_cpp.llama_log_callback(hear))
-        llama_cpp.llama_log_set(_keep[-1], ctypes.c_void_p(0))
+        _callbacks.append(llama_cpp.llama_log_callback(listen))
+        llama_cpp.llama_log_set(_callbacks[-1], ctypes.c_void_p(0))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -99,5 +103,5 @@ class quiet_llama:  # noqa: N801
 
     def last_error(self) -> str:
         """The last line of warning or error that gives a reason."""
-        told = [line for line in self._lines if line and not line.endswith("failed to load model")]
-        return (told or self._lines or ["no reason given"])[-1]
+        reasons = [line for line in self._lines if line and not line.endswith("failed to load model")]
+        return (reasons or self._lines or ["no reason given"])[-1]

@@ -7,24 +7,35 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.system.worker_process import WorkerProcess
 
+if TYPE_CHECKING:
+    from converters.gguf.imatrix import Matrix
+
 WORKER = f"{Path(__file__).with_name('llama_child.py')}:LlamaWorker"
+
+
+class TokenAnswer(TypedDict, total=False):
+    """``ids`` of each text and ``adds_bos``; or ``refused``: why the file is not loaded."""
+
+    ids: list[list[int]]
+    adds_bos: bool
+    refused: str
 
 
 class Llama:
     """A context manager: entering it starts the process, which imports while we plan; leaving it ends it."""
 
     def __init__(self) -> None:
-        self.there = find_spec("llama_cpp") is not None
+        self.installed = find_spec("llama_cpp") is not None
         self._folder = tempfile.TemporaryDirectory(prefix="lora2serve-llama-")
         self._child: WorkerProcess | None = None
 
     def __enter__(self) -> Llama:
-        if self.there:
+        if self.installed:
             log = Path(self._folder.name) / "log"
             self._child = WorkerProcess("llama.cpp", WORKER, {}, log, fork="never")  # it needs no torch
         return self
@@ -36,19 +47,21 @@ class Llama:
             self._child.__exit__(kind, error, trace)
         self._folder.cleanup()
 
-    def quantize(self, source: Path, out: Path, file_type: int, means: Mapping[str, Any] | None) -> str:
-        """Quantise a file to a LLAMA_FTYPE; what llama.cpp says where it refuses, else nothing."""
+    def quantize(self, source: Path, out: Path, file_type: int, means: Mapping[str, Matrix] | None) -> str:
+        """Quantize a file to a LLAMA_FTYPE; what llama.cpp says where it refuses, else nothing."""
         import numpy
 
-        saved = None
+        matrices = None
         if means is not None:
-            saved = Path(self._folder.name) / "means.npz"
-            numpy.savez(saved, **dict(means))
-        return str(self._call("quantize", source=source, out=out, file_type=file_type, means=saved))
+            matrices = Path(self._folder.name) / "means.npz"
+            arrays: dict[str, Any] = dict(means)  # numpy takes one of its own options for an array's name
+            numpy.savez(matrices, **arrays)
+        return str(self._call("quantize", source=source, out=out, file_type=file_type, means=matrices))
 
-    def tokens(self, path: Path, texts: Sequence[str]) -> dict[str, Any]:
-        """``ids`` of each text by the vocabulary of a file, and ``adds_bos``; or ``refused``: why it is not loaded."""
-        return dict(self._call("tokens", path=path, texts=list(texts)))
+    def tokens(self, path: Path, texts: Sequence[str]) -> TokenAnswer:
+        """The texts' ids by the vocabulary of a file."""
+        answer: TokenAnswer = self._call("tokens", path=path, texts=list(texts))
+        return answer
 
     def _call(self, job: str, **arguments: Any) -> Any:
         assert self._child is not None

@@ -1,7 +1,7 @@
-"""The talk with llama.cpp's own converter, which runs in a worker process: upstream_child.py.
+"""The conversation with llama.cpp's own converter, which runs in a worker process: upstream_child.py.
 
 Its ``gguf`` is newer than PyPI's and has the same name, and its classes are somebody else's code: neither is imported
-here. What is said: one plan, then one tensor after another, as bytes.
+here. What passes: one plan, then one tensor after another, as bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from converters.gguf.upstream.converter_messages import FilePlan, Float32Values, Request
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.system.worker_process import WorkerProcess
 
@@ -38,28 +39,26 @@ class UpstreamProcess(WorkerProcess):
 class ConverterProcess:
     """``request``: what the worker is told of the model; ``read`` gives a whole tensor, in the type named there."""
 
-    def __init__(self, tree: Path, request: Mapping[str, Any], read: Callable[[str], Tensor]) -> None:
+    def __init__(self, tree: Path, request: Request, read: Callable[[str], Tensor]) -> None:
         self._architecture, self._read, self._lock = request["architecture"], read, Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="lora2serve-converter-")
         log = Path(self._folder.name) / "log"
-        self._worker = UpstreamProcess("llama.cpp's converter", WORKER, {"tree": str(tree), **request}, log)
+        self._worker = UpstreamProcess("llama.cpp's converter", WORKER, {"tree": str(tree), "request": request}, log)
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> FilePlan:
         """See ``ConverterWorker.plan``."""
-        plan: dict[str, Any] = self._call("plan")
+        plan: FilePlan = self._call("plan")
         plan["keys"] = [(key, _immutable(value), kind, inner) for key, value, kind, inner in plan["keys"]]
         for tensor in plan["tensors"]:
             if "stored" in tensor:
                 tensor["stored"] = bytes(tensor["stored"])
-            if "constant" in tensor:
-                tensor["constant"] = _tensor(tensor["constant"])
         return plan
 
-    def make(self, target: str, given: Mapping[str, Tensor]) -> Tensor:
-        """The values of one planned tensor, float32; what it needs beside ``given`` is read."""
+    def compute(self, target: str, sources: Mapping[str, Tensor]) -> Tensor:
+        """The values of one planned tensor, float32; what it needs beside ``sources`` is read."""
         with self._lock:
-            values = {name: _bytes(tensor) for name, tensor in given.items()}
-            return _tensor(self._call("make", target=target, given=values))
+            values = {name: _bytes(tensor) for name, tensor in sources.items()}
+            return as_tensor(self._call("compute", target=target, sources=values))
 
     def close(self) -> None:
         """End the worker. Safe twice."""
@@ -81,7 +80,7 @@ class ConverterProcess:
         hint = "serve it with --target vllm"
         if "pre-tokenizer was not recognized" in reason:
             hint = "name it with --pre (such as llama-bpe, qwen2, gpt-2): a wrong one is found out before it is used"
-            reason = "its table of pre-tokenizers has not this one"
+            reason = "its table of pre-tokenizers does not have this one"
         elif "preprocessor" in reason or "image_mean" in reason:
             hint = "copy the base's preprocessor_config.json beside it"
         return ExportError(f"architecture {self._architecture}: llama.cpp's converter refuses it: {reason}", hint)
@@ -95,7 +94,8 @@ def _bytes(values: Tensor) -> memoryview:
     return content
 
 
-def _tensor(answer: Mapping[str, Any]) -> Tensor:
+def as_tensor(answer: Float32Values) -> Tensor:
+    """The array as the child sent it."""
     import torch
 
     values = answer["values"]
@@ -103,7 +103,7 @@ def _tensor(answer: Mapping[str, Any]) -> Tensor:
     return flat.reshape(answer["shape"])
 
 
-def _immutable(value: Any) -> Any:
+def _immutable(value: object) -> object:
     """Bytes as gguf's writer knows them."""
     if isinstance(value, bytearray):
         return bytes(value)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from converters.gguf import header
 from converters.gguf.gguf_layout import LayoutOptions, TensorLayout
@@ -21,7 +21,8 @@ from converters.gguf.native import metadata, pretokenizer, vocab
 from converters.gguf.native.native_layout import Placement, rows_needed, rows_of
 from converters.gguf.presets import FLOAT_TYPES, PRESETS
 from converters.gguf.tokenizer_files import fill_tokenizer_directory, read_tokenizer_json
-from converters.gguf.upstream.converter_process import ConverterProcess
+from converters.gguf.upstream.converter_messages import PlannedTensor, Request
+from converters.gguf.upstream.converter_process import ConverterProcess, as_tensor
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import FLOATS, TensorSpec, torch_dtype
@@ -43,12 +44,12 @@ class UpstreamBackend:
         self.architecture: str = plan["architecture"]
         self._keys = {key: TypedValue(value, kind, element) for key, value, kind, element in plan["keys"]}
         self.tensors: Sequence[TensorLayout] = [
-            TensorLayout(planned["name"], tuple(planned["shape"]), planned["kind"], "stored" in planned)
+            TensorLayout(planned["name"], tuple(planned["shape"]), planned["type"], "stored" in planned)
             for planned in plan["tensors"]
         ]
         self.placements: dict[str, list[Placement]] = defaultdict(list)  # of tensors whose rows stay as they are
         self._computed: dict[str, list[str]] = defaultdict(list)  # the last source of a computed tensor -> the tensor
-        self._constants: dict[str, Any] = {}
+        self._constants: dict[str, PlannedTensor] = {}
         self._sort(plan["tensors"])
         self.wanted: Mapping[str, int] = {
             name: max(1, spec.rows) if name in self._computed else rows_needed(spec, self.placements[name])
@@ -73,16 +74,17 @@ class UpstreamBackend:
         for placement in self.placements.get(spec.name, ()):
             yield placement.target, *rows_of(placement, spec, rows, values)
         for target in self._computed.get(spec.name, ()):
-            computed = self._converter.make(target, {spec.name: values})
+            computed = self._converter.compute(target, {spec.name: values})
             yield target, 0, computed.reshape(-1, computed.shape[-1])
 
     def constants(self) -> Iterator[tuple[str, Tensor | bytes]]:
         """What comes from no stored tensor: values, or bytes in the file's own type."""
-        for target, known in self._constants.items():
-            if isinstance(known, bytes):
-                yield target, known
+        for target, planned in self._constants.items():
+            if "stored" in planned:
+                yield target, bytes(planned["stored"])
                 continue
-            values = self._converter.make(target, {}) if known is None else known
+            constant = planned.get("constant")
+            values = as_tensor(constant) if constant else self._converter.compute(target, {})
             yield target, values.reshape(-1, values.shape[-1])
 
     def close(self) -> None:
@@ -100,14 +102,14 @@ class UpstreamBackend:
             own["tokenizer.chat_template"] = self._options.chat_template
         return own
 
-    def _question(self, folder: Path) -> dict[str, Any]:
+    def _question(self, folder: Path) -> Request:
         return {
             "architecture": self._model.config["architectures"][0],
             "folder": str(folder),
             "projector": self._projector,
             "file_type": self.preset if self.preset in FLOAT_TYPES else "F16",
             "pre": self._options.pre,
-            "pre_found": _pre_tokenizer(self._model),
+            "pre_by_rules": _pre_tokenizer(self._model),
             "specs": [(spec.name, spec.shape, self._sent_dtype(spec)) for spec in self._specs.values()],
         }
 
@@ -129,7 +131,7 @@ class UpstreamBackend:
     def _read(self, name: str) -> Tensor:
         return self._as_sent(name, self._model.source.read(name).values)
 
-    def _sort(self, tensors: Sequence[Mapping[str, Any]]) -> None:
+    def _sort(self, tensors: Sequence[PlannedTensor]) -> None:
         order = {name: number for number, name in enumerate(self._specs)}
         for planned in tensors:
             target, shape = planned["name"], tuple(planned["shape"])
@@ -138,7 +140,7 @@ class UpstreamBackend:
             if planned.get("sources"):
                 self._computed[max(planned["sources"], key=order.__getitem__)].append(target)
             elif not planned.get("straight"):
-                self._constants[target] = planned.get("stored", planned.get("constant"))
+                self._constants[target] = planned
 
 
 def _pre_tokenizer(model: ExportModel) -> str | None:

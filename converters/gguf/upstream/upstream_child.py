@@ -10,15 +10,22 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from converters.gguf.upstream.converter_messages import FilePlan, Float32Values, PlannedTensor, Request
+
+Node: TypeAlias = Any  # a lazy value of upstream's, or what its function is called with
 VISION = "vision_tower.vision_model."
 
 
@@ -29,9 +36,9 @@ class Recorded:
     ``shape``, ``dtype`` and ``nbytes`` are what upstream's writer asks an array for.
     """
 
-    values: Any
+    values: Node
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: np.dtype[Any]
     nbytes: int = 0
 
 
@@ -52,25 +59,22 @@ class UpstreamRefuses(Exception):
 
 
 class ConverterWorker:
-    """One model of the parent's, seen through one of upstream's classes, from the ``tree`` of its source.
+    """One model of the parent's, seen through one of upstream's classes, from the ``tree`` of its source."""
 
-    ``architecture``, ``folder``, ``projector``, ``file_type``, ``pre``, ``pre_found`` and ``specs`` say which.
-    """
-
-    def __init__(self, link: Parent, tree: str, **request: Any) -> None:
+    def __init__(self, link: Parent, tree: str, request: Request) -> None:
         import torch
 
         sys.path[:0] = [tree, f"{tree}/gguf-py"]  # the first is where upstream looks for its built-in vocabularies
         self._parent, self._request = link, request
         self._specs = {name: (tuple(shape), dtype) for name, shape, dtype in request["specs"]}
-        self._given: dict[str, Any] = {}
-        self._targets: dict[str, Any] = {}
+        self._sources: dict[str, Tensor] = {}
+        self._lazy_targets: dict[str, Node] = {}
         with _refusals(), torch.inference_mode():
             self._gguf, self._base = import_module("gguf"), import_module("conversion.base")
             self._lazy = self._base.LazyTorchTensor
             self._model = self._open()
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> FilePlan:
         """Everything of the file but the data of its tensors."""
         import torch
 
@@ -80,45 +84,46 @@ class ConverterWorker:
             writer = self._model.gguf_writer
             tensors = [self._describe(name, info) for part in writer.tensors for name, info in part.items()]
             keys = [
-                (key, plain(kept.value), int(kept.type), None if kept.sub_type is None else int(kept.sub_type))
-                for key, kept in writer.kv_data[0].items()
+                (key, plain(entry.value), int(entry.type), None if entry.sub_type is None else int(entry.sub_type))
+                for key, entry in writer.kv_data[0].items()
             ]
             return {"architecture": writer.arch, "keys": keys, "tensors": tensors}
 
-    def make(self, target: str, given: Mapping[str, bytearray]) -> dict[str, Any]:
-        """The values of one planned tensor, float32; what it needs beside ``given`` is asked for."""
+    def compute(self, target: str, sources: Mapping[str, bytearray]) -> Float32Values:
+        """The values of one planned tensor, float32; what it needs beside ``sources`` is asked for."""
         import numpy
         import torch
 
-        self._given = {name: from_bytes(values, *self._specs[name]) for name, values in given.items()}
+        self._sources = {name: from_bytes(values, *self._specs[name]) for name, values in sources.items()}
         try:
             with _refusals(), torch.inference_mode():
-                root = self._targets[target]
+                root = self._lazy_targets[target]
                 values = numpy.ascontiguousarray(self._evaluate(root, self._uses(root), {}), numpy.float32)
                 return {"shape": list(values.shape), "values": values.data}
         finally:
-            self._given = {}
+            self._sources = {}
 
     def _open(self) -> Any:
         """Upstream's class for the architecture, with our index of tensors and our answer to what is no fact of it."""
         conversion, base = import_module("conversion"), self._base
-        kinds = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
-        found = conversion.get_model_class(self._request["architecture"], mmproj=self._request["projector"])
+        file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
+        model_class = conversion.get_model_class(self._request["architecture"], mmproj=self._request["projector"])
         base.ModelBase.index_tensors = self._index_tensors()
         self._gguf.quants.quantize = self._record
         record = self._record
         self._gguf.LazyChunkedTensor.quantize = lambda self, kind: record(self, kind)  # noqa: PLW0108 (it is a method)
         base.TextModel.get_vocab_base_pre = self._pre_tokenizer(base.TextModel.get_vocab_base_pre)
-        folder, file_type = Path(self._request["folder"]), self._gguf.LlamaFileType[kinds[self._request["file_type"]]]
+        folder = Path(self._request["folder"])
+        file_type = self._gguf.LlamaFileType[file_types[self._request["file_type"]]]
         settings = self._settings(folder)
-        found.no_mtp = found.supports_mtp_export and not self._predicts_more(settings)
-        return found(folder, file_type, folder / "unwritten.gguf", hparams=settings)
+        model_class.no_mtp = model_class.supports_mtp_export and not self._predicts_more(settings)
+        return model_class(folder, file_type, folder / "unwritten.gguf", hparams=settings)
 
     def _predicts_more(self, settings: Mapping[str, Any]) -> bool:
         """Whether layers that predict more than one token are there: transformers leaves them out when it saves."""
         layers = {**settings, **settings.get("text_config", {})}.get("num_hidden_layers", 0)
         numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in self._specs)
-        beyond = any(found and int(found[1]) >= layers for found in numbers)
+        beyond = any(number and int(number[1]) >= layers for number in numbers)
         return beyond or any("mtp." in name for name in self._specs)
 
     def _settings(self, folder: Path) -> dict[str, Any]:
@@ -129,31 +134,31 @@ class ConverterWorker:
         older = {"n_ctx": read.get("n_positions"), "rotary_pct": rope.get("partial_rotary_factor")}
         return {**{key: value for key, value in older.items() if value is not None}, **stored, **read}
 
-    def _index_tensors(self) -> Any:
+    def _index_tensors(self) -> Callable[..., dict[str, object]]:
         """In place of the method that opens the checkpoint's files."""
 
-        def index_tensors(model: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
-            kept = (model.filter_tensors((older_name(name), partial(self._leaf, name))) for name in self._specs)
-            return dict(item for item in kept if item is not None)
+        def index_tensors(model: Any, remote_hf_model_id: str | None = None) -> dict[str, object]:
+            items = (model.filter_tensors((older_name(name), partial(self._leaf, name))) for name in self._specs)
+            return dict(item for item in items if item is not None)
 
         return index_tensors
 
-    def _pre_tokenizer(self, by_hash: Any) -> Any:
-        """``tokenizer.ggml.pre``: as the user names it, else upstream's hash, else what the parent found."""
+    def _pre_tokenizer(self, by_hash: Callable[[object, object], str]) -> Callable[[object, object], str]:
+        """``tokenizer.ggml.pre``: as the user names it, else upstream's hash, else by its rules, from the parent."""
 
-        def name(model: Any, tokenizer: Any) -> str:
+        def name(model: object, tokenizer: object) -> str:
             if self._request["pre"]:
-                return str(self._request["pre"])
+                return self._request["pre"]
             try:
                 return str(by_hash(model, tokenizer))
             except NotImplementedError:
-                if self._request["pre_found"]:
-                    return str(self._request["pre_found"])
+                if self._request["pre_by_rules"]:
+                    return self._request["pre_by_rules"]
                 raise
 
         return name
 
-    def _leaf(self, name: str) -> Any:
+    def _leaf(self, name: str) -> Node:
         """A tensor of the parent's, not yet here."""
         import torch
 
@@ -163,39 +168,40 @@ class ConverterWorker:
         leaf.source = name
         return leaf
 
-    def _load(self, name: str) -> Any:
-        if name not in self._given:
+    def _load(self, name: str) -> Tensor:
+        if name not in self._sources:
             return from_bytes(self._parent.ask(name), *self._specs[name])
-        return self._given[name]
+        return self._sources[name]
 
-    def _record(self, values: Any, kind: Any) -> Recorded:
+    def _record(self, values: Node, kind: object) -> Recorded:
         import numpy
 
         return Recorded(values, tuple(values.shape), numpy.dtype(numpy.float32))
 
-    def _describe(self, name: str, info: Any) -> dict[str, Any]:
+    def _describe(self, name: str, info: Any) -> PlannedTensor:
         """Shape, upstream's type, and where the values come from: rows as they are, a computation, or a constant."""
         import numpy
 
-        found: dict[str, Any] = {"name": name, "shape": [int(n) for n in info.shape], "kind": info.dtype.name}
-        kept = info.tensor
-        if not isinstance(kept, Recorded):  # converted by the class itself: its bytes are the file's
-            stored = self._gguf.LazyNumpyTensor.to_eager(kept)
-            return found | {"stored": numpy.ascontiguousarray(stored).data}
-        if isinstance(kept.values, numpy.ndarray):
-            values = numpy.ascontiguousarray(kept.values, numpy.float32)
-            return found | {"constant": {"shape": list(values.shape), "values": values.data}}
-        self._targets[name] = kept.values
-        straight = list(self._straight(kept.values))
-        return found | {"straight": straight, "sources": [] if straight else sorted(self._sources(kept.values))}
+        planned: PlannedTensor = {"name": name, "shape": [int(n) for n in info.shape], "type": info.dtype.name}
+        recorded = info.tensor
+        if not isinstance(recorded, Recorded):  # converted by the class itself: its bytes are the file's
+            planned["stored"] = numpy.ascontiguousarray(self._gguf.LazyNumpyTensor.to_eager(recorded)).data
+        elif isinstance(recorded.values, numpy.ndarray):
+            values = numpy.ascontiguousarray(recorded.values, numpy.float32)
+            planned["constant"] = {"shape": list(values.shape), "values": values.data}
+        else:
+            self._lazy_targets[name] = recorded.values
+            planned["straight"] = list(self._straight(recorded.values))
+            planned["sources"] = [] if planned["straight"] else sorted(self._source_names(recorded.values))
+        return planned
 
-    def _straight(self, values: Any) -> Iterator[tuple[str, int]]:
+    def _straight(self, values: Node) -> Iterator[tuple[str, int]]:
         """(source, first row) where the rows of sources are stored one after another as they are; else nothing."""
         import torch
 
-        inner: Any = values._args[0] if type(values) is self._gguf.LazyNumpyTensor and len(values._args) == 1 else None
-        plain = type(inner) is self._lazy and inner.dtype in (torch.float32, torch.float16)
-        if not plain or not values._func.__qualname__.startswith("LazyTorchTensor.numpy."):
+        inner: Node = values._args[0] if type(values) is self._gguf.LazyNumpyTensor and len(values._args) == 1 else None
+        unchanged = type(inner) is self._lazy and inner.dtype in (torch.float32, torch.float16)
+        if not unchanged or not values._func.__qualname__.startswith("LazyTorchTensor.numpy."):
             return
         if source_of(inner):
             yield source_of(inner), 0
@@ -210,30 +216,30 @@ class ConverterWorker:
                 first += int(part.numel() // part.shape[-1])
 
     @staticmethod
-    def _rows_alike(parts: Any) -> bool:
+    def _rows_alike(parts: Sequence[Node]) -> bool:
         return len({part.shape[-1] for part in parts if len(part.shape) > 1}) == 1 and all(
             len(part.shape) > 1 for part in parts
         )
 
-    def _sources(self, root: Any) -> set[str]:
+    def _source_names(self, root: Node) -> set[str]:
         """Every tensor of the parent's that a value is made from, as far as the graph shows it."""
         return {source_of(node) for node, _ in self._uses(root).values() if source_of(node)}
 
-    def _uses(self, root: Any) -> dict[int, tuple[Any, int]]:
+    def _uses(self, root: Node) -> dict[int, tuple[Node, int]]:
         """The lazy values in a graph, and how often each is used in it."""
-        found: dict[int, tuple[Any, int]] = {}
+        uses: dict[int, tuple[Node, int]] = {}
         waiting = [root]
         while waiting:
             node = waiting.pop()
             if isinstance(node, list | tuple):
                 waiting += node
             elif isinstance(node, self._gguf.LazyBase):
-                times = found.get(id(node), (node, 0))[1]
-                found[id(node)] = (node, times + 1)
+                times = uses.get(id(node), (node, 0))[1]
+                uses[id(node)] = (node, times + 1)
                 waiting += [] if times else [node._args, list(node._kwargs.values())]
-        return found
+        return uses
 
-    def _evaluate(self, node: Any, uses: Mapping[int, tuple[Any, int]], done: dict[int, Any]) -> Any:
+    def _evaluate(self, node: Node, uses: Mapping[int, tuple[Node, int]], done: dict[int, Node]) -> Node:
         """What upstream's ``to_eager`` gives, but nothing is kept: memory is freed, a value may be asked for again."""
         if isinstance(node, list | tuple):
             return type(node)([self._evaluate(part, uses, done) for part in node])
@@ -269,12 +275,12 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, int) else value
 
 
-def source_of(node: Any) -> str:
+def source_of(node: object) -> str:
     """The parent's name of a tensor that nothing was done to; empty for any other."""
     return str(vars(node).get("source", "")) if hasattr(node, "__dict__") else ""
 
 
-def from_bytes(values: bytearray, shape: tuple[int, ...], dtype: str) -> Any:
+def from_bytes(values: bytearray, shape: tuple[int, ...], dtype: str) -> Tensor:
     """The tensor of these bytes, which are not copied."""
     import torch
 
@@ -289,5 +295,5 @@ def _refusals() -> Iterator[None]:
         yield
     except Exception as error:
         frame = extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
-        raise UpstreamRefuses(f"{type(error).__name__}: {error} ({place})") from error
+        line = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
+        raise UpstreamRefuses(f"{type(error).__name__}: {error} ({line})") from error
