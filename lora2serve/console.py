@@ -74,7 +74,7 @@ class Terminal:
 
 
 def default_progress() -> Progress:
-    """Where the Python API shows its work when it is not told: a terminal or a notebook that a person looks at."""
+    """Where the Python API shows its work by default: at a prompt or in a notebook, where a person looks at it."""
     interactive = hasattr(sys, "ps1") or sys.flags.interactive or _stderr().is_jupyter
     return Terminal() if interactive else Silent()
 

@@ -59,7 +59,7 @@ def parity(
     ask: a question that the base, the trained model and every export answer: see ``ParityResult.answers``.
     baseline: an earlier report.json: what got worse beyond noise counts as not met.
     report_dir: where the report goes; the run's ``parity/``, or ``parity/`` beside the exports, by default.
-    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     The result says in ``met`` whether parity holds; an engine that fails is a row of the report, not an error.
     Raises UsageError and InputError for what cannot be compared, HubError for what cannot be fetched.
@@ -137,15 +137,15 @@ def _of_model(name: str, base: Named | None, progress: Progress) -> TrainedModel
             raise UsageError(
                 f"{name}: not a run, export, adapter or model", "name what was trained, or an export of it"
             )
-    found = locate(name, progress)
-    if found.run:
-        return _of_run(found.run, base, progress)
-    short = found.path.resolve().name
+    source = locate(name, progress)
+    if source.run:
+        return _of_run(source.run, base, progress)
+    short = source.path.resolve().name
     home = Path("exports") / short / "parity"
-    if not found.is_adapter:
-        return trained_model.of_parts(short, found.path, (), home)
-    local = fetch(base_of_adapter(found.path, base), progress)
-    return trained_model.of_parts(short, local, (found.path,), home)
+    if not source.is_adapter:
+        return trained_model.of_parts(short, source.path, (), home)
+    local = fetch(base_of_adapter(source.path, base), progress)
+    return trained_model.of_parts(short, local, (source.path,), home)
 
 
 def _settings(

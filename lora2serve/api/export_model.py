@@ -50,7 +50,7 @@ def export(
     calibrate: data to measure activations on, for AWQ, GPTQ and importance matrices; "train" is the run's own.
     shard_size (vllm), tensor_type, pre, imatrix, split_size (GGUF), served_base, as_lora_rank (adapter), as_kind,
         from_model, create (ollama), install (lmstudio): options of these targets: see ``lora2serve export --help``.
-    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises UsageError for options that do not go together, CheckpointError and AdapterError for files that cannot be
     read, MergeError where base and adapter do not fit, and ExportError with every target's refusal, before the first

@@ -118,7 +118,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> Inspected:
     """What ``path`` is, in facts; ``problems`` says in what an export's files differ from its manifest.
 
     path: a run, an export, an adapter or a model; by path, by name under ``runs/``, or by its Hub id.
-    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises InputError for anything else, and for files that cannot be read.
     """

@@ -28,7 +28,7 @@ def push(
     create_pr, single_repo: leave it as a pull request; put everything into ``repo_id`` itself.
     allow_unproven: push exports whose parity is not proven; the card says so.
     dry_run: return what would be uploaded, and the card; send nothing.
-    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises ParityNotMet for an export that is not proven, InputError for files that are not as their manifest says or
     that hold a token, and HubError for whatever the Hub refuses, all before anything is sent. The token is that of

@@ -71,7 +71,7 @@ def serve(
     tensor_parallel_size, pipeline_parallel_size: GPUs that share each layer, and groups of layers.
     allow_updates: let clients load and unload adapters: for trusted clients only.
     engine_arguments: more arguments for the engine, such as ``["--max-model-len", "8192"]``.
-    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises UsageError for exports that cannot share a server, EngineError for an engine that is not installed or ends.
     """

@@ -37,7 +37,7 @@ def train(
     overrides: fields of the recipe, such as ``{"train.lora.rank": 32}``, or ``["train.lora.rank=32"]``.
     name: name of the run directory; the recipe's by default.
     resume: continue the last checkpoint of a run that was interrupted, with its own recipe.
-    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises RecipeError with every problem of the recipe, DataError and TrainError for what cannot be trained, HubError
     for what cannot be fetched, and KeyboardInterrupt once Ctrl-C has saved a checkpoint.
@@ -91,10 +91,10 @@ def _unfinished(name: str | Path | None) -> runs.Run:
         run = runs.latest()
     else:
         paths = (Path(name), runs.ROOT / name)
-        found = next((path for path in paths if (path / "recipe.yaml").is_file()), None)
-        if found is None:
+        directory = next((path for path in paths if (path / "recipe.yaml").is_file()), None)
+        if directory is None:
             raise UsageError(f"--resume {name}: not a run", "name a directory under runs/, or none for the last run")
-        run = runs.Run(found)
+        run = runs.Run(directory)
     if run.record.finished:
         raise UsageError(f"{run.path}: finished at step {run.record.steps}", "train without --resume")
     return run

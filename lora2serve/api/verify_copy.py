@@ -39,7 +39,7 @@ def verify(name: str | Path, *, allow_unproven: bool = False, progress: Progress
 
     name: an export directory, a run (all of its exports), or ``user/name[@revision]`` on the Hub, which is downloaded.
     allow_unproven: look at the files only.
-    progress: where messages and bars go. By default they are shown in a terminal or a notebook, and nowhere else.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises InputError and HubError for files that differ or are missing, ParityNotMet for an export without proof.
     """
