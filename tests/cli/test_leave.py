@@ -108,7 +108,7 @@ def test_a_command(tmp_path: Path, code: int) -> None:
     adapter = make_adapter(tmp_path / "adapter", base)
     if code:
         (tmp_path / "out" / "vllm").mkdir(parents=True)
-        (tmp_path / "out" / "vllm" / "mine").touch()
+        (tmp_path / "out" / "vllm" / "lora2serve.json").touch()
     words = [sys.executable, "-m", "lora2serve", "export", str(adapter), "-t", "vllm", "-o", "out", "--json"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr

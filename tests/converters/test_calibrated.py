@@ -88,7 +88,7 @@ def test_refused_before_the_first_byte(
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        (f'exec "{sys.executable}" "$@"', "llm-compressor: ModuleNotFoundError: No module named"),
+        (f'exec "{sys.executable}" "$@"', "llm-compressor: not installed (No module named"),
         ("echo OutOfMemoryError: too large >&2; exit 3", "died (exit code 3): OutOfMemoryError: too large"),
         ("kill -9 $$", "died (signal SIGKILL)"),
     ],
