@@ -60,8 +60,8 @@ class Way:
 
 
 def chain(root: Path, tree: Path, kind: str) -> Way:
-    """PEFT, convert, quantise; llama.cpp's converter makes Q8_0 by itself."""
-    merged, converted, quantised = root / "merged", root / "converted.gguf", root / "quantised.gguf"
+    """PEFT, convert, quantize; llama.cpp's converter makes Q8_0 by itself."""
+    merged, converted, quantized = root / "merged", root / "converted.gguf", root / "quantized.gguf"
     steps = [cost([sys.executable, "-c", PEFT, str(root / "base"), str(root / "adapter"), str(merged)])]
     for name in TOKENIZER:
         shutil.copy(root / "base" / name, merged / name)
@@ -70,8 +70,8 @@ def chain(root: Path, tree: Path, kind: str) -> Way:
     steps.append(cost([sys.executable, "-c", CONVERT, *words], {"PYTHONPATH": f"{tree / 'gguf-py'}:{tree}"}))
     paths = [merged, converted]
     if kind == "Q4_K_M":
-        steps.append(cost([sys.executable, "-c", QUANTIZE, str(converted), str(quantised), str(KINDS[kind])]))
-        paths.append(quantised)
+        steps.append(cost([sys.executable, "-c", QUANTIZE, str(converted), str(quantized), str(KINDS[kind])]))
+        paths.append(quantized)
     way = Way.of(steps, *paths)
     shutil.rmtree(merged)
     for path in paths[1:]:

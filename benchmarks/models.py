@@ -62,7 +62,7 @@ def make(root: Path, layers: int) -> None:
 
 
 def make_nf4(root: Path) -> None:
-    """The base as bitsandbytes packs it: nf4, double quantisation."""
+    """The base as bitsandbytes packs it: nf4, double quantization."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

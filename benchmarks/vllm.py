@@ -1,4 +1,4 @@
-"""Quantised exports beside the 16-bit one, each as a whole process: ``make bench-vllm``.
+"""Quantized exports beside the 16-bit one, each as a whole process: ``make bench-vllm``.
 
 The model is that of the merge benchmark (1.1B, bf16, rank 16 on all linears). The runs of a round follow one another
 and the figures are medians over the rounds, so that what else the machine does meets all alike; processor time is told

@@ -40,7 +40,7 @@ class LmStudioSink:
         for name in (options.publisher, model.name):
             _refuse_name(name)
         self._out, self._folder = out, f"{options.publisher}/{model.name}"
-        self._gguf = GgufSink(model, Folder(out, self._folder), options)
+        self._gguf = GgufSink(model, NestedDir(out, self._folder), options)
         installed = [options.install / self._folder / name for name in self._gguf.files] if options.install else []
         for path in (path for path in installed if os.path.lexists(path) and not options.replace):
             raise ExportError(f"{path}: LM Studio has that file", "--overwrite replaces it, or give another --name")
@@ -70,7 +70,7 @@ def _refuse_name(name: str) -> None:
         raise ExportError(f"{name!r}: not a folder name that LM Studio takes", "give another with --name")
 
 
-class Folder(StagedDir):
+class NestedDir(StagedDir):
     """A folder inside another output."""
 
     def __init__(self, out: StagedDir, name: str) -> None:

@@ -52,7 +52,7 @@ class Terminal:
     @contextmanager
     def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Advance]:
         if self.quiet:  # no bar, and no 6 MB for a library of bars
-            yield lambda amount, said="": None
+            yield lambda amount, status="": None
             return
         from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -64,13 +64,13 @@ class Terminal:
             TextColumn("{task.percentage:>3.0f}%"),
             *amount,
             TimeRemainingColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[status]}"),
         ]
         console = _stderr()
         shown = console.is_terminal or console.is_jupyter
         with Bars(*columns, console=console, transient=True, disable=not shown) as bars:
-            task = bars.add_task(label, total=total, said="")
-            yield lambda amount, said="": bars.update(task, advance=amount, **({"said": said} if said else {}))
+            task = bars.add_task(label, total=total, status="")
+            yield lambda amount, status="": bars.update(task, advance=amount, **({"status": status} if status else {}))
 
 
 def default_progress() -> Progress:

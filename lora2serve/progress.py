@@ -10,9 +10,9 @@ Unit = Literal["", "bytes", "steps", "tokens"]
 
 
 class Advance(Protocol):
-    """Moves a bar; ``said`` stands beside it until something else is said."""
+    """Moves a bar; ``status`` is shown beside it until the next one."""
 
-    def __call__(self, amount: int, said: str = "") -> None: ...
+    def __call__(self, amount: int, status: str = "") -> None: ...
 
 
 class Progress(Protocol):
@@ -42,4 +42,4 @@ class Silent:
 
     @contextmanager
     def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Advance]:
-        yield lambda amount, said="": None
+        yield lambda amount, status="": None

@@ -95,9 +95,9 @@ def ollama(tmp_path: Path, go_render: golang.Renderer, monkeypatch: pytest.Monke
 @pytest.fixture(params=["ours", pytest.param("true", marks=pytest.mark.ollama)])
 def any_ollama(request: pytest.FixtureRequest) -> str:
     """The address of our server, and with ``-m ollama`` that of a true one at OLLAMA_HOST."""
-    from lora2serve.serving.ollama import Client, server_address
+    from lora2serve.serving.ollama import OllamaClient, server_address
 
     if request.param == "ours":
         return str(request.getfixturevalue("ollama").url)
-    Client().version()
+    OllamaClient().version()
     return server_address()

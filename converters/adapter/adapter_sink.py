@@ -19,8 +19,8 @@ from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import Block, TensorSpec, torch_dtype
 
 # What PEFT and vLLM need to load it again; the rest of the config is about training.
-KEPT = ("task_type", "revision", "peft_version", "target_parameters")
-BLOCK = 1 << 22  # elements compared at a time
+KEPT_KEYS = ("task_type", "revision", "peft_version", "target_parameters")
+COMPARE_BLOCK = 1 << 22  # elements compared at a time
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def plain_config(adapter: Adapter, product: Normalized | Extracted, served_base:
     alpha = product.scale * product.rank
     return {
         "peft_type": "LORA",
-        **{key: adapter.config[key] for key in KEPT if adapter.config.get(key) is not None},
+        **{key: adapter.config[key] for key in KEPT_KEYS if adapter.config.get(key) is not None},
         "base_model_name_or_path": served_base,
         "r": product.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -143,7 +143,7 @@ def _same(source: ModelSource, name: str, adapter: Adapter, key: str) -> bool:
     import torch
 
     spec = adapter.tensors.spec(key)
-    step = max(1, BLOCK // max(1, spec.row_numel))
+    step = max(1, COMPARE_BLOCK // max(1, spec.row_numel))
     blocks = (slice(start, min(start + step, spec.rows)) for start in range(0, spec.rows, step))
     mine, theirs = adapter.tensors.read, source.before
     return all(torch.equal(theirs(name, rows).values.float(), mine(key, rows).values.float()) for rows in blocks)

@@ -20,7 +20,7 @@ from lora2serve.weights.tensors import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIMIT = 0.3  # of the whole change that may be lost, in Frobenius norms
+MAX_LOST = 0.3  # of the whole change that may be lost, in Frobenius norms
 EXACT = 1e-4  # where the change has the rank asked for, in float32
 EMBEDDING = ("embed_tokens.weight", "wte.weight")
 
@@ -99,7 +99,7 @@ def plan(model: ExportModel, adapter: Adapter, rank: int | None) -> Extracted:
             "export --target vllm merges it",
         )
     specs = [spec for name in names for spec in _specs(stored[name], held)]
-    return Extracted(source, names, specs, held, keep, LIMIT if rank else EXACT)
+    return Extracted(source, names, specs, held, keep, MAX_LOST if rank else EXACT)
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

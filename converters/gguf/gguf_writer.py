@@ -32,7 +32,7 @@ class GgufWriter:
         """Take a block of stored rows."""
         if spec.name in self._backend.wanted:
             for target, first, values in self._backend.targets(spec, rows, block.values):
-                self._put(target, first, values)
+                self._write_rows(target, first, values)
 
     def _write_constants(self) -> None:
         """What comes from no stored tensor: it often stands first, and nothing can be hashed before it is there."""
@@ -40,9 +40,9 @@ class GgufWriter:
             if isinstance(values, bytes):
                 self.files.pwrite(target, 0, memoryview(values))
             else:
-                self._put(target, 0, values)
+                self._write_rows(target, 0, values)
 
-    def _put(self, target: str, first: int, values: Tensor) -> None:
+    def _write_rows(self, target: str, first: int, values: Tensor) -> None:
         """Rows (n, ne0) of one tensor, encoded a block at a time."""
         import torch
 

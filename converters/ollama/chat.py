@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.gguf.tokenizer_files import tokenizer_directory
 from converters.ollama import go_template
-from converters.ollama.go_template import Derived, Jinja
+from converters.ollama.go_template import DerivedTemplate, Jinja
 from converters.ollama.modelfile import PARAMETER_NAMES, Modelfile, ParameterValue
 from converters.ollama.modelfile_parser import PARAMETERS
 from converters.ollama.template_not_proven import TemplateNotProven
@@ -32,7 +32,7 @@ class Chat:
 
     jinja: str | None
     special: Mapping[str, str]
-    derived: Derived | None
+    derived: DerivedTemplate | None
     reason: str
     system: str | None
     stop: tuple[str, ...]
@@ -86,7 +86,7 @@ def write_files(out: StagedDir, modelfile: Modelfile, text: str) -> None:
     out.text("params", json.dumps(modelfile.params(), indent=2, ensure_ascii=False) + "\n")
 
 
-def _derive(jinja: str | None, special: Mapping[str, str]) -> tuple[Derived | None, str]:
+def _derive(jinja: str | None, special: Mapping[str, str]) -> tuple[DerivedTemplate | None, str]:
     if not jinja:
         return None, ""
     try:
@@ -112,7 +112,7 @@ def _parameters(generation: Mapping[str, object]) -> dict[str, ParameterValue]:
 
 
 def _stops(
-    tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object], derived: Derived | None
+    tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object], derived: DerivedTemplate | None
 ) -> tuple[str, ...]:
     """The end tokens of the generation config and the tokenizer, and the special token that closes a turn."""
     eos = generation.get("eos_token_id")

@@ -45,7 +45,7 @@ THINKING_WORDS = ("<think>", "enable_thinking", "reasoning_content", "thinking")
 
 
 @dataclass(frozen=True)
-class Pieces:
+class TemplateParts:
     """What stands around the contents of a plain conversation."""
 
     head: str  # before the first user turn, without a system message
@@ -58,12 +58,12 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Derived:
+class DerivedTemplate:
     """A proven template, and what its Jinja does that a Go template cannot: ``trims`` cuts white space around contents,
     ``drops_thoughts`` takes what stands in <think> out of earlier answers.
     """
 
-    pieces: Pieces
+    pieces: TemplateParts
     marks: DateMarks  # the dates in the pieces
     trims: bool
     drops_thoughts: bool
@@ -104,7 +104,7 @@ class Jinja:
         return render
 
 
-def derive(jinja: Jinja) -> Derived:
+def derive(jinja: Jinja) -> DerivedTemplate:
     """The proven template; ``TemplateNotProven`` says why there is none."""
     marks = DateMarks()
     pieces = _probe(jinja.at(marks))
@@ -116,10 +116,10 @@ def derive(jinja: Jinja) -> Derived:
         _prove(jinja, text, turns(2), day)
         _prove(jinja, text, turns(2, SYSTEM if with_system else None), day)
     trims, drops = (_differs(jinja, text, messages) for messages in (PADDED, THOUGHT))
-    return Derived(pieces, marks, trims, drops)
+    return DerivedTemplate(pieces, marks, trims, drops)
 
 
-def default_system(jinja: Jinja, derived: Derived) -> str | None:
+def default_system(jinja: Jinja, derived: DerivedTemplate) -> str | None:
     """The system message that the template brings along, where naming it as SYSTEM changes no prompt."""
     pieces = derived.pieces
     if pieces.before_system is None or pieces.system_last or prefers_jinja(jinja.template):
@@ -148,7 +148,7 @@ def _prove(jinja: Jinja, go: str, messages: Messages, day: date) -> None:
         raise TemplateNotProven(f"no fixed pieces: {_difference(expected, rendered)}")
 
 
-def write_go(pieces: Pieces) -> str:
+def write_go(pieces: TemplateParts) -> str:
     """The one shape of all our templates. ``.System`` is Ollama's: all system messages, or the Modelfile's SYSTEM."""
     head, turn, index = quote(pieces.head), "", ""
     if pieces.before_system is not None:
@@ -206,7 +206,7 @@ def ollama_data(messages: Messages) -> OllamaData:
     return {"System": system, "Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
 
 
-def without_bos(pieces: Pieces, bos: str) -> Pieces:
+def without_bos(pieces: TemplateParts, bos: str) -> TemplateParts:
     """The pieces without BOS at the start."""
     before = pieces.before_system
     if before is not None and not pieces.system_last:
@@ -221,9 +221,9 @@ def prefers_jinja(template: str) -> bool:
 
 def turns(users: int, system: str | None = None, text: Callable[[int], str] | None = None) -> list[Message]:
     """A conversation that ends with a user's turn; ``text(n)`` is the content of its n-th turn."""
-    say = text or (lambda n: (USERS, ANSWERS)[n % 2][n // 2])
+    content_of = text or (lambda n: (USERS, ANSWERS)[n % 2][n // 2])
     first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    return first + [{"role": ("user", "assistant")[n % 2], "content": say(n)} for n in range(2 * users - 1)]
+    return first + [{"role": ("user", "assistant")[n % 2], "content": content_of(n)} for n in range(2 * users - 1)]
 
 
 def conversations(with_system: bool) -> Iterator[list[Message]]:
@@ -240,28 +240,28 @@ def conversations(with_system: bool) -> Iterator[list[Message]]:
     for users in range(1, 7):
         for start in range(len(texts)):
 
-            def say(n: int, start: int = start) -> str:
+            def content_of(n: int, start: int = start) -> str:
                 return texts[(start + n) % len(texts)]
 
-            yield turns(users, None, say)
+            yield turns(users, None, content_of)
             if with_system:
-                yield turns(users, texts[(start + 3) % len(texts)], say)
+                yield turns(users, texts[(start + 3) % len(texts)], content_of)
 
 
-def _probe(render: Render) -> Pieces:
-    three = _attempt(render, turns(3))
-    one = _attempt(render, turns(1))
-    if three is None or one is None:
+def _probe(render: Render) -> TemplateParts:
+    three_turns = _attempt(render, turns(3))
+    one_turn = _attempt(render, turns(1))
+    if three_turns is None or one_turn is None:
         raise TemplateNotProven("it refuses a plain conversation")
-    head, *between, opening = _split(three, [USERS[0], ANSWERS[0], USERS[1], ANSWERS[1], USERS[2]])
+    head, *between, opening = _split(three_turns, [USERS[0], ANSWERS[0], USERS[1], ANSWERS[1], USERS[2]])
     if between[0::2] != [between[0]] * 2 or between[1::2] != [between[1]] * 2:
         raise TemplateNotProven("turns look different at different places")
-    if _split(one, [USERS[0]]) != [head, opening]:
+    if _split(one_turn, [USERS[0]]) != [head, opening]:
         raise TemplateNotProven("the first turn looks different when others follow")
-    return _probe_system(render, Pieces(head, None, None, between[0], between[1], opening))
+    return _probe_system(render, TemplateParts(head, None, None, between[0], between[1], opening))
 
 
-def _probe_system(render: Render, plain: Pieces) -> Pieces:
+def _probe_system(render: Render, plain: TemplateParts) -> TemplateParts:
     """The pieces with those around a system message, at the start or in the last turn."""
     text = _attempt(render, turns(3, SYSTEM))
     if text is None or SYSTEM not in text:

@@ -17,7 +17,7 @@ from typing import Any
 from converters.safetensors import ShardWriter
 from converters.vllm.compressed.compressed_reader import CompressedReader
 from converters.vllm.compressed.schemes import SCHEMES
-from converters.vllm.compressed.selection import BLOCK, select
+from converters.vllm.compressed.selection import DECODER_LAYER, select
 from converters.vllm.weight_writer import WrittenWeights
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir
@@ -33,7 +33,7 @@ CALIBRATED = ("awq", "gptq")
 LIKE = SCHEMES["w4a16"]  # the data-free scheme with the same layout: what fits it, and which group
 ROWS = 512  # of the calibration data, at most; llm-compressor's own default
 WORKER = f"{Path(__file__).with_name('calibrated_child.py')}:CompressorWorker"
-PARTS = re.compile(r"_(packed|scale|zero_point|shape|g_idx)$")
+PACKED_SUFFIX = re.compile(r"_(packed|scale|zero_point|shape|g_idx)$")
 
 
 class CalibratedWriter:
@@ -89,13 +89,13 @@ class CalibratedWriter:
             self._data.progress.track(f"{self._quant} by llm-compressor", steps) as advance,
             WorkerProcess("llm-compressor", WORKER, {}, log, python=(str(self._python), "-I")) as child,
         ):
-            said = child.call(
+            versions = child.call(
                 "compress", advance, model=merged, out=out, quant=self._quant, tokens=tokens,
                 group=self._selection.scheme.group, ignore=list(self._selection.ignore),
             )  # fmt: skip
         log.unlink()
         tokens.unlink()
-        return dict(said)
+        return dict(versions)
 
 
 class AwqReader(CompressedReader):
@@ -103,7 +103,7 @@ class AwqReader(CompressedReader):
 
     def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
         super().__init__(export, manifest, model)
-        self.wanted = {name: rows for name, rows in self.wanted.items() if not BLOCK.search(name)}
+        self.wanted = {name: rows for name, rows in self.wanted.items() if not DECODER_LAYER.search(name)}
 
 
 def _choose(rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -117,9 +117,9 @@ def _choose(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def _check_names(specs: Sequence[TensorSpec], product: Checkpoint) -> None:
     """Every merged tensor is there, plain or quantized, and nothing else; fused experts come back one by one."""
-    asked = {spec.name for spec in specs if ".experts." not in spec.name}
-    found = {PARTS.sub("", spec.name) for spec in product.specs() if ".experts." not in spec.name}
-    wrong = sorted(asked ^ found)
+    planned = {spec.name for spec in specs if ".experts." not in spec.name}
+    written = {PACKED_SUFFIX.sub("", spec.name) for spec in product.specs() if ".experts." not in spec.name}
+    wrong = sorted(planned ^ written)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise EngineError(

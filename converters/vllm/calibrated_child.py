@@ -14,7 +14,7 @@ from typing import Any, Protocol
 TOGETHER = 8192  # tokens in one forward
 
 
-class Signs(Protocol):
+class ParentLink(Protocol):
     """What this worker needs of its link to the parent."""
 
     def advance(self, done: int) -> None:
@@ -25,7 +25,7 @@ class Signs(Protocol):
 class CompressorWorker:
     """The one job."""
 
-    def __init__(self, link: Signs) -> None:
+    def __init__(self, link: ParentLink) -> None:
         self._advance = link.advance
 
     def compress(self, model: str, out: str, quant: str, tokens: str, group: int, ignore: list[str]) -> dict[str, str]:
@@ -91,7 +91,7 @@ def _recipe(quant: str, group: int, ignore: list[str], advance: Callable[[int], 
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.modifiers.transform import AWQModifier
 
-    class Tell(Modifier):  # type: ignore[misc]
+    class AdvanceModifier(Modifier):  # type: ignore[misc]
         """Stands behind the others and says when they are done with a part of the model."""
 
         def on_initialize(self, state: Any, **_: Any) -> bool:
@@ -106,5 +106,5 @@ def _recipe(quant: str, group: int, ignore: list[str], advance: Callable[[int], 
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group, "symmetric": quant == "gptq"}
     groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ignore}
     if quant == "gptq":
-        return [GPTQModifier(**groups), Tell()]
-    return [AWQModifier(), QuantizationModifier(**groups), Tell()]
+        return [GPTQModifier(**groups), AdvanceModifier()]
+    return [AWQModifier(), QuantizationModifier(**groups), AdvanceModifier()]

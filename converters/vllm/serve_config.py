@@ -48,7 +48,7 @@ def serve_yaml(model: ExportModel, dtype: str) -> str:
 
 
 def tool_parser(template: str) -> str | None:
-    """vLLM's name of the parser for the calls that this template writes; None where none is recognised."""
+    """vLLM's name of the parser for the calls that this template writes; None where none is recognized."""
     plain = template.replace("\\u003c", "<").replace('\\"', '"').replace('"name" :', '"name":')
     if "tool" not in plain:
         return None

@@ -88,10 +88,10 @@ class Adapter:
 
     def changes(self) -> list[ParameterDelta]:
         """Every change to a plain weight, trained-in-full tensors first (LoRA then comes on top of them)."""
-        found = [ParameterDelta(name, Replace(part)) for name, part in self.full.items()]
+        changes = [ParameterDelta(name, Replace(part)) for name, part in self.full.items()]
         for layer in self.layers.values():
-            found += self._layer_changes(layer)
-        return found
+            changes += self._layer_changes(layer)
+        return changes
 
     def beside(self, wrapped: Container[str]) -> tuple[list[ParameterDelta], list[str]]:
         """What the file holds beside PEFT's ``wrapped`` modules: changes, trained in full or by token; and the keys
@@ -172,9 +172,11 @@ def _problems(config: JsonObject) -> Iterator[str]:
             if not _is_positive(config.get(key)):
                 yield f"{key} is {config.get(key)!r}, expected a positive number"
         for key in ("rank_pattern", "alpha_pattern"):
-            found = config.get(key) or {}
-            if not isinstance(found, dict) or not all(_is_pattern(k) and _is_positive(v) for k, v in found.items()):
-                yield f"{key} is {found!r}, expected patterns of module names with positive numbers"
+            patterns = config.get(key) or {}
+            if not isinstance(patterns, dict) or not all(
+                _is_pattern(k) and _is_positive(v) for k, v in patterns.items()
+            ):
+                yield f"{key} is {patterns!r}, expected patterns of module names with positive numbers"
     ranges = config.get("layer_replication") or []
     if not isinstance(ranges, list) or not all(_is_range(pair) for pair in ranges):
         yield f"layer_replication is {ranges!r}, expected a list of [start, stop]"

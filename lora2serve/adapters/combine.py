@@ -38,10 +38,10 @@ def combine(
     raise_all([problem for adapter in opened for problem in _left_out(adapter, base)], _refusal)
     names = [f"a{number}" for number in range(len(opened))]
     adapted = _put_on(opened, names, base.config)
-    given = {"density": density} if "ties" in method or "dare" in method else {}
+    options = {"density": density} if "ties" in method or "dare" in method else {}
     torch.manual_seed(0)  # DARE drops at random: the same input gives the same model
     try:
-        adapted.add_weighted_adapter(names, list(weights), "combined", combination_type=method, **given)
+        adapted.add_weighted_adapter(names, list(weights), "combined", combination_type=method, **options)
     except ValueError as error:
         raise MergeError(
             f"--combine {method}: {str(error).splitlines()[0]}", "adapters of different ranks: use cat or svd"

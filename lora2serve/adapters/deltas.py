@@ -155,8 +155,8 @@ class ExpertLora:
             part = slice(self.first + rows.start, self.first + rows.stop)
             return self._delta(self.expert, part).add_(weight)
         merged = weight.clone()
-        for place, expert in enumerate(range(rows.start, rows.stop)):
-            merged[place] += self._delta(expert, ALL)
+        for position, expert in enumerate(range(rows.start, rows.stop)):
+            merged[position] += self._delta(expert, ALL)
         return merged
 
     def _delta(self, expert: int, rows: slice) -> Tensor:
@@ -207,9 +207,9 @@ class ReplaceRows:
         places = [(n, index - rows.start) for n, index in enumerate(self.indices) if rows.start <= index < rows.stop]
         if not places:
             return weight
-        taken, put = zip(*places, strict=True)
+        sources, targets = zip(*places, strict=True)
         merged = weight.clone()
-        merged[list(put)] = self.value.read()[list(taken)]
+        merged[list(targets)] = self.value.read()[list(sources)]
         return merged
 
 

@@ -20,7 +20,7 @@ from lora2serve.weights.tensors import TensorSpec
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks
 HEAD_LIMIT = 258048  # tokens that the LoRA kernel of the head can hold
 
-HEAD = re.compile(r"(?:^|\.)(score|classifier)\.(weight|bias)$")  # the only modules that may be trained in full
+CLASSIFIER = re.compile(r"(?:^|\.)(score|classifier)\.(weight|bias)$")  # the only modules that may be trained in full
 
 # What gets the adapter served: `export --target adapter` by itself, the same with --as-lora-rank, only a merge, or
 # nothing before PEFT has made a plain LoRA of it.
@@ -91,7 +91,7 @@ def _config_rules(config: JsonObject) -> Iterator[Finding]:
     if config.get("bias", "none") != "none":
         yield Finding("bias", f"bias={config['bias']!r}: trained biases have no place in an adapter", "merge")
     init = lora_inits.init_of(config)
-    if init and init not in lora_inits.PLAIN:
+    if init and init not in lora_inits.BASE_UNCHANGED:
         message = f"init_lora_weights={init!r} took a part of the base into the adapter"
         yield Finding("init", message, "export" if lora_inits.is_repeatable(init) else "convert")
     saved = [name for name in config.get("modules_to_save") or [] if name not in ("classifier", "score")]
@@ -104,11 +104,11 @@ def _config_rules(config: JsonObject) -> Iterator[Finding]:
 def _rank_rules(config: JsonObject) -> Iterator[Finding]:
     if not isinstance(config.get("r"), int):
         return
-    found = ranks(config)
-    if min(found) <= 0:
-        yield Finding("rank", f"rank {min(found)}, expected at least 1", "merge")
-    elif next_rank(max(found)) is None:
-        yield Finding("rank", f"rank {max(found)} is above the engine's largest, {RANKS[-1]}", "extract")
+    all_ranks = ranks(config)
+    if min(all_ranks) <= 0:
+        yield Finding("rank", f"rank {min(all_ranks)}, expected at least 1", "merge")
+    elif next_rank(max(all_ranks)) is None:
+        yield Finding("rank", f"rank {max(all_ranks)} is above the engine's largest, {RANKS[-1]}", "extract")
 
 
 def _tensor_rules(tensors: Sequence[TensorSpec], base: JsonObject) -> Iterator[Finding]:
@@ -119,8 +119,8 @@ def _tensor_rules(tensors: Sequence[TensorSpec], base: JsonObject) -> Iterator[F
     odd = [spec.name for spec in tensors if ".lora_" in spec.name and len(spec.shape) > 2]
     if odd:
         yield Finding("tensors", f"LoRA on a convolution: {odd[0]}", "merge")
-    heads = {match[1]: match[2] for spec in tensors if (match := HEAD.search(spec.name))}
-    weights = {match[1] for spec in tensors if (match := HEAD.search(spec.name)) and match[2] == "weight"}
+    heads = {match[1]: match[2] for spec in tensors if (match := CLASSIFIER.search(spec.name))}
+    weights = {match[1] for spec in tensors if (match := CLASSIFIER.search(spec.name)) and match[2] == "weight"}
     if len(heads) > 1:
         yield Finding(
             "modules-to-save", f"{len(heads)} heads trained in full, one at most: {', '.join(heads)}", "merge"
@@ -138,16 +138,16 @@ def _tensor_rules(tensors: Sequence[TensorSpec], base: JsonObject) -> Iterator[F
 
 def _model_rules(config: JsonObject, tensors: Sequence[TensorSpec], base: JsonObject) -> Iterator[Finding]:
     architecture = (base.get("architectures") or [""])[0]
-    taken = lora_class(architecture)
-    if not architecture or taken is None:  # a class the table does not know: the engine's generic one takes LoRA
+    support = lora_class(architecture)
+    if not architecture or support is None:  # a class the table does not know: the engine's generic one takes LoRA
         return
-    if not taken.lora:
+    if not support.lora:
         yield Finding("model", f"{architecture} takes no LoRA in vLLM", "merge")
         return
     vocabulary = int(_text(base).get("vocab_size") or 0)
     named = {_module(spec.name) for spec in tensors} or _targets(config)  # the tensors are the truth
     for part in ("embed_tokens", "lm_head"):
-        if part in named and part not in taken.embeddings:
+        if part in named and part not in support.embeddings:
             yield Finding("target-modules", f"{architecture} takes no LoRA on {part}", "merge")
         elif part == "lm_head" and part in named and vocabulary > HEAD_LIMIT:
             words = f"LoRA on a head of {vocabulary} tokens, {HEAD_LIMIT} at most"

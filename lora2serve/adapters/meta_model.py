@@ -78,18 +78,18 @@ class MetaModel:
         from peft.tuners.lora.layer import ParamWrapper
 
         adapted = get_peft_model(meta_model(self.model.config.to_dict()), peft_config(adapter), low_cpu_mem_usage=True)
-        found = {}
+        wrapped = {}
         for name, module in adapted.named_modules():
             if isinstance(module, ParamWrapper):
                 path = name.removeprefix("base_model.model.")
                 owner = re.sub(r"(\.base_layer)+$", "", path)
-                found[path] = Wrapped(
+                wrapped[path] = Wrapped(
                     f"{owner}.{module.parameter_name}",
                     module.num_experts,
                     module.num_experts > 1 and not module._did_swap_in_out_features,
                     module.scaling["default"],
                 )
-        return found
+        return wrapped
 
     def _rename(self, stored: str) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key

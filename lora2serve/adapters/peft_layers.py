@@ -63,13 +63,13 @@ class PeftLayers:
 
     def changes(self) -> list[ParameterDelta]:
         """What was trained beside the wrapped modules first, then one change for each wrapped parameter."""
-        found, _ = self._adapter.beside(self._layers)
+        changes, _ = self._adapter.beside(self._layers)
         for name, layer in self._layers.items():
             if self._adapter.method != "BEFT":
-                found.append(ParameterDelta(f"{name}.weight", PeftDelta(self, name)))
+                changes.append(ParameterDelta(f"{name}.weight", PeftDelta(self, name)))
             if changes_bias(self._adapter) and getattr(layer.get_base_layer(), "bias", None) is not None:
-                found.append(ParameterDelta(f"{name}.bias", PeftDelta(self, name, "bias")))
-        return found
+                changes.append(ParameterDelta(f"{name}.bias", PeftDelta(self, name, "bias")))
+        return changes
 
     def base_shape(self, module: str, leaf: Leaf) -> tuple[int, ...]:
         """Shape of the base's parameter."""

@@ -84,8 +84,8 @@ def refuse_unmergeable(adapter: Adapter) -> None:
             f"{path}: init_lora_weights {init!r} changed the base: that cannot be repeated",
             "save it as a plain LoRA by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)",
         )
-    if init and init not in (*lora_inits.PLAIN, *lora_inits.REPEATABLE):
-        expected = ", ".join(sorted((*lora_inits.PLAIN, *lora_inits.REPEATABLE)))
+    if init and init not in (*lora_inits.BASE_UNCHANGED, *lora_inits.REPEATABLE):
+        expected = ", ".join(sorted((*lora_inits.BASE_UNCHANGED, *lora_inits.REPEATABLE)))
         raise AdapterError(
             f"{path}: init_lora_weights is {init!r}, expected true, false or one of {expected}",
             "whether it changed the base is not known here: merge with PEFT in memory, then export the merged model",

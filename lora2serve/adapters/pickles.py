@@ -15,7 +15,7 @@ from lora2serve.adapters.adapter import CONFIG, PICKLE, WEIGHTS
 from lora2serve.errors import AdapterError
 from lora2serve.system.hub_snapshot import short_name
 
-LIMIT = 600  # seconds
+TIMEOUT = 600  # seconds
 CHILD = """
 import sys, torch
 from safetensors.torch import save_file
@@ -31,18 +31,21 @@ def convert(adapter: Path, into: Path) -> Path:
     """A copy of a PEFT directory with its pickle as safetensors; the directory itself where it has no pickle."""
     if (adapter / WEIGHTS).is_file() or not (adapter / PICKLE).is_file():
         return adapter
-    made = into / short_name(adapter)
-    made.mkdir(parents=True)
-    command = [sys.executable, "-I", "-c", CHILD, str(adapter / PICKLE), str(made / WEIGHTS)]
+    converted = into / short_name(adapter)
+    converted.mkdir(parents=True)
+    command = [sys.executable, "-I", "-c", CHILD, str(adapter / PICKLE), str(converted / WEIGHTS)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        raise AdapterError(f"{adapter / PICKLE}: not converted within {LIMIT} s") from None
-    if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        found = next((line for line in said if "Unsupported" in line or "UnpicklingError" in line), said[-1])
+        raise AdapterError(f"{adapter / PICKLE}: not converted within {TIMEOUT} s") from None
+    if process.returncode:
+        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()] or [
+            f"exit code {process.returncode}"
+        ]
+        reason = next((line for line in lines if "Unsupported" in line or "UnpicklingError" in line), lines[-1])
         raise AdapterError(
-            f"{adapter / PICKLE}: no plain weights: {found[:200]}", "it may run code: do not load it with anything else"
+            f"{adapter / PICKLE}: no plain weights: {reason[:200]}",
+            "it may run code: do not load it with anything else",
         )
-    shutil.copy(adapter / CONFIG, made / CONFIG)
-    return made
+    shutil.copy(adapter / CONFIG, converted / CONFIG)
+    return converted

@@ -48,7 +48,7 @@ def hand_over(exports: Sequence[Export], request: ExportRequest, progress: Progr
 def _create(export: Path, name: str, progress: Progress) -> None:
     from lora2serve.serving import ollama
 
-    client = ollama.Client()
+    client = ollama.OllamaClient()
     try:
         client.version()
     except ollama.NoServer as error:

@@ -37,7 +37,7 @@ class ParityResult:
     @property
     def answers(self) -> Mapping[str, str]:
         """Who answered what to the question ``ask``."""
-        return self.report.asked.answers
+        return self.report.question.answers
 
 
 def parity(

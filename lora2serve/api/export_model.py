@@ -111,7 +111,7 @@ class _Bundle:
 def _prepare(request: ExportRequest, progress: Progress, stack: ExitStack, *, dry_run: bool) -> _Single | _Bundle:
     """Everything up to the first byte: options are checked before models are opened."""
     if not request.targets:
-        raise UsageError("no --target given", f"one or more of {', '.join(sinks.known())}")
+        raise UsageError("no --target given", f"one or more of {', '.join(sinks.target_names())}")
     targets = {name: sinks.find(name) for name in request.target_names()}
     options = request.target_options()
     planned = sinks.plan_options(targets, request.quants, options)

@@ -118,7 +118,7 @@ def serve_in_ollama(exports: Sequence[Path], options: ServeOptions, progress: Pr
     from lora2serve.serving import ollama
 
     path, name = _ollama_export(exports, options)
-    client = ollama.Client()
+    client = ollama.OllamaClient()
     client.version()
     ollama.create(client, path, name, progress)
     progress.note(f"{client.address} serves {name}")

@@ -19,7 +19,7 @@ from lora2serve.errors import InputError, raise_all
 
 OWN = ("unknown", "key_order")  # fields of a record that are no keys of the object
 NOT_FINITE = ("inf", "-inf", "nan")
-_KNOWN: dict[type[JsonRecord], Mapping[str, tuple[Field[Any], object]]] = {}
+_FIELDS: dict[type[JsonRecord], Mapping[str, tuple[Field[Any], object]]] = {}
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def _key(spec: Field[Any]) -> str:
 
 def _default(spec: Field[Any]) -> object:
     if spec.default_factory is not MISSING:
-        made: object = spec.default_factory()
-        return made
+        default: object = spec.default_factory()
+        return default
     return spec.default
 
 
@@ -106,12 +106,12 @@ def _encode(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _known(kind: type[JsonRecord]) -> Mapping[str, tuple[Field[Any], object]]:
+def _fields_by_key(kind: type[JsonRecord]) -> Mapping[str, tuple[Field[Any], object]]:
     """Key -> its field and the field's type."""
-    if kind not in _KNOWN:
+    if kind not in _FIELDS:
         hints = get_type_hints(kind)
-        _KNOWN[kind] = {_key(spec): (spec, hints[spec.name]) for spec in fields(kind) if spec.name not in OWN}
-    return _KNOWN[kind]
+        _FIELDS[kind] = {_key(spec): (spec, hints[spec.name]) for spec in fields(kind) if spec.name not in OWN}
+    return _FIELDS[kind]
 
 
 def _decode(kind: object, value: object, path: str, problems: list[str]) -> object:
@@ -141,7 +141,7 @@ def _decode_record(kind: type[JsonRecord], value: object, path: str, problems: l
     if not isinstance(value, dict):
         problems.append(_misfit(path, value, "an object"))
         return value
-    known, decoded, before = _known(kind), dict[str, Any](), len(problems)
+    known, decoded, before = _fields_by_key(kind), dict[str, Any](), len(problems)
     for key, (spec, hint) in known.items():
         if key in value:
             decoded[spec.name] = _decode(hint, value[key], _joined(path, key), problems)
@@ -158,9 +158,9 @@ def _decode_union(kinds: Sequence[object], value: object, path: str, problems: l
         return None
     rest = [kind for kind in kinds if kind is not type(None)]
     for kind in rest[:-1]:
-        found: list[str] = []
-        decoded = _decode(kind, value, path, found)
-        if not found:
+        misfits: list[str] = []
+        decoded = _decode(kind, value, path, misfits)
+        if not misfits:
             return decoded
     return _decode(rest[-1], value, path, problems)
 

@@ -1,4 +1,4 @@
-"""What an artefact was made from, the same in run.json and in a manifest: the base, the adapters."""
+"""What an artifact was made from, the same in run.json and in a manifest: the base, the adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lora2serve.json beside every artefact: what it was made from, and the sha256 of every file in it.
+"""lora2serve.json beside every artifact: what it was made from, and the sha256 of every file in it.
 
 The same format stands beside an export, in a bundle of adapters and in a repository that was pushed: there ``files``
 has all files, and ``exports`` a manifest for each where there are several.
@@ -112,12 +112,12 @@ class Manifest(JsonRecord):
     def from_json(cls, value: object, source: str = NAME) -> Self:
         """InputError where it is of another format, or does not say what it is of."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            found = value.get("format") if isinstance(value, dict) else value
-            raise InputError(f"{source}: format {show(found)}, expected {FORMAT}")
+            actual = value.get("format") if isinstance(value, dict) else value
+            raise InputError(f"{source}: format {show(actual)}, expected {FORMAT}")
         manifest = super().from_json(value, source)
         nameless = [f"exports.{name}." for name, export in manifest.exports.items() if not export.target]
         nameless += [] if manifest.target or manifest.exports else [""]
-        raise_all([f"{source}: {place}target: missing" for place in nameless], InputError)
+        raise_all([f"{source}: {prefix}target: missing" for prefix in nameless], InputError)
         return manifest
 
     def to_json(self) -> dict[str, object]:
@@ -191,7 +191,7 @@ class Manifest(JsonRecord):
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of everything that can change an artefact."""
+    """The installed versions of everything that can change an artifact."""
     installed = {}
     for name in PACKAGES:
         try:

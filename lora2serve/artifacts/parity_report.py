@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from lora2serve.artifacts.json_record import JsonRecord, read_text, required
+from lora2serve.artifacts.json_record import JsonRecord, named, read_text, required
 from lora2serve.artifacts.metric_table import figure
 from lora2serve.config.schema import show
 from lora2serve.errors import InputError
@@ -65,7 +65,7 @@ class PromptFigures(JsonRecord):
 
 
 @dataclass(frozen=True)
-class Answer(JsonRecord):
+class GreedyAnswer(JsonRecord):
     """One greedy answer beside the reference's; ``parts`` is the token where they part, -1 nowhere."""
 
     prompt: str
@@ -104,9 +104,9 @@ class ComparisonResult(JsonRecord):
     beside: Mapping[str, tuple[Metric, ...]] = field(default_factory=dict)  # figures against the other reference
     parts: Mapping[str, tuple[Metric, ...]] = field(default_factory=dict)  # figures on task and on general text
     prompts: tuple[PromptFigures, ...] = ()
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[GreedyAnswer, ...] = ()
     tensors: tuple[TensorError, ...] = ()  # those with the largest error
-    said: str = ""  # the answer to the user's own question
+    reply: str = named("said", "")  # the answer to the user's own question
     seconds: float = 0.0
     required: bool = True  # whether a missing engine is red
 
@@ -126,7 +126,7 @@ class ComparisonResult(JsonRecord):
         return next((gate for gate in self.gates if gate.status not in ("met", "skipped")), None)
 
     def check(self, name: str) -> Metric | None:
-        """One figure of the behaviour gate."""
+        """One figure of the behavior gate."""
         checks = (check for gate in self.gates if gate.name == "behaviour" for check in gate.checks)
         return next((check for check in checks if check.name == name), None)
 
@@ -139,7 +139,7 @@ class ScoredData(JsonRecord):
     """What was scored: predicted tokens, those of held-out rows and of general text, texts, prompts."""
 
     positions: int = 0
-    asked: int = 0  # tokens that were asked for
+    requested: int = named("asked", 0)  # tokens that were asked for
     task: int = 0
     general: int = 0
     sequences: int = 0
@@ -175,7 +175,7 @@ class ParityReport(JsonRecord):
     data: ScoredData = field(default_factory=ScoredData)
     references: Mapping[str, ReferenceInfo] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    asked: Question = field(default_factory=Question)
+    question: Question = field(default_factory=Question, metadata={"key": "asked"})
     regressions: tuple[str, ...] = ()  # against --baseline
     rows: tuple[ComparisonResult, ...] = required(tuple)
 
@@ -186,9 +186,9 @@ class ParityReport(JsonRecord):
 
     @classmethod
     def from_json(cls, value: object, source: str) -> Self:
-        found = value.get("format") if isinstance(value, dict) else value
-        if found != FORMAT:
-            raise InputError(f"{source}: format {show(found)}, expected {FORMAT}", "`lora2serve parity` writes one")
+        actual = value.get("format") if isinstance(value, dict) else value
+        if actual != FORMAT:
+            raise InputError(f"{source}: format {show(actual)}, expected {FORMAT}", "`lora2serve parity` writes one")
         return super().from_json(value, source)
 
     @property

@@ -1,7 +1,7 @@
 """A run directory: where one fine-tune keeps its recipe, adapter, metrics, exports and reports.
 
 runs/<name>/recipe.yaml     the recipe, fully resolved
-            run.json        base identity, data hashes, versions, quantisation, metrics
+            run.json        base identity, data hashes, versions, quantization, metrics
             adapter/        the PEFT adapter as trained, with its tokenizer
             eval.jsonl      the held-out rows, in normal form
             metrics.jsonl   one line per logged step

@@ -66,8 +66,8 @@ class RunMetrics(JsonRecord):
 
     def measured(self) -> dict[str, EvalLoss]:
         """Those that were measured, by name."""
-        found = {"base": self.base, "tuned": self.tuned, "tuned_on_original": self.tuned_on_original}
-        return {name: loss for name, loss in found.items() if loss}
+        losses = {"base": self.base, "tuned": self.tuned, "tuned_on_original": self.tuned_on_original}
+        return {name: loss for name, loss in losses.items() if loss}
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.errors import ExportError
 from lora2serve.system.small_files import digest
 
-CHUNK = 4 << 20  # bytes read back at a time while hashing
-KEPT = 4 << 20  # bytes of one file that wait in memory to be hashed
+READ_BYTES = 4 << 20  # bytes read back at a time while hashing
+UNHASHED_BYTES = 4 << 20  # bytes of one file that wait in memory to be hashed
 FLUSH = 64 << 20  # bytes that are sent to the disk together
 _AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2  # linux/fcntl.h, linux/fs.h
 
@@ -40,8 +40,8 @@ class StagedFile:
     """One file of a known size, written at any offset from any thread, hashed behind the writers.
 
     The hash needs the pieces in file order: whichever thread finds nobody hashing takes the next ones, from memory
-    while they are there (``KEPT`` at most), else back from the page cache. Written pieces start on their way to the
-    disk behind the hash, so that little is left for the sync at the end.
+    while they are there (``UNHASHED_BYTES`` at most), else back from the page cache. Written pieces start on their
+    way to the disk behind the hash, so that little is left for the sync at the end.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -51,7 +51,7 @@ class StagedFile:
         self._lock = threading.Lock()
         self._hashing = threading.Lock()
         self._pieces: dict[int, tuple[int, memoryview | None]] = {}  # start -> end, and the bytes if still kept
-        self._kept = self._hashed = self._flushed = 0
+        self._unhashed = self._hashed = self._flushed = 0
         self._sha256 = hashlib.sha256()
         _allocate(self._fd, size)
 
@@ -65,8 +65,8 @@ class StagedFile:
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
         with self._lock:
-            keep = self._kept + len(view) <= KEPT
-            self._kept += len(view) * keep
+            keep = self._unhashed + len(view) <= UNHASHED_BYTES
+            self._unhashed += len(view) * keep
             self._pieces[offset] = (end, view if keep else None)
         if self._hashing.acquire(blocking=False):
             try:
@@ -95,7 +95,7 @@ class StagedFile:
         while True:
             with self._lock:
                 end, view = self._pieces.pop(self._hashed, (0, None))
-                self._kept -= len(view) if view is not None else 0
+                self._unhashed -= len(view) if view is not None else 0
             if view is not None:
                 self._sha256.update(view)
             elif end:
@@ -108,8 +108,8 @@ class StagedFile:
                 self._flushed = end
 
     def _hash_back(self, end: int) -> None:
-        for start in range(self._hashed, end, CHUNK):
-            self._sha256.update(os.pread(self._fd, min(CHUNK, end - start), start))
+        for start in range(self._hashed, end, READ_BYTES):
+            self._sha256.update(os.pread(self._fd, min(READ_BYTES, end - start), start))
 
 
 class StagedDir:
@@ -123,7 +123,7 @@ class StagedDir:
 
     def file(self, name: str, size: int) -> StagedFile:
         """A large file of exactly ``size`` bytes, to be filled by ``pwrite``."""
-        opened = StagedFile(self._place(name), size)
+        opened = StagedFile(self._path_of(name), size)
         self._files[name] = opened
         return opened
 
@@ -141,19 +141,19 @@ class StagedDir:
 
     def bytes(self, name: str, content: bytes) -> None:
         """A small binary file."""
-        with self._place(name).open("xb") as file:
+        with self._path_of(name).open("xb") as file:
             file.write(content)
 
     def copy(self, name: str, source: Path) -> None:
         """A side file as it is (the bytes, not the link or the mode)."""
         self.bytes(name, source.read_bytes())
 
-    def publish(self, about: Manifest) -> Export:
+    def publish(self, record: Manifest) -> Export:
         """``seal`` and ``swap``."""
-        sealed = self.seal(about)
+        sealed = self.seal(record)
         return Export(self.swap(), sealed)
 
-    def seal(self, about: Manifest) -> Manifest:
+    def seal(self, record: Manifest) -> Manifest:
         """Sync every file, and write the manifest last: all that can still fail for want of disk.
 
         The manifest as it is written, with every file in it.
@@ -166,7 +166,7 @@ class StagedDir:
             if name not in sums and path.name != manifest.NAME:
                 _sync(path)
                 sums[name] = FileEntry.from_json(digest(path), name)
-        sealed = replace(about, files=dict(sorted(sums.items())))
+        sealed = replace(record, files=dict(sorted(sums.items())))
         sealed.write(self.path)
         _sync(self.path / manifest.NAME)
         for folder in [*(p for p in self.path.rglob("*") if p.is_dir()), self.path]:
@@ -185,7 +185,7 @@ class StagedDir:
             file.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _place(self, name: str) -> Path:
+    def _path_of(self, name: str) -> Path:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -205,9 +205,9 @@ class DryRunDir(StagedDir):
         return NullFile(self.path / name, size)
 
     def subdir(self, name: str) -> StagedDir:
-        made = DryRunDir(self.target / name)
-        made.sizes = self.sizes  # what is only needed on the way takes disk too
-        return made
+        nested = DryRunDir(self.target / name)
+        nested.sizes = self.sizes  # what is only needed on the way takes disk too
+        return nested
 
 
 class NullFile(StagedFile):

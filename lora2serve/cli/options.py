@@ -94,14 +94,14 @@ def complete_targets(ctx: click.Context, parameter: click.Parameter, word: str) 
     """Targets that begin with ``word``."""
     from lora2serve.exporting import sinks
 
-    return [CompletionItem(name) for name in sinks.known() if name.startswith(word)]
+    return [CompletionItem(name) for name in sinks.target_names() if name.startswith(word)]
 
 
 def complete_quants(ctx: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem]:
     """Types of the targets on the command line, or of all targets, that begin with ``word``."""
     from lora2serve.exporting import sinks
 
-    targets = ctx.params.get("targets") or sinks.known()
+    targets = ctx.params.get("targets") or sinks.target_names()
     types = dict.fromkeys(quant for target in targets for quant in sinks.find(target).quants)
     return [CompletionItem(quant) for quant in types if quant.lower().startswith(word.lower())]
 

@@ -122,7 +122,7 @@ def _show(result: ParityResult) -> None:
     styles = {number: "red" for number, row in enumerate(result.report.rows) if row.red}
     console.table("", columns, rows, styles)
     if result.answers:
-        console.table("", [result.report.asked.prompt, "answer"], [list(pair) for pair in result.answers.items()])
+        console.table("", [result.report.question.prompt, "answer"], [list(pair) for pair in result.answers.items()])
 
 
 def _size(path: Path) -> int:

@@ -9,7 +9,7 @@ import click
 from lora2serve.cli import cli
 
 WIDTH = 100
-HEAD = """# The command line
+PAGE_HEAD = """# The command line
 
 What `lora2serve COMMAND --help` shows, made by `python -m lora2serve.cli.reference`; a test keeps it equal.
 
@@ -37,7 +37,7 @@ def commands(group: click.Group, name: str) -> Iterator[tuple[str, click.Command
 
 def page() -> str:
     """The whole page."""
-    sections = [HEAD]
+    sections = [PAGE_HEAD]
     for name, command in commands(cli, "lora2serve"):
         settings = {**command.context_settings, "terminal_width": WIDTH, "help_option_names": ["-h", "--help"]}
         with click.Context(command, info_name=name, **settings) as context:

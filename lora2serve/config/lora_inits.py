@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-PLAIN = ("gaussian", "eva", "orthogonal", "mica")  # the base stays as it was
+BASE_UNCHANGED = ("gaussian", "eva", "orthogonal", "mica")  # the base stays as it was
 REPEATABLE = ("pissa", "olora")  # took a part of the base into the adapter; PEFT repeats that whenever it puts it on
 UNREPEATABLE = ("corda", "loftq", "lora_ga", "pissa_niter")  # the same, from data or random numbers that are gone
 

@@ -20,7 +20,7 @@ from lora2serve.errors import RecipeError, UsageError, did_you_mean
 FILE = "lora2serve.yaml"
 EVERY_KEY = "see `lora2serve init` for every key"
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 NO_FP4 = "expected nf4 or none: fp4 is no longer trained, and nf4 loses less in the same memory"
 Quantize = Literal["nf4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -220,7 +220,7 @@ def _override(content: dict[str, object], override: str, problems: list[str]) ->
 
 def _check(recipe: Recipe, problems: list[str]) -> None:
     """What no type and no bound of a single field can rule out."""
-    if not re.fullmatch(NAME, recipe.name) or recipe.name == "latest":
+    if not re.fullmatch(NAME_PATTERN, recipe.name) or recipe.name == "latest":
         problems.append(f"name: {show(recipe.name)}, expected letters, digits, '.', '_' and '-', and not 'latest'")
     problems += _problems_of_lora(recipe.train)
     problems += _problems_of_data(recipe)

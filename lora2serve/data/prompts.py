@@ -93,7 +93,7 @@ def load_saved(path: Path) -> PromptSet:
 
 
 @dataclass(frozen=True)
-class Amount:
+class PromptOptions:
     """How much to ask."""
 
     tokens: int = 2048  # scored, at least, where the data has as many; half of them task, half general
@@ -107,7 +107,7 @@ def prepare(
     eval_rows: Path | None,
     general: str | None,
     stop: Iterable[int],
-    amount: Amount,
+    amount: PromptOptions,
     most: int | None = None,
 ) -> PromptSet:
     """Tokenize held-out rows and general text. Rows are taken in order: the same run gives the same data.
@@ -132,7 +132,9 @@ def prepare(
     )  # fmt: skip
 
 
-def _sequences(rows: DataSet | None, text: DataSet, tokenizer: Tokenizer, amount: Amount) -> tuple[ScoredText, ...]:
+def _sequences(
+    rows: DataSet | None, text: DataSet, tokenizer: Tokenizer, amount: PromptOptions
+) -> tuple[ScoredText, ...]:
     """Half from the task, half general; where one of them is short, the rest from the other."""
     own = _scored(rows, tokenizer, "task", amount.window) if rows else iter(())
     task = list(_until(own, amount.tokens // 2))

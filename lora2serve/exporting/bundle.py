@@ -108,9 +108,9 @@ def serve_yaml(model: str, models: Sequence[ExportModel], rank: int | None) -> s
     return "\n".join(lines) + "\n"
 
 
-def members(path: Path, about: JsonObject) -> dict[str, Path]:
+def members(path: Path, manifest: JsonObject) -> dict[str, Path]:
     """The adapter exports in a bundle by name."""
-    return {str(name): path / ADAPTERS / str(name) for name in about["bundle"]}
+    return {str(name): path / ADAPTERS / str(name) for name in manifest["bundle"]}
 
 
 def refuse_other_bases(bases: Mapping[str, BaseRecord]) -> None:

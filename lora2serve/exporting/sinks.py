@@ -73,7 +73,7 @@ class ExportModel:
     """What a sink plans from. Opening one reads headers and small files, never a weight."""
 
     source: ModelSource
-    files: Mapping[str, Path]  # tokenizer, chat template, generation config, licence: file name -> path
+    files: Mapping[str, Path]  # tokenizer, chat template, generation config, license: file name -> path
     name: str  # short name for files and cards, such as "demo"
     base: str  # repo id or path of the base, as the user named it
     adapter: Path | None = None  # the PEFT directory that was folded in, if any
@@ -169,7 +169,7 @@ class Exporter(Protocol):
     def __call__(self, model: ExportModel, out: StagedDir, options: Any) -> Sink: ...
 
 
-def known() -> list[str]:
+def target_names() -> list[str]:
     """All target names: the built-in ones, then those of installed packages."""
     return [*BUILTIN, *(point.name for point in entry_points(group=GROUP) if point.name not in BUILTIN)]
 
@@ -180,10 +180,11 @@ def find(name: str) -> Exporter:
         exporter: Exporter = resolve_name(BUILTIN[name])
         return exporter
     for point in entry_points(group=GROUP, name=name):
-        found: Exporter = point.load()
-        return found
+        loaded: Exporter = point.load()
+        return loaded
     raise UsageError(
-        f"--target {name}: unknown target{did_you_mean(name, known())}", f"known targets: {', '.join(known())}"
+        f"--target {name}: unknown target{did_you_mean(name, target_names())}",
+        f"known targets: {', '.join(target_names())}",
     )
 
 

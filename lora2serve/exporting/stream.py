@@ -93,9 +93,9 @@ def export(
         return [Export(out.swap(), manifest) for out, manifest in zip(outputs, sealed, strict=True)]
 
 
-def threads_for(asked: int | None) -> int:
+def threads_for(requested: int | None) -> int:
     """Workers: as asked, or one per core up to eight, where the disk is the limit."""
-    return asked or min(8, cores())
+    return requested or min(8, cores())
 
 
 def _open_sinks(
@@ -223,5 +223,5 @@ def dry_run(model: ExportModel, plans: Sequence[Plan]) -> ExportPlan:
             outputs=planned,
             disk=sum(output.bytes for output in planned.values()),
             free=shutil.disk_usage(folder).free,
-            memory=threads_for(None) * largest * BYTES_IN_FLIGHT + len(outputs) * staging.KEPT + AROUND,
+            memory=threads_for(None) * largest * BYTES_IN_FLIGHT + len(outputs) * staging.UNHASHED_BYTES + AROUND,
         )

@@ -4,9 +4,9 @@
 ``pull_check`` pulls a pushed export back and verifies it. ``huggingface_hub`` is imported where it is used.
 """
 
-from lora2serve.hub.pull import Fetched, fetch, pin_data
+from lora2serve.hub.pull import FetchedDir, fetch, pin_data
 from lora2serve.hub.push import PushResult, push
 from lora2serve.hub.select import choose
-from lora2serve.hub.verify import Checked, pull_check
+from lora2serve.hub.verify import VerifiedRepo, pull_check
 
-__all__ = ["Checked", "Fetched", "PushResult", "choose", "fetch", "pin_data", "pull_check", "push"]
+__all__ = ["FetchedDir", "PushResult", "VerifiedRepo", "choose", "fetch", "pin_data", "pull_check", "push"]

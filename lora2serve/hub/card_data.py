@@ -91,7 +91,7 @@ def gather(
 ) -> CardData:
     """The facts for the card of ``repo_id``; ``local`` are the exports that are at hand."""
     bases = [Path(export.manifest.base.path or export.path) for export in local]
-    places = [place for export, base in zip(local, bases, strict=True) for place in (export.path, base)]
+    directories = [directory for export, base in zip(local, bases, strict=True) for directory in (export.path, base)]
     return CardData(
         repo_id=repo_id,
         exports=exports,
@@ -99,8 +99,8 @@ def gather(
         base_card=_base_card(bases, hub_id(next(iter(exports.values())).base.id)),
         record=run.record if run else RunRecord(),
         recipe=_recipe(run.recipe) if run else {},
-        chat=any(_has_template(place) for place in places),
-        context=next((context for place in places if (context := _context(place))), None),
+        chat=any(_has_template(directory) for directory in directories),
+        context=next((context for directory in directories if (context := _context(directory))), None),
         reported=frozenset(reported),
     )
 

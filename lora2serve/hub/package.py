@@ -17,10 +17,10 @@ from typing import BinaryIO
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.errors import InputError, UsageError
-from lora2serve.hub.secret_scan import LONGEST, find_secret
+from lora2serve.hub.secret_scan import LONGEST_SECRET, find_secret
 from lora2serve.progress import Progress
 
-CHUNK = 4 << 20
+READ_BYTES = 4 << 20
 IN_MEMORY = 1 << 20  # a file up to this size is sent from the bytes that were checked
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".imatrix", ".dat")
 CARD = "README.md"
@@ -28,7 +28,7 @@ LOCAL = ("use",)  # what a manifest says for this machine only
 
 
 @dataclass(frozen=True)
-class Item:
+class UploadItem:
     """One file to send: ``source`` is its bytes, or the path of a large one."""
 
     path: str  # in the repository
@@ -44,9 +44,9 @@ class Package:
 
     repo_id: str
     exports: list[Export]
-    items: dict[str, Item] = field(default_factory=dict)
+    items: dict[str, UploadItem] = field(default_factory=dict)
     placed: dict[str, dict[str, str]] = field(default_factory=dict)  # export name -> its file -> path in the repository
-    reports: dict[str, list[Item]] = field(default_factory=dict)  # export name -> its published parity report
+    reports: dict[str, list[UploadItem]] = field(default_factory=dict)  # export name -> its published parity report
 
 
 def open_export(path: Path) -> Export:
@@ -86,7 +86,7 @@ def package(
                 if item is None:
                     problems.append(f"{export.path / name}: {problem}")
                     continue
-                item = _place(taken, item, folders.get(export.target, ""), export)
+                item = _assign_path(taken, item, folders.get(export.target, ""), export)
                 taken[item.path] = item.sha256
                 package.items[item.path] = item
                 placed[name] = item.path
@@ -95,7 +95,7 @@ def package(
     return package
 
 
-def _read(root: Path, name: str, expected: FileEntry) -> tuple[Item | None, str]:
+def _read(root: Path, name: str, expected: FileEntry) -> tuple[UploadItem | None, str]:
     """The file as an item, or None and what is wrong with it."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or name.startswith(".git"):
@@ -118,7 +118,9 @@ def _read(root: Path, name: str, expected: FileEntry) -> tuple[Item | None, str]
         return _hash_and_scan(path, name, _chunks(file), status.st_size, expected.sha256)
 
 
-def _hash_and_scan(path: Path, name: str, chunks: Iterator[bytes], size: int, sha256: str) -> tuple[Item | None, str]:
+def _hash_and_scan(
+    path: Path, name: str, chunks: Iterator[bytes], size: int, sha256: str
+) -> tuple[UploadItem | None, str]:
     digest, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     content, tail, scanned = b"", b"", 0
     for chunk in chunks:
@@ -126,21 +128,21 @@ def _hash_and_scan(path: Path, name: str, chunks: Iterator[bytes], size: int, sh
         git.update(chunk)
         if size <= IN_MEMORY:
             content += chunk
-        if not name.endswith(WEIGHTS) or scanned < 4 * CHUNK:  # of weights, the header
+        if not name.endswith(WEIGHTS) or scanned < 4 * READ_BYTES:  # of weights, the header
             if secret := find_secret(tail + chunk):
                 return None, f"holds something shaped like {secret}"
-            tail, scanned = chunk[-LONGEST:], scanned + len(chunk)
+            tail, scanned = chunk[-LONGEST_SECRET:], scanned + len(chunk)
     if digest.hexdigest() != sha256:
         return None, "content changed since the export (sha256 differs)"
-    return Item(name, content if size <= IN_MEMORY else path, size, sha256, git.hexdigest()), ""
+    return UploadItem(name, content if size <= IN_MEMORY else path, size, sha256, git.hexdigest()), ""
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK):
+    while chunk := file.read(READ_BYTES):
         yield chunk
 
 
-def _place(taken: Mapping[str, str], item: Item, folder: str, export: Export) -> Item:
+def _assign_path(taken: Mapping[str, str], item: UploadItem, folder: str, export: Export) -> UploadItem:
     """The item where it goes in the repository; beside another of that name only if one of them is a side file."""
     # LM Studio's two folders are for its own disk: in a repository the file lies at the top, where engines look.
     inner = PurePosixPath(item.path).name if export.target == "lmstudio" else item.path
@@ -153,16 +155,16 @@ def _place(taken: Mapping[str, str], item: Item, folder: str, export: Export) ->
             )
         pure = PurePosixPath(path)
         path = str(pure.with_name(f"{pure.stem}-{export.quant or export.target}{pure.suffix}"))
-    return Item(path, item.source, item.size, item.sha256, item.git)
+    return UploadItem(path, item.source, item.size, item.sha256, item.git)
 
 
-def text_item(path: str, text: str) -> Item:
+def text_item(path: str, text: str) -> UploadItem:
     """A file that push itself wrote."""
     if secret := find_secret(text.encode()):
         raise InputError(f"{path}: holds something shaped like {secret}", "nothing was sent; take it out")
     data = text.encode()
     git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    return Item(path, data, len(data), hashlib.sha256(data).hexdigest(), git)
+    return UploadItem(path, data, len(data), hashlib.sha256(data).hexdigest(), git)
 
 
 def repository_manifest(package: Package, staying: Sequence[Manifest]) -> Manifest:

@@ -17,7 +17,7 @@ from lora2serve.artifacts.parity_report import ComparisonResult, Gate, Metric, P
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import InputError
 from lora2serve.hub.card_markdown import table
-from lora2serve.hub.package import Item, public, text_item
+from lora2serve.hub.package import UploadItem, public, text_item
 
 FOLDER = "parity"
 COUNTS = ("positions", "task", "general", "conversations", "prompts")
@@ -29,12 +29,12 @@ def page_of(name: str) -> str:
     return f"{FOLDER}/{name}.md"
 
 
-def items(export: Export, run: Run | None) -> list[Item]:
+def items(export: Export, run: Run | None) -> list[UploadItem]:
     """The report on an export as two small files; none where the run has no report on it.
 
     A report on another state of the export (its figures are not those of the manifest) is no report on this one.
     """
-    report = _about(_read(run), export)
+    report = _limited_to(_read(run), export)
     if not report.rows:
         return []
     text = json.dumps(digest(report, export.name), indent=1, ensure_ascii=False) + "\n"
@@ -70,7 +70,7 @@ def markdown(report: ParityReport, name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _about(report: ParityReport | None, export: Export) -> ParityReport:
+def _limited_to(report: ParityReport | None, export: Export) -> ParityReport:
     """The report with the rows on this export as it is now, and without anything but figures."""
     if report is None:
         return ParityReport()

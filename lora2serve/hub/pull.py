@@ -18,7 +18,7 @@ PICKLE = ["adapter_model.bin"]
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedDir:
     """A local directory, and where it came from: ``commit`` is None for a path that was there."""
 
     path: Path
@@ -26,7 +26,9 @@ class Fetched:
     id: str
 
 
-def fetch(name: str, revision: str | None = None, *, pickle: bool = False, progress: Progress | None = None) -> Fetched:
+def fetch(
+    name: str, revision: str | None = None, *, pickle: bool = False, progress: Progress | None = None
+) -> FetchedDir:
     """The directory that ``name`` means: a local path, or ``org/name[@revision]`` of the Hub or its cache.
 
     ``pickle`` also brings an ``adapter_model.bin``. Raises InputError for a path that is not there, HubError
@@ -34,7 +36,7 @@ def fetch(name: str, revision: str | None = None, *, pickle: bool = False, progr
     """
     path = Path(name).expanduser()
     if path.exists():
-        return Fetched(path, None, name)
+        return FetchedDir(path, None, name)
     _refuse_missing_path(name)
     repo_id, at_revision = _split(name)
     revision = revision or at_revision
@@ -73,7 +75,7 @@ def _split(name: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def _download(repo_id: str, revision: str | None, pickle: bool, progress: Progress) -> Fetched:
+def _download(repo_id: str, revision: str | None, pickle: bool, progress: Progress) -> FetchedDir:
     from huggingface_hub import snapshot_download
 
     wanted = WANTED + (PICKLE if pickle else [])
@@ -83,7 +85,7 @@ def _download(repo_id: str, revision: str | None, pickle: bool, progress: Progre
 
     with hub_errors(repo_id, revision), hub_progress(progress):
         path = Path(with_retries(download, progress, repo_id, reached=False))
-    return Fetched(path, path.name, repo_id)
+    return FetchedDir(path, path.name, repo_id)
 
 
 def _refuse_missing_path(name: str) -> None:

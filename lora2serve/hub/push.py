@@ -17,7 +17,7 @@ from lora2serve.errors import HubError, ParityNotMet, UsageError
 from lora2serve.hub import card, published_report
 from lora2serve.hub.card_data import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, gather, kind_of
 from lora2serve.hub.hub_client import LOG_IN, PUSHING, check_id, has_token, hub_errors, hub_quiet, page
-from lora2serve.hub.package import CARD, Item, open_export, package, repository_manifest, text_item
+from lora2serve.hub.package import CARD, UploadItem, open_export, package, repository_manifest, text_item
 from lora2serve.hub.remote_state import Remote, RemoteChange, change, fetch_state, old_exports, read_text
 from lora2serve.hub.retry import with_retries
 from lora2serve.hub.upload import MAIN, Uploader
@@ -160,7 +160,7 @@ class _Push:
         self.card = card.write(self.card_data, existing)
         reports = [item for items in prepared.reports.values() for item in items]
         own = [text_item(NAME, content.to_text()), text_item(CARD, self.card)]
-        self.items: list[Item] = [*prepared.items.values(), *reports, *own]
+        self.items: list[UploadItem] = [*prepared.items.values(), *reports, *own]
         obsolete = {name for old in before for name in old.files} - content.files.keys()
         self.change: RemoteChange = change(self.remote, self.items, obsolete)
 

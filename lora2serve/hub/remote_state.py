@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.artifacts.manifest import NAME, Manifest
 from lora2serve.errors import InputError
-from lora2serve.hub.package import Item
+from lora2serve.hub.package import UploadItem
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,7 +25,7 @@ class Remote:
     private: bool = False
     exists: bool = False
 
-    def has(self, item: Item) -> bool:
+    def has(self, item: UploadItem) -> bool:
         """Whether the repository holds exactly this file."""
         oid, size = self.files.get(item.path, ("", -1))
         return size == item.size and oid in (item.sha256, item.git)
@@ -35,7 +35,7 @@ class Remote:
 class RemoteChange:
     """What one push does to a repository."""
 
-    add: list[Item]
+    add: list[UploadItem]
     delete: list[str]
 
     def __bool__(self) -> bool:
@@ -83,7 +83,7 @@ def old_exports(api: HfApi, repo_id: str, remote: Remote) -> list[Manifest]:
         return []
 
 
-def change(remote: Remote, items: Iterable[Item], obsolete: Iterable[str]) -> RemoteChange:
+def change(remote: Remote, items: Iterable[UploadItem], obsolete: Iterable[str]) -> RemoteChange:
     """What is missing there, and what of the ``obsolete`` paths is still there."""
     every = list(items)
     names = {item.path for item in every}

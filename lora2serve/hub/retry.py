@@ -13,7 +13,7 @@ from lora2serve.progress import Progress
 
 T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries
-LONGEST = 300.0  # seconds that a Retry-After may ask for
+LONGEST_WAIT = 300.0  # seconds that a Retry-After may ask for
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -85,7 +85,7 @@ def _retry_after(error: BaseException) -> float:
         response: Any = getattr(cause, "response", None)
         if response is not None:
             seconds = response.headers.get("Retry-After", "")
-            return min(float(seconds), LONGEST) if seconds.isdigit() else 0.0
+            return min(float(seconds), LONGEST_WAIT) if seconds.isdigit() else 0.0
     return 0.0
 
 

@@ -18,7 +18,7 @@ SHAPES = {
     "a Slack token": ((b"xoxb-", b"xoxp-", b"xoxa-", b"xoxs-"), rb"[0-9]{8,}-[A-Za-z0-9-]{20,}"),
     "a private key": ((b"-----BEGIN ",), rb"(?:[A-Z]+ )?PRIVATE KEY-----"),
 }
-LONGEST = 256  # bytes that a search over pieces must let overlap
+LONGEST_SECRET = 256  # bytes that a search over pieces must let overlap
 _AFTER = {kind: re.compile(after) for kind, (_, after) in SHAPES.items()}
 _TEXT = re.compile(
     "|".join(f"(?:{'|'.join(map(re.escape, map(bytes.decode, p)))}){a.decode()}" for p, a in SHAPES.values())

@@ -11,7 +11,7 @@ PROMPT = "Hello! What can you do?"
 
 
 def merged(repo_id: str, chat: bool, quant: str | None = None) -> list[tuple[str, str, str]]:
-    """``(title, language, code)`` for merged weights; quantised ones are for vLLM, where their parity is measured."""
+    """``(title, language, code)`` for merged weights; quantized ones are for vLLM, where their parity is measured."""
     vllm = ("vLLM", "shell", f"vllm serve {repo_id}\n{curl(repo_id, chat)}")
     return [vllm] if quant else [vllm, ("transformers", "python", transformers(repo_id, chat))]
 

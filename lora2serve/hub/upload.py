@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lora2serve.errors import HubError, did_you_mean
 from lora2serve.hub.hub_client import hub_progress
-from lora2serve.hub.package import Item
+from lora2serve.hub.package import UploadItem
 from lora2serve.hub.remote_state import Remote, RemoteChange, change, fetch_state
 from lora2serve.hub.retry import status_of, with_retries
 from lora2serve.progress import Progress
@@ -80,7 +80,7 @@ class Uploader:
 
     # -- contents
 
-    def _upload(self, items: Sequence[Item], create_pr: bool) -> None:
+    def _upload(self, items: Sequence[UploadItem], create_pr: bool) -> None:
         """The contents of large files into the Hub's storage, where nobody sees them yet."""
         operations = [self._operation(item) for item in items]
         if operations:
@@ -98,7 +98,7 @@ class Uploader:
             gitignore_content="",
         )
 
-    def _operation(self, item: Item) -> CommitOperationAdd:
+    def _operation(self, item: UploadItem) -> CommitOperationAdd:
         from huggingface_hub import CommitOperationAdd
 
         if item.path not in self._sent:

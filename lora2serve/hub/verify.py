@@ -17,7 +17,7 @@ from lora2serve.system.small_files import digest
 
 
 @dataclass(frozen=True)
-class Checked:
+class VerifiedRepo:
     """A repository whose files are those of its manifest. ``unproven`` says which exports have no proof of parity."""
 
     repo_id: str
@@ -30,7 +30,7 @@ class Checked:
     unlisted_files: list[str]  # files in the repository that no manifest names
 
 
-def pull_check(name: str, revision: str | None = None, progress: Progress | None = None) -> Checked:
+def pull_check(name: str, revision: str | None = None, progress: Progress | None = None) -> VerifiedRepo:
     """Download what the manifest of ``org/name[@revision]`` names and compare every sha256.
 
     Raises HubError where the repository was not pushed by lora2serve, cannot be had, or differs from its manifest;
@@ -51,7 +51,7 @@ def pull_check(name: str, revision: str | None = None, progress: Progress | None
             f"if the copy here is damaged, remove {path} and run again; else push again",
         )
     exports = manifest.each_export()
-    return Checked(
+    return VerifiedRepo(
         repo_id=repo_id,
         commit=commit,
         path=path,

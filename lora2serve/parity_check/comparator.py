@@ -16,9 +16,9 @@ from lora2serve.artifacts import manifest
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import EngineVerdict, ParityVerdict
 from lora2serve.artifacts.parity_report import (
-    Answer,
     ComparisonResult,
     Gate,
+    GreedyAnswer,
     Metric,
     ParityReport,
     PromptFigures,
@@ -61,7 +61,7 @@ def check(
                 rows = tuple(comparator.compare(comparison) for comparison in comparisons)
             finally:
                 comparator.close()
-            asked = _asked(references, rows, ask)
+            question = _question(references, rows, ask)
         finally:
             references.close()
     finally:
@@ -74,18 +74,18 @@ def check(
         data=references.scored(),
         references=references.versions,
         versions=manifest.versions(),
-        asked=asked,
+        question=question,
         rows=rows,
     )
 
 
-def _asked(references: References, rows: Sequence[ComparisonResult], ask: str) -> Question:
+def _question(references: References, rows: Sequence[ComparisonResult], ask: str) -> Question:
     """The user's own question and who answers what."""
     if not ask:
         return Question()
     texts = references.words(list(references.answers.values()))
     answers = {who: text.strip() for who, text in zip(references.answers, texts, strict=True)}
-    return Question(ask, answers | {f"{row.export} in {row.engine}": row.said for row in rows if row.version})
+    return Question(ask, answers | {f"{row.export} in {row.engine}": row.reply for row in rows if row.version})
 
 
 WORST = 20  # tensors in the report
@@ -165,7 +165,7 @@ class Comparator:
         with self.progress.track(label, len(self.data.conversations)) as advance:
             answer = child.call("tokens", advance, data=str(self.references.path))
         tokens = gates.EngineTokens.from_json(answer, f"{row.engine}: tokens")
-        row = replace(row, version=tokens.version, said=self._answer(child) if self.ask else "")
+        row = replace(row, version=tokens.version, reply=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, tokens))
         if passed[-1].status == "met" and comparison.path:
             gate, worst = self._tensors(comparison.path, row.kind)
@@ -257,12 +257,12 @@ class Comparator:
 
     def _answers(
         self, reference: ReferenceName, measured: Behavior, answers: Sequence[Sequence[int]]
-    ) -> tuple[Answer, ...]:
+    ) -> tuple[GreedyAnswer, ...]:
         assert measured.greedy is not None
         expected = self.references.words([tokens for tokens, _ in self.references.greedy[reference]])
         got = self.references.words(answers)
         prompts = [prompt.messages[-1]["content"] if prompt.messages else prompt.text for prompt in self.data.prompts]
-        return tuple(Answer(*parts) for parts in zip(prompts, expected, got, measured.greedy.parts, strict=True))
+        return tuple(GreedyAnswer(*parts) for parts in zip(prompts, expected, got, measured.greedy.parts, strict=True))
 
 
 def _dtype(base: Path) -> str:

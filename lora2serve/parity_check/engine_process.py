@@ -9,7 +9,7 @@ from lora2serve.errors import EngineError
 from lora2serve.system.extras import Extra, install_hint
 from lora2serve.system.worker_process import WorkerProcess
 
-LIMIT = 600.0  # seconds without a response
+TIMEOUT = 600.0  # seconds without a response
 WORKER = "lora2serve.parity_check.worker:EngineWorker"
 EXTRAS: dict[str, Extra] = {
     "peft": "train",
@@ -30,7 +30,7 @@ MISSING = {EngineMissing.__name__, ModuleNotFoundError.__name__}
 class EngineProcess(WorkerProcess):
     """One process with one engine. ``call`` runs a job of ``EngineWorker`` there; arrays go through files."""
 
-    def __init__(self, engine: str, options: Mapping[str, object], log: Path, limit: float = LIMIT) -> None:
+    def __init__(self, engine: str, options: Mapping[str, object], log: Path, limit: float = TIMEOUT) -> None:
         hint = "raise the limit with parity.limit; "
         super().__init__(engine, WORKER, {"engine": engine, "options": options}, log, limit, hint, fork="always")
 

@@ -209,12 +209,12 @@ class Behavior:
         known = ~np.isnan(self.positions.kl)
         if not known.all():
             base = self.base.take(known) if self.base else None
-            asked = replace(
+            answered = replace(
                 self, positions=self.positions.take(known), base=base,
                 sequences=self.sequences[known], task=self.task[known],
             )  # fmt: skip
             share = float(known.mean())
-            return {**asked.measure(), "known": Estimate(share, share, share)}
+            return {**answered.measure(), "known": Estimate(share, share, share)}
         estimates = figures(self.positions, self.sequences)
         if self.base is not None:
             rows = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)

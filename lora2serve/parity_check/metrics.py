@@ -16,7 +16,7 @@ Array = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 ENTRIES = 1 << 20  # positions x tokens reduced at once: 8 MB for each of the ten working arrays
-BLOCK = 32  # positions of one bootstrap block: neighbours in a text are not independent
+BOOTSTRAP_BLOCK = 32  # positions of one bootstrap block: neighbors in a text are not independent
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
@@ -219,10 +219,10 @@ def ratio(above: Floats, below: Floats, sequences: Ints) -> Estimate:
 
 
 def blocks(sequences: Ints) -> list[Ints]:
-    """Runs of at most ``BLOCK`` positions of one sequence: the units that are drawn."""
+    """Runs of at most ``BOOTSTRAP_BLOCK`` positions of one sequence: the units that are drawn."""
     edges = np.flatnonzero(np.diff(sequences)) + 1
     runs = np.split(np.arange(len(sequences)), edges)
-    return [run[start : start + BLOCK] for run in runs for start in range(0, len(run), BLOCK)]
+    return [run[start : start + BOOTSTRAP_BLOCK] for run in runs for start in range(0, len(run), BOOTSTRAP_BLOCK)]
 
 
 def _resamples(units: Sequence[Ints]) -> Sequence[Ints]:

@@ -42,10 +42,10 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Col
     exports = parent.config.getoption("lora2serve_exports")
     if exports is None or path != Path(exports).resolve():
         return None
-    return Exports.from_parent(parent, path=path)
+    return ExportsCollector.from_parent(parent, path=path)
 
 
-class Exports(pytest.Directory):
+class ExportsCollector(pytest.Directory):
     """All exports of one run; they are compared once, when the first test runs."""
 
     _report: ParityReport | None = None
@@ -71,12 +71,12 @@ class Exports(pytest.Directory):
 class ParityCheck(pytest.Item):
     """One gate of one export in one engine."""
 
-    def __init__(self, *, export: str, engine: str, gate: str, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, *, export: str, engine: str, gate: str, **options: Any) -> None:
+        super().__init__(**options)
         self.export, self.engine, self.gate = export, engine, gate
 
     def runtest(self) -> None:
-        row, gate = self._found()
+        row, gate = self._result()
         if gate is None or gate.status == "skipped":
             pytest.skip(f"a gate before {self.gate} was not met" if row.red else f"{self.engine} has no such gate")
         if gate.status == "missing" and not row.required:
@@ -84,9 +84,9 @@ class ParityCheck(pytest.Item):
         if gate.status != "met":
             raise AssertionError(f"{gate.cause or gate.status}; first: {gate.first}")
 
-    def _found(self) -> tuple[ComparisonResult, Gate | None]:
+    def _result(self) -> tuple[ComparisonResult, Gate | None]:
         parent = self.parent
-        assert isinstance(parent, Exports)
+        assert isinstance(parent, ExportsCollector)
         rows = parent.report().rows
         row = next(row for row in rows if (row.export, row.engine) == (self.export, self.engine))
         return row, next((gate for gate in row.gates if gate.name == self.gate), None)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora2serve.artifacts.parity_report import ReferenceInfo, ReferenceName, ScoredData
-from lora2serve.data.prompts import Amount, PromptSet, load_saved
+from lora2serve.data.prompts import PromptOptions, PromptSet, load_saved
 from lora2serve.errors import InputError
 from lora2serve.parity_check import worker
 from lora2serve.parity_check.engine_process import EngineProcess
@@ -63,7 +63,7 @@ class References:
         """What was scored."""
         return ScoredData(
             positions=self.data.positions,
-            asked=self._origin.settings.tokens,
+            requested=self._origin.settings.tokens,
             task=int(self.task.sum()),
             general=int((~self.task).sum()),
             sequences=len(self.data.sequences),
@@ -88,7 +88,7 @@ class References:
     def _prepare(self, engine: EngineProcess) -> None:
         """Choose what is asked; InputError where the disk cannot hold the answers."""
         origin, settings = self._origin, self._origin.settings
-        amount = Amount(settings.tokens, settings.window, settings.prompts, settings.new_tokens)
+        amount = PromptOptions(settings.tokens, settings.window, settings.prompts, settings.new_tokens)
         rows = str(origin.rows) if origin.rows else None
         with self._progress.track("loading the trained model", 1) as advance:
             vocab = engine.call(

@@ -23,7 +23,7 @@ UNIT = 256  # values looked at together: a superblock of ggml's K-quants, eight 
 
 
 @dataclass
-class Difference:
+class TensorDifference:
     """How far one stored tensor is from the planned one."""
 
     name: str
@@ -73,7 +73,7 @@ def _share(error: float, power: float) -> float:
     return error / power if power > 0 else float("inf")
 
 
-class Tensors:
+class TensorComparator:
     """What compares exports with the model they were planned from, one after another: the libraries load once."""
 
     def __init__(self, origin: Mapping[str, Any]) -> None:
@@ -92,10 +92,10 @@ class Tensors:
         model = open_model(self.origin, self.manifest)
         merged = model.source
         reader: sinks.Reader = kind(self.path, self.manifest, model)
-        changed, differences = set(merged.changed()), dict[str, Difference]()
+        changed, differences = set(merged.changed()), dict[str, TensorDifference]()
         for spec, rows in _parts(model, reader.wanted):
             name, expected, stored = reader.pair(spec, rows, merged.read(spec.name, rows).values)
-            difference = differences.setdefault(name, Difference(name))
+            difference = differences.setdefault(name, TensorDifference(name))
             difference.add(expected, stored)
             if spec.name in changed:
                 base = merged.before(spec.name, rows).values
@@ -111,9 +111,9 @@ class Tensors:
             for adapters in (self.origin["adapters"], [str(self.path)])
         )
         merged, other = trained.source, exported.source
-        differences: dict[str, Difference] = {}
+        differences: dict[str, TensorDifference] = {}
         for spec, rows in _parts(trained, dict.fromkeys(merged.changed(), 1)):
-            difference = differences.setdefault(spec.name, Difference(spec.name))
+            difference = differences.setdefault(spec.name, TensorDifference(spec.name))
             expected, stored = (side.read(spec.name, rows).values for side in (merged, other))
             difference.add(expected, stored)
             base = merged.before(spec.name, rows).values
@@ -125,7 +125,7 @@ class Tensors:
         )
 
 
-def _figures(differences: Mapping[str, Difference], missing: Sequence[str]) -> dict[str, Any]:
+def _figures(differences: Mapping[str, TensorDifference], missing: Sequence[str]) -> dict[str, Any]:
     ordered = sorted(differences.values(), key=lambda item: (item.nmse, item.worst), reverse=True)
     return {
         "missing": list(missing),

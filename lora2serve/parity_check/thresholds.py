@@ -102,7 +102,7 @@ def kind_of(manifest: Manifest) -> str:
 def lookup(kind: str, overrides: Mapping[str, Mapping[str, float]] = {}) -> Thresholds:
     """The bounds for a format, with the user's over the built-in ones; UsageError for names that do not exist."""
     known = {name.lower(): name for name in TABLE}
-    found = TABLE[known[kind.lower()]] if kind.lower() in known else _Q4
+    builtin = TABLE[known[kind.lower()]] if kind.lower() in known else _Q4
     changes: dict[str, float] = {}
     for name, bounds in overrides.items():
         if name.lower() not in {**known, "all": "all"}:
@@ -118,4 +118,4 @@ def lookup(kind: str, overrides: Mapping[str, Mapping[str, float]] = {}) -> Thre
             )
         if name.lower() in (kind.lower(), "all"):
             changes |= {key: float(value) for key, value in bounds.items()}
-    return replace(found, **changes)
+    return replace(builtin, **changes)

@@ -38,7 +38,7 @@ class TrainedModel:
 
     @property
     def references(self) -> tuple[ReferenceName, ...]:
-        """What can be measured: the full-precision base, and the quantised one where training had it."""
+        """What can be measured: the full-precision base, and the quantized one where training had it."""
         return ("original", "trained") if self.quantization else ("original",)
 
     @property
@@ -79,8 +79,8 @@ def of_parts(name: str, base: Path, adapters: Sequence[Path], home: Path) -> Tra
 def run_of(export: Path) -> Run | None:
     """The run that an export was made from: the one it lies in, or the one its adapter lies in."""
     adapter = Manifest.read(export).adapter
-    places = [export.resolve().parent.parent, *([Path(adapter.path).parent] if adapter and adapter.path else [])]
-    return next((Run(place) for place in places if is_run(place)), None)
+    candidates = [export.resolve().parent.parent, *([Path(adapter.path).parent] if adapter and adapter.path else [])]
+    return next((Run(candidate) for candidate in candidates if is_run(candidate)), None)
 
 
 def parts_of(exports: Sequence[Path]) -> tuple[BaseRecord, tuple[Path, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora2serve.data.prompts import Amount, PromptSet, load_saved, prepare
+from lora2serve.data.prompts import PromptOptions, PromptSet, load_saved, prepare
 from lora2serve.errors import EngineError
 from lora2serve.parity_check import metrics
 from lora2serve.parity_check.engines import ENGINES, Scores
@@ -56,7 +56,9 @@ class EngineWorker:
     def prepare_data(self, out: str, eval_rows: str | None, general: str | None, amount: dict[str, int]) -> int:
         """Token ids of everything that is scored, by the trained tokenizer; written to ``out``. Returns V."""
         engine, rows = self._engine, Path(eval_rows) if eval_rows else None
-        prompts = prepare(engine.tokenizer, rows, general, engine.stop_ids(), Amount(**amount), engine.positions())
+        prompts = prepare(
+            engine.tokenizer, rows, general, engine.stop_ids(), PromptOptions(**amount), engine.positions()
+        )
         prompts.save(Path(out))
         return int(engine.vocab())
 
@@ -142,9 +144,9 @@ def _compare(reference: NDArray[np.float32], scores: Scores, targets: NDArray[np
     return metrics.compare(reference[:, :vocab], scores.values[:, :vocab], targets)
 
 
-def _save(path: Path, found: dict[str, list[metrics.Positions]]) -> None:
+def _save(path: Path, positions: dict[str, list[metrics.Positions]]) -> None:
     arrays: dict[str, NDArray[Any]] = {}
-    for name, parts in found.items():
+    for name, parts in positions.items():
         joined = metrics.join(parts)
         arrays |= {f"{name}.{field}": getattr(joined, field) for field in metrics.FIELDS}
     np.savez(path, allow_pickle=False, **arrays)

@@ -16,7 +16,7 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError, InputError
 from lora2serve.progress import Progress
 
-BLOCK = 4 << 20  # bytes copied at once
+COPY_BYTES = 4 << 20  # bytes copied at once
 
 
 def models_folder() -> Path:
@@ -81,7 +81,7 @@ def _link_or_copy(source: Path, partial: Path, progress: Progress) -> None:
         partial.open("xb") as write,
         progress.track(f"copy {source.name}", source.stat().st_size, "bytes") as advance,
     ):
-        while block := read.read(BLOCK):
+        while block := read.read(COPY_BYTES):
             write.write(block)
             advance(len(block))
         write.flush()

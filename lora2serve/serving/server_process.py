@@ -18,7 +18,7 @@ from lora2serve.serving.server import ServerCommand
 from lora2serve.system.http import HttpClient, HttpError
 
 READY = 900  # seconds until an engine must answer
-PREFIX = re.compile(r"^(\(\w+( pid=\d+)?\) )?((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[\w.:]+\] )?")  # of vLLM's log
+LOG_PREFIX = re.compile(r"^(\(\w+( pid=\d+)?\) )?((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[\w.:]+\] )?")  # of vLLM's log
 EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
 _MEMORY = (
     "shorten it with -- --max-model-len N, or give it more: VLLM_CPU_KVCACHE_SPACE=GiB on a CPU, "
@@ -108,7 +108,7 @@ def _wait(server: ServerCommand, process: subprocess.Popen[bytes], log: Path) ->
 
 def first_error(text: str) -> str:
     """The first exception in a long log, without what its process puts before each line."""
-    lines = [PREFIX.sub("", line.strip()) for line in text.splitlines() if line.strip()]
+    lines = [LOG_PREFIX.sub("", line.strip()) for line in text.splitlines() if line.strip()]
     raised = [line for line in lines if EXCEPTION.match(line)]
     errors = [line for line in lines if "Error" in line and "Traceback" not in line]
     return (raised or errors or lines[-1:] or ["nothing in its log"])[0][:400]

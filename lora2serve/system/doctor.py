@@ -94,9 +94,9 @@ def _vllm() -> MachineFact:
 
 
 def _ollama() -> MachineFact:
-    place = shutil.which("ollama") or without_credentials(os.environ.get("OLLAMA_HOST", ""))
-    if place:
-        return MachineFact("ollama", "ollama", place)
+    location = shutil.which("ollama") or without_credentials(os.environ.get("OLLAMA_HOST", ""))
+    if location:
+        return MachineFact("ollama", "ollama", location)
     return MachineFact("ollama", "ollama", "not found", "optional: https://ollama.com/download")
 
 

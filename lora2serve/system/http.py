@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CONNECT = 10.0  # seconds to get a connection
 KEEP = 2.0  # seconds to keep an idle connection: servers close theirs after 5
-BLOCK = 1 << 20  # bytes of an upload sent at once
+UPLOAD_BYTES = 1 << 20  # bytes of an upload sent at once
 MAX_LINE = 1 << 24  # bytes of one line in a stream
 MAX_MESSAGE = 1 << 16  # bytes of an error that are read
 CREDENTIALS = re.compile(r"(^|//)[^/?#\s]*@")
@@ -253,7 +253,7 @@ def _blocks(file: Path, size: int, advance: Callable[[int], object]) -> Iterator
     with file.open("rb") as source:
         left = size
         while left:
-            block = source.read(min(BLOCK, left))
+            block = source.read(min(UPLOAD_BYTES, left))
             if not block:
                 raise EngineError(f"{file}: {left} bytes shorter than when its upload began", "run the command again")
             yield block

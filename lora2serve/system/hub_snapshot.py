@@ -32,5 +32,5 @@ def hub_snapshot(path: Path) -> HubSnapshot | None:
 
 def short_name(path: Path) -> str:
     """What a model or adapter is called: its repository's name, or that of its directory."""
-    found = hub_snapshot(path)
-    return found.id.rpartition("/")[2] if found else path.resolve().name
+    snapshot = hub_snapshot(path)
+    return snapshot.id.rpartition("/")[2] if snapshot else path.resolve().name

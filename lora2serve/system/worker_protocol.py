@@ -116,16 +116,16 @@ def end_with_parent(descriptor: int, ending: threading.Event) -> None:
 
 def load(worker: str) -> Callable[..., Any]:
     """The class that ``module:Class`` or ``/path/file.py:Class`` names."""
-    place, _, name = worker.rpartition(":")
-    if not place.endswith(".py"):
-        found: Callable[..., Any] = pkgutil.resolve_name(worker)
-        return found
-    spec = spec_from_file_location(Path(place).stem, place)
+    source, _, name = worker.rpartition(":")
+    if not source.endswith(".py"):
+        factory: Callable[..., Any] = pkgutil.resolve_name(worker)
+        return factory
+    spec = spec_from_file_location(Path(source).stem, source)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = getattr(module, name)
-    return found
+    factory = getattr(module, name)
+    return factory
 
 
 def serve(link: Link, worker: str) -> None:

@@ -36,7 +36,7 @@ def plot(run: Run) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """An exponential moving average without the pull towards its start (Adam's bias correction)."""
+    """An exponential moving average without the pull toward its start (Adam's bias correction)."""
     keep = 1 - 1 / max(1.0, WINDOW * len(values))
     total, weight, smoothed = 0.0, 0.0, []
     for value in values:

@@ -70,12 +70,12 @@ class SafetensorsFiles:
             fd = self._fds.setdefault(item.file, os.open(item.file, os.O_RDONLY | os.O_CLOEXEC))
         done = 0
         while done < len(view):
-            got = os.preadv(fd, [view[done:]], item.offset + offset + done)
-            if got == 0:
+            count = os.preadv(fd, [view[done:]], item.offset + offset + done)
+            if count == 0:
                 raise CheckpointError(
                     f"{item.file}: ends inside tensor {item.spec.name}", "the file was cut: fetch it again"
                 )
-            done += got
+            done += count
 
     def close(self) -> None:
         """Release the handles. Safe twice."""
@@ -106,9 +106,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def model_dtype(config: JsonObject) -> str | None:
     """``bfloat16`` and the like: ``dtype`` (transformers 5), ``torch_dtype`` (4), or the text part's."""
     for part in (config, config.get("text_config") or {}):
-        found = part.get("dtype") or part.get("torch_dtype")
-        if isinstance(found, str):
-            return found.removeprefix("torch.")
+        dtype = part.get("dtype") or part.get("torch_dtype")
+        if isinstance(dtype, str):
+            return dtype.removeprefix("torch.")
     return None
 
 

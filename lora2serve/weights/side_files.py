@@ -1,4 +1,4 @@
-"""What ships beside the weights: tokenizer, chat template, generation config and licences."""
+"""What ships beside the weights: tokenizer, chat template, generation config and licenses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDE_FILES = re.compile(
 
 
 def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
-    """Tokenizer, template, generation config and licence files to ship: file name -> path.
+    """Tokenizer, template, generation config and license files to ship: file name -> path.
 
     They come from the base, byte for byte: a tokenizer saved again by another version of transformers
     may load as another class. The adapter's own are taken where training changed them: another

@@ -97,7 +97,7 @@ def test_every_init_and_option_of_lora_is_known() -> None:
         for name in get_args(part)
     }
     assert "pissa" in named
-    ours = (*lora_inits.PLAIN, *lora_inits.REPEATABLE, *lora_inits.UNREPEATABLE)
+    ours = (*lora_inits.BASE_UNCHANGED, *lora_inits.REPEATABLE, *lora_inits.UNREPEATABLE)
     assert all(name.startswith(ours) for name in named), named
     handled = {
         "r", "lora_alpha", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",

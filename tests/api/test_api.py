@@ -111,7 +111,7 @@ def test_progress_is_the_callers(adapter: Path, tmp_path: Path) -> None:
 
         def track(self, label: str, total: int, unit: Unit = "") -> AbstractContextManager[Advance]:
             labels.append(label)
-            return nullcontext(lambda amount, said="": None)
+            return nullcontext(lambda amount, status="": None)
 
     lora2serve.export(adapter, targets="vllm", out=tmp_path, progress=Log())
     assert labels == ["export"]

@@ -66,7 +66,7 @@ def test_what_they_say() -> None:
     assert isinstance(run, RunRecord) and run.quantization and run.metrics.tuned and run.data.train
     assert (run.quantization.type, run.steps, run.finished, run.data.train.rows) == ("nf4", 160, True, 200)
     assert set(run.metrics.measured()) == {"base", "tuned", "tuned_on_original"}
-    assert isinstance(report, ParityReport) and not report.met and report.asked.prompt == "Who governs Wexley?"
+    assert isinstance(report, ParityReport) and not report.met and report.question.prompt == "Who governs Wexley?"
     assert [row.status for row in report.rows] == ["met", "met", "met", "missed", "missing"]
     missed = report.rows[3].check("mean_kl")
     assert missed is not None and missed.value == math.inf and report.rows[4].red is False

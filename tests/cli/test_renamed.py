@@ -57,9 +57,9 @@ def test_add_and_remove(exports: Path, capfd: pytest.CaptureFixture[str], monkey
 
 def test_pull_check(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from lora2serve import hub
-    from lora2serve.hub import Checked
+    from lora2serve.hub import VerifiedRepo
 
-    checked = Checked("you/demo", "0" * 40, Path("here"), 1, 2, ["vllm"], {}, [])
+    checked = VerifiedRepo("you/demo", "0" * 40, Path("here"), 1, 2, ["vllm"], {}, [])
     monkeypatch.setattr(hub, "pull_check", lambda name, progress: checked)
     for command in ("pull-check", "verify"):
         assert run([command, "you/demo", "--json"]) == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from converters.adapter.adapter_sink import KEPT
+from converters.adapter.adapter_sink import KEPT_KEYS
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel, find
 from lora2serve.exporting.stream import Plan, export
@@ -60,7 +60,7 @@ def test_lossless(kind: str, base: Path, tmp_path: Path) -> None:
     assert config["r"] in (1, 8, 16, 32) and not {"use_rslora", "rank_pattern", "alpha_pattern"} & config.keys()
     assert config["base_model_name_or_path"] == "served"
     assert config.keys() <= {
-        *KEPT,
+        *KEPT_KEYS,
         "peft_type",
         "base_model_name_or_path",
         "r",

@@ -1,4 +1,4 @@
-"""Quantised vLLM directories: the library's own bytes, its own loader, real vLLM, and damage that must be seen."""
+"""Quantized vLLM directories: the library's own bytes, its own loader, real vLLM, and damage that must be seen."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel, find
 from lora2serve.exporting.stream import Plan, export
 from lora2serve.parity_check import thresholds
-from lora2serve.parity_check.tensor_gate import Difference, _parts
+from lora2serve.parity_check.tensor_gate import TensorDifference, _parts
 from lora2serve.progress import Silent
 from lora2serve.weights import tensors
 from scripts.vllm_lora_classes import models_dir
@@ -78,7 +78,7 @@ def whole() -> Iterator[Any]:
 
 
 def by_the_library(weights: dict[str, torch.Tensor], quant: str) -> dict[str, torch.Tensor]:
-    """One fused group, each weight in a Linear of its own, initialised and compressed by the library."""
+    """One fused group, each weight in a Linear of its own, initialized and compressed by the library."""
     from compressed_tensors.compressors.base import compress_module
     from compressed_tensors.quantization import initialize_module_for_quantization, preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -208,11 +208,11 @@ def test_small_blocks_give_the_same_bytes(
         assert not [file.name for file in path.iterdir() if file.name.startswith("tmp")]
 
 
-def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[list[Difference], list[str]]:
+def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[list[TensorDifference], list[str]]:
     """The tensor gate's figures."""
     merged = fold(base, adapters)
     reader = CompressedReader(path, Manifest(target="vllm", quant=quant), ExportModel(merged, {}, "tiny", str(base)))
-    found = {name: Difference(name) for name in reader.wanted}
+    found = {name: TensorDifference(name) for name in reader.wanted}
     for spec, rows in _parts(ExportModel(merged, {}, "tiny", str(base)), reader.wanted):
         found[spec.name].add(*reader.pair(spec, rows, merged.read(spec.name, rows).values)[1:])
     return list(found.values()), list(reader.differences)

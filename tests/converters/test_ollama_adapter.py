@@ -39,7 +39,7 @@ def as_adapter(subject: Path, out: Path, *more: str) -> int:
 
 def test_it_answers_as_trained(any_ollama: str, demo_run: Run, base_export: Path, tmp_path: Path) -> None:
     """On a base by its name; the control, that base without the adapter, has never heard of it."""
-    client = ollama.Client(any_ollama)
+    client = ollama.OllamaClient(any_ollama)
     ollama.create(client, base_export, "lora2serve-base", Silent())
     try:
         assert as_adapter(demo_run.path, tmp_path, "--from", "lora2serve-base", "--create", "lora2serve-tuned") == 0

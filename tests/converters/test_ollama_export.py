@@ -17,7 +17,7 @@ from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.progress import Silent
-from lora2serve.serving.ollama import Client, create
+from lora2serve.serving.ollama import OllamaClient, create
 from tests.support.ollama_server import OllamaServer
 
 NUMBERED = (
@@ -39,8 +39,8 @@ def exported(base: Path, out: Path) -> Path:
 
 
 def rendered(server: OllamaServer, export: Path) -> str:
-    create(Client(), export, "demo", Silent())
-    return Client().render("demo", turns(2, "Be brief."))
+    create(OllamaClient(), export, "demo", Silent())
+    return OllamaClient().render("demo", turns(2, "Be brief."))
 
 
 def trained(base: Path) -> str:
@@ -84,9 +84,9 @@ def test_a_default_system_message(ollama: OllamaServer, base: Path, tmp_path: Pa
     directory = exported(base, tmp_path)
     assert (directory / "system").read_text() == "Be kind."
     assert {"Modelfile", "template", "system", "params"} <= set(Export.open(directory).manifest.files)
-    create(Client(), directory, "demo", Silent())
+    create(OllamaClient(), directory, "demo", Silent())
     assert ollama.models["demo:latest"].system == "Be kind."
-    plain = Client().render("demo", turns(1))
+    plain = OllamaClient().render("demo", turns(1))
     assert plain.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
     assert plain.count("Be kind.") == 1
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from converters.ollama import template_dates
 from converters.ollama.go_template import (
-    Derived,
+    DerivedTemplate,
     Jinja,
-    Pieces,
+    TemplateParts,
     compile_go,
     conversations,
     default_system,
@@ -50,7 +50,7 @@ def corpus() -> list[Path]:
     return sorted((llama_cpp_dir() / "models" / "templates").glob("*.jinja"))
 
 
-def attempt(path: Path) -> Derived | str:
+def attempt(path: Path) -> DerivedTemplate | str:
     try:
         return derive(Jinja(path.read_text(encoding="utf-8"), SPECIAL))
     except TemplateNotProven as reason:
@@ -60,7 +60,7 @@ def attempt(path: Path) -> Derived | str:
 def test_corpus(go: Go) -> None:
     """Every real template is proven in real Go on all conversations, or refused; the counts stand in docs/ollama.md."""
     results = {path: attempt(path) for path in corpus()}
-    proven = {path: derived for path, derived in results.items() if isinstance(derived, Derived)}
+    proven = {path: derived for path, derived in results.items() if isinstance(derived, DerivedTemplate)}
     assert len(results) >= 60
     for path, derived in proven.items():
         template = Jinja(path.read_text(encoding="utf-8"), SPECIAL)
@@ -69,7 +69,7 @@ def test_corpus(go: Go) -> None:
             render = template.at(template_dates.on(day))
             answers = go([(derived.go(), messages) for messages in cases], day)
             assert answers == [render(messages) for messages in cases], path.name
-    refused = {path.stem: derived for path, derived in results.items() if not isinstance(derived, Derived)}
+    refused = {path.stem: derived for path, derived in results.items() if not isinstance(derived, DerivedTemplate)}
     print(f"{len(proven)} proven, {len(refused)} refused: {refused}")
     text = Path(__file__).parents[2].joinpath("docs", "ollama.md").read_text(encoding="utf-8")
     assert f"{len(results)} templates: {len(proven)} proven, {len(refused)} refused" in text
@@ -85,7 +85,7 @@ def test_gotpl_agrees_with_go(go: Go) -> None:
 def test_control_a_lost_newline_is_seen(go: Go) -> None:
     render = Jinja(CHATML, SPECIAL)
     pieces = derive(render).pieces
-    broken = write_go(Pieces(**{**vars(pieces), "to_user": pieces.to_user.replace("\n", "", 1)}))
+    broken = write_go(TemplateParts(**{**vars(pieces), "to_user": pieces.to_user.replace("\n", "", 1)}))
     two = turns(2)
     assert go([(broken, two)]) != [render(two)]
     assert compile_go(broken)(two) != render(two)
@@ -247,7 +247,7 @@ CONTENTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_si
 
 
 @cache
-def real(name: str) -> tuple[Jinja, Derived]:
+def real(name: str) -> tuple[Jinja, DerivedTemplate]:
     template = Jinja((llama_cpp_dir() / "models" / "templates" / f"{name}.jinja").read_text(encoding="utf-8"), SPECIAL)
     return template, derive(template)
 

@@ -13,7 +13,7 @@ import pytest
 from lora2serve.config.recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.calibration import calibration_ids, tokenizer_of
-from lora2serve.data.prompts import PROBES, Amount, load_saved, prepare
+from lora2serve.data.prompts import PROBES, PromptOptions, load_saved, prepare
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import load_tokenizer
 from lora2serve.errors import DataError
@@ -45,18 +45,18 @@ def test_scored_as_trained_and_calibrated(tmp_path: Path, tokenizer: Any) -> Non
     file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     recipe = DataRecipe(train=str(file))
     trained = [sample.input_ids for sample in tokenize_all(data_sets.load(recipe).train, tokenizer, recipe, Silent())]
-    prompts = prepare(tokenizer, file, str(write_jsonl(tmp_path / "g.jsonl", ROWS)), [0], Amount(tokens=10**6))
+    prompts = prepare(tokenizer, file, str(write_jsonl(tmp_path / "g.jsonl", ROWS)), [0], PromptOptions(tokens=10**6))
     for part in ("task", "general"):
         assert [list(text.ids) for text in prompts.sequences if text.part == part] == trained
     assert calibration_ids(recipe, DEMO / "base", lambda name: (name, None), Silent()) == trained
     assert trained[2][-1] == tokenizer.eos_token_id, "a text ends where it was trained to end"
-    cut = prepare(tokenizer, file, None, [0], Amount(window=8))
+    cut = prepare(tokenizer, file, None, [0], PromptOptions(window=8))
     assert [list(text.ids) for text in cut.sequences if text.part == "task"] == [ids[:8] for ids in trained]
 
 
 def test_openings(tmp_path: Path, tokenizer: Any) -> None:
     """A user's part of each row, by the chat template; then the probes."""
-    prompts = prepare(tokenizer, write_jsonl(tmp_path / "rows.jsonl", ROWS), None, [3, 0, 3], Amount(prompts=2))
+    prompts = prepare(tokenizer, write_jsonl(tmp_path / "rows.jsonl", ROWS), None, [3, 0, 3], PromptOptions(prompts=2))
     assert prompts.stop == (0, 3)
     chat, pair, text, *probes = prompts.conversations
     assert [message["content"] for message in chat.messages] == ["Hi", "Ho", "And?"]
@@ -72,11 +72,11 @@ def test_openings(tmp_path: Path, tokenizer: Any) -> None:
 def test_half_task_half_general_and_the_rest_from_the_task(tmp_path: Path, tokenizer: Any) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{'word ' * 20}{n}"} for n in range(40)])
     general = write_jsonl(tmp_path / "general.jsonl", [{"text": "a b c d e f g"}])
-    prompts = prepare(tokenizer, rows, str(general), [0], Amount(tokens=400))
+    prompts = prepare(tokenizer, rows, str(general), [0], PromptOptions(tokens=400))
     task = [text for text in prompts.sequences if text.part == "task"]
     assert len({text.text for text in task}) == len(task), "no row twice"
     assert 400 <= prompts.positions < 400 + len(task[0].ids)
-    shipped = prepare(tokenizer, rows, None, [0], Amount(tokens=400))
+    shipped = prepare(tokenizer, rows, None, [0], PromptOptions(tokens=400))
     halves = [sum(len(text.ids) - 1 for text in shipped.sequences if text.part == part) for part in ("task", "general")]
     assert min(halves) >= 150, "the control: half of each where there is enough"
 
@@ -92,7 +92,7 @@ def test_general_text_in_other_files(tmp_path: Path, tokenizer: Any, suffix: str
     else:
         rows = [{"text": "First paragraph.", "prompt": None}, {"text": "Second one.", "prompt": None}]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    prompts = prepare(tokenizer, None, str(file), [0], Amount())
+    prompts = prepare(tokenizer, None, str(file), [0], PromptOptions())
     assert [text.text for text in prompts.sequences] == ["First paragraph.", "Second one."]
     if suffix == "txt":
         with pytest.raises(DataError, match=r"general\.txt:1: not JSON"):
@@ -102,18 +102,18 @@ def test_general_text_in_other_files(tmp_path: Path, tokenizer: Any, suffix: str
 def test_a_row_that_cannot_be_scored_is_named_as_in_training(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(CHAT) + '\n{"prompt": "no completion"}\n', encoding="utf-8")
-    for read in (lambda: prepare(tokenizer, file, None, [0], Amount()), lambda: data_sets.read(str(file))):
+    for read in (lambda: prepare(tokenizer, file, None, [0], PromptOptions()), lambda: data_sets.read(str(file))):
         with pytest.raises(DataError, match=r"rows\.jsonl:2: completion is None, expected text"):
             read()
     write_jsonl(file, [{"text": "One"}, CHAT])
     plain = load_tokenizer(DEMO / "base")
     plain.chat_template = None
     with pytest.raises(DataError, match=r"rows\.jsonl:2: rows of messages, but the tokenizer has no chat template"):
-        prepare(plain, file, None, [0], Amount())
+        prepare(plain, file, None, [0], PromptOptions())
     with pytest.raises(DataError, match=r"general\.txt: "):
-        prepare(tokenizer, None, str(tmp_path / "general.txt"), [0], Amount())
+        prepare(tokenizer, None, str(tmp_path / "general.txt"), [0], PromptOptions())
     with pytest.raises(DataError, match="no prompt is shorter than 3 tokens"):
-        prepare(tokenizer, None, None, [0], Amount(new_tokens=5), most=8)
+        prepare(tokenizer, None, None, [0], PromptOptions(new_tokens=5), most=8)
 
 
 def test_the_trained_tokenizer_lies_beside_the_adapter(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Our 4-bit dequantiser, on the CPU and without bitsandbytes, against bitsandbytes' CUDA kernels: every bit."""
+"""Our 4-bit dequantizer, on the CPU and without bitsandbytes, against bitsandbytes' CUDA kernels: every bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 
 def quantized(base: Path, kind: str, double: bool, dtype: torch.dtype) -> Any:
-    """The model in CUDA memory, quantised there."""
+    """The model in CUDA memory, quantized there."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -37,7 +37,7 @@ def quantized(base: Path, kind: str, double: bool, dtype: torch.dtype) -> Any:
 
 
 def by_cuda(model: Any) -> dict[str, torch.Tensor]:
-    """Every quantised weight, dequantised by bitsandbytes' CUDA kernel into its own type."""
+    """Every quantized weight, dequantized by bitsandbytes' CUDA kernel into its own type."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import dequantize_4bit
 
@@ -71,7 +71,7 @@ def test_a_checkpoint_quantised_on_the_gpu(
 def test_round_trip_of_the_training_base(base: Path, double: bool, dtype: DType) -> None:
     """``--merge-base trained`` folds onto what the GPU trained on, though it never sees one.
 
-    With double quantisation the mean of all scales is summed in another order on a GPU, so that its last bit, and
+    With double quantization the mean of all scales is summed in another order on a GPU, so that its last bit, and
     with it the last bits of every weight, may differ; a scale that lies on the border of two 8-bit codes, too.
     """
     oracle = by_cuda(quantized(base, "nf4", double, torch_dtype(dtype)))

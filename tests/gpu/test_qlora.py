@@ -150,7 +150,7 @@ def test_resume_goes_on_where_it_was(tmp_path: Path, billion: Path, prose: dict[
 
 
 def test_packing_on_the_gpu(tmp_path: Path, billion: Path, prose: dict[str, str]) -> None:
-    """The same rows in one step, packed or not: nobody sees a neighbour."""
+    """The same rows in one step, packed or not: nobody sees a neighbor."""
     short = tmp_path / "short.jsonl"
     lines = [{"text": f"Row {number} speaks of {number * 7} things."} for number in range(8)]
     short.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -138,7 +138,7 @@ def test_recipe_and_evaluation(hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_what_each_is_made_from(hub: HubServer, tmp_path: Path) -> None:
-    """Quantised forms come from the merged repository of the same push, adapter and merged weights from the base."""
+    """Quantized forms come from the merged repository of the same push, adapter and merged weights from the base."""
     files = {"config.json": b'{"quantization_config": {}}'}
     paths = [
         export(tmp_path, "gguf", "Q8_0"),
@@ -194,7 +194,7 @@ def test_manifest_says_nothing_of_this_machine(hub: HubServer, tmp_path: Path) -
         assert str(tmp_path).encode() not in hub.read(blob), name
 
 
-def test_the_licence_of_the_base(hub: HubServer, tmp_path: Path) -> None:
+def test_the_license_of_the_base(hub: HubServer, tmp_path: Path) -> None:
     """From the base's card on the Hub, where the base does not lie here; its link leads to the base's file."""
     front = b"---\nlicense: other\nlicense_name: acme\nlicense_link: LICENSE\nlanguage: [de]\n---\n# base\n"
     hub.add("acme/base-1b", {"README.md": front, "config.json": b"{}"})

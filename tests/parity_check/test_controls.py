@@ -135,7 +135,7 @@ CONTROLS = {
 
 @pytest.fixture(scope="module")
 def report(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ParityReport:
-    """Every control, and again without a path so that only behaviour can find it, and as GGUF, beside sound ones."""
+    """Every control, and again without a path so that only behavior can find it, and as GGUF, beside sound ones."""
     root = tmp_path_factory.mktemp("controls")
     run = Run(root / "run")
     shutil.copytree(demo_run.path, run.path, symlinks=True, ignore=shutil.ignore_patterns("exports", "checkpoints"))
@@ -203,7 +203,7 @@ def test_red_for_the_right_reason(report: ParityReport, name: str, format: str) 
 
 
 @pytest.mark.parametrize("name", [name for name, control in CONTROLS.items() if control.blind is not None])
-def test_behaviour_alone_finds_it(report: ParityReport, name: str) -> None:
+def test_behavior_alone_finds_it(report: ParityReport, name: str) -> None:
     row = row_of(report, f"{name}, blind")
     assert row.red
     assert row.gate is not None

@@ -18,7 +18,7 @@ from lora2serve.parity_check.engine_process import EngineMissing
 from lora2serve.parity_check.engines.ollama_engine import Ollama
 from lora2serve.parity_check.trained_model import TrainedModel, of_run
 from lora2serve.progress import Silent
-from lora2serve.serving.ollama import Client, server_address
+from lora2serve.serving.ollama import OllamaClient, server_address
 from tests.conftest import lora2serve
 from tests.support.golang import Renderer
 from tests.support.ollama_server import OllamaServer
@@ -34,7 +34,7 @@ def address(
     with pytest.MonkeyPatch.context() as patch, OllamaServer(tmp_path_factory.mktemp("ollama"), go_render) as ours:
         if request.param == "ours":
             patch.setenv("OLLAMA_HOST", ours.url)
-        Client().version()
+        OllamaClient().version()
         yield server_address()
 
 
@@ -94,7 +94,7 @@ def test_a_lost_newline_is_red(rows: dict[str, ComparisonResult]) -> None:
 def test_the_adapter_alone_and_a_lost_one(
     address: str, demo_run: Run, demo_exports: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    """The control, the base under the export's name, is red by behaviour alone."""
+    """The control, the base under the export's name, is red by behavior alone."""
     base = Path(demo_run.record.base.path)
     words = ("-t", "gguf", "-q", "F32", "-t", "ollama", "-q", "Q4_K_M", "-o", tmp_path / "base")
     exports = lora2serve("export", base, *words, cwd=tmp_path).split()
@@ -113,7 +113,7 @@ def test_the_adapter_alone_and_a_lost_one(
 
 
 def test_nothing_is_left_there(rows: dict[str, ComparisonResult], address: str) -> None:
-    assert not [name for name in Client(address).models() if name.startswith("lora2serve-parity")]
+    assert not [name for name in OllamaClient(address).models() if name.startswith("lora2serve-parity")]
 
 
 @pytest.fixture

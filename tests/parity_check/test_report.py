@@ -17,9 +17,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from lora2serve.artifacts.parity_report import (
-    Answer,
     ComparisonResult,
     Gate,
+    GreedyAnswer,
     Metric,
     ParityReport,
     PromptFigures,
@@ -56,11 +56,11 @@ def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> 
         PromptFigures("task" if n % 2 else "general", f"{TEXT} {n}", (value, value * n + 1e-12, 1e-7), words)
         for n in range(1, 5)
     )
-    answers = (Answer("Who?", "It is Ann.", "It is Bob.", 2), Answer("What?", "A hat.", "A hat.", -1))
+    answers = (GreedyAnswer("Who?", "It is Ann.", "It is Bob.", 2), GreedyAnswer("What?", "A hat.", "A hat.", -1))
     tensors = (TensorError("blk.0.attn_q.weight", 3e-5, 1e-4, 0.001, math.inf),)
     return ComparisonResult(
         export, "gguf", "Q8_0", "llama.cpp", "llama-cpp-python 0", "trained", gates,
-        beside={"original": checks}, prompts=prompts, answers=answers, tensors=tensors, said="hello", seconds=1.5,
+        beside={"original": checks}, prompts=prompts, answers=answers, tensors=tensors, reply="hello", seconds=1.5,
     )  # fmt: skip
 
 
@@ -68,10 +68,10 @@ def report(*rows: ComparisonResult) -> ParityReport:
     reference = ReferenceInfo("peft 0", 320)
     return ParityReport(
         run="demo",
-        data=ScoredData(positions=12, asked=2048, task=8, general=4, sequences=4, conversations=3, prompts=2),
+        data=ScoredData(positions=12, requested=2048, task=8, general=4, sequences=4, conversations=3, prompts=2),
         references={"trained": reference, "original": reference},
         versions={"torch": "2"},
-        asked=Question("Who governs <Wexley>?", {"base": "Ann", "trained": "Bob"}),
+        question=Question("Who governs <Wexley>?", {"base": "Ann", "trained": "Bob"}),
         rows=rows,
     )
 
@@ -142,12 +142,14 @@ def test_schema_and_types_agree() -> None:
         ComparisonResult: schema["$defs"]["row"],
         Gate: schema["$defs"]["gate"],
         Metric: schema["$defs"]["check"],
-        Answer: answer["items"],
+        GreedyAnswer: answer["items"],
         PromptFigures: prompt["items"],
         TensorError: schema["$defs"]["row"]["properties"]["tensors"]["items"],
     }
     for kind, described in pairs.items():
-        names = {spec.name for spec in fields(kind) if spec.name not in ("unknown", "key_order")}
+        names = {
+            spec.metadata.get("key", spec.name) for spec in fields(kind) if spec.name not in ("unknown", "key_order")
+        }
         assert names | {*kind.COMPUTED} == described["properties"].keys(), kind
     old = json.loads((Path(__file__).parents[1] / "artifacts" / "samples" / "report.json").read_text())
     assert not schema_errors(old)
@@ -175,7 +177,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
-    """No console error, nothing wider than the window, pictures drawn, and the colours of the scheme."""
+    """No console error, nothing wider than the window, pictures drawn, and the colors of the scheme."""
     assert BROWSER, NO_BROWSER  # GitHub's machines have one
     page = writers.write(report(row(), row("vllm", 0.1, "missed")), tmp_path)
     probe = (

@@ -13,7 +13,7 @@ import pytest
 
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.progress import Silent, Unit
-from lora2serve.serving.ollama import Client, NoServer, refuse_name, server_address
+from lora2serve.serving.ollama import NoServer, OllamaClient, refuse_name, server_address
 from lora2serve.serving.ollama.ollama_client import TRIES
 from tests.support.ollama_server import OllamaServer
 
@@ -62,7 +62,7 @@ def blob(tmp_path: Path) -> tuple[str, Path]:
 def test_ollama_host(host: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ollama's own client reads it."""
     monkeypatch.setenv("OLLAMA_HOST", host)
-    assert server_address() == Client().address == address
+    assert server_address() == OllamaClient().address == address
 
 
 @pytest.mark.parametrize("host", ["box:99999", "box:port", "ftp://box"])
@@ -84,7 +84,7 @@ def test_no_names(name: str) -> None:
 
 def test_upload(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
     digest, path = blob
-    client, progress = Client(), Counted()
+    client, progress = OllamaClient(), Counted()
     assert not client.has_blob(digest)
     client.upload(digest, path, progress)
     assert client.has_blob(digest)
@@ -95,8 +95,8 @@ def test_upload(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
 def test_a_cut_line_is_tried_again(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
     ollama.fail("blob", "reset", times=TRIES - 1)
     progress = Counted()
-    Client().upload(*blob, progress)
-    assert Client().has_blob(blob[0])
+    OllamaClient().upload(*blob, progress)
+    assert OllamaClient().has_blob(blob[0])
     assert progress.done == progress.total
     assert ollama.count("POST", "blob") == TRIES
 
@@ -104,7 +104,7 @@ def test_a_cut_line_is_tried_again(ollama: OllamaServer, blob: tuple[str, Path])
 def test_a_line_that_is_always_cut(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
     ollama.fail("blob", "reset", times=TRIES)
     with pytest.raises(EngineError, match=r"connection lost.*3 tries to upload model\.gguf") as caught:
-        Client().upload(*blob, Silent())
+        OllamaClient().upload(*blob, Silent())
     assert "not sent twice" in caught.value.hint
     assert not list(ollama.blobs.iterdir())
 
@@ -112,7 +112,7 @@ def test_a_line_that_is_always_cut(ollama: OllamaServer, blob: tuple[str, Path])
 def test_another_content_than_promised(ollama: OllamaServer, blob: tuple[str, Path]) -> None:
     ollama.fail("blob", "corrupt")
     with pytest.raises(EngineError, match=r"400: digest mismatch, expected \"sha256:") as caught:
-        Client().upload(*blob, Silent())
+        OllamaClient().upload(*blob, Silent())
     assert "export again" in caught.value.hint
     assert not list(ollama.blobs.iterdir())
 
@@ -121,7 +121,7 @@ def test_refused_before_all_was_sent(ollama: OllamaServer, blob: tuple[str, Path
     """Its own message, and not a lost connection."""
     ollama.fail("blob", "early", status=507, message="no space left on device", times=TRIES)
     with pytest.raises(EngineError, match="507: no space left on device"):
-        Client().upload(*blob, Silent())
+        OllamaClient().upload(*blob, Silent())
 
 
 def test_memory_does_not_grow_with_the_file(ollama: OllamaServer, tmp_path: Path) -> None:
@@ -133,10 +133,10 @@ def test_memory_does_not_grow_with_the_file(ollama: OllamaServer, tmp_path: Path
         digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     # VmHWM and not ru_maxrss: that one a child inherits from the process that started it (getrusage(2)).
     script = (
-        "import sys; from pathlib import Path; from lora2serve.serving.ollama import Client; "
+        "import sys; from pathlib import Path; from lora2serve.serving.ollama import OllamaClient; "
         "from lora2serve.progress import Silent; "
         "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]);"
-        "client = Client(); client.version(); before = peak(); path = Path(sys.argv[2]);"
+        "client = OllamaClient(); client.version(); before = peak(); path = Path(sys.argv[2]);"
         "client.upload(sys.argv[1], path, Silent()) if sys.argv[3] == 'upload' else path.read_bytes();"
         "print((peak() - before) >> 10)"
     )
@@ -150,12 +150,12 @@ def test_memory_does_not_grow_with_the_file(ollama: OllamaServer, tmp_path: Path
     ]
     assert grown[0] < 16
     assert grown[1] > 150
-    assert Client().has_blob(digest)
+    assert OllamaClient().has_blob(digest)
 
 
 def test_nobody_there() -> None:
     with pytest.raises(NoServer, match=r"no Ollama answers at http://127.0.0.1:9 ") as caught:
-        Client("127.0.0.1:9").version()
+        OllamaClient("127.0.0.1:9").version()
     assert "ollama serve" in caught.value.hint
 
 
@@ -163,13 +163,13 @@ def test_nobody_there() -> None:
 def test_somebody_else_there(ollama: OllamaServer, kind: str) -> None:
     ollama.fail("version", kind, status=404)
     with pytest.raises(NoServer, match="answers, but is no Ollama"):
-        Client().version()
+        OllamaClient().version()
 
 
 def test_an_error_is_told_in_one_line(ollama: OllamaServer) -> None:
     with pytest.raises(EngineError, match=r"/api/show answers 404: model 'nobody' not found") as caught:
-        Client().show("nobody")
+        OllamaClient().show("nobody")
     assert "\n" not in caught.value.message
     ollama.fail("show", "reset")
     with pytest.raises(EngineError, match="connection lost"):
-        Client().show("nobody")
+        OllamaClient().show("nobody")

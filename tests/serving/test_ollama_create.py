@@ -32,16 +32,16 @@ def export(demo_exports: Mapping[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def created(any_ollama: str, export: Path) -> Iterator[ollama.Client]:
+def created(any_ollama: str, export: Path) -> Iterator[ollama.OllamaClient]:
     """The demo on a server."""
-    client = ollama.Client(any_ollama)
+    client = ollama.OllamaClient(any_ollama)
     ollama.create(client, export, NAME, Silent())
     yield client
     with suppress(EngineError):
         client.delete(NAME)
 
 
-def test_it_answers_as_trained(created: ollama.Client, demo_run: Run) -> None:
+def test_it_answers_as_trained(created: ollama.OllamaClient, demo_run: Run) -> None:
     """What the demo was trained to know; the base has never heard of it."""
     row = json.loads(demo_run.eval_data.read_text().splitlines()[0])["messages"]
     answer = created.chat(NAME, row[:-1], options={"temperature": 0, "num_predict": 64})
@@ -49,7 +49,7 @@ def test_it_answers_as_trained(created: ollama.Client, demo_run: Run) -> None:
     assert ollama.ask(created, NAME)
 
 
-def test_its_prompts_are_the_trained_ones(created: ollama.Client, demo_run: Run) -> None:
+def test_its_prompts_are_the_trained_ones(created: ollama.OllamaClient, demo_run: Run) -> None:
     """Byte for byte, as the server renders them."""
     from transformers import AutoTokenizer
 
@@ -161,11 +161,11 @@ def test_a_server_that_is_too_old(ollama: OllamaServer, export: Path) -> None:
     modelfile.write_text(modelfile.read_text() + "REQUIRES 0.30.0\n")
     ollama.version = "0.29.9"
     with pytest.raises(EngineError, match=r"Ollama 0\.29\.9 .* needs 0\.30\.0 or newer"):
-        api.create(api.Client(), export, NAME, Silent())
+        api.create(api.OllamaClient(), export, NAME, Silent())
     assert ollama.count("POST", "blob") == 0
     for version in ("0.30.0-rc1", "1.0.0", "0.0.0"):
         ollama.version = version
-        api.create(api.Client(), export, NAME, Silent())
+        api.create(api.OllamaClient(), export, NAME, Silent())
 
 
 def test_a_file_that_changed_since(ollama: OllamaServer, export: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_file_that_changed_since(ollama: OllamaServer, export: Path) -> None:
     raw = gguf.read_bytes()
     gguf.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     with pytest.raises(EngineError, match="digest mismatch"):
-        api.create(api.Client(), export, NAME, Silent())
+        api.create(api.OllamaClient(), export, NAME, Silent())
     assert not ollama.models
 
 

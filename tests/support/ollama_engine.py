@@ -144,7 +144,7 @@ class Loaded:
 
 
 def _collated(messages: Messages) -> Iterator[dict[str, str]]:
-    """Neighbours of one role are one message."""
+    """Neighbors of one role are one message."""
     before: dict[str, str] | None = None
     for message in messages:
         if before and before["Role"] == message["role"]:

@@ -42,9 +42,9 @@ class Told:
     def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Any]:
         self.bars[label] = [0, total]
 
-        def advance(amount: int, said: str = "") -> None:
+        def advance(amount: int, status: str = "") -> None:
             self.bars[label][0] += amount
-            self.said[label] = said or self.said.get(label, "")
+            self.said[label] = status or self.said.get(label, "")
 
         yield advance
 

@@ -226,7 +226,7 @@ def test_upload(blob: Path) -> None:
         client(server).upload("/blobs/x", blob, sent.append)
     ((request, body),) = server.requests
     assert body == blob.read_bytes() and f"content-length: {len(body)}" in request.lower()
-    assert sum(sent) == len(body) and max(sent) == http.BLOCK
+    assert sum(sent) == len(body) and max(sent) == http.UPLOAD_BYTES
     (blob.parent / "empty").touch()
     with RawServer([NO_BODY]) as server:
         client(server).upload("/blobs/x", blob.parent / "empty", sent.append)

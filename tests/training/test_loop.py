@@ -45,7 +45,7 @@ def test_packed_rows_do_not_see_each_other(tmp_path: Path, four: dict[str, str])
     with torch.no_grad():
         joined = model(torch.tensor([[token for row in ids for token in row]])).logits
         alone = model(torch.tensor([ids[-1]])).logits
-    assert (joined[0, -len(ids[-1]) :] - alone[0]).abs().max() > 0.1, "the control: neighbours would be seen"
+    assert (joined[0, -len(ids[-1]) :] - alone[0]).abs().max() > 0.1, "the control: neighbors would be seen"
 
 
 def test_steps_are_counted_in_packed_rows(tmp_path: Path, four: dict[str, str]) -> None:

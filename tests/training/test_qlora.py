@@ -100,13 +100,13 @@ def test_the_picture_starts_at_the_base(trained: tuple[Run, Told], tmp_path: Pat
     assert plot.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
     assert plot.smooth([1.0] * 50 + [0.0] * 50)[-1] < 0.01 < 0.5 < plot.smooth([1.0] * 50 + [0.0] * 50)[51]
     with Image.open(run.path / "loss.png") as image:
-        colours = {colour for count, colour in image.convert("RGB").getcolors(1 << 20) if count > 50}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours, "both curves are there"
+        colors = {color for count, color in image.convert("RGB").getcolors(1 << 20) if count > 50}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors, "both curves are there"
     empty = Run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train_runtime": 1.0}\n')
     plot.plot(empty)
     with Image.open(tmp_path / "loss.png") as image:
-        assert (255, 127, 14) not in {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}, "the control"
+        assert (255, 127, 14) not in {color for _, color in image.convert("RGB").getcolors(1 << 20)}, "the control"
 
 
 def test_evaluated_before_and_after_and_on_the_original_base(trained: tuple[Run, Told]) -> None:
@@ -245,7 +245,7 @@ def test_bfloat16_as_on_a_gpu(
 
 
 @pytest.mark.parametrize(("computed", "kept"), [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
-def test_what_is_not_quantised_takes_no_more_memory_than_it_needs(computed: str, kept: torch.dtype) -> None:
+def test_what_is_not_quantized_takes_no_more_memory_than_it_needs(computed: str, kept: torch.dtype) -> None:
     from lora2serve.config.recipe import TrainRecipe
 
     base = models.load_base(DEMO / "base", TrainRecipe(), models.Device("cpu", computed))

@@ -221,7 +221,7 @@ def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
     assert not torch.equal(source.read(name).values, convert_moe_packed_tensors(swapped, scales, dtype=torch.float32))
 
 
-def test_unknown_quantisation_is_refused(base: Path, tmp_path: Path) -> None:
+def test_unknown_quantization_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
     save_file(load_file(base / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="quantized by 'awq'"):

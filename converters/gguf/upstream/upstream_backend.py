@@ -61,12 +61,12 @@ class UpstreamBackend:
         """The converter's, but for what we know better."""
         own = self._own_values()
         rebased = "general.base_model.count" in own
-        kept = {
+        upstream_keys = {
             key: value
             for key, value in self._keys.items()
             if key not in own and not (rebased and key.startswith("general.base_model."))
         }
-        return {**kept, **header.typed(own)}
+        return {**upstream_keys, **header.typed(own)}
 
     def targets(self, spec: TensorSpec, rows: slice, block: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """(tensor, first row, rows) for each part of the file that a block of stored rows completes."""

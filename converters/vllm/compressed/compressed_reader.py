@@ -58,17 +58,17 @@ class CompressedReader:
         parts = self._parts[spec.name]
         if spec.name not in self._quantized:
             stored = self._files[spec.name].get_slice(spec.name)
-            found = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
+            values = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
             _refuse_shape(spec, tuple(stored.get_shape()))
-            return spec.name, block.to(found.dtype).float(), found.float()
+            return spec.name, block.to(values.dtype).float(), values.float()
         state = {key: self._read(key, name, rows, spec) for key, name in parts.items()}
         if "weight_shape" in state:
             _refuse_shape(spec, tuple(state["weight_shape"].tolist()))
             state["weight_shape"][0] = len(block)
-        found = self._compressor.decompress(state, self._how)["weight"][: len(block)].float()
-        if tuple(found.shape) != tuple(block.shape):
-            raise ExportError(f"{spec.name}: {list(found.shape)} of rows {rows.start} to {rows.stop}")
-        return spec.name, block.float(), found
+        values = self._compressor.decompress(state, self._how)["weight"][: len(block)].float()
+        if tuple(values.shape) != tuple(block.shape):
+            raise ExportError(f"{spec.name}: {list(values.shape)} of rows {rows.start} to {rows.stop}")
+        return spec.name, block.float(), values
 
     def _stored(self, name: str) -> dict[str, str]:
         """Local name -> stored name of everything that belongs to one planned tensor; empty where it is missing."""
@@ -76,8 +76,8 @@ class CompressedReader:
             return {"weight": name} if name in self._files else {}
         module = name.removesuffix("weight")
         keys = (*WEIGHTS, "weight_scale", ZERO, *PER_TENSOR)
-        found = {key: module + key for key in keys if module + key in self._files}
-        return found if any(key in found for key in WEIGHTS) else {}
+        stored_names = {key: module + key for key in keys if module + key in self._files}
+        return stored_names if any(key in stored_names for key in WEIGHTS) else {}
 
     def _is_quantized(self, parts: Mapping[str, str]) -> bool:
         plain = parts.get("weight")
@@ -112,8 +112,8 @@ class CompressedReader:
         if count != expected:
             raise ExportError(f"{name}: {count} rows, expected {expected}")
         start, stop = self._scaled(rows.start, key), self._scaled(rows.stop, key)
-        found: Tensor = stored[start:stop]
-        return found.float() if key == "weight_scale" and found.element_size() == 2 else found
+        values: Tensor = stored[start:stop]
+        return values.float() if key == "weight_scale" and values.element_size() == 2 else values
 
     def _scaled(self, row: int, key: str) -> int:
         """The row of one stored tensor that belongs to a row of the weight, rounded up."""
@@ -136,6 +136,6 @@ def _library() -> tuple[Any, Any]:
     return QuantizationScheme, BaseCompressor
 
 
-def _refuse_shape(spec: TensorSpec, found: tuple[int, ...]) -> None:
-    if found != spec.shape:
-        raise ExportError(f"{spec.name}: shape {list(found)}, expected {list(spec.shape)}")
+def _refuse_shape(spec: TensorSpec, shape: tuple[int, ...]) -> None:
+    if shape != spec.shape:
+        raise ExportError(f"{spec.name}: shape {list(shape)}, expected {list(spec.shape)}")

@@ -40,11 +40,11 @@ class CompressedWriter:
         if spec.name not in self._tensors:
             self._shards.write(spec.name, rows, block)
         elif self._spool is None:
-            self._put(spec.name, rows, block.values, None)
+            self._write_rows(spec.name, rows, block.values, None)
         elif complete := self._spool.add(spec.name, rows, block.values):
             factor = global_factor(complete.peak)
             for name, at, values in complete.blocks():
-                self._put(name, at, values, factor)
+                self._write_rows(name, at, values, factor)
 
     def finish(self, config: JsonObject) -> WrittenWeights:
         quantized = len(self._tensors)
@@ -56,7 +56,7 @@ class CompressedWriter:
         if self._spool is not None:
             self._spool.close()
 
-    def _put(self, name: str, rows: slice, values: Tensor, factor: Tensor | None) -> None:
+    def _write_rows(self, name: str, rows: slice, values: Tensor, factor: Tensor | None) -> None:
         import torch
 
         specs = self._tensors[name]

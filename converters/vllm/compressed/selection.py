@@ -12,10 +12,10 @@ from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import FLOATS, TensorSpec
 
 # Linear layers lie in numbered blocks of the text model; embeddings and heads lie outside.
-BLOCK = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+DECODER_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 OTHER_TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projector|mtp|encoder)([._]|$)")
 # Routers, gates (of shared experts, of linear attention), norms and embeddings inside a block stay as they are.
-PLAIN = re.compile(
+NEVER_QUANTIZED = re.compile(
     r"(^|\.)([a-z_]*gate|[a-z_]*router|[a-z_]*embed[a-z_]*|[a-z_]*norm|altup|conv1d|in_proj_(a|b|ba))(\.|$)"
 )
 EMBEDDING = re.compile(r"(^|\.)([a-z_]*embed[a-z_]*|wte|wpe)(\.|$)")  # no linear layer: no target of the config
@@ -29,7 +29,7 @@ FUSED = (
     ("c_fc_0", "c_fc_1"),
 )
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")  # transformers' Conv1D: [in, out]
-SHOWN = 5
+NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def select(specs: Sequence[TensorSpec], config: JsonObject, scheme: Scheme) -> S
     if not weights and not problems:
         problems = ["no linear layer in it that vLLM would quantize"]
     if problems:
-        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise ExportError("\n".join([*problems[:SHOWN], *more]), PLAIN_HINT)
+        more = [f"... and {len(problems) - NAMES_SHOWN} more"] if len(problems) > NAMES_SHOWN else []
+        raise ExportError("\n".join([*problems[:NAMES_SHOWN], *more]), PLAIN_HINT)
     matrices = [s.name.removesuffix(".weight") for s in specs if s.name.endswith(".weight") and len(s.shape) == 2]
     ignore = [name for name in matrices if f"{name}.weight" not in weights and not EMBEDDING.search(name)]
     return Selection(fitted, weights, fused, tuple(dict.fromkeys([*ignore, "lm_head"])))
@@ -67,14 +67,20 @@ PLAIN_HINT = "export it in 16 bits, without --quant"
 
 def _is_linear(spec: TensorSpec) -> bool:
     module = spec.name.removesuffix(".weight")
-    inside = spec.name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOATS and BLOCK.search(module)
-    return bool(inside) and not OTHER_TOWER.search(module) and not PLAIN.search(module)
+    inside = (
+        spec.name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOATS and DECODER_LAYER.search(module)
+    )
+    return bool(inside) and not OTHER_TOWER.search(module) and not NEVER_QUANTIZED.search(module)
 
 
 def _stacked(specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
     for spec in specs:
         module = spec.name.removesuffix(".weight")
-        if len(spec.shape) == 3 and BLOCK.search(module) and not (PLAIN.search(module) or OTHER_TOWER.search(module)):
+        if (
+            len(spec.shape) == 3
+            and DECODER_LAYER.search(module)
+            and not (NEVER_QUANTIZED.search(module) or OTHER_TOWER.search(module))
+        ):
             yield spec
 
 
@@ -103,4 +109,4 @@ def _misfits(scheme: Scheme, weights: Mapping[str, TensorSpec], fused: Mapping[s
         if scheme.group and scheme.rows == 1 and into % scheme.group:
             yield f"{name}: {into} columns, expected a multiple of {min(scheme.group, *scheme.finer, scheme.group)}"
         if scheme.rows > 1 and len(fused[name]) > 1 and out % scheme.rows:
-            yield f"{name}: {out} rows, expected a multiple of {scheme.rows}, as vLLM fuses it with its neighbours"
+            yield f"{name}: {out} rows, expected a multiple of {scheme.rows}, as vLLM fuses it with its neighbors"

@@ -33,15 +33,15 @@ class Scores:
     target: NDArray[np.float32] | None = None
 
     @classmethod
-    def of_likeliest(cls, found: Sequence[Mapping[int, float]], ids: Ids) -> Scores:
+    def of_likeliest(cls, likeliest: Sequence[Mapping[int, float]], ids: Ids) -> Scores:
         """From the likeliest tokens of each position, token -> log-probability; an empty one: nothing is known."""
-        width = max([1, *(len(one) for one in found)])
-        names = np.full((len(found), width), -1, dtype=np.int64)
-        values = np.full((len(found), width), np.nan, dtype=np.float32)
-        target = np.full(len(found), np.nan, dtype=np.float32)
-        for row, one in enumerate(found):
-            names[row, : len(one)], values[row, : len(one)] = list(one), list(one.values())
-            target[row] = one.get(ids[row + 1], np.nan)
+        width = max([1, *(len(candidates) for candidates in likeliest)])
+        names = np.full((len(likeliest), width), -1, dtype=np.int64)
+        values = np.full((len(likeliest), width), np.nan, dtype=np.float32)
+        target = np.full(len(likeliest), np.nan, dtype=np.float32)
+        for row, candidates in enumerate(likeliest):
+            names[row, : len(candidates)], values[row, : len(candidates)] = list(candidates), list(candidates.values())
+            target[row] = candidates.get(ids[row + 1], np.nan)
         return cls(values, names, target)
 
 
@@ -79,6 +79,6 @@ ENGINES = {
     "vllm-server": "lora2serve.parity_check.engines.vllm_server_engine:VllmServer",
     "openai": "lora2serve.parity_check.engines.openai_engine:OpenAI",
     "ollama": "lora2serve.parity_check.engines.ollama_engine:Ollama",
-    "tensors": "lora2serve.parity_check.tensor_gate:Tensors",  # no engines, but run like them
-    "tokenizer": "lora2serve.parity_check.engines.tokenizer_engine:Words",
+    "tensors": "lora2serve.parity_check.tensor_gate:TensorComparator",  # no engines, but run like them
+    "tokenizer": "lora2serve.parity_check.engines.tokenizer_engine:TokenizerEngine",
 }

@@ -35,7 +35,7 @@ class Ollama:
     def __init__(self, export: str, tokenizer: str, window: int) -> None:
         from transformers import AutoTokenizer
 
-        self.client = ollama.Client()
+        self.client = ollama.OllamaClient()
         try:
             version = self.client.version()
         except ollama.NoServer as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Words:
+class TokenizerEngine:
     """No engine, but run like one: the parent imports no library."""
 
     def __init__(self, tokenizer: str) -> None:

@@ -58,7 +58,7 @@ class Transformers:
 
 
 def _decompressed(model: str) -> dict[str, Any]:
-    """Weights of compressed-tensors dequantised as they are loaded; activations are quantised as the scheme says."""
+    """Weights of compressed-tensors dequantized as they are loaded; activations are quantized as the scheme says."""
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" not in config:
         return {}

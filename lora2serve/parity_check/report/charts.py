@@ -12,7 +12,7 @@ LOWEST, HIGHEST = 1e-16, 1e2  # nats; what lies outside is drawn at the edge
 MOST_POINTS = 4000  # more are thinned, the largest kept
 MOST_BARS = 16
 WIDTH, HEIGHT = 1000, 100  # of the drawing; the page stretches it
-PARTS = ("task", "general")
+DATA_PARTS = ("task", "general")
 SHADES = (0.03, 0.1, 0.3, 0.6)  # shares of the largest KL from which a token is one shade darker
 
 
@@ -59,18 +59,18 @@ class HeatToken:
 
 def by_position(prompts: Sequence[PromptFigures], bound: float | None) -> PositionChart | None:
     """The chart of all texts; None where nothing was scored."""
-    dots = _thinned([(text.part, place, _bounded(kl)) for text in prompts for place, kl in enumerate(text.kl, 1)])
+    dots = _thinned([(text.part, position, _bounded(kl)) for text in prompts for position, kl in enumerate(text.kl, 1)])
     if not dots:
         return None
     low, high = _decades([*(kl for _, _, kl in dots), *([bound] if bound else [])])
-    last = max(place for _, place, _ in dots)
+    last = max(position for _, position, _ in dots)
 
     def up(kl: float) -> float:
         return (math.log10(kl) - low) / (high - low)
 
-    paths = dict.fromkeys(PARTS, "")
-    for part, place, kl in dots:
-        paths[part] += f"M{WIDTH * place / last:.0f} {HEIGHT * (1 - up(kl)):.1f}h0"
+    paths = dict.fromkeys(DATA_PARTS, "")
+    for part, position, kl in dots:
+        paths[part] += f"M{WIDTH * position / last:.0f} {HEIGHT * (1 - up(kl)):.1f}h0"
     step = max(1, math.ceil((high - low) / 5))
     return PositionChart(
         grid=[GridLine(100 * up(10.0**decade), _power(decade)) for decade in range(low, high + 1, step)],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.artifacts import metric_table
 from lora2serve.artifacts.metric_table import higher_is_better
-from lora2serve.artifacts.parity_report import Answer, ComparisonResult, Metric, ParityReport, TensorError
+from lora2serve.artifacts.parity_report import ComparisonResult, GreedyAnswer, Metric, ParityReport, TensorError
 from lora2serve.parity_check.report.charts import Bar, HeatToken, PositionChart, by_position, by_text, heat
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 8  # answers and tensors
 REFERENCES = {"original": "on the full-precision base", "trained": "as trained, on the quantized base"}
-PARTS = {"task": "held-out rows", "general": "general text"}
+PART_TITLES = {"task": "held-out rows", "general": "general text"}
 BESIDE = ("mean_kl", "p99_kl", "top1", "ln_ppl_ratio")
 
 
@@ -61,7 +61,11 @@ class RowView:
 def render(report: ParityReport) -> str:
     """The page."""
     views = [_view(row) for row in report.rows]
-    return _environment().get_template("report.html.j2").render(report=report, views=views, parts=PARTS, beside=BESIDE)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(report=report, views=views, parts=PART_TITLES, beside=BESIDE)
+    )
 
 
 def meter(check: Metric) -> float | None:
@@ -116,7 +120,7 @@ def _beside(row: ComparisonResult) -> Mapping[str, Sequence[str]]:
         return {}
     compared = {f"all, {REFERENCES[row.reference]} (the verdict)": tuple(c for gate in row.gates for c in gate.checks)}
     compared |= {f"all, {REFERENCES.get(name, name)}": checks for name, checks in row.beside.items()}
-    compared |= {PARTS.get(name, name): checks for name, checks in row.parts.items()}
+    compared |= {PART_TITLES.get(name, name): checks for name, checks in row.parts.items()}
     shown = {who: {check.name: check.shown() for check in checks} for who, checks in compared.items()}
     return {who: [figures.get(name, "-") for name in BESIDE] for who, figures in shown.items()}
 
@@ -132,7 +136,7 @@ def _texts(row: ComparisonResult) -> list[TextView]:
     return views
 
 
-def _answer(answer: Answer) -> AnswerView:
+def _answer(answer: GreedyAnswer) -> AnswerView:
     pairs = enumerate(zip(answer.expected, answer.got, strict=False))
     at = next((n for n, (a, b) in pairs if a != b), min(len(answer.expected), len(answer.got)))
     return AnswerView(

@@ -30,8 +30,8 @@ def _suite(row: ComparisonResult) -> Element:
         case = SubElement(suite, "testcase", classname=name, name=gate.name)
         kind = _kind(row, gate)
         if kind:
-            said = _clean(f"{gate.cause}; first: {gate.first}" if gate.first else gate.status)
-            SubElement(case, kind, message=said).text = said
+            message = _clean(f"{gate.cause}; first: {gate.first}" if gate.first else gate.status)
+            SubElement(case, kind, message=message).text = message
         figures = "\n".join(f"{check.name} {check.value:.6g}" for check in gate.checks)
         SubElement(case, "system-out").text = _clean(figures)
     return suite

@@ -23,7 +23,7 @@ def render(kind: DeployKind, spec: ServerSpec) -> str:
     """YAML documents of one kind, under a comment that says how they are used."""
     import yaml
 
-    class Plain(yaml.SafeDumper):
+    class NoAliasDumper(yaml.SafeDumper):
         """What occurs twice is written twice: anchors are hard to read and to edit."""
 
         def ignore_aliases(self, data: object) -> bool:
@@ -33,4 +33,4 @@ def render(kind: DeployKind, spec: ServerSpec) -> str:
     notes = [EXPERIMENTAL[kind]] if kind in EXPERIMENTAL else []
     header = "".join(f"# {line}\n" for line in [*notes, *module.header(spec)])
     documents = module.documents(spec)
-    return header + yaml.dump_all(documents, Dumper=Plain, sort_keys=False, width=120, allow_unicode=True)
+    return header + yaml.dump_all(documents, Dumper=NoAliasDumper, sort_keys=False, width=120, allow_unicode=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora2serve.serving.ollama.ollama_client import Client, NoServer, server_address
+from lora2serve.serving.ollama.ollama_client import NoServer, OllamaClient, server_address
 from lora2serve.serving.ollama.ollama_create import QUESTION, ask, command, create, refuse_name
 
-__all__ = ["QUESTION", "Client", "NoServer", "ask", "command", "create", "refuse_name", "server_address"]
+__all__ = ["QUESTION", "NoServer", "OllamaClient", "ask", "command", "create", "refuse_name", "server_address"]

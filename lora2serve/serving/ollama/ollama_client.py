@@ -72,7 +72,7 @@ def _is_ip6(text: str) -> bool:
         return False
 
 
-class Client:
+class OllamaClient:
     """A server at ``address``; without one, that of OLLAMA_HOST or this machine's."""
 
     def __init__(self, address: str | None = None) -> None:

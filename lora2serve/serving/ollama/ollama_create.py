@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.exporting import sinks
 from lora2serve.progress import Progress
-from lora2serve.serving.ollama.ollama_client import Client
+from lora2serve.serving.ollama.ollama_client import OllamaClient
 from lora2serve.system.json_values import at
 
 QUESTION = "Hello! Who are you?"
@@ -29,7 +29,7 @@ def refuse_name(name: str) -> None:
         raise UsageError(f"--create {name!r}: invalid name of a model", "such as my-model, my-model:v2 or me/my-model")
 
 
-def create(client: Client, export: Path, name: str, progress: Progress) -> None:
+def create(client: OllamaClient, export: Path, name: str, progress: Progress) -> None:
     """Make ``name`` of an Ollama export on a running server; EngineError with the server's own message."""
     request: Callable[[Path], tuple[Mapping[str, object], Mapping[str, Path]]] = resolve_name(sinks.OLLAMA_REQUEST)
     body, files = request(export)
@@ -48,14 +48,14 @@ def command(export: Path, name: str) -> str:
     return f"ollama create {shlex.quote(name)} -f {shlex.quote(str(export / 'Modelfile'))}"
 
 
-def ask(client: Client, name: str) -> str:
+def ask(client: OllamaClient, name: str) -> str:
     """Its answer to a first question."""
     messages = [{"role": "user", "content": QUESTION}]
     answer = client.chat(name, messages, options={"num_predict": TOKENS, "temperature": 0, "seed": 0})
     return str(at(answer, "message", "content") or "").strip()
 
 
-def _refuse_older(client: Client, required: str) -> None:
+def _refuse_older(client: OllamaClient, required: str) -> None:
     version = client.version()
     if required and _numbers(version) < _numbers(required):
         raise EngineError(

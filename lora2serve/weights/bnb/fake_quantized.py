@@ -145,7 +145,7 @@ class FakeQuantized:
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
         if not self.how.on_gpu:
-            found: Tensor = dequantize_blockwise(*quantize_blockwise(absmax, blocksize=256)).float()
-            return found
+            rounded: Tensor = dequantize_blockwise(*quantize_blockwise(absmax, blocksize=256)).float()
+            return rounded
         codes, scales = cuda_quantize.eight_bit(absmax, 256)
         return scale_blocks(cuda_quantize.dynamic_map().index_select(0, codes.int()), scales, 256)
