@@ -95,7 +95,7 @@ def plan(model: ExportModel, adapter: Adapter, rank: int | None) -> Extracted:
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise ExportError(
-            f"no LoRA can change what is no matrix of its own: {', '.join(odd[:3])}{more}",
+            f"a LoRA changes only matrices, not {', '.join(odd[:3])}{more}",
             "export --target vllm merges it",
         )
     specs = [spec for name in names for spec in _specs(stored[name], held)]

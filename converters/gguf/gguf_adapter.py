@@ -118,7 +118,7 @@ def _refuse(adapter: Adapter, row_maps: Mapping[str, Sequence[RowMap]], model: E
     for module, layer in adapter.layers.items():
         extra = sorted(set(layer.parts) - LORA_MATRICES)
         if extra:
-            problems.append(f"{module}: {', '.join(extra)} has no place in a GGUF adapter")
+            problems.append(f"{module}: {', '.join(extra)} does not fit into a GGUF adapter")
         elif not row_maps[module]:
             problems.append(f"{module}: no such tensor in the GGUF of this model")
     if problems:

@@ -129,6 +129,6 @@ def _refuse_twins(keys: Keys) -> None:
         if token in first:
             raise ExportError(
                 f"tokenizer: tokens {first[token]} and {number} are both {token!r}, expected each text once",
-                "correct tokenizer.json: llama.cpp takes no vocabulary with two tokens of one text",
+                "correct tokenizer.json: llama.cpp needs a different text for each token",
             )
         first[token] = number

@@ -117,7 +117,7 @@ def override(types: Mapping[str, str], overrides: Sequence[str]) -> dict[str, st
             raise ExportError(f"--tensor-type {text}: unknown type {kind!r}", "such as attn_v=Q8_0")
         matching = [tensor for tensor in types if re.search(pattern, tensor)]
         if not matching:
-            raise ExportError(f"--tensor-type {text}: no tensor matches", f"names are such as {next(iter(types))}")
+            raise ExportError(f"--tensor-type {text}: no tensor matches", f"names look like {next(iter(types))}")
         result |= dict.fromkeys(matching, name)
     return result
 
@@ -135,7 +135,7 @@ def _quantize(llama: Llama, source: Path, out: Path, file_type: int, means: Mapp
     if refusal:
         raise ExportError(
             f"llama.cpp refuses the model's metadata: {refusal}",
-            "please report this: it is a mistake of the export",
+            "please report this: it is a bug in the export",
         )
 
 

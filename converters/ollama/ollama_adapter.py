@@ -37,7 +37,7 @@ class OllamaAdapterSink:
         chat = read_chat(model)
         if chat.jinja and not chat.derived:
             raise ExportError(
-                f"--as adapter: no proven template ({chat.reason}), and an adapter carries no Jinja of its own",
+                f"--as adapter: no proven template ({chat.reason}), and an adapter cannot carry its own Jinja",
                 "use --target ollama without --as: the GGUF carries the Jinja",
             )
         _refuse_shadowed(model, chat.jinja)
@@ -88,7 +88,7 @@ def _refuse_shadowed(model: ExportModel, jinja: str | None) -> None:
     if template and template != jinja and prefers_jinja(template):
         raise ExportError(
             "--as adapter: the model was trained with a chat template other than the base's, which Ollama would prefer",
-            "use --target ollama without --as: the GGUF carries the template trained with",
+            "use --target ollama without --as: the GGUF carries the template used in training",
         )
 
 

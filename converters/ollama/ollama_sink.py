@@ -45,7 +45,7 @@ class OllamaSink:
         self._gguf = GgufSink(model, out, options)
         if not self._gguf.tokens.compared:
             raise ExportError(
-                "--target ollama needs llama.cpp's library: it is asked whether it adds BOS",
+                "--target ollama needs llama.cpp's library, to see whether BOS is added",
                 install_hint("gguf"),
             )
         self.wanted = self._gguf.wanted

@@ -44,7 +44,7 @@ class CalibratedWriter:
     ) -> None:
         self._python = tool_env.require()
         if data is None:
-            raise ExportError(f"--quant {quant} is calibrated on data: there is none", "name a file with --calibrate")
+            raise ExportError(f"--quant {quant} needs calibration data", "name a file with --calibrate")
         self._selection = select(specs, model.config, LIKE)
         self._model, self._out, self._specs, self._quant, self._data = model, out, specs, quant, data
         self._rows = _choose(data.rows())
@@ -123,6 +123,6 @@ def _check_names(specs: Sequence[TensorSpec], product: Checkpoint) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise EngineError(
-            f"llm-compressor wrote other tensors than it was given: {', '.join(wrong[:3])}{more}",
+            f"llm-compressor wrote other tensors than planned: {', '.join(wrong[:3])}{more}",
             "--quant w4a16 quantizes without it",
         )

@@ -157,7 +157,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """``adapter_config.json`` of a PEFT directory."""
     if not path.is_dir():
         raise AdapterError(f"{path}: no such adapter directory", "name a run, a PEFT directory or a Hub id")
-    config = read_json(path / CONFIG, f"no {CONFIG}, so no PEFT adapter", AdapterError)
+    config = read_json(path / CONFIG, f"not a PEFT adapter (no {CONFIG})", AdapterError)
     raise_all([f"{path / CONFIG}: {problem}" for problem in _problems(config)], AdapterError)
     return config
 

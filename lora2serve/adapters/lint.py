@@ -51,7 +51,7 @@ class Finding:
 def lint(config: JsonObject, tensors: Sequence[TensorSpec], base: JsonObject) -> list[Finding]:
     """Every broken rule. ``tensors`` may be empty, before training; ``base`` is the base's config.json."""
     if config.get("peft_type", "LORA") != "LORA":
-        return [Finding("method", f"{config['peft_type']} is no LoRA", "extract")]
+        return [Finding("method", f"{config['peft_type']} is not LoRA", "extract")]
     return [
         *_config_rules(config),
         *_rank_rules(config),

@@ -107,7 +107,7 @@ def meta_model(config: JsonObject) -> Any:
 
     if config.get("auto_map"):
         raise MergeError(
-            "the base needs code of its own (auto_map) to tell its tensors' names", "such code is never run here"
+            "the base needs its own code (auto_map) to name its tensors", "lora2serve never runs such code"
         )
     parsed = transformers.AutoConfig.for_model(**config)
     named = (config.get("architectures") or [""])[0]

@@ -115,7 +115,7 @@ class PeftLayers:
         raise_all([f"{name}: PEFT's layer there has no weight to merge into" for name in bare], AdapterError)
         _, own = self._adapter.beside(layers)
         unknown = set_peft_model_state_dict(adapted, self._read(own)).unexpected_keys
-        raise_all([f"{self._adapter.path}: {name}: PEFT has no place for it" for name in unknown], AdapterError)
+        raise_all([f"{self._adapter.path}: {name}: unknown to PEFT" for name in unknown], AdapterError)
         return layers
 
     def _put_on(self, module: str, base: Any) -> Any:

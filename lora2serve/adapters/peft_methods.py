@@ -88,5 +88,5 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         expected = ", ".join(sorted((*lora_inits.BASE_UNCHANGED, *lora_inits.REPEATABLE)))
         raise AdapterError(
             f"{path}: init_lora_weights is {init!r}, expected true, false or one of {expected}",
-            "whether it changed the base is not known here: merge with PEFT in memory, then export the merged model",
+            "unknown to lora2serve: merge with PEFT in memory, then export the merged model",
         )

@@ -44,7 +44,7 @@ def convert(adapter: Path, into: Path) -> Path:
         ]
         reason = next((line for line in lines if "Unsupported" in line or "UnpicklingError" in line), lines[-1])
         raise AdapterError(
-            f"{adapter / PICKLE}: no plain weights: {reason[:200]}",
+            f"{adapter / PICKLE}: not plain weights: {reason[:200]}",
             "it may run code: do not load it with anything else",
         )
     shutil.copy(adapter / CONFIG, converted / CONFIG)

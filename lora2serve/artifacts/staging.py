@@ -60,7 +60,7 @@ class StagedFile:
         view = memoryview(data).cast("B")
         end = offset + len(view)
         if end > self.size:
-            raise ExportError(f"{self.path.name}: bytes up to {end} written, planned were {self.size}")
+            raise ExportError(f"{self.path.name}: {end} bytes written, expected {self.size}")
         done = 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
@@ -227,7 +227,7 @@ def opened(target: Path, *, overwrite: bool) -> Iterator[StagedDir]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(f"{target.parent}: {error.strerror}", "name another place with -o") from None
+        raise ExportError(f"{target.parent}: {error.strerror}", "choose another directory with -o") from None
     with _locked(target):
         for stale in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
             shutil.rmtree(stale, ignore_errors=True)
@@ -241,13 +241,15 @@ def opened(target: Path, *, overwrite: bool) -> Iterator[StagedDir]:
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ExportError(f"{target}: exists and is no directory", "name another place with -o")
+        raise ExportError(f"{target}: exists and is not a directory", "choose another directory with -o")
     if not target.exists() or not any(target.iterdir()):
         return
     if not (target / manifest.NAME).exists():
-        raise ExportError(f"{target}: holds files that are no export of lora2serve", "name another place with -o")
+        raise ExportError(
+            f"{target}: holds files that are not an export of lora2serve", "choose another directory with -o"
+        )
     if not overwrite:
-        raise ExportError(f"{target}: already exists", "--overwrite replaces it, once the new one is whole")
+        raise ExportError(f"{target}: already exists", "--overwrite replaces it, once the new one is complete")
 
 
 @contextmanager
@@ -258,13 +260,13 @@ def _locked(target: Path) -> Iterator[None]:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:  # a link there (ELOOP), or a directory that takes no files
-            raise ExportError(f"{path}: {error.strerror}", "name another place with -o") from None
+            raise ExportError(f"{path}: {error.strerror}", "choose another directory with -o") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             raise ExportError(
-                f"{target}: another run is writing there", "wait for it, or name another place with -o"
+                f"{target}: another run is writing there", "wait for it, or choose another directory with -o"
             ) from None
         try:
             if os.path.samestat(os.fstat(fd), os.stat(path)):

@@ -13,9 +13,7 @@ from lora2serve.errors import EngineError
     short_help="Show what is installed, what is missing, and how to install it.",
     examples=[("lora2serve doctor", ""), ("lora2serve doctor --fix", "llama.cpp's converter, llm-compressor")],
 )
-@click.option(
-    "--fix", is_flag=True, help="Install into the user's cache what can be: llama.cpp's converter, llm-compressor."
-)
+@click.option("--fix", is_flag=True, help="Install llama.cpp's converter and llm-compressor into the user's cache.")
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, fix: bool, as_json: bool) -> None:

@@ -112,7 +112,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -
 )  # fmt: skip
 @ollama(
     "--as", "as_kind", type=click.Choice(["model", "adapter"]),
-    help="A model of its own (default), or the adapter on a base that Ollama has.",
+    help="A complete model (default), or the adapter on a base that Ollama has.",
 )  # fmt: skip
 @ollama("--from", "from_model", metavar="BASE", help="With --as adapter: the base's name there, or its GGUF.")
 @ollama("--create", metavar="NAME", help="Create the model on the server at OLLAMA_HOST, and ask it once.")
@@ -162,5 +162,5 @@ def _show_plan(plan: ExportPlan, as_json: bool, progress: Progress) -> None:
     console.table("", ["output", "files", "size"], rows)
     console.result(
         f"{plan.tensors} tensors, {plan.changed} changed by the adapter; disk {console.size(plan.disk)} "
-        f"({console.size(plan.free)} free); memory {console.size(plan.memory)} beside the libraries"
+        f"({console.size(plan.free)} free); memory {console.size(plan.memory)} plus the libraries"
     )

@@ -43,7 +43,7 @@ def _bounds(ctx: click.Context, parameter: click.Parameter, texts: Sequence[str]
 @click.argument("paths", metavar="[MODEL] [EXPORT]...", nargs=-1, shell_complete=complete_exports)
 @click.option(
     "--report", "report_dir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Where the report goes (default: the run's parity/, or parity/ beside the exports).",
+    help="Where the report goes (default: the run's parity/, or parity/ next to the exports).",
 )  # fmt: skip
 @json_option
 @click.option("--ask", metavar="PROMPT", default="", help="A question that base, trained model and exports answer.")
@@ -132,11 +132,11 @@ def _size(path: Path) -> int:
 def _summary(report: ParityReport) -> str:
     red = [row for row in report.rows if row.red]
     if red:
-        lines = [f"parity not met: {len(red)} of {len(report.rows)} rows red"]
+        lines = [f"parity not met: {len(red)} of {len(report.rows)} rows failed"]
     elif report.regressions:
         lines = ["parity got worse"]
     else:
-        lines = ["nothing was compared: no engine of these exports is here"]
+        lines = ["nothing was compared: no engine of these exports is installed"]
     for row in red or ([] if report.regressions else report.rows):
         gate = row.gate
         assert gate is not None

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     "--repo-id", required=True, metavar="USER/NAME", help="Where to; -lora and -GGUF are appended by convention."
 )
 @click.option("--private", is_flag=True, help="Make new repositories private; refuse a public one.")
-@click.option("--revision", metavar="BRANCH", help="Push to this branch, made if it does not exist (default: main).")
+@click.option("--revision", metavar="BRANCH", help="Push to this branch, created if it does not exist (default: main).")
 @click.option("--create-pr", is_flag=True, help="Leave it as a pull request.")
 @click.option("--single-repo", is_flag=True, help="Everything into one repository.")
 @click.option("--allow-unproven", is_flag=True, help="Push exports whose parity is not proven; the card says so.")
@@ -76,7 +76,7 @@ def push(
     ],
 )
 @click.argument("name", metavar="PATH|USER/NAME[@REVISION]", shell_complete=complete_exports)
-@click.option("--allow-unproven", is_flag=True, help="Do not ask for parity.")
+@click.option("--allow-unproven", is_flag=True, help="Do not require parity.")
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, name: str, allow_unproven: bool, as_json: bool) -> None:
@@ -104,7 +104,7 @@ def verify(ctx: click.Context, name: str, allow_unproven: bool, as_json: bool) -
 
 @click.command("pull-check", hidden=True, short_help="The former name of verify.")
 @click.argument("repository", metavar="USER/NAME[@REVISION]")
-@click.option("--allow-unproven", is_flag=True, help="Do not ask for parity.")
+@click.option("--allow-unproven", is_flag=True, help="Do not require parity.")
 @json_option
 @click.pass_context
 def pull_check(ctx: click.Context, repository: str, allow_unproven: bool, as_json: bool) -> None:

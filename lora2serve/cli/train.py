@@ -12,7 +12,7 @@ from lora2serve.cli.options import Command, complete_runs, progress
     short_help="Write a commented lora2serve.yaml here.",
     examples=[("lora2serve init", ""), ("lora2serve init --overwrite", "start again from the template")],
 )
-@click.option("--overwrite", is_flag=True, help="Replace the lora2serve.yaml that is here.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing lora2serve.yaml.")
 def init(overwrite: bool) -> None:
     """Write a commented lora2serve.yaml into this directory. Prints its path."""
     from lora2serve import console

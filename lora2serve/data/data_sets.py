@@ -66,7 +66,7 @@ def load(recipe: DataRecipe, pin: Pin = _unpinned) -> DataSets:
         if not _has_splits(recipe.train):
             raise DataError(
                 f"data.eval_split: {recipe.eval_split}, but {recipe.train} is a file, which has no splits",
-                "set a share such as 0.05, or name a file of its own in data.eval",
+                "set a share such as 0.05, or name a separate file in data.eval",
             )
         return DataSets(train, read(recipe.train, recipe.eval_split, pin, recipe.subset))
     return _hold_out(train, recipe.eval_split or 0.0)

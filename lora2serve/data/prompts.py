@@ -143,7 +143,7 @@ def _sequences(
     scored += sum(len(sequence.ids) - 1 for sequence in more)
     task += _until(own, amount.tokens - scored)
     if not task and not more:
-        raise DataError("nothing to score: neither held-out rows nor general text", "name a set with parity.general")
+        raise DataError("nothing to score: no held-out rows and no general text", "name a set with parity.general")
     return (*task, *more)
 
 

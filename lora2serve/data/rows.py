@@ -75,7 +75,7 @@ def parse_row(value: object) -> Row | str:
 
 def _problem_of_messages(messages: object) -> str:
     if not isinstance(messages, list) or not messages:
-        return "messages is empty or no list"
+        return "messages is empty or not a list"
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message

@@ -59,7 +59,7 @@ class ExportPlan:
     outputs: Mapping[str, PlannedOutput]  # by directory
     disk: int
     free: int
-    memory: int  # beside the libraries
+    memory: int  # plus the libraries
 
 
 def export(
@@ -88,7 +88,7 @@ def export(
         except OSError as error:
             raise ExportError(
                 f"{error.filename or plans[0].out}: {error.strerror}",
-                "nothing was left behind; free the disk and run again",
+                "nothing was left behind; free some disk space and run again",
             ) from error
         return [Export(out.swap(), manifest) for out, manifest in zip(outputs, sealed, strict=True)]
 
@@ -112,7 +112,7 @@ def _open_sinks(
             continue
         except OSError as error:
             refusals.append(
-                ExportError(f"{plan.out}: {error.strerror}", "free the disk, or name another place with -o")
+                ExportError(f"{plan.out}: {error.strerror}", "free the disk, or choose another directory with -o")
             )
             continue
         stack.callback(sink.close)

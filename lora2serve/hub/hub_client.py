@@ -154,7 +154,7 @@ def _wrapped(repo_id: str, revision: str | None, doing: str, error: Exception) -
     if broken_line(error):
         return _unreachable(repo_id, revision, doing, error)
     if "JSON" in type(error).__name__:
-        return HubError(f"{doing} {repo_id}: the Hub's answer is no JSON", "run again later: it resumes")
+        return HubError(f"{doing} {repo_id}: the Hub's answer is not JSON", "run again later: it resumes")
     return error
 
 
@@ -171,7 +171,7 @@ def _unreachable(repo_id: str, revision: str | None, doing: str, error: Exceptio
     wanted = f"{repo_id}@{revision}" if revision else repo_id
     if constants.is_offline_mode():
         return HubError(
-            f"{wanted}: not (whole) in the cache, and HF_HUB_OFFLINE is set",
+            f"{wanted}: no complete copy in the cache, and HF_HUB_OFFLINE is set",
             f"fetch it once online: HF_HUB_OFFLINE=0 hf download {repo_id}"
             + (" --repo-type dataset" if kind == "dataset" else "")
             + (f" --revision {revision}" if revision else ""),
@@ -181,7 +181,7 @@ def _unreachable(repo_id: str, revision: str | None, doing: str, error: Exceptio
     if isinstance(error.__cause__, HfHubHTTPError):
         return _http_error(repo_id, "reading", error.__cause__)
     return HubError(
-        f"{wanted}: {constants.ENDPOINT} cannot be reached, and it is not (whole) in the cache",
+        f"{wanted}: {constants.ENDPOINT} cannot be reached, and the cache has no complete copy",
         "check the network and HF_ENDPOINT, or name a local directory",
     )
 

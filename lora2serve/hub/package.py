@@ -151,7 +151,7 @@ def _assign_path(taken: Mapping[str, str], item: UploadItem, folder: str, export
         if item.path.endswith((*WEIGHTS, "config.json", "index.json")):
             raise UsageError(
                 f"{export.path}: its {path} differs from that of another export, so they cannot share a repository",
-                "push one of them, or each with a --repo-id of its own",
+                "push one of them, or each with its own --repo-id",
             )
         pure = PurePosixPath(path)
         path = str(pure.with_name(f"{pure.stem}-{export.quant or export.target}{pure.suffix}"))
@@ -161,7 +161,7 @@ def _assign_path(taken: Mapping[str, str], item: UploadItem, folder: str, export
 def text_item(path: str, text: str) -> UploadItem:
     """A file that push itself wrote."""
     if secret := find_secret(text.encode()):
-        raise InputError(f"{path}: holds something shaped like {secret}", "nothing was sent; take it out")
+        raise InputError(f"{path}: holds something shaped like {secret}", "nothing was sent; remove it")
     data = text.encode()
     git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return UploadItem(path, data, len(data), hashlib.sha256(data).hexdigest(), git)

@@ -26,7 +26,7 @@ def choose(exports: Sequence[Path], progress: Progress) -> list[Path]:
         other = next((taken[name][1] for name, sha in files.items() if name in taken and taken[name][0] != sha), None)
         if other:
             left_out.add(export.path)
-            progress.note(f"{export.path}: stays here, its GGUF differs from that of {other}, which goes up")
+            progress.note(f"{export.path}: not pushed: its GGUF differs from that of {other}, which is")
         else:
             taken |= {name: (sha, export.path) for name, sha in files.items()}
     return [path for path in exports if path not in left_out]

@@ -73,7 +73,7 @@ class Uploader:
             if owner in spaces:
                 raise
             raise HubError(
-                f"{self.repo_id}: your token is {spaces[0]}'s, who may not make repositories of {owner}"
+                f"{self.repo_id}: your token is {spaces[0]}'s, who may not create repositories of {owner}"
                 + did_you_mean(owner, spaces),
                 f"--repo-id {spaces[0]}/{self.repo_id.split('/')[1]}, or a token of {owner}",
             ) from None
@@ -179,7 +179,7 @@ class Uploader:
         raise HubError(
             f"{self.repo_id}@{revision}: the Hub shows other contents for {', '.join(names[:5])}"
             + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
-            "run again: what is right stays, the rest is sent again",
+            "run again: correct files stay, the rest is sent again",
         )
 
     def _moved(self, revision: str) -> HubError:

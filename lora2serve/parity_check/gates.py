@@ -254,7 +254,7 @@ def _cause(measured: Behavior, estimates: Mapping[str, Estimate], broken: bool) 
     if broken:
         return "dtype: NaN or infinity in the export's logits"
     if measured.base is None:
-        return "damaged weights, dtype or rounding: the export answers otherwise than the model it was made from"
+        return "damaged weights, dtype or rounding: the export does not answer like the model it was made from"
     lost = estimates["retention"].value
     if not np.isfinite(lost) or float(measured.base.kl.mean()) < 1e-9:
         return "adapter: the trained model answers like its base, so nothing was learned or the adapter was not loaded"

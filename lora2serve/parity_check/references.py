@@ -104,8 +104,8 @@ class References:
             )
         if self.data.positions < settings.tokens:
             self._progress.warn(
-                f"{self.data.positions} tokens to score, {settings.tokens} were asked for: "
-                "--data or parity.general brings more"
+                f"{self.data.positions} tokens to score, {settings.tokens} were requested: "
+                "--data or parity.general adds more"
             )
 
     def _measure(self, name: ReferenceName, engine: EngineProcess) -> None:

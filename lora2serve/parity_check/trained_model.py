@@ -90,7 +90,7 @@ def parts_of(exports: Sequence[Path]) -> tuple[BaseRecord, tuple[Path, ...]]:
         manifest = Manifest.read(export)
         if manifest.target == BUNDLE:
             each = "; ".join(f"lora2serve parity {export}/adapters/{name}" for name in manifest.bundle)
-            raise UsageError(f"{export}: a bundle, and each adapter in it has a run of its own", each)
+            raise UsageError(f"{export}: a bundle: each adapter in it has its own run", each)
         parts[export] = (manifest.base, tuple(Path(adapter.path) for adapter in manifest.adapters))
     first, (base, adapters) = next(iter(parts.items()))
     for export, (other, others) in parts.items():
@@ -99,7 +99,7 @@ def parts_of(exports: Sequence[Path]) -> tuple[BaseRecord, tuple[Path, ...]]:
     for path in adapters:
         if not path.is_dir():
             raise InputError(
-                f"{first}: the adapter it was made from is not here: {path}",
+                f"{first}: the adapter it was made from is missing: {path}",
                 "name it first: `lora2serve parity ADAPTER EXPORT`",
             )
     return base, adapters
@@ -112,7 +112,7 @@ def refuse_others(origin: TrainedModel, exports: Sequence[Path]) -> None:
         if len(recorded) != len(origin.adapters):
             raise InputError(
                 f"{export}: made from {_counted(recorded)}, and {origin.name} is {_counted(origin.adapters)}",
-                "name the export alone: its manifest knows what it was made from",
+                "name the export alone: its manifest says what it was made from",
             )
         for path, expected in zip(origin.adapters, recorded, strict=True):
             for name, sha256 in expected.items():

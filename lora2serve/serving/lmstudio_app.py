@@ -48,7 +48,7 @@ def install(export: Path, folder: Path, progress: Progress, *, overwrite: bool =
         _publish(partials, targets, mark, overwrite)
     except OSError as error:
         raise ExportError(
-            f"{error.filename or folder}: {error.strerror}", f"the export is kept: {export}; nothing was left there"
+            f"{error.filename or folder}: {error.strerror}", f"the export is kept: {export}; nothing was installed"
         ) from error
     finally:
         for partial in partials:

@@ -57,7 +57,7 @@ def add(address: str, name: str, adapter: Path, folder: Path | None = None) -> P
     vLLM keeps prefix-cache blocks by path: each version gets a path of its own, named by its content.
     """
     if not re.fullmatch(r"[\w][\w.-]*", name):
-        raise UsageError(f"{name!r}: invalid name of an adapter", "letters, digits, '.', '-' and '_'")
+        raise UsageError(f"{name!r}: invalid adapter name", "letters, digits, '.', '-' and '_'")
     export = Export.open(adapter)
     if export.target != "adapter":
         raise UsageError(f"{adapter}: not an adapter export", "`lora2serve export --target adapter` makes one, linted")

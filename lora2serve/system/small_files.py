@@ -21,7 +21,7 @@ def read_json(path: Path, if_missing: str, error: type[InputError] = CheckpointE
     try:
         size = path.stat().st_size
         if size > MAX_SIZE:
-            raise error(f"{path}: {size} bytes, expected {MAX_SIZE} at most", "the file is damaged or hostile")
+            raise error(f"{path}: {size} bytes, expected {MAX_SIZE} at most", "the file is damaged or malicious")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path.parent}: {if_missing}") from None
@@ -36,7 +36,7 @@ def inside(root: Path, name: str) -> Path:
     """``root/name`` for a plain file name that stays inside ``root`` (or inside the Hub cache's blobs)."""
     if not name or "\0" in name or "\\" in name or ":" in name or Path(name).name != name or name in (".", ".."):
         raise CheckpointError(
-            f"{root}: file name {name!r} in the index, expected a plain name", "the index is damaged or hostile"
+            f"{root}: file name {name!r} in the index, expected a plain name", "the index is damaged or malicious"
         )
     path = root / name
     try:
@@ -47,7 +47,7 @@ def inside(root: Path, name: str) -> Path:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if real.parent not in (home, blobs) or not real.is_file():
         raise CheckpointError(
-            f"{path}: leads to {real}, outside the model directory", "copy the file into the directory"
+            f"{path}: points to {real}, outside the model directory", "copy the file into the directory"
         )
     return path
 

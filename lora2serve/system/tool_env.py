@@ -45,7 +45,7 @@ def require() -> Path:
     """The environment's interpreter; EngineError with the way out where there is none."""
     interpreter = python()
     if interpreter is None:
-        raise EngineError(f"llm-compressor has no environment here ({folder()})", f"`{FIX}` makes it")
+        raise EngineError(f"the environment of llm-compressor is missing ({folder()})", f"`{FIX}` makes it")
     return interpreter
 
 

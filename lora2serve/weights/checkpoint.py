@@ -73,7 +73,7 @@ class SafetensorsFiles:
             count = os.preadv(fd, [view[done:]], item.offset + offset + done)
             if count == 0:
                 raise CheckpointError(
-                    f"{item.file}: ends inside tensor {item.spec.name}", "the file was cut: fetch it again"
+                    f"{item.file}: ends inside tensor {item.spec.name}", "the file is truncated: fetch it again"
                 )
             done += count
 
@@ -100,7 +100,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` of a model directory."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model directory", "name a directory with config.json, or a Hub id")
-    return read_json(path / "config.json", "no config.json, so no model directory")
+    return read_json(path / "config.json", "not a model directory (no config.json)")
 
 
 def model_dtype(config: JsonObject) -> str | None:
@@ -150,7 +150,7 @@ def _index(path: Path) -> list[StoredTensor]:
         raise CheckpointError(
             f"{path}: holds pickle weights only", "save them again with `save_pretrained(..., safe_serialization=True)`"
         )
-    raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE}", "a base model is a directory of safetensors files")
+    raise CheckpointError(f"{path}: no {INDEX} or {SINGLE}", "a base model is a directory of safetensors files")
 
 
 def _sharded(path: Path, weight_map: Any) -> list[StoredTensor]:
@@ -172,7 +172,7 @@ def _sharded(path: Path, weight_map: Any) -> list[StoredTensor]:
             problems.append(f"{name}: in both {seen[name]} and {item.file.name}")
         seen[name] = item.file.name
         if weight_map.get(name) != item.file.name:
-            problems.append(f"{name}: lies in {item.file.name}, but the index says {weight_map.get(name, 'nothing')}")
+            problems.append(f"{name}: is in {item.file.name}, but the index says {weight_map.get(name, 'nothing')}")
     problems += [
         f"{name}: the index names {shard}, which has no such tensor"
         for name, shard in weight_map.items()
@@ -189,7 +189,8 @@ def read_header(path: Path) -> list[StoredTensor]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(MAX_SIZE, size - 8):
             raise CheckpointError(
-                f"{path}: header of {length} bytes in a file of {size}", "the file is cut or no safetensors file"
+                f"{path}: header of {length} bytes in a file of {size}",
+                "the file is truncated, or not a safetensors file",
             )
         raw = file.read(length)
     try:
@@ -210,7 +211,7 @@ def read_header(path: Path) -> list[StoredTensor]:
         end += item.spec.nbytes
     if end != size:
         raise CheckpointError(
-            f"{path}: {size} bytes, expected {end}", "the file is cut or was appended to: fetch it again"
+            f"{path}: {size} bytes, expected {end}", "the file is truncated, or was appended to: fetch it again"
         )
     return stored
 
@@ -220,7 +221,7 @@ def _entry(path: Path, name: str, value: dict[str, Any], data_start: int) -> Sto
     if dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     if not all(type(n) is int and n >= 0 for n in [*shape, start, stop]):
-        raise ValueError(f"{name}: shape {shape} or offsets {[start, stop]} are no whole numbers")
+        raise ValueError(f"{name}: shape {shape} or offsets {[start, stop]} are not whole numbers")
     spec = TensorSpec(name, tuple(shape), dtype)
     if stop - start != spec.nbytes:
         raise ValueError(f"{name}: {stop - start} bytes, expected {spec.nbytes} for {dtype} {shape}")

@@ -71,7 +71,7 @@ def test_refused_before_the_first_byte(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     refused(made, tmp_path, "--calibrate", str(made / "data.jsonl"))
     err = capfd.readouterr().err
-    assert "llm-compressor has no environment here" in err and "hint: `lora2serve doctor --fix`" in err
+    assert "the environment of llm-compressor is missing" in err and "hint: `lora2serve doctor --fix`" in err
     pretend(monkeypatch, tmp_path / "cache", "exit 1")
     refused(made, tmp_path)
     assert "--quant awq is calibrated on data" in capfd.readouterr().err

@@ -95,7 +95,7 @@ def test_equals_peft(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ({"use_dora": True}, "lora_magnitude_vector has no place"),
+        ({"use_dora": True}, "lora_magnitude_vector does not fit"),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight was trained in full"),
         ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
         ({"init_lora_weights": "olora"}, "took a part of the base"),

@@ -262,13 +262,13 @@ def test_modes_follow_the_umask(parts: tuple[Path, Path, Path], tmp_path: Path, 
 def test_what_is_not_ours_is_never_replaced(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ExportError, match="no export of lora2serve"), opened(tmp_path / "out", overwrite=True):
+    with pytest.raises(ExportError, match="not an export of lora2serve"), opened(tmp_path / "out", overwrite=True):
         pass
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ExportError, match="is no directory"), opened(tmp_path / "file", overwrite=True):
+    with pytest.raises(ExportError, match="is not a directory"), opened(tmp_path / "file", overwrite=True):
         pass
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    with pytest.raises(ExportError, match="is no directory"), opened(tmp_path / "link", overwrite=True):
+    with pytest.raises(ExportError, match="is not a directory"), opened(tmp_path / "link", overwrite=True):
         pass
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 

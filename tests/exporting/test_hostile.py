@@ -310,7 +310,7 @@ def test_pickles(
     assert (tmp_path / "out" / "vllm" / SINGLE).read_bytes() == (tmp_path / "plain" / "vllm" / SINGLE).read_bytes()
     torch.save({**tensors, "bomb": Bomb()}, old / "adapter_model.bin")
     assert run([*words, "--allow-pickle", "--overwrite"]) == 1
-    assert "no plain weights" in capfd.readouterr().err
+    assert "not plain weights" in capfd.readouterr().err
     assert not (tmp_path / "bomb-went-off").exists()
 
 
@@ -340,5 +340,5 @@ def test_an_adapter_cut_short(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (cut / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     raw = (adapter / "adapter_model.safetensors").read_bytes()
     (cut / "adapter_model.safetensors").write_bytes(raw[:-10])
-    with pytest.raises((CheckpointError, AdapterError), match=r"the file is cut|expected"):
+    with pytest.raises((CheckpointError, AdapterError), match=r"the file is truncated|expected"):
         export_merged(base, [cut], tmp_path / "out")

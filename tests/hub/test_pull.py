@@ -54,7 +54,7 @@ def test_offline_takes_the_cache(hub: HubServer, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
     assert fetch(REPO).path == online.path
-    with pytest.raises(HubError, match=r"not \(whole\) in the cache, and HF_HUB_OFFLINE is set") as caught:
+    with pytest.raises(HubError, match="no complete copy in the cache, and HF_HUB_OFFLINE is set") as caught:
         fetch("org/other")
     assert "hf download org/other" in caught.value.hint
     assert len(hub.requests) == asked
@@ -103,7 +103,7 @@ def test_half_a_download_is_not_taken_for_a_whole_one(hub: HubServer, monkeypatc
     assert broken.times == 0
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(HubError, match=r"not \(whole\) in the cache"):
+        with pytest.raises(HubError, match="no complete copy"):
             fetch(REPO)
     assert {path.name for path in fetch(REPO).path.iterdir()} == set(FILES)
 
@@ -193,7 +193,7 @@ def test_data_sets_by_name_and_revision(hub: HubServer, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["revision"] == second.oid
     other = read_data(hub, home, "org/data@v9", HF_HUB_OFFLINE="1")
-    assert "org/data@v9: not (whole) in the cache, and HF_HUB_OFFLINE is set" in other.stderr
+    assert "org/data@v9: no complete copy in the cache, and HF_HUB_OFFLINE is set" in other.stderr
     unknown = read_data(hub, home, f"org/data@{'0' * 40}", HF_HUB_OFFLINE="1")
     assert "expected 0000" in unknown.stderr, unknown.stdout + unknown.stderr
 

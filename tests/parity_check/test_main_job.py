@@ -73,7 +73,7 @@ def test_a_bound_that_cannot_be_met_is_exit_code_3(whole: Run, capfd: pytest.Cap
     export = whole.exports / "gguf-Q4_K_M"
     assert command(["parity", str(export), "--threshold", "Q4_K_M.mean_kl=1e-9"]) == 3
     err = capfd.readouterr().err
-    assert "parity not met: 1 of 1 rows red" in err
+    assert "parity not met: 1 of 1 rows failed" in err
     assert "gguf-Q4_K_M in llama.cpp: behaviour" in err
     assert command(["parity", str(export)]) == 0
 

@@ -77,7 +77,7 @@ def test_refusals(
     for words, code, said in (
         ([str(others), "exports/towns/gguf-adapter"], 1, "made from another adapter than"),
         ([str(bundle)], 2, f"lora2serve parity {bundle}/adapters/a"),
-        ([str(gone)], 1, "the adapter it was made from is not here"),
+        ([str(gone)], 1, "the adapter it was made from is missing"),
         ([str(tmp_path)], 2, "not a run, export, adapter or model"),
         (["exports/towns/adapter", *map(str, Path("exports").glob("*/vllm"))], 2, "were made from different models"),
     ):

@@ -95,7 +95,7 @@ def test_from_the_command_line(ollama: OllamaServer, demo_run: Run, tmp_path: Pa
     assert stored.model.read_bytes() == (tmp_path / "ollama-F16" / "demo-F16.gguf").read_bytes()
     assert stored.template == (tmp_path / "ollama-F16" / "template").read_text()
     assert export_demo(demo_run.path, tmp_path, "--create", "again", "--overwrite") == 0
-    assert "is already there" in capfd.readouterr().err
+    assert "is already uploaded" in capfd.readouterr().err
     assert ollama.count("POST", "blob") == 1
 
 
@@ -133,7 +133,7 @@ def test_a_failure_names_what_ollama_said(
     ("words", "message"),
     [
         (("-t", "gguf", "--create", "demo"), "--create: only for --target ollama"),
-        (("-t", "ollama", "--create", "my demo"), "invalid name of a model"),
+        (("-t", "ollama", "--create", "my demo"), "invalid model name"),
         (("-t", "ollama", "-q", "F16", "-q", "Q8_0", "--create", "demo:v1"), "expected a name without a tag"),
         (("-t", "gguf", "--as", "adapter"), "--as adapter: only for --target ollama"),
         (("-t", "ollama", "--from", "llama3"), "--from: only for --target ollama --as adapter"),

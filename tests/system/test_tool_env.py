@@ -41,7 +41,7 @@ def half_made() -> Path:
 def test_without_a_marker_it_is_not_there(cache: Path) -> None:
     folder = half_made()
     assert tool_env.python() is None
-    with pytest.raises(EngineError, match="has no environment") as refused:
+    with pytest.raises(EngineError, match="environment of llm-compressor is missing") as refused:
         tool_env.require()
     assert refused.value.hint == "`lora2serve doctor --fix` makes it"
     (folder / tool_env.MARKER).write_text("{}")

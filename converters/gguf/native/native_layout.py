@@ -54,7 +54,7 @@ def place_tensors(specs: Sequence[TensorSpec], config: Config, architecture: Arc
     if unknown:
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise ExportError(
-            f"architecture {architecture.name}: no place in GGUF for {shown}", "serve it with --target vllm"
+            f"architecture {architecture.name}: GGUF has no tensor for {shown}", "serve it with --target vllm"
         )
     return placements
 

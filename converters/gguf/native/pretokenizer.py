@@ -74,7 +74,7 @@ def pre_tokenizer(path: Path, content: TokenizerJson) -> str:
     if name is None:
         raise ExportError(
             f"tokenizer: no llama.cpp name is known for the pre-tokenizer {' + '.join(steps)[:160] or 'none'}",
-            "name it with --pre (such as llama-bpe, qwen2, gpt-2): a wrong one is found out before anything is written",
+            "name it with --pre (such as llama-bpe, qwen2, gpt-2): it is checked before anything is written",
         )
     return name
 

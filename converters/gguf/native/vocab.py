@@ -85,12 +85,12 @@ def read_vocab(model: ExportModel, architecture: Architecture, rows: int, pre: s
         return _sentencepiece(model, rows, architecture)
     if architecture.needs_sentencepiece:
         raise ExportError(
-            f"architecture {architecture.name}: no tokenizer.model beside the model",
+            f"architecture {architecture.name}: no tokenizer.model in the model directory",
             "copy it from the base's original repository",
         )
     if "tokenizer.json" not in model.files:
         raise ExportError(
-            "no tokenizer.json and no tokenizer.model beside the model", "copy the base's tokenizer files beside it"
+            "no tokenizer.json or tokenizer.model in the model directory", "copy the base's tokenizer files into it"
         )
     content = read_tokenizer_json(model.files["tokenizer.json"])
     kind = content.get("model", {}).get("type")

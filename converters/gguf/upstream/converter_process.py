@@ -79,10 +79,10 @@ class ConverterProcess:
     def _refused(self, reason: str) -> ExportError:
         hint = "serve it with --target vllm"
         if "pre-tokenizer was not recognized" in reason:
-            hint = "name it with --pre (such as llama-bpe, qwen2, gpt-2): a wrong one is found out before it is used"
+            hint = "name it with --pre (such as llama-bpe, qwen2, gpt-2): it is checked before it is used"
             reason = "its table of pre-tokenizers does not have this one"
         elif "preprocessor" in reason or "image_mean" in reason:
-            hint = "copy the base's preprocessor_config.json beside it"
+            hint = "copy the base's preprocessor_config.json into the model directory"
         return ExportError(f"architecture {self._architecture}: llama.cpp's converter refuses it: {reason}", hint)
 
 

@@ -30,7 +30,7 @@ def known(tree: Path, projector: bool = False) -> frozenset[str]:
         target = node.target if isinstance(node, ast.AnnAssign) else None
         if isinstance(target, ast.Name) and target.id == wanted and isinstance(node, ast.AnnAssign) and node.value:
             return frozenset(ast.literal_eval(node.value))
-    raise ExportError(f"{tree}: its converter has no {wanted}", "LLAMA_CPP_DIR names a tree of another time")
+    raise ExportError(f"{tree}: its converter has no {wanted}", "LLAMA_CPP_DIR names another version of llama.cpp")
 
 
 def pre_tokenizer_by_hash(path: Path) -> str | None:
@@ -55,11 +55,11 @@ def refuse(name: str, native: list[str], tree: Path | None) -> ExportError:
     near = f" (did you mean {names[0]!r}?)" if _alike(name, names[0]) > 0.8 else ""
     if tree is None:
         return ExportError(
-            f"architecture {name}: no GGUF conversion of our own{near}",
-            f"{FETCH_COMMAND} brings llama.cpp's converter, which knows many more; our own: {', '.join(names)}",
+            f"architecture {name}: no built-in GGUF conversion{near}",
+            f"{FETCH_COMMAND} brings llama.cpp's converter, which knows many more; built in: {', '.join(names)}",
         )
     return ExportError(
-        f"architecture {name}: neither we nor llama.cpp's converter know it{near}", f"known: {', '.join(names)}"
+        f"architecture {name}: unknown to lora2serve and to llama.cpp's converter{near}", f"known: {', '.join(names)}"
     )
 
 

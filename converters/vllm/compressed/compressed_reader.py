@@ -132,7 +132,7 @@ def _library() -> tuple[Any, Any]:
         from compressed_tensors.quantization import QuantizationScheme
     except ImportError:
         hint = "pip install compressed-tensors==0.17.0"
-        raise ExportError("compressed-tensors is not installed, which reads the export back", hint) from None
+        raise ExportError("compressed-tensors, which reads the export back, is not installed", hint) from None
     return QuantizationScheme, BaseCompressor
 
 

@@ -46,14 +46,16 @@ def select(specs: Sequence[TensorSpec], config: JsonObject, scheme: Scheme) -> S
     """What to quantize; ExportError, with every problem at once, where the scheme does not fit the model."""
     kind = str((config.get("text_config") or config).get("model_type"))
     if kind in TRANSPOSED:
-        raise ExportError(f"{kind}: its weights lie transposed (Conv1D), compressed-tensors has none such", PLAIN_HINT)
+        raise ExportError(
+            f"{kind}: its weights are stored transposed (Conv1D), unlike those of compressed-tensors", PLAIN_HINT
+        )
     weights = {spec.name: spec for spec in specs if _is_linear(spec)}
     fused = _fused(weights)
     fitted = _fit(scheme, weights.values())
     problems = [f"{spec.name}: experts in one tensor; vLLM reads quantized ones one by one" for spec in _stacked(specs)]
     problems += _misfits(fitted, weights, fused)
     if not weights and not problems:
-        problems = ["no linear layer in it that vLLM would quantize"]
+        problems = ["no linear layer that vLLM would quantize"]
     if problems:
         more = [f"... and {len(problems) - NAMES_SHOWN} more"] if len(problems) > NAMES_SHOWN else []
         raise ExportError("\n".join([*problems[:NAMES_SHOWN], *more]), PLAIN_HINT)

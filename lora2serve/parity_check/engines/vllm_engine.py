@@ -154,7 +154,7 @@ def no_kernel(message: str) -> EngineMissing | None:
     if "kernel" not in message:
         return None
     reason = " ".join(message.split())[:200]
-    return EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "ask it on a GPU")
+    return EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "compare it on a GPU")
 
 
 def cpu_dtype(model: str) -> str:

@@ -26,6 +26,6 @@ def write(report: ParityReport, directory: Path) -> Path:
             os.replace(temporary, directory / name)
     except OSError as error:
         raise InputError(
-            f"{error.filename or directory}: {error.strerror}", "name another place with --report"
+            f"{error.filename or directory}: {error.strerror}", "choose another directory with --report"
         ) from None
     return directory / "report.html"

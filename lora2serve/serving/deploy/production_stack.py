@@ -14,7 +14,7 @@ TAKEN = {"--tensor-parallel-size", "--max-loras", "--enable-lora"}  # the resour
 def header(spec: ServerSpec) -> list[str]:
     return [
         f"kubectl apply -f FILE, then fill the operator's claim {spec.name!r}: {', '.join(stored(spec))}",
-        "the runtime takes no key from a Secret: let the gateway ask for one",
+        "the runtime cannot read a key from a Secret: let the gateway require one",
     ]
 
 

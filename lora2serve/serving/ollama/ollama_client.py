@@ -81,7 +81,7 @@ class OllamaClient:
 
     def version(self) -> str:
         """Its version; NoServer where nobody answers, or another server does."""
-        other = NoServer(f"{self.address} answers, but is no Ollama", "OLLAMA_HOST names another address")
+        other = NoServer(f"{self.address} answers, but is not Ollama", "OLLAMA_HOST names another address")
         try:
             version = self._call("GET", "/api/version", patience=GREETING).get("version")
         except (HttpStatus, InvalidAnswer):
@@ -115,7 +115,7 @@ class OllamaClient:
                     if attempt == TRIES:
                         raise EngineError(
                             f"{error.message}; {TRIES} tries to upload {path.name}",
-                            "run the same command again: what is there is not sent twice",
+                            "run the same command again: what arrived is not sent again",
                         ) from None
 
     def create(self, body: Mapping[str, object]) -> Iterator[str]:

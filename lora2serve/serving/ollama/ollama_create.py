@@ -26,7 +26,7 @@ _NAME = re.compile(
 def refuse_name(name: str) -> None:
     """UsageError for a name that Ollama does not accept."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"--create {name!r}: invalid name of a model", "such as my-model, my-model:v2 or me/my-model")
+        raise UsageError(f"--create {name!r}: invalid model name", "such as my-model, my-model:v2 or me/my-model")
 
 
 def create(client: OllamaClient, export: Path, name: str, progress: Progress) -> None:
@@ -36,7 +36,7 @@ def create(client: OllamaClient, export: Path, name: str, progress: Progress) ->
     _refuse_older(client, str(body.get("requires") or ""))
     for digest, path in files.items():
         if client.has_blob(digest):
-            progress.note(f"{path.name} is already there")
+            progress.note(f"{path.name} is already uploaded")
         else:
             client.upload(digest, path, progress)
     for status in client.create({"model": name, **body}):
