@@ -38,8 +38,8 @@ class Positions:
     margin: Floats  # log-probability that the reference gives its own choice over the export's
     delta: Floats  # log-probability of the true next token, export minus reference
     loss: Floats  # -log-probability of the true next token in the reference
-    error: Floats  # sum over V of the squared difference of centred logits
-    power: Floats  # sum over V of the squared centred logits of the reference
+    error: Floats  # sum over V of the squared difference of centered logits
+    power: Floats  # sum over V of the squared centered logits of the reference
 
     def __len__(self) -> int:
         return len(self.kl)
@@ -75,7 +75,7 @@ def _compare(reference: Array, values: Array, targets: Ints) -> Positions:
     kl = np.where(broken, np.inf, np.maximum(kl, 0.0))
     here = np.arange(len(targets))
     best, chosen = ref.argmax(axis=1), np.where(broken, -1, got.argmax(axis=1))
-    centred = ref - ref.mean(axis=1, keepdims=True)
+    centered = ref - ref.mean(axis=1, keepdims=True)
     other = got - got.mean(axis=1, keepdims=True)
     return Positions(
         kl=kl,
@@ -83,8 +83,8 @@ def _compare(reference: Array, values: Array, targets: Ints) -> Positions:
         margin=np.where(broken, np.inf, ref[here, best] - ref[here, np.maximum(chosen, 0)]),
         delta=got[here, targets] - ref[here, targets],
         loss=-ref[here, targets],
-        error=((other - centred) ** 2).sum(axis=1),
-        power=(centred**2).sum(axis=1),
+        error=((other - centered) ** 2).sum(axis=1),
+        power=(centered**2).sum(axis=1),
     )
 
 
@@ -172,7 +172,7 @@ def mean_delta(positions: Positions) -> float:
 
 
 def nmse(positions: Positions) -> float:
-    """Squared error of the centred logits over their squared sum: what a softmax does not see is left out."""
+    """Squared error of the centered logits over their squared sum: what a softmax does not see is left out."""
     return float(positions.error.sum() / positions.power.sum())
 
 

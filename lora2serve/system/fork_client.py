@@ -24,7 +24,7 @@ from lora2serve.system.worker_protocol import Link, LinkClosed
 VARIABLE = "LORA2SERVE_FORK_SERVER"
 OFF = "0"
 SCRIPT = Path(__file__).with_name("fork_server.py")
-IMPORT_ROOT = Path(__file__).parents[2]  # where lora2serve lies
+IMPORT_ROOT = Path(__file__).parents[2]  # the directory that holds lora2serve
 PATIENCE = 180.0  # seconds for the libraries to load on a busy machine
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")  # a process that has looked at a GPU cannot fork one that uses it
 SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}  # of every worker

@@ -1,4 +1,4 @@
-"""The one HTTP client: JSON in and out, streams of lines, uploads. Every failure is one line with a way out.
+"""The one HTTP client: JSON in and out, streams of lines, uploads. Every failure is one line with a hint.
 
 HttpError               a server that does not do what it was asked
 ├── Unreachable         no connection: nothing listens there, no such host, a proxy that refuses
@@ -78,7 +78,7 @@ class HttpClient:
     """One server at ``address``, such as ``http://host:port/prefix``. Threads may share a client.
 
     ``patience`` is how many seconds the server may be silent, ``key_variable`` the environment variable of a bearer
-    token, ``hint`` the way out where nothing listens.
+    token, ``hint`` what to do where nothing listens.
     """
 
     def __init__(

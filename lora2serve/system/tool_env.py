@@ -42,7 +42,7 @@ def python() -> Path | None:
 
 
 def require() -> Path:
-    """The environment's interpreter; EngineError with the way out where there is none."""
+    """The environment's interpreter; EngineError with a hint where there is none."""
     interpreter = python()
     if interpreter is None:
         raise EngineError(f"the environment of llm-compressor is missing ({folder()})", f"`{FIX}` makes it")

@@ -1,4 +1,4 @@
-"""Missing libraries, and errors of a machine that is too small, as TrainError with a way out."""
+"""Missing libraries, and errors of a machine that is too small, as TrainError with a hint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_libraries(quantize: str) -> None:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """TrainError with a way out for a missing library, full memory and a full disk; everything else as it is."""
+    """TrainError with a hint for a missing library, full memory and a full disk; everything else as it is."""
     try:
         yield
     except ImportError as error:

@@ -27,7 +27,7 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies."""
+    """Where one tensor is stored."""
 
     spec: TensorSpec
     file: Path
