@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,7 @@ from lora2serve.data.rendering import IGNORE
 from lora2serve.data.rows import ChatRow, CompletionRow, Row, TextRow, parse_row
 from lora2serve.errors import DataError
 from lora2serve.progress import Silent
-from tests.support.runs import DEMO, fit, logged, plain, recipe_file, rows, write_jsonl
+from tests.support.runs import DEMO, plain, write_jsonl
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
 PAIR = {"prompt": "Question: who? Answer:", "completion": " Nobody."}
@@ -73,51 +72,6 @@ def test_cut_rows_are_marked(tokenizer: Any) -> None:
     assert not tokenization.tokenize(row_of(TEXT), tokenizer, DataRecipe(train="")).cut
     prompt = CompletionRow("word " * 50, "x")
     assert not tokenization.tokenize(prompt, tokenizer, DataRecipe(train="", max_length=16)).learned
-
-
-def test_the_masked_loss_is_what_the_trainer_takes(tmp_path: Path) -> None:
-    """The first logged loss, before any update, is the mean over the assistant's tokens and over no others."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = write_jsonl(tmp_path / "t.jsonl", rows("train.jsonl", 4))
-    settings_ = {"steps": 1, "batch_size": 4, "quantize": "none", "learning_rate": 1e-4}
-    masked = logged(fit(recipe_file(tmp_path / "a", DEMO / "base", {"train": str(file)}, **settings_))[0])[1]
-    everything = {"train": str(file), "completion_only": False}
-    unmasked = logged(fit(recipe_file(tmp_path / "b", DEMO / "base", everything, **settings_))[0])[1]
-
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
-    sums = {True: [0.0, 0], False: [0.0, 0]}
-    for row in rows("train.jsonl", 4):
-        ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
-        prompt = tokenizer.apply_chat_template(
-            row["messages"][:-1], tokenize=True, add_generation_prompt=True, return_dict=False
-        )
-        with torch.no_grad():
-            told = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        each = -told[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
-        for only, start in ((True, len(prompt) - 1), (False, 0)):
-            sums[only][0] += float(each[start:].sum())
-            sums[only][1] += len(each) - start
-    assert masked == pytest.approx(sums[True][0] / sums[True][1], abs=1e-4)
-    assert unmasked == pytest.approx(sums[False][0] / sums[False][1], abs=1e-4)
-    assert abs(masked - unmasked) > 0.05, "the control: the two can be told apart"
-
-
-@pytest.mark.parametrize("form", [CHAT, PAIR, TEXT], ids=["messages", "pair", "text"])
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_each_form_trains_from_each_file(tmp_path: Path, small: Path, form: dict[str, Any], suffix: str) -> None:
-    file = tmp_path / f"rows.{suffix}"
-    content = [form] * 12
-    if suffix == "jsonl":
-        write_jsonl(file, content)
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), file)
-    assert plain(data_sets.read(str(file))) == content
-    run, told, _ = fit(recipe_file(tmp_path, small, {"train": str(file), "eval_split": 0.25}, steps=2))
-    assert [json.loads(line) for line in run.eval_data.read_text().splitlines()] == [form] * 3
-    assert run.record.data.eval.rows == 3
-    assert not any("no eval data" in warning for warning in told.warnings)
 
 
 def test_parquet_columns_that_a_row_leaves_empty(tmp_path: Path) -> None:
