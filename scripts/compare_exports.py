@@ -1,5 +1,6 @@
 """Are exports byte-identical to those of an older commit? Every target and type, of one run, by both trees.
 
+    python scripts/compare_exports.py                           # trains the demo by both, compares that as well
     python scripts/compare_exports.py runs/demo                 # against the commit that the layout was released with
     python scripts/compare_exports.py runs/demo --commit HEAD~5
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -39,14 +41,42 @@ def commands(run: Path, imatrix: Path) -> Iterator[tuple[str, list[str]]]:
     yield "gguf", [str(run), "-t", "gguf", *types, "--imatrix", str(imatrix)]
 
 
-def export(tree: Path, arguments: list[str]) -> None:
-    """``lora2serve export`` by the code of one tree, in an empty folder."""
+def lora2serve(tree: Path, arguments: list[str], folder: Path) -> None:
+    """The command line by the code of one tree."""
     environment = {**os.environ, "PYTHONPATH": str(tree)}
-    with tempfile.TemporaryDirectory() as empty:
-        command = [sys.executable, "-m", "lora2serve", "--quiet", "export", *arguments]
-        done = subprocess.run(command, cwd=empty, env=environment, stdout=subprocess.DEVNULL, check=False)
+    command = [sys.executable, "-m", "lora2serve", "--quiet", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        raise SystemExit(f"{tree}: export {' '.join(arguments)}: exit code {done.returncode}")
+        raise SystemExit(f"{tree}: lora2serve {' '.join(arguments)}: exit code {done.returncode}")
+
+
+def export(tree: Path, arguments: list[str]) -> None:
+    """``lora2serve export``, in an empty folder."""
+    with tempfile.TemporaryDirectory() as empty:
+        lora2serve(tree, ["export", *arguments], Path(empty))
+
+
+def train(tree: Path, folder: Path) -> Path:
+    """The run of ``lora2serve train demo`` in that folder."""
+    folder.mkdir(parents=True)
+    lora2serve(tree, ["train", "demo"], folder)
+    return folder / "runs" / "demo"
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """Every figure of every step, those apart that measure time."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: row[key] for key in sorted(row) if "second" not in key and "time" not in key} for row in rows]
+
+
+def training_differences(before: Path, after: Path) -> list[str]:
+    """In what two runs differ: losses, and the weights of the adapter."""
+    old, new = losses(before), losses(after)
+    first = next((number for number, (one, other) in enumerate(zip(old, new, strict=False)) if one != other), None)
+    lines = [f"losses: row {first} differs"] if first is not None else []
+    lines += [f"losses: {len(new)} rows, expected {len(old)}"] if len(new) != len(old) else []
+    weights = [run / "adapter" / "adapter_model.safetensors" for run in (before, after)]
+    return lines + (["adapter: differs"] if weights[0].read_bytes() != weights[1].read_bytes() else [])
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -76,21 +106,26 @@ def sees_a_flipped_bit(before: Path, after: Path) -> bool:
 def main() -> None:
     """Export by both trees, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a finished run, such as runs/demo")
+    parser.add_argument("run", nargs="?", type=Path, help="a finished run, such as runs/demo (default: train the demo)")
     parser.add_argument("--commit", default=RELEASED, help="the commit to compare with (default: %(default)s)")
     parser.add_argument("--before", type=Path, help="keep that commit's exports here, and take them if they are there")
     options = parser.parse_args()
-    run = options.run.resolve()
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as temporary:
         tree, after = Path(temporary, "tree"), Path(temporary, "after")
         before = options.before.resolve() if options.before else Path(temporary, "before")
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, options.commit], cwd=ROOT, check=True)
         try:
+            count, lines = 0, []
+            if options.run:
+                run = options.run.resolve()
+            else:
+                run = train(ROOT, Path(temporary, "new"))
+                lines += training_differences(train(tree, Path(temporary, "old")), run)
+                print(f"training: {len(losses(run))} rows of losses and the adapter compared", file=sys.stderr)
             imatrix = before / "matrix" / "imatrix.gguf"
             if not imatrix.is_file():
                 export(tree, [str(run), "-t", "gguf", "-q", "Q8_0", "--calibrate", "train", "-o", str(imatrix.parent)])
-            count, lines = 0, []
             for name, arguments in commands(run, imatrix):
                 if not (before / name).is_dir():
                     export(tree, [*arguments, "-o", str(before / name)])
