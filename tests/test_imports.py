@@ -33,18 +33,32 @@ HEAVY = {
     "torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub",
     "datasets", "accelerate", "safetensors", "matplotlib", "httpx", "httpx2", "jinja2", "yaml",
 }  # fmt: skip
+# Folders whose modules import heavy libraries inside functions only; yaml is light enough for recipes.
+LIGHT = set(LEVEL) - {"training", "parity_check"}
 PACKAGES = ("lora2serve", "converters")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names imported by a file, at the top or inside functions."""
+# What `from lora2serve import NAME` may take beside folders; its functions are for users, and stand above all.
+PUBLIC = {"__version__"}
+# A format may use another one that it contains.
+FORMATS = {
+    "vllm": {"safetensors"},
+    "adapter": {"safetensors"},
+    "ollama": {"gguf"},
+    "lmstudio": {"gguf", "ollama"},
+}
+
+
+def imports(source: str, *, top: bool = False) -> set[str]:
+    """Dotted names imported by a file; ``top``: only those that run when it is imported."""
+    tree = ast.parse(source)
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in tree.body if top else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -55,8 +69,12 @@ def violations(path: Path, names: set[str]) -> list[str]:
     for name in names:
         top, _, rest = name.partition(".")
         other = rest.partition(".")[0]
-        if top == "converters" and package == "lora2serve":
+        outside = name.startswith(".") or top in ("tests", "scripts", "benchmarks")
+        public = top == "lora2serve" and rest and other not in LEVEL and other not in PUBLIC
+        if outside or public or (top == "converters" and package == "lora2serve"):
             forbidden.append(name)
+        elif top == "converters" and other:
+            forbidden += [name] if other != part and other not in FORMATS.get(part, set()) else []
         elif top == "lora2serve" and other in LEVEL and package == "converters":
             forbidden += [name] if LEVEL[other] > CONVERTERS else []
         elif top == "lora2serve" and other in LEVEL and part != other:
@@ -67,13 +85,29 @@ def violations(path: Path, names: set[str]) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_numbers(path: Path) -> None:
-    assert violations(path, imports(path)) == []
+    source = path.read_text(encoding="utf-8")
+    assert violations(path, imports(source)) == []
+    part = path.relative_to(ROOT).parts[1].removesuffix(".py")
+    heavy = {name for name in imports(source, top=True) if name.split(".")[0] in HEAVY}
+    assert part not in LIGHT or heavy == set()
 
 
 def test_every_folder_has_a_number() -> None:
     own = [path.relative_to(ROOT / "lora2serve") for path in MODULES if path.is_relative_to(ROOT / "lora2serve")]
     parts = {path.parts[0].removesuffix(".py") for path in own}
     assert parts - LEVEL.keys() == {"__init__"}
+
+
+def test_relative_and_public_imports_are_seen() -> None:
+    inside = ROOT / "lora2serve" / "training" / "x.py"
+    for line in (
+        "from ..hub import push", "from .. import hub", "from lora2serve import export", "from lora2serve import *",
+        "def f():\n    from lora2serve.hub import push",
+    ):  # fmt: skip
+        assert violations(inside, imports(line)), line
+    assert violations(ROOT / "converters" / "ollama" / "x.py", imports("from converters.vllm import vllm_sink"))
+    assert "torch" in {name.split(".")[0] for name in imports("import torch", top=True)}
+    assert not imports("def f():\n    import torch", top=True)
 
 
 def test_the_control() -> None:

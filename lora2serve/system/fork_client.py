@@ -7,14 +7,17 @@ worker start by itself; the path of a socket names another process's server, whi
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -36,6 +39,10 @@ class ForkedProcess:
     def __init__(self, pid: int, status: socket.socket) -> None:
         self.pid, self._status = pid, status
         self.returncode: int | None = None
+        self._pidfd: int | None = None
+        with suppress(ProcessLookupError):  # it has ended already
+            self._pidfd = os.pidfd_open(pid)
+            weakref.finalize(self, os.close, self._pidfd)
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit code, negative for a signal; subprocess.TimeoutExpired where it has none yet."""
@@ -46,9 +53,19 @@ class ForkedProcess:
             except (TimeoutError, BlockingIOError):
                 raise subprocess.TimeoutExpired("a forked process", timeout or 0) from None
             except LinkClosed:
-                self.returncode = -signal.SIGKILL  # the server is gone, and took it along
+                self._wait_alone(timeout)
+                self.returncode = -signal.SIGKILL
             self._status.close()
         return self.returncode
+
+    def _wait_alone(self, timeout: float | None) -> None:
+        """Wait for the end of a child whose server is gone; nobody knows its exit code then."""
+        if self._pidfd is None:
+            return
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0)
 
 
 class ForkClient:
@@ -68,9 +85,10 @@ class ForkClient:
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
                     env={**os.environ, **SETTINGS}, start_new_session=True,
                 )  # fmt: skip
-            weakref.finalize(self, _end, self._server, connection, folder)
+            weakref.finalize(self, _end, self._server, connection, folder, os.getpid())
         connection.settimeout(PATIENCE)
         self._link, self._owner = Link(connection), os.getpid()
+        self._lock = threading.Lock()  # one request and its answer at a time
 
     @property
     def usable(self) -> bool:
@@ -87,12 +105,12 @@ class ForkClient:
             "function": function, "arguments": arguments, "environment": environment, "state": state(environment),
             "argv": argv, "folder": folder or Path.cwd(), "path": path,
         }  # fmt: skip
-        with theirs:
+        with theirs, self._lock:
             try:
                 socket.send_fds(self._link.socket, [b"+"], [*descriptors[:3], theirs.fileno(), *descriptors[3:]])
                 self._link.send(request)
                 answer = self._link.receive()
-            except (OSError, LinkClosed):
+            except (OSError, LinkClosed, ValueError):  # ValueError: whatever listens there is no fork server
                 self._link.close()
                 answer = {"pid": 0}
         if answer["pid"]:
@@ -101,14 +119,17 @@ class ForkClient:
         return None
 
 
-def _end(server: subprocess.Popen[bytes], connection: socket.socket, folder: str) -> None:
+def _end(server: subprocess.Popen[bytes], connection: socket.socket, folder: str, owner: int) -> None:
     connection.close()
+    if os.getpid() != owner:  # a fork of the process that started it
+        return
     server.kill()
     server.wait()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 _clients: list[ForkClient] = []  # the one of this process
+_starting = threading.Lock()
 
 
 def client(start: bool = True) -> ForkClient | None:
@@ -116,14 +137,20 @@ def client(start: bool = True) -> ForkClient | None:
     named = os.environ.get(VARIABLE, "")
     if named == OFF or sys.platform != "linux" or any(Path(device).exists() for device in GPU_DEVICES):
         return None
-    if not (_clients and _clients[0].usable):
-        if not (start or named):
-            return None
-        try:
-            _clients[:] = [ForkClient(named or None)]
-        except OSError:  # a server that has ended
-            _clients[:] = [ForkClient()]
-    return _clients[0]
+    with _starting:
+        if not (_clients and _clients[0].usable):
+            if not (start or named):
+                return None
+            _clients[:] = _connected(named)
+        return _clients[0] if _clients else None
+
+
+def _connected(named: str) -> list[ForkClient]:
+    """To the server that is named, or to one of our own where that has ended; to none where there is no room for it."""
+    for path in [named, None] if named else [None]:
+        with suppress(OSError):
+            return [ForkClient(path)]
+    return []
 
 
 def fork_worker(

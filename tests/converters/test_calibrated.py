@@ -74,7 +74,7 @@ def test_refused_before_the_first_byte(
     assert "the environment of llm-compressor is missing" in err and "hint: `lora2serve doctor --fix`" in err
     pretend(monkeypatch, tmp_path / "cache", "exit 1")
     refused(made, tmp_path)
-    assert "--quant awq is calibrated on data" in capfd.readouterr().err
+    assert "--quant awq needs calibration data" in capfd.readouterr().err
     refused(made, tmp_path, "--calibrate", "nowhere.jsonl")
     assert "nowhere.jsonl" in capfd.readouterr().err
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,10 +219,39 @@ def test_a_server_that_dies(worker: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert process.call("double", number=2) == 4
         fork_client._clients[0]._server.kill()
         assert process.call("double", number=2) == 4, "it needs its server no more"
+    assert (tmp_path / "log").read_text().splitlines() == ["closed"], "it is not killed before it has tidied up"
     with WorkerProcess("some worker", worker, {}, tmp_path / "log", 60) as process:
         assert isinstance(process._process, subprocess.Popen)
         assert process.call("double", number=2) == 4
     start(worker, tmp_path, fork=True).close()
+
+
+def test_threads_get_workers_of_their_own(worker: str, tmp_path: Path) -> None:
+    """One request at a time: an answer that another thread takes would be another thread's worker."""
+    problems: list[str] = []
+
+    def ask(number: int) -> None:
+        for _ in range(8):
+            process = WorkerProcess(f"worker {number}", worker, {}, tmp_path / f"log{number}", 60, fork="always")
+            with process:
+                pid = process.call("facts")["pid"]
+                if pid != process._process.pid:
+                    problems.append(f"thread {number} holds {process._process.pid}, its worker is {pid}")
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+
+
+def test_no_room_for_a_server(worker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_client, "_clients", [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with WorkerProcess("some worker", worker, {}, tmp_path / "log", 60, fork="always") as process:
+        assert isinstance(process._process, subprocess.Popen)
+        assert process.call("double", number=2) == 4
 
 
 def test_a_server_that_cannot_fork(tmp_path: Path) -> None:
