@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,20 +16,35 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+# controls, half characters, ends of lines that are none to a terminal, and marks of format: of these, U+200C and U+200D
+# are left, which join letters and emoji
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
 def result(text: str) -> None:
     """One line of result, for a program or a pipe to read."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def result_json(value: Any) -> None:
     """A result as JSON."""
-    result(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    result(UNPRINTABLE.sub(lambda match: json.dumps(match[0])[1:-1], text))
+
+
+def printable(text: str, line_ends: bool = True) -> str:
+    """``text`` with escapes for what would move the cursor, turn the direction of writing, or is no character."""
+    escaped = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return escaped if line_ends else escaped.replace("\n", "\\n")
 
 
 def error(problem: Lora2ServeError) -> None:
     """An error and its way out."""
     console = _stderr()
-    first, *rest = problem.message.splitlines() or [""]
+    first, *rest = printable(problem.message).splitlines() or [""]
     console.print(f"[bold red]error:[/] {_escape(first)}", highlight=False, soft_wrap=True)
     for line in rest:
         console.print(f"       {_escape(line)}", highlight=False, soft_wrap=True)
@@ -122,4 +138,4 @@ def _stderr() -> Console:
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +22,7 @@ from lora2serve.errors import InputError, raise_all
 
 OWN = ("unknown", "key_order")  # fields of a record that are no keys of the object
 NOT_FINITE = ("inf", "-inf", "nan")
+LARGEST = (1 << 63) - 1  # whole number
 _FIELDS: dict[type[JsonRecord], Mapping[str, tuple[Field[Any], object]]] = {}
 
 
@@ -35,7 +39,11 @@ class JsonRecord:
     @classmethod
     def from_json(cls, value: object, source: str) -> Self:
         """The record in a parsed JSON object; InputError with every bad key, each behind ``source``."""
-        problems: list[str] = []
+        try:
+            problems = list(_damaged_text(value, ""))
+        except RecursionError:
+            raise InputError(f"{source}: nested too deep", "the file is damaged or malicious") from None
+        raise_all([f"{source}: {problem}" for problem in problems], InputError)
         record = _decode(cls, value, "", problems)
         raise_all([f"{source}: {problem}" for problem in problems], InputError)
         assert isinstance(record, cls)
@@ -44,11 +52,17 @@ class JsonRecord:
     @classmethod
     def from_text(cls, text: str, source: str) -> Self:
         """As ``from_json``, of a JSON document."""
+        repeated: list[str] = []
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=partial(_without_repeated, repeated))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{source}: not JSON ({str(error)[:100]})", "the file is damaged") from None
+        raise_all([f"{source}: {_joined('', key)}: given twice" for key in repeated], InputError)
         return cls.from_json(value, source)
+
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys whose values have the right type and still cannot be, each with what is wrong."""
+        return iter(())
 
     def to_json(self) -> dict[str, object]:
         """The object: keys that were read in their order, then the others that are not at their default."""
@@ -150,7 +164,9 @@ def _decode_record(kind: type[JsonRecord], value: object, path: str, problems: l
     if len(problems) > before:
         return value
     unknown = {key: item for key, item in value.items() if key not in known and key not in kind.COMPUTED}
-    return kind(**decoded, unknown=unknown, key_order=tuple(value))
+    record = kind(**decoded, unknown=unknown, key_order=tuple(value))
+    problems += [f"{_joined(path, key)}: {reason}" for key, reason in record.misfits()]
+    return record
 
 
 def _decode_union(kinds: Sequence[object], value: object, path: str, problems: list[str]) -> object:
@@ -185,7 +201,37 @@ def _decode_scalar(kind: object, value: object, path: str, problems: list[str]) 
     assert isinstance(wanted, type | tuple) and isinstance(kind, type)
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         problems.append(_misfit(path, value, TYPE_NAMES[kind]))
+    elif isinstance(value, int) and abs(value) > (LARGEST if kind is int else sys.float_info.max):
+        problems.append(_misfit(path, value, f"{TYPE_NAMES[kind]} of 64 bits"))
     return value
+
+
+def _without_repeated(repeated: list[str], pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object; ``repeated`` gets the keys that it has twice, of which JSON itself silently keeps the last."""
+    repeated += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    return dict(pairs)
+
+
+def _damaged_text(value: object, path: str) -> Iterator[str]:
+    """A problem for each text, keys too, that no file and no terminal takes: JSON can write half a character."""
+    if isinstance(value, str) and not _is_unicode(value):
+        yield _misfit(path, value, "Unicode text")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _damaged_text(item, f"{path}[{number}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not _is_unicode(key):
+                yield _misfit(path, key, "a key of Unicode text")
+            yield from _damaged_text(item, _joined(path, key))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _misfit(path: str, value: object, expected: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,7 @@ from lora2serve.artifacts.json_record import JsonRecord, named, read_text, requi
 from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord
 from lora2serve.config.schema import show
 from lora2serve.errors import InputError, raise_all
-from lora2serve.system.small_files import digest
+from lora2serve.system.small_files import digest, is_relative
 
 NAME = "lora2serve.json"
 FORMAT = 1
@@ -120,6 +120,16 @@ class Manifest(JsonRecord):
         raise_all([f"{source}: {prefix}target: missing" for prefix in nameless], InputError)
         return manifest
 
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        single = [("file", self.file), ("projector", self.projector)]
+        for key, name in [
+            *(("files", name) for name in self.files),
+            *(("bundle", name) for name in self.bundle),
+            *single,
+        ]:
+            if name is not None and not is_relative(name):
+                yield key, f"{show(name)}, expected a path inside the export"
+
     def to_json(self) -> dict[str, object]:
         return {"format": self.format, "lora2serve": self.lora2serve, **super().to_json()}
 
@@ -178,14 +188,16 @@ class Manifest(JsonRecord):
         problems = []
         for name, expected in self.files.items():
             path = directory / name
-            if path.is_symlink() or not path.is_file():
+            if _has_link(directory, name) or not path.is_file():
                 problems.append(f"{name}: missing")
             elif path.stat().st_size != expected.size:
                 problems.append(f"{name}: {path.stat().st_size} bytes, expected {expected.size}")
             elif digest(path)["sha256"] != expected.sha256:
                 problems.append(f"{name}: content changed since the export (sha256 differs)")
         # a bundle holds exports with manifests of their own, which change as parity is measured
-        paths = (path for path in directory.rglob("*") if not path.is_dir() and path.name != NAME)
+        paths = (
+            path for path in directory.rglob("*") if (path.is_symlink() or not path.is_dir()) and path.name != NAME
+        )
         present = {path.relative_to(directory).as_posix() for path in paths}
         return problems + [f"{name}: not part of the export" for name in sorted(present - self.files.keys())]
 
@@ -199,6 +211,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return installed
+
+
+def _has_link(directory: Path, name: str) -> bool:
+    """Whether the file, or a folder on the way to it, is a link, which may lead out of the directory."""
+    path = directory / name
+    return any(
+        part.is_symlink() for part in (path, *path.parents) if part != directory and part.is_relative_to(directory)
+    )
 
 
 def _umask() -> int:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -18,6 +18,7 @@ from lora2serve.errors import InputError
 FORMAT = 1
 Status = Literal["met", "missed", "skipped", "failed", "missing"]
 GateName = Literal["tokens", "tensors", "behaviour"]
+PartName = Literal["task", "general"]  # of the scored texts
 ReferenceName = Literal["trained", "original"]
 
 
@@ -58,10 +59,14 @@ class PromptFigures(JsonRecord):
 
     WHOLE: ClassVar[bool] = True
 
-    part: str  # task or general
+    part: PartName
     text: str  # its beginning
     kl: tuple[float, ...]  # by position, against the reference of the verdict
     tokens: tuple[str, ...] = ()  # of the texts with the largest KL: one more than ``kl``, whose first is the second's
+
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        if self.tokens and not 1 < len(self.tokens) == len(self.kl) + 1:
+            yield "tokens", f"{len(self.tokens)} beside {len(self.kl)} values of kl, expected one more"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -71,6 +72,8 @@ for command in (init, train, export, parity, push, verify, pull_check, serve, de
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
     words = list(sys.argv[1:] if args is None else args)
+    if sys.stderr is None:  # closed by whoever started this, and libraries take it for a file
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     own_process.claim()
     gc.set_threshold(100_000, 20)  # importing torch makes a million objects that stay: not looked through every 700
     if not VERBOSE & set(words):

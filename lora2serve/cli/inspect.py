@@ -49,7 +49,7 @@ def inspect(ctx: click.Context, path: str, as_json: bool) -> None:
         console.result_json(plain(facts))
     else:
         for line in _lines(facts):
-            console.result(line)
+            console.result(console.printable(line, line_ends=False))
     if facts.problems:
         count = len(facts.problems)
         raise InputError(f"{path}: {count} problems\n" + "\n".join(facts.problems), "export again, or fetch it again")

@@ -74,7 +74,9 @@ def hub_progress(progress: Progress) -> Iterator[None]:
     """
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    wanted = sys.stderr.isatty() and not getattr(progress, "quiet", isinstance(progress, Silent))
+    wanted = (
+        sys.stderr is not None and sys.stderr.isatty() and not getattr(progress, "quiet", isinstance(progress, Silent))
+    )
     off = are_progress_bars_disabled()
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:  # else the user has decided
         (enable_progress_bars if wanted else disable_progress_bars)()

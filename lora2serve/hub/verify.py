@@ -75,9 +75,6 @@ def _manifest(repo_id: str, revision: str | None) -> tuple[Manifest, str]:
             raise HubError(f"{repo_id}: not pushed by lora2serve (no {NAME})") from None
     try:
         manifest = Manifest.from_text(read_text(path), NAME)
-        for name in manifest.files:
-            if name.startswith("/") or ".." in name.split("/"):
-                raise InputError(f"{NAME}: files.{name}: outside the repository")
     except InputError as error:
         raise HubError(f"{repo_id}: damaged manifest: {'; '.join(error.message.splitlines())}", "push again") from None
     return manifest, path.parent.name

@@ -22,6 +22,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies
 
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.system.json_values import Json, JsonValue, at
@@ -90,16 +91,17 @@ class HttpClient:
         self.address = without_credentials(address).rstrip("/")
         self.patience, self._connect, self._hint = patience, connect, hint
         self._key_variable = key_variable
-        key = os.environ.get(key_variable, "") if key_variable else ""
+        key = _key(key_variable) if key_variable else ""
         url = _checked(address)
         self._secrets = [secret for secret in (key, unquote(url.password or "")) if secret]
-        self._client = httpx2.Client(
-            base_url=address.rstrip("/"),
-            headers={"User-Agent": "lora2serve", **({"Authorization": f"Bearer {key}"} if key else {})},
-            limits=httpx2.Limits(keepalive_expiry=KEEP),
-            trust_env=not _is_here(url.hostname or ""),
-            verify=url.scheme == "https",  # reading the certificates takes long, and http has none
-        )
+        with _environment_errors():
+            self._client = httpx2.Client(
+                base_url=address.rstrip("/"),
+                headers={"User-Agent": "lora2serve", **({"Authorization": f"Bearer {key}"} if key else {})},
+                limits=httpx2.Limits(keepalive_expiry=KEEP),
+                trust_env=not _is_here(url.hostname or ""),
+                verify=url.scheme == "https",  # reading the certificates takes long, and http has none
+            )
 
     def close(self) -> None:
         """End its connections."""
@@ -159,6 +161,8 @@ class HttpClient:
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
             reason = self._reason(error)
             raise Unreachable(f"{self.address}: no answer ({reason})", self._hint, reason) from None
+        except UnicodeError:  # of a proxy's name: that of the server was checked
+            raise Unreachable(f"{self.address}: no answer (no such proxy)", _proxy_hint(), "no such proxy") from None
         except httpx2.TimeoutException:
             raise NoResponse(
                 f"{self.address}{path}: no response for {silence:g} s", "see whether the server is busy or hangs"
@@ -225,16 +229,58 @@ class HttpClient:
 
 
 def _checked(address: str) -> SplitResult:
+    import httpx2
+
     try:
         url = urlsplit(address)
         if url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0):
+            httpx2.URL(address).raw_host.decode().encode("idna")  # as sockets do: no empty part, none too long
             return url
-    except ValueError:
+    except (ValueError, httpx2.InvalidURL):
         pass
     raise UsageError(
         f"{address.rpartition('@')[2]}: invalid address, expected http://host:port or https://host",
         "such as http://localhost:8000",
     )
+
+
+def _key(variable: str) -> str:
+    key = os.environ.get(variable, "")
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(
+            f"{variable}: a character that no key has, expected printable ASCII", "set it to the server's key alone"
+        )
+    return key
+
+
+@contextmanager
+def _environment_errors() -> Iterator[None]:
+    """What a client is refused for that does not depend on the address: proxies and certificates."""
+    import httpx2
+
+    try:
+        yield
+    except OSError as error:
+        given = [f"{name}={os.environ[name]}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        where = given[0] if given else "this system's certificates"
+        raise UsageError(
+            f"{where}: no certificates can be read ({error.strerror or type(error).__name__})",
+            "let SSL_CERT_FILE name a PEM file of certificates, or unset it",
+        ) from None
+    except (ImportError, ValueError, httpx2.InvalidURL):
+        raise UsageError(f"a proxy that cannot be used: {_proxies()}", _proxy_hint()) from None
+
+
+def _proxies() -> str:
+    shown = []
+    for name in ("http", "https", "all"):
+        scheme, _, rest = getproxies().get(name, "").rpartition("://")
+        shown += [f"{name}_proxy={scheme}{scheme and '://'}{rest.rpartition('@')[2]}"] if rest else []
+    return ", ".join(shown)
+
+
+def _proxy_hint() -> str:
+    return "set HTTP_PROXY, HTTPS_PROXY and ALL_PROXY as http://host:port, or name the server in NO_PROXY"
 
 
 def _is_here(host: str) -> bool:

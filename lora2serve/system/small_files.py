@@ -13,6 +13,7 @@ from lora2serve.errors import CheckpointError, InputError
 
 JsonObject: TypeAlias = Mapping[str, Any]  # a config of another program: what its values are, is known there
 
+LONGEST_NAME = 255  # bytes of a file's name on Linux
 MAX_SIZE = 100_000_000  # bytes: the limit of a safetensors header, and ours for an index or a config
 
 
@@ -50,6 +51,13 @@ def inside(root: Path, name: str) -> Path:
             f"{path}: points to {real}, outside the model directory", "copy the file into the directory"
         )
     return path
+
+
+def is_relative(name: str) -> bool:
+    """Whether ``name`` is that of a file in a folder or in one below it, written the one plain way."""
+    return "\0" not in name and not any(
+        part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > LONGEST_NAME for part in name.split("/")
+    )
 
 
 def digest(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lora2serve.artifacts.parity_report import ParityReport
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.errors import InputError
+from lora2serve.system.small_files import digest
 
 FILES = {"model.safetensors": {"sha256": "ab", "size": 3}}
 
@@ -119,6 +120,64 @@ def test_an_export_is_written_and_opened(tmp_path: Path) -> None:
     assert text.items() >= (value | {"parity": {"met": True}}).items()
 
 
+LONG = int("9" * 4000)  # as JSON may have it, and no float
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"name": "n", "share": LONG}, "share: 9+[.]{3}, expected a number of 64 bits"),
+        ({"name": "n", "parts": {"p": {"size": LONG}}}, "parts.p.size: 9+[.]{3}, expected a whole number of 64 bits"),
+        ({"name": "\ud800"}, r"name: '\\ud800', expected Unicode text"),
+        ({"name": "n", "later": [{"x": "a\udfff"}]}, r"later\[0\].x: 'a\\udfff', expected Unicode text"),
+        ({"name": "n", "parts": {"\ud800": {"size": 1}}}, r"parts: '\\ud800', expected a key of Unicode text"),
+        ('{"name": "n", "name": "m"}', "name: given twice"),
+        ('{"name": "n", "parts": {"p": {"size": 1, "size": 1}}}', "size: given twice"),
+        ('{"name": "n", "later": {"\\u001b": 1, "\\u001b": 1}}', r"'\\x1b': given twice"),
+        ('{"name": "n", "later": ' + "[" * 50_000 + "]" * 50_000 + "}", "not JSON .*"),
+    ],
+)  # fmt: skip
+def test_values_that_harm_later(value: object, message: str) -> None:
+    """They are refused at reading; the control is what comes nearest to each and is taken."""
+    with pytest.raises(InputError, match=f"^x: {message}$"):
+        Whole.from_text(value if isinstance(value, str) else json.dumps(value), "x")
+    taken = {"name": "\U0001f600", "parts": {"é": {"size": 2**63 - 1}}, "share": 10**300, "later": {"name": LONG}}
+    assert Whole.from_text(json.dumps(taken), "x").to_json() == taken
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\0b", "\ud800", "x" * 256]
+)
+def test_a_manifest_names_files_inside(tmp_path: Path, name: str) -> None:
+    """Refused before any file is looked at; the control: names with folders, and odd ones that are paths."""
+    entry = {"sha256": "ab", "size": 3}
+    value = {"format": 1, "target": "vllm", "files": {name: entry}}
+    for content, where in (
+        (value, "files: "),
+        ({"format": 1, "files": {}, "exports": {"a": value}}, r"exports\.a\.files: "),
+        ({"format": 1, "target": "adapter", "files": {}, "bundle": [name]}, r"bundle(\[0\])?: "),
+    ):
+        (tmp_path / "lora2serve.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=rf"lora2serve\.json: {where}'.*, expected .*$") as error:
+            Export.open(tmp_path)
+        assert "\n" not in error.value.message and error.value.message.isprintable()
+    good = value | {"files": dict.fromkeys(("adapter/model.safetensors", "..a", "a b\n", "é/.x", "x" * 255), entry)}
+    assert len(Manifest.from_json(good).verify(tmp_path)) == 5
+
+
+def test_verify_follows_no_link(tmp_path: Path) -> None:
+    """Not even that of a folder; the control is the same file in a folder of the export."""
+    export, outside = tmp_path / "export", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x").write_bytes(b"abc")
+    (export / "real").mkdir(parents=True)
+    (export / "real" / "x").write_bytes(b"abc")
+    (export / "linked").symlink_to(outside)
+    files = {f"{folder}/x": digest(outside / "x") for folder in ("linked", "real")}
+    manifest = Manifest.from_json({"format": 1, "target": "vllm", "files": files})
+    assert manifest.verify(export) == ["linked/x: missing", "linked: not part of the export"]
+
+
 def test_a_run_is_empty_then_written(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.record == RunRecord()
@@ -134,5 +193,16 @@ def test_a_run_is_empty_then_written(tmp_path: Path) -> None:
 def test_a_report_needs_its_rows() -> None:
     with pytest.raises(InputError, match="report: rows: missing"):
         ParityReport.from_json({"format": 1}, "report")
+    for figures, message in (
+        ({"part": "other"}, r"part: 'other', expected one of task, general"),
+        ({"tokens": ["a", "b"]}, "tokens: 2 beside 2 values of kl, expected one more"),
+        ({"tokens": ["a"], "kl": []}, "tokens: 1 beside 0 values of kl, expected one more"),
+    ):
+        good = {"part": "task", "text": "", "kl": [0.1, 0.2], "tokens": ["a", "b", "c"]}
+        value = {"format": 1, "rows": [{"export": "vllm", "prompts": [good]}]}
+        ParityReport.from_json(value, "report")
+        bad = {"format": 1, "rows": [{"export": "vllm", "prompts": [good, good | figures]}]}
+        with pytest.raises(InputError, match=rf"^report: rows\[0\]\.prompts\[1\]\.{message}$"):
+            ParityReport.from_json(bad, "report")
     with pytest.raises(InputError, match="format 2, expected 1"):
         ParityReport.from_json({"format": 2, "rows": []}, "report")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,41 @@ def test_words_and_codes(here: Path, capfd: pytest.CaptureFixture[str], args: li
     assert "Traceback" not in err
     if code:
         assert len([line for line in err.splitlines() if line.startswith(("error", "Error"))]) <= 1
+
+
+HOSTILE = "a\x1b[2J\u202eb\nkind: export\x9b\r\x00"
+
+
+def test_inspect_shows_controls_escaped(here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """In lines, in JSON and in errors; the control is text of any language, which stays as it is."""
+    shutil.copytree(pair[1], here / "run" / "adapter")
+    for name in (HOSTILE, "crème brûlée 日本\u3000👩\u200d🚀"):
+        (here / "run" / "run.json").write_text(json.dumps({"base": {"id": name}, "finished": True}))
+        assert run(["inspect", "run"]) == 0
+        lines = capfd.readouterr().out
+        assert run(["inspect", "run", "--json"]) == 0
+        text = capfd.readouterr().out
+        assert json.loads(text)["base"] == name
+        assert run(["inspect", f"no {name}"]) == 2
+        error = capfd.readouterr().err
+        if name == HOSTILE:
+            assert r"base: a\x1b[2J\u202eb\nkind: export\x9b\r\x00" in lines.splitlines()
+            assert r"\u001b[2J\u202eb\nkind: export\u009b\r\u0000" in text
+            assert not any(char in lines + text + error for char in HOSTILE if not char.isprintable() and char != "\n")
+        else:
+            assert f"base: {name}\n" in lines and name in text
+
+
+@pytest.mark.parametrize(("args", "code"), [(["inspect", "nothing"], 1), (["tain"], 2), (["--version"], 0)])
+def test_stderr_may_be_closed(here: Path, args: list[str], code: int) -> None:
+    """The control: with it open, there is a message where the code is not 0."""
+    command = [sys.executable, "-m", "lora2serve", *args]
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True, check=False
+    )
+    whole = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert closed.returncode == whole.returncode == code
+    assert closed.stdout == whole.stdout and bool(whole.stderr) == (code > 0)
 
 
 def test_help_cuts_no_sentence(capfd: pytest.CaptureFixture[str]) -> None:

@@ -121,8 +121,10 @@ def test_a_manifest_cannot_name_files_outside(hub: HubServer, tmp_path: Path) ->
     path = export(tmp_path, "vllm")
     outside = tmp_path / "outside"
     outside.write_bytes(b"x")
-    change_manifest(path, files={**Export.open(path).manifest.to_json()["files"], "../outside": digest(outside)})
-    with pytest.raises(InputError, match="outside the export"):
+    manifest = json.loads((path / "lora2serve.json").read_text())
+    manifest["files"]["../outside"] = digest(outside)
+    (path / "lora2serve.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="expected a path inside the export"):
         push([path], repo_id=REPO)
 
 

@@ -154,8 +154,10 @@ def test_nothing_listens() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://x:99999", "http://[::1", ""]
-)
+    "address",
+    ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://x:99999", "http://[::1", "", "http://x..y",
+     "http://" + "x" * 64, "http://é..y", "http://x/\x01"],
+)  # fmt: skip
 def test_no_address(address: str) -> None:
     with pytest.raises(UsageError, match="invalid address, expected http://host:port"):
         HttpClient(address, patience=1)
@@ -317,6 +319,32 @@ def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
             assert HttpClient(here, patience=PATIENCE).call("GET", "/x") == {"by": "server"}
         assert HttpClient("http://example.invalid", patience=PATIENCE).call("GET", "/x") == {"by": "proxy"}
     assert proxy.requests[0][0].startswith("GET http://example.invalid/x ")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("HTTP_PROXY", "socks9://me:pw@h:1", "a proxy that cannot be used: http_proxy=socks9://h:1"),
+        ("HTTP_PROXY", "ftp://h:1", "a proxy that cannot be used: http_proxy=ftp://h:1"),
+        ("HTTPS_PROXY", "http://me:pw@[::1", "a proxy that cannot be used: https_proxy=http://[::1"),
+        ("ALL_PROXY", "http://x..y", "https://example.invalid: no answer (no such proxy)"),
+        ("A_KEY", "clé", "A_KEY: a character that no key has, expected printable ASCII"),
+        ("A_KEY", "key\n", "A_KEY: a character that no key has, expected printable ASCII"),
+        ("SSL_CERT_FILE", "/nope", "SSL_CERT_FILE=/nope: no certificates can be read (No such file or directory)"),
+        ("OTHER", "", "https://example.invalid: no answer (Name or service not known)"),
+    ],
+)
+def test_an_environment_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    """One line and a way out, without a password; the control, last, is a fault of the server's name alone."""
+    for name in ("no_proxy", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises((UsageError, Unreachable)) as caught:
+        HttpClient("https://example.invalid", patience=PATIENCE, key_variable="A_KEY").call("GET", "/x")
+    assert (caught.value.message, caught.value.hint != "") == (message, True)
 
 
 def test_a_connection_that_the_server_closed_meanwhile() -> None:
