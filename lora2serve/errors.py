@@ -32,6 +32,8 @@ class Lora2ServeError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # for a traceback
 
 
 class UsageError(Lora2ServeError):
@@ -91,10 +93,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'rank'?)"``, or an empty string when nothing is near."""
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """``" (did you mean 'rank'?)"``, or an empty string when nothing is near; ``prefix`` goes before the near one."""
     near = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return f" (did you mean {prefix + near[0]!r}?)" if near else ""
 
 
 def raise_all(problems: Sequence[str], error: Callable[[str], Exception] = CheckpointError) -> None:

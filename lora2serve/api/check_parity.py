@@ -67,13 +67,13 @@ def parity(
     from lora2serve.parity_check import comparisons
 
     progress = progress or default_progress()
-    trained, paths = _find(model, several(exports), base, progress)
-    settings = _settings(trained.settings, thresholds or {}, words(engines), words(require))
+    trained, paths = _find(model, several(exports, "exports"), base, progress)
+    settings = _settings(trained.settings, thresholds or {}, words(engines, "engines"), words(require, "require"))
     trained = replace(trained, settings=settings, rows=Path(data) if data else trained.rows)
     compared = comparisons.of_exports(trained, paths)
     if url:
         compared.append(comparisons.of_url(trained, url, url_model))
-    _refuse_unused(words(require), [comparison.engine for comparison in compared])
+    _refuse_unused(words(require, "require"), [comparison.engine for comparison in compared])
     report, page = _compare(trained, compared, ask, baseline, report_dir, progress)
     return ParityResult(report, page, tuple(paths))
 

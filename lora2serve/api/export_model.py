@@ -57,13 +57,13 @@ def export(
     byte is written. All are Lora2ServeError.
     """
     request = ExportRequest(
-        sources=() if source is None else several(source), targets=words(targets), quants=words(quants),
-        out=Path(out) if out else None, overwrite=overwrite, base=base, merge_base=merge_base, dtype=dtype, name=name,
-        adapters=tuple(adapters), combine=combine, weights=tuple(weights), density=density,
+        () if source is None else several(source, "source"), words(targets, "targets"), words(quants, "quants"),
+        Path(out) if out else None, overwrite, base=base, merge_base=merge_base, dtype=dtype, name=name,
+        adapters=tuple(adapters), combine=combine, weights=tuple(weights), density=density, install=install,
         allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle, calibrate=calibrate, shard_size=shard_size,
-        tensor_type=words(tensor_type), pre=pre, imatrix=Path(imatrix) if imatrix else None, split_size=split_size,
-        served_base=served_base, as_lora_rank=as_lora_rank, as_kind=as_kind, from_model=from_model, create=create,
-        install=install,
+        tensor_type=words(tensor_type, "tensor_type"), pre=pre, imatrix=Path(imatrix) if imatrix else None,
+        split_size=split_size, served_base=served_base, as_lora_rank=as_lora_rank, as_kind=as_kind,
+        from_model=from_model, create=create,
     )  # fmt: skip
     return run_export(request, progress)
 

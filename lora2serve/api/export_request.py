@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lora2serve.config.schema import show
 from lora2serve.config.sizes import parse_size
 from lora2serve.errors import UsageError
 from lora2serve.exporting.open_model import MergeBase, OpenOptions
@@ -87,14 +88,22 @@ class ExportRequest:
         return options
 
 
-def several(values: Named | Sequence[Named]) -> tuple[Named, ...]:
-    """One or several of a kind, as a tuple."""
-    return (values,) if isinstance(values, str | Path) else tuple(values)
+def several(values: Named | Sequence[Named], argument: str) -> tuple[Named, ...]:
+    """One or several names or paths, as a tuple; UsageError, which names the argument, for anything else."""
+    items = (values,) if isinstance(values, str | Path) or not isinstance(values, Iterable) else tuple(values)
+    wrong = [item for item in items if not isinstance(item, str | Path)]
+    if wrong:
+        raise UsageError(f"{argument}: {show(wrong[0])}, expected a name or a path, or a list of them")
+    return items
 
 
-def words(values: str | Sequence[str]) -> tuple[str, ...]:
-    """One or several words, as a tuple."""
-    return (values,) if isinstance(values, str) else tuple(values)
+def words(values: str | Sequence[str], argument: str) -> tuple[str, ...]:
+    """One or several words, as a tuple; UsageError, which names the argument, for anything else."""
+    items = (values,) if isinstance(values, str) or not isinstance(values, Iterable) else tuple(values)
+    wrong = [item for item in items if not isinstance(item, str)]
+    if wrong:
+        raise UsageError(f"{argument}: {show(wrong[0])}, expected a word or a list of words")
+    return items
 
 
 def accepts(options: type[Any]) -> set[str]:

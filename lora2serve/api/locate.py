@@ -46,8 +46,12 @@ def locate(source: str | Path | None, progress: Progress, *, pickle: bool = Fals
 
 
 def find_run(name: str | Path) -> runs.Run | None:
-    """The finished run of that path, or of that name under ``runs/``."""
-    return next((runs.Run(path) for path in (Path(name), runs.ROOT / name) if runs.is_run(path)), None)
+    """The finished run of that path, or of that name under ``runs/``; UsageError for one that was cut off."""
+    path = Path(name).expanduser()
+    run = next((runs.Run(path) for path in (path, runs.ROOT / name) if runs.is_run(path)), None)
+    if run is None:
+        runs.refuse_cut_off(path if path.exists() else runs.ROOT / name)
+    return run
 
 
 def find_export(name: str | Path) -> Path:

@@ -35,7 +35,7 @@ def push(
     ``hf auth login`` or HF_TOKEN.
     """
     progress = progress or default_progress()
-    paths = [Path(export) for export in several(exports)]
+    paths = [Path(export) for export in several(exports, "exports")]
     run = run_of_export(paths[0]) if paths else runs.latest()
     if run and not paths:
         paths = hub.choose(run.list_exports(), progress)

@@ -14,7 +14,7 @@ from lora2serve.api.export_request import Named, several, words
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.console import default_progress
-from lora2serve.errors import UsageError
+from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.progress import Progress
 from lora2serve.serving import server, server_process
 from lora2serve.serving.deploy import DeployKind, gather, render
@@ -75,10 +75,10 @@ def serve(
 
     Raises UsageError for exports that cannot share a server, EngineError for an engine that is not installed or ends.
     """
-    paths = tuple(Path(export) for export in several(exports))
+    paths = tuple(Path(export) for export in several(exports, "exports"))
     options = ServeOptions(
         engine, str(base) if base else None, host, port, allow_updates, tensor_parallel_size, pipeline_parallel_size,
-        words(engine_arguments),
+        words(engine_arguments, "engine_arguments"),
     )  # fmt: skip
     progress = progress or default_progress()
     if engine == "ollama":
@@ -139,17 +139,19 @@ def deploy(
     from lora2serve.serving.deploy import KINDS
 
     if kind not in KINDS:
-        raise UsageError(f"deploy {kind}: unknown kind", f"known kinds: {', '.join(KINDS)}")
+        raise UsageError(
+            f"deploy {kind}: unknown kind{did_you_mean(str(kind), KINDS)}", f"known kinds: {', '.join(KINDS)}"
+        )
     options = ServeOptions(
         None, str(base) if base else None, host, port, False, tensor_parallel_size, pipeline_parallel_size,
-        words(engine_arguments),
+        words(engine_arguments, "engine_arguments"),
     )  # fmt: skip
-    paths = [Path(export) for export in several(exports)] or [_default_export()]
+    paths = _chosen([Path(export) for export in several(exports, "exports")])
     return render(kind, gather(paths, options, store)).rstrip("\n")
 
 
 def _plan(exports: Sequence[Path], options: ServeOptions) -> ServerCommand:
-    return server.plan(list(exports) or [_default_export()], options)
+    return server.plan(_chosen(exports), options)
 
 
 def _ollama_export(exports: Sequence[Path], options: ServeOptions) -> tuple[Path, str]:
@@ -162,7 +164,7 @@ def _ollama_export(exports: Sequence[Path], options: ServeOptions) -> tuple[Path
     for option, requested in unusable.items():
         if requested:
             raise UsageError(f"--engine ollama with {option}: its server runs already", "OLLAMA_HOST names it")
-    paths = list(exports) or [_default_export(("ollama",))]
+    paths = _chosen(exports, ("ollama",))
     export = Export.open(paths[0])
     if len(paths) > 1 or not export.target.startswith("ollama"):
         raise UsageError(
@@ -172,7 +174,14 @@ def _ollama_export(exports: Sequence[Path], options: ServeOptions) -> tuple[Path
     return export.path, export.manifest.name
 
 
-def _default_export(targets: Sequence[str] = PREFERRED) -> Path:
+def _chosen(exports: Sequence[Path], targets: Sequence[str] = PREFERRED) -> list[Path]:
+    """The exports that were named, or the default one."""
+    for export in exports:
+        runs.refuse_cut_off(export)
+    return list(exports) or [_default_export(targets)]
+
+
+def _default_export(targets: Sequence[str]) -> Path:
     """The export of ``runs/latest`` that is for the first of these targets."""
     exports = {Export.open(path).target: path for path in reversed(runs.latest().list_exports())}
     for target in targets:

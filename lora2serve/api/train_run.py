@@ -88,11 +88,15 @@ def _fetch_base(model: ModelRecipe, progress: Progress) -> Path:
 def _unfinished(name: str | Path | None) -> runs.Run:
     """The run to resume: the last one, or by its path or its name under ``runs/``."""
     if name is None:
-        run = runs.latest()
+        run = runs.latest(finished=False)
+        if not run.recipe.is_file():
+            raise runs.cut_off(run.path)
     else:
         paths = (Path(name), runs.ROOT / name)
         directory = next((path for path in paths if (path / "recipe.yaml").is_file()), None)
         if directory is None:
+            for path in paths:
+                runs.refuse_cut_off(path)
             raise UsageError(f"--resume {name}: not a run", "name a directory under runs/, or none for the last run")
         run = runs.Run(directory)
     if run.record.finished:

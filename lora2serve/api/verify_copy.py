@@ -45,9 +45,11 @@ def verify(name: str | Path, *, allow_unproven: bool = False, progress: Progress
     """
     progress = progress or default_progress()
     run = find_run(name)
-    if run or Path(name).exists():
-        verified = _verify_here(run.list_exports() if run else [Path(name)], run.path if run else Path(name))
+    path = Path(name).expanduser()
+    if run or path.exists():
+        verified = _verify_here(run.list_exports() if run else [path], run.path if run else path)
     else:
+        hub.refuse_missing_path(str(name))
         checked = hub.pull_check(str(name), progress=progress)
         verified = Verified(
             checked.path, tuple(checked.exports), checked.files, checked.bytes, checked.unproven, checked.repo_id,

@@ -29,6 +29,7 @@ from lora2serve.errors import UsageError
 ROOT = Path("runs")
 LATEST = "latest"
 RECORD = "run.json"
+OTHER_KINDS = ("config.json", "adapter_config.json", "lora2serve.json")  # a model, an adapter, an export
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,40 @@ def kept_once_started(run: Run) -> Iterator[None]:
         raise
 
 
-def latest(root: Path = ROOT) -> Run:
-    """The run that was made last."""
+def latest(root: Path = ROOT, *, finished: bool = True) -> Run:
+    """The run that was made last; UsageError where it was cut off, unless it need not be ``finished``."""
     link = root / LATEST
     if not link.exists():
         raise UsageError(f"no {link} here", "train first (`lora2serve train`), or name a run or an adapter")
-    return Run(root / link.resolve().name)
+    run = Run(root / link.resolve().name)
+    if finished:
+        refuse_cut_off(run.path)
+    return run
 
 
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run directory with a finished adapter."""
     return (path / RECORD).is_file() and (path / "adapter" / "adapter_config.json").is_file()
+
+
+def refuse_cut_off(path: Path) -> None:
+    """UsageError where ``path`` is a run whose training did not end; whatever else it is passes."""
+    if not path.is_dir() or is_run(path) or any((path / name).is_file() for name in OTHER_KINDS):
+        return
+    empty = path.resolve().parent.name == ROOT.name and not any(path.iterdir())
+    if empty or ((path / "recipe.yaml").is_file() and not Run(path).record.finished):
+        raise cut_off(path)
+
+
+def cut_off(path: Path) -> UsageError:
+    """The error for a run whose training did not end, by its own name and not by that of the link."""
+    path = path.parent / path.readlink().name if path.is_symlink() else path
+    if any(path.glob("checkpoints/*")):
+        return UsageError(
+            f"{path}: not a finished run (training was cut off, or goes on)",
+            f"`lora2serve train --resume {path}` continues it",
+        )
+    return UsageError(
+        f"{path}: not a finished run (training was cut off before its first checkpoint)",
+        "train again (`lora2serve train`), or name another run",
+    )

@@ -44,7 +44,8 @@ class CommandGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], self.commands)}")
+            visible = [name for name, command in self.commands.items() if not command.hidden]
+            ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], visible)}")
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

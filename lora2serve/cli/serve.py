@@ -17,7 +17,7 @@ from lora2serve.cli.options import (
     renamed,
     server_options,
 )  # fmt: skip
-from lora2serve.errors import UsageError
+from lora2serve.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from lora2serve.api.serve_model import Engine
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
 KINDS = ("compose", "k8s", "production-stack", "kserve", "ray")
 STORE = "pvc://models"
+
+
+class Kind(click.Choice[str]):
+    """A kind of deployment: a mistyped one is answered with the nearest."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in KINDS:
+            raise UsageError(
+                f"deploy {value}: unknown kind{did_you_mean(value, KINDS)}", f"known kinds: {', '.join(KINDS)}"
+            )
+        return value
 
 
 class ServeCommand(EngineCommand):
@@ -109,7 +120,7 @@ def serve(
         ("lora2serve deploy ray bundle --store s3://bucket/models -- --max-model-len 8192", ""),
     ],
 )
-@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("kind", type=Kind(KINDS))
 @exports_argument
 @server_options
 @click.option(

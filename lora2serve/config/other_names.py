@@ -1,4 +1,7 @@
-"""What other libraries call a key of the recipe: each is answered with "did you mean"."""
+"""What other libraries call a key of the recipe: each is answered with "did you mean".
+
+A name with a section before it is one in that section only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ OTHER_NAMES: Mapping[str, str] = {
     name: path
     for path, names in {
         "model.path": "base_model model_name model_name_or_path model_id",
-        "data.train": "dataset datasets train_file train_data data_path",
+        "data.train": "dataset datasets train_file train_data data_path data.path",
         "data.eval": "eval_file eval_data eval_dataset validation validation_file",
         "data.eval_split": "val_set_size val_size test_size validation_split",
         "data.max_length": "max_seq_length max_seq_len sequence_len seq_length cutoff_len model_max_length",

@@ -128,6 +128,10 @@ def find(name: str | None) -> Path:
     known = {path.stem: path for path in sorted(_builtin().glob("*.yaml"))}
     if name in known:
         return known[name]
+    if Path(name).is_dir():
+        inside = Path(name) / FILE
+        hint = f"`lora2serve train {inside}`" if inside.is_file() else f"built in: {', '.join(known)}"
+        raise UsageError(f"recipe {name!r}: a directory, expected a YAML file or a built-in recipe", hint)
     raise UsageError(
         f"recipe {name!r}: no such file or built-in recipe{did_you_mean(name, known)}", f"built in: {', '.join(known)}"
     )
@@ -150,8 +154,9 @@ def load_section(path: Path, kind: type[Section]) -> Section:
     """One section of a run's recipe, whatever an earlier release wrote into the others."""
     content, problems = _read(path)
     key = {ModelRecipe: "model", DataRecipe: "data", ParityRecipe: "parity"}[kind]
-    section = build(kind, content.get(key), problems)
-    _raise(path, [f"{key}.{problem}" for problem in problems])
+    problems = []
+    section = build(kind, content.get(key), problems, path=key)
+    _raise(path, problems)
     return _absolute(section, path.resolve().parent)
 
 

@@ -20,13 +20,15 @@ TYPE_NAMES: Mapping[object, str] = {str: "text", int: "a whole number", float: "
 UNKNOWN = "?"  # instead of a text that is missing or wrong
 
 
-def build(kind: type[T], content: object, problems: list[str], other_names: Mapping[str, str] | None = None) -> T:
+def build(
+    kind: type[T], content: object, problems: list[str], other_names: Mapping[str, str] | None = None, path: str = ""
+) -> T:  # fmt: skip
     """``content`` (what YAML gives) as a ``kind``: a dataclass of scalars, Literals, tuples, Mappings and their unions.
 
     Where it does not fit, ``problems`` gets a line and the default is taken, so that all other values are checked, too.
-    ``other_names`` are what other libraries call a key: name -> key path.
+    ``other_names`` are what other libraries call a key: name -> key path. ``path`` is where the content stands.
     """
-    return cast("T", _Builder(problems, other_names or {}).build(kind, content, ""))
+    return cast("T", _Builder(problems, other_names or {}).build(kind, content, path))
 
 
 def show(value: object) -> str:
@@ -111,11 +113,11 @@ class _Builder:
         return kind(**built)
 
     def _meant(self, key: object, prefix: str, known: Collection[str]) -> str:
-        """The key that another library's name is for, or the one that is spelled nearly so."""
+        """The key that another library's name is for, or the one that is spelled nearly so, by its whole path."""
         if not isinstance(key, str):
             return ""
-        path = self.other_names.get(key, "")
-        return f" (did you mean {path.removeprefix(prefix)!r}?)" if path else did_you_mean(key, known)
+        path = self.other_names.get(f"{prefix}{key}") or self.other_names.get(key)
+        return f" (did you mean {path!r}?)" if path else did_you_mean(key, known, prefix)
 
     def _annotated(self, kind: object, notes: Sequence[object], value: object, path: str) -> object:
         for note in notes:

@@ -37,7 +37,7 @@ def fetch(
     path = Path(name).expanduser()
     if path.exists():
         return FetchedDir(path, None, name)
-    _refuse_missing_path(name)
+    refuse_missing_path(name)
     repo_id, at_revision = _split(name)
     revision = revision or at_revision
     try:
@@ -53,7 +53,7 @@ def pin_data(name: str) -> tuple[str, str]:
     """
     from huggingface_hub import HfApi
 
-    _refuse_missing_path(name)
+    refuse_missing_path(name)
     repo_id, revision = _split(name)
 
     def resolve() -> str:
@@ -88,13 +88,15 @@ def _download(repo_id: str, revision: str | None, pickle: bool, progress: Progre
     return FetchedDir(path, path.name, repo_id)
 
 
-def _refuse_missing_path(name: str) -> None:
-    """An error for a name that can only be a path; ``a/b`` may be either."""
+def refuse_missing_path(name: str) -> None:
+    """InputError for a name that can only be a path; ``a/b`` may be either, unless ``a`` is ``runs``."""
     parent = Path(name).expanduser().parent
-    if not (name.startswith((".", "~", "/")) or name.endswith("/") or "\\" in name or name.count("/") > 1):
+    in_runs = name.startswith("runs/")
+    if not (in_runs or name.startswith((".", "~", "/")) or name.endswith("/") or "\\" in name or name.count("/") > 1):
         return
     where = _near(name) if parent.is_dir() else f" (there is no {parent} either)"
-    raise InputError(f"{name}: no such directory{where}", "or name a Hub id: org/name")
+    kind, hint = ("run or directory", "`lora2serve train` makes one") if in_runs else ("directory", "")
+    raise InputError(f"{name}: no such {kind}{where}", hint or "or name a Hub id: org/name")
 
 
 def _also_not_local(name: str, message: str) -> str:

@@ -40,7 +40,7 @@ def test_functions_are_functions_whatever_was_imported(order: Sequence[str]) -> 
 def test_every_name_is_there_and_no_other() -> None:
     assert sorted(lora2serve.__all__) == lora2serve.__all__
     assert all(getattr(lora2serve, name) for name in lora2serve.__all__)
-    assert set(lora2serve.__all__) <= set(dir(lora2serve))
+    assert [name for name in dir(lora2serve) if not name.startswith("__")] == lora2serve.__all__
     with pytest.raises(AttributeError, match="has no attribute 'exprot'"):
         _ = lora2serve.exprot  # type: ignore[attr-defined]
 
@@ -83,6 +83,9 @@ def test_failures_are_ours(adapter: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for call, words in (
         (lambda: lora2serve.export(adapter, targets="vlm"), "did you mean 'vllm'"),
         (lambda: lora2serve.export(adapter, targets="vllm", dtype="int3"), "dtype: 'int3', expected one of bf16"),  # type: ignore[arg-type]
+        (lambda: lora2serve.export(adapter, targets=5), "targets: 5, expected a word"),  # type: ignore[arg-type]
+        (lambda: lora2serve.export(adapter, targets="gguf", quants=3), "quants: 3, expected a word"),  # type: ignore[arg-type]
+        (lambda: lora2serve.export(adapter, targets=["vllm", 5]), "targets: 5, expected a word"),  # type: ignore[list-item]
         (lambda: lora2serve.export(targets="vllm"), "no runs/latest here"),
         (lora2serve.parity, "no runs/latest here"),
         (lambda: lora2serve.serve(adapter), "not an export of lora2serve"),
@@ -95,6 +98,14 @@ def test_failures_are_ours(adapter: Path, tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(lora2serve.Lora2ServeError, match=words):
             call()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_traceback_has_the_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(lora2serve.Lora2ServeError) as caught:
+        lora2serve.export(targets="vllm")
+    assert caught.value.__notes__ == [f"hint: {caught.value.hint}"]
+    assert str(caught.value) == caught.value.message
 
 
 def test_progress_is_the_callers(adapter: Path, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (["parity"], 2, "no runs/latest here"),
         (["serve"], 2, "no runs/latest here"),
         (["serve", "--print"], 2, "no runs/latest here"),
+        (["inspect", "runs/latest"], 1, "runs/latest: no such run or directory"),
+        (["verify", "runs/latest"], 1, "runs/latest: no such run or directory"),
+        (["verify", "~/no-such-run"], 1, "~/no-such-run: no such directory"),
+        (["deploy", "k8"], 2, "deploy k8: unknown kind (did you mean 'k8s'?)"),
+        (["train", "."], 2, "recipe '.': a directory, expected a YAML file"),
     ],
 )
 def test_words_and_codes(here: Path, capfd: pytest.CaptureFixture[str], args: list[str], code: int, said: str) -> None:
@@ -88,6 +93,36 @@ def test_stderr_may_be_closed(here: Path, args: list[str], code: int) -> None:
     whole = subprocess.run(command, capture_output=True, text=True, check=False)
     assert closed.returncode == whole.returncode == code
     assert closed.stdout == whole.stdout and bool(whole.stderr) == (code > 0)
+
+
+def test_a_hidden_command_is_not_proposed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["check"]) == 2
+    assert "no such command 'check'" in (err := capfd.readouterr().err) and "pull-check" not in err
+
+
+COMMANDS = (
+    ["export", "-t", "vllm"], ["serve"], ["serve", "--engine", "ollama"], ["deploy", "k8s"], ["parity"],
+    ["push", "--repo-id", "you/x"], ["train", "--resume"],
+    ["export", "runs/demo-2", "-t", "vllm"], ["export", "demo-2", "-t", "vllm"], ["serve", "runs/demo-2"],
+    ["parity", "demo-2"], ["inspect", "runs/latest"], ["verify", "runs/demo-2"], ["train", "demo-2", "--resume"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
+def test_a_run_that_was_cut_off_at_once(here: Path, capfd: pytest.CaptureFixture[str], args: list[str]) -> None:
+    (here / "runs" / "demo-2").mkdir(parents=True)
+    (here / "runs" / "latest").symlink_to("demo-2")
+    assert run(args) == 2
+    problem, hint = capfd.readouterr().err.splitlines()
+    assert problem.endswith("runs/demo-2: not a finished run (training was cut off before its first checkpoint)")
+    assert "name another run" in hint
+
+
+def test_a_run_that_was_cut_off_later(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "runs" / "demo" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    (here / "runs" / "demo" / "recipe.yaml").touch()
+    assert run(["export", "demo", "-t", "vllm"]) == 2
+    assert "`lora2serve train --resume runs/demo`" in capfd.readouterr().err
 
 
 def test_help_cuts_no_sentence(capfd: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ def test_a_typo_in_each_key_is_named(write: Any, path: str) -> None:
     parent, _, last = path.rpartition(".")
     typo = last[:-1] if len(last) > 4 else f"{last}s"
     (line,) = [line for line in problems(write(put(LEAST, f"{parent}.{typo}" if parent else typo, 1))) if typo in line]
-    assert line == f"r.yaml: {parent}{'.' if parent else ''}{typo}: unknown key (did you mean {last!r}?)"
+    assert line == f"r.yaml: {parent}{'.' if parent else ''}{typo}: unknown key (did you mean {path!r}?)"
 
 
 @pytest.mark.parametrize("path", key_paths())
@@ -163,14 +163,18 @@ def test_what_other_libraries_call_a_key(write: Any) -> None:
     assert not OTHER_NAMES.keys() & set(WORDS) - {path.rpartition(".")[2] for path in OTHER_NAMES.values()}
     for name in ("r", "lora_r", "lora_rank"):
         assert problems(write(put(LEAST, f"train.lora.{name}", 8))) == [
-            f"r.yaml: train.lora.{name}: unknown key (did you mean 'rank'?)"
+            f"r.yaml: train.lora.{name}: unknown key (did you mean 'train.lora.rank'?)"
         ]
     for section in ("", "train."):
         (line,) = problems(write(put(LEAST, f"{section}lora_alpha", 8)))
-        assert line.endswith(f"did you mean '{'lora.alpha' if section else 'train.lora.alpha'}'?)")
+        assert line.endswith("did you mean 'train.lora.alpha'?)")
     assert problems(write(LEAST), "train.lora.target_modules=[q_proj]") == [
-        "r.yaml: train.lora.target_modules: unknown key (did you mean 'targets'?)"
+        "r.yaml: train.lora.target_modules: unknown key (did you mean 'train.lora.targets'?)"
     ]
+    assert problems(write(put(LEAST, "data.path", "rows.jsonl"))) == [
+        "r.yaml: data.path: unknown key (did you mean 'data.train'?)"
+    ]
+    assert problems(write(put(LEAST, "parity.path", "x"))) == ["r.yaml: parity.path: unknown key"]
     (line,) = problems(write(put(LEAST, "learning_rate", 1e-4)))
     assert line == "r.yaml: learning_rate: unknown key (did you mean 'train.learning_rate'?)"
 
@@ -257,7 +261,7 @@ def test_overrides(write: Any) -> None:
     assert problems(path, "train.lora.rnak=32", "novalue", "name.x=1", "train.steps=x") == [
         "r.yaml: --set novalue: expected KEY=VALUE",
         "r.yaml: name: {'x': 1}, expected text",
-        "r.yaml: train.lora.rnak: unknown key (did you mean 'rank'?)",
+        "r.yaml: train.lora.rnak: unknown key (did you mean 'train.lora.rank'?)",
         "r.yaml: train.steps: 'x', expected a whole number",
     ]
     assert "name holds no keys" in problems(write({**LEAST, "name": "x"}), "name.x=1")[0]
@@ -316,6 +320,8 @@ def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         find(None)
     with pytest.raises(UsageError, match="did you mean 'demo'"):
         find("dmeo")
+    with pytest.raises(UsageError, match=r"recipe '\.': a directory, expected a YAML file or a built-in recipe"):
+        find(".")
     assert find("demo").name == "demo.yaml"
     (tmp_path / "lora2serve.yaml").touch()
     assert find(None) == Path("lora2serve.yaml")
