@@ -121,12 +121,9 @@ class Manifest(JsonRecord):
         return manifest
 
     def misfits(self) -> Iterator[tuple[str, str]]:
-        single = [("file", self.file), ("projector", self.projector)]
-        for key, name in [
-            *(("files", name) for name in self.files),
-            *(("bundle", name) for name in self.bundle),
-            *single,
-        ]:
+        names: list[tuple[str, str | None]] = [("file", self.file), ("projector", self.projector)]
+        names += [("files", name) for name in self.files] + [("bundle", name) for name in self.bundle]
+        for key, name in names:
             if name is not None and not is_relative(name):
                 yield key, f"{show(name)}, expected a path inside the export"
 

@@ -261,8 +261,8 @@ def _environment_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        given = [f"{name}={os.environ[name]}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
-        where = given[0] if given else "this system's certificates"
+        settings = [f"{name}={os.environ[name]}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        where = settings[0] if settings else "this system's certificates"
         raise UsageError(
             f"{where}: no certificates can be read ({error.strerror or type(error).__name__})",
             "let SSL_CERT_FILE name a PEM file of certificates, or unset it",

@@ -287,7 +287,7 @@ def test_what_a_push_without_names_takes(
     assert command_line(["push", "--repo-id", REPO]) == 0
     out, err = capfd.readouterr()
     assert out.split() == [f"{hub.url}/{REPO}{suffix}" for suffix in ("", "-lora", "-GGUF")]
-    assert "gguf-Q4_K_M: stays here, its GGUF differs from that of runs/demo/exports/ollama-Q4_K_M" in err
+    assert "gguf-Q4_K_M: not pushed: its GGUF differs from that of runs/demo/exports/ollama-Q4_K_M" in err
     assert pull_check(f"{REPO}-GGUF").exports == ["gguf-Q8_0", "ollama-Q4_K_M"]
     with pytest.raises(UsageError, match=r"its demo-Q4_K_M.gguf differs from that of another export"):
         push(made, repo_id=f"{REPO}-2")
