@@ -155,7 +155,7 @@ def test_targets_and_types_are_those_of_the_code() -> None:
     readme, gguf, vllm = (
         (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/gguf.md", "docs/vllm.md")
     )
-    assert {row[0].strip("`") for row in table(readme, "Targets")} == set(target_names()) - {"ollama-adapter"}
+    assert {row[0].strip("`") for row in table(readme, "Targets")} == set(target_names())
     types = section(gguf, "Types").strip().split("\n\n")[0]
     assert set(re.findall(r"\b(?:[BI]?[FQ]|MXFP)\d[A-Z0-9_]*\b", types)) == set(find("gguf").quants)
     schemes = [name for row in table(vllm, "Schemes") for name in re.findall("`(.+?)`", row[0])]

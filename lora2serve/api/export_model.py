@@ -11,6 +11,7 @@ from typing import Any
 from lora2serve.api import after_export, export_calibration
 from lora2serve.api.export_request import Combine, DType, ExportRequest, Named, OllamaKind, several, words
 from lora2serve.api.export_source import open_source
+from lora2serve.artifacts import staging
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
@@ -118,7 +119,12 @@ def _prepare(request: ExportRequest, progress: Progress, stack: ExitStack, *, dr
     after_export.refuse(request, [target for target, _ in planned])
     if len(request.sources) > 1 and not request.adapters:
         return _prepare_bundle(request, planned, progress, stack)
-    model, home = open_source(request.sources, request, progress, stack)
+
+    def check(home: Path) -> None:
+        for target, chosen in planned:
+            staging.refuse((request.out or home) / _folder(target, chosen), overwrite=request.overwrite)
+
+    model, home = open_source(request.sources, request, progress, stack, check)
     options |= export_calibration.prepare(targets, model, home, request, progress, dry_run=dry_run)
     return _Single(model, _plans(targets, request, options, request.out or home))
 
@@ -147,6 +153,9 @@ def _prepare_bundle(
         )
     if request.name:
         raise UsageError(f"--name {request.name} with {count} runs: each adapter keeps its run's name")
-    models = [open_source((source,), request, progress, stack)[0] for source in request.sources]
+    if request.out:
+        staging.refuse(request.out, overwrite=request.overwrite)
+    models = [open_source((source,), request, progress, stack, lambda _: None)[0] for source in request.sources]
     out = request.out or Path("exports") / "+".join(model.name for model in models)
+    staging.refuse(out, overwrite=request.overwrite)
     return _Bundle(models, planned[0][1], out)

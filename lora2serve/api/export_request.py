@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lora2serve.artifacts.manifest import ADAPTER_TARGETS
 from lora2serve.config.schema import show
 from lora2serve.config.sizes import parse_size
 from lora2serve.errors import UsageError
@@ -74,7 +75,8 @@ class ExportRequest:
 
     def open_options(self) -> OpenOptions:
         """How the model is opened."""
-        return OpenOptions(self.merge_base, self.dtype, self.allow_base_mismatch, self.name)
+        folds = bool(self.as_lora_rank) or any(target not in ADAPTER_TARGETS for target in self.target_names())
+        return OpenOptions(self.merge_base, self.dtype, self.allow_base_mismatch, self.name, folds)
 
     def target_options(self) -> dict[str, Any]:
         """The options of single targets that are set, for whichever target has them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,37 +15,46 @@ from lora2serve.exporting.sinks import ExportModel
 from lora2serve.progress import Progress
 from lora2serve.system.hub_snapshot import short_name
 
+CheckFolder = Callable[[Path], None]
+
 
 def open_source(
-    sources: Sequence[Named], request: ExportRequest, progress: Progress, stack: ExitStack
+    sources: Sequence[Named], request: ExportRequest, progress: Progress, stack: ExitStack, check: CheckFolder
 ) -> tuple[ExportModel, Path]:
-    """The model to export and the folder for its exports; ``stack`` keeps what must not outlive the export."""
+    """The model to export and the folder for its exports; ``stack`` keeps what must not outlive the export.
+
+    ``check`` gets that folder before the model is opened.
+    """
     if request.adapters:
         if sources:
             raise UsageError(
                 "--adapter with a RUN: expected one of the two", "name the run's adapter directory with --adapter"
             )
-        return _open_adapters(request.adapters, request, progress, stack)
+        return _open_adapters(request.adapters, request, progress, stack, check)
     source = locate(sources[0] if sources else None, progress, pickle=request.allow_pickle)
     if source.run:
+        check(source.run.exports)
         base, _ = base_of_run(source.run.record.base, request.base, progress)
         return models.open_run(source.run, base, request.open_options(), progress), source.run.exports
     if source.is_adapter:
-        return _open_adapters((source.path,), request, progress, stack)
-    model = models.open_plain(source.path, source.name, request.open_options())
-    return model, Path("exports") / short_name(source.path)
+        return _open_adapters((source.path,), request, progress, stack, check)
+    home = Path("exports") / short_name(source.path)
+    check(home)
+    return models.open_plain(source.path, source.name, request.open_options()), home
 
 
 def _open_adapters(
-    adapters: Sequence[Named], request: ExportRequest, progress: Progress, stack: ExitStack
+    adapters: Sequence[Named], request: ExportRequest, progress: Progress, stack: ExitStack, check: CheckFolder
 ) -> tuple[ExportModel, Path]:
     paths = [fetch(name, progress, pickle=request.allow_pickle) for name in adapters]
     if request.allow_pickle:
         from lora2serve.adapters.pickles import convert
 
         paths = [convert(path, _scratch(stack)) for path in paths]
+    home = Path("exports") / short_name(paths[0])
+    check(home)
     base = base_of_adapter(paths[0], request.base)
-    local, name = fetch(base, progress), short_name(paths[0])
+    local = fetch(base, progress)
     _warn_of_quantized(local, base, progress)
     if request.combine:
         from lora2serve.adapters.combine import combine
@@ -54,7 +63,7 @@ def _open_adapters(
         weights = request.weights or (1.0,) * len(paths)
         checkpoint = Checkpoint(local)
         paths = [combine(paths, checkpoint, request.combine, weights, request.density, _scratch(stack))]
-    return models.open_adapters(paths, local, base, request.open_options()), Path("exports") / name
+    return models.open_adapters(paths, local, base, request.open_options()), home
 
 
 def _scratch(stack: ExitStack) -> Path:

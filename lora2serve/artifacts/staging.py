@@ -239,6 +239,19 @@ def opened(target: Path, *, overwrite: bool) -> Iterator[StagedDir]:
             output.discard()
 
 
+def refuse(target: Path, *, overwrite: bool) -> None:
+    """ExportError where ``opened`` would not take ``target``, as far as that is known now; leaves nothing there."""
+    target = target.absolute()
+    folder = next(parent for parent in target.parents if os.path.lexists(parent))
+    try:
+        Path(tempfile.mkdtemp(prefix=".lora2serve-", dir=folder)).rmdir()  # by trying: modes do not tell of /proc
+    except OSError as error:
+        raise ExportError(
+            f"{target}: cannot be made in {folder}: {error.strerror}", "choose another directory with -o"
+        ) from None
+    _refuse_existing(target, overwrite)
+
+
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ExportError(f"{target}: exists and is not a directory", "choose another directory with -o")

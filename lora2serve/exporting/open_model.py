@@ -34,6 +34,7 @@ class OpenOptions:
     dtype: str | None = None  # a key of DTYPES; None keeps the base's
     allow_base_mismatch: bool = False
     name: str | None = None
+    folds: bool = True  # whether an output holds merged weights; False for adapters alone
 
 
 def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> ExportModel:
@@ -46,7 +47,8 @@ def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> E
             f"{base}: not the base of this run: {mismatch}", "--base names another; --allow-base-mismatch folds anyway"
         )
     merge_base, why = decide_merge_base(record, choice.merge_base)
-    progress.note(f"folding onto the {merge_base} base: {why}")
+    if choice.folds:
+        progress.note(f"folding onto the {merge_base} base: {why}")
     source: Source = Dequantized(checkpoint)
     if merge_base == "trained" and record.quantization and not checkpoint.config.get("quantization_config"):
         source = FakeQuantized(source, Quantization.of(record.to_json()))

@@ -170,8 +170,9 @@ class Exporter(Protocol):
 
 
 def target_names() -> list[str]:
-    """All target names: the built-in ones, then those of installed packages."""
-    return [*BUILTIN, *(point.name for point in entry_points(group=GROUP) if point.name not in BUILTIN)]
+    """What users can name: the built-in targets, then those of installed packages."""
+    builtin = [name for name in BUILTIN if name != "ollama-adapter"]  # for users: --target ollama --as adapter
+    return [*builtin, *(point.name for point in entry_points(group=GROUP) if point.name not in BUILTIN)]
 
 
 def find(name: str) -> Exporter:
@@ -224,16 +225,24 @@ def _refuse_homeless(targets: Mapping[str, Exporter], quants: Sequence[str], req
     known_quants = {quant.lower(): quant for exporter in targets.values() for quant in exporter.quants}
     known_options = {f.name for exporter in targets.values() for f in fields(exporter.Options)}
     problems = [
-        f"--quant {quant}: unknown for {shown}{_nearest_quant(quant, known_quants)}"
+        f"--quant {quant}: unknown for {shown}{_targets_of(quant) or _nearest_quant(quant, known_quants)}"
         for quant in quants
         if quant.lower() not in known_quants
     ]
+    unknown = [quant for quant in quants if quant.lower() not in known_quants and not _targets_of(quant)]
     problems += [
         f"--{key.replace('_', '-')}: not an option of {shown}" for key in requested if key not in known_options
     ]
     if problems:
-        hint = f"known types: {', '.join(known_quants.values())}" if known_quants else ""
+        hint = f"known types: {', '.join(known_quants.values())}" if known_quants and unknown else ""
         raise UsageError("\n".join(problems), hint)
+
+
+def _targets_of(quant: str) -> str:
+    """The built-in targets that know the type, in words; empty where none does."""
+    exporters = {name: find(name) for name in BUILTIN}
+    names = [name for name, exporter in exporters.items() if quant.lower() in map(str.lower, exporter.quants)]
+    return f", a type of --target {' or '.join(names)}" if names else ""
 
 
 def _nearest_quant(quant: str, known: Mapping[str, str]) -> str:

