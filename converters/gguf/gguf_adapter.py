@@ -22,6 +22,7 @@ from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.weights.tensors import Block, TensorSpec
 
 if TYPE_CHECKING:
+    from gguf import GGUFWriter
     from torch import Tensor
 
 LORA_MATRICES = {"lora_A", "lora_B"}
@@ -49,6 +50,7 @@ class GgufAdapterSink:
             self._row_maps = {module: row_maps.of(f"{module}.weight") for module in self._adapter.layers}
         _refuse(self._adapter, self._row_maps, model)
         self._out, self.name = out, f"{model.name}-lora.gguf"
+        self._file = out.file(self.name, self._planned_size())
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         """Never called: nothing is wanted of the merged model."""
@@ -57,22 +59,48 @@ class GgufAdapterSink:
         with tempfile.TemporaryDirectory(prefix="lora2serve-adapter-") as folder:
             path = Path(folder) / self.name
             self._write_file(path)
-            content = path.read_bytes()
-        file = self._out.file(self.name, len(content))
-        file.pwrite(content, 0)
+            self._file.pwrite(path.read_bytes(), 0)
         use = f"llama-server -m BASE.gguf --lora {self._out.target / self.name}"
         return ExportFacts(use=use, architecture=self._architecture, file=self.name)
 
     def close(self) -> None:
         pass
 
-    def _write_file(self, path: Path) -> None:
+    def _planned_size(self) -> int:
+        """Bytes of the file, from the shapes alone: its header is written to a scratch file, no weight is read."""
+        import numpy as np
+
+        with tempfile.TemporaryDirectory(prefix="lora2serve-adapter-") as folder:
+            path = Path(folder) / self.name
+            writer, tensor_bytes = self._writer(path), 0
+            for target, parts in _by_target(self._row_maps).items():
+                for name, shape in self._shapes(target, parts).items():
+                    count = 4 * shape[0] * shape[1]
+                    writer.add_tensor_info(name, shape, np.dtype(np.float32), count)
+                    tensor_bytes += writer.ggml_pad(count, writer.data_alignment)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            return int(writer.ggml_pad(path.stat().st_size, writer.data_alignment)) + tensor_bytes
+
+    def _shapes(self, target: str, parts: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+        """Those of ``_factors``, by the names of the file's tensors."""
+        shapes = [self._adapter.layers[module].parts["lora_A"].shape for module in parts]
+        rank, rows = sum(shape[0] for shape in shapes), len(next(iter(parts.values())))
+        return {f"{target}.lora_a": (rank, shapes[0][1]), f"{target}.lora_b": (rows, rank)}
+
+    def _writer(self, path: Path) -> GGUFWriter:
         from gguf import GGUFWriter
 
         writer = GGUFWriter(path, self._architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 0.0)
+        return writer
+
+    def _write_file(self, path: Path) -> None:
+        writer = self._writer(path)
         for target, parts in _by_target(self._row_maps).items():
             a, b = self._factors(parts)
             writer.add_tensor(f"{target}.lora_a", a.numpy())

@@ -12,7 +12,10 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+from lora2serve.api.export_model import plan_export
+from lora2serve.api.export_request import ExportRequest
 from lora2serve.artifacts.run import Run
+from lora2serve.exporting.stream import PlannedOutput
 from tests.conftest import lora2serve
 
 IDS = list(range(20, 90))
@@ -84,6 +87,8 @@ def test_equals_peft(
 
     adapter = make_adapter(tmp_path / "adapter", base, std=0.05, **kind)
     file = exported(tmp_path / "out", adapter, "--base", base, "-t", "gguf-adapter")
+    request = ExportRequest((adapter,), ("gguf-adapter",), base=base, out=tmp_path / "planned")
+    assert list(plan_export(request).outputs.values()) == [PlannedOutput(1, file.stat().st_size)]
     tuned = PeftModel.from_pretrained(loaded, adapter)
     with torch.no_grad():
         expected = tuned(torch.tensor([IDS])).logits[0].double().numpy()
