@@ -180,7 +180,7 @@ def test_rows_are_spread_over_the_data() -> None:
 def test_other_tensors_than_given(made: Path) -> None:
     given_ = Checkpoint(made / "base")
     calibrated._check_names(given_.specs(), given_)
-    with pytest.raises(EngineError, match=r"other tensors than it was given: model.norm.weight"):
+    with pytest.raises(EngineError, match=r"other tensors than planned: model.norm.weight"):
         calibrated._check_names([s for s in given_.specs() if s.name != "model.norm.weight"], given_)
 
 
