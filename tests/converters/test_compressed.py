@@ -333,7 +333,7 @@ def test_refusals(tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any], str, str]] = [
         ("llama", {}, "fp8-block", r"k_proj.weight: 32 rows, expected a multiple of 128"),
         ("llama", {"intermediate_size": 136}, "w4a16", r"down_proj.weight: 136 columns, expected a multiple of 32"),
-        ("gpt2", {"n_embd": 64, "n_layer": 1, "n_head": 4}, "fp8", r"gpt2: its weights lie transposed"),
+        ("gpt2", {"n_embd": 64, "n_layer": 1, "n_head": 4}, "fp8", r"gpt2: its weights are stored transposed"),
     ]
     for number, (kind, changes, quant, said) in enumerate(cases):
         base = make_model(tmp_path / f"base{number}", kind, **changes)

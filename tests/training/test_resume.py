@@ -157,7 +157,7 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(eval_loss, "on_original", interrupted)
         assert command(["train"]) == 130
-    assert "runs/run is kept: `lora2serve train --resume` goes on" in capfd.readouterr().err
+    assert "runs/run is kept: `lora2serve train --resume` continues" in capfd.readouterr().err
     assert not Run(tmp_path / "runs" / "run").record.finished
     assert command(["train", "--resume"]) == 0
     assert Run(tmp_path / "runs" / "run").record.finished
