@@ -129,7 +129,7 @@ def test_a_hub_that_is_down_is_one_line_and_a_rerun_is_whole(hub: HubServer, tmp
     hub.fail(step, status=503, times=GIVES_UP)
     with pytest.raises(HubError) as caught:
         push([path], repo_id=REPO)
-    said = "no JSON" if step == "validate" else "503"  # the client reads that answer before it looks at the status
+    said = "not JSON" if step == "validate" else "503"  # the client reads that answer before it looks at the status
     assert said in caught.value.message
     assert "again" in caught.value.hint
     assert "\n" not in caught.value.message
