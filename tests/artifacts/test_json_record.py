@@ -134,7 +134,7 @@ LONG = int("9" * 4000)  # as JSON may have it, and no float
         ('{"name": "n", "name": "m"}', "name: given twice"),
         ('{"name": "n", "parts": {"p": {"size": 1, "size": 1}}}', "size: given twice"),
         ('{"name": "n", "later": {"\\u001b": 1, "\\u001b": 1}}', r"'\\x1b': given twice"),
-        ('{"name": "n", "later": ' + "[" * 50_000 + "]" * 50_000 + "}", "not JSON .*"),
+        ('{"name": "n", "later": ' + "[" * 50_000 + "]" * 50_000 + "}", "not JSON (?s:.*)"),
     ],
 )  # fmt: skip
 def test_values_that_harm_later(value: object, message: str) -> None:
