@@ -49,8 +49,13 @@ def test_every_row_is_met(whole: Run, capfd: pytest.CaptureFixture[str], monkeyp
     assert report["met"]
     rows = {(row["export"], row["engine"]): row for row in report["rows"]}
     merge_base = json.loads((whole.exports / "vllm" / "lora2serve.json").read_text())["merge_base"]
+    if "avx512f" not in Path("/proc/cpuinfo").read_text():  # vLLM's build for AVX2 has no kernel for 4-bit weights
+        row = rows.pop(("vllm-w4a16", "vllm"))
+        assert row["status"] == "missing" and "cannot run this scheme" in row["gates"][0]["first"]
     for key, reference in ROWS.items():
-        row = rows.pop(key)
+        row = rows.pop(key, None)
+        if row is None and key == ("vllm-w4a16", "vllm"):
+            continue
         assert row["status"] == "met"
         assert row["reference"] == (merge_base if reference == "trained" else reference)
         assert [gate["status"] for gate in row["gates"]] == ["met", "met", "met"]
@@ -84,7 +89,7 @@ def test_a_bound_that_cannot_be_met_is_exit_code_3(whole: Run, capfd: pytest.Cap
         (["--threshold", "Q4_K_N.mean_kl=1"], "did you mean 'Q4_K_"),
         (["--threshold", "Q4_K_M.mean_kll=1"], "did you mean 'mean_kl'?"),
         (["--threshold", "Q4_K_M.mean_kl=x"], "expected FORMAT.FIGURE=NUMBER"),
-        (["no-such-export"], "no export"),
+        (["no-such-export"], "not an export"),
     ],
 )
 def test_typos(whole: Run, capfd: pytest.CaptureFixture[str], words: list[str], said: str) -> None:

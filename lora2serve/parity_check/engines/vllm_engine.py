@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,8 @@ class Vllm:
         if not on_cpu:
             options["gpu_memory_utilization"] = 0.5
         self._dtype = dtype or (cpu_dtype(model) if on_cpu else "auto")
-        try:
+        with kernels():
             self.llm: Any = LLM(model, dtype=self._dtype, **options)
-        except ValueError as error:
-            raise no_kernel(str(error)) or error from None
         self.lora = LoRARequest("parity", 1, adapter) if adapter else None
         self.version = f"vllm {_version()} {self.llm.model_config.dtype} {current_platform.device_type}".replace(
             "torch.", ""
@@ -65,10 +64,11 @@ class Vllm:
 
         once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
         options: dict[str, Any] = {"use_tqdm": False, "lora_request": self.lora}
-        if messages:
-            outputs = self.llm.chat([list(messages)], once, **options)
-        else:
-            outputs = self.llm.generate([text], once, **options)
+        with kernels():
+            if messages:
+                outputs = self.llm.chat([list(messages)], once, **options)
+            else:
+                outputs = self.llm.generate([text], once, **options)
         return list(outputs[0].prompt_token_ids)
 
     def stop_ids(self) -> list[int] | None:
@@ -115,7 +115,8 @@ class Vllm:
         from vllm import TokensPrompt
 
         requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
-        return list(self.llm.generate(requests, params, lora_request=self.lora, use_tqdm=False))
+        with kernels():
+            return list(self.llm.generate(requests, params, lora_request=self.lora, use_tqdm=False))
 
     def _top(self, positions: int) -> int:
         """-1, the whole vocabulary, where it fits; else as many of the likeliest as do."""
@@ -149,9 +150,18 @@ class Vllm:
         return Scores(values, top, target)
 
 
+@contextmanager
+def kernels() -> Iterator[None]:
+    """EngineMissing for a kernel that is not there; vLLM's build for AVX2 lacks operators that its Python calls."""
+    try:
+        yield
+    except (ValueError, AttributeError) as error:
+        raise no_kernel(str(error)) or error from None
+
+
 def no_kernel(message: str) -> EngineMissing | None:
     """Where vLLM's build for this machine has nothing that computes with such weights."""
-    if "kernel" not in message:
+    if "kernel" not in message and "_OpNamespace" not in message:
         return None
     reason = " ".join(message.split())[:200]
     return EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "compare it on a GPU")
