@@ -109,8 +109,8 @@ def kept_once_started(run: Run) -> Iterator[None]:
     """Let ``latest`` point at the run while it is made; a run that fails before its first checkpoint leaves nothing."""
     link = run.path.parent / LATEST
     before = Run(run.path.parent / link.readlink()) if link.is_symlink() else None
-    point_latest(run)
     try:
+        point_latest(run)
         yield
     except BaseException:
         if not (run.path / "checkpoints").exists() and not is_run(run.path):
