@@ -32,8 +32,6 @@ class Lora2ServeError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
-        if hint:
-            self.add_note(f"hint: {hint}")  # for a traceback
 
 
 class UsageError(Lora2ServeError):
