@@ -38,9 +38,10 @@ from tests.converters.test_gguf_families import (
     sentencepiece_tokenizer,
     upstream,
 )
+from tests.support.llama_cpp_source import llama_cpp_dir
 from tests.support.sight import seen
 from tests.support.tiny import make_adapter, make_model
-from tests.support.upstream import convert, llama_cpp_dir
+from tests.support.upstream import convert
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from converters.gguf import header
 from converters.gguf.native import pretokenizer, vocab
 from lora2serve.cli import run
-from tests.support.upstream import llama_cpp_dir
+from tests.support.llama_cpp_source import vocabulary
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 RULES = {name: steps for steps, name in pretokenizer.PRE_TOKENIZERS.items()}
@@ -36,7 +36,7 @@ NORMALIZERS = {"command-r": "NFC", "qwen2": "NFC", "mpt": "NFC"}
 
 def read(name: str) -> tuple[dict[str, Any], list[str], list[list[int]]]:
     """The vocabulary's metadata, upstream's test texts, and the ids it expects."""
-    path = llama_cpp_dir() / "models" / f"ggml-vocab-{name}.gguf"
+    path = vocabulary(name)
     keys = {key: field.contents() for key, field in GGUFReader(path).fields.items() if key.startswith("tokenizer")}
     texts = Path(f"{path}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     ids = [[int(word) for word in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]

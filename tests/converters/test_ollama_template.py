@@ -29,7 +29,7 @@ from converters.ollama.go_template import (
 from converters.ollama.ollama_sink import LOOKALIKE_GUARD
 from converters.ollama.template_not_proven import TemplateNotProven
 from tests.support.golang import Renderer
-from tests.support.upstream import llama_cpp_dir
+from tests.support.llama_cpp_source import chat_templates
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -46,30 +46,26 @@ def go(go_render: Renderer) -> Go:
     return lambda cases, day=DAY: [go_render(template, ollama_data(messages), day) for template, messages in cases]
 
 
-def corpus() -> list[Path]:
-    return sorted((llama_cpp_dir() / "models" / "templates").glob("*.jinja"))
-
-
-def attempt(path: Path) -> DerivedTemplate | str:
+def attempt(template: str) -> DerivedTemplate | str:
     try:
-        return derive(Jinja(path.read_text(encoding="utf-8"), SPECIAL))
+        return derive(Jinja(template, SPECIAL))
     except TemplateNotProven as reason:
         return str(reason)
 
 
 def test_corpus(go: Go) -> None:
     """Every real template is proven in real Go on all conversations, or refused; the counts stand in docs/ollama.md."""
-    results = {path: attempt(path) for path in corpus()}
-    proven = {path: derived for path, derived in results.items() if isinstance(derived, DerivedTemplate)}
+    results = {name: attempt(template) for name, template in chat_templates().items()}
+    proven = {name: derived for name, derived in results.items() if isinstance(derived, DerivedTemplate)}
     assert len(results) >= 60
-    for path, derived in proven.items():
-        template = Jinja(path.read_text(encoding="utf-8"), SPECIAL)
+    for name, derived in proven.items():
+        template = Jinja(chat_templates()[name], SPECIAL)
         cases = list(conversations(derived.pieces.before_system is not None))
         for day in (DAY, date(2031, 11, 30)) if derived.dated else (DAY,):
             render = template.at(template_dates.on(day))
             answers = go([(derived.go(), messages) for messages in cases], day)
-            assert answers == [render(messages) for messages in cases], path.name
-    refused = {path.stem: derived for path, derived in results.items() if not isinstance(derived, DerivedTemplate)}
+            assert answers == [render(messages) for messages in cases], name
+    refused = {name: derived for name, derived in results.items() if not isinstance(derived, DerivedTemplate)}
     print(f"{len(proven)} proven, {len(refused)} refused: {refused}")
     text = Path(__file__).parents[2].joinpath("docs", "ollama.md").read_text(encoding="utf-8")
     assert f"{len(results)} templates: {len(proven)} proven, {len(refused)} refused" in text
@@ -223,15 +219,14 @@ def test_a_refused_template_is_kept_apart() -> None:
     alike = CHATML.replace("<|im_start|>", "<|start|>").replace("<|im_end|>", "<|end|>")
     assert distance(alike, CHATML) < 100  # what Ollama would take for ChatML
     assert distance(LOOKALIKE_GUARD + alike, CHATML) >= 200
-    for path in corpus():
-        text = path.read_text(encoding="utf-8")
+    for name, text in chat_templates().items():
         assert text.count("~") < 100
         for messages in (turns(1), turns(2, "Be brief.")):
             try:
                 expected = Jinja(text, SPECIAL).at(template_dates.on(DAY))(messages)
             except Exception:
                 continue
-            assert Jinja(LOOKALIKE_GUARD + text, SPECIAL).at(template_dates.on(DAY))(messages) == expected, path.name
+            assert Jinja(LOOKALIKE_GUARD + text, SPECIAL).at(template_dates.on(DAY))(messages) == expected, name
 
 
 def test_native_is_preferred_where_tools_are() -> None:
@@ -248,7 +243,7 @@ CONTENTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_si
 
 @cache
 def real(name: str) -> tuple[Jinja, DerivedTemplate]:
-    template = Jinja((llama_cpp_dir() / "models" / "templates" / f"{name}.jinja").read_text(encoding="utf-8"), SPECIAL)
+    template = Jinja(chat_templates()[name], SPECIAL)
     return template, derive(template)
 
 

@@ -13,7 +13,7 @@ from converters.vllm.serve_config import TOOL_PARSERS, generation_config, serve_
 from converters.vllm.vllm_sink import served_config
 from lora2serve.exporting.sinks import ExportModel
 from tests.exporting.test_bundle import parsed_by_vllm
-from tests.support.upstream import llama_cpp_dir
+from tests.support.llama_cpp_source import chat_templates
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
 HERMES = """{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for call in messages[0].tool_calls %}<tool_call>
@@ -44,8 +44,7 @@ EXPECTED = {
 
 
 def test_parsers_are_told_by_the_markup() -> None:
-    templates = llama_cpp_dir() / "models" / "templates"
-    found = {name: tool_parser((templates / f"{name}.jinja").read_text(encoding="utf-8")) for name in EXPECTED}
+    found = {name: tool_parser(chat_templates()[name]) for name in EXPECTED}
     assert found == EXPECTED
     assert tool_parser((DEMO / "chat_template.jinja").read_text()) is None
 

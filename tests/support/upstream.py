@@ -1,4 +1,4 @@
-"""llama.cpp's own source tree, out of the llama-cpp-python source package: the oracle for the GGUF tests."""
+"""llama.cpp's own converter and quantizer: the oracle for the GGUF tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora2serve.progress import Silent
-from lora2serve.system.doctor import unpack_source_package
+from tests.support.llama_cpp_source import llama_cpp_dir
 
 # Its converter, kept open: importing torch and transformers takes longer than converting a small model. It knows
 # pre-tokenizers by a hash of real vocabularies, which a small one of ours is not; so the name may be given.
@@ -32,11 +31,6 @@ for line in sys.stdin:
         problem = traceback.format_exc()
     print(json.dumps(problem), flush=True)
 """
-
-
-def llama_cpp_dir() -> Path:
-    """The tree of the installed version: ``LLAMA_CPP_DIR``, or unpacked once into the user's cache."""
-    return unpack_source_package(Silent())
 
 
 @lru_cache(maxsize=1)
