@@ -202,8 +202,8 @@ def compile_go(template: str, day: date = date.min) -> Render:
 
 def ollama_data(messages: Messages) -> OllamaData:
     """What Ollama hands to a template: system messages joined, and all messages in order."""
-    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    return {"System": system, "Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
+    system = "\n\n".join(message["content"] or "" for message in messages if message["role"] == "system")
+    return {"System": system, "Messages": [{"Role": m["role"], "Content": m["content"] or ""} for m in messages]}
 
 
 def without_bos(pieces: TemplateParts, bos: str) -> TemplateParts:

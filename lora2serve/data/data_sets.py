@@ -19,7 +19,8 @@ from lora2serve.data.readers import (
     read_bytes,
     read_hub_set,
 )
-from lora2serve.data.rows import FORMS, Row, parse_row
+from lora2serve.data.row_forms import FORMS, parse_row
+from lora2serve.data.rows import Row
 from lora2serve.errors import DataError
 
 LISTED_PROBLEMS = 10  # the others are counted
@@ -103,7 +104,7 @@ def _checked(values: Values, empty: DataSet) -> DataSet:
         if isinstance(row, str):
             problems.append((number, row))
         else:
-            rows.append(row)
+            rows.append(replace(row, source=empty.path))
             numbers.append(number)
     if problems:
         lines = [f"{empty.path}:{number}: {reason}" for number, reason in sorted(problems)]

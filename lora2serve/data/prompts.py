@@ -52,6 +52,11 @@ class Conversation:
     text: str
     ids: tuple[int, ...]
 
+    @property
+    def question(self) -> str:
+        """The last turn, or the whole text, as a report shows it."""
+        return self.messages[-1]["content"] or "" if self.messages else self.text
+
 
 @dataclass(frozen=True)
 class PromptSet:

@@ -1,31 +1,51 @@
-"""What a row of a data set is: a conversation, a prompt with its completion, or a text; and why a value is none."""
+"""What a row of a data set is: a conversation, a prompt with its completion, or a text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NotRequired, TypedDict, cast
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
-FORMS = "a row is {messages: [{role, content}, ...]}, {prompt, completion} or {text}"
 
 
 class Message(TypedDict):
-    """One turn. What else it holds (a name, tool calls) goes to the chat template as it is."""
+    """One turn. What else it holds goes to the chat template as it is.
+
+    ``content`` is None beside ``tool_calls`` only. A turn of the assistant with ``weight`` 0 is not learned; the
+    weight never reaches the template.
+    """
 
     role: str
-    content: str
+    content: str | None
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, object]]]  # OpenAI's form, arguments as an object
+    tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    thinking: NotRequired[str]
+    weight: NotRequired[Literal[0]]
 
 
 @dataclass(frozen=True)
 class ChatRow:
-    """``{"messages": [{"role", "content"}, ...]}``, with at least one turn of the assistant."""
+    """``{"messages": [{"role", "content"}, ...]}``, with at least one turn of the assistant to learn.
+
+    ``tools`` are what the model may call, in OpenAI's form; ``chat_template_kwargs`` are further arguments of the
+    template, such as ``enable_thinking``. ``source`` is the file or data set that the row is of.
+    """
 
     messages: Sequence[Message]
+    tools: Sequence[Mapping[str, object]] | None = None
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    task: str = ""
+    source: str = field(default="", compare=False)
 
     def json(self) -> dict[str, object]:
         """As it is written to a file."""
-        return {"messages": self.messages}
+        optional = {"tools": self.tools, "chat_template_kwargs": self.chat_template_kwargs, "task": self.task}
+        messages = [_written(message) for message in self.messages]
+        return {"messages": messages, **{key: value for key, value in optional.items() if value}}
 
 
 @dataclass(frozen=True)
@@ -34,10 +54,13 @@ class CompletionRow:
 
     prompt: str
     completion: str
+    task: str = ""
+    source: str = field(default="", compare=False)
 
     def json(self) -> dict[str, object]:
         """As it is written to a file."""
-        return {"prompt": self.prompt, "completion": self.completion}
+        pair = {"prompt": self.prompt, "completion": self.completion}
+        return {**pair, "task": self.task} if self.task else dict(pair)
 
 
 @dataclass(frozen=True)
@@ -45,43 +68,23 @@ class TextRow:
     """``{"text"}``."""
 
     text: str
+    task: str = ""
+    source: str = field(default="", compare=False)
 
     def json(self) -> dict[str, object]:
         """As it is written to a file."""
-        return {"text": self.text}
+        return {"text": self.text, "task": self.task} if self.task else {"text": self.text}
+
+
+def _written(message: Message) -> Mapping[str, object]:
+    """With the arguments of tool calls as text, in which a null is kept."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = cast("Mapping[str, object]", call["function"])
+        calls.append({**call, "function": {**function, "arguments": json.dumps(function["arguments"])}})
+    return {**message, "tool_calls": calls}
 
 
 Row = ChatRow | CompletionRow | TextRow
-
-
-def parse_row(value: object) -> Row | str:
-    """The row, or why ``value`` is none. Keys of another form are left out."""
-    if not isinstance(value, dict):
-        return f"a {type(value).__name__}, expected an object"
-    if "messages" in value:
-        return _problem_of_messages(value["messages"]) or ChatRow(value["messages"])
-    if "prompt" in value or "completion" in value:
-        prompt, completion = value.get("prompt"), value.get("completion")
-        if not isinstance(prompt, str):
-            return f"prompt is {prompt!r}, expected text"
-        if not isinstance(completion, str):
-            return f"completion is {completion!r}, expected text"
-        return CompletionRow(prompt, completion) if completion else "completion is empty"
-    if "text" in value:
-        text = value["text"]
-        return TextRow(text) if text and isinstance(text, str) else f"text is {text!r}, expected text"
-    return f"keys {', '.join(map(str, value)) or 'none'}, expected messages, prompt + completion, or text"
-
-
-def _problem_of_messages(messages: object) -> str:
-    if not isinstance(messages, list) or not messages:
-        return "messages is empty or not a list"
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            return f"messages[{number}].role is {role!r}, expected one of {', '.join(ROLES)}"
-        if not isinstance(message.get("content"), str):
-            return f"messages[{number}].content is {message.get('content')!r}, expected text"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "messages has no assistant turn to learn from"
-    return ""

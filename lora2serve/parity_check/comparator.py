@@ -261,7 +261,7 @@ class Comparator:
         assert measured.greedy is not None
         expected = self.references.words([tokens for tokens, _ in self.references.greedy[reference]])
         got = self.references.words(answers)
-        prompts = [prompt.messages[-1]["content"] if prompt.messages else prompt.text for prompt in self.data.prompts]
+        prompts = [prompt.question for prompt in self.data.prompts]
         return tuple(GreedyAnswer(*parts) for parts in zip(prompts, expected, got, measured.greedy.parts, strict=True))
 
 

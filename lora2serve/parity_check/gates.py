@@ -95,7 +95,7 @@ def _bos_difference(data: PromptSet, conversation: Conversation, ids: Sequence[i
 
 
 def _name(conversation: Conversation) -> str:
-    return (conversation.messages[-1]["content"] if conversation.messages else conversation.text)[:60]
+    return conversation.question[:60]
 
 
 def _id_difference(conversation: Conversation, ids: Sequence[int]) -> tuple[str, str]:

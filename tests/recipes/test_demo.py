@@ -12,7 +12,7 @@ import torch
 
 from converters.gguf.native.pretokenizer import pre_tokenizer
 from lora2serve.config.recipe import find, load
-from lora2serve.data.rows import parse_row
+from lora2serve.data.row_forms import parse_row
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 

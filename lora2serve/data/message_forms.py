@@ -1,0 +1,172 @@
+"""Conversations as people have them, as ``Message``s: OpenAI's form and ShareGPT's, tools and calls in their variants.
+
+A key whose value is null is as if it were not there: Arrow fills every row up with the keys of all others. Where a list
+or an object is expected, a text is read as JSON, because that is how it stands in CSV and in many columns of the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from lora2serve.config.schema import show
+from lora2serve.data.rows import ROLES, Message
+
+DEEPEST = 100  # lists and objects inside each other
+TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "system": "system", "function_call": "assistant",
+    "observation": "tool", "tool": "tool", "function_response": "tool",
+}  # fmt: skip
+
+
+class RowProblem(ValueError):
+    """Why a value is no row, in one line."""
+
+
+def read_messages(key: str, value: object) -> list[Message]:
+    """The turns of a conversation; RowProblem with the place in it, such as ``messages[2].role``."""
+    turns = from_json(key, value)
+    if not isinstance(turns, list) or not turns:
+        raise RowProblem(f"{key} is empty or not a list")
+    return [_message(f"{key}[{number}]", turn) for number, turn in enumerate(turns)]
+
+
+def read_tools(value: object) -> list[dict[str, object]] | None:
+    """OpenAI's ``{"type": "function", "function": {...}}`` each; a bare function gets that around it."""
+    tools = from_json("tools", value)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowProblem(f"tools is {show(tools)}, expected a list of objects")
+    return [_tool(tool, number) for number, tool in enumerate(tools)] or None
+
+
+def read_template_arguments(value: object) -> dict[str, object]:
+    """What a row gives to the chat template beside its messages."""
+    arguments = from_json("chat_template_kwargs", value)
+    if not isinstance(arguments, dict):
+        raise RowProblem(f"chat_template_kwargs is {show(arguments)}, expected an object")
+    return arguments
+
+
+def from_json(key: str, value: object) -> object:
+    """``value`` without nulls, read as JSON first where it is a text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowProblem(f"{key} is {show(value)}, not JSON ({error})") from None
+    return _without_nulls(key, value)
+
+
+def _without_nulls(key: str, value: object, depth: int = 0) -> object:
+    if depth > DEEPEST:
+        raise RowProblem(f"{key} is nested more than {DEEPEST} deep")
+    if isinstance(value, dict):
+        texts = {str(name): item for name, item in value.items() if item is not None}
+        return {name: _without_nulls(key, item, depth + 1) for name, item in texts.items()}
+    return [_without_nulls(key, item, depth + 1) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _message(place: str, turn: object) -> Message:
+    if not isinstance(turn, dict):
+        raise RowProblem(f"{place} is {show(turn)}, expected an object")
+    if "from" in turn and "role" not in turn:
+        turn = _from_sharegpt(place, turn)
+    role = turn.get("role")
+    if role not in ROLES:
+        raise RowProblem(f"{place}.role is {show(role)}, expected one of {', '.join(ROLES)}")
+    message: dict[str, object] = {"role": role, "content": _content(place, turn.get("content")), **_others(turn)}
+    for key in TEXT_KEYS:
+        if not isinstance(message.get(key, ""), str):
+            raise RowProblem(f"{place}.{key} is {show(message[key])}, expected text")
+    calls = _tool_calls(place, turn)
+    if calls:
+        message["tool_calls"] = calls
+    elif message["content"] is None:
+        raise RowProblem(f"{place}.content is None, expected text")
+    if _weight(place, turn) == 0 and role == "assistant":
+        message["weight"] = 0
+    return cast("Message", message)
+
+
+def _others(turn: Mapping[str, object]) -> dict[str, object]:
+    """What goes to the template as it is."""
+    return {k: v for k, v in turn.items() if k not in ("role", "content", "tool_calls", "function_call", "weight")}
+
+
+def _content(place: str, content: object) -> str | None:
+    """Text; the parts of a list in lines, as servers join them for a template that takes text."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowProblem(f"{place}.content is {show(content)}, expected text")
+    texts = []
+    for number, part in enumerate(content):
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise RowProblem(f"{place}.content[{number}].type is {show(kind)}, expected text")
+        if not isinstance(text, str):
+            raise RowProblem(f"{place}.content[{number}] is {show(part)}, expected text")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _weight(place: str, turn: Mapping[str, object]) -> object:
+    weight = turn.get("weight", 1)
+    if weight not in (0, 1):
+        raise RowProblem(f"{place}.weight is {show(weight)}, expected 0 or 1")
+    return weight
+
+
+def _from_sharegpt(place: str, turn: Mapping[str, object]) -> dict[str, object]:
+    """``{"from", "value"}`` as ``{"role", "content"}``."""
+    origin = turn["from"]
+    role = SHAREGPT_ROLES.get(origin) if isinstance(origin, str) else None
+    if role is None:
+        raise RowProblem(f"{place}.from is {show(origin)}, expected one of {', '.join(SHAREGPT_ROLES)}")
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if origin == "function_call":
+        calls = from_json(f"{place}.value", turn.get("value"))
+        return {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
+    return {"role": role, "content": turn.get("value"), **rest}
+
+
+def _tool_calls(place: str, turn: Mapping[str, object]) -> list[dict[str, object]]:
+    calls = from_json(f"{place}.tool_calls", turn.get("tool_calls", []))
+    calls = [turn["function_call"]] if not calls and turn.get("function_call") else calls
+    if not isinstance(calls, list):
+        raise RowProblem(f"{place}.tool_calls is {show(calls)}, expected a list")
+    return [_tool_call(f"{place}.tool_calls[{number}]", call) for number, call in enumerate(calls)]
+
+
+def _tool_call(place: str, call: object) -> dict[str, object]:
+    """OpenAI's form, whose arguments are an object, as servers give it to a template."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowProblem(f"{place} is {show(call)}, expected {{function: {{name, arguments}}}}")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)  # nulls inside a text stay
+        except (ValueError, RecursionError) as error:
+            raise RowProblem(f"{place}.function.arguments is {show(arguments)}, not JSON ({error})") from None
+    if not isinstance(arguments, dict):
+        raise RowProblem(f"{place}.function.arguments is {show(arguments)}, expected an object")
+    whole: dict[str, object] = {} if function is call else call
+    kind = {} if "type" in whole else {"type": "function"}
+    return {**kind, **whole, "function": {**function, "arguments": arguments}}
+
+
+def _tool(tool: Mapping[str, object], number: int) -> dict[str, object]:
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowProblem(f"tools[{number}] is {show(tool)}, expected {{type: function, function: {{name, ...}}}}")
+    return dict(tool) if "function" in tool else {"type": "function", "function": dict(function)}
+
+
+def learned(messages: Sequence[Message]) -> bool:
+    """Whether there is a turn of the assistant to learn from."""
+    return any(message["role"] == "assistant" and message.get("weight", 1) for message in messages)
