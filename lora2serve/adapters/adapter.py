@@ -124,8 +124,7 @@ class Adapter:
             ]
         a, b = parts["lora_A"], parts["lora_B"]
         scale = self.scale(module, a.shape[0])
-        transposed = bool(self.config.get("fan_in_fan_out"))
-        changes = [ParameterDelta(weight, Lora(a, b, scale, parts.get("lora_magnitude_vector"), transposed))]
+        changes = [ParameterDelta(weight, Lora(a, b, scale, parts.get("lora_magnitude_vector")))]
         if "lora_B.bias" in parts:
             changes.append(ParameterDelta(f"{module}.bias", AddVector(parts["lora_B.bias"], scale)))
         return changes

@@ -51,7 +51,7 @@ class Lora:
     """``W + scale * B @ A`` for a linear layer (https://arxiv.org/abs/2106.09685), W: (out, in).
 
     ``magnitude`` makes it DoRA (https://arxiv.org/abs/2402.09353): rows are rescaled to that norm.
-    ``transposed`` is PEFT's ``fan_in_fan_out``: W is stored as (in, out).
+    ``transposed``: W is stored as (in, out).
     """
 
     a: AdapterTensor  # (r, in)

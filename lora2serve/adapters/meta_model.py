@@ -6,6 +6,7 @@ Built on the meta device, and only where names on disk and names in the adapter 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ from lora2serve.system.small_files import JsonObject
 
 if TYPE_CHECKING:
     from lora2serve.adapters.adapter import Adapter
+
+
+# Model types with transformers' Conv1D, which stores its weight as (in, out).
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,13 @@ class MetaModel:
             stored, name, True, stacks, _expert_number(stored), converter.source_patterns.index(pattern)
         )
 
+    def is_transposed(self, module: str) -> bool:
+        """Whether a module, by its name in the adapter, stores its weight as (in, out)."""
+        from transformers.pytorch_utils import Conv1D
+
+        name = self.model_name(f"{module}.weight").removesuffix(".weight")
+        return any(isinstance(layer, Conv1D) for path, layer in self.model.named_modules() if path == name)
+
     def wrapped_parameters(self, adapter: Adapter) -> dict[str, Wrapped]:
         """Adapter module name (``...experts``, ``...experts.base_layer``) -> the parameter PEFT wraps there."""
         from peft import get_peft_model
@@ -98,6 +110,12 @@ class MetaModel:
             stored, self._renamings, self._converters, self.model.base_model_prefix, self._state
         )
         return renamed
+
+
+def stores_transposed(config: JsonObject) -> bool:
+    """Whether any layer of the model, or of a part of it, may be stored as (in, out)."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    return any(part.get("model_type") in TRANSPOSED for part in parts)
 
 
 def meta_model(config: JsonObject) -> Any:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
 from lora2serve.adapters.deltas import Delta, ExpertLora, Lora
-from lora2serve.adapters.meta_model import MetaModel, StoredParameter
+from lora2serve.adapters.meta_model import MetaModel, StoredParameter, stores_transposed
 from lora2serve.errors import MergeError, did_you_mean
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import TensorSpec
@@ -29,6 +30,8 @@ class Binder:
 
     def find(self, change: ParameterDelta, adapter: Adapter) -> list[tuple[str, Delta]]:
         """(stored weight, delta): one, several for fused experts, none if nothing fits."""
+        if isinstance(change.delta, Lora) and self._is_transposed(change.parameter, adapter):
+            change = replace(change, delta=replace(change.delta, transposed=True))
         if change.parameter in self._specs:
             return [(change.parameter, change.delta)]
         if adapter.config.get("target_parameters") and isinstance(change.delta, Lora):
@@ -43,6 +46,12 @@ class Binder:
     def nearest(self, name: str) -> str:
         """A hint at the stored name that looks most like it."""
         return did_you_mean(name, self._specs)
+
+    def _is_transposed(self, parameter: str, adapter: Adapter) -> bool:
+        """PEFT decides by each module's class; the ``fan_in_fan_out`` that it saves is that of the last one."""
+        if self._config.get("auto_map"):  # no class that could be asked
+            return bool(adapter.config.get("fan_in_fan_out"))
+        return stores_transposed(self._config) and self._model().is_transposed(parameter.removesuffix(".weight"))
 
     def _sources(self, parameter: str) -> list[StoredParameter]:
         """The stored tensors that transformers loads into what the adapter calls ``parameter``."""

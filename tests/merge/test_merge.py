@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lora2serve.adapters.adapter import open_adapter
+from lora2serve.adapters.meta_model import TRANSPOSED
 from lora2serve.errors import ExportError, MergeError
 from lora2serve.merge.merged import Merged
 from lora2serve.progress import Silent
@@ -158,6 +159,43 @@ def test_fan_in_fan_out(tmp_path: Path) -> None:
         got = stored(out)
         pairs = {n: next(t for o, t in oracle.items() if o.endswith(n)) for n in got}
         assert max(worst_ulp(got, pairs).values()) <= 1
+
+
+CONV1D: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, ["attn.c_proj", "lm_head"]),  # square, and a plain linear layer
+    "openai-gpt": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, ["attn.c_proj"]),
+    "llama": ({}, ["q_proj", "o_proj"]),  # the control: no Conv1D at all
+    "qwen3": ({"head_dim": 16}, ["q_proj", "o_proj"]),
+    "gpt_neox": ({}, ["dense", "query_key_value"]),
+}
+
+
+@pytest.mark.parametrize("kind", CONV1D)
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_the_config_says_of_all_modules_is_decided_by_each(tmp_path: Path, kind: str, saved: bool) -> None:
+    """PEFT saves the ``fan_in_fan_out`` of the module it came to last; square weights fit either way."""
+    config, targets = CONV1D[kind]
+    base = make_model(tmp_path / "base", kind, **config)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=targets)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": saved}))
+    oracle = merged_by_peft(base, adapter)
+    got = load_model(export_merged(base, [adapter], tmp_path / "out")).state_dict()
+    before = load_model(base).state_dict()
+    assert any(not torch.equal(got[name], before[name]) for name in oracle)
+    assert max(worst_ulp({n: t.bfloat16() for n, t in got.items()}, oracle, before).values()) <= 1
+
+
+def test_every_model_with_conv1d_is_known() -> None:
+    """Each of transformers' modeling files that use Conv1D belongs to a type of the table."""
+    import transformers
+
+    models = Path(transformers.__file__).parent / "models"
+    uses = [path for path in models.glob("*/modeling_*.py") if re.search(r"import .*\bConv1D\b", path.read_text())]
+    found = {
+        re.search(r'model_type = "([^"]+)"', next(path.parent.glob("configuration_*.py")).read_text()) for path in uses
+    }
+    assert {match[1].removesuffix("_encoder").removesuffix("_decoder") for match in found if match} == set(TRANSPOSED)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from converters.vllm.compressed.schemes import Scheme
+from lora2serve.adapters.meta_model import stores_transposed
 from lora2serve.errors import ExportError
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import FLOATS, TensorSpec
@@ -28,7 +29,6 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
     ("c_fc_0", "c_fc_1"),
 )
-TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")  # transformers' Conv1D: [in, out]
 NAMES_SHOWN = 5
 
 
@@ -45,7 +45,7 @@ class Selection:
 def select(specs: Sequence[TensorSpec], config: JsonObject, scheme: Scheme) -> Selection:
     """What to quantize; ExportError, with every problem at once, where the scheme does not fit the model."""
     kind = str((config.get("text_config") or config).get("model_type"))
-    if kind in TRANSPOSED:
+    if stores_transposed(config):
         raise ExportError(
             f"{kind}: its weights are stored transposed (Conv1D), unlike those of compressed-tensors", PLAIN_HINT
         )
