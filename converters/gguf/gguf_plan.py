@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,16 @@ class GgufPlan:
     def size(self) -> int:
         """Bytes of the whole file."""
         return len(self.header) + sum(tensor.padded for tensor in self.tensors)
+
+    def ending_with(self, token: int) -> GgufPlan:
+        """The same with one more token that ends an answer: of a turn, or of a message where that has another."""
+        from gguf import GGUFValueType
+
+        names = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+        free = next((name for name in names if name not in self.keys), None)
+        if free is None or token in [self.keys[name].value for name in names if name in self.keys]:
+            return self
+        return replace(self, keys={**self.keys, free: TypedValue(token, int(GGUFValueType.UINT32))})
 
     def write_empty(self, path: Path) -> None:
         """The whole file, its tensors' data left out (a hole on the disk)."""

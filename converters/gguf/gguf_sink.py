@@ -61,6 +61,8 @@ class GgufSink:
                 *(plan_file(projector, llama) for projector in projectors),
             ]
             self.tokens = tokenizer_check.check(model, plan, llama)
+            if model.answer_end and not self.tokens.stops:
+                plan = plan.ending_with(model.answer_end[1])
             files = ShardFiles(out, f"{model.name}-{options.quant}", plan, options.split_size)
             self._writers = [GgufWriter(main, plan, files, matrix, match_reference=options.match_reference)]
             for projector, other in zip(projectors, others, strict=True):

@@ -26,10 +26,13 @@ https://example.org/a?b=c&d=%20 user@mail.com C++ C# <b>html</b>
 
 @dataclass(frozen=True)
 class TokenizerCheck:
-    """``compared`` ids were equal, 0 without llama.cpp; ``adds_bos``: it puts BOS before every prompt by itself."""
+    """``compared`` ids were equal, 0 without llama.cpp; ``adds_bos``: it puts BOS before every prompt by itself;
+    ``stops``: it knows the token with which the chat template closes an answer.
+    """
 
     compared: int
     adds_bos: bool
+    stops: bool = False
 
 
 def check(model: ExportModel, plan: GgufPlan, llama: Llama) -> TokenizerCheck:
@@ -44,10 +47,10 @@ def check(model: ExportModel, plan: GgufPlan, llama: Llama) -> TokenizerCheck:
     with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder:
         path = Path(folder) / "empty.gguf"
         plan.write_empty(path)
-        answer = llama.tokens(path, texts)
+        answer = llama.tokens(path, texts, model.answer_end[1] if model.answer_end else None)
     if "refused" in answer:
         raise _not_loaded(answer["refused"])
-    return TokenizerCheck(_compare(model, texts, answer["ids"]), answer["adds_bos"])
+    return TokenizerCheck(_compare(model, texts, answer["ids"]), answer["adds_bos"], answer["stops"])
 
 
 def _texts(model: ExportModel) -> list[str]:

@@ -73,7 +73,7 @@ def read_chat(model: ExportModel) -> Chat:
     jinja = tokenizer.get_chat_template() if tokenizer.chat_template else None
     derived, reason = _derive(jinja, special)
     system = go_template.default_system(Jinja(jinja, special), derived) if jinja and derived else None
-    stop = _stops(tokenizer, generation, derived)
+    stop = _stops(tokenizer, generation, derived, model.answer_end)
     return Chat(jinja, special, derived, reason, system, stop, _parameters(generation))
 
 
@@ -112,9 +112,12 @@ def _parameters(generation: Mapping[str, object]) -> dict[str, ParameterValue]:
 
 
 def _stops(
-    tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object], derived: DerivedTemplate | None
+    tokenizer: PreTrainedTokenizerBase,
+    generation: Mapping[str, object],
+    derived: DerivedTemplate | None,
+    answer_end: tuple[str, int] | None,
 ) -> tuple[str, ...]:
-    """The end tokens of the generation config and the tokenizer, and the special token that closes a turn."""
+    """The end tokens of the generation config and the tokenizer, and the token that closes a turn."""
     eos = generation.get("eos_token_id")
     ids: Sequence[int] = eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
     stops = [tokenizer.eos_token, *(_text(tokenizer, number) for number in ids)]
@@ -122,6 +125,7 @@ def _stops(
         closing = derived.pieces.to_user.lstrip()
         added = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
         stops += [token for token in added if token.strip() and closing.startswith(token)][:1]
+    stops += answer_end[:1] if answer_end else ()
     return tuple(dict.fromkeys(text for text in stops if text))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from converters.ollama.go_template import prefers_jinja
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
+from lora2serve.weights.chat_template import chat_template
+from lora2serve.weights.side_files import side_files
 from lora2serve.weights.tensors import Block, TensorSpec
 
 
@@ -84,17 +85,9 @@ def _adds_bos(model: ExportModel, out: StagedDir) -> bool:
 def _refuse_shadowed(model: ExportModel, jinja: str | None) -> None:
     """From 0.30 on Ollama prefers the base's own Jinja to a TEMPLATE where that Jinja knows tools or thinking."""
     base = Path(model.lineage.base.path)
-    template = _template_of(base)
+    template = chat_template(side_files(base))
     if template and template != jinja and prefers_jinja(template):
         raise ExportError(
             "--as adapter: the model was trained with a chat template other than the base's, which Ollama would prefer",
             "use --target ollama without --as: the GGUF carries the template used in training",
         )
-
-
-def _template_of(base: Path) -> str | None:
-    file, config = base / "chat_template.jinja", base / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    return template if isinstance(template, str) else None

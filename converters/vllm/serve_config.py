@@ -7,6 +7,7 @@ from typing import Any
 
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.system.small_files import JsonObject
+from lora2serve.weights.chat_template import chat_template, read_settings, token_text
 
 # The markup in which a template writes a call of a tool -> the parser of vLLM 0.32.0 (``vllm/tool_parsers``) that reads
 # it. All marks of a row must be there; the first row counts, so what is more special comes first.
@@ -42,7 +43,7 @@ def serve_yaml(model: ExportModel, dtype: str) -> str:
     length = _text_config(model.config).get("max_position_embeddings")
     lines = ["# vllm serve . --config serve.yaml", f"served-model-name: {json.dumps(model.name)}", f"dtype: {dtype}"]
     lines += [f"max-model-len: {length}"] if length else []
-    parser = tool_parser(chat_template(model))
+    parser = tool_parser(chat_template(model.files) or "")
     lines += ["enable-auto-tool-choice: true", f"tool-call-parser: {parser}"] if parser else []
     return "\n".join(lines) + "\n"
 
@@ -55,27 +56,17 @@ def tool_parser(template: str) -> str | None:
     return next((name for marks, name in TOOL_PARSERS if all(mark in plain for mark in marks)), None)
 
 
-def chat_template(model: ExportModel) -> str:
-    """The template that is shipped, the one for tools where there are several; empty where there is none."""
-    if "chat_template.jinja" in model.files:
-        return model.files["chat_template.jinja"].read_text(encoding="utf-8")
-    value = _json(model, "tokenizer_config.json").get("chat_template") or _json(model, "chat_template.json").get(
-        "chat_template"
-    )
-    if isinstance(value, list):
-        named = {str(entry.get("name")): str(entry.get("template")) for entry in value if isinstance(entry, dict)}
-        return named.get("tool_use") or named.get("default") or ""
-    return value if isinstance(value, str) else ""
-
-
 def generation_config(model: ExportModel) -> dict[str, Any] | None:
     """generation_config.json with every token that ends an answer; None where the one at hand has them, or none do.
 
-    They are those of the base's generation config, of its config, and the end token of the shipped tokenizer.
+    They are those of the base's generation config, of its config, the end token of the shipped tokenizer, and the one
+    with which the chat template closes an answer.
     """
-    generation = _json(model, "generation_config.json")
+    generation = read_settings(model.files, "generation_config.json")
     before = _ids(generation.get("eos_token_id"))
-    sources = [model.config.get("eos_token_id"), _text_config(model.config).get("eos_token_id"), _tokenizer_end(model)]
+    closing = model.answer_end[1] if model.answer_end else None
+    config, text = model.config, _text_config(model.config)
+    sources = [config.get("eos_token_id"), text.get("eos_token_id"), _tokenizer_end(model), closing]
     ends = list(dict.fromkeys([*before, *(token for source in sources for token in _ids(source))]))
     if ends == before:
         return None
@@ -83,9 +74,8 @@ def generation_config(model: ExportModel) -> dict[str, Any] | None:
 
 
 def _tokenizer_end(model: ExportModel) -> int | None:
-    end = _json(model, "tokenizer_config.json").get("eos_token")
-    text = end.get("content") if isinstance(end, dict) else end
-    added = _json(model, "tokenizer.json").get("added_tokens") or []
+    text = token_text(read_settings(model.files, "tokenizer_config.json").get("eos_token"))
+    added = read_settings(model.files, "tokenizer.json").get("added_tokens") or []
     return next((int(token["id"]) for token in added if text and token.get("content") == text), None)
 
 
@@ -96,10 +86,3 @@ def _ids(value: Any) -> list[int]:
 def _text_config(config: JsonObject) -> JsonObject:
     text: JsonObject = next((config[part] for part in TEXT_PARTS if isinstance(config.get(part), dict)), config)
     return text
-
-
-def _json(model: ExportModel, name: str) -> dict[str, Any]:
-    if name not in model.files:
-        return {}
-    content = json.loads(model.files[name].read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import resolve_name
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from lora2serve.artifacts.lineage import Lineage
 from lora2serve.artifacts.manifest import Manifest, TemplateRecord
 from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.exporting.answer_end import read_answer_end
 from lora2serve.progress import Progress
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import ALL, Block, Source, TensorSpec
@@ -83,6 +85,11 @@ class ExportModel:
     def config(self) -> JsonObject:
         """The source's config.json."""
         return self.source.config
+
+    @cached_property
+    def answer_end(self) -> tuple[str, int] | None:
+        """Text and id of the token with which the chat template closes an answer; None where there is none."""
+        return read_answer_end(self.files)
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+import weakref
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora2serve.system.small_files import read_json
+from lora2serve.system.small_files import JsonObject, read_json
+from lora2serve.weights.chat_template import (
+    EXTRA,
+    JINJA,
+    PROCESSOR,
+    SPECIAL,
+    TOKENIZER,
+    chat_templates,
+    read_settings,
+    special_tokens,
+)
 
 SIDE_FILES = re.compile(
     r"tokenizer.*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|tekken\.json"
     r"|.*\.model|chat_template.*|additional_chat_templates/.*|generation_config\.json|(pre)?processor_config\.json"
     r"|video_preprocessor_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*"
 )
+OF_THE_BASE = re.compile(r"generation_config|LICENSE|NOTICE|USE_POLICY")
+OF_OTHER_SENSES = re.compile(r"(video_)?(pre)?processor_config")  # no part of the tokenizer that came with the adapter
 
 
-def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
-    """Tokenizer, template, generation config and license files to ship: file name -> path.
+class SideFiles(dict[str, Path]):
+    """File name -> path. What is made anew lies in a folder that goes when nobody holds this any more."""
+
+    def write(self, name: str, content: str) -> None:
+        """Put a file of our own in the place of ``name``."""
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        self[name] = path
+
+    def set(self, name: str, settings: JsonObject) -> None:
+        """The same with JSON, as transformers writes it."""
+        self.write(name, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    @cached_property
+    def _folder(self) -> Path:
+        folder = tempfile.mkdtemp(prefix="lora2serve-tokenizer-")
+        weakref.finalize(self, shutil.rmtree, folder, True)
+        return Path(folder)
+
+
+def side_files(base: Path, adapter: Path | None = None) -> SideFiles:
+    """Tokenizer, template, generation config and license files to ship.
 
     They come from the base, byte for byte: a tokenizer saved again by another version of transformers
     may load as another class. The adapter's own are taken where training changed them: another
-    vocabulary (added tokens), another chat template.
+    vocabulary (added tokens), another chat template, another end token.
     """
     files = _side_files(base)
     if adapter is None:
@@ -30,21 +67,45 @@ def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
     if "tokenizer.json" in trained and _vocabulary(trained.get("tokenizer.json")) != _vocabulary(
         files.get("tokenizer.json")
     ):
-        files = {name: path for name, path in files.items() if not _belongs_to_tokenizer(name)}
-        return files | {name: path for name, path in trained.items() if _belongs_to_tokenizer(name)}
-    template = trained.get("chat_template.jinja")
-    if template and template.read_text(encoding="utf-8") != _chat_template(files):
-        files["chat_template.jinja"] = template
+        own = {name: path for name, path in trained.items() if not OF_THE_BASE.match(name)}
+        kept = [name for name in files if OF_THE_BASE.match(name) or OF_OTHER_SENSES.match(name)]
+        return SideFiles({name: files[name] for name in kept} | own)
+    _take_templates(files, trained)
+    _take_end(files, trained)
     return files
 
 
-def _side_files(path: Path) -> dict[str, Path]:
+def _take_templates(files: SideFiles, trained: SideFiles) -> None:
+    """The templates of training, in the one way that everybody reads, in the place of all others."""
+    templates, before = chat_templates(trained), chat_templates(files)
+    if all(before.get(name) == template for name, template in templates.items()):
+        return
+    for name in [name for name in files if name in (JINJA, PROCESSOR) or name.startswith(EXTRA)]:
+        del files[name]
+    settings = read_settings(files, TOKENIZER)
+    if settings.pop("chat_template", None) is not None:  # gguf's reader would prefer it
+        files.set(TOKENIZER, settings)
+    for name, template in templates.items():
+        file = JINJA if name == "default" else f"{EXTRA}{name}.jinja"
+        if file in trained:
+            files[file] = trained[file]
+        else:
+            files.write(file, template)
+
+
+def _take_end(files: SideFiles, trained: SideFiles) -> None:
+    end = special_tokens(trained).get("eos_token")
+    if end is None or end == special_tokens(files).get("eos_token"):
+        return
+    for name in (TOKENIZER, SPECIAL):
+        settings = read_settings(files, name)
+        if name in files and (name == TOKENIZER or "eos_token" in settings):
+            files.set(name, {**settings, "eos_token": end})
+
+
+def _side_files(path: Path) -> SideFiles:
     files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
-    return {name: p for name, p in files.items() if SIDE_FILES.fullmatch(name)}
-
-
-def _belongs_to_tokenizer(name: str) -> bool:
-    return not name.startswith(("generation_config", "LICENSE", "NOTICE", "USE_POLICY"))
+    return SideFiles({name: p for name, p in files.items() if SIDE_FILES.fullmatch(name)})
 
 
 def _vocabulary(path: Path | None) -> Any:
@@ -52,12 +113,3 @@ def _vocabulary(path: Path | None) -> Any:
         return None
     content = read_json(path, "no tokenizer.json")
     return (content.get("model", {}).get("vocab"), [t.get("content") for t in content.get("added_tokens", [])])
-
-
-def _chat_template(files: Mapping[str, Path]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text(encoding="utf-8")
-    if "tokenizer_config.json" in files:
-        template = read_json(files["tokenizer_config.json"], "no tokenizer_config.json").get("chat_template")
-        return template if isinstance(template, str) else None
-    return None

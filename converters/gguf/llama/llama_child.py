@@ -36,8 +36,9 @@ class LlamaWorker:
             failed = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
         return log.last_error() if failed else ""
 
-    def tokens(self, path: str, texts: list[str]) -> dict[str, object]:
-        """``ids`` of each text, special tokens recognized and none added, and ``adds_bos``; or ``refused``: why not.
+    def tokens(self, path: str, texts: list[str], end: int | None) -> dict[str, object]:
+        """``ids`` of each text, special tokens recognized and none added, ``adds_bos`` and whether the token ``end``
+        ends an answer (``stops``); or ``refused``: why not.
 
         The file needs no tensor data: its tensors are checked against the graph, but not allocated.
         """
@@ -53,8 +54,9 @@ class LlamaWorker:
         vocab = llama_cpp.llama_model_get_vocab(loaded)
         ids = [_tokenize(vocab, text.encode()) for text in texts]
         adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(vocab))
+        stops = end is None or bool(llama_cpp.llama_vocab_is_eog(vocab, end))
         llama_cpp.llama_model_free(loaded)
-        return {"ids": ids, "adds_bos": adds_bos}
+        return {"ids": ids, "adds_bos": adds_bos, "stops": stops}
 
 
 def _tokenize(vocab: object, text: bytes) -> list[int]:

@@ -19,10 +19,11 @@ WORKER = f"{Path(__file__).with_name('llama_child.py')}:LlamaWorker"
 
 
 class TokenAnswer(TypedDict, total=False):
-    """``ids`` of each text and ``adds_bos``; or ``refused``: why the file is not loaded."""
+    """``ids`` of each text, ``adds_bos`` and ``stops``; or ``refused``: why the file is not loaded."""
 
     ids: list[list[int]]
     adds_bos: bool
+    stops: bool
     refused: str
 
 
@@ -58,9 +59,9 @@ class Llama:
             numpy.savez(matrices, **arrays)
         return str(self._call("quantize", source=source, out=out, file_type=file_type, means=matrices))
 
-    def tokens(self, path: Path, texts: Sequence[str]) -> TokenAnswer:
-        """The texts' ids by the vocabulary of a file."""
-        answer: TokenAnswer = self._call("tokens", path=path, texts=list(texts))
+    def tokens(self, path: Path, texts: Sequence[str], end: int | None) -> TokenAnswer:
+        """The texts' ids by the vocabulary of a file, and whether it knows that ``end`` ends an answer."""
+        answer: TokenAnswer = self._call("tokens", path=path, texts=list(texts), end=end)
         return answer
 
     def _call(self, job: str, **arguments: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora2serve.exporting.answer_end import find_answer_end
 from lora2serve.parity_check.engines import Ids, Messages, Scores
 
 
@@ -86,10 +87,18 @@ def device() -> str:
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The end tokens of the generation config and of the tokenizer."""
+    """The end tokens of the generation config and of the tokenizer, and the one that closes an answer."""
     named = model.generation_config.eos_token_id
-    ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, _closing_id(tokenizer)}
     return sorted(token for token in ids if token is not None)
+
+
+def _closing_id(tokenizer: Any) -> int | None:
+    added = tokenizer.get_added_vocab()
+    if not tokenizer.chat_template or not added:
+        return None
+    end = find_answer_end(lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False)), added)
+    return int(added[end]) if end else None
 
 
 def logits(model: Any, ids: Ids) -> Any:
