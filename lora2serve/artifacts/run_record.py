@@ -53,12 +53,25 @@ class EvalLoss(JsonRecord):
 
 
 @dataclass(frozen=True)
+class LossDifference(JsonRecord):
+    """Of two eval losses in nats, paired over the same rows, and the ends of its 95 % interval."""
+
+    WHOLE: ClassVar[bool] = True
+
+    mean: float
+    low: float
+    high: float
+    rows: int = 0
+
+
+@dataclass(frozen=True)
 class RunMetrics(JsonRecord):
     """The base before training; the tuned model, on the base as trained and on the full-precision base."""
 
     base: EvalLoss | None = None
     tuned: EvalLoss | None = None
     tuned_on_original: EvalLoss | None = None
+    tuned_less_tuned_on_original: LossDifference | None = None
 
     def with_loss(self, name: str, loss: EvalLoss) -> RunMetrics:
         """With one of them measured, by its name."""

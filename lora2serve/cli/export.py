@@ -76,7 +76,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -
 @weights("--base", metavar="MODEL", help="The base to fold onto: a path or a Hub id (default: the one trained on).")
 @weights(
     "--merge-base", type=click.Choice(["auto", "trained", "original"]), default="auto", show_default=True,
-    help="Fold onto the quantized weights as trained on, or the full-precision ones; auto takes the lower eval loss.",
+    help="Fold onto the quantized weights as trained on, or the full-precision ones; auto: where the loss is lower.",
 )  # fmt: skip
 @weights(
     "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Type of merged 16-bit weights (default: the base's)."

@@ -79,7 +79,10 @@ def open_plain(base: Path, base_name: str, choice: OpenOptions) -> ExportModel:
 
 
 def decide_merge_base(record: RunRecord, wanted: MergeBase) -> tuple[Literal["trained", "original"], str]:
-    """Which base to fold onto, and why in words; ``auto`` takes whichever had the lower eval loss at training."""
+    """Which base to fold onto, and why in words.
+
+    ``auto`` takes the base as trained where the held-out rows show that it suits the adapter better, else the original.
+    """
     if not record.quantization:
         return "original", "it was trained without quantization"
     if wanted != "auto":
@@ -90,7 +93,15 @@ def decide_merge_base(record: RunRecord, wanted: MergeBase) -> tuple[Literal["tr
     if not trained or not original:
         return "original", "the adapter's eval loss there was not measured at training"
     losses = f"eval loss {original.eval_loss:.4f} on the original, {trained.eval_loss:.4f} on the trained"
-    return ("original" if original.eval_loss <= trained.eval_loss else "trained"), losses
+    apart = record.metrics.tuned_less_tuned_on_original
+    if not apart:  # of an earlier release
+        return ("original" if original.eval_loss <= trained.eval_loss else "trained"), losses
+    if apart.high < 0 or apart.low > 0:
+        return ("trained" if apart.high < 0 else "original"), losses
+    return "original", (
+        f"the two do not differ beyond noise ({losses}; difference {apart.low:+.4f} to {apart.high:+.4f}, "
+        f"95 % interval over {apart.rows} held-out rows)"
+    )
 
 
 def compare_base(record: BaseRecord, base: Path, checkpoint: Checkpoint) -> str:

@@ -25,6 +25,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def tokens_of(checkpoint: Path) -> int:
+    """The tokens that were trained when it was saved; 0 where an earlier release saved it, which kept no count."""
+    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("num_input_tokens_seen", 0))
+
+
 def load_adapter(model: PeftModel, checkpoint: Path, *, best: bool) -> None:
     """The adapter of a checkpoint into ``model``, or of the best one before it."""
     path = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")

@@ -4,20 +4,68 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.artifacts.run_record import EvalLoss
+from lora2serve.artifacts.run_record import EvalLoss, LossDifference
 from lora2serve.data.rendering import IGNORE
 from lora2serve.data.tokenization import Sample
 from lora2serve.progress import Progress
 from lora2serve.training.model import Device
+from lora2serve.training.tiled_head import token_losses
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
+
+
+FEWEST_ROWS = 4  # of which an interval says something
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Negative log-likelihood of held-out rows, in nats: (rows,) float64 sums, over (rows,) int64 labeled tokens."""
+
+    sums: Tensor
+    tokens: Tensor
+
+    def mean(self) -> EvalLoss:
+        """The mean over all tokens of all rows."""
+        count = int(self.tokens.sum())
+        loss = float(self.sums.sum()) / max(1, count)
+        return EvalLoss(eval_loss=loss, perplexity=math.exp(min(loss, 700.0)), tokens=count)
+
+    def less(self, other: RowLosses) -> LossDifference:
+        """The mean of these less that of ``other`` over the same rows, and where it lies if rows like them were drawn.
+
+        A row is the unit, as its tokens are not independent: the linearized variance of a ratio of means (Cochran,
+        Sampling Techniques, section 6.3), and Student's t.
+        """
+        rows, tokens = len(self.tokens), max(1, int(self.tokens.sum()))
+        apart = self.sums - other.sums
+        mean = float(apart.sum()) / tokens
+        if rows < FEWEST_ROWS:
+            return LossDifference(mean, -math.inf, math.inf, rows)
+        squares = float(((apart - mean * self.tokens) ** 2).sum())
+        half = _student_t(rows - 1) * math.sqrt(rows / (rows - 1) * squares) / tokens
+        return LossDifference(mean, mean - half, mean + half, rows)
+
+
+def _student_t(freedom: int) -> float:
+    """The 97.5 % point of Student's t, within 1 % from 3 degrees of freedom on (Abramowitz and Stegun, 26.7.5)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms: tuple[float, ...] = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return math.fsum(term / freedom**power for power, term in enumerate(terms))
 
 
 def evaluate(
@@ -27,28 +75,52 @@ def evaluate(
     batch: int,
     progress: Progress,
     label: str,
-) -> EvalLoss:
-    """Mean negative log-likelihood over every labeled token of ``rows``, ``batch`` rows at a time."""
+) -> RowLosses:
+    """The loss of every labeled token of ``rows``, ``batch`` rows at a time.
+
+    Of several processes each takes a part of the rows, and all get all losses.
+    """
     import torch
 
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
-    with torch.no_grad(), progress.track(label, len(rows)) as advance:
-        for start in range(0, len(rows), batch):
+    device = next(model.parameters()).device
+    sums, tokens = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
+    starts = range(0, len(rows), batch)[_rank() :: _processes()]
+    with progress.track(label, sum(len(rows[start : start + batch]) for start in starts)) as advance:
+        for start in starts:
             part = rows[start : start + batch]
             ids, mask, labels = pad_batch(part, pad)
-            device = next(model.parameters()).device
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            targets = labels[:, 1:].to(device)
-            labeled = targets != IGNORE  # float32 logits of these only: the vocabulary is large
-            predicted = logits[:, :-1][labeled].float()
-            total += float(torch.nn.functional.cross_entropy(predicted, targets[labeled], reduction="sum"))
-            count += int(labeled.sum())
+            losses = token_losses(model, ids.to(device), mask.to(device), labels.to(device))
+            row_of = start + (labels[:, 1:] != IGNORE).nonzero()[:, 0]  # of each of these tokens
+            sums.index_add_(0, row_of, losses.cpu().double())
+            tokens.index_add_(0, row_of, torch.ones_like(row_of))
             advance(len(part))
     model.train(was_training)
-    mean = total / max(1, count)
-    return EvalLoss(eval_loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=count)
+    return RowLosses(_over_processes(sums, device), _over_processes(tokens, device))
+
+
+def _processes() -> int:
+    import torch
+
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _rank() -> int:
+    import torch
+
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _over_processes(values: Tensor, device: torch.device) -> Tensor:
+    """The sum over all processes."""
+    import torch
+
+    if _processes() == 1:
+        return values
+    total = values.to(device)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
 
 
 def pad_batch(rows: Sequence[Sample], pad: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +140,7 @@ def pad_batch(rows: Sequence[Sample], pad: int | None) -> tuple[Tensor, Tensor, 
 
 def on_original(
     base: Path, adapter: Path, rows: Sequence[Sample], pad: int | None, batch: int, device: Device, progress: Progress
-) -> EvalLoss | None:
+) -> RowLosses | None:
     """The adapter on the full-precision base, or None where that does not fit into memory."""
     import torch
     from peft import PeftModel

@@ -19,9 +19,10 @@ from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.tokenization import Sample, tokenize_all
 from lora2serve.data.tokenizer import Tokenizer, load_tokenizer
 from lora2serve.errors import DataError
-from lora2serve.progress import Progress
+from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.training import advice, eval_loss
+from lora2serve.training.eval_loss import RowLosses
 from lora2serve.training.model import (
     Device,
     add_adapter,
@@ -85,19 +86,22 @@ class FineTune:
         config = self.adapter_config(model)  # a module that is not there is met before the work
         self.record_start(model)
         # The base is measured before the adapter is there: some inits take a part of the base out.
-        self.measure("base", model, held_out, tokenizer)
+        if held_out and not self.run.record.metrics.base:  # known since before --resume
+            self.measure("base", model, held_out, tokenizer)
         tuned = add_adapter(model, config)
         del model
         initial = self.keep_initial(tuned)
         steps = fit(
             tuned, tokenizer, rows, held_out, self.recipe, self.run, self.device,
             checkpointing=self.checkpointing, resume=resume, progress=self.progress,
+            measure=lambda: self.losses(tuned, held_out, tokenizer, "", Silent()).mean(),
         )  # fmt: skip
         self.run.save(replace(self.run.record, steps=steps))
         self.save(tuned, tokenizer, initial)
-        self.measure("tuned", tuned, held_out, tokenizer)
-        del tuned
-        self.measure_on_original(held_out, tokenizer)
+        if held_out:
+            losses = self.measure("tuned", tuned, held_out, tokenizer)
+            del tuned
+            self.measure_on_original(losses, held_out, tokenizer)
         plot(self.run)
         self.run.save(replace(self.run.record, finished=True))
 
@@ -201,25 +205,38 @@ class FineTune:
         model: PreTrainedModel | PeftModel,
         held_out: list[Sample],
         tokenizer: Tokenizer,
-    ) -> None:
+    ) -> RowLosses:
         """Evaluate the base or the tuned model on the base as trained; kept in run.json."""
-        if not held_out or (name == "base" and self.run.record.metrics.base):  # known since before --resume
-            return
         label = "eval before" if name == "base" else "eval after"
-        batch = self.recipe.train.batch_size
-        loss = eval_loss.evaluate(model, held_out, tokenizer.pad_token_id, batch, self.progress, label)
-        self.keep_loss(name, name, loss)
+        losses = self.losses(model, held_out, tokenizer, label, self.progress)
+        self.keep_loss(name, name, losses.mean())
+        return losses
 
-    def measure_on_original(self, held_out: list[Sample], tokenizer: Tokenizer) -> None:
+    def losses(
+        self,
+        model: PreTrainedModel | PeftModel,
+        held_out: list[Sample],
+        tokenizer: Tokenizer,
+        label: str,
+        progress: Progress,
+    ) -> RowLosses:
+        """The one way in which held-out rows are scored: before, in between and after."""
+        return eval_loss.evaluate(
+            model, held_out, tokenizer.pad_token_id, self.recipe.train.batch_size, progress, label
+        )
+
+    def measure_on_original(self, tuned: RowLosses, held_out: list[Sample], tokenizer: Tokenizer) -> None:
         """The merge needs to know which base suits the adapter better."""
-        if not held_out or not self.run.record.quantization:
+        if not self.run.record.quantization:
             return
         if read_config(self.base).get("quantization_config"):
             return  # this base has no full-precision weights here
         pad, batch = tokenizer.pad_token_id, self.recipe.train.batch_size
-        loss = eval_loss.on_original(self.base, self.run.adapter, held_out, pad, batch, self.device, self.progress)
-        if loss:
-            self.keep_loss("tuned_on_original", "tuned, on the original base", loss)
+        losses = eval_loss.on_original(self.base, self.run.adapter, held_out, pad, batch, self.device, self.progress)
+        if losses:
+            self.keep_loss("tuned_on_original", "tuned, on the original base", losses.mean())
+            metrics = replace(self.run.record.metrics, tuned_less_tuned_on_original=tuned.less(losses))
+            self.run.save(replace(self.run.record, metrics=metrics))
 
     def keep_loss(self, name: str, label: str, loss: EvalLoss) -> None:
         """Into run.json, and in words."""

@@ -13,7 +13,7 @@ from lora2serve.data.tokenization import Sample
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.progress import Progress
-from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_of
+from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_of, tokens_of
 from lora2serve.training.metric_logging import MetricLog
 from lora2serve.training.model import Device
 
@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import EarlyStoppingCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+
+    from lora2serve.training.run_trainer import Measure, RunTrainer
 
 
 def fit(
     model: PeftModel, tokenizer: Tokenizer, rows: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe,
-    run: Run, device: Device, *, checkpointing: bool, resume: bool, progress: Progress,
+    run: Run, device: Device, *, checkpointing: bool, resume: bool, measure: Measure, progress: Progress,
 ) -> int:  # fmt: skip
-    """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C."""
+    """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C.
+
+    measure: the eval loss of ``model`` as it is at that moment, on all of ``held_out``.
+    """
     data = _dataset(rows, recipe)
     total = total_steps(recipe, len(data))
     checkpoint = last_checkpoint(run) if resume else None
@@ -41,6 +46,8 @@ def fit(
         log = MetricLog(run.path / "metrics.jsonl", advance, progress)
         arguments = _arguments(recipe, run, device, total, bool(held_out), checkpointing)
         trainer = _trainer(model, tokenizer, data, held_out, arguments, [log, *_early_stopping(recipe)])
+        trainer.measure = measure
+        trainer.count_from(tokens_of(checkpoint) if checkpoint else 0)
         with log.stop_on_interrupt():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if log.stopped:
@@ -56,13 +63,14 @@ def _trainer(
     held_out: Sequence[Sample],
     arguments: SFTConfig,
     callbacks: Sequence[TrainerCallback],
-) -> SFTTrainer:
+) -> RunTrainer:
     """TRL's trainer, with our words instead of its own and an adapter in float32."""
     from transformers import PrinterCallback, ProgressCallback
     from transformers.integrations import TensorBoardCallback
-    from trl import SFTTrainer
 
-    trainer = SFTTrainer(
+    from lora2serve.training.run_trainer import RunTrainer
+
+    trainer = RunTrainer(
         model=model,
         args=arguments,
         train_dataset=data,

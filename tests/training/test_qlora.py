@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora2serve.artifacts.run import Run
-from lora2serve.artifacts.run_record import EvalLoss, QuantizationRecord, RunMetrics, RunRecord
+from lora2serve.artifacts.run_record import LossDifference
 from lora2serve.training import finetune
 from lora2serve.training import model as models
 from lora2serve.weights.dequantize import Dequantized
@@ -127,6 +127,17 @@ def test_evaluated_before_and_after_and_on_the_original_base(trained: tuple[Run,
     assert abs(wrong - found["tuned"]) > 1e-3, "the control: alpha times 1.1"
     assert any(f"base: eval loss {found['base']:.4f}" in note for note in told.notes)
     assert sum("perplexity" in note for note in told.notes) == 3
+    apart = metrics_apart(run)
+    assert apart.mean == pytest.approx(expected["tuned"] - expected["tuned_on_original"], abs=2e-5)
+    assert apart.low < apart.mean < apart.high
+    assert apart.rows == 8
+
+
+def metrics_apart(run: Run) -> LossDifference:
+    """What `--merge-base auto` decides by."""
+    apart = run.record.metrics.tuned_less_tuned_on_original
+    assert apart is not None
+    return apart
 
 
 def test_adapter_is_float32_and_has_learned(trained: tuple[Run, Told]) -> None:
@@ -184,10 +195,6 @@ def test_a_full_base_that_does_not_fit_is_said_so(
     assert run.record.metrics.tuned_on_original is None
     assert any("does not fit: the adapter was not measured on it" in note for note in told.notes)
     assert decide_merge_base(run.record, "auto")[0] == "original"
-    losses = RunMetrics(tuned=EvalLoss(1.0, 2.7), tuned_on_original=EvalLoss(2.0, 7.4))
-    for kind, merge_base in (("nf4", "trained"), ("fp4", "original")):  # which an earlier release trained
-        record = RunRecord(quantization=QuantizationRecord(kind), metrics=losses)
-        assert decide_merge_base(record, "auto")[0] == merge_base
     monkeypatch.setattr(
         eval_loss, "_free_memory", lambda where: 1.2 * 2 * (DEMO / "base/model.safetensors").stat().st_size + 1
     )

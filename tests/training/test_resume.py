@@ -66,6 +66,7 @@ def assert_same_end(run: Run, unbroken: Run) -> None:
     assert list(logged(run)) == list(range(1, STEPS + 1)), "each step is in the log once"
     for step, loss in logged(unbroken).items():
         assert logged(run)[step] == pytest.approx(loss, abs=1e-5), step
+    assert logged(run, "num_tokens") == logged(unbroken, "num_tokens"), "counted on from the checkpoint"
     mine, other = (load_file(each.adapter / "adapter_model.safetensors") for each in (run, unbroken))
     assert all(torch.allclose(mine[name], other[name], atol=1e-6) for name in other)
     found = [each.record.metrics.tuned.eval_loss for each in (run, unbroken)]
