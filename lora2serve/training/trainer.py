@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from lora2serve.progress import Progress
 from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_of, tokens_of
 from lora2serve.training.metric_logging import MetricLog
 from lora2serve.training.model import Device
+from lora2serve.training.packing import keep_apart
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +36,8 @@ def fit(
 
     measure: the eval loss of ``model`` as it is at that moment, on all of ``held_out``.
     """
+    if recipe.data.packing and not keep_apart(model, rows, progress):
+        recipe = replace(recipe, data=replace(recipe.data, packing=False))
     data = _dataset(rows, recipe)
     total = total_steps(recipe, len(data))
     checkpoint = last_checkpoint(run) if resume else None
