@@ -55,8 +55,8 @@ def _find_data(model: ExportModel, home: Path, requested: str | Path | None, pro
         from lora2serve.data.calibration import calibration_ids, tokenizer_of
         from lora2serve.hub import pin_data
 
-        tokenizer = tokenizer_of(model.adapter, Path(model.lineage.base.path))
-        return calibration_ids(data, tokenizer, pin_data, progress)
+        base = Path(model.lineage.base.path)
+        return calibration_ids(data, tokenizer_of(model.adapter, base), base, pin_data, progress)
 
     return Calibration(data.train, rows, progress)
 

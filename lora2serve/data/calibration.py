@@ -6,16 +6,19 @@ from pathlib import Path
 
 from lora2serve.config.recipe import DataRecipe
 from lora2serve.data import data_sets
+from lora2serve.data.chat_template import ChatTemplate
+from lora2serve.data.end_tokens import stop_ids
 from lora2serve.data.readers import Pin
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import load_tokenizer
 from lora2serve.progress import Progress
 
 
-def calibration_ids(recipe: DataRecipe, tokenizer: Path, pin: Pin, progress: Progress) -> list[list[int]]:
-    """The training rows of ``recipe`` by the tokenizer of a model directory, cut as in training."""
+def calibration_ids(recipe: DataRecipe, tokenizer: Path, base: Path, pin: Pin, progress: Progress) -> list[list[int]]:
+    """The training rows of ``recipe`` by the tokenizer of a directory, for a model that ends where ``base`` does."""
     rows = data_sets.load(recipe, pin).train
-    return [sample.input_ids for sample in tokenize_all(rows, load_tokenizer(tokenizer), recipe, progress)]
+    template = ChatTemplate(load_tokenizer(tokenizer), tuple(stop_ids(base)))
+    return [sample.input_ids for sample in tokenize_all(rows, template, recipe, progress)]
 
 
 def tokenizer_of(adapter: Path | None, base: Path) -> Path:

@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.data_sets import DataSet, read_file
-from lora2serve.data.rendering import opening, render_messages, render_row
-from lora2serve.data.rows import Message, Row, TextRow
+from lora2serve.data.rendering import Renderer, opening
+from lora2serve.data.rows import ChatRow, Message, Row, TextRow
 from lora2serve.data.tokenizer import Tokenizer, encode
 from lora2serve.errors import DataError
 
@@ -123,7 +124,9 @@ def prepare(
     rows = read_file(eval_rows, plain_text=True) if eval_rows and eval_rows.is_file() else None
     text = read_file(Path(general), plain_text=True) if general else _shipped()
     window = min(amount.window, most - 1) if most else amount.window  # engines want room for one token more
-    sequences = _sequences(rows, text, tokenizer, replace(amount, window=window))
+    stops = tuple(sorted(set(stop)))
+    renderer = Renderer(ChatTemplate(tokenizer, stops))
+    sequences = _sequences(rows, text, renderer, replace(amount, window=window))
     room = (most or LONGEST_PROMPT) - amount.new_tokens
     own = _conversations((opening(row) for row in rows.rows) if rows else (), tokenizer, room)
     probes = _conversations(PROBES, tokenizer, room)
@@ -133,18 +136,18 @@ def prepare(
         raise DataError(f"no prompt is shorter than {room} tokens", "parity.new_tokens leaves more room if it is less")
     return PromptSet(
         sequences, tuple(conversations.values()), tuple(prompts[: amount.prompts]),
-        tuple(sorted(set(stop))), tokenizer.bos_token_id, len(tokenizer), window,
+        stops, tokenizer.bos_token_id, len(tokenizer), window,
     )  # fmt: skip
 
 
 def _sequences(
-    rows: DataSet | None, text: DataSet, tokenizer: Tokenizer, amount: PromptOptions
+    rows: DataSet | None, text: DataSet, renderer: Renderer, amount: PromptOptions
 ) -> tuple[ScoredText, ...]:
     """Half from the task, half general; where one of them is short, the rest from the other."""
-    own = _scored(rows, tokenizer, "task", amount.window) if rows else iter(())
+    own = _scored(rows, renderer, "task", amount.window) if rows else iter(())
     task = list(_until(own, amount.tokens // 2))
     scored = sum(len(sequence.ids) - 1 for sequence in task)
-    more = list(_until(_scored(text, tokenizer, "general", amount.window), amount.tokens - scored))
+    more = list(_until(_scored(text, renderer, "general", amount.window), amount.tokens - scored))
     scored += sum(len(sequence.ids) - 1 for sequence in more)
     task += _until(own, amount.tokens - scored)
     if not task and not more:
@@ -152,15 +155,16 @@ def _sequences(
     return (*task, *more)
 
 
-def _scored(data: DataSet, tokenizer: Tokenizer, part: Part, window: int) -> Iterator[ScoredText]:
-    """Whole rows as training saw them, cut at ``window``; without those that leave no token to predict."""
+def _scored(data: DataSet, renderer: Renderer, part: Part, window: int) -> Iterator[ScoredText]:
+    """Rows as training saw them, cut at ``window``; without those that leave no token to predict."""
     for index, row in enumerate(data.rows):
         try:
-            rendered = render_row(row, tokenizer)
+            samples = renderer.render(row)
         except DataError as error:
             raise DataError(f"{data.where(index)}: {error.message}", error.hint) from None
-        if len(rendered.ids[:window]) > 1:
-            yield ScoredText(part, tuple(rendered.ids[:window]), rendered.text)
+        for sample in samples:
+            if len(sample.ids[:window]) > 1:
+                yield ScoredText(part, tuple(sample.ids[:window]), sample.text)
 
 
 def _until(sequences: Iterator[ScoredText], tokens: int) -> Iterator[ScoredText]:
@@ -184,7 +188,7 @@ def _conversation(start: Sequence[Message] | str, tokenizer: Tokenizer) -> Conve
     if not start or not tokenizer.chat_template:
         return None
     try:
-        text = render_messages(start, tokenizer, generation_prompt=True)
+        text = ChatTemplate(tokenizer).render(ChatRow(start), start, generation_prompt=True)
     except Exception:  # a template raises what it likes to refuse a role
         return None
     return Conversation(list(start), text, tuple(encode(tokenizer, text, special=False)))

@@ -1,50 +1,96 @@
-"""How a row is written for the model: the one place for chat templates, token ids and which of them are learned.
+"""How a row is written for the model: the one place for token ids and which of them are learned.
 
 Training, parity and calibration all come here, so that what is compared is what was trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from lora2serve.data.chat_template import ChatTemplate
+from lora2serve.data.chat_turns import learned_turns
 from lora2serve.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
-from lora2serve.data.tokenizer import Tokenizer, encode, encode_with_spans
-from lora2serve.errors import DataError
+from lora2serve.data.text_encoder import TextEncoder
+from lora2serve.data.tokenizer import encode
 
 IGNORE = -100  # the label that no loss looks at (torch.nn.CrossEntropyLoss)
 
 
 @dataclass(frozen=True)
-class RenderedRow:
-    """One row as text and in token ids; ``labels`` has ``IGNORE`` where no loss is taken."""
+class RenderedSample:
+    """What the model is trained on at once; ``labels`` has ``IGNORE`` where no loss is taken.
+
+    ``text`` is all of it, ``learned`` the texts that a loss is taken on, in order.
+    """
 
     text: str
     ids: list[int]
     labels: list[int]
+    learned: list[str]
 
 
-def render_row(row: Row, tokenizer: Tokenizer, *, completion_only: bool = False) -> RenderedRow:
-    """The whole row; with ``completion_only`` a loss is taken on what the assistant says, or on the completion."""
-    if isinstance(row, ChatRow):
-        return _render_chat(row.messages, tokenizer, completion_only)
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if isinstance(row, TextRow):
-        ids = [*encode(tokenizer, row.text), *eos]
-        return RenderedRow(row.text, ids, list(ids))
-    prompt = encode(tokenizer, row.prompt)
-    completion = [*encode(tokenizer, row.completion, special=False), *eos]
-    ignored = [IGNORE] * len(prompt) if completion_only else list(prompt)
-    return RenderedRow(row.prompt + row.completion, prompt + completion, ignored + completion)
+@dataclass
+class Renderer:
+    """Writes rows with one tokenizer and its chat template."""
 
+    template: ChatTemplate
+    encoder: TextEncoder = field(init=False)
 
-def render_messages(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prompt: bool = False) -> str:
-    """A conversation by the tokenizer's chat template. A template raises what it likes to refuse one."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            "rows of messages, but the tokenizer has no chat template", "use prompt + completion, or an instruct model"
-        )
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    def __post_init__(self) -> None:
+        self.encoder = TextEncoder(self.template.tokenizer)
+
+    def render(self, row: Row, *, completion_only: bool = True) -> list[RenderedSample]:
+        """The samples of a row. With ``completion_only`` a loss is taken on the answers, or on the completion.
+
+        A conversation gives one sample for each turn that is learned; turns that a server would see with the same ids
+        before them share one. Without ``completion_only`` it is one sample, as the template writes it.
+        """
+        if isinstance(row, ChatRow):
+            return self._turns(row) if completion_only else [self._whole(row)]
+        if isinstance(row, TextRow):
+            return [self._text(row.text)]
+        return [self._completion(row, completion_only)]
+
+    def _turns(self, row: ChatRow) -> list[RenderedSample]:
+        samples: list[RenderedSample] = []
+        for turn in learned_turns(row, self.template):
+            prompt = self.encoder.encode(turn.prompt)
+            answer = self.encoder.following(turn.prompt, prompt, turn.answer)
+            last = samples[-1] if samples else None
+            labels, learned = list[int](), list[str]()
+            if last and prompt[: len(last.ids)] == last.ids:
+                labels, learned = last.labels, last.learned
+                samples.pop()
+            labels = [*labels, *[IGNORE] * (len(prompt) - len(labels)), *answer]
+            samples.append(RenderedSample(turn.prompt + turn.answer, prompt + answer, labels, [*learned, turn.answer]))
+        return samples
+
+    def _whole(self, row: ChatRow) -> RenderedSample:
+        text = self.template.render(row, row.messages)
+        ids = self.encoder.encode(text)
+        return RenderedSample(text, ids, list(ids), [text])
+
+    def _text(self, text: str) -> RenderedSample:
+        """With the tokens that the tokenizer puts around a text, unless it begins and ends with them already."""
+        tokenizer = self.template.tokenizer
+        bos = tokenizer.bos_token
+        ids = encode(tokenizer, text, special=not (bos and text.startswith(bos)))
+        ids += [] if self.template.ends.closes(text) else self._end
+        return RenderedSample(text, ids, list(ids), [text])
+
+    def _completion(self, row: CompletionRow, completion_only: bool) -> RenderedSample:
+        """Prompt and completion apart, as a server has them."""
+        prompt = encode(self.template.tokenizer, row.prompt)
+        completion = [*self.encoder.alone(row.completion), *self._end]
+        ignored = [IGNORE] * len(prompt) if completion_only else list(prompt)
+        learned = row.completion if completion_only else row.prompt + row.completion
+        return RenderedSample(row.prompt + row.completion, prompt + completion, ignored + completion, [learned])
+
+    @property
+    def _end(self) -> list[int]:
+        end = self.template.tokenizer.eos_token_id
+        return [] if end is None else [end]
 
 
 def opening(row: Row) -> Sequence[Message] | str:
@@ -55,38 +101,3 @@ def opening(row: Row) -> Sequence[Message] | str:
             messages.pop()
         return messages
     return row.prompt if isinstance(row, CompletionRow) else row.text[: max(1, len(row.text) // 2)]
-
-
-def _render_chat(messages: Sequence[Message], tokenizer: Tokenizer, completion_only: bool) -> RenderedRow:
-    """The conversation as the template renders it; with ``completion_only`` the labels are the assistant's turns.
-
-    A turn is found by rendering the conversation up to it and with it: what is new is the turn. That needs no
-    {% generation %} marks in the template, and is an error where a template changes what it wrote before.
-    """
-    text = render_messages(messages, tokenizer)
-    ids, characters = encode_with_spans(tokenizer, text)
-    if not completion_only:
-        return RenderedRow(text, ids, list(ids))
-    turns = list(_assistant_turns(messages, tokenizer, text))
-    labels = [
-        token if any(start < last and first < stop for start, stop in turns) and last > first else IGNORE
-        for token, (first, last) in zip(ids, characters, strict=True)
-    ]
-    return RenderedRow(text, ids, labels)
-
-
-def _assistant_turns(messages: Sequence[Message], tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, int]]:
-    """Where in ``text`` each turn of the assistant begins and ends."""
-    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render_messages(messages[:number], tokenizer, generation_prompt=True)
-        after = render_messages(messages[: number + 1], tokenizer)
-        if text.startswith(before) and text.startswith(after):
-            yield len(before), len(after)
-        elif number == last:
-            raise DataError(
-                "the chat template renders a conversation differently once the assistant has answered",
-                "train with data.completion_only: false, or use prompt + completion rows",
-            )

@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora2serve.config.recipe import DataRecipe
+from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.data_sets import DataSet
-from lora2serve.data.rendering import IGNORE, render_row
+from lora2serve.data.rendering import IGNORE, Renderer
 from lora2serve.data.rows import Row
-from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
 from lora2serve.progress import Progress
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row in token ids; ``labels`` has ``IGNORE`` where no loss is taken."""
+    """What is trained at once, in token ids; ``labels`` has ``IGNORE`` where no loss is taken."""
 
     input_ids: list[int]
     labels: list[int]
     cut: bool  # whether it was longer than max_length
+    row: int = 0  # index of its row in the data set; a conversation may give several samples
 
     @property
     def learned(self) -> bool:
@@ -27,13 +28,13 @@ class Sample:
         return any(label != IGNORE for label in self.labels[1:])
 
 
-def tokenize_all(data: DataSet, tokenizer: Tokenizer, recipe: DataRecipe, progress: Progress) -> list[Sample]:
+def tokenize_all(data: DataSet, template: ChatTemplate, recipe: DataRecipe, progress: Progress) -> list[Sample]:
     """Every row in tokens; DataError names the line of a row that the chat template refuses."""
-    samples = []
+    renderer, samples = Renderer(template), list[Sample]()
     with progress.track("tokenize", len(data.rows)) as advance:
         for index, row in enumerate(data.rows):
             try:
-                samples.append(tokenize(row, tokenizer, recipe))
+                samples += tokenize(row, renderer, recipe, index)
             except DataError as error:
                 raise DataError(f"{data.where(index)}: {error.message}", error.hint) from None
             except Exception as error:  # a template raises what it likes
@@ -42,8 +43,10 @@ def tokenize_all(data: DataSet, tokenizer: Tokenizer, recipe: DataRecipe, progre
     return samples
 
 
-def tokenize(row: Row, tokenizer: Tokenizer, recipe: DataRecipe) -> Sample:
-    """Token ids and labels of one row, cut at ``max_length``."""
-    rendered = render_row(row, tokenizer, completion_only=recipe.completion_only)
+def tokenize(row: Row, renderer: Renderer, recipe: DataRecipe, index: int = 0) -> list[Sample]:
+    """Token ids and labels of the samples of one row, cut at ``max_length``."""
     limit = recipe.max_length
-    return Sample(rendered.ids[:limit], rendered.labels[:limit], len(rendered.ids) > limit)
+    return [
+        Sample(sample.ids[:limit], sample.labels[:limit], len(sample.ids) > limit, index)
+        for sample in renderer.render(row, completion_only=recipe.completion_only)
+    ]

@@ -6,8 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
-from lora2serve.data.rows import Message
 from lora2serve.errors import TrainError, first_line
+
+
+class AddedToken(Protocol):
+    """A token that is found in a text before the others; the switches are those of the tokenizers library."""
+
+    content: str
+    special: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+    normalized: bool
 
 
 class Tokenizer(Protocol):
@@ -17,8 +27,15 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    bos_token: str | None
     eos_token: str | None
     pad_token: str | None
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, str]: ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]: ...
 
     def __len__(self) -> int: ...
 
@@ -27,8 +44,20 @@ class Tokenizer(Protocol):
     ) -> Mapping[str, list[object]]: ...
 
     def apply_chat_template(
-        self, conversation: Sequence[Message], *, tokenize: Literal[False], add_generation_prompt: bool = False
+        self,
+        conversation: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        tokenize: Literal[False],
+        add_generation_prompt: bool = False,
+        **arguments: object,
     ) -> str: ...
+
+    def get_chat_template(
+        self, chat_template: str | None = None, tools: Sequence[Mapping[str, object]] | None = None
+    ) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> Sequence[str]: ...
 
     def save_pretrained(self, save_directory: str) -> object: ...
 

@@ -15,7 +15,9 @@ from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss, QuantizationRecord
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import Recipe, dump
+from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.data_sets import DataSet, DataSets
+from lora2serve.data.end_tokens import stop_ids
 from lora2serve.data.tokenization import Sample, tokenize_all
 from lora2serve.data.tokenizer import Tokenizer, load_tokenizer
 from lora2serve.errors import DataError
@@ -125,8 +127,9 @@ class FineTune:
     def tokenize(self, tokenizer: Tokenizer) -> tuple[list[Sample], list[Sample]]:
         """Training and held-out rows, those without a token to learn from left out, after every warning."""
         train_rows, eval_rows = self.data_sets.train, self.data_sets.held_out
-        samples = tokenize_all(train_rows, tokenizer, self.recipe.data, self.progress)
-        held_out = tokenize_all(eval_rows, tokenizer, self.recipe.data, self.progress) if eval_rows else []
+        template = ChatTemplate(tokenizer, tuple(stop_ids(self.base)))
+        samples = tokenize_all(train_rows, template, self.recipe.data, self.progress)
+        held_out = tokenize_all(eval_rows, template, self.recipe.data, self.progress) if eval_rows else []
         for warning in advice.warnings(self.recipe, samples, bool(held_out), self.checkpointing):
             self.progress.warn(warning)
         samples = [sample for sample in samples if sample.learned]

@@ -13,6 +13,7 @@ import pytest
 from lora2serve.config.recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.calibration import calibration_ids, tokenizer_of
+from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.prompts import PROBES, PromptOptions, load_saved, prepare
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import load_tokenizer
@@ -44,11 +45,14 @@ def test_scored_as_trained_and_calibrated(tmp_path: Path, tokenizer: Any) -> Non
     """The same row has the same ids everywhere: in training, in a comparison and in calibration."""
     file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     recipe = DataRecipe(train=str(file))
-    trained = [sample.input_ids for sample in tokenize_all(data_sets.load(recipe).train, tokenizer, recipe, Silent())]
+    trained = [
+        sample.input_ids
+        for sample in tokenize_all(data_sets.load(recipe).train, ChatTemplate(tokenizer), recipe, Silent())
+    ]
     prompts = prepare(tokenizer, file, str(write_jsonl(tmp_path / "g.jsonl", ROWS)), [0], PromptOptions(tokens=10**6))
     for part in ("task", "general"):
         assert [list(text.ids) for text in prompts.sequences if text.part == part] == trained
-    assert calibration_ids(recipe, DEMO / "base", lambda name: (name, None), Silent()) == trained
+    assert calibration_ids(recipe, DEMO / "base", DEMO / "base", lambda name: (name, None), Silent()) == trained
     assert trained[2][-1] == tokenizer.eos_token_id, "a text ends where it was trained to end"
     cut = prepare(tokenizer, file, None, [0], PromptOptions(window=8))
     assert [list(text.ids) for text in cut.sequences if text.part == "task"] == [ids[:8] for ids in trained]

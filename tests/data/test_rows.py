@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from lora2serve.config.recipe import DataRecipe
 from lora2serve.data import data_sets, tokenization
-from lora2serve.data.rendering import IGNORE
+from lora2serve.data.chat_template import ChatTemplate
+from lora2serve.data.rendering import IGNORE, Renderer
 from lora2serve.data.row_forms import parse_row
 from lora2serve.data.rows import ChatRow, CompletionRow, Row, TextRow
 from lora2serve.errors import DataError
@@ -39,9 +40,13 @@ def row_of(value: dict[str, Any]) -> Row:
     return row
 
 
+def renderer(tokenizer: Any) -> Renderer:
+    return Renderer(ChatTemplate(tokenizer))
+
+
 def learned(value: dict[str, Any], tokenizer: Any, **recipe: Any) -> str:
     """The text that a loss is taken on."""
-    sample = tokenization.tokenize(row_of(value), tokenizer, DataRecipe(train="", **recipe))
+    (sample,) = tokenization.tokenize(row_of(value), renderer(tokenizer), DataRecipe(train="", **recipe))
     assert len(sample.input_ids) == len(sample.labels)
     assert all(label in (IGNORE, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
     return tokenizer.decode([label for label in sample.labels if label != IGNORE])
@@ -68,11 +73,12 @@ def test_loss_on_everything_is_the_control(tokenizer: Any) -> None:
 
 def test_cut_rows_are_marked(tokenizer: Any) -> None:
     long = TextRow("word " * 50)
-    cut = tokenization.tokenize(long, tokenizer, DataRecipe(train="", max_length=16))
+    writer = renderer(tokenizer)
+    (cut,) = tokenization.tokenize(long, writer, DataRecipe(train="", max_length=16))
     assert (len(cut.input_ids), cut.cut, cut.learned) == (16, True, True)
-    assert not tokenization.tokenize(row_of(TEXT), tokenizer, DataRecipe(train="")).cut
+    assert not tokenization.tokenize(row_of(TEXT), writer, DataRecipe(train=""))[0].cut
     prompt = CompletionRow("word " * 50, "x")
-    assert not tokenization.tokenize(prompt, tokenizer, DataRecipe(train="", max_length=16)).learned
+    assert not tokenization.tokenize(prompt, writer, DataRecipe(train="", max_length=16))[0].learned
 
 
 def test_parquet_columns_that_a_row_leaves_empty(tmp_path: Path) -> None:
@@ -176,21 +182,25 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tokenizer: Any
     system = {"messages": [{"role": "system", "content": "S"}, *CHAT["messages"]]}
     chats = data_sets.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT, TEXT, system])))
     with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses it: no system turn"):
-        tokenization.tokenize_all(chats, strict, DataRecipe(train=""), Silent())
+        tokenization.tokenize_all(chats, ChatTemplate(strict), DataRecipe(train=""), Silent())
     strict.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        tokenization.tokenize_all(chats, strict, DataRecipe(train=""), Silent())
+        tokenization.tokenize_all(chats, ChatTemplate(strict), DataRecipe(train=""), Silent())
 
 
-def test_a_template_that_rewrites_an_answer_fails_aloud(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_template_that_rewrites_history_is_trained_as_served(tmp_path: Path, tokenizer: Any) -> None:
     import copy
 
     moody = copy.deepcopy(tokenizer)
     moody.chat_template = "{{ messages | length }}: " + moody.chat_template
     chats = data_sets.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT])))
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template renders a conversation differently"):
-        tokenization.tokenize_all(chats, moody, DataRecipe(train=""), Silent())
-    assert tokenization.tokenize_all(chats, moody, DataRecipe(train="", completion_only=False), Silent())
+    (sample,) = tokenization.tokenize_all(chats, ChatTemplate(moody), DataRecipe(train=""), Silent())
+    assert moody.decode(sample.input_ids).startswith("1:"), "as a server sees it, before the answer"
+    assert moody.decode([label for label in sample.labels if label != IGNORE]) == "Ho<|im_end|>\n"
+    moody.chat_template = "{% if messages[-1].content == 'Ho' %}!{% endif %}" + moody.chat_template
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*the chat template writes this answer in another place"):
+        tokenization.tokenize_all(chats, ChatTemplate(moody), DataRecipe(train=""), Silent())
+    assert tokenization.tokenize_all(chats, ChatTemplate(moody), DataRecipe(train="", completion_only=False), Silent())
 
 
 VALUES = st.recursive(

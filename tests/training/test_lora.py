@@ -141,12 +141,13 @@ def test_every_init_gives_a_lora_for_the_true_base(
     assert 1e-3 < shift < 20
     from lora2serve.config.recipe import DataRecipe
     from lora2serve.data import data_sets, tokenization
+    from lora2serve.data.chat_template import ChatTemplate
     from lora2serve.data.tokenizer import load_tokenizer
     from lora2serve.progress import Silent
     from lora2serve.training import eval_loss
 
-    tokenizer = load_tokenizer(small)
-    held_out = tokenization.tokenize_all(data_sets.read(chats["eval"]), tokenizer, DataRecipe(train=""), Silent())
+    template = ChatTemplate(load_tokenizer(small))
+    held_out = tokenization.tokenize_all(data_sets.read(chats["eval"]), template, DataRecipe(train=""), Silent())
     from peft import PeftModel
 
     on_disk = eval_loss.evaluate(PeftModel.from_pretrained(base, run.adapter), held_out, 0, 4, Silent(), "")

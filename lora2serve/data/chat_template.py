@@ -1,0 +1,110 @@
+"""A chat template as a server calls it: with the messages in the form that servers give it, on one day."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from functools import cached_property
+from typing import cast
+
+from lora2serve.data.end_tokens import EndTokens, closing_token, end_tokens
+from lora2serve.data.rows import ChatRow, Message
+from lora2serve.data.tokenizer import Tokenizer
+from lora2serve.errors import DataError
+
+NO_TEMPLATE = "rows of messages, but the tokenizer has no chat template"
+NO_TEMPLATE_HINT = "data.chat_template: chatml (or llama3, gemma, mistral, a file) gives it one"
+STAND_IN = "Zq8 says"  # an answer, or a thought, to see what a template writes around it
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # what templates call the thoughts of a turn
+
+
+@dataclass
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    ``stop_ids`` end an answer beside the tokenizer's own end token. ``day`` is what a template that prints the date
+    prints; None for today. ``prints_date`` turns true when one did.
+    """
+
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...] = ()
+    day: date | None = None
+    prints_date: bool = field(default=False, init=False)
+
+    def render(self, row: ChatRow, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        """``messages`` with the tools and arguments of ``row``. A template raises what it likes to refuse them."""
+        if not self.tokenizer.chat_template:
+            raise DataError(NO_TEMPLATE, NO_TEMPLATE_HINT)
+        tools = list(row.tools) if row.tools else None
+        served = [as_served(message) for message in messages]
+        arguments = {"strftime_now": self._strftime, **row.chat_template_kwargs}
+        if not served:
+            return self._render_nothing(tools, arguments, generation_prompt)
+        return self.tokenizer.apply_chat_template(
+            served, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **arguments
+        )
+
+    @cached_property
+    def ends(self) -> EndTokens:
+        """The tokens that end an answer, the one by which this template closes a turn among them."""
+        known = end_tokens(self.tokenizer, self.stop_ids)
+        return EndTokens((self.closing, *known.texts)) if self.closing else known
+
+    @cached_property
+    def closing(self) -> str:
+        """The token by which the template closes a turn, where no server would stop at it; empty otherwise."""
+        turns: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": STAND_IN}]
+        try:
+            text, opened = (self.render(ChatRow(turns), turns, generation_prompt=further) for further in (False, True))
+        except Exception:  # a template raises what it likes
+            return ""
+        tail = text.rpartition(STAND_IN)[2]
+        if text == opened or end_tokens(self.tokenizer, self.stop_ids).place(tail) >= 0:
+            return ""  # one that opens the next turn in any case, or that writes a known end
+        return closing_token(tail, self.tokenizer)
+
+    def reads(self, name: str) -> bool:
+        """Whether the template looks at an argument of that name."""
+        return re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template)) is not None
+
+    def _strftime(self, pattern: str) -> str:
+        """What templates call for the date."""
+        self.prints_date = True
+        return (datetime.combine(self.day, time()) if self.day else datetime.now()).strftime(pattern)
+
+    def _render_nothing(
+        self, tools: list[Mapping[str, object]] | None, arguments: Mapping[str, object], generation_prompt: bool
+    ) -> str:
+        """The start of a conversation in which the assistant speaks first; transformers wants at least one message."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, _ = render_jinja_template(
+            conversations=[[]],
+            tools=tools,
+            chat_template=self.tokenizer.get_chat_template(tools=tools),
+            add_generation_prompt=generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **arguments},
+        )
+        return cast("Sequence[str]", rendered)[0]
+
+
+def as_served(message: Message) -> dict[str, object]:
+    """As servers give a message to a template: text for content, thoughts under each of their names, no weight."""
+    served: dict[str, object] = {key: value for key, value in message.items() if key != "weight"}
+    served["content"] = message.get("content") or ""
+    thought = thought_of(message)
+    if thought:
+        served.update(dict.fromkeys(THOUGHT_KEYS, thought))
+    return served
+
+
+def thought_of(message: Mapping[str, object]) -> str:
+    """The thoughts that a turn holds beside its content."""
+    return next((str(message[key]) for key in THOUGHT_KEYS if message.get(key)), "")
+
+
+def without_thought(message: Message) -> Message:
+    """The same turn without thoughts beside its content."""
+    return cast("Message", {key: value for key, value in message.items() if key not in THOUGHT_KEYS})

@@ -1,0 +1,222 @@
+"""A turn is trained as it is served: over real chat templates, held to what transformers renders for a server."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+from jinja2 import UndefinedError
+from transformers import AddedToken, AutoTokenizer
+
+from lora2serve.data.chat_template import ChatTemplate
+from lora2serve.data.rendering import IGNORE, RenderedSample, Renderer
+from lora2serve.data.rows import ChatRow, Message
+from lora2serve.errors import DataError
+from tests.support.llama_cpp_source import chat_templates
+from tests.support.runs import DEMO
+
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+)
+# Like Qwen3, Qwen3.5 and gpt-oss: the last answer is written otherwise than earlier ones.
+THINK = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{'<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if loop.last else '') + m.content + '<|im_end|>\n'}}"
+    "{% else %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+)
+# Like DeepSeek-R1's distills and QwQ: the generation prompt opens a thought that history does not have.
+OPENED = CHATML.replace("assistant\n'}}{% endif %}", "assistant\n<think>\n'}}{% endif %}")
+TURNS: list[Message] = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "ALPHA."},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "BRAVO."},
+    {"role": "user", "content": "three?"},
+    {"role": "assistant", "content": "CHARLIE."},
+]
+ANSWERS = ("ALPHA.", "BRAVO.", "CHARLIE.")
+REFUSED = {  # a template that wants tools, or a variable of its own
+    "CohereForAI-c4ai-command-r-plus-tool_use", "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "fireworks-ai-llama-3-firefunction-v2",
+}  # fmt: skip
+# What ends a turn there, beside the special tokens that the test's tokenizer finds in a template by their form.
+ENDS = {
+    "Apertus-8B-Instruct": "<|assistant_end|>", "Apriel-1.6-15b-Thinker-fixed": "<|end|>",
+    "ByteDance-Seed-OSS": "<seed:eos>", "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "<|END_OF_TURN_TOKEN|>",
+    "GLM-4.6": "<|user|>", "GLM-4.7-Flash": "<|user|>", "NVIDIA-Nemotron-Nano-v2": "<SPECIAL_12>",
+    "Reka-Edge": "<sep>", "microsoft-Phi-3.5-mini-instruct": "<|end|>", "google-gemma-4-31B-it": "<turn|>",
+    "google-gemma-4-31B-it-interleaved": "<turn|>", "tencent-Hy3": "<｜hy_eos:opensource｜>",
+    "poolside-Laguna-S-2.1": "</assistant>", "poolside-Laguna-XS-2.1": "</assistant>",
+    "poolside-Laguna-XS.2": "</assistant>", "unsloth-Apriel-1.5": "<|end|>",
+}  # fmt: skip
+SPECIAL = re.compile(r"<[|｜][^<>'\"{}\n]+[|｜]>|<\w*(?:_of_|im_)\w+>|\[e~\[|\]~b\]|\[/?[A-Z_]+\]")
+
+
+@cache
+def every_special_token() -> Any:
+    """The demo's tokenizer with the special tokens of all templates."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
+    found = {name for template in chat_templates().values() for name in SPECIAL.findall(template)}
+    names = sorted({*found, *ENDS.values()} - set(tokenizer.get_vocab()))
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    tokenizer.model_max_length = 1 << 20
+    return tokenizer
+
+
+def tokenizer_with(template: str) -> Any:
+    """The demo's tokenizer with a template."""
+    tokenizer = copy.copy(every_special_token())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def renderer(tokenizer: Any, *ends: str) -> Renderer:
+    return Renderer(ChatTemplate(tokenizer, tuple(tokenizer.convert_tokens_to_ids(list(ends)))))
+
+
+def learned(samples: Sequence[RenderedSample]) -> list[tuple[list[int], list[int]]]:
+    """Each run of learned tokens, with the ids before it."""
+    runs = []
+    for sample in samples:
+        assert len(sample.ids) == len(sample.labels)
+        start = 0
+        for place, label in enumerate([*sample.labels, IGNORE]):
+            before = IGNORE if place == 0 else sample.labels[place - 1]
+            start = place if label != IGNORE and before == IGNORE else start
+            if label == IGNORE and before != IGNORE:
+                assert sample.labels[start:place] == sample.ids[start:place]
+                runs.append((sample.ids[:start], sample.ids[start:place]))
+    return runs
+
+
+def served(tokenizer: Any, messages: Sequence[Message], **arguments: Any) -> list[list[int]]:
+    """What transformers makes of the conversation before each answer, as a server asks for it."""
+    return [
+        list(tokenizer.apply_chat_template(messages[:n], add_generation_prompt=True, return_dict=False, **arguments))
+        for n, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+
+
+def by_offsets(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Ids and labels of a whole rendering, for a template that never rewrites what it wrote."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = []
+    for n, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(messages[: n + 1], tokenize=False)
+            assert text.startswith(before)
+            assert text.startswith(after)
+            spans.append((len(before), len(after)))
+    labels = [
+        token if any(start < last and first < stop for start, stop in spans) else IGNORE
+        for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return list(encoded["input_ids"]), labels
+
+
+def test_every_answer_of_every_template() -> None:
+    """Three answers are learned with their end, each after the very ids that a server holds.
+
+    The control: cut where answers begin, a whole rendering would not be what a server sends for many of them.
+    """
+    shared, rewritten = 0, 0
+    for name in chat_templates():
+        if name in REFUSED:
+            with pytest.raises((TypeError, UndefinedError)):
+                tokenizer_with(chat_templates()[name]).apply_chat_template(TURNS, tokenize=False)
+            continue
+        samples, whole = every_answer(name)
+        shared += samples == 1
+        rewritten += whole
+    assert shared >= 40
+    assert rewritten >= 15
+
+
+def every_answer(name: str) -> tuple[int, bool]:
+    """How many samples there are, and whether the template writes history otherwise than it is served."""
+    end = ENDS.get(name, "<|im_end|>")
+    tokenizer = tokenizer_with(chat_templates()[name])
+    samples = renderer(tokenizer, end).render(ChatRow(TURNS))
+    runs = learned(samples)
+    prompts = served(tokenizer, TURNS)
+    assert [before for before, _ in runs] == prompts, name
+    for (_, ids), answer in zip(runs, ANSWERS, strict=True):
+        text = tokenizer.decode(ids)
+        assert text.count(answer) == 1, name
+        assert text.rstrip().endswith(tuple(renderer(tokenizer, end).template.ends.texts)), name
+        assert text.split(answer)[0].count("</think>") < 2
+    assert [text for sample in samples for text in sample.learned] == [tokenizer.decode(ids) for _, ids in runs]
+    assert all(tokenizer.decode(sample.ids) == sample.text for sample in samples)
+    whole = list(tokenizer.apply_chat_template(TURNS, return_dict=False))
+    return len(samples), any(whole[: len(prompt)] != prompt for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", ["chatml", "meta-llama-Llama-3.1-8B-Instruct", "google-gemma-2-2b-it"])
+def test_a_template_that_rewrites_nothing_gives_one_sample(name: str) -> None:
+    """The ids and labels of the whole rendering, bit by bit."""
+    tokenizer = tokenizer_with(chat_templates().get(name, CHATML))
+    end = {"chatml": "<|im_end|>", "google-gemma-2-2b-it": "<end_of_turn>"}.get(name, "<|eot_id|>")
+    chats: list[list[Message]] = [
+        TURNS,
+        TURNS[:2],
+        [*TURNS[:3], {"role": "assistant", "content": "Grüße, 東京\n\n🙂 {}"}],
+    ]
+    for messages in chats:
+        (sample,) = renderer(tokenizer, end).render(ChatRow(messages))
+        assert (sample.ids, sample.labels) == by_offsets(tokenizer, messages)
+
+
+def texts(template: str, messages: Sequence[Message], **row: Any) -> list[list[str]]:
+    """The learned texts of each sample."""
+    tokenizer = tokenizer_with(template)
+    return [sample.learned for sample in renderer(tokenizer).render(ChatRow(messages, **row))]
+
+
+def test_an_answer_that_is_rewritten_later_has_a_sample_of_its_own() -> None:
+    assert texts(CHATML, TURNS) == [["ALPHA.<|im_end|>\n", "BRAVO.<|im_end|>\n", "CHARLIE.<|im_end|>\n"]]
+    assert texts(THINK, TURNS) == [[f"<think>\n\n</think>\n\n{answer}<|im_end|>\n"] for answer in ANSWERS]
+
+
+def test_a_thought_that_the_prompt_opens_is_ended_before_the_answer() -> None:
+    assert texts(OPENED, TURNS) == [[f"\n</think>\n\n{answer}<|im_end|>\n"] for answer in ANSWERS]
+    thinking: list[Message] = [TURNS[0], {"role": "assistant", "content": "ALPHA.", "reasoning_content": "Hm."}]
+    inside: list[Message] = [TURNS[0], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nALPHA."}]
+    for messages in (thinking, inside):
+        assert texts(OPENED, messages) == [["Hm.\n</think>\n\nALPHA.<|im_end|>\n"]]
+
+
+def test_weight_0_is_not_learned() -> None:
+    skipped: list[Message] = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    assert texts(CHATML, skipped) == [["BRAVO.<|im_end|>\n", "CHARLIE.<|im_end|>\n"]]
+    tokenizer = tokenizer_with(CHATML)
+    one, other = (renderer(tokenizer).render(ChatRow(chat)) for chat in (TURNS, skipped))
+    assert [sample.ids for sample in one] == [sample.ids for sample in other]
+
+
+def test_the_assistant_speaks_first() -> None:
+    chat: list[Message] = [{"role": "assistant", "content": "Welcome!"}, *TURNS[:2]]
+    assert texts(CHATML, chat) == [["Welcome!<|im_end|>\n", "ALPHA.<|im_end|>\n"]]
+    strict = "{% if messages[0].role == 'system' %}!{% endif %}" + CHATML  # as Qwen2.5's: it wants a first message
+    with pytest.raises(UndefinedError):
+        ChatTemplate(tokenizer_with(strict)).render(ChatRow(chat), [], generation_prompt=True)
+    assert texts(strict, chat) == [["Welcome!<|im_end|>\n", "ALPHA.<|im_end|>\n"]]
+
+
+def test_an_end_that_no_template_writes_is_added_or_refused() -> None:
+    end = "('' if loop.last and m.role == 'assistant' else '<|im_end|>\n')"
+    bare = CHATML.replace("m['content'] + '<|im_end|>\n'", f"m['content'] + {end}")
+    assert texts(bare, TURNS) == [["ALPHA.<|im_end|>", "BRAVO.<|im_end|>", "CHARLIE.<|im_end|>"]]
+    tokenizer = tokenizer_with(bare.replace("<|im_end|>", "###"))
+    assert [run[1][-1] for run in learned(renderer(tokenizer).render(ChatRow(TURNS)))] == [tokenizer.eos_token_id] * 3
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="writes no end of an answer"):
+        renderer(tokenizer).render(ChatRow(TURNS))
