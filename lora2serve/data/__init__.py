@@ -5,7 +5,7 @@ row_forms.py     the forms that rows come in, and why a value is none
 message_forms.py conversations in their variants
 readers.py       files and data sets of the Hub, as plain values
 data_sets.py     checked rows with where they came from; the held-out part
-chat_template.py the chat template, as a server calls it
+served_template.py the chat template, as a server calls it
 chat_turns.py    the turns of a conversation that are learned: prompt as served, answer as written
 end_tokens.py    what ends an answer
 text_encoder.py  text to token ids, once for all beginnings of a conversation

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lora2serve.config.recipe import DataRecipe
 from lora2serve.data import data_sets
-from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.end_tokens import stop_ids
 from lora2serve.data.readers import Pin
+from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import load_tokenizer
 from lora2serve.progress import Progress

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lora2serve.data.chat_template import STAND_IN, ChatTemplate, thought_of, without_thought
 from lora2serve.data.rows import ChatRow, Message
+from lora2serve.data.served_template import STAND_IN, ChatTemplate, thought_of, without_thought
 from lora2serve.errors import DataError
 
 THOUGHT_MARKS = (  # what opens a thought and what ends it, of templates that do not write thoughts in history

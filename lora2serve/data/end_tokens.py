@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora2serve.data.tokenizer import Tokenizer
 
+ANSWER, THOUGHT = "Zebra 8417", "Okapi 2963"  # what no template writes by itself
+Messages = Sequence[Mapping[str, object]]
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
@@ -62,7 +64,43 @@ def stop_ids(model: Path) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def closing_token(tail: str, tokenizer: Tokenizer) -> str:
-    """The last special token in ``tail``, which a chat template writes behind an answer; empty without one."""
-    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content in tail}
-    return max(names, key=lambda name: (tail.rindex(name), len(name)), default="")
+def find_answer_end(render: Callable[[Messages], str], tokens: Iterable[str]) -> str | None:
+    """The first of ``tokens`` behind the answer; None where the template closes an answer with none of them.
+
+    ``render`` gives a conversation as text. What follows the last answer counts; only where nothing does, what follows
+    an earlier one: gpt-oss ends the last with another token. A token that closes thoughts as well ends no answer.
+    """
+    longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    for content in (str, _part):
+        question, answer = _message("user", "?", content), _message("assistant", ANSWER, content)
+        for messages in ([question, answer], [question, answer, question]):
+            try:
+                _, found, rest = render(messages).rpartition(ANSWER)
+            except Exception:  # a template raises what it likes to refuse a conversation
+                break
+            rest = rest.lstrip()
+            if found and rest:
+                end = next((token for token in longest_first if rest.startswith(token)), None)
+                return None if end and end in _after_thoughts(render, question, answer) else end
+    return None
+
+
+def _after_thoughts(
+    render: Callable[[Messages], str], question: Mapping[str, object], answer: Mapping[str, object]
+) -> str:
+    """What stands between the thoughts and the answer; empty where the template knows none."""
+    thoughtful = {**answer, **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THOUGHT)}
+    try:
+        _, found, rest = render([question, thoughtful]).partition(THOUGHT)
+    except Exception:  # as above
+        return ""
+    return rest.rpartition(ANSWER)[0] if found else ""
+
+
+def _message(role: str, text: str, content: Callable[[str], object]) -> dict[str, object]:
+    return {"role": role, "content": content(text)}
+
+
+def _part(text: str) -> list[dict[str, str]]:
+    """Content as models with other senses than text want it."""
+    return [{"type": "text", "text": text}]

@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.data_sets import DataSet, read_file
 from lora2serve.data.rendering import Renderer, opening
 from lora2serve.data.rows import ChatRow, Message, Row, TextRow
+from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenizer import Tokenizer, encode
 from lora2serve.errors import DataError
 

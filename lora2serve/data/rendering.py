@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.chat_turns import learned_turns
 from lora2serve.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
+from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.text_encoder import TextEncoder
 from lora2serve.data.tokenizer import encode
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora2serve.config.recipe import DataRecipe
-from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.data_sets import DataSet
 from lora2serve.data.rendering import IGNORE, Renderer
 from lora2serve.data.rows import Row
+from lora2serve.data.served_template import ChatTemplate
 from lora2serve.errors import DataError
 from lora2serve.progress import Progress
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, cast
 from lora2serve.errors import TrainError, first_line
 
 
-class AddedToken(Protocol):
+class MarkedToken(Protocol):
     """A token that is found in a text before the others; the switches are those of the tokenizers library."""
 
     content: str
@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
     def special_tokens_map(self) -> Mapping[str, str]: ...
 
     @property
-    def added_tokens_decoder(self) -> Mapping[int, AddedToken]: ...
+    def added_tokens_decoder(self) -> Mapping[int, MarkedToken]: ...
 
     def __len__(self) -> int: ...
 

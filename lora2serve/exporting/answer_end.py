@@ -7,40 +7,16 @@ turns with ``<|im_end|>``). An engine that is not told of it goes on until the l
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora2serve.system.small_files import JsonObject
+from lora2serve.data.end_tokens import Messages, find_answer_end
 from lora2serve.weights.chat_template import TOKENIZER, chat_templates, read_settings, special_tokens
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-ANSWER, THOUGHT = "Zebra 8417", "Okapi 2963"  # what no template writes by itself
-Messages = Sequence[Mapping[str, object]]
-
-
-def find_answer_end(render: Callable[[Messages], str], tokens: Iterable[str]) -> str | None:
-    """The first of ``tokens`` behind the answer; None where the template closes an answer with none of them.
-
-    ``render`` gives a conversation as text. What follows the last answer counts; only where nothing does, what follows
-    an earlier one: gpt-oss ends the last with another token. A token that closes thoughts as well ends no answer.
-    """
-    longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
-    for content in (str, _part):
-        question, answer = _message("user", "?", content), _message("assistant", ANSWER, content)
-        for messages in ([question, answer], [question, answer, question]):
-            try:
-                _, found, rest = render(messages).rpartition(ANSWER)
-            except Exception:  # a template raises what it likes to refuse a conversation
-                break
-            rest = rest.lstrip()
-            if found and rest:
-                end = next((token for token in longest_first if rest.startswith(token)), None)
-                return None if end and end in _after_thoughts(render, question, answer) else end
-    return None
 
 
 def read_answer_end(files: Mapping[str, Path]) -> tuple[str, int] | None:
@@ -60,25 +36,6 @@ def read_answer_end(files: Mapping[str, Path]) -> tuple[str, int] | None:
 
     end = find_answer_end(render, ids)
     return (end, ids[end]) if end else None
-
-
-def _after_thoughts(render: Callable[[Messages], str], question: Mapping[str, object], answer: JsonObject) -> str:
-    """What stands between the thoughts and the answer; empty where the template knows none."""
-    thoughtful = {**answer, **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THOUGHT)}
-    try:
-        _, found, rest = render([question, thoughtful]).partition(THOUGHT)
-    except Exception:  # as above
-        return ""
-    return rest.rpartition(ANSWER)[0] if found else ""
-
-
-def _message(role: str, text: str, content: Callable[[str], object]) -> dict[str, object]:
-    return {"role": role, "content": content(text)}
-
-
-def _part(text: str) -> list[dict[str, str]]:
-    """Content as models with other senses than text want it."""
-    return [{"type": "text", "text": text}]
 
 
 def _token_ids(files: Mapping[str, Path]) -> dict[str, int]:

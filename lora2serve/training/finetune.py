@@ -15,9 +15,9 @@ from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss, QuantizationRecord
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import Recipe, dump
-from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.end_tokens import stop_ids
+from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import Sample, tokenize_all
 from lora2serve.data.tokenizer import Tokenizer, load_tokenizer
 from lora2serve.errors import DataError

@@ -12,9 +12,9 @@ import pytest
 from jinja2 import UndefinedError
 from transformers import AddedToken, AutoTokenizer
 
-from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.rendering import IGNORE, RenderedSample, Renderer
 from lora2serve.data.rows import ChatRow, Message
+from lora2serve.data.served_template import ChatTemplate
 from lora2serve.errors import DataError
 from tests.support.llama_cpp_source import chat_templates
 from tests.support.runs import DEMO
@@ -50,7 +50,8 @@ ENDS = {
     "Apertus-8B-Instruct": "<|assistant_end|>", "Apriel-1.6-15b-Thinker-fixed": "<|end|>",
     "ByteDance-Seed-OSS": "<seed:eos>", "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "<|END_OF_TURN_TOKEN|>",
     "GLM-4.6": "<|user|>", "GLM-4.7-Flash": "<|user|>", "NVIDIA-Nemotron-Nano-v2": "<SPECIAL_12>",
-    "Reka-Edge": "<sep>", "microsoft-Phi-3.5-mini-instruct": "<|end|>", "google-gemma-4-31B-it": "<turn|>",
+    "Reka-Edge": "<sep>", "Cohere2MoE": "<|END_OF_TURN_TOKEN|>", "Kimi-K3": "<|end_of_msg|>",
+    "upstage-Solar-Open-100B": "<|end|>", "microsoft-Phi-3.5-mini-instruct": "<|end|>", "google-gemma-4-31B-it": "<turn|>",
     "google-gemma-4-31B-it-interleaved": "<turn|>", "tencent-Hy3": "<｜hy_eos:opensource｜>",
     "poolside-Laguna-S-2.1": "</assistant>", "poolside-Laguna-XS-2.1": "</assistant>",
     "poolside-Laguna-XS.2": "</assistant>", "unsloth-Apriel-1.5": "<|end|>",

@@ -13,8 +13,8 @@ import pytest
 from lora2serve.config.recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.calibration import calibration_ids, tokenizer_of
-from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.prompts import PROBES, PromptOptions, load_saved, prepare
+from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import load_tokenizer
 from lora2serve.errors import DataError

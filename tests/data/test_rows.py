@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from lora2serve.config.recipe import DataRecipe
 from lora2serve.data import data_sets, tokenization
-from lora2serve.data.chat_template import ChatTemplate
 from lora2serve.data.rendering import IGNORE, Renderer
 from lora2serve.data.row_forms import parse_row
 from lora2serve.data.rows import ChatRow, CompletionRow, Row, TextRow
+from lora2serve.data.served_template import ChatTemplate
 from lora2serve.errors import DataError
 from lora2serve.progress import Silent
 from tests.support.runs import DEMO, plain, write_jsonl

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from converters.vllm.serve_config import generation_config
-from lora2serve.exporting.answer_end import find_answer_end, read_answer_end
+from lora2serve.data.end_tokens import find_answer_end
+from lora2serve.exporting.answer_end import read_answer_end
 from lora2serve.exporting.sinks import ExportModel
 from tests.support.llama_cpp_source import chat_templates
 from tests.support.runs import DEMO

@@ -141,7 +141,7 @@ def test_every_init_gives_a_lora_for_the_true_base(
     assert 1e-3 < shift < 20
     from lora2serve.config.recipe import DataRecipe
     from lora2serve.data import data_sets, tokenization
-    from lora2serve.data.chat_template import ChatTemplate
+    from lora2serve.data.served_template import ChatTemplate
     from lora2serve.data.tokenizer import load_tokenizer
     from lora2serve.progress import Silent
     from lora2serve.training import eval_loss

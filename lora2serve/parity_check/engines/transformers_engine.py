@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora2serve.exporting.answer_end import find_answer_end
+from lora2serve.data.end_tokens import find_answer_end
 from lora2serve.parity_check.engines import Ids, Messages, Scores
 
 

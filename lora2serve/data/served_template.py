@@ -9,7 +9,7 @@ from datetime import date, datetime, time
 from functools import cached_property
 from typing import cast
 
-from lora2serve.data.end_tokens import EndTokens, closing_token, end_tokens
+from lora2serve.data.end_tokens import EndTokens, end_tokens, find_answer_end
 from lora2serve.data.rows import ChatRow, Message
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
@@ -57,13 +57,16 @@ class ChatTemplate:
         """The token by which the template closes a turn, where no server would stop at it; empty otherwise."""
         turns: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": STAND_IN}]
         try:
-            text, opened = (self.render(ChatRow(turns), turns, generation_prompt=further) for further in (False, True))
+            tail = self.render(ChatRow(turns), turns).rpartition(STAND_IN)[2]
         except Exception:  # a template raises what it likes
             return ""
-        tail = text.rpartition(STAND_IN)[2]
-        if text == opened or end_tokens(self.tokenizer, self.stop_ids).place(tail) >= 0:
-            return ""  # one that opens the next turn in any case, or that writes a known end
-        return closing_token(tail, self.tokenizer)
+        if end_tokens(self.tokenizer, self.stop_ids).place(tail) >= 0:
+            return ""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        return find_answer_end(self._render_anything, added) or ""
+
+    def _render_anything(self, messages: Sequence[Mapping[str, object]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
     def reads(self, name: str) -> bool:
         """Whether the template looks at an argument of that name."""
