@@ -25,7 +25,7 @@ demo: $(READY)  ## Train the shipped model, export it, prove parity.
 	$(BIN)/lora2serve parity --ask "$$(cat recipes/demo/question.txt)"
 
 check: lint  ## Check style, types and every test without an engine or a training.
-	$(PYTEST) -m "$(LIGHT)" $(ARGS)
+	$(PYTEST) -m "$(LIGHT)" -n auto --maxprocesses 8 --dist loadscope $(ARGS)
 
 test: $(READY)  ## Run the tests; the slowest 25 are listed.
 	$(PYTEST) --durations=25 $(ARGS)

@@ -26,9 +26,9 @@ MARKED = re.compile(r"^pytestmark = \[?pytest\.mark\.engine\b", re.MULTILINE)
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """What needs the demo's run needs its training; other tests with engines are marked where they are."""
+    """What needs the demo's run needs its training, and Go its compiler; other engines are marked where they are."""
     for item in items:
-        if "demo_run" in getattr(item, "fixturenames", ()):
+        if {"demo_run", "go_program"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.engine)
 
 

@@ -85,6 +85,7 @@ def test_refused_before_the_first_byte(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("script", "said"),
     [
@@ -127,6 +128,7 @@ def interrupt(command: list[str], sign: Path, cwd: Path) -> tuple[int, str, int]
     return process.returncode, err, int(sign.read_text())
 
 
+@pytest.mark.engine
 def test_ctrl_c_ends_the_child(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, tmp_path / "cache", f"echo $$ > {tmp_path}/pid; exec sleep 600")
     command = ["export", str(made / "red"), "-t", "vllm", "-q", "gptq", "--calibrate", str(made / "data.jsonl")]

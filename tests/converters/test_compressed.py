@@ -309,6 +309,7 @@ def test_mxfp4_rounds_every_exponent_as_the_library_does(whole: Any) -> None:
     assert len(theirs.unique()) > 250, "the control: they are not all one"
 
 
+@pytest.mark.engine
 def test_an_export_needs_neither_the_library_nor_transformers() -> None:
     """They are 260 MB and seconds; the reader, which runs in a process of its own, has them."""
     script = """if True:

@@ -25,6 +25,7 @@ from tests.support.upstream import convert, quantize
 WORST = {"F32": 1e-5, "BF16": 1e-4, "Q8_0": 5e-3, "Q6_K": 0.02, "Q5": 0.1, "Q4": 0.4, "IQ4": 0.4, "MXFP4": 1.0}
 
 
+@pytest.mark.engine
 def test_every_type(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One command, one read of the base; each file has upstream's types and bytes, and llama.cpp runs it."""
     model = model_of(models, "llama")
@@ -103,6 +104,7 @@ def test_a_value_beyond_f16(models: dict[str, Path], tmp_path: Path, capfd: pyte
     export(model, tmp_path / "bf16", "-q", "BF16")
 
 
+@pytest.mark.engine
 def test_without_the_library(models: dict[str, Path], tmp_path: Path) -> None:
     """gguf's numpy code writes the same Q8_0; what it cannot is refused by name; the manifest says nothing is proven."""
     program = (

@@ -15,6 +15,8 @@ from converters.gguf.native import pretokenizer, vocab
 from lora2serve.cli import run
 from tests.support.llama_cpp_source import vocabulary
 
+pytestmark = pytest.mark.engine
+
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 RULES = {name: steps for steps, name in pretokenizer.PRE_TOKENIZERS.items()}
 # file -> our name for its rules, where llama.cpp gives several names to the same ones

@@ -79,6 +79,7 @@ def test_characters_that_ollama_drops(lost: str) -> None:
         Modelfile("./a.gguf", stop=(f"<{lost}>",)).write()
 
 
+@pytest.mark.engine
 def test_printable_is_what_go_says(go_program: Path) -> None:
     """Every code point; a difference may only be one that we refuse and a newer Unicode of Go's takes."""
     printed = subprocess.run([go_program, "printable"], capture_output=True, text=True, check=True).stdout

@@ -53,6 +53,7 @@ def attempt(template: str) -> DerivedTemplate | str:
         return str(reason)
 
 
+@pytest.mark.engine
 def test_corpus(go: Go) -> None:
     """Every real template is proven in real Go on all conversations, or refused; the counts stand in docs/ollama.md."""
     results = {name: attempt(template) for name, template in chat_templates().items()}
@@ -213,6 +214,7 @@ def distance(a: str, b: str) -> int:
     return row[-1]
 
 
+@pytest.mark.engine
 def test_a_refused_template_is_kept_apart() -> None:
     """The comment changes no prompt, and no template with fewer than 100 tildes is within 100 edits of it."""
     assert LOOKALIKE_GUARD.count("~") == 200

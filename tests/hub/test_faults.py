@@ -17,6 +17,8 @@ from tests.hub.conftest import TOKEN, client_env, connect, export, same
 from tests.support.hub_handler import ROUTES
 from tests.support.hub_server import Fault, HubServer
 
+pytestmark = pytest.mark.engine
+
 REPO = "user/demo"
 STEPS = ["create", "validate", "preupload", "batch", "put", "verify", "commit", "tree", "info"]
 PULL_REQUEST = ["whoami", "discussions", "commit", "preupload", "tree"]  # of a push with --create-pr

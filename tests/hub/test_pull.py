@@ -17,6 +17,8 @@ from tests.support.hub_server import HubServer
 from tests.support.manifests import change_manifest
 from tests.support.tiny import make_adapter, make_model
 
+pytestmark = pytest.mark.engine
+
 REPO = "org/model"
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", "README.md": b"# it"}
 OTHERS = {

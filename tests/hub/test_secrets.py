@@ -14,6 +14,8 @@ from lora2serve.hub.secret_scan import find_secret, masked
 from tests.hub.conftest import TOKEN, client_env, export
 from tests.support.hub_server import HubServer
 
+pytestmark = pytest.mark.engine
+
 PROGRAM = "import lora2serve.hub.retry as r; r.WAITS = (0.0,) * 5; from lora2serve.cli import main; main()"
 FAULTS = {
     "none": {},

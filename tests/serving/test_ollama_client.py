@@ -17,6 +17,8 @@ from lora2serve.serving.ollama import NoServer, OllamaClient, refuse_name, serve
 from lora2serve.serving.ollama.ollama_client import TRIES
 from tests.support.ollama_server import OllamaServer
 
+pytestmark = pytest.mark.engine
+
 MB = 1 << 20
 
 

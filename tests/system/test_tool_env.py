@@ -75,6 +75,7 @@ def test_a_full_disk_is_told_beforehand(cache: Path, monkeypatch: pytest.MonkeyP
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.engine
 def test_what_pip_cannot_get_leaves_nothing(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
