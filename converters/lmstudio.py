@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+from converters.gguf import gguf_settings
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import ExportError
+from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.weights.tensors import Block, TensorSpec
 
@@ -26,7 +28,7 @@ class LmStudioOptions(GgufOptions):
 
     publisher: str = DEFAULT_PUBLISHER
     install: Path | None = None
-    replace: bool = False
+    replace: bool = field(default=False, metadata={"record": False})  # says nothing of the export
 
 
 class LmStudioSink:
@@ -39,7 +41,7 @@ class LmStudioSink:
     def __init__(self, model: ExportModel, out: StagedDir, options: LmStudioOptions) -> None:
         for name in (options.publisher, model.name):
             _refuse_name(name)
-        self._out, self._folder = out, f"{options.publisher}/{model.name}"
+        self._out, self._folder = out, _folder(model, options)
         self._gguf = GgufSink(model, NestedDir(out, self._folder), options)
         installed = [options.install / self._folder / name for name in self._gguf.files] if options.install else []
         for path in (path for path in installed if os.path.lexists(path) and not options.replace):
@@ -56,6 +58,20 @@ class LmStudioSink:
 
     def close(self) -> None:
         self._gguf.close()
+
+
+def plan_settings(model: ExportModel, options: LmStudioOptions) -> PlannedSettings:
+    """Those of the GGUF, in its folder."""
+    inside = gguf_settings.plan_settings(model, options)
+    folder = _folder(model, options)
+    headers = {f"{folder}/{name}": keys for name, keys in inside.headers.items()}
+    facts = replace(inside.facts, file=f"{folder}/{inside.facts.file}")
+    unplanned = {f"*{pattern}": why for pattern, why in inside.unplanned.items()}
+    return PlannedSettings({}, headers, tuple(headers), facts, unplanned)
+
+
+def _folder(model: ExportModel, options: LmStudioOptions) -> str:
+    return f"{options.publisher}/{model.name}"
 
 
 def _refuse_name(name: str) -> None:

@@ -12,8 +12,9 @@ from converters.adapter.normalize import EXPERTS, Normalized, normalize, split
 from converters.safetensors import as_bytes, encode_header
 from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from lora2serve.adapters.lint import Finding, lint
-from lora2serve.artifacts.staging import StagedDir
+from lora2serve.artifacts.staging import StagedDir, as_json
 from lora2serve.errors import ExportError
+from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel, ModelSource
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import Block, TensorSpec, torch_dtype
@@ -41,9 +42,7 @@ class AdapterSink:
     def __init__(self, model: ExportModel, out: StagedDir, options: AdapterOptions) -> None:
         self.wanted: Mapping[str, int] = {}  # the base is no part of the product
         self._out = out
-        adapter = _only_adapter(model)
-        self._product = _plan(model, adapter, options.as_lora_rank)
-        self._config = plain_config(adapter, self._product, options.served_base or model.base)
+        self._product, self._config = _product(model, options)
         _refuse(lint(self._config, self._product.specs, model.config))
         engine_check(self._config)
         header = encode_header(self._product.specs)
@@ -67,6 +66,19 @@ class AdapterSink:
 
     def close(self) -> None:
         """Nothing is held open but the output's own file."""
+
+
+def plan_settings(model: ExportModel, options: AdapterOptions) -> PlannedSettings:
+    """The config, and what the manifest says of it."""
+    product, config = _product(model, options)
+    facts = ExportFacts(rank=product.rank, served_base=config["base_model_name_or_path"])
+    return PlannedSettings({CONFIG: as_json(config)}, weights=(WEIGHTS,), facts=facts)
+
+
+def _product(model: ExportModel, options: AdapterOptions) -> tuple[Normalized | Extracted, dict[str, Any]]:
+    adapter = _only_adapter(model)
+    product = _plan(model, adapter, options.as_lora_rank)
+    return product, plain_config(adapter, product, options.served_base or model.base)
 
 
 def plain_config(adapter: Adapter, product: Normalized | Extracted, served_base: str) -> dict[str, Any]:

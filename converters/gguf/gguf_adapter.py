@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from converters.gguf import header
+from converters.gguf.gguf_settings import TENSORS, settings
+from converters.gguf.header import Keys
 from converters.gguf.row_map import RowMap, RowMaps
 from lora2serve.adapters.adapter import Adapter, open_adapter
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.errors import ExportError
+from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.weights.tensors import Block, TensorSpec
 
@@ -49,7 +53,7 @@ class GgufAdapterSink:
             self._architecture = row_maps.architecture
             self._row_maps = {module: row_maps.of(f"{module}.weight") for module in self._adapter.layers}
         _refuse(self._adapter, self._row_maps, model)
-        self._out, self.name = out, f"{model.name}-lora.gguf"
+        self._out, self.name = out, file_name(model)
         self._file = out.file(self.name, self._planned_size())
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
@@ -91,13 +95,7 @@ class GgufAdapterSink:
         return {f"{target}.lora_a": (rank, shapes[0][1]), f"{target}.lora_b": (rows, rank)}
 
     def _writer(self, path: Path) -> GGUFWriter:
-        from gguf import GGUFWriter
-
-        writer = GGUFWriter(path, self._architecture)
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 0.0)
-        return writer
+        return header.open_writer(path, _keys(self._architecture))
 
     def _write_file(self, path: Path) -> None:
         writer = self._writer(path)
@@ -125,6 +123,30 @@ class GgufAdapterSink:
             ordered = b[outputs.clamp(min=0)] * (outputs >= 0)[:, None]
             beside.append(ordered * self._adapter.scale(module, a.shape[0]))
         return torch.cat(above).contiguous(), torch.cat(beside, dim=1).contiguous()
+
+
+def file_name(model: ExportModel) -> str:
+    """Of the adapter's file."""
+    return f"{model.name}-lora.gguf"
+
+
+def plan_settings(model: ExportModel, options: GgufAdapterOptions) -> PlannedSettings:
+    """The keys of the file; which tensors it has is for the tensor gate."""
+    with RowMaps(model) as row_maps:
+        keys = settings(_keys(row_maps.architecture), ())
+    name = file_name(model)
+    facts = ExportFacts(architecture=row_maps.architecture, file=name)
+    return PlannedSettings({}, {name: keys}, (name,), facts, {f"{name}:{TENSORS}*": "compared with the tensors"})
+
+
+def _keys(architecture: str) -> Keys:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(None, architecture)  # it collects the keys; nothing is written
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    return header.collected(writer)
 
 
 def _by_target(row_maps: Mapping[str, Sequence[RowMap]]) -> dict[str, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from converters.gguf.gguf_plan import plan_file
 from converters.gguf.gguf_writer import GgufWriter
 from converters.gguf.llama.llama_process import Llama
 from converters.gguf.presets import PRESETS, PRESETS_THAT_NEED_IMATRIX
-from converters.gguf.shards import ShardFiles
+from converters.gguf.shards import ShardFiles, projector_stem, stem
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
@@ -61,12 +61,12 @@ class GgufSink:
                 *(plan_file(projector, llama) for projector in projectors),
             ]
             self.tokens = tokenizer_check.check(model, plan, llama)
-            if model.answer_end and not self.tokens.stops:
-                plan = plan.ending_with(model.answer_end[1])
-            files = ShardFiles(out, f"{model.name}-{options.quant}", plan, options.split_size)
+            if not self.tokens.stops:
+                plan = tokenizer_check.ending(model, plan)
+            files = ShardFiles(out, stem(model.name, options.quant), plan, options.split_size)
             self._writers = [GgufWriter(main, plan, files, matrix, match_reference=options.match_reference)]
             for projector, other in zip(projectors, others, strict=True):
-                files = ShardFiles(out, f"mmproj-{model.name}-{projector.preset}", other)
+                files = ShardFiles(out, projector_stem(model.name, projector.preset), other)
                 self._writers.append(GgufWriter(projector, other, files, None, match_reference=options.match_reference))
             self.files, *beside = [writer.files.names for writer in self._writers]
             self.projectors = [name for names in beside for name in names]

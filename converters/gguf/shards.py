@@ -7,18 +7,30 @@ from converters.gguf.header import GgufTensor
 from lora2serve.artifacts.staging import StagedDir, StagedFile
 
 
+def stem(model: str, quant: str) -> str:
+    """What the name of a model's file begins with."""
+    return f"{model}-{quant}"
+
+
+def projector_stem(model: str, quant: str) -> str:
+    """The same of its projector."""
+    return f"mmproj-{model}-{quant}"
+
+
+def file_names(stem: str, count: int) -> list[str]:
+    """The names of so many files, as llama.cpp finds the others of a split one."""
+    if count == 1:
+        return [f"{stem}.gguf"]
+    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+
+
 class ShardFiles:
     """Allocated with their headers in the constructor. ``split_size``: the most bytes of tensor data in one file."""
 
     def __init__(self, out: StagedDir, stem: str, plan: GgufPlan, split_size: int | None = None) -> None:
         self._offsets: dict[str, tuple[StagedFile, int, GgufTensor]] = {}  # tensor -> where its data begins
         shards = plan.split(split_size)
-        count = len(shards)
-        self.names = (
-            [f"{stem}.gguf"]
-            if count == 1
-            else [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
-        )
+        self.names = file_names(stem, len(shards))
         for name, shard in zip(self.names, shards, strict=True):
             self._allocate(out, name, shard)
 

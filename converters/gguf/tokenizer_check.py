@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.gguf.gguf_plan import GgufPlan
-from converters.gguf.llama.llama_process import Llama
+from converters.gguf.llama.llama_process import Llama, TokenAnswer
 from converters.gguf.tokenizer_files import added_tokens, space_scheme, tokenizer_directory
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
@@ -44,13 +44,31 @@ def check(model: ExportModel, plan: GgufPlan, llama: Llama) -> TokenizerCheck:
     if not llama.installed:
         return TokenizerCheck(0, False)  # nothing to ask: the manifest says that no token was compared
     texts = _texts(model)
+    answer = _ask(model, plan, llama, texts)
+    return TokenizerCheck(_compare(model, texts, answer["ids"]), answer["adds_bos"], answer["stops"])
+
+
+def without_proof(model: ExportModel, plan: GgufPlan, llama: Llama) -> TokenizerCheck | None:
+    """What ``check`` finds, without comparing tokens; None without llama.cpp."""
+    if not llama.installed:
+        return None
+    answer = _ask(model, plan, llama, [])
+    return TokenizerCheck(0, answer["adds_bos"], answer["stops"])
+
+
+def ending(model: ExportModel, plan: GgufPlan) -> GgufPlan:
+    """The file that also names the token with which the chat template closes an answer, if there is such a token."""
+    return plan.ending_with(model.answer_end[1]) if model.answer_end else plan
+
+
+def _ask(model: ExportModel, plan: GgufPlan, llama: Llama, texts: Sequence[str]) -> TokenAnswer:
     with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder:
         path = Path(folder) / "empty.gguf"
         plan.write_empty(path)
         answer = llama.tokens(path, texts, model.answer_end[1] if model.answer_end else None)
     if "refused" in answer:
         raise _not_loaded(answer["refused"])
-    return TokenizerCheck(_compare(model, texts, answer["ids"]), answer["adds_bos"], answer["stops"])
+    return answer
 
 
 def _texts(model: ExportModel) -> list[str]:

@@ -14,7 +14,7 @@ from converters.ollama.modelfile import PARAMETER_NAMES, Modelfile, ParameterVal
 from converters.ollama.modelfile_parser import PARAMETERS
 from converters.ollama.template_not_proven import TemplateNotProven
 from lora2serve.artifacts.manifest import TemplateRecord
-from lora2serve.artifacts.staging import StagedDir
+from lora2serve.artifacts.staging import StagedDir, as_json
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 COMPLETION_TEMPLATE = "{{ .Prompt }}"  # a model without a chat template completes text
 RENDERS_JINJA_FROM = "0.30.0"  # from here on Ollama renders the GGUF's own Jinja
+BOS_UNKNOWN = dict.fromkeys(
+    ("Modelfile:template", "template:*"),
+    "whether it begins with BOS follows from llama.cpp's library, which is not here",
+)
 KNOWS_DATES_FROM = "0.14.0"  # knows REQUIRES; ``currentDate`` is older
 
 
@@ -77,13 +81,17 @@ def read_chat(model: ExportModel) -> Chat:
     return Chat(jinja, special, derived, reason, system, stop, _parameters(generation))
 
 
-def write_files(out: StagedDir, modelfile: Modelfile, text: str) -> None:
+def modelfile_files(modelfile: Modelfile, text: str) -> dict[str, bytes]:
     """The Modelfile, and ``template``, ``system`` and ``params``: what the Hub reads for ``ollama run hf.co/...``."""
-    out.text("Modelfile", text)
-    for name, content in (("template", modelfile.template), ("system", modelfile.system)):
-        if content is not None:
-            out.text(name, content)
-    out.text("params", json.dumps(modelfile.params(), indent=2, ensure_ascii=False) + "\n")
+    parts = {"Modelfile": text, "template": modelfile.template, "system": modelfile.system}
+    files = {name: content.encode() for name, content in parts.items() if content is not None}
+    return files | {"params": as_json(modelfile.params())}
+
+
+def write_files(out: StagedDir, modelfile: Modelfile, text: str) -> None:
+    """``modelfile_files``, into the output."""
+    for name, content in modelfile_files(modelfile, text).items():
+        out.bytes(name, content)
 
 
 def _derive(jinja: str | None, special: Mapping[str, str]) -> tuple[DerivedTemplate | None, str]:

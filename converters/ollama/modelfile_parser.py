@@ -43,6 +43,22 @@ def parse(text: str) -> list[tuple[str, str]]:
     return parser.end()
 
 
+REPEATED = ("stop", "license", "message")  # commands that may stand several times
+
+
+def settings(text: str) -> dict[str, object]:
+    """The commands by name, numbers as numbers; ``stop`` in any order. ModelfileError where Ollama would refuse it."""
+    values: dict[str, object] = {}
+    lists: dict[str, list[str]] = {}
+    for name, value in parse(text):
+        kind = PARAMETERS.get(name)
+        if name in REPEATED:
+            lists.setdefault(name, []).append(value)
+        else:
+            values[name] = float(value) if kind in (int, float) else value
+    return values | {name: sorted(each) if name == "stop" else each for name, each in lists.items()}
+
+
 def is_printable(character: str) -> bool:
     """Go's ``strconv.IsPrint``: letters, marks, numbers, punctuation, symbols, and the ASCII space."""
     return character == " " or unicodedata.category(character)[0] in "LMNPS"

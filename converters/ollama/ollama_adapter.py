@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from converters.gguf import gguf_adapter, gguf_settings, tokenizer_check
 from converters.gguf.gguf_adapter import GgufAdapterOptions, GgufAdapterSink
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
-from converters.ollama.chat import read_chat, write_files
+from converters.gguf.llama.llama_process import Llama
+from converters.ollama.chat import BOS_UNKNOWN, modelfile_files, read_chat, write_files
 from converters.ollama.go_template import prefers_jinja
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError
+from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.weights.chat_template import chat_template
 from lora2serve.weights.side_files import side_files
@@ -34,8 +37,7 @@ class OllamaAdapterSink:
     default_quant: ClassVar[str | None] = None
 
     def __init__(self, model: ExportModel, out: StagedDir, options: OllamaAdapterOptions) -> None:
-        base = _base(options.from_model)
-        chat = read_chat(model)
+        base, chat = _base(options.from_model), read_chat(model)
         if chat.jinja and not chat.derived:
             raise ExportError(
                 f"--as adapter: no proven template ({chat.reason}), and an adapter cannot carry its own Jinja",
@@ -59,6 +61,22 @@ class OllamaAdapterSink:
 
     def close(self) -> None:
         self._adapter.close()
+
+
+def plan_settings(model: ExportModel, options: OllamaAdapterOptions) -> PlannedSettings:
+    """Those of the adapter, the Modelfile and what lies beside it. The base may be on another machine by now."""
+    chat, base = read_chat(model), options.from_model or ""
+    with Llama() as llama:
+        _, plan = gguf_settings.plan_files(model, GgufOptions(quant="F16"), llama)
+        tokens = tokenizer_check.without_proof(model, plan, llama)
+    inside = gguf_adapter.plan_settings(model, GgufAdapterOptions())
+    modelfile = chat.modelfile(base, tokens is not None and tokens.adds_bos, f"./{inside.facts.file}")
+    return replace(
+        inside,
+        files=modelfile_files(modelfile, modelfile.write()),
+        facts=replace(inside.facts, template=chat.template_record(), from_model=base),
+        unplanned={**inside.unplanned, **(BOS_UNKNOWN if tokens is None else {})},
+    )
 
 
 def _base(name: str | None) -> str:

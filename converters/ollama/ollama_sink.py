@@ -6,10 +6,13 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from converters.gguf import gguf_settings, tokenizer_check
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
-from converters.ollama.chat import read_chat, write_files
+from converters.gguf.llama.llama_process import Llama
+from converters.ollama.chat import BOS_UNKNOWN, Chat, modelfile_files, read_chat, write_files
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
+from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.system.extras import install_hint
 from lora2serve.weights.tensors import Block, TensorSpec
@@ -40,9 +43,7 @@ class OllamaSink:
             raise ExportError("--split-size: Ollama loads no split files", "leave it out for --target ollama")
         self._out, self._name = out, model.name.lower()
         self._chat = read_chat(model)
-        if self._chat.jinja and not self._chat.derived:
-            options = replace(options, chat_template=LOOKALIKE_GUARD + self._chat.jinja)
-        self._gguf = GgufSink(model, out, options)
+        self._gguf = GgufSink(model, out, _guarded(options, self._chat))
         if not self._gguf.tokens.compared:
             raise ExportError(
                 "--target ollama needs llama.cpp's library, to see whether BOS is added",
@@ -63,3 +64,24 @@ class OllamaSink:
 
     def close(self) -> None:
         self._gguf.close()
+
+
+def plan_settings(model: ExportModel, options: OllamaOptions) -> PlannedSettings:
+    """Those of the GGUF, the Modelfile and what lies beside it."""
+    chat = read_chat(model)
+    with Llama() as llama:
+        inside, plan = gguf_settings.plan_files(model, _guarded(options, chat), llama)
+        tokens = tokenizer_check.without_proof(model, plan, llama)
+    modelfile = chat.modelfile(f"./{inside.facts.file}", tokens is not None and tokens.adds_bos)
+    return replace(
+        inside,
+        files=modelfile_files(modelfile, modelfile.write()),
+        facts=replace(inside.facts, template=chat.template_record()),
+        unplanned={**inside.unplanned, **(BOS_UNKNOWN if tokens is None else {})},
+    )
+
+
+def _guarded(options: OllamaOptions, chat: Chat) -> OllamaOptions:
+    if not chat.jinja or chat.derived:
+        return options
+    return replace(options, chat_template=LOOKALIKE_GUARD + chat.jinja)

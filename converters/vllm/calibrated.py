@@ -30,7 +30,8 @@ from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.tensors import Block, TensorSpec
 
 CALIBRATED = ("awq", "gptq")
-LIKE = SCHEMES["w4a16"]  # the data-free scheme with the same layout: what fits it, and which group
+LIKE_CALIBRATED = "w4a16"  # the data-free scheme with the same layout: what fits it, and which group
+LIKE = SCHEMES[LIKE_CALIBRATED]
 ROWS = 512  # of the calibration data, at most; llm-compressor's own default
 WORKER = f"{Path(__file__).with_name('calibrated_child.py')}:CompressorWorker"
 PACKED_SUFFIX = re.compile(r"_(packed|scale|zero_point|shape|g_idx)$")

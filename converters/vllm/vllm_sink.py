@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from converters.safetensors import SHARD, SafetensorsReader
-from converters.vllm.calibrated import CALIBRATED, AwqReader, CalibratedWriter
+from converters.vllm.calibrated import CALIBRATED, LIKE_CALIBRATED, AwqReader, CalibratedWriter
 from converters.vllm.compressed.compressed_reader import CompressedReader
 from converters.vllm.compressed.compressed_writer import CompressedWriter
 from converters.vllm.compressed.schemes import SCHEMES
 from converters.vllm.serve_config import generation_config, serve_yaml
 from converters.vllm.weight_writer import PlainWriter, WeightWriter
 from lora2serve.artifacts.manifest import Manifest
-from lora2serve.artifacts.staging import StagedDir
+from lora2serve.artifacts.staging import DryRunDir, StagedDir, as_json
+from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import Calibration, ExportFacts, ExportModel, Reader
 from lora2serve.system.small_files import JsonObject
+from lora2serve.weights.checkpoint import INDEX
 from lora2serve.weights.tensors import FLOATS, Block, TensorSpec
 
+BY_COMPRESSOR = {
+    "config.json:quantization_config*": "written by llm-compressor",
+    "model*.safetensors*": "written by llm-compressor",
+}
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -54,25 +60,49 @@ class VllmSink:
         self._weights.write(spec, rows, block)
 
     def finish(self) -> ExportFacts:
-        config = served_config(self._model.config, self._dtype)
-        weights = self._weights.finish(config)
-        quantization = weights.quantization_config
-        if quantization is not None:
-            config["quantization_config"] = quantization
-        self._out.json("config.json", config)
-        ends = generation_config(self._model)
-        for name, path in self._model.files.items():
-            if name != "generation_config.json" or ends is None:
-                self._out.copy(name, path)
-        if ends is not None:
-            self._out.json("generation_config.json", ends)
-        served = "bfloat16" if quantization and self._dtype == "float32" else self._dtype  # no kernel for it in float32
-        self._out.text("serve.yaml", serve_yaml(self._model, served))
+        weights = self._weights.finish(served_config(self._model.config, self._dtype))
+        for name, content in side_files(self._model, self._dtype, weights.quantization_config).items():
+            self._out.bytes(name, content)
         use = f"vllm serve {shlex.quote(str(self._out.target))}"
         return ExportFacts(use=use, dtype=self._dtype, details=weights.facts)
 
     def close(self) -> None:
         self._weights.close()
+
+
+def side_files(model: ExportModel, dtype: str, quantization: JsonObject | None) -> dict[str, bytes]:
+    """All that lies beside the weights: file name -> content."""
+    config = served_config(model.config, dtype)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    ends = generation_config(model)
+    files = {"config.json": as_json(config)}
+    files |= {name: path.read_bytes() for name, path in model.files.items()}
+    if ends is not None:
+        files["generation_config.json"] = as_json(ends)
+    served = "bfloat16" if quantization and dtype == "float32" else dtype  # no kernel for it in float32
+    return files | {"serve.yaml": serve_yaml(model, served).encode()}
+
+
+def plan_settings(model: ExportModel, options: VllmOptions) -> PlannedSettings:
+    """Of what llm-compressor quantizes, its entry in the config and the names of its files are its own."""
+    specs = list(model.source.specs())
+    calibrated = options.quant in CALIBRATED
+    out, dtype = DryRunDir(Path("planned")), _main_dtype(specs)
+    try:
+        quant = LIKE_CALIBRATED if calibrated else options.quant
+        writer = _open_writer(model, out, specs, replace(options, quant=quant))
+        weights = writer.finish(model.config)
+        writer.close()
+        index = {INDEX: (out.path / INDEX).read_bytes()} if (out.path / INDEX).is_file() else {}
+    finally:
+        out.discard()
+    return PlannedSettings(
+        side_files(model, dtype, weights.quantization_config) | ({} if calibrated else index),
+        weights=() if calibrated else tuple(out.sizes),
+        facts=ExportFacts(dtype=dtype),
+        unplanned=BY_COMPRESSOR if calibrated else {},
+    )
 
 
 def _open_writer(model: ExportModel, out: StagedDir, specs: Sequence[TensorSpec], options: VllmOptions) -> WeightWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from lora2serve.api.export_request import Named, several, words
 from lora2serve.api.locate import Located, base_of_adapter, base_of_run, fetch, find_export, find_run, locate
@@ -45,6 +46,7 @@ def parity(
     base: Named | None = None, data: Named | None = None,
     engines: str | Sequence[str] = (), require: str | Sequence[str] = (), thresholds: Mapping[str, float] | None = None,
     url: str | None = None, url_model: str | None = None, ask: str = "", baseline: Named | None = None,
+    gate: Literal["settings"] | None = None, allow: str | Sequence[str] = (),
     report_dir: Named | None = None, progress: Progress | None = None,
 ) -> ParityResult:  # fmt: skip
     """Compare exports with the trained model, each in its real engine, and write a report.
@@ -58,6 +60,8 @@ def parity(
     url, url_model: a running deployment to compare as well: its OpenAI-compatible address, the model's name there.
     ask: a question that the base, the trained model and every export answer: see ``ParityResult.answers``.
     baseline: an earlier report.json: what got worse beyond noise counts as not met.
+    gate: "settings" compares all that lies beside the weights, in seconds and without an engine, and nothing else.
+    allow: settings that differ on purpose, such as ``"generation_config.json:temperature"``; ``*`` stands for any text.
     report_dir: where the report goes; the run's ``parity/``, or ``parity/`` beside the exports, by default.
     progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
@@ -67,9 +71,15 @@ def parity(
     from lora2serve.parity_check import comparisons
 
     progress = progress or default_progress()
+    needs_engine = {"engine": engines, "require": require, "url": url, "ask": ask, "data": data, "baseline": baseline}
+    _refuse_unasked(gate, needs_engine)
     trained, paths = _find(model, several(exports, "exports"), base, progress)
     settings = _settings(trained.settings, thresholds or {}, words(engines, "engines"), words(require, "require"))
+    settings = replace(settings, allow=(*settings.allow, *words(allow, "allow")))
     trained = replace(trained, settings=settings, rows=Path(data) if data else trained.rows)
+    if gate:
+        report, page = _compare_settings(trained, paths, report_dir, progress)
+        return ParityResult(report, page, tuple(paths))
     compared = comparisons.of_exports(trained, paths)
     if url:
         compared.append(comparisons.of_url(trained, url, url_model))
@@ -90,6 +100,24 @@ def _compare(
     if baseline:
         report = replace(report, regressions=regressions(report, Path(baseline)))
     return report, writers.write(report, Path(report_dir) if report_dir else trained.home)
+
+
+def _compare_settings(
+    trained: TrainedModel, paths: Sequence[Path], report_dir: Named | None, progress: Progress
+) -> tuple[ParityReport, Path]:
+    """The report has a folder of its own: the one of all gates is what `push` looks at."""
+    from lora2serve.parity_check import settings_check
+    from lora2serve.parity_check.report import writers
+
+    report = settings_check.report(trained, paths, progress)
+    return report, writers.write(report, Path(report_dir) if report_dir else trained.home / "settings")
+
+
+def _refuse_unasked(gate: str | None, options: Mapping[str, object]) -> None:
+    """UsageError for what only engines answer, where none is asked."""
+    given = [name for name, value in options.items() if value]
+    if gate and given:
+        raise UsageError(f"--gate {gate} with --{given[0]}: the settings are compared without an engine")
 
 
 def _find(

@@ -102,6 +102,7 @@ class Manifest(JsonRecord):
     served_base: str | None = None
     bundle: tuple[str, ...] = ()  # names of the adapters in it
     exports: Mapping[str, Manifest] = field(default_factory=dict)  # in a repository with several
+    options: Mapping[str, object] | None = None  # what was chosen for it, apart from its type; None: not on record
     use: str | None = None  # the command that starts it here
     survival: Mapping[str, float] = field(default_factory=dict)  # share of the delta that is left after rounding
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -40,6 +40,8 @@ METRICS: Mapping[str, MetricInfo] = {
     "known": MetricInfo("Positions that the engine could be asked for", "", True, "share"),
     "equal_answers": MetricInfo("Same greedy answers", "Same answers", True, "answers"),
     "first_difference": MetricInfo("First difference excusable", "", True, "answers"),
+    "settings": MetricInfo("Settings compared"),
+    "settings allowed": MetricInfo("Settings that differ on purpose"),
     "equal prompts": MetricInfo("Prompts equal byte for byte"),
     "equal ids": MetricInfo("Prompts with equal ids"),
     "tensors": MetricInfo("Tensors compared"),

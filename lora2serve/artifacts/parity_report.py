@@ -17,7 +17,7 @@ from lora2serve.errors import InputError
 
 FORMAT = 1
 Status = Literal["met", "missed", "skipped", "failed", "missing"]
-GateName = Literal["tokens", "tensors", "behaviour"]
+GateName = Literal["settings", "tokens", "tensors", "behaviour"]
 PartName = Literal["task", "general"]  # of the scored texts
 ReferenceName = Literal["trained", "original"]
 
@@ -93,8 +93,30 @@ class TensorError(JsonRecord):
 
 
 @dataclass(frozen=True)
+class SettingDifference(JsonRecord):
+    """A value beside the weights that is not the planned one; ``key`` is empty where it is the whole file."""
+
+    WHOLE: ClassVar[bool] = True
+
+    file: str
+    key: str
+    planned: str
+    actual: str
+    allowed: str = ""  # the pattern of ``parity.allow`` that accepts it
+
+    @property
+    def path(self) -> str:
+        """What ``parity.allow`` names it by."""
+        return f"{self.file}:{self.key}" if self.key else self.file
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.key}" if self.key else self.file
+        return f"{where} is {self.actual}, planned {self.planned}"
+
+
+@dataclass(frozen=True)
 class ComparisonResult(JsonRecord):
-    """One export in one engine."""
+    """One export in one engine; ``engine`` is empty where only its settings were compared."""
 
     WHOLE: ClassVar[bool] = True
     COMPUTED: ClassVar[tuple[str, ...]] = ("status", "red")
@@ -111,9 +133,16 @@ class ComparisonResult(JsonRecord):
     prompts: tuple[PromptFigures, ...] = ()
     answers: tuple[GreedyAnswer, ...] = ()
     tensors: tuple[TensorError, ...] = ()  # those with the largest error
+    settings: tuple[SettingDifference, ...] = ()  # beside the weights, those that are allowed too
+    not_compared: tuple[str, ...] = ()  # of the settings, and why
     reply: str = named("said", "")  # the answer to the user's own question
     seconds: float = 0.0
     required: bool = True  # whether a missing engine is red
+
+    @property
+    def title(self) -> str:
+        """The export and its engine."""
+        return f"{self.export} in {self.engine}" if self.engine else self.export
 
     @property
     def status(self) -> Status:
@@ -136,7 +165,10 @@ class ComparisonResult(JsonRecord):
         return next((check for check in checks if check.name == name), None)
 
     def to_json(self) -> dict[str, object]:
-        return super().to_json() | {"status": self.status, "red": self.red}
+        added = ("settings", "not_compared")  # that earlier versions did not write
+        empty = {key for key in added if not getattr(self, key) and key not in self.key_order}
+        content = {key: value for key, value in super().to_json().items() if key not in empty}
+        return content | {"status": self.status, "red": self.red}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ FLUSH = 64 << 20  # bytes that are sent to the disk together
 _AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2  # linux/fcntl.h, linux/fs.h
 
 
+def as_json(content: Any) -> bytes:
+    """A small JSON file, indented."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 class StagedFile:
     """One file of a known size, written at any offset from any thread, hashed behind the writers.
 
@@ -137,7 +142,7 @@ class StagedDir:
 
     def json(self, name: str, content: Any) -> None:
         """A small JSON file, indented."""
-        self.text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self.bytes(name, as_json(content))
 
     def bytes(self, name: str, content: bytes) -> None:
         """A small binary file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -22,6 +22,7 @@ EXAMPLES = [
     ("lora2serve parity --require vllm,llama.cpp", "fail where an engine is missing"),
     ("lora2serve parity --baseline report.json", "fail where something got worse"),
     ("lora2serve parity --url http://localhost:8000/v1", "a deployment that runs"),
+    ("lora2serve parity --gate settings", "all but weights and answers, in seconds, no engine"),
 ]
 file_type = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -67,11 +68,18 @@ def _bounds(ctx: click.Context, parameter: click.Parameter, texts: Sequence[str]
     "--baseline", type=file_type, metavar="REPORT",
     help="An earlier report.json: parity fails where something got worse beyond noise.",
 )  # fmt: skip
+@click.option(
+    "--gate", type=click.Choice(["settings"]), help="Compare all that lies beside the weights, and ask no engine."
+)
+@click.option(
+    "--allow", multiple=True, metavar="SETTING",
+    help="A setting that differs on purpose: FILE:KEY, FILE or KEY, such as generation_config.json:temperature.",
+)  # fmt: skip
 @click.pass_context
 def parity(
     ctx: click.Context, /, paths: tuple[str, ...], report_dir: Path | None, as_json: bool, ask: str, base: str | None,
     data: Path | None, engines: tuple[str, ...], require: tuple[str, ...], url: str | None, url_model: str | None,
-    thresholds: dict[str, float], baseline: Path | None,
+    thresholds: dict[str, float], baseline: Path | None, gate: Literal["settings"] | None, allow: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Compare every EXPORT of MODEL with the trained model, each in its real engine.
 
@@ -94,6 +102,8 @@ def parity(
         thresholds=thresholds,
         ask=ask,
         baseline=baseline,
+        gate=gate,
+        allow=allow,
         report_dir=report_dir,
         progress=progress(ctx),
     )
@@ -120,9 +130,30 @@ def _show(result: ParityResult) -> None:
         rows.append([row.export, size, row.engine, verdict, *(cell.replace("100.00%", "100%") for cell in figures)])
     columns = ["export", "size", "engine", "verdict", "mean KL", "top\ntoken", "same\nanswers", "signal\nkept"]
     styles = {number: "red" for number, row in enumerate(result.report.rows) if row.red}
+    if not any(row.engine for row in result.report.rows):  # only settings were compared
+        columns, rows = [*columns[:2], columns[3]], [[*row[:2], row[3]] for row in rows]
     console.table("", columns, rows, styles)
+    _show_settings(result.report)
     if result.answers:
         console.table("", [result.report.question.prompt, "answer"], [list(pair) for pair in result.answers.items()])
+
+
+def _show_settings(report: ParityReport) -> None:
+    """Every setting that is not the planned one, once for each export."""
+    from lora2serve import console
+
+    different = {(row.export, setting): None for row in report.rows for setting in row.settings}
+    rows = [
+        [export, setting.path, setting.planned, setting.actual, "yes" if setting.allowed else "no"]
+        for export, setting in different
+    ]
+    styles = {number: "red" for number, (_, setting) in enumerate(different) if not setting.allowed}
+    if rows:
+        console.table("", ["export", "setting", "planned", "there", "allowed"], rows, styles)
+    for line in dict.fromkeys(
+        f"{row.export}: not compared: {line}" for row in report.rows for line in row.not_compared
+    ):
+        console.Terminal().note(line)
 
 
 def _size(path: Path) -> int:
@@ -140,5 +171,5 @@ def _summary(report: ParityReport) -> str:
     for row in red or ([] if report.regressions else report.rows):
         gate = row.gate
         assert gate is not None
-        lines.append(f"{row.export} in {row.engine}: {gate.name}: {gate.cause}; first: {gate.first}")
+        lines.append(f"{row.title}: {gate.name}: {gate.cause or gate.status}; first: {gate.first}")
     return "\n".join([*lines, *report.regressions])

@@ -95,6 +95,7 @@ class ParityRecipe:
     general: str | None = None
     engines: tuple[str, ...] = ()  # the only ones to ask; default: every one that an export is for
     require: tuple[str, ...] = ()  # engines that must be there
+    allow: tuple[str, ...] = ()  # settings that differ on purpose: FILE:KEY, FILE or KEY, with * and ?
     thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: Annotated[int, Range(1, 1 << 30)] = 2048  # scored, half of them held-out rows, half general text
     window: Annotated[int, Range(8, 1 << 20)] = 512  # tokens of one row at most

@@ -144,6 +144,7 @@ def _model(
         name=name,
         base=lineage.base.id or str(checkpoint.path),
         adapter=adapter,
+        dtype=choice.dtype,
         lineage=replace(lineage, adapters=tuple(_adapter_record(adapter.path) for adapter in adapters)),
     )
 

@@ -79,6 +79,7 @@ class ExportModel:
     name: str  # short name for files and cards, such as "demo"
     base: str  # repo id or path of the base, as the user named it
     adapter: Path | None = None  # the PEFT directory that was folded in, if any
+    dtype: str | None = None  # --dtype, where it was chosen
     lineage: Lineage = field(default_factory=Lineage)  # goes into the manifest
 
     @property

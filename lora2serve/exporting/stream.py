@@ -17,6 +17,7 @@ from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import Manifest, versions
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
 from lora2serve.errors import ExportError, Lora2ServeError
+from lora2serve.exporting.settings_plan import recorded_options
 from lora2serve.exporting.sinks import Exporter, ExportFacts, ExportModel, Sink
 from lora2serve.progress import Progress
 from lora2serve.system import malloc, own_process
@@ -195,6 +196,7 @@ def _manifest(model: ExportModel, plan: Plan, facts: ExportFacts) -> Manifest:
         from_model=facts.from_model,
         rank=facts.rank,
         served_base=facts.served_base,
+        options={**recorded_options(plan.options), **({"dtype": model.dtype} if model.dtype else {})},
         use=facts.use,
         unknown=facts.details,
         survival={name: round(share, 6) for name, share in model.source.survival.shares().items()},

@@ -29,11 +29,13 @@ from lora2serve.artifacts.parity_report import (
 from lora2serve.errors import EngineError, Lora2ServeError, UsageError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.open_model import OpenOptions, open_plain
-from lora2serve.parity_check import gates, thresholds, worker
+from lora2serve.parity_check import gates, settings_check, thresholds, worker
 from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.gates import Behavior
 from lora2serve.parity_check.references import References
+from lora2serve.parity_check.settings_check import GATES, GATES_OF_URL
+from lora2serve.parity_check.settings_gate import SettingsResult
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress, Silent
 
@@ -54,9 +56,10 @@ def check(
     logs = work / "logs"
     logs.mkdir()
     try:
+        checked = settings_check.before_engines(origin, comparisons, logs, progress)
         references = References(origin, work, logs, progress, ask)
         try:
-            comparator = Comparator(origin, references, work, progress, ask)
+            comparator = Comparator(origin, references, work, progress, ask, checked)
             try:
                 rows = tuple(comparator.compare(comparison) for comparison in comparisons)
             finally:
@@ -96,10 +99,11 @@ class Comparator:
     """What compares exports with the references. Memory of this process: figures only."""
 
     def __init__(
-        self, origin: TrainedModel, references: References, work: Path, progress: Progress, ask: str = ""
-    ) -> None:
+        self, origin: TrainedModel, references: References, work: Path, progress: Progress, ask: str = "",
+        checked: Mapping[Path, SettingsResult] = {},
+    ) -> None:  # fmt: skip
         self.origin, self.references, self.work, self.progress, self.ask = origin, references, work, progress, ask
-        self.settings, self.data = origin.settings, references.data
+        self.settings, self.data, self._checked = origin.settings, references.data, checked
         self._tensor_gates: dict[Path, tuple[Gate, tuple[TensorError, ...]]] = {}
         self._reader: EngineProcess | None = None
 
@@ -111,18 +115,19 @@ class Comparator:
     def _child(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
         return EngineProcess(engine, options, self.work / "logs" / f"{log}.log", self.settings.limit)
 
+    def first_row(self, comparison: Comparison) -> ComparisonResult:
+        """The row with the gate that needs no engine, if it is an export's."""
+        checked = self._checked[comparison.path] if comparison.path else None
+        return settings_check.first_row(comparison, checked, required=comparison.engine in self.settings.require)
+
     def compare(self, comparison: Comparison) -> ComparisonResult:
         """All gates of one comparison; what goes wrong becomes its verdict."""
         started, engine = time.monotonic(), comparison.engine
-        row = ComparisonResult(
-            export=comparison.name,
-            target=comparison.target,
-            kind=comparison.kind,
-            engine=engine,
-            reference=comparison.reference,
-            required=engine in self.settings.require,
-        )
-        passed: list[Gate] = []
+        row = self.first_row(comparison)
+        if row.gate:
+            return row
+        passed = list(row.gates)
+        order = GATES if comparison.path else GATES_OF_URL
         log = f"{comparison.name}-{engine}".replace("/", "_")
         try:
             with self._child(engine, self._options(comparison), log) as child:
@@ -130,7 +135,7 @@ class Comparator:
         except EngineMissing as error:
             row = replace(row, gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)))
         except EngineError as error:
-            name = gates.NAMES[min(len(passed), 2)] if comparison.path or not passed else "behaviour"
+            name = order[min(len(passed), len(order) - 1)]
             row = replace(row, gates=(*passed, Gate(name, "failed", (), error.message, error.hint)))
         row = replace(row, seconds=round(time.monotonic() - started, 1))
         self.progress.note(f"{row.export} in {row.engine}: {row.status} ({row.seconds:.0f} s)")
@@ -172,7 +177,8 @@ class Comparator:
             passed.append(gate)
             row = replace(row, tensors=worst)
         if passed[-1].status not in ("met", "skipped"):
-            return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in gates.NAMES[len(passed) :])))
+            order = GATES if comparison.path else GATES_OF_URL
+            return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in order[len(passed) :])))
         return self._behavior(row, child, passed)
 
     def _answer(self, child: EngineProcess) -> str:

@@ -1,22 +1,19 @@
-"""The three gates, cheapest first: facts in, a verdict in words out."""
+"""The gates that ask an engine or look at tensors, cheapest first: facts in, a verdict in words out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import get_args
 
 import numpy as np
 
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.artifacts.metric_table import higher_is_better
-from lora2serve.artifacts.parity_report import Gate, GateName, Metric, TensorError
+from lora2serve.artifacts.parity_report import Gate, Metric, TensorError
 from lora2serve.data.prompts import Conversation, PromptSet
 from lora2serve.parity_check.metrics import Estimate, Ints, Positions, figures, ratio
 from lora2serve.parity_check.thresholds import Thresholds
-
-NAMES: tuple[GateName, ...] = get_args(GateName)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora2serve.parity_check.comparisons import Comparison
     from lora2serve.parity_check.trained_model import TrainedModel
 
-GATES = ("tokens", "tensors", "behaviour")
+GATES = ("settings", "tokens", "tensors", "behaviour")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -133,10 +133,19 @@ def open_model(origin: Mapping[str, Any], manifest: Manifest) -> ExportModel:
     from lora2serve.progress import Silent
 
     base, adapters = Path(origin["base"]), [Path(path) for path in origin["adapters"]]
-    choice = models.OpenOptions(allow_base_mismatch=bool(manifest.base_mismatch))
+    choice = models.OpenOptions(
+        dtype=_dtype_option(manifest), allow_base_mismatch=bool(manifest.base_mismatch), name=manifest.name or None
+    )
     if origin["run"]:
         chosen = replace(choice, merge_base=manifest.merge_base or "auto")
         return models.open_run(Run(Path(origin["run"])), base, chosen, Silent())
     if adapters:
-        return models.open_adapters(adapters, base, str(base), choice)
-    return models.open_plain(base, str(base), choice)
+        return models.open_adapters(adapters, base, manifest.base.id or str(base), choice)
+    return models.open_plain(base, manifest.base.id or str(base), choice)
+
+
+def _dtype_option(manifest: Manifest) -> str | None:
+    """The ``--dtype`` of an export; one whose options are not on record says it by its type alone."""
+    if manifest.options is not None:
+        return str(manifest.options["dtype"]) if "dtype" in manifest.options else None
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(manifest.dtype or "")

@@ -113,6 +113,10 @@ class EngineWorker:
         _save(Path(out), measured)
         return {"version": self._engine.version, "whole": whole}
 
+    def settings(self, export: str) -> object:
+        """The settings gate's verdict."""
+        return self._engine.check(Path(export)).to_json()
+
     def compare(self, export: str) -> object:
         """The tensor gate's figures."""
         return self._engine.compare(Path(export), self._link.advance)

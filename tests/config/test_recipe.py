@@ -295,7 +295,7 @@ def test_template_names_every_key_and_its_default(write: Any) -> None:
     known = {path.rpartition(".")[2]: field for path, field in key_paths().items()}
     assert not known.keys() - shown.keys()
     # shown in the template with an example, on purpose not with the default
-    free = {"path", "name", "train", "epochs", "eval_split", "engines", "require"}
+    free = {"path", "name", "train", "epochs", "eval_split", "engines", "require", "allow"}
     for name in known.keys() - free:
         default = known[name].default
         if default not in (None, dataclasses.MISSING):

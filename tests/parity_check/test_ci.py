@@ -63,7 +63,7 @@ def test_worse_than_before_is_red(place: Path, exported: Path) -> None:
     assert "| gguf-Q4_K_M | llama.cpp | ✅ met |" in (place / "parity" / "summary.md").read_text()
     report = json.loads((place / "parity" / "report.json").read_text())
     (row,) = report["rows"]
-    for check in row["gates"][2]["checks"]:
+    for check in row["gates"][-1]["checks"]:
         if check["name"] == "mean_kl":
             check |= {"value": 1e-9, "low": 1e-9, "high": 1e-9}
     (place / "better.json").write_text(json.dumps(report))
@@ -76,14 +76,14 @@ def test_the_plugin(place: Path, exported: Path) -> None:
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA", "--lora2serve-exports"]
     done = subprocess.run([*words, run / "exports"], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    for gate in ("tokens", "tensors", "behaviour"):
+    for gate in ("settings", "tokens", "tensors", "behaviour"):
         assert re.search(rf"PASSED .*gguf-Q4_K_M-llama.cpp-{gate}", done.stdout), done.stdout
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["parity"]["thresholds"] = {"Q4_K_M": {"mean_kl": 1e-12}}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = subprocess.run([*words, run / "exports"], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "1 failed, 2 passed" in done.stdout
+    assert "1 failed, 3 passed" in done.stdout
     assert "first: " in done.stdout
     done = subprocess.run([*words, place], cwd=place, capture_output=True, text=True, check=False)
     assert "expected the exports/ folder of a run" in done.stdout + done.stderr

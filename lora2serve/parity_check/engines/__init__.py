@@ -79,6 +79,7 @@ ENGINES = {
     "vllm-server": "lora2serve.parity_check.engines.vllm_server_engine:VllmServer",
     "openai": "lora2serve.parity_check.engines.openai_engine:OpenAI",
     "ollama": "lora2serve.parity_check.engines.ollama_engine:Ollama",
+    "settings": "lora2serve.parity_check.settings_gate:SettingsComparator",
     "tensors": "lora2serve.parity_check.tensor_gate:TensorComparator",  # no engines, but run like them
     "tokenizer": "lora2serve.parity_check.engines.tokenizer_engine:TokenizerEngine",
 }

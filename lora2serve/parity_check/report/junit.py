@@ -21,7 +21,7 @@ def render(report: ParityReport) -> str:
 
 
 def _suite(row: ComparisonResult) -> Element:
-    name = f"{row.export}.{row.engine}"
+    name = f"{row.export}.{row.engine}" if row.engine else row.export
     failed = sum(_kind(row, gate) == "failure" for gate in row.gates)
     skipped = sum(_kind(row, gate) == "skipped" for gate in row.gates)
     counts = {"tests": str(len(row.gates)), "failures": str(failed), "skipped": str(skipped)}
@@ -32,9 +32,14 @@ def _suite(row: ComparisonResult) -> Element:
         if kind:
             message = _clean(f"{gate.cause}; first: {gate.first}" if gate.first else gate.status)
             SubElement(case, kind, message=message).text = message
-        figures = "\n".join(f"{check.name} {check.value:.6g}" for check in gate.checks)
-        SubElement(case, "system-out").text = _clean(figures)
+        lines = [f"{check.name} {check.value:.6g}" for check in gate.checks]
+        lines += _settings(row) if gate.name == "settings" else []
+        SubElement(case, "system-out").text = _clean("\n".join(lines))
     return suite
+
+
+def _settings(row: ComparisonResult) -> list[str]:
+    return [f"{setting}{f' (allowed by {setting.allowed})' if setting.allowed else ''}" for setting in row.settings]
 
 
 def _kind(row: ComparisonResult, gate: Gate) -> str:

@@ -54,8 +54,6 @@ class FakeQuantized:
     """
 
     def __init__(self, base: Source, how: Quantization) -> None:
-        import bitsandbytes  # noqa: F401  (here, not first in several threads at once: its kernels register on import)
-
         self.base, self.how = base, how
         self._weights = {f"{module}.weight" for module in how.modules}
         self._by_name = {spec.name: spec for spec in base.specs()}
@@ -73,6 +71,7 @@ class FakeQuantized:
     def read(self, name: str, rows: slice = ALL) -> Block:
         if name not in self._weights:
             return self.base.read(name, rows)
+        self._load_kernels()
         spec = self._by_name[name]
         start, stop, _ = rows.indices(spec.rows)
         aligned = self._aligned(spec, start, stop)
@@ -88,6 +87,11 @@ class FakeQuantized:
         codes, _ = self._quantize(self.base.read(name).values)
         codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, len(codes) % 2))
         return codes[::2] << 4 | codes[1::2], self._seen_absmax(spec)
+
+    def _load_kernels(self) -> None:
+        """bitsandbytes, by one thread: its kernels register on import. Whoever only plans, needs none."""
+        with self._lock:
+            import bitsandbytes  # noqa: F401
 
     def _aligned(self, spec: TensorSpec, start: int, stop: int) -> slice:
         """Widen the rows until they begin and end at a block."""

@@ -1,0 +1,95 @@
+"""The settings gate of several exports: alone, in this process, or before the engines, in a worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora2serve.artifacts import manifest
+from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.parity_report import ComparisonResult, Gate, GateName, ParityReport, SettingDifference
+from lora2serve.errors import EngineError, UsageError
+from lora2serve.parity_check import thresholds
+from lora2serve.parity_check.comparisons import Comparison
+from lora2serve.parity_check.settings_gate import SettingsComparator, SettingsResult
+from lora2serve.parity_check.trained_model import TrainedModel
+from lora2serve.progress import Progress
+
+GATES: tuple[GateName, ...] = ("settings", "tokens", "tensors", "behaviour")  # of an export, the cheapest first
+GATES_OF_URL: tuple[GateName, ...] = ("tokens", "behaviour")
+
+
+def report(origin: TrainedModel, exports: Sequence[Path], progress: Progress) -> ParityReport:
+    """On the settings alone, in this process: a row for each export, no engine and no reference."""
+    if not exports:
+        raise UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
+    rows = []
+    comparator = SettingsComparator(origin.json(), origin.settings.allow)
+    for export in map(Export.open, exports):
+        started = time.monotonic()
+        checked = comparator.check(export.path)
+        row = ComparisonResult(
+            export=export.path.name,
+            target=export.target,
+            kind=thresholds.kind_of(export.manifest),
+            gates=(checked.gate,),
+            settings=checked.differences,
+            not_compared=checked.not_compared,
+            seconds=round(time.monotonic() - started, 2),
+        )
+        rows.append(row)
+        progress.note(f"{row.export}: settings {row.status} ({row.seconds:.1f} s)")
+    _warn_unused(origin, [row.settings for row in rows], progress)
+    return ParityReport(run=origin.name, versions=manifest.versions(), rows=tuple(rows))
+
+
+def before_engines(
+    origin: TrainedModel, comparisons: Sequence[Comparison], logs: Path, progress: Progress
+) -> dict[Path, SettingsResult]:
+    """Every export's verdict, in a worker: what plans a chat template loads transformers."""
+    from lora2serve.parity_check.engine_process import EngineProcess
+
+    paths = list(dict.fromkeys(comparison.path for comparison in comparisons if comparison.path))
+    if not paths:
+        return {}
+    options = {"origin": origin.json(), "allow": list(origin.settings.allow)}
+    checked: dict[Path, SettingsResult] = {}
+    try:
+        with (
+            progress.track("settings", len(paths)) as advance,
+            EngineProcess("settings", options, logs / "settings.log", origin.settings.limit) as worker,
+        ):
+            for path in paths:
+                checked[path] = SettingsResult.from_json(worker.call("settings", export=str(path)), "settings")
+                advance(1)
+    except EngineError as error:
+        failed = SettingsResult(Gate("settings", "failed", (), error.message, error.hint))
+        checked |= {path: failed for path in paths if path not in checked}
+    _warn_unused(origin, [result.differences for result in checked.values()], progress)
+    return checked
+
+
+def first_row(comparison: Comparison, checked: SettingsResult | None, *, required: bool) -> ComparisonResult:
+    """The row of a comparison with its settings gate; where that is not met, the others are skipped."""
+    row = ComparisonResult(
+        export=comparison.name,
+        target=comparison.target,
+        kind=comparison.kind,
+        engine=comparison.engine,
+        reference=comparison.reference,
+        required=required,
+    )
+    if checked is None:
+        return row
+    met = checked.gate.status in ("met", "skipped")
+    rest = () if met else tuple(Gate(name, "skipped") for name in GATES[1:])
+    return replace(row, gates=(checked.gate, *rest), settings=checked.differences, not_compared=checked.not_compared)
+
+
+def _warn_unused(origin: TrainedModel, differences: Sequence[Sequence[SettingDifference]], progress: Progress) -> None:
+    used = {difference.allowed for each in differences for difference in each}
+    for pattern in origin.settings.allow:
+        if pattern not in used:
+            progress.warn(f"allow {pattern}: no setting that differs is named so")

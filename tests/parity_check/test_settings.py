@@ -1,0 +1,210 @@
+"""Gate 0: what lies beside the weights is red where it is not as planned, and its key is named; sound exports are met."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora2serve.artifacts.manifest import Manifest
+from lora2serve.exporting import settings_plan
+from lora2serve.exporting.settings_plan import PlannedSettings
+from lora2serve.parity_check.settings_gate import SettingsResult, judge
+from lora2serve.parity_check.trained_model import of_parts, open_model
+from tests.support.runs import make_chat_model
+from tests.support.settings import (
+    Damage,
+    both,
+    damaged,
+    exported,
+    gguf,
+    in_json,
+    in_manifest,
+    keys,
+    rewritten,
+    text,
+)
+from tests.support.tiny import make_adapter
+
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [3, 0]}
+
+
+@dataclass(frozen=True)
+class Exports:
+    """One adapter on one base, for every target."""
+
+    base: Path
+    adapter: Path
+    paths: Mapping[str, Path]
+    plans: dict[str, PlannedSettings] = field(default_factory=dict)  # by what a manifest says of a plan
+
+    def check(self, export: Path, *allow: str) -> SettingsResult:
+        """Planned once for all exports with the same target and type."""
+        manifest = Manifest.read(export)
+        name = f"{manifest.target} {manifest.quant}"
+        if name not in self.plans:
+            model = open_model(of_parts("tiny", self.base, (self.adapter,), self.base).json(), manifest)
+            planned = settings_plan.plan_again(model, manifest)
+            assert planned is not None
+            self.plans[name] = planned
+        return judge(export, manifest, self.plans[name], allow)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    root = tmp_path_factory.mktemp("settings")
+    base = make_chat_model(root / "base", hidden_size=256, tie_word_embeddings=False)
+    (base / "generation_config.json").write_text(json.dumps(SAMPLING))
+    adapter = make_adapter(root / "adapter", base)
+    targets: dict[str, dict[str, Any]] = {
+        "vllm": {}, "adapter": {}, "gguf": {"quants": "Q4_K_M"}, "ollama": {"quants": "Q4_K_M"}, "gguf-adapter": {},
+    }  # fmt: skip
+    paths = {name: exported(adapter, root / "out", name, base, **options) for name, options in targets.items()}
+    return Exports(base, adapter, paths)
+
+
+def add_normalizer(content: dict[str, Any]) -> None:
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def swap_tokens(content: dict[str, Any]) -> None:
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+def swapped(tokens: list[str]) -> list[str]:
+    return [*tokens[:300], tokens[301], tokens[300], *tokens[302:]]
+
+
+def lose_merge(content: dict[str, Any]) -> None:
+    content["model"]["merges"].pop(5)
+
+
+def lose_special(content: dict[str, Any]) -> None:
+    content["added_tokens"][-1]["special"] = False
+
+
+FOURTH_TURN = "{%- if messages | length > 3 %}{{- 'Answer in French. ' }}{%- endif %}"
+
+
+def longer_template(export: Path) -> None:
+    template = (export / "chat_template.jinja").read_text(encoding="utf-8")
+    rewritten(export / "chat_template.jinja", FOURTH_TURN + template)
+
+
+def other_model(export: Path) -> None:
+    rewritten(export / "Modelfile", 'FROM llama3.2:1b\nSYSTEM """You sell cars."""\n')
+
+
+def nobody_planned(name: str) -> Damage:
+    return lambda export: rewritten(export / name, "{}")
+
+
+def lost(name: str) -> Damage:
+    return lambda export: (export / name).unlink()
+
+
+# name -> target, damage, the setting that must be named
+DAMAGES: dict[str, tuple[str, Damage, str]] = {
+    "temperature": ("vllm", keys("generation_config.json", temperature=1.9), "generation_config.json:temperature"),
+    "repetition penalty": ("vllm", keys("generation_config.json", repetition_penalty=1.9), "generation_config.json:repetition_penalty"),
+    "full stop ends": ("vllm", keys("generation_config.json", eos_token_id=[3, 0, 17]), "generation_config.json:eos_token_id"),
+    "max_new_tokens": ("vllm", keys("generation_config.json", max_new_tokens=3), "generation_config.json:max_new_tokens"),
+    "no sampling": ("vllm", keys("generation_config.json", do_sample=False), "generation_config.json:do_sample"),
+    "max-model-len": ("vllm", text("serve.yaml", "max-model-len: 128", "max-model-len: 16"), "serve.yaml:max-model-len"),
+    "float16 served": ("vllm", text("serve.yaml", "dtype: bfloat16", "dtype: float16"), "serve.yaml:dtype"),
+    "an argument of vLLM's": ("vllm", lambda e: rewritten(e / "serve.yaml", (e / "serve.yaml").read_text() + "quantization: fp8\n"), "serve.yaml:quantization"),
+    "served under another name": ("vllm", text("serve.yaml", '"adapter"', '"base"'), "serve.yaml:served-model-name"),
+    "float16 in the config": ("vllm", keys("config.json", dtype="float16"), "config.json:dtype"),
+    "float16 everywhere": ("vllm", both(keys("config.json", dtype="float16"), text("serve.yaml", "bfloat16", "float16"), in_manifest(dtype="float16")), "config.json:dtype"),
+    "rope scaling": ("vllm", keys("config.json", rope_scaling={"rope_type": "linear", "factor": 4.0}), "config.json:rope_scaling"),
+    "rope theta": ("vllm", in_json("config.json", lambda c: c["rope_parameters"].update(rope_theta=5e5)), "config.json:rope_parameters.rope_theta"),
+    "rms epsilon": ("vllm", keys("config.json", rms_norm_eps=1e-2), "config.json:rms_norm_eps"),
+    "window": ("vllm", keys("config.json", sliding_window=16), "config.json:sliding_window"),
+    "heads": ("vllm", keys("config.json", num_key_value_heads=4), "config.json:num_key_value_heads"),
+    "tied": ("vllm", keys("config.json", tie_word_embeddings=True), "config.json:tie_word_embeddings"),
+    "other class": ("vllm", keys("config.json", architectures=["MistralForCausalLM"]), "config.json:architectures[0]"),
+    "remote code": ("vllm", keys("config.json", auto_map={"AutoModelForCausalLM": "x.Y"}), "config.json:auto_map"),
+    "quantized": ("vllm", keys("config.json", quantization_config={"quant_method": "fp8"}), "config.json:quantization_config"),
+    "true for one": ("vllm", keys("config.json", attention_bias=0), "config.json:attention_bias"),
+    "a key twice": ("vllm", text("config.json", '"head_dim"', '"head_dim": 64, "head_dim"'), "config.json"),
+    "half a config": ("vllm", lambda e: rewritten(e / "config.json", (e / "config.json").read_bytes()[:-9]), "config.json"),
+    "normalizer": ("vllm", in_json("tokenizer.json", add_normalizer), "tokenizer.json:normalizer"),
+    "swapped vocabulary": ("vllm", in_json("tokenizer.json", swap_tokens), "tokenizer.json:model.vocab.a"),
+    "a merge lost": ("vllm", in_json("tokenizer.json", lose_merge), "tokenizer.json:model.merges[5]"),
+    "a special token that is none": ("vllm", in_json("tokenizer.json", lose_special), "tokenizer.json:added_tokens.3.special"),
+    "truncation": ("vllm", keys("tokenizer.json", truncation={"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}), "tokenizer.json:truncation"),
+    "padding": ("vllm", keys("tokenizer.json", padding={"strategy": {"Fixed": 64}, "direction": "Left", "pad_id": 0}), "tokenizer.json:padding"),
+    "post-processor": ("vllm", keys("tokenizer.json", post_processor={"type": "ByteLevel"}), "tokenizer.json:post_processor"),
+    "pre-tokenizer": ("vllm", keys("tokenizer.json", pre_tokenizer={"type": "Whitespace"}), "tokenizer.json:pre_tokenizer"),
+    "lengths": ("vllm", keys("tokenizer_config.json", model_max_length=12), "tokenizer_config.json:model_max_length"),
+    "BOS": ("vllm", keys("tokenizer_config.json", add_bos_token=True), "tokenizer_config.json:add_bos_token"),
+    "a second template": ("vllm", keys("tokenizer_config.json", chat_template="{{ messages[0].content }}"), "tokenizer_config.json:chat_template"),
+    "fourth turn": ("vllm", longer_template, "chat_template.jinja:character"),
+    "nobody planned": ("vllm", nobody_planned("special_tokens_map.json"), "special_tokens_map.json"),
+    "weights nobody planned": ("vllm", lambda e: rewritten(e / "model-2.safetensors", (e / "model.safetensors").read_bytes()), "model-2.safetensors"),
+    "code nobody planned": ("vllm", nobody_planned("modeling_x.py"), "modeling_x.py"),
+    "lost file": ("vllm", lost("generation_config.json"), "generation_config.json"),
+    "named a quant": ("vllm", in_manifest(quant="fp8"), "config.json:quantization_config"),
+    "base of the adapter": ("adapter", keys("adapter_config.json", base_model_name_or_path="other/base"), "adapter_config.json:base_model_name_or_path"),
+    "alpha": ("adapter", keys("adapter_config.json", lora_alpha=64), "adapter_config.json:lora_alpha"),
+    "rslora": ("adapter", keys("adapter_config.json", use_rslora=True), "adapter_config.json:use_rslora"),
+    "a module less": ("adapter", in_json("adapter_config.json", lambda c: c["target_modules"].pop()), "adapter_config.json:target_modules"),
+    "rank of the manifest": ("adapter", in_manifest(rank=64), "lora2serve.json:rank"),
+    "context length": ("gguf", gguf({"llama.context_length": 16}), "llama.context_length"),
+    "add_eos": ("gguf", gguf({"tokenizer.ggml.add_eos_token": True}), "tokenizer.ggml.add_eos_token"),
+    "end of turn": ("gguf", gguf({"tokenizer.ggml.eot_token_id": 17}), "tokenizer.ggml.eot_token_id"),
+    "end token": ("gguf", gguf({"tokenizer.ggml.eos_token_id": 17}), "tokenizer.ggml.eos_token_id"),
+    "swapped entries": ("gguf", gguf({"tokenizer.ggml.tokens": swapped}), "tokenizer.ggml.tokens[300]"),
+    "token types": ("gguf", gguf({"tokenizer.ggml.token_type": lambda types: [1, *types[1:]]}), "tokenizer.ggml.token_type[0]"),
+    "merges": ("gguf", gguf({"tokenizer.ggml.merges": lambda merges: [merges[1], merges[0], *merges[2:]]}), "tokenizer.ggml.merges[0]"),
+    "pre-tokenizer's name": ("gguf", gguf({"tokenizer.ggml.pre": "qwen2"}), "tokenizer.ggml.pre"),
+    "rope base": ("gguf", gguf({"llama.rope.freq_base": lambda base: 2 * base}), "llama.rope.freq_base"),
+    "epsilon in the GGUF": ("gguf", gguf({"llama.attention.layer_norm_rms_epsilon": 1e-2}), "llama.attention.layer_norm_rms_epsilon"),
+    "scaling in the GGUF": ("gguf", gguf({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}), "llama.rope.scaling.type"),
+    "heads in the GGUF": ("gguf", gguf({"llama.attention.head_count_kv": 4}), "llama.attention.head_count_kv"),
+    "experts": ("gguf", gguf({"llama.expert_count": 2}), "llama.expert_count"),
+    "sampling in the GGUF": ("gguf", gguf({"general.sampling.temp": 1.9}), "general.sampling.temp"),
+    "template in the GGUF": ("gguf", gguf({"tokenizer.chat_template": lambda template: FOURTH_TURN + template}), "tokenizer.chat_template"),
+    "no template": ("gguf", gguf({}, lost=("tokenizer.chat_template",)), "tokenizer.chat_template"),
+    "a template for tools": ("gguf", gguf({"tokenizer.chat_template.tool_use": "{{ tools }}"}), "tokenizer.chat_template.tool_use"),
+    "file type": ("gguf", gguf({"general.file_type": 17}), "general.file_type"),
+    "a projector's word": ("gguf", gguf({"general.type": "mmproj"}), "general.type"),
+    "Q4_K_M named Q5_K_M": ("gguf", both(gguf({"general.file_type": 17}), lambda e: next(e.glob("*.gguf")).rename(e / "adapter-Q5_K_M.gguf"), in_manifest(quant="Q5_K_M", file="adapter-Q5_K_M.gguf")), "tensors.blk.0.attn_q.weight"),
+    "another model": ("ollama", other_model, "Modelfile:from"),
+    "a temperature": ("ollama", text("Modelfile", "temperature 0.6", "temperature 1.9"), "Modelfile:temperature"),
+    "no stops": ("ollama", lambda e: rewritten(e / "Modelfile", "".join(line for line in (e / "Modelfile").read_text().splitlines(True) if " stop " not in line)), "Modelfile:stop"),
+    "a system prompt": ("ollama", lambda e: rewritten(e / "Modelfile", (e / "Modelfile").read_text() + 'SYSTEM """Be rude."""\n'), "Modelfile:system"),
+    "a message": ("ollama", lambda e: rewritten(e / "Modelfile", (e / "Modelfile").read_text() + "MESSAGE user Hi\n"), "Modelfile:message"),
+    "a short answer": ("ollama", lambda e: rewritten(e / "Modelfile", (e / "Modelfile").read_text() + "PARAMETER num_predict 3\n"), "Modelfile:num_predict"),
+    "a renderer": ("ollama", lambda e: rewritten(e / "Modelfile", (e / "Modelfile").read_text() + "RENDERER qwen3\n"), "Modelfile:renderer"),
+    "another adapter": ("ollama", lambda e: rewritten(e / "Modelfile", (e / "Modelfile").read_text() + "ADAPTER ./x.gguf\n"), "Modelfile:adapter"),
+    "no Modelfile to Ollama": ("ollama", lambda e: rewritten(e / "Modelfile", "FROM\n"), "Modelfile"),
+    "the Hub's template": ("ollama", text("template", "{{ .Content }}", "{{ .Content }} "), "template:character"),
+    "the Hub's system": ("ollama", lambda e: rewritten(e / "system", "Be rude."), "system"),
+    "the Hub's params": ("ollama", keys("params", temperature=1.9), "params:temperature"),
+    "the kind of template": ("ollama", in_manifest(template={"kind": "jinja", "requires": "0.30.0"}), "lora2serve.json:template.kind"),
+    "alpha of the GGUF adapter": ("gguf-adapter", gguf({"adapter.lora.alpha": 8.0}), "adapter.lora.alpha"),
+    "family of the GGUF adapter": ("gguf-adapter", gguf({"general.architecture": "qwen2"}), "general.architecture"),
+    "words to start an aLoRA": ("gguf-adapter", gguf({"adapter.alora.invocation_tokens": [5, 6]}), "adapter.alora.invocation_tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["vllm", "adapter", "gguf", "ollama", "gguf-adapter"])
+def test_a_sound_export_is_met(exports: Exports, target: str) -> None:
+    result = exports.check(exports.paths[target])
+    assert (result.gate.status, result.differences) == ("met", ()), result.gate
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damage_is_red_and_named(exports: Exports, name: str, tmp_path: Path) -> None:
+    target, damage, setting = DAMAGES[name]
+    result = exports.check(damaged(exports.paths[target], tmp_path / "export", damage))
+    assert result.gate.status == "missed"
+    (named, *_) = [each for each in result.differences if setting in each.path]
+    assert named.planned != named.actual
+    assert str(result.differences[0]) == result.gate.first
