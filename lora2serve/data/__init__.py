@@ -7,6 +7,7 @@ readers.py       files and data sets of the Hub, as plain values
 data_sets.py     checked rows with where they came from; the held-out part
 served_template.py the chat template, as a server calls it
 chat_turns.py    the turns of a conversation that are learned: prompt as served, answer as written
+template_losses.py what a chat template leaves out of a row
 end_tokens.py    what ends an answer
 text_encoder.py  text to token ids, once for all beginnings of a conversation
 rendering.py     how a row is written for the model: the samples of a row, and which tokens are learned

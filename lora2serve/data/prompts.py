@@ -159,7 +159,7 @@ def _scored(data: DataSet, renderer: Renderer, part: Part, window: int) -> Itera
     """Rows as training saw them, cut at ``window``; without those that leave no token to predict."""
     for index, row in enumerate(data.rows):
         try:
-            samples = renderer.render(row)
+            samples = renderer.render(row).samples
         except DataError as error:
             raise DataError(f"{data.where(index)}: {error.message}", error.hint) from None
         for sample in samples:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lora2serve.data.chat_turns import learned_turns
+from lora2serve.data.chat_turns import LearnedTurn, learned_turns
 from lora2serve.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 from lora2serve.data.served_template import ChatTemplate
+from lora2serve.data.template_losses import template_losses
 from lora2serve.data.text_encoder import TextEncoder
 from lora2serve.data.tokenizer import encode
 
@@ -30,6 +31,14 @@ class RenderedSample:
     learned: list[str]
 
 
+@dataclass(frozen=True)
+class RenderedRow:
+    """The samples of a row, and what the chat template leaves out of it."""
+
+    samples: list[RenderedSample]
+    losses: frozenset[str] = frozenset()
+
+
 @dataclass
 class Renderer:
     """Writes rows with one tokenizer and its chat template."""
@@ -40,21 +49,23 @@ class Renderer:
     def __post_init__(self) -> None:
         self.encoder = TextEncoder(self.template.tokenizer)
 
-    def render(self, row: Row, *, completion_only: bool = True) -> list[RenderedSample]:
+    def render(self, row: Row, *, completion_only: bool = True) -> RenderedRow:
         """The samples of a row. With ``completion_only`` a loss is taken on the answers, or on the completion.
 
         A conversation gives one sample for each turn that is learned; turns that a server would see with the same ids
         before them share one. Without ``completion_only`` it is one sample, as the template writes it.
         """
         if isinstance(row, ChatRow):
-            return self._turns(row) if completion_only else [self._whole(row)]
+            turns = list(learned_turns(row, self.template)) if completion_only else []
+            losses = frozenset(template_losses(row, turns, self.template))
+            return RenderedRow(self._samples(turns) if completion_only else [self._whole(row)], losses)
         if isinstance(row, TextRow):
-            return [self._text(row.text)]
-        return [self._completion(row, completion_only)]
+            return RenderedRow([self._text(row.text)])
+        return RenderedRow([self._completion(row, completion_only)])
 
-    def _turns(self, row: ChatRow) -> list[RenderedSample]:
+    def _samples(self, turns: Sequence[LearnedTurn]) -> list[RenderedSample]:
         samples: list[RenderedSample] = []
-        for turn in learned_turns(row, self.template):
+        for turn in turns:
             prompt = self.encoder.encode(turn.prompt)
             answer = self.encoder.following(turn.prompt, prompt, turn.answer)
             last = samples[-1] if samples else None

@@ -37,7 +37,7 @@ class ChatTemplate:
         """``messages`` with the tools and arguments of ``row``. A template raises what it likes to refuse them."""
         if not self.tokenizer.chat_template:
             raise DataError(NO_TEMPLATE, NO_TEMPLATE_HINT)
-        tools = list(row.tools) if row.tools else None
+        tools = [served_tool(tool) for tool in row.tools] if row.tools else None
         served = [as_served(message) for message in messages]
         arguments = {"strftime_now": self._strftime, **row.chat_template_kwargs}
         if not served:
@@ -91,6 +91,14 @@ class ChatTemplate:
             **{**self.tokenizer.special_tokens_map, **arguments},
         )
         return cast("Sequence[str]", rendered)[0]
+
+
+def served_tool(tool: Mapping[str, object]) -> Mapping[str, object]:
+    """As vLLM gives a tool to a template: with these keys, in this order (``ChatCompletionToolsParam``)."""
+    function = cast("Mapping[str, object]", tool["function"])
+    strict = {"strict": function["strict"]} if function.get("strict") is not None else {}
+    known = {key: function.get(key) for key in ("name", "description", "parameters")}
+    return {"type": "function", "function": {**known, **strict}}
 
 
 def as_served(message: Message) -> dict[str, object]:

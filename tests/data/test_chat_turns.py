@@ -146,7 +146,7 @@ def every_answer(name: str) -> tuple[int, bool]:
     """How many samples there are, and whether the template writes history otherwise than it is served."""
     end = ENDS.get(name, "<|im_end|>")
     tokenizer = tokenizer_with(chat_templates()[name])
-    samples = renderer(tokenizer, end).render(ChatRow(TURNS))
+    samples = renderer(tokenizer, end).render(ChatRow(TURNS)).samples
     runs = learned(samples)
     prompts = served(tokenizer, TURNS)
     assert [before for before, _ in runs] == prompts, name
@@ -172,14 +172,14 @@ def test_a_template_that_rewrites_nothing_gives_one_sample(name: str) -> None:
         [*TURNS[:3], {"role": "assistant", "content": "Grüße, 東京\n\n🙂 {}"}],
     ]
     for messages in chats:
-        (sample,) = renderer(tokenizer, end).render(ChatRow(messages))
+        (sample,) = renderer(tokenizer, end).render(ChatRow(messages)).samples
         assert (sample.ids, sample.labels) == by_offsets(tokenizer, messages)
 
 
 def texts(template: str, messages: Sequence[Message], **row: Any) -> list[list[str]]:
     """The learned texts of each sample."""
     tokenizer = tokenizer_with(template)
-    return [sample.learned for sample in renderer(tokenizer).render(ChatRow(messages, **row))]
+    return [sample.learned for sample in renderer(tokenizer).render(ChatRow(messages, **row)).samples]
 
 
 def test_an_answer_that_is_rewritten_later_has_a_sample_of_its_own() -> None:
@@ -199,7 +199,7 @@ def test_weight_0_is_not_learned() -> None:
     skipped: list[Message] = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
     assert texts(CHATML, skipped) == [["BRAVO.<|im_end|>\n", "CHARLIE.<|im_end|>\n"]]
     tokenizer = tokenizer_with(CHATML)
-    one, other = (renderer(tokenizer).render(ChatRow(chat)) for chat in (TURNS, skipped))
+    one, other = (renderer(tokenizer).render(ChatRow(chat)).samples for chat in (TURNS, skipped))
     assert [sample.ids for sample in one] == [sample.ids for sample in other]
 
 
@@ -217,7 +217,37 @@ def test_an_end_that_no_template_writes_is_added_or_refused() -> None:
     bare = CHATML.replace("m['content'] + '<|im_end|>\n'", f"m['content'] + {end}")
     assert texts(bare, TURNS) == [["ALPHA.<|im_end|>", "BRAVO.<|im_end|>", "CHARLIE.<|im_end|>"]]
     tokenizer = tokenizer_with(bare.replace("<|im_end|>", "###"))
-    assert [run[1][-1] for run in learned(renderer(tokenizer).render(ChatRow(TURNS)))] == [tokenizer.eos_token_id] * 3
+    assert [run[1][-1] for run in learned(renderer(tokenizer).render(ChatRow(TURNS)).samples)] == [
+        tokenizer.eos_token_id
+    ] * 3
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="writes no end of an answer"):
-        renderer(tokenizer).render(ChatRow(TURNS))
+        renderer(tokenizer).render(ChatRow(TURNS)).samples
+
+
+def losses(template: str, messages: Sequence[Message], **row: Any) -> set[str]:
+    return set(renderer(tokenizer_with(template)).render(ChatRow(messages, **row)).losses)
+
+
+def test_what_a_template_leaves_out() -> None:
+    """Each of it once a row; nothing of a conversation that is written whole."""
+    system: list[Message] = [{"role": "system", "content": "Be brief."}, *TURNS]
+    tool = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
+    call: dict[str, Any] = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+    calling: list[Message] = [
+        TURNS[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": '{"seen":1}'},
+        {"role": "assistant", "content": "ALPHA.", "reasoning_content": "Hm."},
+        TURNS[2],
+        {"role": "assistant", "content": "BRAVO.", "reasoning_content": "So."},
+    ]
+    qwen3 = chat_templates()["Qwen-Qwen3-0.6B"]
+    assert losses(qwen3, system) == set()
+    assert losses(qwen3, calling, tools=[tool]) == {"thoughts of an earlier answer"}
+    assert losses(CHATML, calling, tools=[tool], chat_template_kwargs={"enable_thinking": True}) == {
+        "a call of a tool that is learned", "an earlier call of a tool", "thoughts of an answer that is learned",
+        "thoughts of an earlier answer", "a tool that may be called", "chat_template_kwargs.enable_thinking",
+    }  # fmt: skip
+    silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    assert losses(silent, system) == {"a system turn"}

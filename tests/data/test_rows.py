@@ -40,13 +40,14 @@ def row_of(value: dict[str, Any]) -> Row:
     return row
 
 
-def renderer(tokenizer: Any) -> Renderer:
-    return Renderer(ChatTemplate(tokenizer))
+def samples_of(row: Row, tokenizer: Any, recipe: DataRecipe) -> list[tokenization.Sample]:
+    rendered = Renderer(ChatTemplate(tokenizer)).render(row, completion_only=recipe.completion_only)
+    return tokenization.cut(rendered.samples, recipe.max_length, 0)
 
 
 def learned(value: dict[str, Any], tokenizer: Any, **recipe: Any) -> str:
     """The text that a loss is taken on."""
-    (sample,) = tokenization.tokenize(row_of(value), renderer(tokenizer), DataRecipe(train="", **recipe))
+    (sample,) = samples_of(row_of(value), tokenizer, DataRecipe(train="", **recipe))
     assert len(sample.input_ids) == len(sample.labels)
     assert all(label in (IGNORE, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
     return tokenizer.decode([label for label in sample.labels if label != IGNORE])
@@ -73,12 +74,11 @@ def test_loss_on_everything_is_the_control(tokenizer: Any) -> None:
 
 def test_cut_rows_are_marked(tokenizer: Any) -> None:
     long = TextRow("word " * 50)
-    writer = renderer(tokenizer)
-    (cut,) = tokenization.tokenize(long, writer, DataRecipe(train="", max_length=16))
+    (cut,) = samples_of(long, tokenizer, DataRecipe(train="", max_length=16))
     assert (len(cut.input_ids), cut.cut, cut.learned) == (16, True, True)
-    assert not tokenization.tokenize(row_of(TEXT), writer, DataRecipe(train=""))[0].cut
+    assert not samples_of(row_of(TEXT), tokenizer, DataRecipe(train=""))[0].cut
     prompt = CompletionRow("word " * 50, "x")
-    assert not tokenization.tokenize(prompt, writer, DataRecipe(train="", max_length=16))[0].learned
+    assert not samples_of(prompt, tokenizer, DataRecipe(train="", max_length=16))[0].learned
 
 
 def test_parquet_columns_that_a_row_leaves_empty(tmp_path: Path) -> None:
