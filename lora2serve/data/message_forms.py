@@ -26,12 +26,15 @@ class RowProblem(ValueError):
     """Why a value is no row, in one line."""
 
 
-def read_messages(key: str, value: object) -> list[Message]:
-    """The turns of a conversation; RowProblem with the place in it, such as ``messages[2].role``."""
+def read_messages(key: str, value: object, names: Mapping[str, str]) -> list[Message]:
+    """The turns of a conversation; RowProblem with the place in it, such as ``messages[2].role``.
+
+    ``names`` are other names of ``role`` and ``content`` in a turn, whose roles may be ShareGPT's, too.
+    """
     turns = from_json(key, value)
     if not isinstance(turns, list) or not turns:
         raise RowProblem(f"{key} is empty or not a list")
-    return [_message(f"{key}[{number}]", turn) for number, turn in enumerate(turns)]
+    return [_message(f"{key}[{number}]", _renamed(turn, names)) for number, turn in enumerate(turns)]
 
 
 def read_tools(value: object) -> list[dict[str, object]] | None:
@@ -67,6 +70,11 @@ def _without_nulls(key: str, value: object, depth: int = 0) -> object:
         texts = {str(name): item for name, item in value.items() if item is not None}
         return {name: _without_nulls(key, item, depth + 1) for name, item in texts.items()}
     return [_without_nulls(key, item, depth + 1) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _renamed(turn: object, names: Mapping[str, str]) -> object:
+    known = {names.get("role", "from"): "from", names.get("content", "content"): "content"}
+    return {known.get(key, key): value for key, value in turn.items()} if isinstance(turn, dict) else turn
 
 
 def _message(place: str, turn: object) -> Message:
@@ -123,15 +131,15 @@ def _weight(place: str, turn: Mapping[str, object]) -> object:
 
 def _from_sharegpt(place: str, turn: Mapping[str, object]) -> dict[str, object]:
     """``{"from", "value"}`` as ``{"role", "content"}``."""
-    origin = turn["from"]
-    role = SHAREGPT_ROLES.get(origin) if isinstance(origin, str) else None
+    origin, value = turn["from"], turn.get("value", turn.get("content"))
+    role = SHAREGPT_ROLES.get(origin.lower()) if isinstance(origin, str) else None
     if role is None:
         raise RowProblem(f"{place}.from is {show(origin)}, expected one of {', '.join(SHAREGPT_ROLES)}")
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    rest = {key: item for key, item in turn.items() if key not in ("from", "value", "content")}
     if origin == "function_call":
-        calls = from_json(f"{place}.value", turn.get("value"))
+        calls = from_json(f"{place}.value", value)
         return {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
-    return {"role": role, "content": turn.get("value"), **rest}
+    return {"role": role, "content": value, **rest}
 
 
 def _tool_calls(place: str, turn: Mapping[str, object]) -> list[dict[str, object]]:

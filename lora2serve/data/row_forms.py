@@ -2,64 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from lora2serve.config.schema import show
-from lora2serve.data.message_forms import RowProblem, learned, read_messages, read_template_arguments, read_tools
-from lora2serve.data.rows import ChatRow, CompletionRow, Row, TextRow
+from lora2serve.data.message_forms import (
+    RowProblem,
+    learned,
+    read_messages,
+    read_template_arguments,
+    read_tools,
+)
+from lora2serve.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 
-FORMS = "a row is {messages: [{role, content}, ...]}, {prompt, completion} or {text}"
+FORMS = "a row is {messages: [{role, content}, ...]}, {prompt, completion} or {text}; data.columns maps other names"
+CONVERSATIONS = ("messages", "conversations")
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+BESIDE = ("system", "tools", "chat_template_kwargs")  # what only a conversation has
+BY_RANK: tuple[tuple[str, ...], ...] = (*((key,) for key in CONVERSATIONS), *PAIRS, ("text",))
 
 
 def parse_row(value: object) -> Row | str:
-    """The row, or why ``value`` is none. Keys of another form are left out."""
-    if not isinstance(value, dict):
-        return f"a {type(value).__name__}, expected an object"
-    filled = {key: item for key, item in value.items() if item is not None}
-    read = _form(filled) or _form(value)
-    if not read:
-        return f"keys {', '.join(map(str, value)) or 'none'}, expected messages, prompt + completion, or text"
+    """The row, or why ``value`` is none."""
     try:
-        return read(filled)
+        return RowReader().read(value)
     except RowProblem as problem:
         return str(problem)
 
 
-def _form(keys: Mapping[str, object]) -> Callable[[Mapping[str, object]], Row] | None:
-    if "messages" in keys:
-        return _chat
-    if "prompt" in keys or "completion" in keys:
-        return _pair
-    return _text if "text" in keys else None
+@dataclass(frozen=True)
+class RowReader:
+    """Reads values as rows. ``columns`` are other names of keys (``data.columns``): ours -> the one in the data.
+
+    ``unread`` counts the rows that hold a key which nobody reads; ``present`` are the columns that any row has.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    present: set[str] = field(default_factory=set)
+
+    def read(self, value: object) -> Row:
+        """The row; RowProblem says why ``value`` is none. A key that holds null is as if it were not there."""
+        if not isinstance(value, dict):
+            raise RowProblem(f"a {type(value).__name__}, expected an object")
+        renamed = self._renamed({str(key): item for key, item in value.items()})
+        filled = {key: item for key, item in renamed.items() if item is not None}
+        names = self._form(filled) or self._form(renamed)
+        if not names:
+            keys = show(", ".join(value))[1:-1] or "none"
+            raise RowProblem(f"keys {keys}, expected messages, prompt + completion, or text")
+        row = self._row(filled, names)
+        if isinstance(filled.get("task"), str):
+            row, names = replace(row, task=filled["task"]), (*names, "task")
+        beside = () if isinstance(row, TextRow) else (*BESIDE, *(["input"] if "instruction" in names else []))
+        self.unread.update(filled.keys() - {*names, *beside})
+        return row
+
+    def _renamed(self, value: Mapping[str, object]) -> Mapping[str, object]:
+        there = {ours: theirs for ours, theirs in self.columns.items() if theirs in value}
+        self.present.update(there)
+        others = {key: item for key, item in value.items() if key not in there.values()}
+        return others | {ours: value[theirs] for ours, theirs in there.items()}
+
+    def _form(self, value: Mapping[str, object]) -> tuple[str, ...]:
+        """The keys of the form that ``value`` has: whole before partly, mapped by ``columns`` before the others."""
+        whole = [names for names in BY_RANK if all(name in value for name in names)]
+        partly = [names for names in BY_RANK if any(name in value for name in names)]
+        ranked = sorted(whole or partly, key=lambda names: not any(name in self.columns for name in names))
+        return ranked[0] if ranked else ()
+
+    def _row(self, value: Mapping[str, object], names: tuple[str, ...]) -> Row:
+        if names == ("text",):
+            return TextRow(_filled(value, "text"))
+        if len(names) == 1:
+            return _chat(value, self._turns(names[0], value.get(names[0])), names[0])
+        first, second = names
+        if isinstance(value.get(first), list) or isinstance(value.get(second), list):
+            return _chat(value, self._of_two(value, first, second), second)
+        row = CompletionRow(_prompt(value, first), _filled(value, second))
+        return _chat(value, turns(row), second) if any(value.get(key) for key in BESIDE) else row
+
+    def _turns(self, key: str, value: object) -> list[Message]:
+        return read_messages(key, value, self.columns)
+
+    def _of_two(self, value: Mapping[str, object], first: str, second: str) -> list[Message]:
+        """Turns before, of which none is learned, and those of the answer. Either may be a plain text."""
+        before, after = value.get(first), value.get(second)
+        prompt = self._turns(first, before if isinstance(before, list) else [{"role": "user", "content": before}])
+        answer = self._turns(second, after if isinstance(after, list) else [{"role": "assistant", "content": after}])
+        if not learned(answer):
+            raise RowProblem(f"{second} has no assistant turn to learn from")
+        return [*(without_loss(message) for message in prompt), *answer]
 
 
-def _chat(value: Mapping[str, object]) -> Row:
-    messages = read_messages("messages", value.get("messages"))
+def as_conversation(row: CompletionRow) -> ChatRow:
+    """The prompt as the user's turn, the completion as the answer."""
+    return ChatRow(turns(row), task=row.task, source=row.source)
+
+
+def turns(row: CompletionRow) -> list[Message]:
+    """The two turns of a prompt and its completion."""
+    return [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]
+
+
+def without_loss(message: Message) -> Message:
+    """A turn that is there to be read."""
+    return {**message, "weight": 0} if message["role"] == "assistant" else message
+
+
+def _chat(value: Mapping[str, object], messages: list[Message], key: str) -> ChatRow:
+    system = value.get("system")
+    if system:
+        if not isinstance(system, str):
+            raise RowProblem(f"system is {show(system)}, expected text")
+        if messages[0]["role"] == "system":
+            raise RowProblem("system, and a system turn in the conversation: expected one of the two")
+        messages = [{"role": "system", "content": system}, *messages]
     if not learned(messages):
-        raise RowProblem("messages has no assistant turn to learn from")
-    tools = read_tools(value["tools"]) if "tools" in value else None
-    arguments = read_template_arguments(value.get("chat_template_kwargs", {}))
-    return ChatRow(messages, tools, arguments, _task(value))
+        raise RowProblem(f"{key} has no assistant turn to learn from")
+    tools = read_tools(value["tools"]) if value.get("tools") else None
+    return ChatRow(messages, tools, read_template_arguments(value.get("chat_template_kwargs") or {}))
 
 
-def _pair(value: Mapping[str, object]) -> Row:
-    prompt, completion = value.get("prompt"), value.get("completion")
-    if not isinstance(prompt, str):
-        raise RowProblem(f"prompt is {show(prompt)}, expected text")
-    if not isinstance(completion, str):
-        raise RowProblem(f"completion is {show(completion)}, expected text")
-    if not completion:
-        raise RowProblem("completion is empty")
-    return CompletionRow(prompt, completion, _task(value))
+def _prompt(value: Mapping[str, object], key: str) -> str:
+    """The prompt; alpaca's ``input`` stands under its instruction."""
+    prompt, more = value.get(key), value.get("input") if key == "instruction" else None
+    for name, text in ((key, prompt), ("input", more or "")):
+        if not isinstance(text, str):
+            raise RowProblem(f"{name} is {show(text)}, expected text")
+    return f"{prompt}\n{more}" if more else str(prompt)
 
 
-def _text(value: Mapping[str, object]) -> Row:
-    text = value.get("text")
-    if not isinstance(text, str) or not text:
-        raise RowProblem(f"text is {show(text)}, expected text")
-    return TextRow(text, _task(value))
-
-
-def _task(value: Mapping[str, object]) -> str:
-    task = value.get("task")
-    return task if isinstance(task, str) else ""
+def _filled(value: Mapping[str, object], key: str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str) or (not text and key == "text"):
+        raise RowProblem(f"{key} is {show(text)}, expected text")
+    if not text:
+        raise RowProblem(f"{key} is empty")
+    return text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import pyarrow
 import pytest
 
-from lora2serve.data.row_forms import parse_row
-from lora2serve.data.rows import ChatRow
+from lora2serve.data.row_forms import RowReader, as_conversation, parse_row
+from lora2serve.data.rows import ChatRow, CompletionRow
 
 USER = {"role": "user", "content": "Weather in Oslo?"}
 ANSWER = {"role": "assistant", "content": "Rain."}
@@ -82,3 +84,83 @@ def test_one_that_is_nested_too_deeply() -> None:
         deep = [deep]
     problem = parse_row({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": deep}})
     assert problem == "chat_template_kwargs is nested more than 100 deep"
+
+
+PLAIN = [USER, ANSWER]
+TEXTS = (USER["content"], ANSWER["content"])
+SAME_CHAT: list[dict[str, Any]] = [
+    {"messages": PLAIN},
+    {"messages": json.dumps(PLAIN)},
+    {"conversations": PLAIN},
+    {"conversations": [{"from": "human", "value": TEXTS[0]}, {"from": "gpt", "value": TEXTS[1]}]},
+    {"prompt": [USER], "completion": [ANSWER]},
+    {"prompt": TEXTS[0], "completion": [ANSWER]},
+    {"prompt": TEXTS[0], "completion": TEXTS[1]},
+    {"prompt": TEXTS[0], "response": TEXTS[1], "text": None},
+    {"instruction": TEXTS[0], "output": TEXTS[1], "input": ""},
+    {"instruction": "Weather", "input": "in Oslo?", "output": TEXTS[1]},
+    {"question": TEXTS[0], "answer": TEXTS[1]},
+]
+
+
+@pytest.mark.parametrize("value", SAME_CHAT, ids=[", ".join(value) for value in SAME_CHAT])
+def test_forms_of_one_conversation(value: dict[str, Any]) -> None:
+    row = parse_row(value)
+    turns = list((as_conversation(row) if isinstance(row, CompletionRow) else row).messages)
+    if value.get("input"):
+        turns[0]["content"] = turns[0]["content"].replace("\n", " ")
+    assert turns == PLAIN
+
+
+def test_a_pair_with_what_only_a_conversation_has() -> None:
+    pair = {"question": TEXTS[0], "answer": TEXTS[1]}
+    assert list(chat({**pair, "system": "Be brief."}).messages) == [{"role": "system", "content": "Be brief."}, *PLAIN]
+    assert chat({**pair, "tools": [FUNCTION]}).tools
+    assert isinstance(parse_row({**pair, "system": "", "tools": []}), CompletionRow), "the control: both are empty"
+
+
+def test_turns_of_a_prompt_are_not_learned() -> None:
+    row = chat({"prompt": [*PLAIN, USER], "completion": [ANSWER]})
+    assert list(row.messages) == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
+
+
+def test_sharegpt_calls_a_function() -> None:
+    turns = [
+        {"from": "human", "value": TEXTS[0]},
+        {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"city": "Oslo"}}'},
+        {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": TEXTS[1]},
+    ]
+    row = chat({"conversations": turns, "system": "S", "tools": json.dumps([FUNCTION])})
+    tool = {"role": "tool", "content": "rain"}
+    assert list(row.messages) == [{"role": "system", "content": "S"}, USER, CALLING, tool, ANSWER]
+    assert row.tools == [{"type": "function", "function": FUNCTION}]
+
+
+def test_columns_and_what_nobody_reads() -> None:
+    reader = RowReader({"prompt": "query", "completion": "reply", "tools": "functions"})
+    row = reader.read({"query": TEXTS[0], "reply": TEXTS[1], "id": 7, "messages": PLAIN, "note": None})
+    assert row == CompletionRow(*TEXTS), "what is mapped comes first"
+    assert (reader.unread, reader.present) == ({"id": 1, "messages": 1}, {"prompt", "completion"})
+    turns = [{"speaker": "Human", "said": TEXTS[0]}, {"speaker": "gpt", "said": TEXTS[1]}]
+    row = RowReader({"messages": "log", "role": "speaker", "content": "said"}).read({"log": turns})
+    assert row == ChatRow(PLAIN)
+
+
+def test_what_arrow_fills_in() -> None:
+    """Rows of several shapes through one table, whose columns and structs are filled up with None."""
+    tools = [{**CALL, "function": FUNCTION}, {"type": "function", "function": {"name": "stop", "description": "Stop"}}]
+    other = {"function": {"name": "stop", "arguments": {"why": "done"}}}
+    values = [
+        {"messages": PLAIN},
+        {
+            "messages": [USER, CALLING, {"role": "tool", "content": "rain", "name": "get_weather"}, ANSWER],
+            "tools": tools,
+        },
+        {"messages": [USER, {"role": "assistant", "tool_calls": [other]}], "tools": tools[1:], "task": "stop"},
+        {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "thinking": "Hm."}]},
+    ]
+    columns = ("messages", "tools", "task")  # Arrow takes them from the first row
+    through_arrow = pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in values]).to_pylist()
+    assert through_arrow != values, "the control: Arrow has filled in"
+    assert [parse_row(value) for value in through_arrow] == [parse_row(value) for value in values]
