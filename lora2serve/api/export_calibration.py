@@ -11,6 +11,7 @@ from typing import Any
 from lora2serve.api.export_request import ExportRequest, accepts
 from lora2serve.artifacts import run
 from lora2serve.config import recipe
+from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.errors import UsageError
 from lora2serve.exporting import sinks
 from lora2serve.exporting.sinks import Calibration, Exporter, ExportModel
@@ -46,9 +47,9 @@ def _find_data(model: ExportModel, home: Path, requested: str | Path | None, pro
         return None
     if requested == TRAIN and not own:
         raise UsageError("--calibrate train: this is not a run", "name a data file, such as data.jsonl")
-    data = recipe.DataRecipe(train=str(requested or TRAIN))
+    data = DataRecipe(train=str(requested or TRAIN))
     if own and requested in (None, TRAIN):
-        data = recipe.load_section(run.Run(home.parent).recipe, recipe.DataRecipe)
+        data = recipe.load_section(run.Run(home.parent).recipe, DataRecipe)
 
     @cache
     def rows() -> Sequence[Sequence[int]]:
@@ -58,7 +59,7 @@ def _find_data(model: ExportModel, home: Path, requested: str | Path | None, pro
         base = Path(model.lineage.base.path)
         return calibration_ids(data, tokenizer_of(model.adapter, base), base, pin_data, progress)
 
-    return Calibration(data.train, rows, progress)
+    return Calibration(" + ".join(source.path for source in data.sources("train")), rows, progress)
 
 
 def _importance_matrix(

@@ -40,12 +40,12 @@ class Positive:
 
 @dataclass(frozen=True)
 class NotEmpty:
-    """A text of at least one character."""
+    """A text of at least one character, or a list of at least one item."""
 
     what: str
 
     def problem(self, value: object) -> str:
-        return f"expected {self.what}" if value == "" else ""
+        return f"expected {self.what}" if value in ("", ()) else ""
 
 
 @dataclass(frozen=True)

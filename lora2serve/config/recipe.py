@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from lora2serve.config import lora_inits
 from lora2serve.config.bounds import NotEmpty, Positive, Range, Removed
+from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
 from lora2serve.config.other_names import OTHER_NAMES
 from lora2serve.config.schema import build, repeated_keys, show
 from lora2serve.errors import RecipeError, UsageError, did_you_mean
@@ -32,21 +33,6 @@ class ModelRecipe:
 
     path: Annotated[str, NotEmpty("a path or a Hub id")]
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class DataRecipe:
-    """Rows of ``messages``, ``prompt`` + ``completion`` or ``text``: JSONL, Parquet, or a Hub data set."""
-
-    train: Annotated[str, NotEmpty("a path or a Hub id")]
-    eval: Annotated[str | None, NotEmpty("a path or a Hub id")] = None  # a file or set of its own, or
-    # the share of the training rows to hold out, or a split of the data set
-    eval_split: Annotated[float | str | None, Range(0.0, 0.9)] = None
-    split: str = "train"  # of a data set with splits
-    subset: str | None = None  # of a data set with several
-    max_length: Annotated[int, Range(8, 1 << 20)] = 1024  # tokens; longer rows are cut
-    packing: bool = False
-    completion_only: bool = True  # loss on what the assistant says, not on the prompt
 
 
 @dataclass(frozen=True)
@@ -252,11 +238,7 @@ def _problems_of_lora(train: TrainRecipe) -> list[str]:
 
 
 def _problems_of_data(recipe: Recipe) -> list[str]:
-    data, problems = recipe.data, []
-    if data.eval is not None and data.eval_split is not None:
-        problems.append("data.eval_split: expected either eval or eval_split, not both")
-    if data.eval_split == "":
-        problems.append("data.eval_split: empty, expected a share such as 0.05, or the name of a split")
+    data, problems = recipe.data, recipe.data.problems()
     if data.eval is None and not data.eval_split:
         wanted = {"early_stopping": recipe.train.early_stopping, "save_best": recipe.train.save_best}
         problems += [f"train.{key}: needs eval data (data.eval or data.eval_split)" for key, on in wanted.items() if on]
@@ -272,12 +254,16 @@ PATHS: Mapping[type[object], Sequence[str]] = {
 
 def _absolute(section: Section, home: Path) -> Section:
     """Relative paths that exist beside the recipe become absolute; what is left may be a Hub id."""
-    changes: dict[str, Any] = {}
-    for name in PATHS[type(section)]:
-        text = getattr(section, name)
-        if text and (home / text).exists():
-            changes[name] = str(home / text)
-    return replace(section, **changes)
+    return replace(section, **{name: _beside(home, getattr(section, name)) for name in PATHS[type(section)]})
+
+
+def _beside(home: Path, path: Any) -> Any:
+    """One path, or those of several data sets."""
+    if isinstance(path, tuple):
+        return tuple(_beside(home, item) for item in path)
+    if isinstance(path, SourceRecipe):
+        return replace(path, path=_beside(home, path.path))
+    return str(home / path) if path and (home / path).exists() else path
 
 
 def _plain(value: object) -> object:

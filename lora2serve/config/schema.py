@@ -130,7 +130,7 @@ class _Builder:
             return built
         for reason in (note.problem(built) for note in notes if isinstance(note, Bound)):
             if reason:
-                self.problems.append(f"{path}: {'empty' if built == '' else show(built)}, {reason}")
+                self.problems.append(f"{path}: {'empty' if built in ('', ()) else show(built)}, {reason}")
         return built
 
     def _choice(self, choices: Sequence[object], value: object, path: str) -> object:
@@ -149,11 +149,11 @@ class _Builder:
             built = _Builder(tried[kind], self.other_names).build(kind, value, path)
             if not tried[kind]:
                 return built
-        fitting = [kind for kind in tried if (get_origin(kind) is tuple) == isinstance(value, list)]
-        if len(tried) == 1 or (isinstance(value, list) and fitting):
+        fitting = [kind for kind in tried if _shape(kind) is type(value)]
+        if len(tried) == 1 or fitting:
             self.problems += tried[fitting[0] if fitting else next(iter(tried))]
         else:
-            expected = " or ".join("a list" if get_origin(kind) is tuple else TYPE_NAMES[kind] for kind in tried)
+            expected = " or ".join(_type_name(kind) for kind in tried)
             self.problems.append(f"{path}: {show(value)}, expected {expected}")
         return value
 
@@ -183,6 +183,17 @@ class _Builder:
         quotes = ", so put it in quotes" if kind is str and isinstance(value, bool | int | float) else ""
         self.problems.append(f"{path}: {show(value)}, expected {TYPE_NAMES[kind]}{quotes}")
         return value
+
+
+def _shape(kind: object) -> type[object] | None:
+    """What YAML gives for a ``kind`` that holds others."""
+    return list if get_origin(kind) is tuple else dict if is_dataclass(kind) else None
+
+
+def _type_name(kind: object) -> str:
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    shape = _shape(kind)
+    return "a list" if shape is list else "keys and values" if shape is dict else TYPE_NAMES[kind]
 
 
 def _name(key: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora2serve.config.recipe import DataRecipe
+from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.end_tokens import stop_ids
 from lora2serve.data.readers import Pin

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora2serve.config.recipe import DataRecipe
-from lora2serve.data.readers import (
-    SUFFIXES,
-    Pin,
-    Values,
-    parse_lines,
-    parse_paragraphs,
-    parse_parquet,
-    read_bytes,
-    read_hub_set,
-)
-from lora2serve.data.row_forms import FORMS, parse_row
+from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
+from lora2serve.data.message_forms import RowProblem
+from lora2serve.data.readers import SUFFIXES, Pin, file_digest, read_hub_set, read_values
+from lora2serve.data.row_forms import FORMS, RowReader
 from lora2serve.data.rows import Row
+from lora2serve.data.text_readers import Numbered, Unreadable
 from lora2serve.errors import DataError
 
 LISTED_PROBLEMS = 10  # the others are counted
@@ -33,17 +27,22 @@ def _unpinned(name: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A checked data set and where it came from: ``numbers`` are lines of a file, or row numbers."""
+    """Checked rows and where they came from: ``numbers`` are lines of a file, or row numbers.
+
+    ``parts`` are the sets that it was mixed of. ``unread`` counts the rows that hold a key which nobody reads.
+    """
 
     rows: list[Row]
     path: str
     sha256: str
     numbers: list[int]
     revision: str | None = None  # the commit of a data set on the Hub
+    unread: Mapping[str, int] = field(default_factory=dict)
+    parts: tuple[DataSet, ...] = ()
 
     def where(self, index: int) -> str:
         """``train.jsonl:7``."""
-        return f"{self.path}:{self.numbers[index]}"
+        return f"{self.rows[index].source or self.path}:{self.numbers[index]}"
 
     def pick(self, indexes: Sequence[int]) -> DataSet:
         """A part of it."""
@@ -60,58 +59,122 @@ class DataSets:
 
 def load(recipe: DataRecipe, pin: Pin = _unpinned) -> DataSets:
     """Training and held-out rows; DataError names every bad row. ``pin`` finds the commit of a data set on the Hub."""
-    train = read(recipe.train, recipe.split, pin, recipe.subset)
-    if recipe.eval is not None:
-        return DataSets(train, read(recipe.eval, recipe.split, pin, recipe.subset))
+    sources, gate = recipe.sources("train"), _Gate(recipe.columns, pin)
+    weights = [source.weight for source in sources]
+    train = [gate.read(source) for source in sources]
     if isinstance(recipe.eval_split, str):
-        if not _has_splits(recipe.train):
-            raise DataError(
-                f"data.eval_split: {recipe.eval_split}, but {recipe.train} is a file, which has no splits",
-                "set a share such as 0.05, or name a separate file in data.eval",
-            )
-        return DataSets(train, read(recipe.train, recipe.eval_split, pin, recipe.subset))
-    return _hold_out(train, recipe.eval_split or 0.0)
+        held_out = [gate.read(replace(_with_splits(source, recipe), split=recipe.eval_split)) for source in sources]
+    else:
+        held_out = [gate.read(source) for source in recipe.sources("eval")]
+    gate.close()
+    share = recipe.eval_split
+    if isinstance(share, float) and share:
+        pairs = [_hold_out(data, share) for data in train]
+        train, held_out = [kept for kept, _ in pairs], [apart for _, apart in pairs]
+    return DataSets(mix(train, weights), mix(held_out, [1.0] * len(held_out)) if held_out else None)
 
 
 def read(name: str, split: str = "train", pin: Pin = _unpinned, subset: str | None = None) -> DataSet:
-    """A JSONL or Parquet file; or a data set with splits: a directory, or one of the Hub."""
-    if not _has_splits(name):
-        return read_file(Path(name))
-    values, fingerprint, commit = read_hub_set(name, split, pin, subset)
-    return _checked(values, DataSet([], name, fingerprint, [], commit))
-
-
-def read_file(path: Path, *, plain_text: bool = False) -> DataSet:
-    """A file of rows; with ``plain_text`` one that is neither JSON Lines nor Parquet is read by paragraphs."""
-    raw = read_bytes(path)
-    if path.suffix == ".parquet":
-        values = parse_parquet(path)
-    elif plain_text and path.suffix not in SUFFIXES and not raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        values = parse_paragraphs(path, raw)
-    else:
-        values = parse_lines(path, raw)
-    data = _checked(values, DataSet([], str(path), hashlib.sha256(raw).hexdigest(), []))
-    if not data.rows:
-        raise DataError(f"{path}: no rows", "expected one JSON object a line")
+    """A file by its name; or a data set with splits: a directory, or one of the Hub."""
+    gate = _Gate({}, pin)
+    data = gate.read(SourceRecipe(name, split=split, subset=subset))
+    gate.close()
     return data
 
 
-def _checked(values: Values, empty: DataSet) -> DataSet:
-    """``empty`` with the rows that ``values`` are; DataError for those that are none."""
-    rows, numbers, problems = [], [], list(values.problems)
-    for number, value in values.values:
-        row = parse_row(value)
-        if isinstance(row, str):
-            problems.append((number, row))
-        else:
-            rows.append(replace(row, source=empty.path))
-            numbers.append(number)
-    if problems:
-        lines = [f"{empty.path}:{number}: {reason}" for number, reason in sorted(problems)]
-        more = [f"... and {len(lines) - LISTED_PROBLEMS} more"] if len(lines) > LISTED_PROBLEMS else []
-        total = f"{len(lines)} of {len(rows) + len(lines)} rows cannot be used:"
-        raise DataError("\n".join([total, *lines[:LISTED_PROBLEMS], *more]), FORMS)
-    return replace(empty, rows=rows, numbers=numbers)
+def read_file(path: Path, *, plain_text: bool = False) -> DataSet:
+    """A file of rows; with ``plain_text`` one whose name says nothing is read by paragraphs, unless it is JSON."""
+    gate = _Gate({}, _unpinned)
+    data = gate.read_file(path, plain_text=plain_text)
+    gate.close()
+    return data
+
+
+def mix(parts: Sequence[DataSet], weights: Sequence[float]) -> DataSet:
+    """One set of several, in which each row stands as often as its set's weight says; the trainer shuffles them."""
+    if len(parts) == 1 and weights[0] == 1:
+        return parts[0]
+    weighted = [_weighted(data, weight) for data, weight in zip(parts, weights, strict=True)]
+    unread: Counter[str] = Counter()
+    for data in parts:
+        unread.update(data.unread)
+    digest = hashlib.sha256(repr([(data.sha256, weight) for data, weight in zip(parts, weights, strict=True)]).encode())
+    mixed = DataSet(
+        rows=[row for data in weighted for row in data.rows], path=" + ".join(data.path for data in parts),
+        sha256=digest.hexdigest(), numbers=[number for data in weighted for number in data.numbers],
+        revision=parts[0].revision if len(parts) == 1 else None, unread=unread, parts=tuple(weighted),
+    )  # fmt: skip
+    if not mixed.rows:
+        raise DataError(f"{mixed.path}: no rows left", "raise the weights in data.train")
+    return mixed
+
+
+def _weighted(data: DataSet, weight: float) -> DataSet:
+    """Each row so many times; of a fraction the same rows each time, drawn at random."""
+    count = len(data.rows)
+    some = random.Random(0).sample(range(count), round(count * (weight % 1)))
+    return data.pick([*range(count)] * int(weight) + sorted(some))
+
+
+@dataclass
+class _Gate:
+    """Reads data sets, and refuses everything that is wrong with any of them at once."""
+
+    columns: Mapping[str, str]
+    pin: Pin
+    problems: list[str] = field(default_factory=list)
+    count: int = 0
+    missing: set[str] | None = None  # columns that no set has
+
+    def read(self, source: SourceRecipe) -> DataSet:
+        """One data set, without its bad rows."""
+        if not _has_splits(source.path):
+            return self.read_file(Path(source.path))
+        values, fingerprint, commit = read_hub_set(source.path, source.split or "train", self.pin, source.subset)
+        return self._rows(values, DataSet([], source.path, fingerprint, [], commit))
+
+    def read_file(self, path: Path, *, plain_text: bool = False) -> DataSet:
+        """A file, without its bad rows; DataError where it has none at all."""
+        empty, before = DataSet([], str(path), file_digest(path), []), self.count
+        data = self._rows(read_values(path, plain_text=plain_text), empty)
+        if self.count == before:
+            raise DataError(f"{path}: no rows", "expected one JSON object a line, or a table")
+        return data
+
+    def _rows(self, values: Numbered, empty: DataSet) -> DataSet:
+        """``empty`` with the rows that ``values`` are."""
+        rows, numbers, reader = [], [], RowReader(self.columns)
+        for number, value in values:
+            self.count += 1
+            try:
+                if isinstance(value, Unreadable):
+                    raise RowProblem(value.reason)
+                rows.append(replace(reader.read(value), source=empty.path))
+                numbers.append(number)
+            except RowProblem as problem:
+                self.problems.append(f"{empty.path}:{number}: {problem}")
+        missing = self.columns.keys() - reader.present - {"role", "content"}
+        self.missing = missing if self.missing is None else self.missing & missing
+        return replace(empty, rows=rows, numbers=numbers, unread=reader.unread)
+
+    def close(self) -> None:
+        """DataError for all that was wrong."""
+        lines, shown = self.problems, self.problems[:LISTED_PROBLEMS]
+        if not lines and self.missing and self.count:
+            columns = [f"data.columns.{key}: no row has {self.columns[key]!r}" for key in sorted(self.missing)]
+            raise DataError("\n".join(columns), "name columns of the data")
+        if lines:
+            more = [f"... and {len(lines) - LISTED_PROBLEMS} more"] if len(lines) > LISTED_PROBLEMS else []
+            raise DataError("\n".join([f"{len(lines)} of {self.count} rows cannot be used:", *shown, *more]), FORMS)
+
+
+def _with_splits(source: SourceRecipe, recipe: DataRecipe) -> SourceRecipe:
+    if not _has_splits(source.path):
+        raise DataError(
+            f"data.eval_split: {recipe.eval_split}, but {source.path} is a file, which has no splits",
+            "set a share such as 0.05, or name a separate file in data.eval",
+        )
+    return source
 
 
 def _has_splits(name: str) -> bool:
@@ -120,13 +183,11 @@ def _has_splits(name: str) -> bool:
     return path.is_dir() or not (path.suffix in SUFFIXES or path.exists())
 
 
-def _hold_out(data: DataSet, share: float) -> DataSets:
-    """A share of the rows kept apart, the same ones each time."""
-    if not share:
-        return DataSets(data)
+def _hold_out(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
+    """What stays, and a share of the rows kept apart, the same ones each time."""
     order = list(range(len(data.rows)))
     random.Random(0).shuffle(order)
     count = max(1, round(len(order) * share))
     if count >= len(order):
         raise DataError(f"{data.path}: {len(order)} rows, none left to train on", "lower data.eval_split")
-    return DataSets(data.pick(sorted(order[count:])), data.pick(sorted(order[:count])))
+    return data.pick(sorted(order[count:])), data.pick(sorted(order[:count]))

@@ -1,86 +1,141 @@
-"""Data in every container, as plain values with their numbers: lines of a file, paragraphs of a text, rows of a set."""
+"""Data in every container, as plain values with their numbers: lines of a file, rows of a table or of a set."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import io
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from lora2serve.errors import DataError
+from lora2serve.data.text_readers import SPACE, Numbered, Reader, delimited, json_values, paragraphs
+from lora2serve.errors import DataError, first_line
+from lora2serve.system.hardware import memory_bytes
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+TEXTS: dict[str, Reader] = {
+    ".jsonl": json_values, ".ndjson": json_values, ".json": json_values,
+    ".csv": delimited(","), ".tsv": delimited("\t"),
+}  # fmt: skip
+TABLES = (".parquet", ".arrow")
+PACKED = {".gz": "gzip", ".zst": "zstd"}  # as Arrow calls them
+SUFFIXES = (*TEXTS, *TABLES, *PACKED)
 COMMIT = r"[0-9a-f]{40}"
 Pin = Callable[[str], tuple[str, str | None]]  # org/name[@revision] -> id and commit
 
 
-@dataclass(frozen=True)
-class Values:
-    """What a container holds, by number, and what could not be read of it."""
+def read_values(path: Path, *, plain_text: bool = False) -> Numbered:
+    """What a file holds, by its name; with ``plain_text`` any other name is read by paragraphs, unless it is JSON."""
+    suffix = path.suffixes[-2] if path.suffix in PACKED and len(path.suffixes) > 1 else path.suffix
+    if suffix in TABLES:
+        if path.suffix in PACKED:
+            raise DataError(f"{path}: a packed table", f"unpack it: {suffix} is compressed inside")
+        yield from _table_rows(path, suffix)
+        return
+    with _opened(path) as file:
+        reader = TEXTS.get(suffix)
+        if reader is None:
+            is_json = file.peek(1).lstrip(b"\xef\xbb\xbf" + SPACE).startswith(b"{")
+            reader = paragraphs if plain_text and not is_json else json_values
+        yield from reader(file)
 
-    values: list[tuple[int, object]]
-    problems: list[tuple[int, str]] = field(default_factory=list)
 
-
-def read_bytes(path: Path) -> bytes:
-    """A file whole."""
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "data paths are relative to the recipe's file") from None
+        raise _unreadable(path, error) from None
 
 
-def parse_lines(path: Path, raw: bytes) -> Values:
-    """JSON Lines. Only \\n ends a line: U+2028 may stand inside JSON."""
-    if raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        raise DataError(f"{path}: a JSON array, expected JSON Lines", "write one object a line: jq -c '.[]' FILE")
-    parsed = Values([])
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
+class Unpacked(io.RawIOBase):
+    """What a compressed file holds; DataError beyond ``most`` bytes, which no memory could take as rows."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        import pyarrow
+
+        self.path, self.most, self.count = path, most, 0
+        self._stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), PACKED[path.suffix])
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        """As RawIOBase has it."""
         try:
-            parsed.values.append((number, json.loads(line.decode("utf-8"))))
-        except UnicodeDecodeError as error:
-            parsed.problems.append((number, f"not UTF-8 (byte {error.start} of the line)"))
-        except (ValueError, RecursionError) as error:
-            parsed.problems.append((number, f"not JSON ({error})"))
-    return parsed
+            count = int(self._stream.readinto(buffer))
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be unpacked ({first_line(error)})") from None
+        self.count += count
+        if self.count > self.most:
+            size = f"{self.most >> 20:,} MiB"
+            raise DataError(f"{self.path}: unpacks to more than {size}, half of the memory", "use a machine with more")
+        return count
 
 
-def parse_paragraphs(path: Path, raw: bytes) -> Values:
-    """Plain text, a row for each paragraph."""
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
-        content = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start})", "expected JSON Lines or plain text") from None
-    paragraphs = (part.strip() for part in content.split("\n\n"))
-    return Values(list(enumerate(({"text": text} for text in paragraphs if text), 1)))
+        raw = Unpacked(path, memory_bytes() // 2) if path.suffix in PACKED else path.open("rb", buffering=0)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    with io.BufferedReader(raw, 1 << 16) as file:
+        yield cast("io.BufferedReader", file)
 
 
-def parse_parquet(path: Path) -> Values:
-    """A table; a column that a row leaves empty is not there."""
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: {error.strerror or first_line(error)}", "data paths are relative to the recipe's file")
+
+
+def _table_rows(path: Path, suffix: str) -> Numbered:
     import pyarrow
+
+    number = 0
+    try:
+        for batch in _parquet_batches(path) if suffix == ".parquet" else _arrow_batches(path):
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
+                number += 1
+                yield number, row
+    except FileNotFoundError as error:
+        raise _unreadable(path, error) from None
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not {suffix[1:].capitalize()} that can be read ({first_line(error)})") from None
+
+
+def _parquet_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow.parquet
 
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
-    return Values(list(enumerate(_without_empty(rows), 1)))
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from file.iter_batches()
 
 
-def read_hub_set(name: str, split: str, pin: Pin, subset: str | None) -> tuple[Values, str, str | None]:
+def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    """Of an IPC file, or of a stream, as ``datasets`` writes it."""
+    import pyarrow.ipc
+
+    with pyarrow.OSFile(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = pyarrow.ipc.open_file(file)
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            yield from pyarrow.ipc.open_stream(file)
+
+
+def read_hub_set(name: str, split: str, pin: Pin, subset: str | None) -> tuple[Numbered, str, str | None]:
     """A data set of the Hub, or a directory laid out like one; with its fingerprint and its commit."""
     import datasets
 
     repo, revision = (name, None) if Path(name).is_dir() else pin(name)
     try:
-        table = datasets.load_dataset(repo, subset, split=split, revision=revision)
+        table = _saved(Path(name), split) or datasets.load_dataset(repo, subset, split=split, revision=revision)
     except Exception as error:  # every backend of datasets has its own
         first = " ".join(str(error).split())[:300] or type(error).__name__
         parts = any(word in first.lower() for word in ("split", "config"))
@@ -91,11 +146,21 @@ def read_hub_set(name: str, split: str, pin: Pin, subset: str | None) -> tuple[V
         raise DataError(
             f"data set {name}: the cache offers commit {commit}, expected {revision}", "load it once online"
         )
-    return Values(list(enumerate(_without_empty(table)))), str(table._fingerprint), commit
+    return enumerate(table), str(table._fingerprint), commit
 
 
-def _without_empty(rows: Iterable[dict[str, object]]) -> Iterable[dict[str, object]]:
-    return ({key: value for key, value in row.items() if value is not None} for row in rows)
+def _saved(directory: Path, split: str) -> datasets.Dataset | None:
+    """What ``Dataset.save_to_disk`` or that of a DatasetDict wrote."""
+    import datasets
+
+    if not (directory / "state.json").is_file() and not (directory / "dataset_dict.json").is_file():
+        return None
+    saved = datasets.load_from_disk(str(directory))
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise ValueError(f"no split {split!r}, expected one of {', '.join(saved)}")
+    return saved[split]
 
 
 def _commit(table: datasets.Dataset) -> str | None:

@@ -53,8 +53,8 @@ class RowReader:
             keys = show(", ".join(value))[1:-1] or "none"
             raise RowProblem(f"keys {keys}, expected messages, prompt + completion, or text")
         row = self._row(filled, names)
-        if isinstance(filled.get("task"), str):
-            row, names = replace(row, task=filled["task"]), (*names, "task")
+        if isinstance(task := filled.get("task"), str):
+            row, names = replace(row, task=task), (*names, "task")
         beside = () if isinstance(row, TextRow) else (*BESIDE, *(["input"] if "instruction" in names else []))
         self.unread.update(filled.keys() - {*names, *beside})
         return row

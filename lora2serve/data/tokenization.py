@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora2serve.config.recipe import DataRecipe
+from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data.data_sets import DataSet
 from lora2serve.data.rendering import IGNORE, RenderedSample, Renderer
 from lora2serve.data.served_template import ChatTemplate
