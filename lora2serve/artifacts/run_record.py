@@ -18,6 +18,7 @@ class DataSource(JsonRecord):
     sha256: str | None = None
     rows: int = 0
     revision: str | None = None  # of a data set on the Hub
+    parts: tuple[DataSource, ...] = ()  # where it is mixed of several: each with its rows after weighting
 
 
 @dataclass(frozen=True)

@@ -185,15 +185,15 @@ class _Builder:
         return value
 
 
-def _shape(kind: object) -> type[object] | None:
-    """What YAML gives for a ``kind`` that holds others."""
-    return list if get_origin(kind) is tuple else dict if is_dataclass(kind) else None
+def _shape(kind: object) -> object:
+    """The type of what YAML gives for a ``kind``."""
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return list if get_origin(kind) is tuple else dict if is_dataclass(kind) else kind
 
 
 def _type_name(kind: object) -> str:
-    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     shape = _shape(kind)
-    return "a list" if shape is list else "keys and values" if shape is dict else TYPE_NAMES[kind]
+    return "a list" if shape is list else "keys and values" if shape is dict else TYPE_NAMES[shape]
 
 
 def _name(key: object) -> str:

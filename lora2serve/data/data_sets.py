@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
+from lora2serve.config.schema import show
 from lora2serve.data.message_forms import RowProblem
 from lora2serve.data.readers import SUFFIXES, Pin, file_digest, read_hub_set, read_values
-from lora2serve.data.row_forms import FORMS, RowReader
-from lora2serve.data.rows import Row
+from lora2serve.data.row_forms import FORMS, RowReader, as_conversation
+from lora2serve.data.rows import CompletionRow, Row
 from lora2serve.data.text_readers import Numbered, Unreadable
 from lora2serve.errors import DataError
 
@@ -44,6 +45,18 @@ class DataSet:
         """``train.jsonl:7``."""
         return f"{self.rows[index].source or self.path}:{self.numbers[index]}"
 
+    def in_form(self, form: str, chat_template: str | None) -> DataSet:
+        """With prompts and completions as conversations, where ``data.form`` and the model's template have it so."""
+        if form != "chat" or not chat_template:
+            return self
+        rows: list[Row] = [as_conversation(row) if isinstance(row, CompletionRow) else row for row in self.rows]
+        return replace(self, rows=rows)
+
+    def warnings(self) -> list[str]:
+        """What the rows hold and nobody reads."""
+        keys = [f"{show(key)[1:-1]} ({count} rows)" for key, count in sorted(self.unread.items())]
+        return [f"{self.path}: not read: {', '.join(keys)}"] if keys else []
+
     def pick(self, indexes: Sequence[int]) -> DataSet:
         """A part of it."""
         return replace(self, rows=[self.rows[n] for n in indexes], numbers=[self.numbers[n] for n in indexes])
@@ -55,6 +68,11 @@ class DataSets:
 
     train: DataSet
     held_out: DataSet | None = None
+
+    def in_form(self, form: str, chat_template: str | None) -> DataSets:
+        """Both of them."""
+        held_out = self.held_out.in_form(form, chat_template) if self.held_out else None
+        return DataSets(self.train.in_form(form, chat_template), held_out)
 
 
 def load(recipe: DataRecipe, pin: Pin = _unpinned) -> DataSets:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora2serve.data.readers import SUFFIXES
 from lora2serve.hub import card_sections
 from lora2serve.hub.card_data import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, CardData, hub_id, kind_of, read_metadata
 from lora2serve.hub.hub_client import page
 
 MARK = re.compile(r"<!-- lora2serve:(?P<name>[a-z-]+) -->\n.*?<!-- /lora2serve:(?P=name) -->", re.DOTALL)
 FOLLOWS = ("base_model", "base_model_relation")  # what ties the repository to its base follows every push
-FILES = (".jsonl", ".json", ".parquet")  # ``data/train.jsonl`` would pass for an id
 HELD_OUT = "held-out rows of the training set"
 LIBRARY = {MERGED: "transformers", ADAPTER: "peft", GGUF: "gguf", GGUF_ADAPTER: "gguf"}
 
@@ -116,7 +116,9 @@ def _datasets(card: CardData) -> list[str]:
     data = card.recipe.get("data")
     named = data.values() if isinstance(data, Mapping) else [data]
     flat = [inner for value in named for inner in (value if isinstance(value, list) else [value])]
-    names = [value.partition("@")[0] for value in flat if isinstance(value, str) and not value.endswith(FILES)]
+    paths = [value.get("path") if isinstance(value, Mapping) else value for value in flat]
+    # ``data/train.jsonl`` would pass for an id
+    names = [path.partition("@")[0] for path in paths if isinstance(path, str) and not path.endswith(SUFFIXES)]
     return [name for name in names if hub_id(name)]
 
 

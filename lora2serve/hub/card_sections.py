@@ -119,6 +119,12 @@ def gguf_files(card: CardData, kind: str) -> dict[str, list[str]]:
     return types
 
 
+def _names(train: object) -> str:
+    """The data sets of a recipe in a line."""
+    items = train if isinstance(train, list) else [train] if train else []
+    return " + ".join(str(item.get("path")) if isinstance(item, dict) else str(item) for item in items)
+
+
 def training(card: CardData) -> str:
     """The recipe, in figures and in full, and how the base was folded."""
     recipe, quantization, source = card.recipe, card.record.quantization, card.record.data.train
@@ -127,7 +133,7 @@ def training(card: CardData) -> str:
     merge_base = card.first.merge_base or ""
     double = ", double quantization" if quantization and quantization.double_quant else ""
     shown = [
-        ["data", f"{data.get('train')}, {source.rows:,} rows" if source else str(data.get("train") or "")],
+        ["data", f"{_names(data.get('train'))}, {source.rows:,} rows" if source else _names(data.get("train"))],
         ["base while training", f"quantized to {quantization.type}{double}" if quantization else ""],
         ["LoRA", f"rank {lora.get('rank')}, alpha {number(lora.get('alpha'))}, on {_targets(lora)}" if lora else ""],
         ["steps", _steps(card, train)],

@@ -17,6 +17,7 @@ from lora2serve.config import lora_inits
 from lora2serve.config.recipe import Recipe, dump
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.end_tokens import stop_ids
+from lora2serve.data.rows import CompletionRow
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import Sample, tokenize_all
 from lora2serve.data.tokenizer import Tokenizer, load_tokenizer
@@ -57,7 +58,10 @@ def train(
 
         _quiet()
         check_trackers(recipe)
-        FineTune(recipe, run, data_sets, base, device(), progress).run_all(resume=resume)
+        fine_tune = FineTune(recipe, run, data_sets, base, device(), progress)
+        fine_tune.announce()
+        tokenizer = load_tokenizer(base)
+        fine_tune.in_form(tokenizer).run_all(tokenizer, resume=resume)
     return run
 
 
@@ -72,14 +76,12 @@ class FineTune:
     device: Device
     progress: Progress
 
-    def run_all(self, *, resume: bool) -> None:
+    def run_all(self, tokenizer: Tokenizer, *, resume: bool) -> None:
         """From the tokens to the picture."""
         from transformers import set_seed
 
         from lora2serve.training.trainer import fit
 
-        self.announce()
-        tokenizer = load_tokenizer(self.base)
         rows, held_out = self.tokenize(tokenizer)
         (self.run.path / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
         self.write_eval_rows()
@@ -123,6 +125,19 @@ class FineTune:
         warning = "" if self.device.on_gpu else advice.idle_gpu()
         if warning:
             self.progress.warn(warning)
+        for data in (rows, eval_rows):
+            for text in data.warnings() if data else ():
+                self.progress.warn(text)
+
+    def in_form(self, tokenizer: Tokenizer) -> FineTune:
+        """With prompts and completions as the recipe has them for this model, which is told."""
+        count = sum(isinstance(row, CompletionRow) for row in self.data_sets.train.rows)
+        if count and tokenizer.chat_template and self.recipe.data.form == "chat":
+            self.progress.note(
+                f"{count} rows of prompt and completion are written by the chat template, as questions and answers "
+                "(data.form: raw trains them as they stand)"
+            )
+        return replace(self, data_sets=self.data_sets.in_form(self.recipe.data.form, tokenizer.chat_template))
 
     def tokenize(self, tokenizer: Tokenizer) -> tuple[list[Sample], list[Sample]]:
         """Training and held-out rows, those without a token to learn from left out, after every warning."""
@@ -249,7 +264,8 @@ class FineTune:
 
 
 def _source(data: DataSet) -> DataSource:
-    return DataSource(path=data.path, sha256=data.sha256, rows=len(data.rows), revision=data.revision)
+    parts = tuple(_source(part) for part in data.parts)
+    return DataSource(path=data.path, sha256=data.sha256, rows=len(data.rows), revision=data.revision, parts=parts)
 
 
 def _quiet() -> None:

@@ -378,3 +378,31 @@ def test_any_text(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass"))
     recipe_or_problems(path)
+
+
+def test_several_data_sets(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    train = ["a.jsonl", {"path": "a.jsonl", "weight": 2}, {"path": "user/set", "subset": "talk", "split": "test"}]
+    recipe = load(write(put(LEAST, "data", {"train": train, "eval": ["user/set"], "subset": "all"})))
+    a, twice, hub = recipe.data.sources("train")
+    assert (a.path, a.weight, a.split, a.subset) == (str(tmp_path / "a.jsonl"), 1.0, "train", "all")
+    assert (twice.path, twice.weight) == (a.path, 2.0)
+    assert (hub.path, hub.split, hub.subset) == ("user/set", "test", "talk")
+    assert [source.path for source in recipe.data.sources("eval")] == ["user/set"]
+    assert load(write(dump(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ([], "data.train: empty, expected a path or a Hub id"),
+        ([""], "data.train[0]: empty, expected a path or a Hub id"),
+        ([3], "data.train[0]: 3, expected text or keys and values"),
+        (3, "data.train: 3, expected text or a list"),
+        ([{"weight": 1}], "data.train[0].path: missing"),
+        ([{"path": "a", "wieght": 1}], "data.train[0].wieght: unknown key (did you mean 'data.train[0].weight'?)"),
+        ([{"path": "a", "weight": 0}], "data.train[0].weight: 0.0, expected more than 0 and at most 1000"),
+    ],
+)
+def test_bad_data_sets(write: Any, train: Any, said: str) -> None:
+    assert problems(write(put(LEAST, "data.train", train))) == [f"r.yaml: {said}"]

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lora2serve.config.recipe import DataRecipe
+from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.calibration import calibration_ids, tokenizer_of
 from lora2serve.data.prompts import PROBES, PromptOptions, load_saved, prepare

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora2serve.config.recipe import DataRecipe
+from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import data_sets, tokenization
 from lora2serve.data.rendering import IGNORE, Renderer
 from lora2serve.data.row_forms import parse_row

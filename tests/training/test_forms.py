@@ -47,6 +47,25 @@ def test_the_masked_loss_is_what_the_trainer_takes(tmp_path: Path) -> None:
     assert abs(masked - unmasked) > 0.05, "the control: the two can be log_probabilities apart"
 
 
+def test_a_pair_is_a_conversation_and_so_is_what_parity_asks(tmp_path: Path, small: Path) -> None:
+    """Mixed of two sets, one of them twice; both on record."""
+    write_jsonl(tmp_path / "a.jsonl", [{**PAIR, "id": n} for n in range(4)])
+    write_jsonl(tmp_path / "b.jsonl", [CHAT] * 2)
+    sources = [{"path": "a.jsonl"}, {"path": "b.jsonl", "weight": 2}]
+    run, log, _ = fit(recipe_file(tmp_path, small, {"train": sources, "eval": "a.jsonl"}, steps=1))
+    turns = [{"role": "user", "content": PAIR["prompt"]}, {"role": "assistant", "content": PAIR["completion"]}]
+    assert [json.loads(line) for line in run.eval_data.read_text().splitlines()] == [{"messages": turns}] * 4
+    assert any(
+        note.startswith("4 rows of prompt and completion are written by the chat template") for note in log.notes
+    )
+    assert [warning for warning in log.warnings if "not read: id (4 rows)" in warning]
+    assert run.record.data.train.rows == 8
+    assert [(Path(part.path).name, part.rows) for part in run.record.data.train.parts] == [
+        ("a.jsonl", 4),
+        ("b.jsonl", 4),
+    ]
+
+
 @pytest.mark.parametrize("form", [CHAT, PAIR, TEXT], ids=["messages", "pair", "text"])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_each_form_trains_from_each_file(tmp_path: Path, small: Path, form: dict[str, Any], suffix: str) -> None:
@@ -57,7 +76,8 @@ def test_each_form_trains_from_each_file(tmp_path: Path, small: Path, form: dict
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), file)
     assert plain(data_sets.read(str(file))) == content
-    run, log, _ = fit(recipe_file(tmp_path, small, {"train": str(file), "eval_split": 0.25}, steps=2))
+    data = {"train": str(file), "eval_split": 0.25, "form": "raw"}
+    run, log, _ = fit(recipe_file(tmp_path, small, data, steps=2))
     assert [json.loads(line) for line in run.eval_data.read_text().splitlines()] == [form] * 3
     assert run.record.data.eval.rows == 3
     assert not any("no eval data" in warning for warning in log.warnings)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve.artifacts.run import Run
-from lora2serve.config.recipe import DataRecipe
+from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.errors import DataError
 from tests.support.hub_server import HubServer

@@ -139,7 +139,7 @@ def test_every_init_gives_a_lora_for_the_true_base(
     with torch.no_grad():
         shift = (logits(run.path, run.adapter, small) - base(torch.arange(5, 25)[None]).logits).abs().max()
     assert 1e-3 < shift < 20
-    from lora2serve.config.recipe import DataRecipe
+    from lora2serve.config.data_recipe import DataRecipe
     from lora2serve.data import data_sets, tokenization
     from lora2serve.data.served_template import ChatTemplate
     from lora2serve.data.tokenizer import load_tokenizer
