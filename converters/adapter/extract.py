@@ -15,6 +15,7 @@ from lora2serve.adapters.adapter import PREFIX, Adapter
 from lora2serve.adapters.lint import RANKS, next_rank
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel, ModelSource
+from lora2serve.merge.layout import EMBEDDINGS
 from lora2serve.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 MAX_LOST = 0.3  # of the whole change that may be lost, in Frobenius norms
 EXACT = 1e-4  # where the change has the rank asked for, in float32
-EMBEDDING = ("embed_tokens.weight", "wte.weight")
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Extracted:
                 "export --target vllm merges it",
             )
         change = after - before
-        if name.endswith(EMBEDDING):
+        if name.endswith(EMBEDDINGS):
             change = change.T.contiguous()
         b, a = low_rank(change, min(self.keep, *change.shape))
         rest = float(torch.linalg.norm(change - b @ a))
@@ -123,12 +123,12 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def tensor_names(name: str) -> tuple[str, str]:
     """A's and B's keys for one weight, as PEFT writes them."""
     module = PREFIX + name.removesuffix(".weight")
-    if name.endswith(EMBEDDING):
+    if name.endswith(EMBEDDINGS):
         return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
 def _specs(weight: TensorSpec, rank: int) -> tuple[TensorSpec, TensorSpec]:
-    out, into = weight.shape[::-1] if weight.name.endswith(EMBEDDING) else weight.shape
+    out, into = weight.shape[::-1] if weight.name.endswith(EMBEDDINGS) else weight.shape
     a, b = tensor_names(weight.name)
     return TensorSpec(a, (rank, into), "F32"), TensorSpec(b, (out, rank), "F32")

@@ -7,11 +7,13 @@ from math import lcm
 from pathlib import Path
 
 from converters.gguf.gguf_layout import Backend, LayoutOptions
-from converters.gguf.native.architectures import ARCHITECTURES
+from converters.gguf.native.architectures import ARCHITECTURES, text_config
 from converters.gguf.native.native_backend import NativeBackend
 from converters.gguf.upstream import llama_cpp_source
 from converters.gguf.upstream.upstream_backend import UpstreamBackend
+from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
+from lora2serve.merge.layout import HEAD
 
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "vision_encoder", "vision_tower")  # of a config
 
@@ -47,6 +49,20 @@ def _converter(model: ExportModel) -> Path:
     if tree is None or name not in llama_cpp_source.known(tree):
         raise llama_cpp_source.refuse(name, sorted(ARCHITECTURES), tree)
     return tree
+
+
+def refuse_lost(model: ExportModel, opened: Iterable[Backend]) -> None:
+    """ExportError for weights that no file has a place for: those of an adapter, a head that is not the embedding."""
+    tied = bool(text_config(model.config).get("tie_word_embeddings") or model.config.get("tie_word_embeddings"))
+    heads = {spec.name for spec in model.source.specs() if spec.name.endswith(HEAD)}
+    needed = set(model.source.changed()) - heads if tied else {*model.source.changed(), *heads}
+    lost = sorted(needed.difference(*(backend.wanted for backend in opened)))
+    if lost:
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise ExportError(
+            f"architecture {_architecture(model)}: GGUF has no place for {shown}, which would be lost",
+            "serve it with --target vllm",
+        )
 
 
 def rows_at_once(wanted: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -54,6 +54,7 @@ class GgufSink:
             main, *projectors = self._backends = backends.open_backends(model, options)
             for backend in self._backends:
                 stack.callback(backend.close)
+            backends.refuse_lost(model, self._backends)
             shapes = {tensor.name: tensor.shape for tensor in main.tensors}
             matrix = imatrix.fit(imatrix.read(options.imatrix), shapes) if options.imatrix else None
             plan, *others = [

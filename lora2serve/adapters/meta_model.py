@@ -118,6 +118,17 @@ def stores_transposed(config: JsonObject) -> bool:
     return any(part.get("model_type") in TRANSPOSED for part in parts)
 
 
+def ties_by_default(config: JsonObject) -> bool:
+    """What the class of a config takes for ``tie_word_embeddings`` where the file does not say; False if unknown."""
+    import transformers
+
+    try:
+        parsed = transformers.AutoConfig.for_model(**{"model_type": None, **config})
+    except (ValueError, KeyError, TypeError):
+        return False
+    return bool(getattr(parsed, "tie_word_embeddings", False))
+
+
 def meta_model(config: JsonObject) -> Any:
     """The class that ``config.architectures`` names, without weights."""
     import torch

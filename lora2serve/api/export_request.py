@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora2serve.artifacts.manifest import ADAPTER_TARGETS
+from lora2serve.config.model_name import refuse_name
 from lora2serve.config.schema import show
 from lora2serve.config.sizes import parse_size
 from lora2serve.errors import UsageError
@@ -63,6 +64,8 @@ class ExportRequest:
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
                 raise UsageError(f"{name}: {value!r}, expected one of {', '.join(get_args(kind))}")
+        if self.name is not None:
+            refuse_name(self.name, "--name")
         if self.as_kind and "ollama" not in self.targets:
             raise UsageError(f"--as {self.as_kind}: only for --target ollama")
         if self.from_model and "ollama-adapter" not in self.target_names():

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora2serve.api.locate import base_of_run, fetch
 from lora2serve.artifacts import run as runs
 from lora2serve.config import recipe as recipes
+from lora2serve.config.model_name import refuse_run_name
 from lora2serve.config.recipe import ModelRecipe, Recipe
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
@@ -45,6 +46,8 @@ def train(
     progress = progress or default_progress()
     if resume and (overrides or name):
         raise UsageError("--resume keeps the recipe as it was: no --set and no --name", "start a new run instead")
+    if name is not None:
+        refuse_run_name(name, "--name")
     run = _unfinished(recipe) if resume else None
     chosen = recipes.load(run.recipe if run else recipes.find(str(recipe) if recipe else None), _settings(overrides))
     return _train(chosen, name or chosen.name, run, progress)

@@ -15,7 +15,6 @@ runs/latest                 a link to the run made last
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from lora2serve.artifacts.json_record import read_text
 from lora2serve.artifacts.run_record import RunRecord
+from lora2serve.config.model_name import refuse_run_name
 from lora2serve.errors import UsageError
 
 ROOT = Path("runs")
@@ -83,8 +83,7 @@ class Run:
 
 def create(name: str, root: Path = ROOT) -> Run:
     """A new run directory ``<root>/<name>``, or ``<name>-2`` and so on where one stands."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == LATEST:
-        raise UsageError(f"run name {name!r}: expected letters, digits, '.', '_' and '-', and not {LATEST!r}")
+    refuse_run_name(name, "run name")
     root.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

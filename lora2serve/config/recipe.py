@@ -5,7 +5,6 @@ Defaults and bounds live in the dataclasses below and nowhere else. Paths are re
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from lora2serve.config import lora_inits
 from lora2serve.config.bounds import NotEmpty, Positive, Range, Removed
 from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
+from lora2serve.config.model_name import run_name_problem
 from lora2serve.config.other_names import OTHER_NAMES
 from lora2serve.config.schema import build, repeated_keys, show
 from lora2serve.errors import RecipeError, UsageError, did_you_mean
@@ -21,7 +21,6 @@ from lora2serve.errors import RecipeError, UsageError, did_you_mean
 FILE = "lora2serve.yaml"
 EVERY_KEY = "see `lora2serve init` for every key"
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
-NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 NO_FP4 = "expected nf4 or none: fp4 is no longer trained, and nf4 loses less in the same memory"
 Quantize = Literal["nf4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -212,8 +211,8 @@ def _override(content: dict[str, object], override: str, problems: list[str]) ->
 
 def _check(recipe: Recipe, problems: list[str]) -> None:
     """What no type and no bound of a single field can rule out."""
-    if not re.fullmatch(NAME_PATTERN, recipe.name) or recipe.name == "latest":
-        problems.append(f"name: {show(recipe.name)}, expected letters, digits, '.', '_' and '-', and not 'latest'")
+    if problem := run_name_problem(recipe.name):
+        problems.append(f"name: {problem}")
     problems += _problems_of_lora(recipe.train)
     problems += _problems_of_data(recipe)
 

@@ -11,6 +11,7 @@ from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord, Lineage
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import RunRecord
+from lora2serve.config.model_name import refuse_name
 from lora2serve.errors import MergeError, UsageError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.merge.merged import Merged
@@ -132,6 +133,7 @@ def _model(
     name: str,
     lineage: Lineage,
 ) -> ExportModel:
+    refuse_name(name, "the model's name", "give another with --name")
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     dtype = DTYPES[choice.dtype] if choice.dtype else None
     if dtype is None and model_dtype(config) is None:

@@ -43,6 +43,13 @@ class Binder:
             return [(sources[0].stored, change.delta)]
         return self._unfuse(change.delta, sources)
 
+    def stored_name(self, parameter: str) -> str | None:
+        """The stored tensor that becomes ``parameter`` as it is; None where there is none."""
+        if parameter in self._specs:
+            return parameter
+        sources = self._sources(parameter)
+        return sources[0].stored if len(sources) == 1 and not sources[0].fused else None
+
     def nearest(self, name: str) -> str:
         """A hint at the stored name that looks most like it."""
         return did_you_mean(name, self._specs)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
 from lora2serve.adapters.deltas import Delta, Replace, ReplaceRows
+from lora2serve.adapters.meta_model import ties_by_default
 from lora2serve.adapters.peft_layers import PeftLayers
 from lora2serve.adapters.peft_methods import needs_peft, refuse_unmergeable
 from lora2serve.errors import MergeError
 from lora2serve.system.small_files import JsonObject
-from lora2serve.weights.tensors import TensorSpec
+from lora2serve.weights.tensors import Source, TensorSpec, row_blocks
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight",
+    "tok_embeddings.weight", "backbone.embeddings.weight", "model.embeddings.weight",
+)  # fmt: skip
 HEAD = "lm_head.weight"
 
 
@@ -37,9 +41,33 @@ class ModelLayout:
     changes: Sequence[Sequence[ParameterDelta]] = ()
 
 
-def lay_out(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: JsonObject) -> ModelLayout:
-    """The merged model's layout; ``config`` is the base's, and stays as it is."""
-    return _untie(_replicate(specs, adapters, config), adapters)
+def lay_out(
+    specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config: JsonObject, find: Callable[[str], str | None]
+) -> ModelLayout:
+    """The merged model's layout; ``config`` is the base's, and stays as it is.
+
+    ``find`` gives the stored name of a parameter, where the two differ (GPT-NeoX stores its head as ``embed_out``).
+    """
+    return _untie(_replicate(specs, adapters, config), adapters, find)
+
+
+def settle_tie(base: Source, config: JsonObject) -> JsonObject:
+    """The config with what is true of embedding and head: two that are stored and differ are not tied.
+
+    transformers loads them so, whatever the config says; engines believe the config, and drop the head.
+    """
+    parts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, Mapping))]
+    said = [part["tie_word_embeddings"] for part in parts if part.get("tie_word_embeddings") is not None]
+    names = [spec.name for spec in base.specs()]
+    embedding = next((name for name in names if name.endswith(EMBEDDINGS)), None)
+    head = next((name for name in names if name.endswith(HEAD)), None)
+    if embedding is None or head is None or not (any(said) if said else ties_by_default(config)):
+        return config
+    if _are_equal(base, embedding, head):
+        return config
+    config = {**config, "tie_word_embeddings": False}
+    text = config.get("text_config")
+    return {**config, "text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else config
 
 
 def resize_vocabulary(config: JsonObject, tensors: Sequence[MergedTensor]) -> JsonObject:
@@ -91,7 +119,18 @@ def _replicate(specs: Sequence[TensorSpec], adapters: Sequence[Adapter], config:
     return ModelLayout([*replicated, *rest], config)
 
 
-def _untie(layout: ModelLayout, adapters: Sequence[Adapter]) -> ModelLayout:
+def _are_equal(base: Source, embedding: str, head: str) -> bool:
+    import torch
+
+    first, second = (next(spec for spec in base.specs() if spec.name == name) for name in (embedding, head))
+    if first.shape != second.shape:
+        return False
+    return all(
+        torch.equal(base.read(embedding, rows).values, base.read(head, rows).values) for rows in row_blocks(first)
+    )
+
+
+def _untie(layout: ModelLayout, adapters: Sequence[Adapter], find: Callable[[str], str | None]) -> ModelLayout:
     """Keep embedding and head tied where training changed both alike, else give the head a tensor of its own.
 
     PEFT trains one of two tied modules without touching the other, unless ``ensure_weight_tying``; trained
@@ -100,7 +139,7 @@ def _untie(layout: ModelLayout, adapters: Sequence[Adapter]) -> ModelLayout:
     tensors, config = list(layout.tensors), layout.config
     changes = [_changes(adapter, config) for adapter in adapters]
     embedding = next((tensor for tensor in tensors if tensor.spec.name.endswith(EMBEDDINGS)), None)
-    head = next((tensor for tensor in tensors if tensor.spec.name.endswith(HEAD)), None)
+    head = _head(tensors, chain.from_iterable(changes), find)
     if embedding is None or (head is not None and not config.get("tie_word_embeddings", False)):
         return replace(layout, changes=changes)
     touched = [change for own in changes for change in own if change.parameter.endswith((*EMBEDDINGS, HEAD))]
@@ -113,6 +152,19 @@ def _untie(layout: ModelLayout, adapters: Sequence[Adapter]) -> ModelLayout:
     pairs = zip(together, changes, strict=True)
     mirrored = [_mirror(own, embedding, head) if follows else own for follows, own in pairs]
     return ModelLayout(tensors, config, mirrored)
+
+
+def _head(
+    tensors: Sequence[MergedTensor], changes: Iterable[ParameterDelta], find: Callable[[str], str | None]
+) -> MergedTensor | None:
+    """The stored head; it may have another name, which matters where an adapter changes it."""
+    head = next((tensor for tensor in tensors if tensor.spec.name.endswith(HEAD)), None)
+    changed = next((change.parameter for change in changes if change.parameter.endswith(HEAD)), None)
+    tables = [tensor for tensor in tensors if len(tensor.spec.shape) == 2 and ".layers." not in tensor.spec.name]
+    if head is not None or changed is None or all(tensor.spec.name.endswith(EMBEDDINGS) for tensor in tables):
+        return head
+    stored = find(changed)
+    return next((tensor for tensor in tensors if tensor.stored == stored), None)
 
 
 def _changes(adapter: Adapter, config: JsonObject) -> list[ParameterDelta]:

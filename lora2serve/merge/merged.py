@@ -20,7 +20,7 @@ from lora2serve.adapters.deltas import Delta, Lora, Replace
 from lora2serve.adapters.peft_layers import PeftDelta, PeftLayers
 from lora2serve.errors import MergeError, raise_all
 from lora2serve.merge.binding import Binder
-from lora2serve.merge.layout import MergedTensor, ModelLayout, lay_out, resize_vocabulary
+from lora2serve.merge.layout import MergedTensor, ModelLayout, lay_out, resize_vocabulary, settle_tie
 from lora2serve.merge.survival import Survival, squared_norm
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import ALL, FLOATS, Block, DType, Source, TensorSpec, all_finite, torch_dtype
@@ -40,7 +40,8 @@ class Merged:
     ) -> None:
         self.base, self.survival = base, Survival()
         specs = list(base.specs())
-        layout = lay_out(specs, adapters, deepcopy(dict(config)))
+        own_config = settle_tie(base, deepcopy(dict(config)))
+        layout = lay_out(specs, adapters, own_config, Binder(specs, own_config).stored_name)
         deltas = self._bind(layout, adapters)
         tensors = _fold_shapes(layout.tensors, deltas, _casts(specs, dtype))
         self._tensors = {tensor.spec.name: tensor for tensor in tensors}

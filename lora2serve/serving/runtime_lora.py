@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from lora2serve.artifacts.export_dir import Export
+from lora2serve.config.model_name import refuse_name
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.system.hardware import cache_folder
 from lora2serve.system.http import HttpClient, HttpStatus
@@ -56,8 +56,7 @@ def add(address: str, name: str, adapter: Path, folder: Path | None = None) -> P
 
     vLLM keeps prefix-cache blocks by path: each version gets a path of its own, named by its content.
     """
-    if not re.fullmatch(r"[\w][\w.-]*", name):
-        raise UsageError(f"{name!r}: invalid adapter name", "letters, digits, '.', '-' and '_'")
+    refuse_name(name, "the adapter's name", "such as towns in towns=runs/towns/exports/adapter")
     export = Export.open(adapter)
     if export.target != "adapter":
         raise UsageError(f"{adapter}: not an adapter export", "`lora2serve export --target adapter` makes one, linted")

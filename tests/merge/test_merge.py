@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora2serve.adapters.adapter import open_adapter
 from lora2serve.adapters.meta_model import TRANSPOSED
@@ -168,6 +169,68 @@ CONV1D: dict[str, tuple[dict[str, Any], list[str]]] = {
     "qwen3": ({"head_dim": 16}, ["q_proj", "o_proj"]),
     "gpt_neox": ({}, ["dense", "query_key_value"]),
 }
+
+
+def logits_of(base: Path, adapter: Path) -> tuple[Any, Any]:
+    """PEFT's on 48 tokens, without merging, and the base's."""
+    from peft import PeftModel
+
+    tokens = torch.arange(5, 53)[None]
+    with torch.no_grad():
+        before = load_model(base).eval()(tokens).logits
+        return PeftModel.from_pretrained(load_model(base), adapter).eval()(tokens).logits, before
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {},  # stored as embed_out
+    "mamba": {"state_size": 16},  # its embedding is called backbone.embeddings
+    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # tokens_embed
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128},
+    "qwen3": {"head_dim": 16},
+    "cohere": {},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_of_any_name(tmp_path: Path, kind: str, tied: bool) -> None:
+    """LoRA on the head, tied or not: the export answers as the trained model does, and not as the base."""
+    base = make_model(tmp_path / "base", kind, tie_word_embeddings=tied, **HEADS[kind])
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["lm_head"])
+    out = export_merged(base, [adapter], tmp_path / "out")
+    trained, before = logits_of(base, adapter)
+    with torch.no_grad():
+        served = load_model(out).eval()(torch.arange(5, 53)[None]).logits
+    scale = trained.abs().max()
+    assert (served - trained).abs().max() < 0.01 * scale < 0.1 * scale < (before - trained).abs().max()
+    names = [name for name in stored(out) if name.endswith(("lm_head.weight", "embed_out.weight"))]
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gemma"])
+def test_a_tie_that_is_none(tmp_path: Path, kind: str) -> None:
+    """The flag says tied and the head is another: transformers loads the head, and so does whoever reads the export."""
+    extra = {"head_dim": 16} if kind in ("qwen3", "gemma", "gemma2") else {}
+    base = make_model(tmp_path / "base", kind, **extra)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings")
+    flag = {} if kind == "gemma" else {"tie_word_embeddings": True}  # which is that class's default
+    (base / "config.json").write_text(json.dumps({**config, **flag}))
+    adapter = make_adapter(tmp_path / "adapter", base)
+    out = export_merged(base, [adapter], tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    check_equal(out, merged_by_peft(base, adapter))
+
+
+def test_a_tie_that_is_one(tmp_path: Path) -> None:
+    """The control: a stored copy of the embedding beside the flag."""
+    base = make_model(tmp_path / "base", "llama")
+    tensors = stored(base)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    out = export_merged(base, [make_adapter(tmp_path / "adapter", base)], tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
 
 
 @pytest.mark.parametrize("kind", CONV1D)
