@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.adapters.adapter import Adapter, open_adapter
-from lora2serve.adapters.meta_model import meta_model, peft_config
+from lora2serve.adapters.meta_model import meta_model_of, peft_config
 from lora2serve.adapters.peft_layers import weightless
 from lora2serve.adapters.peft_methods import UNMERGEABLE, VARIANTS, needs_peft
 from lora2serve.config.lora_inits import init_of
@@ -92,7 +92,7 @@ def _put_on(adapters: Sequence[Adapter], names: Sequence[str], config: JsonObjec
     for name, adapter in zip(names, adapters, strict=True):
         chosen = peft_config(adapter)
         if adapted is None:
-            adapted = get_peft_model(weightless(meta_model(config)), chosen, adapter_name=name)
+            adapted = get_peft_model(weightless(meta_model_of(adapter, config)), chosen, adapter_name=name)
         else:
             adapted.add_adapter(name, chosen)
         parts = [part for layer in adapter.layers.values() for part in layer.parts.values()]

@@ -6,14 +6,17 @@ Built on the meta device, and only where names on disk and names in the adapter 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora2serve.adapters.adapter import PREFIX
 from lora2serve.errors import MergeError
 from lora2serve.system.small_files import JsonObject
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lora2serve.adapters.adapter import Adapter
 
 
@@ -44,17 +47,20 @@ class Wrapped:
 
 
 class MetaModel:
-    """One model class on the meta device."""
+    """One model on the meta device, and how transformers loads stored tensors into it."""
 
-    def __init__(self, config: JsonObject) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
 
-        self.model = meta_model(config)
+        self.model = model
         self._state = self.model.state_dict()
         transforms = get_model_conversion_mapping(self.model)
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+
+    def __contains__(self, parameter: str) -> bool:
+        return parameter in self._state
 
     def model_name(self, stored: str) -> str:
         """The parameter that a stored name (of this or an older version) becomes."""
@@ -86,10 +92,13 @@ class MetaModel:
 
     def wrapped_parameters(self, adapter: Adapter) -> dict[str, Wrapped]:
         """Adapter module name (``...experts``, ``...experts.base_layer``) -> the parameter PEFT wraps there."""
+        import torch
         from peft import get_peft_model
         from peft.tuners.lora.layer import ParamWrapper
 
-        adapted = get_peft_model(meta_model(self.model.config.to_dict()), peft_config(adapter), low_cpu_mem_usage=True)
+        with torch.device("meta"):
+            model = type(self.model)(self.model.config)  # PEFT changes the one that it gets
+        adapted = get_peft_model(model, peft_config(adapter), low_cpu_mem_usage=True)
         wrapped = {}
         for name, module in adapted.named_modules():
             if isinstance(module, ParamWrapper):
@@ -129,7 +138,43 @@ def ties_by_default(config: JsonObject) -> bool:
     return bool(getattr(parsed, "tie_word_embeddings", False))
 
 
-def meta_model(config: JsonObject) -> Any:
+def meta_models(config: JsonObject) -> Iterator[PreTrainedModel]:
+    """The classes that an adapter of this base may have been trained in, without weights.
+
+    First the one that ``config.architectures`` names. Then what ``AutoModelForCausalLM`` makes of the base, where that
+    is another: of Qwen3.5, Llama 4 and others the text model alone, whose modules have other names.
+    """
+    import torch
+    import transformers
+
+    declared = meta_model(config)
+    yield declared
+    try:
+        with torch.device("meta"):
+            causal = transformers.AutoModelForCausalLM.from_config(declared.config)
+    except ValueError:  # no such class for this type
+        return
+    if type(causal) is not type(declared):
+        yield causal
+
+
+def meta_model_of(adapter: Adapter, config: JsonObject) -> PreTrainedModel:
+    """The one of these classes that has the adapter's modules; the first where none has."""
+    models = list(meta_models(config))
+    names = [spec.name.removeprefix(PREFIX) for spec in adapter.tensors.specs()]
+    for model in models:
+        modules = dict(model.named_modules())
+        if any(_module_around(name, modules) for name in names):
+            return model
+    return models[0]
+
+
+def _module_around(name: str, modules: Container[str]) -> bool:
+    """Whether a tensor of an adapter lies in one of ``modules``: ``...q_proj.lora_A.weight``, ``...q_proj.oft_R``."""
+    return any(name.rsplit(".", depth)[0] in modules for depth in (1, 2, 3) if name.count(".") >= depth)
+
+
+def meta_model(config: JsonObject) -> PreTrainedModel:
     """The class that ``config.architectures`` names, without weights."""
     import torch
     import transformers
@@ -142,7 +187,10 @@ def meta_model(config: JsonObject) -> Any:
     named = (config.get("architectures") or [""])[0]
     cls = getattr(transformers, named, None)
     with torch.device("meta"):
-        return cls(parsed) if cls is not None else transformers.AutoModelForCausalLM.from_config(parsed)
+        model: PreTrainedModel = (
+            cls(parsed) if cls is not None else transformers.AutoModelForCausalLM.from_config(parsed)
+        )
+        return model
 
 
 def peft_config(adapter: Adapter) -> Any:

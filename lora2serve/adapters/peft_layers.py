@@ -12,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora2serve.adapters.adapter import PREFIX, Adapter, ParameterDelta
-from lora2serve.adapters.meta_model import meta_model, peft_config
+from lora2serve.adapters.meta_model import meta_model_of, peft_config
 from lora2serve.adapters.peft_methods import changes_bias, rebases
 from lora2serve.errors import AdapterError, raise_all
 from lora2serve.system.small_files import JsonObject
@@ -105,7 +105,7 @@ class PeftLayers:
         chosen = self._config()
         if self._adapter.method == "LORA" and self._rebases:
             chosen.init_lora_weights = True  # another one needs the base's values: see _put_on
-        adapted = get_peft_model(weightless(meta_model(config)), chosen)
+        adapted = get_peft_model(weightless(meta_model_of(self._adapter, config)), chosen)
         layers = {
             name.removeprefix(PREFIX): module
             for name, module in adapted.named_modules()

@@ -14,6 +14,7 @@ from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.config.model_name import refuse_name
 from lora2serve.errors import MergeError, UsageError
 from lora2serve.exporting.sinks import ExportModel
+from lora2serve.merge.binding import Binder
 from lora2serve.merge.merged import Merged
 from lora2serve.progress import Progress
 from lora2serve.system.hub_snapshot import hub_snapshot, short_name
@@ -52,7 +53,8 @@ def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> E
         progress.note(f"folding onto the {merge_base} base: {why}")
     source: Source = Dequantized(checkpoint)
     if merge_base == "trained" and record.quantization and not checkpoint.config.get("quantization_config"):
-        source = FakeQuantized(source, Quantization.of(record.to_json()))
+        names = Binder(list(source.specs()), checkpoint.config).stored_name
+        source = FakeQuantized(source, Quantization.of(record.to_json()), names)
     known = record.base if record.base.fingerprint.tensors else BaseRecord.from_json(identity(base), "base")
     lineage = Lineage(known, run.name, merge_base, mismatch or None)
     return _model(source, checkpoint, [open_adapter(run.adapter)], choice, choice.name or run.name, lineage)

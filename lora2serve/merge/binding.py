@@ -8,15 +8,31 @@ sides: what it calls alike is alike.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
 from lora2serve.adapters.deltas import Delta, ExpertLora, Lora
-from lora2serve.adapters.meta_model import MetaModel, StoredParameter, stores_transposed
+from lora2serve.adapters.meta_model import MetaModel, StoredParameter, Wrapped, meta_models, stores_transposed
 from lora2serve.errors import MergeError, did_you_mean
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import TensorSpec
+
+
+@dataclass
+class LoadedClass:
+    """A class of transformers, and which stored tensors become each of its parameters."""
+
+    model: MetaModel
+    sources: Mapping[str, list[StoredParameter]]
+    _wrapped: dict[Path, dict[str, Wrapped]] = field(default_factory=dict)
+
+    def wrapped(self, adapter: Adapter) -> dict[str, Wrapped]:
+        """What PEFT's ``target_parameters`` adapt, by the adapter's names."""
+        if adapter.path not in self._wrapped:
+            self._wrapped[adapter.path] = self.model.wrapped_parameters(adapter)
+        return self._wrapped[adapter.path]
 
 
 class Binder:
@@ -25,8 +41,8 @@ class Binder:
     def __init__(self, specs: Sequence[TensorSpec], config: JsonObject) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._config = config
-        self._skeleton: MetaModel | None = None
-        self._by_model_name: dict[str, list[StoredParameter]] = {}
+        self._classes: list[LoadedClass] = []
+        self._others = self._load_classes()
 
     def find(self, change: ParameterDelta, adapter: Adapter) -> list[tuple[str, Delta]]:
         """(stored weight, delta): one, several for fused experts, none if nothing fits."""
@@ -58,27 +74,36 @@ class Binder:
         """PEFT decides by each module's class; the ``fan_in_fan_out`` that it saves is that of the last one."""
         if self._config.get("auto_map"):  # no class that could be asked
             return bool(adapter.config.get("fan_in_fan_out"))
-        return stores_transposed(self._config) and self._model().is_transposed(parameter.removesuffix(".weight"))
+        module = parameter.removesuffix(".weight")
+        return stores_transposed(self._config) and any(each.model.is_transposed(module) for each in self._loaded())
 
     def _sources(self, parameter: str) -> list[StoredParameter]:
         """The stored tensors that transformers loads into what the adapter calls ``parameter``."""
-        skeleton = self._model()
-        by_name = self._by_model_name
-        return by_name.get(parameter) or by_name.get(skeleton.model_name(parameter)) or []
+        for each in self._loaded():
+            found = each.sources.get(parameter) or each.sources.get(each.model.model_name(parameter))
+            if found:
+                return found
+        return []
 
-    def _model(self) -> MetaModel:
-        if self._skeleton is None:
-            self._skeleton = MetaModel(self._config)
+    def _loaded(self) -> Iterator[LoadedClass]:
+        """The classes that the base may be loaded as; each is made when those before it did not have the answer."""
+        yield from self._classes
+        for each in self._others:
+            self._classes.append(each)
+            yield each
+
+    def _load_classes(self) -> Iterator[LoadedClass]:
+        for model in map(MetaModel, meta_models(self._config)):
             grouped: dict[str, list[StoredParameter]] = defaultdict(list)
-            for name in self._specs:
-                source = self._skeleton.source(name)
-                grouped[source.model_name].append(source)
-            self._by_model_name = dict(grouped)
-        return self._skeleton
+            for source in map(model.source, self._specs):
+                if not self._classes or source.model_name in model:  # another class has no place for other towers
+                    grouped[source.model_name].append(source)
+            yield LoadedClass(model, grouped)
 
     def _find_parameter(self, name: str, delta: Lora, adapter: Adapter) -> list[tuple[str, Delta]]:
         """A change by PEFT's ``target_parameters``, whose keys name the module and not the parameter."""
-        wrapped = self._model().wrapped_parameters(adapter).get(name.removesuffix(".weight"))
+        module = name.removesuffix(".weight")
+        wrapped = next((found for each in self._loaded() if (found := each.wrapped(adapter).get(module))), None)
         if wrapped is None:
             return []
         if wrapped.experts == 1:

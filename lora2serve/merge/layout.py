@@ -70,10 +70,18 @@ def settle_tie(base: Source, config: JsonObject) -> JsonObject:
     return {**config, "text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else config
 
 
-def resize_vocabulary(config: JsonObject, tensors: Sequence[MergedTensor]) -> JsonObject:
-    """The config with the vocabulary as training left it; embedding and head must agree."""
+def resize_vocabulary(
+    config: JsonObject, tensors: Sequence[MergedTensor], before: Mapping[str, TensorSpec]
+) -> JsonObject:
+    """The config with the vocabulary as training left it; embedding and head must agree as they did ``before``.
+
+    Llama 3.2 Vision's never had the same rows: its embedding knows the image's tokens, too.
+    """
     tables = {tensor.spec.name: tensor for tensor in tensors if tensor.spec.name.endswith((*EMBEDDINGS, HEAD))}
     rows = {name: tensor.spec.rows for name, tensor in tables.items()}
+    grown = {rows[name] - before[tensor.stored].rows for name, tensor in tables.items()}
+    if grown == {0} and len(set(rows.values())) > 1:
+        return config
     if len(set(rows.values())) > 1:
         counts = ", ".join(f"{name} has {count} rows" for name, count in rows.items())
         raise MergeError(f"embedding and head differ: {counts}", "save the adapter with save_embedding_layers=True")

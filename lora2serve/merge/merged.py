@@ -45,7 +45,7 @@ class Merged:
         deltas = self._bind(layout, adapters)
         tensors = _fold_shapes(layout.tensors, deltas, _casts(specs, dtype))
         self._tensors = {tensor.spec.name: tensor for tensor in tensors}
-        self.config: JsonObject = resize_vocabulary(layout.config, tensors)
+        self.config: JsonObject = resize_vocabulary(layout.config, tensors, {spec.name: spec for spec in specs})
 
     def specs(self) -> Sequence[TensorSpec]:
         return [tensor.spec for tensor in self._tensors.values()]

@@ -91,6 +91,71 @@ def test_multimodal(tmp_path: Path, kind: str) -> None:
     assert max(worst_ulp({n: t.bfloat16() for n, t in got.items()}, oracle).values()) <= 1
 
 
+LINEAR = {
+    "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "num_hidden_layers": 4,
+}  # fmt: skip
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+QWEN_VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "in_channels": 3,
+    "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+}  # fmt: skip
+LLAMA4_VISION = {
+    "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "pixel_shuffle_ratio": 0.5
+}  # fmt: skip
+MLLAMA_VISION = {
+    "attention_heads": 2, "num_global_layers": 1, "max_num_tiles": 1, "intermediate_layers_indices": [0],
+    "vision_output_dim": 64, "supported_aspect_ratios": [[1, 1]],
+}  # fmt: skip
+TWO_CLASSES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "qwen3_5": (LINEAR, {"vision_config": QWEN_VISION}, []),
+    "qwen3_5_moe": (LINEAR | EXPERTS, {"vision_config": QWEN_VISION}, ["experts.gate_up_proj", "experts.down_proj"]),
+    "llama4": (
+        {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "num_experts_per_tok": 1},
+        {"vision_config": {**VISION, **LLAMA4_VISION}},
+        ["experts.gate_up_proj"],
+    ),
+    "mllama": ({"cross_attention_layers": [1]}, {"vision_config": {**VISION, **MLLAMA_VISION}}, []),
+    "gemma3": (*MULTIMODAL["gemma3"], []),  # the control: one class for both
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "experts": {"target_modules": ["q_proj"]},
+    "head": {"target_modules": ["lm_head", "v_proj"]},
+    "loha": {"method": "LOHA", "target_modules": ["q_proj", "v_proj"], "r": 4},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", TWO_CLASSES)
+def test_trained_as_a_language_model(tmp_path: Path, kind: str, method: str) -> None:
+    """What ``AutoModelForCausalLM`` makes of a multimodal base has other names than the base's own class and its file."""
+    text, config, experts = TWO_CLASSES[kind]
+    if (method == "experts" and not experts) or (method == "head" and kind == "gemma3"):
+        pytest.skip("no fused experts, or a tied head")
+    base = make_multimodal(tmp_path / "base", kind, text, **config)
+    options = METHODS[method] | ({"target_parameters": experts} if method == "experts" else {})
+    if kind == "gemma3":
+        options["exclude_modules"] = ".*vision.*"
+    adapter = make_adapter(tmp_path / "adapter", base, **options)
+    out = export_merged(base, [adapter], tmp_path / "out")
+    got, oracle = load_model(out).state_dict(), merged_by_peft(base, adapter)
+    before = load_model(base).state_dict()
+    changed = [name for name in oracle if not torch.equal(got[name], before[name])]
+    assert any(part in name for name in changed for part in ("q_proj", "v_proj"))
+    assert method != "experts" or any("experts" in name for name in changed)
+    assert method != "head" or "lm_head.weight" in changed
+    assert max(worst_ulp({n: t.bfloat16() for n, t in got.items()}, oracle, before).values()) <= 1
+    assert json.loads((out / "config.json").read_text())["architectures"] == [
+        json.loads((base / "config.json").read_text())["architectures"][0]
+    ]
+
+
 def test_names_of_transformers_4(tmp_path: Path) -> None:
     """Gemma 3 was ``language_model.model.layers`` when many adapters were trained."""
     text, config = MULTIMODAL["gemma3"]

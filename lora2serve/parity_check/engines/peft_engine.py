@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.errors import EngineError
+from lora2serve.merge.binding import Binder
 from lora2serve.parity_check.engines import Ids, Scores
 from lora2serve.parity_check.engines.transformers_engine import Transformers, device, greedy, logits, quiet
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
@@ -118,7 +119,9 @@ def _check_modules(model: Any, recorded: Sequence[str]) -> None:
 
 
 def _requantize(model: Any, base: str, how: Quantization) -> None:
-    fake_quantized = FakeQuantized(Dequantized(Checkpoint(Path(base))), how)
+    checkpoint = Checkpoint(Path(base))
+    names = Binder(list(checkpoint.specs()), checkpoint.config).stored_name
+    fake_quantized = FakeQuantized(Dequantized(checkpoint), how, names)
     for name in how.modules:
         weight = model.get_submodule(name).weight
         codes, absmax = fake_quantized.quantized(f"{name}.weight")

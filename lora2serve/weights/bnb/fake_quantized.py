@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -53,15 +53,20 @@ class FakeQuantized:
     differ from the GPU's where the absmax was quantized, too.
     """
 
-    def __init__(self, base: Source, how: Quantization) -> None:
+    def __init__(self, base: Source, how: Quantization, stored_name: Callable[[str], str | None] | None = None) -> None:
+        """``stored_name``: how the base calls a parameter of the model that was trained, where that is another name."""
         self.base, self.how = base, how
-        self._weights = {f"{module}.weight" for module in how.modules}
         self._by_name = {spec.name: spec for spec in base.specs()}
-        missing = sorted(self._weights - self._by_name.keys())
+        trained = [f"{module}.weight" for module in how.modules]
+        found = {name: name if name in self._by_name or not stored_name else stored_name(name) for name in trained}
+        self._stored = {name: stored for name, stored in found.items() if stored in self._by_name and stored}
+        missing = sorted(found.keys() - self._stored.keys())
         if missing:
             raise CheckpointError(
-                f"{missing[0]}: quantized in training, but not in this base", "name the base of the training run"
+                f"{missing[0]}: quantized in training, but not in this base, or stored there as several tensors",
+                "name the base of the training run; --merge-base original folds onto its own weights",
             )
+        self._weights = set(self._stored.values())
         self._absmax: dict[str, Tensor] = {}
         self._lock = Lock()
 
@@ -80,11 +85,14 @@ class FakeQuantized:
         return Block(values[start - aligned.start : stop - aligned.start])
 
     def quantized(self, name: str) -> tuple[Tensor, Tensor]:
-        """A whole weight as training held it: uint8 codes, two to a byte, and the float32 absmax of each block."""
+        """A whole weight as training held it: uint8 codes, two to a byte, and the float32 absmax of each block.
+
+        ``name`` is that of the trained model's parameter.
+        """
         import torch
 
-        spec = self._by_name[name]
-        codes, _ = self._quantize(self.base.read(name).values)
+        spec = self._by_name[self._stored[name]]
+        codes, _ = self._quantize(self.base.read(spec.name).values)
         codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, len(codes) % 2))
         return codes[::2] << 4 | codes[1::2], self._seen_absmax(spec)
 
