@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from converters.adapter import extract
 from converters.adapter.extract import Extracted
 from converters.adapter.normalize import EXPERTS, Normalized, normalize, split
 from converters.safetensors import as_bytes, encode_header
-from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
+from lora2serve.adapters.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, open_adapter
 from lora2serve.adapters.lint import Finding, lint
 from lora2serve.artifacts.staging import StagedDir, as_json
 from lora2serve.errors import ExportError
@@ -42,10 +42,10 @@ class AdapterSink:
     def __init__(self, model: ExportModel, out: StagedDir, options: AdapterOptions) -> None:
         self.wanted: Mapping[str, int] = {}  # the base is no part of the product
         self._out = out
-        self._product, self._config = _product(model, options)
-        _refuse(lint(self._config, self._product.specs, model.config))
+        self._product, specs, self._config = _product(model, options)
+        _refuse(lint(self._config, specs, model.config))
         engine_check(self._config)
-        header = encode_header(self._product.specs)
+        header = encode_header(specs)
         self._data_start = len(header)
         self._file = out.file(WEIGHTS, len(header) + sum(spec.nbytes for spec in self._product.specs))
         self._file.pwrite(header, 0)
@@ -70,18 +70,30 @@ class AdapterSink:
 
 def plan_settings(model: ExportModel, options: AdapterOptions) -> PlannedSettings:
     """The config, and what the manifest says of it."""
-    product, config = _product(model, options)
+    product, _, config = _product(model, options)
     facts = ExportFacts(rank=product.rank, served_base=config["base_model_name_or_path"])
     return PlannedSettings({CONFIG: as_json(config)}, weights=(WEIGHTS,), facts=facts)
 
 
-def _product(model: ExportModel, options: AdapterOptions) -> tuple[Normalized | Extracted, dict[str, Any]]:
+def _product(
+    model: ExportModel, options: AdapterOptions
+) -> tuple[Normalized | Extracted, Sequence[TensorSpec], dict[str, Any]]:
+    """The adapter, its tensors under the base's own names, its config."""
     adapter = _only_adapter(model)
     product = _plan(model, adapter, options.as_lora_rank)
-    return product, plain_config(adapter, product, options.served_base or model.base)
+    specs = [_in_base(spec, model.source) for spec in product.specs]
+    return product, specs, plain_config(adapter, product, specs, options.served_base or model.base)
 
 
-def plain_config(adapter: Adapter, product: Normalized | Extracted, served_base: str) -> dict[str, Any]:
+def _in_base(spec: TensorSpec, source: ModelSource) -> TensorSpec:
+    """The tensor under the base's own name: vLLM loads that class, and leaves out what it has no module for."""
+    module, kind = split(spec.name)
+    return replace(spec, name=f"{PREFIX}{source.module_in_base(module)}.{kind}")
+
+
+def plain_config(
+    adapter: Adapter, product: Normalized | Extracted, specs: Sequence[TensorSpec], served_base: str
+) -> dict[str, Any]:
     """``adapter_config.json`` of the product: what it takes to load it, and nothing about training."""
     alpha = product.scale * product.rank
     return {
@@ -90,15 +102,15 @@ def plain_config(adapter: Adapter, product: Normalized | Extracted, served_base:
         "base_model_name_or_path": served_base,
         "r": product.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "target_modules": _targets(adapter, product),
+        "target_modules": _targets(adapter, specs),
         "bias": "none",
         "inference_mode": True,
     }
 
 
-def _targets(adapter: Adapter, product: Normalized | Extracted) -> list[str]:
+def _targets(adapter: Adapter, specs: Sequence[TensorSpec]) -> list[str]:
     """The modules by their full names; fused experts are no modules to PEFT but ``target_parameters``."""
-    names = sorted({split(spec.name)[0] for spec in product.specs})
+    names = sorted({split(spec.name)[0] for spec in specs})
     fused = adapter.config.get("target_parameters")
     return [name for name in names if not (fused and EXPERTS.search(name))]
 
@@ -139,11 +151,10 @@ def _plan(model: ExportModel, adapter: Adapter, rank: int | None) -> Normalized 
 def _without_copies(model: ExportModel, adapter: Adapter) -> list[TensorSpec]:
     """The adapter's tensors without those that PEFT saved along and that are the base's own, value by value."""
     source = model.source
-    known = {spec.name for spec in source.specs()}
     changed = [
         part.name
         for name, part in adapter.full.items()
-        if name not in known or not _same(source, name, adapter, part.name)
+        if (stored := source.tensor_of(name)) is None or not _same(source, stored, adapter, part.name)
     ]
     copies = {part.name for part in adapter.full.values()} - set(changed)
     renamed = [name.replace(".base_layer.", ".") for name in changed]  # vLLM would skip these without a word

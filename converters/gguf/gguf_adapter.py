@@ -51,7 +51,8 @@ class GgufAdapterSink:
         self._adapter = open_adapter(model.adapter)
         with RowMaps(model) as row_maps:
             self._architecture = row_maps.architecture
-            self._row_maps = {module: row_maps.of(f"{module}.weight") for module in self._adapter.layers}
+            stored = {module: model.source.tensor_of(f"{module}.weight") for module in self._adapter.layers}
+            self._row_maps = {module: row_maps.of(name) if name else [] for module, name in stored.items()}
         _refuse(self._adapter, self._row_maps, model)
         self._out, self.name = out, file_name(model)
         self._file = out.file(self.name, self._planned_size())
@@ -182,6 +183,5 @@ def _is_copy(name: str, adapter: Adapter, model: ExportModel) -> bool:
     """PEFT saves the base's embedding and head along when they carry a LoRA."""
     import torch
 
-    if name not in {spec.name for spec in model.source.specs()}:
-        return False
-    return torch.equal(model.source.before(name).values.float(), adapter.full[name].read())
+    stored = model.source.tensor_of(name)
+    return stored is not None and torch.equal(model.source.before(stored).values.float(), adapter.full[name].read())

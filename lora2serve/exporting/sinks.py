@@ -65,6 +65,14 @@ class ModelSource(Source, Protocol):
         """The names of the tensors that an adapter changes."""
         ...
 
+    def tensor_of(self, parameter: str) -> str | None:
+        """The merged tensor that a parameter of the trained model is; None where there is no such one."""
+        ...
+
+    def module_in_base(self, module: str) -> str:
+        """The base's own name for a module of the trained model, where that was another class."""
+        ...
+
     def before(self, name: str, rows: slice = ALL) -> Block:
         """Rows of the base that one tensor starts from."""
         ...

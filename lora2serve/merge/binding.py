@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
@@ -65,6 +66,21 @@ class Binder:
             return parameter
         sources = self._sources(parameter)
         return sources[0].stored if len(sources) == 1 and not sources[0].fused else None
+
+    def module_in_base(self, module: str) -> str:
+        """The base's own name for a module that was trained in another class; ``module`` where the base knows it so."""
+        plain = module.removesuffix(".base_layer")
+        inside = f"{plain}."
+        if any(name.startswith(inside) for name in self._specs):
+            return module
+        own, *others = self._loaded()
+        if any(name.startswith(inside) for name in own.sources):
+            return module
+        for name, sources in chain.from_iterable(each.sources.items() for each in others):
+            declared, rest = own.model.model_name(sources[0].stored), name.removeprefix(plain)
+            if name.startswith(inside) and declared.endswith(rest):
+                return declared.removesuffix(rest) + module.removeprefix(plain)
+        return module
 
     def nearest(self, name: str) -> str:
         """A hint at the stored name that looks most like it."""

@@ -41,7 +41,8 @@ class Merged:
         self.base, self.survival = base, Survival()
         specs = list(base.specs())
         own_config = settle_tie(base, deepcopy(dict(config)))
-        layout = lay_out(specs, adapters, own_config, Binder(specs, own_config).stored_name)
+        self._names = Binder(specs, own_config)
+        layout = lay_out(specs, adapters, own_config, self._names.stored_name)
         deltas = self._bind(layout, adapters)
         tensors = _fold_shapes(layout.tensors, deltas, _casts(specs, dtype))
         self._tensors = {tensor.spec.name: tensor for tensor in tensors}
@@ -53,6 +54,14 @@ class Merged:
     def changed(self) -> list[str]:
         """The names of the tensors that an adapter changes."""
         return [name for name, tensor in self._tensors.items() if tensor.deltas]
+
+    def tensor_of(self, parameter: str) -> str | None:
+        """The merged tensor that a parameter of the trained model is; None where there is no such one."""
+        return parameter if parameter in self._tensors else self._names.stored_name(parameter)
+
+    def module_in_base(self, module: str) -> str:
+        """The base's own name for a module that was trained in another class; ``module`` where the base knows it so."""
+        return self._names.module_in_base(module)
 
     def before(self, name: str, rows: slice = ALL) -> Block:
         """Rows of the base that one tensor starts from."""

@@ -15,6 +15,7 @@ from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel, find
 from lora2serve.exporting.stream import Plan, export
 from lora2serve.progress import Silent
+from tests.merge.test_binding import TWO_CLASSES, make_multimodal
 from tests.support.folding import fold, stored
 from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
 
@@ -201,3 +202,23 @@ def test_copies_of_the_base_are_left_out(base: Path, tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(ExportError, match="tensors"):
         write(base, source, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe", "llama4", "gemma3"])
+def test_the_base_s_own_names(tmp_path: Path, kind: str) -> None:
+    """Trained as a language model, served as the multimodal class: vLLM leaves out what it has no module for."""
+    from transformers import AutoModelForImageTextToText
+
+    text, config, experts = TWO_CLASSES[kind]
+    base = make_multimodal(tmp_path / "base", kind, text, **config)
+    fused = {"target_parameters": experts} if kind == "qwen3_5_moe" else {}
+    source = make_adapter(tmp_path / "source", base, target_modules=["q_proj"], exclude_modules=".*vision.*", **fused)
+    product = write(base, source, tmp_path / "out")
+    one, two = (fold(base, [adapter]) for adapter in (source, product))
+    assert one.changed() == two.changed()
+    assert all(torch.allclose(one.read(n).values.float(), two.read(n).values.float()) for n in one.changed())
+    modules = dict(AutoModelForImageTextToText.from_pretrained(base).named_modules())
+    trained = dict(load_model(base).named_modules())
+    names = config_of(product)["target_modules"]
+    assert names and all(name in modules for name in names)
+    assert all(name in trained for name in names) == (kind == "gemma3"), "the control: one class for both"
