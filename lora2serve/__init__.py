@@ -6,8 +6,8 @@ The functions below do what the commands of the same names do. Each is imported 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # not from typing: `python -m lora2serve` would take one in the current folder (see __main__.py)
 if TYPE_CHECKING:
     from lora2serve.api.check_parity import ParityResult, parity
     from lora2serve.api.export_model import export, plan_export

@@ -6,7 +6,6 @@ module's own scale goes into its B, and alpha is 0: rsLoRA and the rank and alph
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.errors import ExportError
 from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
+from lora2serve.system import scratch
 from lora2serve.weights.tensors import Block, TensorSpec
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class GgufAdapterSink:
         """Never called: nothing is wanted of the merged model."""
 
     def finish(self) -> ExportFacts:
-        with tempfile.TemporaryDirectory(prefix="lora2serve-adapter-") as folder:
+        with scratch.temporary_folder("adapter") as folder:
             path = Path(folder) / self.name
             self._write_file(path)
             self._file.pwrite(path.read_bytes(), 0)
@@ -75,7 +75,7 @@ class GgufAdapterSink:
         """Bytes of the file, from the shapes alone: its header is written to a scratch file, no weight is read."""
         import numpy as np
 
-        with tempfile.TemporaryDirectory(prefix="lora2serve-adapter-") as folder:
+        with scratch.temporary_folder("adapter") as folder:
             path = Path(folder) / self.name
             writer, tensor_bytes = self._writer(path), 0
             for target, parts in _by_target(self._row_maps).items():

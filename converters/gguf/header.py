@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from converters.gguf import ggml
 from lora2serve.errors import ExportError
+from lora2serve.system import scratch
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -103,7 +103,7 @@ def encode(keys: Keys, tensors: Sequence[GgufTensor]) -> bytes:
     from gguf.quants import quant_shape_to_byte_shape
 
     _refuse_twins(keys)
-    with tempfile.TemporaryDirectory(prefix="lora2serve-header-") as folder:
+    with scratch.temporary_folder("header") as folder:
         path = Path(folder) / "header.gguf"
         writer = open_writer(path, keys)
         for tensor in tensors:

@@ -8,7 +8,6 @@ because it is llama.cpp that applies them, and metadata that it would refuse is 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from converters.gguf.header import Keys
 from converters.gguf.imatrix import Imatrix, Matrix
 from converters.gguf.llama.llama_process import Llama
 from lora2serve.errors import ExportError
+from lora2serve.system import scratch
 from lora2serve.system.extras import install_hint
 
 # --quant name -> llama.cpp's LLAMA_FTYPE number (include/llama.h)
@@ -42,7 +42,7 @@ def choose(
         return {tensor.name: preset if tensor.is_matrix else "F32" for tensor in tensors} | fixed
     if preset in NUMPY_TYPES and not llama.installed:
         return {tensor.name: _uniform(preset, tensor) for tensor in tensors} | fixed
-    with tempfile.TemporaryDirectory(prefix="lora2serve-types-") as folder:
+    with scratch.temporary_folder("types") as folder:
         skeleton, answer = Path(folder) / "skeleton.gguf", Path(folder) / "answer.gguf"
         _write_skeleton(skeleton, tensors, keys)
         _quantize(llama, skeleton, answer, PRESETS[preset], _shrink(imatrix, tensors) if imatrix else None)

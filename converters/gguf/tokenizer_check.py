@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from converters.gguf.llama.llama_process import Llama, TokenAnswer
 from converters.gguf.tokenizer_files import added_tokens, space_scheme, tokenizer_directory
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
+from lora2serve.system import scratch
 
 SAMPLE_TEXT = """Hello, World! It's a test: they've, I'M, we'll, D'Artagnan's 3.14 1234567 12 345,678 0x1F 1e-5
 def f(x, *, y=None):\n\treturn {"a": [x ** 2, y // 3]}  # comment\n\n\n    if x != y:\n        pass\r\n
@@ -62,7 +62,7 @@ def ending(model: ExportModel, plan: GgufPlan) -> GgufPlan:
 
 
 def _ask(model: ExportModel, plan: GgufPlan, llama: Llama, texts: Sequence[str]) -> TokenAnswer:
-    with tempfile.TemporaryDirectory(prefix="lora2serve-vocab-") as folder:
+    with scratch.temporary_folder("vocab") as folder:
         path = Path(folder) / "empty.gguf"
         plan.write_empty(path)
         answer = llama.tokens(path, texts, model.answer_end[1] if model.answer_end else None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
 from lora2serve.exporting.sinks import ExportModel
+from lora2serve.system import scratch
 
 
 class AddedToken(TypedDict, total=False):
@@ -80,7 +80,7 @@ def space_scheme(model: ExportModel) -> str | None:
 @contextmanager
 def tokenizer_directory(model: ExportModel) -> Iterator[Path]:
     """The model's tokenizer files and config in one directory, as the readers of other libraries want them."""
-    with tempfile.TemporaryDirectory(prefix="lora2serve-tokenizer-") as name:
+    with scratch.temporary_folder("tokenizer") as name:
         fill_tokenizer_directory(Path(name), model)
         yield Path(name)
 

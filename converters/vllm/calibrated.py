@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import EngineError, ExportError
 from lora2serve.exporting.sinks import Calibration, ExportModel
-from lora2serve.system import tool_env
+from lora2serve.system import scratch, tool_env
 from lora2serve.system.small_files import JsonObject
 from lora2serve.system.worker_process import WorkerProcess
 from lora2serve.weights.checkpoint import Checkpoint
@@ -84,8 +83,7 @@ class CalibratedWriter:
         tokens.write_text(json.dumps(self._rows), encoding="utf-8")
         config = self._model.config.get("text_config") or self._model.config
         steps = int(config.get("num_hidden_layers") or 0) + 2  # the model loaded, its layers, the head
-        with tempfile.NamedTemporaryFile(prefix=f"lora2serve-{self._quant}-", suffix=".log", delete=False) as file:
-            log = Path(file.name)
+        log = scratch.log_file(self._quant)
         with (
             self._data.progress.track(f"{self._quant} by llm-compressor", steps) as advance,
             WorkerProcess("llm-compressor", WORKER, {}, log, python=(str(self._python), "-I")) as child,

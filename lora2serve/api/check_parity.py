@@ -92,6 +92,7 @@ def _compare(
     trained: TrainedModel, compared: Sequence[Comparison], ask: str, baseline: Named | None, report_dir: Named | None,
     progress: Progress,
 ) -> tuple[ParityReport, Path]:  # fmt: skip
+    progress.note(f"parity of {trained.name}: {len(compared)} comparisons; loading the libraries")
     from lora2serve.parity_check.baseline import regressions
     from lora2serve.parity_check.comparator import check
     from lora2serve.parity_check.report import writers

@@ -111,6 +111,8 @@ class _Bundle:
 
 def _prepare(request: ExportRequest, progress: Progress, stack: ExitStack, *, dry_run: bool) -> _Single | _Bundle:
     """Everything up to the first byte: options are checked before models are opened."""
+    if request.calibrate and not dry_run:
+        progress.note(f"calibrating on {request.calibrate}: loading the libraries")
     if not request.targets:
         raise UsageError("no --target given", f"one or more of {', '.join(sinks.target_names())}")
     targets = {name: sinks.find(name) for name in request.target_names()}

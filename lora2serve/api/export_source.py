@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from lora2serve.api.export_request import ExportRequest, Named
 from lora2serve.api.locate import base_of_adapter, base_of_run, fetch, locate
@@ -13,6 +12,7 @@ from lora2serve.errors import UsageError
 from lora2serve.exporting import open_model as models
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.progress import Progress
+from lora2serve.system import scratch
 from lora2serve.system.hub_snapshot import short_name
 
 CheckFolder = Callable[[Path], None]
@@ -67,7 +67,7 @@ def _open_adapters(
 
 
 def _scratch(stack: ExitStack) -> Path:
-    return Path(stack.enter_context(TemporaryDirectory(prefix="lora2serve-")))
+    return Path(stack.enter_context(scratch.temporary_folder("adapter")))
 
 
 def _warn_of_quantized(local: Path, name: str, progress: Progress) -> None:

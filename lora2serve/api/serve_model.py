@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora2serve.serving import server, server_process
 from lora2serve.serving.deploy import DeployKind, gather, render
 from lora2serve.serving.deploy.server_spec import STORE
 from lora2serve.serving.server import HOST, PORT, ServeOptions, ServerCommand
+from lora2serve.system import scratch
 
 Engine = Literal["vllm", "llama.cpp", "ollama"]
 PREFERRED = ("vllm", "adapter", "gguf", "ollama", "lmstudio")  # of runs/latest, when no export is named
@@ -59,7 +59,7 @@ def serve(
     exports: Named | Sequence[Named] = (), *,
     engine: Engine | None = None, base: Named | None = None, host: str = HOST, port: int = PORT,
     tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, allow_updates: bool = False,
-    engine_arguments: str | Sequence[str] = (), progress: Progress | None = None,
+    engine_arguments: str | Sequence[str] = (), trust_export: bool = False, progress: Progress | None = None,
 ) -> RunningServer:  # fmt: skip
     """Start the engine that an export is for, and return once it answers.
 
@@ -71,6 +71,7 @@ def serve(
     tensor_parallel_size, pipeline_parallel_size: GPUs that share each layer, and groups of layers.
     allow_updates: let clients load and unload adapters: for trusted clients only.
     engine_arguments: more arguments for the engine, such as ``["--max-model-len", "8192"]``.
+    trust_export: pass the export's serve.yaml on as it is, whatever is in it. By default only what ``export`` writes.
     progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises UsageError for exports that cannot share a server, EngineError for an engine that is not installed or ends.
@@ -78,17 +79,16 @@ def serve(
     paths = tuple(Path(export) for export in several(exports, "exports"))
     options = ServeOptions(
         engine, str(base) if base else None, host, port, allow_updates, tensor_parallel_size, pipeline_parallel_size,
-        words(engine_arguments, "engine_arguments"),
+        words(engine_arguments, "engine_arguments"), trust_export,
     )  # fmt: skip
     progress = progress or default_progress()
     if engine == "ollama":
         return serve_in_ollama(paths, options, progress)
     command = _plan(paths, options)
-    with tempfile.NamedTemporaryFile(prefix="lora2serve-serve-", suffix=".log", delete=False) as file:
-        log = Path(file.name)
+    log = scratch.log_file("serve")
     progress.note(f"starting {command.engine}; its log: {log}")
     process = server_process.start(command, log)
-    progress.note(f"{command.address} serves {', '.join(command.models)}")
+    progress.note(f"{command.address} serves {command.served}")
     return RunningServer(command.address, command.models, process, log)
 
 

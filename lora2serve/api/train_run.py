@@ -50,6 +50,7 @@ def train(
         refuse_run_name(name, "--name")
     run = _unfinished(recipe) if resume else None
     chosen = recipes.load(run.recipe if run else recipes.find(str(recipe) if recipe else None), _settings(overrides))
+    progress.note(f"training {name or chosen.name}: loading the libraries")
     return _train(chosen, name or chosen.name, run, progress)
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 
 from lora2serve.config.schema import TYPE_NAMES, show
 from lora2serve.errors import InputError, raise_all
+from lora2serve.system.small_files import refuse_large
 
 OWN = ("unknown", "key_order")  # fields of a record that are no keys of the object
 NOT_FINITE = ("inf", "-inf", "nan")
@@ -82,6 +83,7 @@ class JsonRecord:
 def read_text(path: Path) -> str:
     """The text of a JSON file; InputError in one line where it cannot be read."""
     try:
+        refuse_large(path, InputError)
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None

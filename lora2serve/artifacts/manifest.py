@@ -19,7 +19,7 @@ from lora2serve.artifacts.json_record import JsonRecord, named, read_text, requi
 from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord
 from lora2serve.config.schema import show
 from lora2serve.errors import InputError, raise_all
-from lora2serve.system.small_files import digest, is_relative
+from lora2serve.system.small_files import digest, file_mode, is_relative
 
 NAME = "lora2serve.json"
 FORMAT = 1
@@ -122,6 +122,8 @@ class Manifest(JsonRecord):
         return manifest
 
     def misfits(self) -> Iterator[tuple[str, str]]:
+        if self.name.startswith("-") or not self.name.isprintable():  # engines get it as an argument
+            yield "name", f"{show(self.name)}, expected a name"
         names: list[tuple[str, str | None]] = [("file", self.file), ("projector", self.projector)]
         names += [("files", name) for name in self.files] + [("bundle", name) for name in self.bundle]
         for key, name in names:
@@ -147,7 +149,7 @@ class Manifest(JsonRecord):
                 file.write(self.to_text())
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600: another user's server could not read it
+            os.chmod(temporary, file_mode())  # mkstemp makes 0600: another user's server could not read it
             os.rename(temporary, directory / NAME)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -217,9 +219,3 @@ def _has_link(directory: Path, name: str) -> bool:
     return any(
         part.is_symlink() for part in (path, *path.parents) if part != directory and part.is_relative_to(directory)
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

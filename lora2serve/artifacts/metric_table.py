@@ -79,10 +79,10 @@ def figure(name: str, value: float | None, digits: int = 2) -> str:
     if not math.isfinite(value) and style != "number":
         return ""
     if style == "rest":
-        return f"{1 - value:.2%}"
+        return f"{1 - value:z.2%}"  # z: no "-0"
     if style != "number":
-        return f"{value:.2%}" if style == "share" else f"{value:.0%}"
-    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
+        return f"{value:z.2%}" if style == "share" else f"{value:z.0%}"
+    return str(value) if isinstance(value, int) else f"{value:z.{digits}g}"
 
 
 def interval(name: str, low: float | None, high: float | None, digits: int = 2) -> str:

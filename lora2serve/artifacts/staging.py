@@ -2,14 +2,13 @@
 
 Everything is written into ``<target>.partial-<id>`` beside the target; ``publish`` syncs it, writes the
 manifest last and swaps it in by one rename. A killed run leaves the old directory, or the new one, and
-at most a partial directory, which the next run into the same target clears.
+at most a partial directory, which the next command of any kind removes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -19,7 +18,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lora2serve.artifacts import manifest
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.errors import ExportError
+from lora2serve.system import file_lock, scratch
 from lora2serve.system.small_files import digest
 
 READ_BYTES = 4 << 20  # bytes read back at a time while hashing
@@ -120,9 +120,9 @@ class StagedFile:
 class StagedDir:
     """One target directory under construction."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, path: Path | None = None) -> None:
         self.target = target
-        self.path = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:12]}")
+        self.path = path or partial_of(target)
         self.path.mkdir(mode=0o777)
         self._files: dict[str, StagedFile] = {}
 
@@ -201,7 +201,7 @@ class DryRunDir(StagedDir):
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.path = Path(tempfile.mkdtemp(prefix="lora2serve-plan-"))
+        self.path = Path(tempfile.mkdtemp(prefix="plan-", dir=scratch.root()))
         self._files = {}
         self.sizes: dict[str, int] = {}
 
@@ -229,19 +229,37 @@ class NullFile(StagedFile):
 def opened(target: Path, *, overwrite: bool) -> Iterator[StagedDir]:
     """An ``StagedDir`` for ``target`` under its lock; what is not published is removed on the way out."""
     target = target.absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExportError(f"{target.parent}: {error.strerror}", "choose another directory with -o") from None
-    with _locked(target):
+    partial = partial_of(target)
+    with new_parents(target), scratch.claimed(partial, _lock_of(target)), _locked(target):
         for stale in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
             shutil.rmtree(stale, ignore_errors=True)
         _refuse_existing(target, overwrite)
-        output = StagedDir(target)
+        output = StagedDir(target, partial)
         try:
             yield output
         finally:
             output.discard()
+
+
+def partial_of(target: Path) -> Path:
+    """A new name beside a target, for what is not published yet."""
+    return target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:12]}")
+
+
+@contextmanager
+def new_parents(target: Path) -> Iterator[None]:
+    """Make the folders above the target; those that are new and stay empty are removed on the way out."""
+    new = [parent for parent in target.parents if not parent.exists()]
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(f"{target.parent}: {error.strerror}", "choose another directory with -o") from None
+        yield
+    finally:
+        with suppress(OSError):  # it holds something
+            for parent in new:
+                parent.rmdir()
 
 
 def refuse(target: Path, *, overwrite: bool) -> None:
@@ -270,33 +288,22 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise ExportError(f"{target}: already exists", "--overwrite replaces it, once the new one is complete")
 
 
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """An exclusive lock that leaves no file behind: the holder unlinks it, a waiter checks it is still there."""
-    path = target.with_name(f".{target.name}.lock")
-    while True:
+    with ExitStack() as stack:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except OSError as error:  # a link there (ELOOP), or a directory that takes no files
-            raise ExportError(f"{path}: {error.strerror}", "choose another directory with -o") from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(file_lock.locked(_lock_of(target)))
         except BlockingIOError:
-            os.close(fd)
             raise ExportError(
                 f"{target}: another run is writing there", "wait for it, or choose another directory with -o"
             ) from None
-        try:
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass
-        os.close(fd)
-    try:
+        except OSError as error:  # a link there (ELOOP), or a directory that takes no files
+            raise ExportError(f"{_lock_of(target)}: {error.strerror}", "choose another directory with -o") from None
         yield
-    finally:
-        os.unlink(path)
-        os.close(fd)
 
 
 def _allocate(fd: int, size: int) -> None:

@@ -25,7 +25,7 @@ from lora2serve.cli.push import pull_check, push, verify
 from lora2serve.cli.serve import deploy, serve
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError, did_you_mean
-from lora2serve.system import own_process
+from lora2serve.system import interruption, own_process, scratch
 from lora2serve.system.extras import EXTRA_OF, install_hint
 
 VERBOSE = {"-v", "--verbose"}
@@ -64,6 +64,16 @@ class CommandGroup(click.Group):
 def cli(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """From a QLoRA fine-tune to a served model, with proof that what is served is what was trained."""
     ctx.obj = {"verbose": verbose, "quiet": quiet}
+    _sweep(quiet)
+
+
+def _sweep(quiet: bool) -> None:
+    """Remove what a killed command left; a word of the processes that ran on, a server, say."""
+    from lora2serve import console
+
+    processes, _ = scratch.sweep()
+    if processes:
+        console.Terminal(quiet).note(f"ended {processes} processes that a killed lora2serve had left")
 
 
 for command in (init, train, export, parity, push, verify, pull_check, serve, deploy, adapters, inspect, doctor):
@@ -76,6 +86,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if sys.stderr is None:  # closed by whoever started this, and libraries take it for a file
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     own_process.claim()
+    interruption.end_like_ctrl_c()
     gc.set_threshold(100_000, 20)  # importing torch makes a million objects that stay: not looked through every 700
     if not VERBOSE & set(words):
         # What the libraries log is not about the user's input; our messages go through Progress.
@@ -97,6 +108,7 @@ def run(args: list[str]) -> int:
         problem.show()
         return problem.exit_code
     except (KeyboardInterrupt, click.Abort):
+        scratch.forget_kept()
         console.Terminal().note("interrupted")
         return 130
     except BrokenPipeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora2serve.cli.options import (
+    Choice,
     Command,
     F,
     GroupedOption,
@@ -75,15 +77,15 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -
 @json_option
 @weights("--base", metavar="MODEL", help="The base to fold onto: a path or a Hub id (default: the one trained on).")
 @weights(
-    "--merge-base", type=click.Choice(["auto", "trained", "original"]), default="auto", show_default=True,
+    "--merge-base", type=Choice(["auto", "trained", "original"]), default="auto", show_default=True,
     help="Fold onto the quantized weights as trained on, or the full-precision ones; auto: where the loss is lower.",
 )  # fmt: skip
 @weights(
-    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Type of merged 16-bit weights (default: the base's)."
+    "--dtype", type=Choice(["bf16", "fp16", "fp32"]), help="Type of merged 16-bit weights (default: the base's)."
 )  # fmt: skip
 @weights("--adapter", "adapters", multiple=True, metavar="DIR", help="Fold these adapters onto --base, one by one.")
 @weights(
-    "--combine", type=click.Choice(["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]),
+    "--combine", type=Choice(["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]),
     help="Combine the --adapter's into one first, by PEFT's method of that name.",
 )  # fmt: skip
 @weights("--weights", metavar="W,W", callback=_numbers, help="Weights for --combine.")
@@ -111,7 +113,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -
     help="Extract a plain LoRA of this rank from what vLLM does not serve; reports the error.",
 )  # fmt: skip
 @ollama(
-    "--as", "as_kind", type=click.Choice(["model", "adapter"]),
+    "--as", "as_kind", type=Choice(["model", "adapter"]),
     help="A complete model (default), or the adapter on a base that Ollama has.",
 )  # fmt: skip
 @ollama("--from", "from_model", metavar="BASE", help="With --as adapter: the base's name there, or its GGUF.")
@@ -139,13 +141,29 @@ def _show(exports: Sequence[Export], request: ExportRequest, as_json: bool, prog
     from lora2serve.api.export_request import OLLAMA_TARGETS
 
     if as_json:
-        console.result_json([str(export.path) for export in exports])
+        console.result_json(
+            [
+                {"target": export.target, "type": export.quant, "size": export.bytes, "path": str(export.path)}
+                for export in exports
+            ]
+        )
         return
     for export in exports:
         console.result(str(export.path))
         created = request.create and export.target in OLLAMA_TARGETS  # needs no telling how to get it there
         if export.manifest.use and not created:
             progress.note(f"  {export.manifest.use}")
+        if export.target == "gguf-adapter":
+            base = shlex.quote(export.manifest.base.path or export.manifest.base.id)
+            progress.note(f"  BASE.gguf: `lora2serve export {base} --target gguf` makes it")
+    for paths in _compared(exports):
+        progress.note(f"next: `lora2serve parity {shlex.join(map(str, paths))}`")
+
+
+def _compared(exports: Sequence[Export]) -> list[list[Path]]:
+    """What one run of parity takes: all exports of a model, or one adapter of a bundle."""
+    members = [path for export in exports for path in export.members.values()]
+    return [[path] for path in members] or [[export.path for export in exports]]
 
 
 def _show_plan(plan: ExportPlan, as_json: bool, progress: Progress) -> None:

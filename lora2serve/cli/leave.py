@@ -13,15 +13,21 @@ import sys
 import threading
 from typing import NoReturn
 
+from lora2serve.system import interruption, scratch
+
 
 def leave(code: int) -> NoReturn:
     """End with this exit code: threads that work to their end are waited for, exit handlers run, output is flushed."""
-    if "torch" not in sys.modules:
-        sys.exit(code)  # nothing here takes long
+    heavy = "torch" in sys.modules
     try:
-        _finish()
+        if heavy:
+            _finish()
     except KeyboardInterrupt:
         code = 130
+    interruption.ignore()
+    scratch.remove()
+    if not heavy:
+        sys.exit(code)  # nothing here takes long
     os._exit(_flush(code))
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from lora2serve.errors import UsageError, did_you_mean
+
 if TYPE_CHECKING:
     from lora2serve.progress import Progress
 
@@ -124,6 +126,17 @@ def complete_exports(ctx: click.Context, parameter: click.Parameter, word: str) 
     """Exports of runs, and any path."""
     exports = sorted(path.parent.as_posix() for path in Path("runs").glob("*/exports/*/lora2serve.json"))
     return [*(CompletionItem(path) for path in exports if path.startswith(word)), CompletionItem(word, type="file")]
+
+
+class Choice(click.Choice[str]):
+    """One of a few words: a mistyped one is answered with the nearest."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            option = next((name for name in (param.opts if param else []) if name.startswith("--")), "")
+            near = did_you_mean(value, self.choices)
+            raise UsageError(f"{option} {value}: unknown{near}".strip(), f"known: {', '.join(self.choices)}")
+        return value
 
 
 def json_option(command: F) -> F:

@@ -10,6 +10,7 @@ import click
 from lora2serve.cli.adapters import add_adapter, remove_adapter
 from lora2serve.cli.options import (
     ENGINE_ARGUMENTS,
+    Choice,
     EngineCommand,
     dry_run_option,
     exports_argument,
@@ -63,13 +64,17 @@ class ServeCommand(EngineCommand):
 )
 @exports_argument
 @click.option(
-    "--engine", type=click.Choice(["vllm", "llama.cpp", "ollama"]),
+    "--engine", type=Choice(["vllm", "llama.cpp", "ollama"]),
     help="Default: the one that the export is for; ollama where one runs.",
 )  # fmt: skip
 @server_options
 @click.option("--allow-updates", is_flag=True, help="Let clients load and unload adapters: for trusted clients only.")
+@click.option(
+    "--trust-export", is_flag=True,
+    help="Pass the export's serve.yaml to vLLM as it is. Without it, only what `export` writes.",
+)  # fmt: skip
 @dry_run_option(help="Print the command instead of running it.")
-@click.option("--print", "printed", type=click.Choice(["command", *KINDS]), hidden=True)
+@click.option("--print", "printed", type=Choice(["command", *KINDS]), hidden=True)
 @click.option("--store", default=STORE, hidden=True)
 @click.option("--add", "added", hidden=True)
 @click.option("--remove", "removed", hidden=True)
@@ -77,7 +82,8 @@ class ServeCommand(EngineCommand):
 @click.pass_context
 def serve(
     ctx: click.Context, /, exports: tuple[Path, ...], engine: Engine | None, base: str | None, host: str,
-    port: int, tensor_parallel_size: int, pipeline_parallel_size: int, allow_updates: bool, dry_run: bool,
+    port: int, tensor_parallel_size: int, pipeline_parallel_size: int, allow_updates: bool, trust_export: bool,
+    dry_run: bool,
     printed: str | None, store: str, added: str | None, removed: str | None, url: str,
 ) -> None:  # fmt: skip
     """Start the engine that EXPORT is for (default: one of runs/latest), and stay until it ends.
@@ -93,7 +99,7 @@ def serve(
         return
     options = ServeOptions(
         engine, base, host, port, allow_updates, tensor_parallel_size, pipeline_parallel_size,
-        ctx.meta[ENGINE_ARGUMENTS],
+        ctx.meta[ENGINE_ARGUMENTS], trust_export,
     )  # fmt: skip
     if printed:
         new = "serve --dry-run" if printed == "command" else f"deploy {printed}"

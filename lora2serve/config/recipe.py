@@ -130,7 +130,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(content, override, problems)
     recipe = build(Recipe, content, problems, OTHER_NAMES)
     _check(recipe, problems)
-    _raise(path, problems)
+    _raise(path, problems, [override.partition("=")[0].strip() for override in overrides])
     home = path.resolve().parent
     model, data, parity = _absolute(recipe.model, home), _absolute(recipe.data, home), _absolute(recipe.parity, home)
     return replace(recipe, model=model, data=data, parity=parity)
@@ -146,9 +146,18 @@ def load_section(path: Path, kind: type[Section]) -> Section:
     return _absolute(section, path.resolve().parent)
 
 
-def _raise(path: Path, problems: Sequence[str]) -> None:
+def _raise(path: Path, problems: Sequence[str], overridden: Sequence[str] = ()) -> None:
+    """Every problem, with the file that it stands in, or --set where it comes from there."""
+
+    def source(problem: str) -> str:
+        if problem.startswith("--set "):
+            return ""
+        key = f"{problem.split(':', 1)[0]}."
+        from_options = any(key.startswith(f"{name}.") or f"{name}.".startswith(key) for name in overridden)
+        return "--set " if from_options else f"{path.name}: "
+
     if problems:
-        raise RecipeError("\n".join(f"{path.name}: {problem}" for problem in problems), EVERY_KEY)
+        raise RecipeError("\n".join(f"{source(problem)}{problem}" for problem in problems), EVERY_KEY)
 
 
 def _read(path: Path) -> tuple[dict[str, object], list[str]]:

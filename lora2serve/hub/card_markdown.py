@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+
+from lora2serve.console import printable
+
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .,:;()/+%=_-]*")  # no markup, no mention, no entity
 
 
 def number(value: object) -> str:
     """To four digits at most; what is no number as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+    return str(value) if isinstance(value, int) else f"{value:z.4g}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -21,6 +26,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def cell(text: object) -> str:
     """Text that stays within its cell."""
     return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def literal(text: object) -> str:
+    """One line of text in which nothing is markup: as it is where it has none, else as code."""
+    line = printable(" ".join(str(text).split()), line_ends=False)
+    if PLAIN.fullmatch(line):
+        return line
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{space}{line}{space}{fence}"
 
 
 def yaml(data: Mapping[str, object]) -> str:

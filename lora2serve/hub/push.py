@@ -78,7 +78,7 @@ def push(
     opened = [open_export(path) for path in exports]
     if not opened:
         raise UsageError("nothing to push", "export first: `lora2serve export --target ...`")
-    _refuse_unproven(opened, allow_unproven)
+    _refuse_unproven(opened, allow_unproven, dry_run, progress)
     grouped = group(opened, repo_id, single_repo)
     siblings = {name: members[0].manifest for name, members in grouped.items()}
     _warn_of_local_bases(opened, progress)
@@ -106,9 +106,13 @@ def group(exports: Sequence[Export], repo_id: str, single_repo: bool) -> dict[st
     return grouped
 
 
-def _refuse_unproven(exports: Sequence[Export], allowed: bool) -> None:
+def _refuse_unproven(exports: Sequence[Export], allowed: bool, dry_run: bool, progress: Progress) -> None:
+    """A dry run shows its card, which says so too, and what the push would be refused for."""
     problems = [f"{export.path}: {why}" for export in exports if (why := export.manifest.unproven())]
-    if problems and not allowed:
+    if dry_run and not allowed:
+        for problem in problems:
+            progress.warn(f"{problem}: the push would be refused")
+    elif problems and not allowed:
         raise ParityNotMet("\n".join(problems), "prove it (`lora2serve parity`), or push with --allow-unproven")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from lora2serve.artifacts.parity_report import (
     ReferenceName,
     TensorError,
 )
+from lora2serve.artifacts.staging import new_parents
 from lora2serve.errors import EngineError, Lora2ServeError, UsageError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.open_model import OpenOptions, open_plain
@@ -38,6 +39,7 @@ from lora2serve.parity_check.settings_check import GATES, GATES_OF_URL
 from lora2serve.parity_check.settings_gate import SettingsResult
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress, Silent
+from lora2serve.system import scratch
 
 
 def check(
@@ -51,24 +53,12 @@ def check(
         raise UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
     for comparison in comparisons:  # a threshold that does not exist is an error before the work
         thresholds.lookup(comparison.kind, origin.settings.thresholds)
-    origin.home.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".work-", dir=origin.home))
-    logs = work / "logs"
-    logs.mkdir()
-    try:
-        checked = settings_check.before_engines(origin, comparisons, logs, progress)
-        references = References(origin, work, logs, progress, ask)
-        try:
-            comparator = Comparator(origin, references, work, progress, ask, checked)
-            try:
+    with _work_folder(origin.home) as work:
+        checked = settings_check.before_engines(origin, comparisons, progress)
+        with closing(References(origin, work, progress, ask)) as references:
+            with closing(Comparator(origin, references, work, progress, ask, checked)) as comparator:
                 rows = tuple(comparator.compare(comparison) for comparison in comparisons)
-            finally:
-                comparator.close()
             question = _question(references, rows, ask)
-        finally:
-            references.close()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     for comparison, row in zip(comparisons, rows, strict=True):
         if comparison.path:
             _record(Export.open(comparison.path), row)
@@ -80,6 +70,15 @@ def check(
         question=question,
         rows=rows,
     )
+
+
+@contextmanager
+def _work_folder(home: Path) -> Iterator[Path]:
+    """Where the logits lie, on the disk of the report: they are too large for TMPDIR."""
+    work = home / f".work-{uuid4().hex[:12]}"
+    with new_parents(work), scratch.claimed(work):
+        work.mkdir()
+        yield work
 
 
 def _question(references: References, rows: Sequence[ComparisonResult], ask: str) -> Question:
@@ -113,7 +112,7 @@ class Comparator:
             self._reader.close()
 
     def _child(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
-        return EngineProcess(engine, options, self.work / "logs" / f"{log}.log", self.settings.limit)
+        return EngineProcess(engine, options, scratch.log_file(log), self.settings.limit)
 
     def first_row(self, comparison: Comparison) -> ComparisonResult:
         """The row with the gate that needs no engine, if it is an export's."""
@@ -128,7 +127,7 @@ class Comparator:
             return row
         passed = list(row.gates)
         order = GATES if comparison.path else GATES_OF_URL
-        log = f"{comparison.name}-{engine}".replace("/", "_")
+        log = f"{comparison.name}-{engine}"
         try:
             with self._child(engine, self._options(comparison), log) as child:
                 row = self._through_gates(row, comparison, child, passed)

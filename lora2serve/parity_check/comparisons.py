@@ -12,7 +12,7 @@ from lora2serve.artifacts.parity_report import ReferenceName
 from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.parity_check import thresholds
 from lora2serve.parity_check.trained_model import TrainedModel
-from lora2serve.system.http import without_credentials
+from lora2serve.system.http import check_address, without_credentials
 
 NAMES = ("transformers", "peft", "vllm", "vllm-server", "llama.cpp", "ollama", "openai")
 BY_NAME_ONLY = ("vllm-server",)  # the same arithmetic as vllm, and a server start more
@@ -52,6 +52,7 @@ def of_exports(origin: TrainedModel, exports: Sequence[Path]) -> list[Comparison
 
 def of_url(origin: TrainedModel, url: str, model: str | None) -> Comparison:
     """A deployment that runs, by its OpenAI-compatible address; the verdict is as loose as for 8-bit weights."""
+    check_address(url)
     options = {"url": url, "model": model, "tokenizer": str(origin.tokenizer)}
     reference: ReferenceName = "trained" if origin.quantization else "original"
     return Comparison(without_credentials(url), None, "url", "url", "openai", options, reference)

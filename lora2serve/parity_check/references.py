@@ -17,6 +17,7 @@ from lora2serve.parity_check.engine_process import EngineProcess
 from lora2serve.parity_check.metrics import Ints, Positions
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
+from lora2serve.system import scratch
 
 SPARE = 1.1  # of the disk that the references need
 
@@ -28,8 +29,8 @@ class References:
     where there is no adapter; ``greedy`` their answers. One model is in memory at a time, and only while it is asked.
     """
 
-    def __init__(self, origin: TrainedModel, work: Path, logs: Path, progress: Progress, ask: str = "") -> None:
-        self._origin, self._work, self._logs, self._progress, self._ask = origin, work, logs, progress, ask
+    def __init__(self, origin: TrainedModel, work: Path, progress: Progress, ask: str = "") -> None:
+        self._origin, self._work, self._progress, self._ask = origin, work, progress, ask
         self.files: dict[ReferenceName, Path] = {}
         self.versions: dict[str, ReferenceInfo] = {}
         self.base: dict[str, Positions | None] = {}
@@ -73,7 +74,7 @@ class References:
         )
 
     def _worker(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
-        return EngineProcess(engine, options, self._logs / f"{log}.log", self._origin.settings.limit)
+        return EngineProcess(engine, options, scratch.log_file(log), self._origin.settings.limit)
 
     def _options(self, name: ReferenceName) -> dict[str, object]:
         origin = self._origin

@@ -16,6 +16,7 @@ from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.settings_gate import SettingsComparator, SettingsResult
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
+from lora2serve.system import scratch
 
 GATES: tuple[GateName, ...] = ("settings", "tokens", "tensors", "behaviour")  # of an export, the cheapest first
 GATES_OF_URL: tuple[GateName, ...] = ("tokens", "behaviour")
@@ -46,7 +47,7 @@ def report(origin: TrainedModel, exports: Sequence[Path], progress: Progress) ->
 
 
 def before_engines(
-    origin: TrainedModel, comparisons: Sequence[Comparison], logs: Path, progress: Progress
+    origin: TrainedModel, comparisons: Sequence[Comparison], progress: Progress
 ) -> dict[Path, SettingsResult]:
     """Every export's verdict, in a worker: what plans a chat template loads transformers."""
     from lora2serve.parity_check.engine_process import EngineProcess
@@ -59,7 +60,7 @@ def before_engines(
     try:
         with (
             progress.track("settings", len(paths)) as advance,
-            EngineProcess("settings", options, logs / "settings.log", origin.settings.limit) as worker,
+            EngineProcess("settings", options, scratch.log_file("settings"), origin.settings.limit) as worker,
         ):
             for path in paths:
                 checked[path] = SettingsResult.from_json(worker.call("settings", export=str(path)), "settings")

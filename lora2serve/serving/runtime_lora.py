@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from uuid import uuid4
 
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.config.model_name import refuse_name
 from lora2serve.errors import EngineError, UsageError
+from lora2serve.system import scratch
 from lora2serve.system.hardware import cache_folder
 from lora2serve.system.http import HttpClient, HttpStatus
 from lora2serve.system.json_values import objects
@@ -78,10 +79,11 @@ def _copied(adapter: Path, name: str, folder: Path) -> Path:
     copy = folder / f"{name}-{version}"
     if not copy.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
-        shutil.copytree(adapter, partial, dirs_exist_ok=True)
-        partial.chmod(0o755)
-        os.rename(partial, copy)
+        partial = folder / f".{name}-{uuid4().hex[:12]}"
+        with scratch.claimed(partial):
+            shutil.copytree(adapter, partial, copy_function=shutil.copyfile)  # for whoever runs the server to read
+            partial.chmod(0o755)
+            os.rename(partial, copy)
     return copy
 
 

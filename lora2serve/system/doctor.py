@@ -8,17 +8,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from uuid import uuid4
 
 from lora2serve.errors import EngineError, Lora2ServeError
 from lora2serve.progress import Progress
-from lora2serve.system import hardware, tool_env
+from lora2serve.system import hardware, scratch, tool_env
 from lora2serve.system.extras import install_hint
 from lora2serve.system.http import without_credentials
+from lora2serve.system.worker_process import PYTHON
 
 
 @dataclass(frozen=True)
@@ -138,16 +139,21 @@ def unpack_source_package(progress: Progress) -> Path:
         raise EngineError("llama-cpp-python is not installed", install_hint("gguf"))
     tree.parent.mkdir(parents=True, exist_ok=True)
     progress.note(f"fetching the source package of llama-cpp-python {installed}")
-    with tempfile.TemporaryDirectory(dir=tree.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", f"llama-cpp-python=={installed}", "--no-deps"]
-        command += ["--no-binary", "llama-cpp-python", "--dest", temporary]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    temporary = tree.with_name(f"{tree.name}.partial-{uuid4().hex[:12]}")
+    with scratch.claimed(temporary):
+        temporary.mkdir()
+        command = [*PYTHON, "-m", "pip", "download", "--quiet", f"llama-cpp-python=={installed}", "--no-deps"]
+        command += ["--no-binary", "llama-cpp-python", "--dest", str(temporary)]
+        environment = {**os.environ, **scratch.environment()}
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, cwd=scratch.empty_folder()
+        )
         if done.returncode:
             raise EngineError(
                 f"pip download failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}",
                 "is there a network?",
             )
-        with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:
+        with tarfile.open(next(temporary.glob("*.tar.gz"))) as archive:
             archive.extractall(temporary, filter="data")
-        next(Path(temporary).glob("*/vendor/llama.cpp")).rename(tree)
+        next(temporary.glob("*/vendor/llama.cpp")).rename(tree)
     return tree

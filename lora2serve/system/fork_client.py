@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from lora2serve.system import scratch
 from lora2serve.system.fork_server import LINK, state
 from lora2serve.system.worker_protocol import Link, LinkClosed
 
@@ -30,7 +31,9 @@ SCRIPT = Path(__file__).with_name("fork_server.py")
 IMPORT_ROOT = Path(__file__).parents[2]  # the directory that holds lora2serve
 PATIENCE = 180.0  # seconds for the libraries to load on a busy machine
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")  # a process that has looked at a GPU cannot fork one that uses it
-SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}  # of every worker
+SETTINGS = {  # of every worker; PYTHONSAFEPATH is for what its libraries start
+    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1",
+}  # fmt: skip
 
 
 class ForkedProcess:
@@ -72,7 +75,7 @@ class ForkClient:
     """A connection to a fork server: our own, or the one at ``path``."""
 
     def __init__(self, path: str | None = None) -> None:
-        folder = "" if path else tempfile.mkdtemp(prefix="lora2serve-fork-")
+        folder = "" if path else tempfile.mkdtemp(prefix="fork-", dir=scratch.root())
         self.path = path or f"{folder}/socket"
         if path:
             connection = socket.socket(socket.AF_UNIX)
@@ -83,7 +86,7 @@ class ForkClient:
                 self._server = subprocess.Popen(
                     [sys.executable, "-P", str(SCRIPT), str(theirs.fileno()), self.path], stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
-                    env={**os.environ, **SETTINGS}, start_new_session=True,
+                    env={**os.environ, **SETTINGS, **scratch.environment()}, start_new_session=True,
                 )  # fmt: skip
             weakref.finalize(self, _end, self._server, connection, folder, os.getpid())
         connection.settimeout(PATIENCE)

@@ -30,8 +30,8 @@ DESCRIPTORS = 5  # stdin, stdout, stderr, the exit code's socket, a link: as man
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 LINK = "{link}"  # in a request's arguments: the number of the link's descriptor
 # what no library reads while it is loaded
-HARMLESS = ("PWD", "OLDPWD", "_", "SHLVL", "COLUMNS", "LINES", "PYTEST_", "PYTHONUNBUFFERED", "LORA2SERVE_", "OLLAMA_",
-            "OPENAI_", "VLLM_", "LLAMA_CPP_DIR", "GITHUB_", "XDG_CONFIG_HOME")  # fmt: skip
+HARMLESS = ("PWD", "OLDPWD", "_", "SHLVL", "COLUMNS", "LINES", "PYTEST_", "PYTHONUNBUFFERED", "PYTHONSAFEPATH",
+            "LORA2SERVE_", "OLLAMA_", "OPENAI_", "VLLM_", "LLAMA_CPP_DIR", "GITHUB_", "XDG_CONFIG_HOME")  # fmt: skip
 
 
 def load() -> str:

@@ -92,7 +92,7 @@ class HttpClient:
         self.patience, self._connect, self._hint = patience, connect, hint
         self._key_variable = key_variable
         key = _key(key_variable) if key_variable else ""
-        url = _checked(address)
+        url = check_address(address)
         self._secrets = [secret for secret in (key, unquote(url.password or "")) if secret]
         with _environment_errors():
             self._client = httpx2.Client(
@@ -228,9 +228,15 @@ class HttpClient:
         return " ".join(text.split())[:300] or "nothing"
 
 
-def _checked(address: str) -> SplitResult:
+def check_address(address: str) -> SplitResult:
+    """The parts of a server's address; UsageError, which shows no credentials, where it is none."""
     import httpx2
 
+    if "?" in address or "#" in address:  # it would be dropped; and many a key is put there
+        shown = without_credentials(re.split("[?#]", address, maxsplit=1)[0])
+        raise UsageError(
+            f"{shown}?...: an address with a query, expected one without", "a key goes into OPENAI_API_KEY"
+        )
     try:
         url = urlsplit(address)
         if url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0):

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeAlias
 
 from lora2serve.errors import CheckpointError, InputError
@@ -20,9 +21,7 @@ MAX_SIZE = 100_000_000  # bytes: the limit of a safetensors header, and ours for
 def read_json(path: Path, if_missing: str, error: type[InputError] = CheckpointError) -> dict[str, Any]:
     """A JSON object from a small file; one line where it is missing, too large or no object."""
     try:
-        size = path.stat().st_size
-        if size > MAX_SIZE:
-            raise error(f"{path}: {size} bytes, expected {MAX_SIZE} at most", "the file is damaged or malicious")
+        refuse_large(path, error)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path.parent}: {if_missing}") from None
@@ -31,6 +30,15 @@ def read_json(path: Path, if_missing: str, error: type[InputError] = CheckpointE
     if not isinstance(content, dict):
         raise error(f"{path}: a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def refuse_large(path: Path, error: type[InputError]) -> None:
+    """An error for what is no small file: it may be as large as a disk, or a pipe that never says anything."""
+    status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise error(f"{path}: not a file", "the directory is damaged or malicious")
+    if status.st_size > MAX_SIZE:
+        raise error(f"{path}: {status.st_size} bytes, expected {MAX_SIZE} at most", "the file is damaged or malicious")
 
 
 def inside(root: Path, name: str) -> Path:
@@ -58,6 +66,20 @@ def is_relative(name: str) -> bool:
     return "\0" not in name and not any(
         part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > LONGEST_NAME for part in name.split("/")
     )
+
+
+def file_mode() -> int:
+    """The mode of a file that is made as others are, by the umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def let_umask_decide(folder: Path) -> None:
+    """Give its files the mode of others: safetensors makes them for their owner alone, and servers run as others."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(file_mode())
 
 
 def digest(path: Path) -> dict[str, Any]:

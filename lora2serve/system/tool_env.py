@@ -6,19 +6,19 @@ is never used, and is removed by the next one.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora2serve.errors import EngineError
 from lora2serve.progress import Progress
+from lora2serve.system import file_lock, scratch
 from lora2serve.system.hardware import cache_folder, nvidia_gpus
+from lora2serve.system.worker_process import PYTHON
 
 COMPRESSOR = "llmcompressor==0.14.0.1"
 TORCH, TORCH_CPU = "torch==2.13.*", "torch==2.13.0+cpu"  # as scripts/setup.sh has them
@@ -61,27 +61,26 @@ def make(progress: Progress) -> Path:
             f"{target.parent}: {free / 1e9:.1f} GB free, the environment of llm-compressor needs {SPACE / 1e9:.0f}",
             "make room on that disk, or name another cache with XDG_CACHE_HOME",
         )
-    with _locked(target):
-        if python() is None:
-            _fill(target, progress)
+    lock = target.with_name(f"{target.name}.lock")
+    with file_lock.locked(lock, wait=True):
+        if python() is None:  # of two at once the second has nothing to do
+            with scratch.claimed(target, lock) as keep:
+                _fill(target, progress)
+                keep()
     return target
 
 
 def _fill(target: Path, progress: Progress) -> None:
-    shutil.rmtree(target, ignore_errors=True)  # what an interrupted one left
+    shutil.rmtree(target, ignore_errors=True)  # what one that lost its machine left
     progress.note(f"making the environment of llm-compressor in {target}")
-    try:
-        _run([sys.executable, "-m", "venv", str(target)], progress, "on Debian and Ubuntu: apt install python3-venv")
-        pip = [str(target / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
-        pip += ["--progress-bar", "off"]
-        _install_torch(pip, progress)
-        _run([*pip, COMPRESSOR], progress)
-        show = [str(target / "bin" / "python"), "-I", "-c", "import llmcompressor; print(llmcompressor.__version__)"]
-        version = _run(show, progress, "remove it from the cache and run it again")[-1]
-        (target / MARKER).write_text(json.dumps({"llmcompressor": version}) + "\n", encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
+    _run([*PYTHON, "-m", "venv", str(target)], progress, "on Debian and Ubuntu: apt install python3-venv")
+    pip = [str(target / "bin" / "python"), "-P", "-m", "pip", "--disable-pip-version-check", "install"]
+    pip += ["--progress-bar", "off"]
+    _install_torch(pip, progress)
+    _run([*pip, COMPRESSOR], progress)
+    show = [str(target / "bin" / "python"), "-I", "-c", "import llmcompressor; print(llmcompressor.__version__)"]
+    version = _run(show, progress, "remove it from the cache and run it again")[-1]
+    (target / MARKER).write_text(json.dumps({"llmcompressor": version}) + "\n", encoding="utf-8")
 
 
 def _install_torch(pip: Sequence[str], progress: Progress) -> None:
@@ -102,8 +101,9 @@ def _run(command: Sequence[str], progress: Progress, hint: str = "is there a net
     output: list[str] = []
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**environment, **scratch.environment()}, cwd=scratch.empty_folder(),
+    )  # fmt: skip
     assert process.stdout
     try:
         for line in process.stdout:
@@ -121,11 +121,3 @@ def _run(command: Sequence[str], progress: Progress, hint: str = "is there a net
         name = Path(command[0]).name
         raise EngineError(f"{name} {' '.join(command[1:4])}: {last[:300]}", hint)
     return output
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Of two at once the second waits, and then has nothing to do. The lock's file stays, empty."""
-    with target.with_name(f"{target.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from lora2serve.errors import EngineError
-from lora2serve.system import worker_protocol
+from lora2serve.system import scratch, worker_protocol
 from lora2serve.system.fork_client import SETTINGS, ForkedProcess, fork_worker
 from lora2serve.system.worker_protocol import Link, LinkClosed
 
@@ -54,7 +54,7 @@ class WorkerProcess:
         self.name, self.log, self.limit, self._hint = name, log, limit, hint
         ours, theirs = socket.socketpair()
         with theirs, log.open("wb") as file:
-            environment = {**os.environ, **SETTINGS}
+            environment = {**os.environ, **SETTINGS, **scratch.environment()}
             forked: ForkedProcess | None = None
             if python == PYTHON and fork != "never":
                 forked = fork_worker(worker, theirs, file, environment, start=fork == "always")
@@ -64,6 +64,7 @@ class WorkerProcess:
             )  # fmt: skip
         self._link = Link(ours)
         self._code: int | None = None
+        self._busy = False
         weakref.finalize(self, ours.close)
         with suppress(LinkClosed):  # the first call says why
             self._link.send({"options": options, "name": name})
@@ -74,8 +75,6 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self._code is None:  # such as Ctrl-C: nobody waits for what it is at
-            self._end(INTERRUPTED)
         self.close()
 
     def call(
@@ -85,16 +84,19 @@ class WorkerProcess:
         """The result of one job; ``answer`` is what the job may ask. EngineError says what failed; the worker ends."""
         try:
             self._link.socket.settimeout(self.limit)
+            self._busy = True
             self._link.send({"job": job, "arguments": arguments})
             while "result" not in (message := self._link.receive()):
                 if "question" in message:
                     assert answer is not None, f"{self.name} asks {message['question']!r}"
                     self._link.send({"answer": answer(message["question"])})
                 elif "error" in message:
+                    self._busy = False
                     self.close()
                     raise self.failed(message)
                 elif advance:
                     advance(message["advance"])
+            self._busy = False
             return message["result"]
         except TimeoutError:
             raise self._silent() from None
@@ -103,16 +105,18 @@ class WorkerProcess:
 
     def failed(self, message: Mapping[str, str]) -> EngineError:
         """What an error message means: its ``error``, ``hint`` and ``kind``."""
-        return EngineError(f"{self.name}: {message['error']}", message["hint"] or f"its log: {self.log}")
+        return EngineError(f"{self.name}: {message['error']}", message["hint"] or f"its log: {scratch.keep(self.log)}")
 
     def died(self, code: int, last_line: str) -> EngineError:
         """What it means that the worker ended by itself."""
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return EngineError(f"{self.name} died ({how}): {last_line}", f"its log: {self.log}")
+        return EngineError(f"{self.name} died ({how}): {last_line}", f"its log: {scratch.keep(self.log)}")
 
     def close(self) -> None:
         """End the worker and everything it started. Safe twice."""
-        if self._code is None:
+        if self._code is None and self._busy:  # Ctrl-C, say: nobody waits for what it is at
+            self._end(INTERRUPTED)
+        elif self._code is None:
             with suppress(LinkClosed, OSError):
                 self._link.send({"close": True})
             self._end(GRACE)

@@ -29,6 +29,7 @@ BYTES = "bytes follow"  # the key that stands in the JSON where bytes are: how m
 FEW = "bytes as latin-1"  # the same, with the bytes themselves: lists of short ones are common
 INLINE = 1024  # bytes at most
 GRACE = 5.0  # seconds that a worker has to end once its parent is gone
+INTERRUPTED = 130  # the exit code of one that was asked to end
 NOTICE = 0.3  # seconds in which a worker that does nothing sees it by itself
 
 
@@ -128,8 +129,9 @@ def load(worker: str) -> Callable[..., Any]:
     return factory
 
 
-def serve(link: Link, worker: str) -> None:
-    """Make the worker by the parent's options, then do jobs until the parent says close, or is gone."""
+def serve(link: Link, worker: str) -> int:
+    """Make the worker by the parent's options, then do jobs until the parent says close, or is gone; the exit code."""
+    code = 0
     failure: BaseException | None = None
     instance: Any = None
     ending = threading.Event()
@@ -147,8 +149,10 @@ def serve(link: Link, worker: str) -> None:
             if failure is not None:
                 raise failure
             link.send({"result": getattr(instance, request["job"])(**request["arguments"])})
-    except (LinkClosed, KeyboardInterrupt):
+    except LinkClosed:
         pass  # nobody is there to read a result
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except Exception as error:
         if error is not failure:
             traceback.print_exc()
@@ -157,6 +161,7 @@ def serve(link: Link, worker: str) -> None:
     ending.set()
     if hasattr(instance, "close"):
         instance.close()
+    return code
 
 
 def describe(error: BaseException) -> dict[str, str]:
@@ -170,13 +175,15 @@ def describe(error: BaseException) -> dict[str, str]:
 def run(descriptor: int, worker: str) -> None:
     """The whole life of a worker process. Does not return: libraries with threads of their own would hang."""
     os.set_inheritable(descriptor, False)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's background job it is ignored
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # of a shell's background job SIGINT is ignored
+        signal.signal(ending, signal.default_int_handler)
+    code = INTERRUPTED
     with suppress(KeyboardInterrupt):
-        serve(Link(socket.socket(fileno=descriptor)), worker)
+        code = serve(Link(socket.socket(fileno=descriptor)), worker)
     with suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

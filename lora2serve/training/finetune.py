@@ -24,6 +24,7 @@ from lora2serve.data.tokenizer import Tokenizer, load_tokenizer
 from lora2serve.errors import DataError
 from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
+from lora2serve.system.small_files import let_umask_decide
 from lora2serve.training import advice, eval_loss
 from lora2serve.training.eval_loss import RowLosses
 from lora2serve.training.model import (
@@ -215,6 +216,7 @@ class FineTune:
         model.peft_config["default"].revision = snapshot.commit if snapshot else None
         model.save_pretrained(str(self.run.adapter), **options)
         tokenizer.save_pretrained(str(self.run.adapter))
+        let_umask_decide(self.run.adapter)
         (self.run.adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty card: `push` writes a true one
 
     def measure(

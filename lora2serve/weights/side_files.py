@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora2serve.system import scratch
 from lora2serve.system.small_files import JsonObject, read_json
 from lora2serve.weights.chat_template import (
     EXTRA,
@@ -48,7 +49,7 @@ class SideFiles(dict[str, Path]):
 
     @cached_property
     def _folder(self) -> Path:
-        folder = tempfile.mkdtemp(prefix="lora2serve-tokenizer-")
+        folder = tempfile.mkdtemp(prefix="tokenizer-", dir=scratch.root())
         weakref.finalize(self, shutil.rmtree, folder, True)
         return Path(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -43,3 +44,10 @@ def test_figures_and_intervals() -> None:
     assert interval("retention", 0.1, 0.2) == "80.00% to 90.00%"
     assert interval("mean_kl", 0.1, 0.2) == "0.1 to 0.2"
     assert interval("mean_kl", 0.1, 0.1) == interval("mean_kl", None, None) == ""
+
+
+def test_no_negative_zero() -> None:
+    for name in METRICS:
+        assert not re.match(r"-0(\.0+)?%?$", figure(name, -0.0)), name
+        assert not re.match(r"-0(\.0+)?%$", figure(name, 1 + 1e-9)), name
+    assert figure("mean_kl", -0.5).startswith("-"), "the control"

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ def test_export_prints_directories_only(here: Path, pair: tuple[Path, Path], cap
     assert run(["export", str(adapter), "-t", "vllm", "-o", "out"]) == 1
     assert "already exists" in capfd.readouterr().err
     assert run(["export", str(adapter), "-t", "vllm", "-o", "out", "--overwrite", "--json"]) == 0
-    assert json.loads(capfd.readouterr().out) == [str(here / "out" / "vllm")]
+    (export,) = json.loads(capfd.readouterr().out)
+    size = sum(file.stat().st_size for file in (here / "out" / "vllm").iterdir() if file.name != "lora2serve.json")
+    assert export == {"target": "vllm", "type": None, "size": size, "path": str(here / "out" / "vllm")}
 
 
 def test_plan_reads_no_weight_and_writes_nothing(
@@ -251,3 +254,37 @@ def test_inspect_says_whether_vllm_serves_it(
     assert run(["export", str(adapter), "-t", "adapter", "-o", "out"]) == 0
     capfd.readouterr()
     assert multi_lora(here / "out" / "adapter") == as_it_is
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("export", "-t", "vllm", "--dtype", "bf17"), "--dtype bf17: unknown (did you mean 'bf16'?)"),
+        (("serve", "--engine", "vlm"), "--engine vlm: unknown (did you mean 'vllm'?)"),
+        (("export", "-t", "vllm", "--merge-base", "x"), "--merge-base x: unknown"),
+    ],
+)
+def test_a_mistyped_word(words: Sequence[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the words of every other error; click's own are the control."""
+    assert run(words) == 2
+    err = capfd.readouterr().err
+    assert err.splitlines()[0] == f"error: {said}" and "hint: known: " in err
+    assert run(["serve", "--port", "x"]) == 2
+    assert "Invalid value for '--port'" in capfd.readouterr().err
+
+
+def test_what_comes_after_an_export(pair: tuple[Path, Path], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Parity, of all that was made; for an adapter in GGUF also where the base's GGUF comes from."""
+    base, adapter = pair
+    words = ["export", str(adapter), "-t", "vllm", "-t", "gguf-adapter", "-o", "out"]
+    assert run(words) == 0
+    err = capfd.readouterr().err
+    assert f"next: `lora2serve parity {here}/out/vllm {here}/out/gguf-adapter`" in err
+    assert f"BASE.gguf: `lora2serve export {base} --target gguf` makes it" in err
+    for word in ("--dry-run", "--plan"):
+        assert run([*words, word]) == 1
+        assert f"{here}/out/vllm: already exists" in capfd.readouterr().err
+    assert run([*words[:-1], "other", "--dry-run", "--json"]) == 0
+    planned = json.loads(capfd.readouterr().out)["outputs"]
+    sizes = {Path(name).name: output["bytes"] for name, output in planned.items()}
+    assert sizes["gguf-adapter"] == next((here / "out" / "gguf-adapter").glob("*.gguf")).stat().st_size

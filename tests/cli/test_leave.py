@@ -111,6 +111,7 @@ def test_a_command(tmp_path: Path, code: int) -> None:
     words = [sys.executable, "-m", "lora2serve", "export", str(adapter), "-t", "vllm", "-o", "out", "--json"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
-    assert (json.loads(done.stdout) == [str(tmp_path / "out" / "vllm")]) if not code else done.stdout == ""
+    paths = [export["path"] for export in json.loads(done.stdout)] if not code else []
+    assert (paths == [str(tmp_path / "out" / "vllm")]) if not code else done.stdout == ""
     assert ("already exists" in done.stderr) == bool(code)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vllm"]

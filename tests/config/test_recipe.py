@@ -169,7 +169,7 @@ def test_what_other_libraries_call_a_key(write: Any) -> None:
         (line,) = problems(write(put(LEAST, f"{section}lora_alpha", 8)))
         assert line.endswith("did you mean 'train.lora.alpha'?)")
     assert problems(write(LEAST), "train.lora.target_modules=[q_proj]") == [
-        "r.yaml: train.lora.target_modules: unknown key (did you mean 'train.lora.targets'?)"
+        "--set train.lora.target_modules: unknown key (did you mean 'train.lora.targets'?)"
     ]
     assert problems(write(put(LEAST, "data.path", "rows.jsonl"))) == [
         "r.yaml: data.path: unknown key (did you mean 'data.train'?)"
@@ -259,11 +259,13 @@ def test_overrides(write: Any) -> None:
     assert (recipe.train.lora.rank, recipe.train.lora.targets) == (32, ("q_proj", "v_proj"))
     assert recipe.train.learning_rate == 1e-3
     assert problems(path, "train.lora.rnak=32", "novalue", "name.x=1", "train.steps=x") == [
-        "r.yaml: --set novalue: expected KEY=VALUE",
-        "r.yaml: name: {'x': 1}, expected text",
-        "r.yaml: train.lora.rnak: unknown key (did you mean 'train.lora.rank'?)",
-        "r.yaml: train.steps: 'x', expected a whole number",
+        "--set novalue: expected KEY=VALUE",
+        "--set name: {'x': 1}, expected text",
+        "--set train.lora.rnak: unknown key (did you mean 'train.lora.rank'?)",
+        "--set train.steps: 'x', expected a whole number",
     ]
+    both = problems(write({**LEAST, "train": {"batch_size": "x"}}), "train.steps=x")
+    assert [problem.split(":")[0] for problem in both] == ["--set train.steps", "r.yaml"], "each where it comes from"
     assert "name holds no keys" in problems(write({**LEAST, "name": "x"}), "name.x=1")[0]
 
 

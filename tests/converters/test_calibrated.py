@@ -82,7 +82,7 @@ def test_refused_before_the_first_byte(
     assert "--calibrate: not an option of --target adapter" in capfd.readouterr().err
     command = ["export", str(made / "red"), "-t", "vllm", "-q", "awq", "--calibrate", str(made / "data.jsonl")]
     assert run([*command, "-o", str(tmp_path / "out"), "--plan"]) == 0, "the control"
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.engine
@@ -136,7 +136,7 @@ def test_ctrl_c_ends_the_child(made: Path, tmp_path: Path, monkeypatch: pytest.M
     assert code == 130 and "interrupted" in err
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:

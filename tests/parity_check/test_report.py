@@ -226,3 +226,19 @@ def test_a_baseline_that_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(InputError, match="format 1"):
         regressions(report(row()), tmp_path / "report.json")
+
+
+def test_nothing_is_markup_in_the_summary(tmp_path: Path) -> None:
+    """Names of directories, prompts and what an engine says are from anywhere, and the file goes into a pull request."""
+    hostile = "x|y <img src=a> [l](javascript:x) @team `c` ``d``\n# head\n| a | b |\x1b[2J"
+    made = replace(report(row(hostile, 0.1, "missed")), run=hostile, regressions=(hostile,))
+    summary = (writers.write(made, tmp_path).parent / "summary.md").read_text()
+    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", summary)
+    for sign in ("<", "[l]", "@team", "javascript", "\x1b"):
+        assert sign in hostile and sign not in outside
+    lines = summary.splitlines()
+    assert [line for line in lines if line.startswith("#")] == lines[:1], "one heading"
+    tables = [line for line in lines if line.startswith("|")]
+    assert len(tables) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {9}
+    plain = (writers.write(report(row()), tmp_path / "plain").parent / "summary.md").read_text()
+    assert plain.startswith("### Parity of demo: met\n") and "`" not in plain.splitlines()[0], "the control"

@@ -32,7 +32,7 @@ def run_command(words: Sequence[str], folder: Path) -> subprocess.CompletedProce
             process = server.start(
                 "runpy:run_module", ["lora2serve", None, "__main__", True],
                 [nothing.fileno(), out.fileno(), err.fileno()], dict(os.environ),
-                argv=["", *words], folder=folder, path=folder,
+                argv=["", *words], folder=folder,
             )  # fmt: skip
             if process is not None:
                 code = _wait(process)

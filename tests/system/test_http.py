@@ -22,6 +22,7 @@ from lora2serve.system.http import (
     InvalidAnswer,
     NoResponse,
     Unreachable,
+    check_address,
     without_credentials,
 )
 from lora2serve.system.json_values import at, objects
@@ -372,3 +373,15 @@ def test_the_way_into_json() -> None:
     assert at(value, "a", 0, "b") == 1 and at(value, "a", -1, "b") == 3
     assert [at(value, *path) for path in (("x",), ("a", 5), ("a", "b"), ("c", 0), ("a", 1, "b"))] == [None] * 5
     assert objects(value["a"]) == [{"b": 1}, {"b": 3}] and objects(value) == [] and objects(None) == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://h/v1?key=SECRET", "http://u:SECRET@h/?a=b", "http://h/#SECRET", "http://u:SEC/SECRET@h", "//u:SECRET@h"],
+)
+def test_an_address_that_is_refused_shows_no_secret(address: str) -> None:
+    """A query would be dropped on the way, and many a key is put there."""
+    with pytest.raises(UsageError) as caught:
+        check_address(address)
+    assert "SECRET" not in f"{caught.value.message} {caught.value.hint}"
+    assert check_address("http://u:SECRET@h:80/v1").hostname == "h", "the control"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve.errors import EngineError
-from lora2serve.system import fork_client, worker_process, worker_protocol
+from lora2serve.system import fork_client, scratch, worker_process, worker_protocol
 from lora2serve.system.worker_process import WorkerProcess
 from tests.support.commands import light_fork_server
 
@@ -248,6 +248,7 @@ def test_threads_get_workers_of_their_own(worker: str, tmp_path: Path) -> None:
 
 def test_no_room_for_a_server(worker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_client, "_clients", [])
+    monkeypatch.setattr(scratch, "_own", [])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with WorkerProcess("some worker", worker, {}, tmp_path / "log", 60, fork="always") as process:
         assert isinstance(process._process, subprocess.Popen)

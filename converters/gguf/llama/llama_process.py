@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora2serve.errors import EngineError, ExportError
+from lora2serve.system import scratch
 from lora2serve.system.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Llama:
 
     def __init__(self) -> None:
         self.installed = find_spec("llama_cpp") is not None
-        self._folder = tempfile.TemporaryDirectory(prefix="lora2serve-llama-")
+        self._folder = scratch.temporary_folder("llama")
         self._child: WorkerProcess | None = None
 
     def __enter__(self) -> Llama:
@@ -68,6 +68,6 @@ class Llama:
         assert self._child is not None
         try:
             return self._child.call(job, **arguments)
-        except EngineError as error:  # its log goes with us: what it says is in the message
-            hint = "please report this, with the model's name; --target vllm serves it"
+        except EngineError as error:
+            hint = f"please report this, with the model's name; --target vllm serves it; {error.hint}"
             raise ExportError(error.message, hint) from None

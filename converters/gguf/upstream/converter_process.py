@@ -6,7 +6,6 @@ here. What passes: one plan, then one tensor after another, as bytes.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.gguf.upstream.converter_messages import FilePlan, Float32Values, Request
 from lora2serve.errors import EngineError, ExportError
+from lora2serve.system import scratch
 from lora2serve.system.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ConverterProcess:
 
     def __init__(self, tree: Path, request: Request, read: Callable[[str], Tensor]) -> None:
         self._architecture, self._read, self._lock = request["architecture"], read, Lock()
-        self._folder = tempfile.TemporaryDirectory(prefix="lora2serve-converter-")
+        self._folder = scratch.temporary_folder("converter")
         log = Path(self._folder.name) / "log"
         self._worker = UpstreamProcess("llama.cpp's converter", WORKER, {"tree": str(tree), "request": request}, log)
 

@@ -7,7 +7,6 @@ is computed by it, one tensor at a time.
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from converters.gguf.upstream.converter_messages import PlannedTensor, Request
 from converters.gguf.upstream.converter_process import ConverterProcess, as_tensor
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
+from lora2serve.system import scratch
 from lora2serve.weights.tensors import FLOATS, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _folder(model: ExportModel) -> Iterator[Path]:
     """The model's directory as upstream wants it, without weights. Its name and its card give metadata."""
     base = model.lineage.base.path
     card = Path(base) / "README.md" if base else None
-    with tempfile.TemporaryDirectory(prefix="lora2serve-model-") as parent:
+    with scratch.temporary_folder("model") as parent:
         folder = Path(parent) / model.name
         folder.mkdir()
         fill_tokenizer_directory(folder, model)

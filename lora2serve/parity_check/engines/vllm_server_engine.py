@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lora2serve.parity_check.engines.openai_engine import BUSY, REFUSED, OpenAI
 from lora2serve.parity_check.engines.vllm_engine import cpu_dtype, no_kernel
 from lora2serve.serving import server, server_process
 from lora2serve.serving.server import ServeOptions
+from lora2serve.system import scratch
 from lora2serve.system.http import HttpStatus
 from lora2serve.system.json_values import Json
 
@@ -37,10 +37,10 @@ class VllmServer(OpenAI):
             arguments += ["--dtype", cpu_dtype(export if merged else base)]
         options = ServeOptions("vllm", base, port=port, engine_arguments=tuple(arguments))
         command = server.plan([Path(export)], options)
-        log = Path(tempfile.gettempdir()) / f"lora2serve-parity-{os.getpid()}.log"
+        log = scratch.log_file("vllm-server")
         try:
             self.process = server_process.start(command, log)
-        except EngineError as error:  # the log stays: the error names it
+        except EngineError as error:
             raise no_kernel(error.message) or error from None
         self._log = log.open(encoding="utf-8", errors="replace")
         log.unlink()

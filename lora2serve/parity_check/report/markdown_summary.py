@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora2serve.artifacts.metric_table import OVERVIEW, head
 from lora2serve.artifacts.parity_report import ComparisonResult, ParityReport, SettingDifference
+from lora2serve.hub.card_markdown import cell, literal
 
 MARKS = {"met": "✅", "missed": "❌", "failed": "❌", "missing": "⚠️"}
 
@@ -11,14 +12,18 @@ MARKS = {"met": "✅", "missed": "❌", "failed": "❌", "missing": "⚠️"}
 def render(report: ParityReport) -> str:
     """The file's text."""
     lines = [
-        f"### Parity of {report.run}: {'met' if report.met else '**not met**'}",
+        f"### Parity of {literal(report.run)}: {'met' if report.met else '**not met**'}",
         "",
         f"| export | engine | | {' | '.join(head(name).lower().replace('kl', 'KL') for name in OVERVIEW)} | against |",
         "|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in report.rows),
         "",
-        *(f"- {line}" for line in [*(_why(row) for row in report.rows if row.gate), *report.regressions]),
-        *(f"- `{row.title}`: {setting} (allowed by `{setting.allowed}`)" for row, setting in _allowed(report)),
+        *(f"- {_why(row)}" for row in report.rows if row.gate),
+        *(f"- {literal(line)}" for line in report.regressions),
+        *(
+            f"- {literal(row.title)}: {literal(setting)} (allowed by {literal(setting.allowed)})"
+            for row, setting in _allowed(report)
+        ),
         _scored(report),
     ]
     return "\n".join(lines) + "\n"
@@ -38,12 +43,12 @@ def _scored(report: ParityReport) -> str:
 
 def _line(row: ComparisonResult) -> str:
     cells = [check.shown() if (check := row.check(name)) else "-" for name in OVERVIEW]
-    first = [row.export, row.engine or "-", f"{MARKS[row.status]} {row.status}"]
+    first = [cell(literal(row.export)), row.engine or "-", f"{MARKS[row.status]} {row.status}"]
     return f"| {' | '.join([*first, *cells, row.reference])} |"
 
 
 def _why(row: ComparisonResult) -> str:
     gate = row.gate
     assert gate is not None
-    where = f"`{row.export}` in {row.engine}" if row.engine else f"`{row.export}`"
-    return f"{where}, {gate.name}: {gate.cause or gate.status}. First: {gate.first}"
+    where = f"{literal(row.export)} in {row.engine}" if row.engine else literal(row.export)
+    return f"{where}, {gate.name}: {literal(gate.cause or gate.status)}. First: {literal(gate.first)}"

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import UsageError
 from lora2serve.exporting import bundle
-from lora2serve.serving import server
+from lora2serve.serving import serve_settings, server
 from lora2serve.serving.server import ServeOptions
 
 MODELS = "/models"  # where the files are in a container, as in the store: base/ and adapters/<name>/
@@ -131,10 +131,8 @@ def _of_base(adapter: Export, base: str | None) -> ServerSpec:
 
 
 def _of_merged(export: Export) -> ServerSpec:
-    import yaml
-
     name, file = export.manifest.name, export.path / bundle.CONFIG
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content = serve_settings.read(file) if file.is_file() else {}
     settings = {key.replace("-", "_"): value for key, value in content.items() if key != "served-model-name"}
     model = f"{MODELS}/{label(name)}"
     return ServerSpec(name, name, model, local=shown(export.path), size=_bytes(export.path), settings=settings)
