@@ -6,14 +6,16 @@ Format: https://github.com/huggingface/safetensors#format; the index is transfor
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir, StagedFile
-from lora2serve.errors import ExportError
+from lora2serve.errors import CheckpointError, ExportError
 from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.stored_tensors import StoredTensor
 from lora2serve.weights.checkpoint import INDEX, SINGLE
 from lora2serve.weights.tensors import Block, TensorSpec, all_finite, itemsize, torch_dtype
 
@@ -75,6 +77,21 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | Non
     return len(raw).to_bytes(8, "little") + raw
 
 
+def tensor_table(path: Path, data: mmap.mmap | bytes) -> list[StoredTensor]:
+    """The tensors of a file, by their offsets; ``data`` is at least its header. CheckpointError where it is none."""
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        tensors = [
+            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a valid safetensors file: {error}", "fetch or export it again") from None
+    return sorted(tensors, key=lambda tensor: tensor.start)
+
+
 def cast(block: Block, spec: TensorSpec) -> Tensor:
     """The rows in the type they are stored in; a value that this type cannot hold is an error."""
     known = block.in_dtype(spec.dtype)
@@ -104,17 +121,30 @@ class SafetensorsReader:
 
         files: list[Any] = [safe_open(path, "pt") for path in sorted(export.glob("*.safetensors"))]
         self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-        planned = {spec.name for spec in model.source.specs()}
-        self.wanted: Mapping[str, int] = {name: 1 for name in planned if name in self._files}
-        self.differences = [f"{name}: missing" for name in sorted(planned - self._files.keys())]
-        self.differences += [f"{name}: not planned" for name in sorted(self._files.keys() - planned)]
+        planned = {spec.name: spec for spec in model.source.specs()}
+        other = {name: other_kind(spec, self._files[name]) for name, spec in planned.items() if name in self._files}
+        self.wanted: Mapping[str, int] = {name: 1 for name, difference in other.items() if not difference}
+        self.differences = [f"{name}: missing" for name in sorted(planned.keys() - self._files.keys())]
+        self.differences += [f"{name}: not planned" for name in sorted(self._files.keys() - planned.keys())]
+        self.differences += [difference for difference in other.values() if difference]
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
         stored = self._files[spec.name].get_slice(spec.name)
         values = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
-        if tuple(values.shape) != tuple(block.shape):
-            raise ExportError(f"{spec.name}: shape {list(stored.get_shape())}, expected {list(spec.shape)}")
         return spec.name, block.to(values.dtype).float(), values.float()
+
+    def again(self, spec: TensorSpec, rows: slice, block: Tensor) -> Tensor | None:
+        """Nothing is quantized."""
+        return None
+
+
+def other_kind(spec: TensorSpec, file: Any) -> str:
+    """In what a plain tensor is stored otherwise than planned; nothing where it is not. ``file``: by safetensors."""
+    stored = file.get_slice(spec.name)
+    kind, shape = stored.get_dtype(), tuple(stored.get_shape())
+    if (kind, shape) == (spec.dtype, spec.shape):
+        return ""
+    return f"{spec.name}: stored as {kind} {list(shape)}, planned as {spec.dtype} {list(spec.shape)}"
 
 
 def _group(specs: Sequence[TensorSpec], shard: int) -> list[list[TensorSpec]]:

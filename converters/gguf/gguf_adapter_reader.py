@@ -70,6 +70,10 @@ class GgufAdapterReader:
         planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*sides, strict=True))
         return names, planned, stored
 
+    def again(self, spec: TensorSpec, rows: slice, block: Tensor) -> Tensor | None:
+        """Nothing is quantized."""
+        return None
+
     def _factor(self, name: str) -> Tensor:
         import torch
         from gguf.quants import dequantize

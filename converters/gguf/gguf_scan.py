@@ -9,9 +9,11 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from lora2serve.errors import CheckpointError
+from lora2serve.exporting.stored_tensors import StoredTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -62,10 +64,20 @@ def scan(path: Path) -> dict[str, str]:
         if not path.stat().st_size:
             raise CheckpointError(f"{path}: not a valid GGUF file: it is empty", "fetch or export it again")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _scan(Cursor(path, data))
+            cursor = Cursor(path, data)
+            tensors, end = _scan(cursor)
+            if tensors and end > len(data):
+                cursor.fail(f"tensor data ends at byte {end}, but the file has {len(data)}")
+            return {tensor.name: tensor.type for tensor in tensors}
 
 
-def _scan(cursor: Cursor) -> dict[str, str]:
+def tensor_table(path: Path, data: mmap.mmap | bytes) -> list[StoredTensor]:
+    """The tensors of a file, in file order; ``data`` is at least its header. CheckpointError as in ``scan``."""
+    return _scan(Cursor(path, data))[0]
+
+
+def _scan(cursor: Cursor) -> tuple[list[StoredTensor], int]:
+    """The tensors, and the byte after the last one and its padding."""
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
         cursor.fail(f"starts with {magic!r}, expected {MAGIC!r}")
@@ -127,36 +139,40 @@ def _skip(cursor: Cursor, count: int, what: str) -> None:
     cursor.position += count
 
 
-def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, str]:
-    """Names and types; the shapes and offsets must have the data in order, without holes, inside the file."""
+def _tensors(cursor: Cursor, count: int, alignment: int) -> tuple[list[StoredTensor], int]:
+    """Shapes and offsets must have the data in order, without holes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     kinds = {kind.value: kind for kind in GGMLQuantizationType}
-    types: dict[str, str] = {}
+    seen: set[str] = set()
+    found: list[tuple[str, str, tuple[int, ...], int, int]] = []
     end = 0
     for number in range(count):
         name = cursor.text(f"name of tensor {number}", MAX_NAME)
-        if name in types:
+        if name in seen:
             cursor.fail(f"tensor {name} twice")
-        dims = cursor.number("I", f"dimensions of {name}")
-        if dims > MAX_DIMS:
-            cursor.fail(f"{name}: {dims} dimensions, expected {MAX_DIMS} at most")
-        shape = [cursor.number("Q", f"shape of {name}") for _ in range(dims)]
+        seen.add(name)
+        shape = _shape(cursor, name)
         kind, offset = cursor.number("I", f"type of {name}"), cursor.number("Q", f"offset of {name}")
         if kind not in kinds:
             cursor.fail(f"{name}: type {kind} is unknown")
-        numel = 1
-        for length in shape:
-            numel *= length
-        types[name] = kinds[kind].name
+        numel = prod(shape)
         elements, size = GGML_QUANT_SIZES[kinds[kind]]
         if numel > MAX_NUMEL or (shape and shape[0] % elements):
             cursor.fail(f"{name}: shape {shape}, expected rows of a multiple of {elements}")
         if offset != end:
             cursor.fail(f"{name}: data at {offset}, expected {end}")
-        end += numel // elements * size
-        end += -end % alignment
+        stop = end + numel // elements * size
+        found.append((name, kinds[kind].name, tuple(reversed(shape)), end, stop))
+        end = stop + -stop % alignment
     start = cursor.position + -cursor.position % alignment
-    if count and start + end > len(cursor.data):
-        cursor.fail(f"tensor data ends at byte {start + end}, but the file has {len(cursor.data)}")
-    return types
+    tensors = [StoredTensor(name, kind, own, start + first, start + stop) for name, kind, own, first, stop in found]
+    return tensors, start + end
+
+
+def _shape(cursor: Cursor, name: str) -> list[int]:
+    """As it is stored: a row's length first."""
+    dims = cursor.number("I", f"dimensions of {name}")
+    if dims > MAX_DIMS:
+        cursor.fail(f"{name}: {dims} dimensions, expected {MAX_DIMS} at most")
+    return [cursor.number("Q", f"shape of {name}") for _ in range(dims)]

@@ -22,6 +22,7 @@ from converters.gguf.shards import ShardFiles, projector_stem, stem
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
+from lora2serve.system.small_files import digest
 from lora2serve.weights.tensors import Block, TensorSpec
 
 
@@ -50,6 +51,7 @@ class GgufSink:
                 f"--quant {options.quant} needs an importance matrix", "give --imatrix FILE or --calibrate DATA"
             )
         self._match_reference = options.match_reference
+        self._details = {"imatrix": _on_record(options.imatrix)} if options.imatrix else {}
         with Llama() as llama, ExitStack() as stack:  # what was opened is closed where the rest is refused
             main, *projectors = self._backends = backends.open_backends(model, options)
             for backend in self._backends:
@@ -86,8 +88,14 @@ class GgufSink:
             projector=self.projectors[0] if self.projectors else None,
             match_reference=self._match_reference,
             tokens_proven=self.tokens.compared,
+            details=self._details,
         )
 
     def close(self) -> None:
         for backend in self._backends:
             backend.close()
+
+
+def _on_record(imatrix: Path) -> dict[str, str]:
+    """Where the matrix was, and which it was: parity makes the file again with it."""
+    return {"path": str(imatrix.resolve()), "sha256": str(digest(imatrix)["sha256"])}

@@ -45,6 +45,9 @@ METRICS: Mapping[str, MetricInfo] = {
     "equal prompts": MetricInfo("Prompts equal byte for byte"),
     "equal ids": MetricInfo("Prompts with equal ids"),
     "tensors": MetricInfo("Tensors compared"),
+    "equal_tensors": MetricInfo("Tensors equal to the byte", "", True, "share"),
+    "repeated": MetricInfo("Made again to compare"),
+    "strength": MetricInfo("Strength of the adapter in the weights"),
     "tensor_nmse": MetricInfo("NMSE of the worst tensor"),
     "block_nmse": MetricInfo("NMSE of the worst 256 values"),
 }

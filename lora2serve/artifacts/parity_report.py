@@ -90,6 +90,10 @@ class TensorError(JsonRecord):
     worst: float  # NMSE of the worst 256 values
     largest: float  # largest absolute difference
     strength: float | None = None  # how much of the adapter's change is there; None where it changes nothing
+    deviation: float | None = None  # the standard error of that
+    own: float | None = None  # NMSE of what this machine's quantizer makes of the planned values; None: not quantized
+    emptied: int = 0  # runs of 256 zeros that were not planned
+    source: str = ""  # the model's name of it
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,12 @@ class Reader(Protocol):
         """
         ...
 
+    def again(self, spec: TensorSpec, rows: slice, block: Tensor) -> Tensor | None:
+        """The planned rows as this machine's quantizer stores them in the type of the stored ones, in the shape of
+        ``pair``; None where they are not quantized, or not by a rule that needs no data.
+        """
+        ...
+
 
 class Exporter(Protocol):
     """A target's class: ``Options`` is a frozen dataclass whose fields are the target's options.

@@ -25,6 +25,7 @@ from lora2serve.system.hardware import cores
 from lora2serve.weights.tensors import TensorSpec, row_blocks
 
 BYTES_IN_FLIGHT = 20  # per element of a block: as stored, before and after the fold, the delta, as written
+CPU = "cpu"  # among the versions: which kernels of torch this processor has, since they sum in other orders
 AROUND = 32 << 20  # bytes for headers, handles and what is imported late: measured
 
 
@@ -79,7 +80,7 @@ def export(
         outputs = [stack.enter_context(staging.opened(plan.out, overwrite=overwrite)) for plan in plans]
         sinks = _open_sinks(model, plans, outputs, stack)
         try:
-            _stream(model, sinks, progress, threads_for(threads))
+            feed(model, sinks, progress, threads_for(threads))
             for warning in model.source.survival.check():
                 progress.warn(warning)
             sealed = [
@@ -124,7 +125,8 @@ def _open_sinks(
     return sinks
 
 
-def _stream(model: ExportModel, sinks: Sequence[Sink], progress: Progress, threads: int) -> None:
+def feed(model: ExportModel, sinks: Sequence[Sink], progress: Progress, threads: int) -> None:
+    """Read each block once and hand it to each sink that wants it, in several threads."""
     import torch
 
     if own_process.is_ours():
@@ -200,8 +202,15 @@ def _manifest(model: ExportModel, plan: Plan, facts: ExportFacts) -> Manifest:
         use=facts.use,
         unknown=facts.details,
         survival={name: round(share, 6) for name, share in model.source.survival.shares().items()},
-        versions=versions(),
+        versions={**versions(), CPU: cpu_kernels()},
     )
+
+
+def cpu_kernels() -> str:
+    """What torch computes with on this processor, such as ``AVX2``."""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def dry_run(model: ExportModel, plans: Sequence[Plan]) -> ExportPlan:

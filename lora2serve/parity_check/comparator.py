@@ -30,13 +30,14 @@ from lora2serve.artifacts.staging import new_parents
 from lora2serve.errors import EngineError, Lora2ServeError, UsageError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.open_model import OpenOptions, open_plain
-from lora2serve.parity_check import gates, settings_check, thresholds, worker
+from lora2serve.parity_check import gates, settings_check, tensor_verdict, thresholds, worker
 from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.gates import Behavior
 from lora2serve.parity_check.references import References
 from lora2serve.parity_check.settings_check import GATES, GATES_OF_URL
 from lora2serve.parity_check.settings_gate import SettingsResult
+from lora2serve.parity_check.tensor_verdict import TensorFigures
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress, Silent
 from lora2serve.system import scratch
@@ -190,7 +191,8 @@ class Comparator:
             if self._reader is None:
                 self._reader = self._child("tensors", {"origin": self.origin.json()}, "tensors")
             try:
-                differences = self._reader.call("compare", export=str(export))
+                bounded = any("tensor_nmse" in bounds for bounds in self.settings.thresholds.values())
+                differences = self._reader.call("compare", export=str(export), measure=bounded)
             except EngineError:  # it ended with its child; the next export gets another
                 self._reader = None
                 raise
@@ -200,9 +202,9 @@ class Comparator:
     def _tensor_gate(self, differences: Any, kind: str) -> tuple[Gate, tuple[TensorError, ...]]:
         if differences is None:  # the target has no reader
             return Gate("tensors", "skipped"), ()
-        errors = [TensorError.from_json(error, "compare") for error in differences["tensors"]]
+        found = TensorFigures.from_json(differences, "compare")
         bounds = thresholds.lookup(kind, self.settings.thresholds)
-        return gates.tensors(errors, differences["missing"], bounds), tuple(errors[:WORST])
+        return tensor_verdict.tensors(found, bounds), found.tensors[:WORST]
 
     def _behavior(self, row: ComparisonResult, child: EngineProcess, passed: list[Gate]) -> ComparisonResult:
         known, scored = self.references, self.work / "scored.npz"

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.artifacts.metric_table import higher_is_better
-from lora2serve.artifacts.parity_report import Gate, Metric, TensorError
+from lora2serve.artifacts.parity_report import Gate, Metric
 from lora2serve.data.prompts import Conversation, PromptSet
 from lora2serve.parity_check.metrics import Estimate, Ints, Positions, figures, ratio
 from lora2serve.parity_check.thresholds import Thresholds
@@ -104,53 +104,6 @@ def _id_difference(conversation: Conversation, ids: Sequence[int]) -> tuple[str,
     if list(ids[1:]) == list(expected) or list(ids) == list(expected[1:]):
         return first, "tokenizer: one more or one less token at the start"
     return first, "tokenizer: not the one that was trained with"
-
-
-SHARP = 10  # the worst 256 values of a tensor may be so many times further off than the worst tensor
-
-
-def tensors(errors: Sequence[TensorError], missing: Sequence[str], bounds: Thresholds) -> Gate:
-    """The stored tensors against the planned ones; ``missing`` are names that are in one of the two only."""
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        return Gate("tensors", "missed", (), missing[0] + more, "names: not those that were planned")
-    whole = max(errors, key=lambda error: error.nmse)
-    part = max(errors, key=lambda error: error.worst)
-    limit = bounds.tensor_nmse
-    checks = (
-        Metric("tensors", len(errors)),
-        _at_most("tensor_nmse", whole.nmse, limit),
-        _at_most("block_nmse", part.worst, None if limit is None else SHARP * limit),
-    )
-    if checks[1].met is False:
-        first, cause = f"{whole.name}: NMSE {whole.nmse:.3g}", _tensor_cause(errors, whole.nmse, limit)
-        return Gate("tensors", "missed", checks, first, cause)
-    if checks[2].met is False:
-        first = f"{part.name}: 256 values with NMSE {part.worst:.3g}"
-        return Gate("tensors", "missed", checks, first, "damaged: a part of one tensor is not what was written")
-    return Gate("tensors", "met", checks)
-
-
-def _at_most(name: str, value: float, bound: float | None) -> Metric:
-    return Metric(name, value, value, value, bound, None if bound is None else value <= bound)
-
-
-def _tensor_cause(errors: Sequence[TensorError], nmse: float, limit: float | None) -> str:
-    if nmse == float("inf"):
-        return "dtype: NaN, infinity or zeros in the export's weights"
-    bad = [error for error in errors if error.nmse > (limit or 0.0)]
-    strengths = [error.strength for error in errors if error.strength is not None]
-    middle = float(np.median(strengths)) if strengths else 1.0
-    alike = bool(strengths) and float(np.quantile(np.abs(np.array(strengths) - middle), 0.9)) < 0.02
-    if alike and abs(middle) < 0.02:
-        return "adapter: not applied; the stored weights are the base's"
-    if alike and abs(middle - 1) > 0.02:
-        return f"scale: the adapter is there at {middle:.2f} of its strength (alpha, rsLoRA, folded twice)"
-    if len(bad) <= max(2, len(errors) // 8):
-        return f"one part is damaged, transposed or another layer's: {', '.join(error.name for error in bad[:3])}"
-    if nmse > 0.15 or not alike:  # ggml's two-bit types reach 0.1
-        return "wrong base or damaged weights: the stored tensors are not the planned ones"
-    return "rounding: stored more coarsely than its name says"
 
 
 @dataclass(frozen=True)

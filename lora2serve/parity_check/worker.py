@@ -117,9 +117,10 @@ class EngineWorker:
         """The settings gate's verdict."""
         return self._engine.check(Path(export)).to_json()
 
-    def compare(self, export: str) -> object:
-        """The tensor gate's figures."""
-        return self._engine.compare(Path(export), self._link.advance)
+    def compare(self, export: str, measure: bool) -> object:
+        """The tensor gate's figures; None where the target has no reader. ``measure``: even where all is equal."""
+        found = self._engine.compare(Path(export), self._link.advance, measure=measure)
+        return found.to_json() if found else None
 
     def generate(self, data: str, new_tokens: int) -> list[list[int]]:
         """Greedy answers to every prompt."""

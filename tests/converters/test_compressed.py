@@ -26,8 +26,8 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel, find
 from lora2serve.exporting.stream import Plan, export
-from lora2serve.parity_check import thresholds
-from lora2serve.parity_check.tensor_gate import TensorDifference, _parts
+from lora2serve.parity_check import tensor_gate, thresholds
+from lora2serve.parity_check.tensor_difference import TensorDifference
 from lora2serve.progress import Silent
 from lora2serve.weights import tensors
 from scripts.vllm_lora_classes import models_dir
@@ -213,7 +213,7 @@ def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[li
     merged = fold(base, adapters)
     reader = CompressedReader(path, Manifest(target="vllm", quant=quant), ExportModel(merged, {}, "tiny", str(base)))
     found = {name: TensorDifference(name) for name in reader.wanted}
-    for spec, rows in _parts(ExportModel(merged, {}, "tiny", str(base)), reader.wanted):
+    for spec, rows in tensor_gate.parts(ExportModel(merged, {}, "tiny", str(base)), reader.wanted):
         found[spec.name].add(*reader.pair(spec, rows, merged.read(spec.name, rows).values)[1:])
     return list(found.values()), list(reader.differences)
 

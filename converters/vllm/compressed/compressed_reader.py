@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters.safetensors import other_kind
+from converters.vllm.compressed.quantize import quantize
+from converters.vllm.compressed.schemes import SCHEMES, Scheme
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
@@ -44,7 +48,11 @@ class CompressedReader:
         self._quantized = {name for name, parts in self._parts.items() if self._is_quantized(parts)}
         self.differences = [f"{name}: missing" for name, parts in self._parts.items() if not parts]
         lost = {name: self._lost(name) for name in self._quantized}
+        for name, spec in planned.items():
+            if self._parts[name] and name not in self._quantized and (other := other_kind(spec, self._files[name])):
+                lost[name] = [other]
         self.differences += [part for parts in lost.values() for part in parts]
+        self._scheme = self._known_scheme(str(groups[0].get("format") or config["format"]))
         self.wanted: Mapping[str, int] = {
             name: self._together() if name in self._quantized else 1
             for name, parts in self._parts.items()
@@ -59,7 +67,6 @@ class CompressedReader:
         if spec.name not in self._quantized:
             stored = self._files[spec.name].get_slice(spec.name)
             values = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
-            _refuse_shape(spec, tuple(stored.get_shape()))
             return spec.name, block.to(values.dtype).float(), values.float()
         state = {key: self._read(key, name, rows, spec) for key, name in parts.items()}
         if "weight_shape" in state:
@@ -69,6 +76,31 @@ class CompressedReader:
         if tuple(values.shape) != tuple(block.shape):
             raise ExportError(f"{spec.name}: {list(values.shape)} of rows {rows.start} to {rows.stop}")
         return spec.name, block.float(), values
+
+    def again(self, spec: TensorSpec, rows: slice, block: Tensor) -> Tensor | None:
+        """By our own scales, the largest value of what shares one; None where the scheme has zero points."""
+        parts = self._parts[spec.name]
+        if spec.name not in self._quantized or self._scheme is None:
+            return None
+        state = {key: self._read(key, name, rows, spec) for key, name in parts.items()}
+        dtype = self._files[parts["weight_scale"]].get_slice(parts["weight_scale"]).get_dtype()
+        weight, scales = quantize(block, self._scheme, dtype, state.get("weight_global_scale"))
+        state |= {self._scheme.weight: weight, "weight_scale": scales.float() if scales.element_size() == 2 else scales}
+        if "weight_shape" in state:
+            state["weight_shape"][0] = len(block)
+        values: Tensor = self._compressor.decompress(state, self._how)["weight"][: len(block)].float()
+        return values
+
+    def _known_scheme(self, layout: str) -> Scheme | None:
+        """Ours of that format and as many bits, with the group of the file."""
+        weights = self._how.weights
+        if not weights.symmetric:
+            return None
+        alike = (s for s in SCHEMES.values() if s.format == layout and s.bits == int(weights.num_bits))
+        scheme = next((s for s in alike if (s.rows > 1) == bool(weights.block_structure)), None)
+        if scheme is None or scheme.rows > 1:
+            return scheme
+        return replace(scheme, group=int(weights.group_size) if weights.group_size else None)
 
     def _stored(self, name: str) -> dict[str, str]:
         """Local name -> stored name of everything that belongs to one planned tensor; empty where it is missing."""
