@@ -15,7 +15,7 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import CheckpointError, ExportError
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.exporting.stored_tensors import StoredTensor
+from lora2serve.exporting.stored_tensors import TensorBytes
 from lora2serve.weights.checkpoint import INDEX, SINGLE
 from lora2serve.weights.tensors import Block, TensorSpec, all_finite, itemsize, torch_dtype
 
@@ -77,13 +77,13 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | Non
     return len(raw).to_bytes(8, "little") + raw
 
 
-def tensor_table(path: Path, data: mmap.mmap | bytes) -> list[StoredTensor]:
+def tensor_table(path: Path, data: mmap.mmap | bytes) -> list[TensorBytes]:
     """The tensors of a file, by their offsets; ``data`` is at least its header. CheckpointError where it is none."""
     try:
         start = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:start])
         tensors = [
-            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+            TensorBytes(name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
             for name, entry in header.items()
             if name != "__metadata__"
         ]

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from lora2serve.errors import CheckpointError
-from lora2serve.exporting.stored_tensors import StoredTensor
+from lora2serve.exporting.stored_tensors import TensorBytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -71,12 +71,12 @@ def scan(path: Path) -> dict[str, str]:
             return {tensor.name: tensor.type for tensor in tensors}
 
 
-def tensor_table(path: Path, data: mmap.mmap | bytes) -> list[StoredTensor]:
+def tensor_table(path: Path, data: mmap.mmap | bytes) -> list[TensorBytes]:
     """The tensors of a file, in file order; ``data`` is at least its header. CheckpointError as in ``scan``."""
     return _scan(Cursor(path, data))[0]
 
 
-def _scan(cursor: Cursor) -> tuple[list[StoredTensor], int]:
+def _scan(cursor: Cursor) -> tuple[list[TensorBytes], int]:
     """The tensors, and the byte after the last one and its padding."""
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
@@ -139,7 +139,7 @@ def _skip(cursor: Cursor, count: int, what: str) -> None:
     cursor.position += count
 
 
-def _tensors(cursor: Cursor, count: int, alignment: int) -> tuple[list[StoredTensor], int]:
+def _tensors(cursor: Cursor, count: int, alignment: int) -> tuple[list[TensorBytes], int]:
     """Shapes and offsets must have the data in order, without holes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -166,7 +166,7 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> tuple[list[StoredTen
         found.append((name, kinds[kind].name, tuple(reversed(shape)), end, stop))
         end = stop + -stop % alignment
     start = cursor.position + -cursor.position % alignment
-    tensors = [StoredTensor(name, kind, own, start + first, start + stop) for name, kind, own, first, stop in found]
+    tensors = [TensorBytes(name, kind, own, start + first, start + stop) for name, kind, own, first, stop in found]
     return tensors, start + end
 
 

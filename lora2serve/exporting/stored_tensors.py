@@ -18,7 +18,7 @@ HEADER_READERS = {
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class TensorBytes:
     """One tensor: its type as the format names it, its shape (the last axis is a row's length), its bytes."""
 
     name: str
@@ -43,10 +43,10 @@ class StoredTensor:
         return byte * rows // self.nbytes if self.nbytes else 0
 
 
-HeaderReader: TypeAlias = Callable[[Path, mmap.mmap | bytes], Sequence[StoredTensor]]
+HeaderReader: TypeAlias = Callable[[Path, mmap.mmap | bytes], Sequence[TensorBytes]]
 
 
-def read_header(path: Path, data: mmap.mmap | bytes) -> Sequence[StoredTensor]:
+def read_header(path: Path, data: mmap.mmap | bytes) -> Sequence[TensorBytes]:
     """The tensors of a file, in the order of their bytes; ``data`` is the file, or as much of it as is the header.
 
     CheckpointError where the header is none of this format.
@@ -55,7 +55,7 @@ def read_header(path: Path, data: mmap.mmap | bytes) -> Sequence[StoredTensor]:
     return reader(path, data)
 
 
-def read_tensors(path: Path) -> Sequence[StoredTensor]:
+def read_tensors(path: Path) -> Sequence[TensorBytes]:
     """Those of a file on the disk; CheckpointError where it is damaged."""
     with path.open("rb") as file:
         if not path.stat().st_size:

@@ -22,7 +22,7 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import DryRunDir, StagedDir, StagedFile
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.exporting.stored_tensors import HEADER_READERS, StoredTensor, read_header, read_tensors
+from lora2serve.exporting.stored_tensors import HEADER_READERS, TensorBytes, read_header, read_tensors
 from lora2serve.progress import Advance, Silent, Unit
 
 
@@ -79,9 +79,9 @@ class StoredFiles:
 
     def __init__(self, export: Path) -> None:
         self._handles: dict[Path, int] = {}
-        self.tensors: dict[str, tuple[StoredTensor, int]] = {}
+        self.tensors: dict[str, tuple[TensorBytes, int]] = {}
         self.twice: list[str] = []
-        self._planned: dict[str, StoredTensor] = {}
+        self._planned: dict[str, TensorBytes] = {}
         self._seen: dict[str, int] = {}  # bytes compared
         self._found = ExactComparison()
         self._lock = Lock()
@@ -92,7 +92,7 @@ class StoredFiles:
                     self.twice.append(tensor.name)
                 self.tensors[tensor.name] = (tensor, handle)
 
-    def plan(self, tensors: Sequence[StoredTensor]) -> None:
+    def plan(self, tensors: Sequence[TensorBytes]) -> None:
         """Take a planned header."""
         for planned in tensors:
             self._planned[planned.name] = planned
@@ -101,7 +101,7 @@ class StoredFiles:
                 self._found.kinds.append(f"{planned.name}: stored as {found[0].kind}, planned as {planned.kind}")
                 self._found.coarser |= found[0].nbytes < planned.nbytes
 
-    def compare(self, planned: StoredTensor, at: int, data: memoryview) -> None:
+    def compare(self, planned: TensorBytes, at: int, data: memoryview) -> None:
         """Planned bytes of one tensor, from byte ``at`` of its data on; beyond its end it is padding."""
         found = self.tensors.get(planned.name)
         with self._lock:
@@ -133,7 +133,7 @@ class StoredFiles:
         while self._handles:
             os.close(self._handles.popitem()[1])
 
-    def _record(self, planned: StoredTensor, byte: int, differing: int) -> None:
+    def _record(self, planned: TensorBytes, byte: int, differing: int) -> None:
         row = planned.row_of(min(byte, planned.nbytes - 1))
         with self._lock:
             known = self._found.different.get(planned.name)
@@ -168,7 +168,7 @@ class ComparedFile(StagedFile):
     def __init__(self, path: Path, size: int, stored: StoredFiles) -> None:
         self.path, self.size, self._fd = path, size, -1
         self._stored = stored
-        self._tensors: Sequence[StoredTensor] = ()
+        self._tensors: Sequence[TensorBytes] = ()
         self._starts: list[int] = []
 
     def pwrite(self, data: memoryview | bytes, offset: int) -> None:

@@ -108,9 +108,9 @@ def _bounded(found: TensorFigures, bounds: Thresholds, counts: tuple[Metric, ...
         part = f", 256 values with {whole.worst:.3g}" if whole.worst > whole.nmse else ""
         cause = _cause([error.name for error in bad], errors, whole.nmse)
         return Gate("tensors", "missed", checks, f"{whole.name}: NMSE {whole.nmse:.3g}{part}", cause)
-    wrong = [strength for strength in strengths if strength.wrong]
-    if wrong:
-        return Gate("tensors", "missed", checks, str(wrong[0]), wrong[0].cause)
+    worst = max(strengths, key=lambda strength: strength.certain, default=None)  # one module, or all of them
+    if worst and worst.wrong:
+        return Gate("tensors", "missed", checks, str(worst), worst.cause)
     if any(check.met is False for check in checks):
         return Gate("tensors", "missed", checks, *_too_coarse(errors))
     return Gate("tensors", "met", checks, cause=f"not compared to the byte: {found.reason}")
@@ -139,7 +139,12 @@ class Strength:
     @property
     def wrong(self) -> bool:
         """Whether it cannot be as planned."""
-        return abs(self.value - 1) > max(CERTAIN * self.deviation, SURE)
+        return self.certain > 0 and abs(self.value - 1) > SURE
+
+    @property
+    def certain(self) -> float:
+        """How far it is from 1 at least."""
+        return abs(self.value - 1) - CERTAIN * self.deviation
 
     @property
     def cause(self) -> str:
