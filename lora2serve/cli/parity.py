@@ -142,12 +142,12 @@ def _show_settings(report: ParityReport) -> None:
     """Every setting that is not the planned one, once for each export."""
     from lora2serve import console
 
-    different = {(row.export, setting): None for row in report.rows for setting in row.settings}
+    different = {(row.export, setting.path): setting for row in report.rows for setting in row.settings}
     rows = [
-        [export, setting.path, setting.planned, setting.actual, "yes" if setting.allowed else "no"]
-        for export, setting in different
+        [export, path, setting.planned, setting.actual, "yes" if setting.allowed else "no"]
+        for (export, path), setting in different.items()
     ]
-    styles = {number: "red" for number, (_, setting) in enumerate(different) if not setting.allowed}
+    styles = {number: "red" for number, setting in enumerate(different.values()) if not setting.allowed}
     if rows:
         console.table("", ["export", "setting", "planned", "there", "allowed"], rows, styles)
     for line in dict.fromkeys(

@@ -176,5 +176,5 @@ def _verdict(differences: Sequence[SettingDifference], compared: int) -> Gate:
     if not red:
         return Gate("settings", "met", checks)
     more = f" and {len(red) - 1} more" if len(red) > 1 else ""
-    cause = f"settings: {red[0].path} is not as planned{more}"
+    cause = f"{red[0].path} is not as planned{more}"
     return Gate("settings", "missed", checks, str(red[0]), cause)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +14,10 @@ from typing import Any
 import pytest
 
 from lora2serve.artifacts.manifest import Manifest
+from lora2serve.cli import run as command
 from lora2serve.exporting import settings_plan
 from lora2serve.exporting.settings_plan import PlannedSettings
-from lora2serve.parity_check.settings_gate import SettingsResult, judge
+from lora2serve.parity_check.settings_gate import MOST_OF_FILE, SettingsResult, judge
 from lora2serve.parity_check.trained_model import of_parts, open_model
 from tests.support.runs import make_chat_model
 from tests.support.settings import (
@@ -26,6 +30,7 @@ from tests.support.settings import (
     in_manifest,
     keys,
     rewritten,
+    signed_again,
     text,
 )
 from tests.support.tiny import make_adapter
@@ -208,3 +213,108 @@ def test_a_damage_is_red_and_named(exports: Exports, name: str, tmp_path: Path) 
     (named, *_) = [each for each in result.differences if setting in each.path]
     assert named.planned != named.actual
     assert str(result.differences[0]) == result.gate.first
+
+
+def test_what_was_set_on_purpose(exports: Exports, tmp_path: Path) -> None:
+    """By file and key, by file, by key; everything else stays red, and what is allowed is still shown."""
+    damage = both(keys("generation_config.json", temperature=1.0, top_p=0.5), text("serve.yaml", "128", "64"))
+    export = damaged(exports.paths["vllm"], tmp_path / "export", damage)
+    result = exports.check(export, "generation_config.json:temperature", "serve.yaml", "top_?")
+    assert result.gate.status == "met"
+    assert {d.path: d.allowed for d in result.differences} == {
+        "generation_config.json:temperature": "generation_config.json:temperature",
+        "generation_config.json:top_p": "top_?",
+        "serve.yaml:max-model-len": "serve.yaml",
+    }
+    result = exports.check(export, "generation_config.json:*")
+    assert (result.gate.status, result.gate.first) == ("missed", "serve.yaml: max-model-len is 64, planned 128")
+    assert exports.check(export, "temperature").gate.cause == (
+        "generation_config.json:top_p is not as planned and 1 more"
+    )
+
+
+def test_only_the_way_it_is_written(exports: Exports, tmp_path: Path) -> None:
+    """Spaces, the order of keys and of added tokens, a comment: nothing that is served differs."""
+
+    def rewrite(export: Path) -> None:
+        for name in ("config.json", "tokenizer.json", "generation_config.json"):
+            content = json.loads((export / name).read_text(encoding="utf-8"))
+            content = dict(reversed(content.items()))
+            if "added_tokens" in content:
+                content["added_tokens"].reverse()
+            rewritten(export / name, json.dumps(content))
+        rewritten(export / "serve.yaml", "# a word\n" + (export / "serve.yaml").read_text())
+
+    result = exports.check(damaged(exports.paths["vllm"], tmp_path / "export", rewrite))
+    assert (result.gate.status, result.differences) == ("met", ())
+
+
+def test_the_manifests_checksums(exports: Exports, tmp_path: Path) -> None:
+    """A file that changed since the export is named, weights too; one whose settings differ is named by these alone."""
+    export = tmp_path / "export"
+    shutil.copytree(exports.paths["vllm"], export)
+    weights = bytearray((export / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (export / "model.safetensors").write_bytes(weights)
+    keys("config.json", rms_norm_eps=0.1)(export)
+    paths = {d.path: d.actual for d in exports.check(export).differences}
+    assert paths == {
+        "config.json:rms_norm_eps": "0.1",
+        "model.safetensors": "content changed since the export (sha256 differs)",
+    }
+
+
+def test_a_long_list_is_cut(exports: Exports, tmp_path: Path) -> None:
+    export = damaged(exports.paths["gguf"], tmp_path / "export", gguf({"tokenizer.ggml.tokens": lambda t: t[::-1]}))
+    differences = exports.check(export).differences
+    assert len(differences) == MOST_OF_FILE + 1
+    assert differences[-1].actual.endswith("more differ")
+
+
+def test_links_and_card(exports: Exports, tmp_path: Path) -> None:
+    """A link in a file's place is red; a card beside it is not."""
+    export = damaged(exports.paths["vllm"], tmp_path / "export", lambda e: rewritten(e / "README.md", "# mine"))
+    assert exports.check(export).gate.status == "met"
+    (export / "config.json").rename(tmp_path / "config.json")
+    (export / "config.json").symlink_to(tmp_path / "config.json")
+    assert [d.path for d in exports.check(export).differences] == ["config.json"]
+
+
+@pytest.fixture
+def place(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the adapter's merged export in it."""
+    monkeypatch.chdir(tmp_path)
+    return damaged(exports.paths["vllm"], tmp_path / "exports" / "vllm", lambda export: None)
+
+
+def test_the_command(exports: Exports, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Exit codes, the table, and the report in a folder of its own; no torch is loaded for it."""
+    words = ["parity", str(exports.adapter), str(place), "--base", str(exports.base), "--gate", "settings"]
+    words += ["--report", "report"]
+    assert command(words) == 0
+    assert capfd.readouterr().out == "report/report.html\n"
+    signed_again(place)
+    keys("generation_config.json", temperature=1.9)(place)
+    assert command(words) == 3
+    err = capfd.readouterr().err
+    assert "vllm: settings: generation_config.json:temperature is not as planned" in err
+    assert "generation_config.json: temperature is 1.9, planned 0.6" in err
+    for name in ("report.html", "report.xml", "report.json"):
+        assert "generation_config.json" in (place.parents[1] / "report" / name).read_text()
+    assert command([*words, "--allow", "temperature", "--allow", "tempreature"]) == 0
+    assert "allow tempreature: no setting that differs is named so" in capfd.readouterr().err
+    assert "(allowed by `temperature`)" in (place.parents[1] / "report" / "summary.md").read_text()
+    assert command([*words, "--engine", "vllm"]) == 2
+    assert "--gate settings with --engine" in capfd.readouterr().err
+
+
+def test_it_loads_no_torch(exports: Exports, place: Path) -> None:
+    """What makes it fast: the libraries of training are not loaded for a merged export."""
+    program = (
+        "import sys; from lora2serve.cli import run; "
+        f"code = run(['parity', {str(exports.adapter)!r}, {str(place)!r}, '--base', {str(exports.base)!r}, "
+        "'--gate', 'settings', '--report', 'report']); "
+        "print(code, [name for name in ('torch', 'transformers', 'peft', 'vllm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
