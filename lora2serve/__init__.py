@@ -10,6 +10,7 @@ from importlib import import_module
 TYPE_CHECKING = False  # not from typing: `python -m lora2serve` would take one in the current folder (see __main__.py)
 if TYPE_CHECKING:
     from lora2serve.api.check_parity import ParityResult, parity
+    from lora2serve.api.data_preview import preview_data
     from lora2serve.api.export_model import export, plan_export
     from lora2serve.api.export_request import ExportRequest
     from lora2serve.api.inspect_path import inspect
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult", "Progress", "Run", "RunningServer", "Verified",
-    "deploy", "export", "init", "inspect", "parity", "plan_export", "push", "serve", "train", "verify",
+    "deploy", "export", "init", "inspect", "parity", "plan_export", "preview_data", "push", "serve", "train", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.check_parity": ("ParityResult", "parity"),
+    "api.data_preview": ("preview_data",),
     "api.export_model": ("export", "plan_export"),
     "api.export_request": ("ExportRequest",),
     "api.inspect_path": ("inspect",),

@@ -23,6 +23,8 @@ UNPRINTABLE = re.compile(
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
+OPEN, CLOSE = "\u27e6", "\u27e7"  # around what is marked, where there is no color
+
 
 def result(text: str) -> None:
     """One line of result, for a program or a pipe to read."""
@@ -33,6 +35,33 @@ def result_json(value: Any) -> None:
     """A result as JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
     result(UNPRINTABLE.sub(lambda match: json.dumps(match[0])[1:-1], text))
+
+
+def result_line(value: object) -> None:
+    """A result as JSON in one line, of which there may be many."""
+    print(json.dumps(value, ensure_ascii=True), flush=False)
+
+
+def heading(text: str) -> None:
+    """A line of result above others; it stands out in a terminal."""
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(f"[bold]{_escape(text)}", highlight=False)
+
+
+def marked(parts: Sequence[tuple[str, bool]]) -> None:
+    """A text, some parts of which are marked: in color in a terminal, between brackets elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        result("".join(f"{OPEN}{text}{CLOSE}" if mark else text for text, mark in parts))
+        return
+    shown = Text()
+    for text, mark in parts:
+        shown.append(printable(text), style="bold green" if mark else "dim")
+    console.print(shown)
 
 
 def printable(text: str, line_ends: bool = True) -> str:

@@ -67,11 +67,11 @@ def run_of_export(export: Path) -> runs.Run | None:
     return runs.Run(home) if runs.is_run(home) else None
 
 
-def fetch(name: str | Path, progress: Progress, *, pickle: bool = False) -> Path:
+def fetch(name: str | Path, progress: Progress, *, pickle: bool = False, weights: bool = True) -> Path:
     """A local directory for a path or a Hub id."""
     from lora2serve.hub import fetch as pull
 
-    return pull(str(name), pickle=pickle, progress=progress).path
+    return pull(str(name), pickle=pickle, weights=weights, progress=progress).path
 
 
 def base_of_run(base: BaseRecord, requested: str | Path | None, progress: Progress) -> tuple[Path, str]:

@@ -49,7 +49,7 @@ def train(
     if name is not None:
         refuse_run_name(name, "--name")
     run = _unfinished(recipe) if resume else None
-    chosen = recipes.load(run.recipe if run else recipes.find(str(recipe) if recipe else None), _settings(overrides))
+    chosen = recipes.load(run.recipe if run else recipes.find(str(recipe) if recipe else None), settings(overrides))
     progress.note(f"training {name or chosen.name}: loading the libraries")
     return _train(chosen, name or chosen.name, run, progress)
 
@@ -65,28 +65,29 @@ def _train(recipe: Recipe, name: str, resumed: runs.Run | None, progress: Progre
     if resumed and resumed.record.base.id:
         base, _ = base_of_run(resumed.record.base, None, progress)  # at its first commit, wherever the branch is now
     else:
-        base = _fetch_base(recipe.model, progress)
+        base = fetch_base(recipe.model, progress)
     run = resumed or runs.create(name)
     with runs.kept_once_started(run), _hint_to_resume(run, progress):
         fine_tune(recipe, run, sets, base=base, resume=resumed is not None, progress=progress)
     return run
 
 
-def _settings(overrides: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
+def settings(overrides: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
     """As ``KEY=VALUE`` with the value in YAML, of which JSON is a part."""
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return overrides
 
 
-def _fetch_base(model: ModelRecipe, progress: Progress) -> Path:
+def fetch_base(model: ModelRecipe, progress: Progress, *, weights: bool = True) -> Path:
+    """The directory of the base; without ``weights`` those are not fetched from the Hub."""
     if not model.revision:
-        return fetch(model.path, progress)
+        return fetch(model.path, progress, weights=weights)
     if Path(model.path).exists():
         raise UsageError(
             f"model.revision: {model.revision}, but {model.path} is a directory", "leave it out, or name a Hub id"
         )
-    return fetch(f"{model.path}@{model.revision}", progress)
+    return fetch(f"{model.path}@{model.revision}", progress, weights=weights)
 
 
 def _unfinished(name: str | Path | None) -> runs.Run:

@@ -16,6 +16,7 @@ import click
 
 from lora2serve import __version__
 from lora2serve.cli.adapters import adapters
+from lora2serve.cli.data import data
 from lora2serve.cli.doctor import doctor
 from lora2serve.cli.export import export
 from lora2serve.cli.inspect import inspect
@@ -76,7 +77,7 @@ def _sweep(quiet: bool) -> None:
         console.Terminal(quiet).note(f"ended {processes} processes that a killed lora2serve had left")
 
 
-for command in (init, train, export, parity, push, verify, pull_check, serve, deploy, adapters, inspect, doctor):
+for command in (init, data, train, export, parity, push, verify, pull_check, serve, deploy, adapters, inspect, doctor):
     cli.add_command(command)
 
 

@@ -12,6 +12,7 @@ end_tokens.py    what ends an answer
 text_encoder.py  text to token ids, once for all beginnings of a conversation
 rendering.py     how a row is written for the model: the samples of a row, and which tokens are learned
 tokenization.py  every row of a data set as the samples that are trained
+preview.py       what training would be given, for a person to look at
 prompts.py       what a comparison asks
 calibration.py   the token ids that a calibrated export is measured on
 """

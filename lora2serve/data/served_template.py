@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property
+from pathlib import Path
 from typing import cast
 
-from lora2serve.data.end_tokens import EndTokens, end_tokens, find_answer_end
+from lora2serve.data.end_tokens import EndTokens, end_tokens, find_answer_end, stop_ids
 from lora2serve.data.rows import ChatRow, Message
-from lora2serve.data.tokenizer import Tokenizer
+from lora2serve.data.tokenizer import Tokenizer, load_tokenizer
 from lora2serve.errors import DataError
 
 NO_TEMPLATE = "rows of messages, but the tokenizer has no chat template"
@@ -91,6 +92,11 @@ class ChatTemplate:
             **{**self.tokenizer.special_tokens_map, **arguments},
         )
         return cast("Sequence[str]", rendered)[0]
+
+
+def base_template(base: Path, day: date | None = None) -> ChatTemplate:
+    """That of a base model's directory, which may be without weights."""
+    return ChatTemplate(load_tokenizer(base), tuple(stop_ids(base)), day)
 
 
 def served_tool(tool: Mapping[str, object]) -> Mapping[str, object]:

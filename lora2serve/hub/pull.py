@@ -27,12 +27,13 @@ class FetchedDir:
 
 
 def fetch(
-    name: str, revision: str | None = None, *, pickle: bool = False, progress: Progress | None = None
-) -> FetchedDir:
+    name: str, revision: str | None = None, *, pickle: bool = False, weights: bool = True,
+    progress: Progress | None = None,
+) -> FetchedDir:  # fmt: skip
     """The directory that ``name`` means: a local path, or ``org/name[@revision]`` of the Hub or its cache.
 
-    ``pickle`` also brings an ``adapter_model.bin``. Raises InputError for a path that is not there, HubError
-    for whatever keeps the Hub from giving it.
+    ``pickle`` also brings an ``adapter_model.bin``; without ``weights`` only the small files come. Raises InputError
+    for a path that is not there, HubError for whatever keeps the Hub from giving it.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -41,7 +42,7 @@ def fetch(
     repo_id, at_revision = _split(name)
     revision = revision or at_revision
     try:
-        return _download(repo_id, revision, pickle, progress or Silent())
+        return _download(repo_id, revision, _wanted(pickle, weights), progress or Silent())
     except HubError as error:
         raise HubError(_also_not_local(name, error.message), error.hint) from None
 
@@ -75,10 +76,18 @@ def _split(name: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def _download(repo_id: str, revision: str | None, pickle: bool, progress: Progress) -> FetchedDir:
-    from huggingface_hub import snapshot_download
+def _wanted(pickle: bool, weights: bool) -> list[str]:
+    chosen = WANTED + (PICKLE if pickle else [])
+    return chosen if weights else [pattern for pattern in chosen if "safetensors" not in pattern]
 
-    wanted = WANTED + (PICKLE if pickle else [])
+
+def _wanted(pickle: bool, weights: bool) -> list[str]:
+    chosen = WANTED + (PICKLE if pickle else [])
+    return chosen if weights else [pattern for pattern in chosen if "safetensors" not in pattern]
+
+
+def _download(repo_id: str, revision: str | None, wanted: list[str], progress: Progress) -> FetchedDir:
+    from huggingface_hub import snapshot_download
 
     def download() -> str:
         return str(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))

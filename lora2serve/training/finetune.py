@@ -17,6 +17,7 @@ from lora2serve.config import lora_inits
 from lora2serve.config.recipe import Recipe, dump
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.end_tokens import stop_ids
+from lora2serve.data.preview import first_lines
 from lora2serve.data.rows import CompletionRow
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import Sample, tokenize_all
@@ -151,6 +152,8 @@ class FineTune:
         samples = [sample for sample in samples if sample.learned]
         if not samples:
             raise DataError(f"{train_rows.path}: no row has a token to learn from", "raise data.max_length")
+        for line in first_lines(train_rows, samples, template):
+            self.progress.note(line)
         scored = [sample for sample in held_out if sample.learned]
         if eval_rows and not scored:
             raise DataError(f"{eval_rows.path}: no held-out row has a token to score", "raise data.max_length")

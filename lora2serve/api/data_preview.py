@@ -1,0 +1,44 @@
+"""``lora2serve.preview_data``: what training would be given, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora2serve.api.train_run import fetch_base, settings
+from lora2serve.config import recipe as recipes
+from lora2serve.console import default_progress
+from lora2serve.progress import Progress
+
+if TYPE_CHECKING:
+    from lora2serve.data.preview import DataPreview
+
+
+def preview_data(
+    recipe: str | Path | None = None, *, overrides: Mapping[str, object] | Sequence[str] = (),
+    report: str | Path | None = None, progress: Progress | None = None,
+) -> DataPreview:  # fmt: skip
+    """Every sample that ``train`` would be given, with the same ids and labels, and what the rows have that one should
+    know: what is cut, dropped, repeated or held out, too.
+
+    recipe, overrides: as for ``train``. Of a base on the Hub, all but its weights is fetched.
+    report: an HTML file to write.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
+
+    Raises RecipeError, DataError, TrainError and HubError as ``train`` does.
+    """
+    from lora2serve.data import data_sets
+    from lora2serve.data.preview import preview
+    from lora2serve.data.preview_page import render_preview
+    from lora2serve.data.served_template import base_template
+    from lora2serve.hub import pin_data
+
+    progress = progress or default_progress()
+    chosen = recipes.load(recipes.find(str(recipe) if recipe else None), settings(overrides))
+    sets = data_sets.load(chosen.data, pin_data)
+    template = base_template(fetch_base(chosen.model, progress, weights=False))
+    found = preview(sets, template, chosen.data, progress)
+    if report is not None:
+        Path(report).write_text(render_preview(found), encoding="utf-8")
+    return found
