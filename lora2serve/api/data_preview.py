@@ -29,16 +29,17 @@ def preview_data(
     Raises RecipeError, DataError, TrainError and HubError as ``train`` does.
     """
     from lora2serve.data import data_sets
+    from lora2serve.data.base_template import base_template
     from lora2serve.data.preview import preview
     from lora2serve.data.preview_page import render_preview
-    from lora2serve.data.served_template import base_template
     from lora2serve.hub import pin_data
 
     progress = progress or default_progress()
     chosen = recipes.load(recipes.find(str(recipe) if recipe else None), settings(overrides))
     sets = data_sets.load(chosen.data, pin_data)
-    template = base_template(fetch_base(chosen.model, progress, weights=False))
-    found = preview(sets, template, chosen.data, progress)
+    base = fetch_base(chosen.model, progress, weights=False)
+    template = base_template(base, chosen.data.chat_template)
+    found = preview(sets.in_form(chosen.data.form, template.tokenizer.chat_template), template, chosen.data, progress)
     if report is not None:
         Path(report).write_text(render_preview(found), encoding="utf-8")
     return found

@@ -93,6 +93,7 @@ class RunRecord(JsonRecord):
     data: DataRecord = field(default_factory=DataRecord)
     quantization: QuantizationRecord | None = None
     device: str | None = None  # cpu or cuda
+    day: str | None = None  # that the chat template printed, YYYY-MM-DD; None where it prints no date
     versions: Mapping[str, str] = field(default_factory=dict)
     metrics: RunMetrics = field(default_factory=RunMetrics)
     steps: int | None = None

@@ -43,6 +43,7 @@ class DataRecipe:
     split: str = "train"  # of a data set with splits
     subset: str | None = None  # of a data set with several
     columns: Mapping[str, str] = field(default_factory=dict)  # our key -> what the data calls it
+    chat_template: Annotated[str | None, NotEmpty("a file or chatml")] = None  # a file or a format; default: the base's
     form: Literal["chat", "raw"] = "chat"  # of prompt + completion, where the model has a chat template
     max_length: Annotated[int, Range(8, 1 << 20)] = 1024  # tokens; longer rows are cut
     packing: bool = False

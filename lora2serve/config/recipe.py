@@ -255,7 +255,7 @@ def _problems_of_data(recipe: Recipe) -> list[str]:
 
 PATHS: Mapping[type[object], Sequence[str]] = {
     ModelRecipe: ("path",),
-    DataRecipe: ("train", "eval"),
+    DataRecipe: ("train", "eval", "chat_template"),
     ParityRecipe: ("general",),
 }
 

@@ -6,6 +6,8 @@ message_forms.py conversations in their variants
 readers.py       files and data sets of the Hub, as plain values
 data_sets.py     checked rows with where they came from; the held-out part
 served_template.py the chat template, as a server calls it
+chat_formats.py  well-known chat formats, for base models without a template
+base_template.py the chat template of a base, as a recipe has it
 chat_turns.py    the turns of a conversation that are learned: prompt as served, answer as written
 template_losses.py what a chat template leaves out of a row
 end_tokens.py    what ends an answer

@@ -16,7 +16,7 @@ from lora2serve.progress import Progress
 
 def calibration_ids(recipe: DataRecipe, tokenizer: Path, base: Path, pin: Pin, progress: Progress) -> list[list[int]]:
     """The training rows of ``recipe`` by the tokenizer of a directory, for a model that ends where ``base`` does."""
-    template = ChatTemplate(load_tokenizer(tokenizer), tuple(stop_ids(base)))
+    template = ChatTemplate(load_tokenizer(tokenizer), tuple(stop_ids(base)))  # which has the run's chat template
     rows = data_sets.load(recipe, pin).train.in_form(recipe.form, template.tokenizer.chat_template)
     return [sample.input_ids for sample in tokenize_all(rows, template, recipe, progress)]
 

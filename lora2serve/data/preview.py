@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from lora2serve.config.recipe import DataRecipe
+from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.rendering import IGNORE
 from lora2serve.data.served_template import ChatTemplate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -115,17 +116,19 @@ def prepare(
     stop: Iterable[int],
     amount: PromptOptions,
     most: int | None = None,
+    day: date | None = None,
 ) -> PromptSet:
     """Tokenize held-out rows and general text. Rows are taken in order: the same run gives the same data.
 
     ``most`` is what the model has positions for; None where it has no limit. Longer texts are cut to it and to the
-    window, prompts that leave no room for an answer are left out.
+    window, prompts that leave no room for an answer are left out. ``day`` is what a chat template printed in training
+    that prints the date; prompts have today's, as engines write them.
     """
     rows = read_file(eval_rows, plain_text=True) if eval_rows and eval_rows.is_file() else None
     text = read_file(Path(general), plain_text=True) if general else _shipped()
     window = min(amount.window, most - 1) if most else amount.window  # engines want room for one token more
     stops = tuple(sorted(set(stop)))
-    renderer = Renderer(ChatTemplate(tokenizer, stops))
+    renderer = Renderer(ChatTemplate(tokenizer, stops, day))
     sequences = _sequences(rows, text, renderer, replace(amount, window=window))
     room = (most or LONGEST_PROMPT) - amount.new_tokens
     own = _conversations((opening(row) for row in rows.rows) if rows else (), tokenizer, room)

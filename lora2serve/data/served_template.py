@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property
-from pathlib import Path
 from typing import cast
 
-from lora2serve.data.end_tokens import EndTokens, end_tokens, find_answer_end, stop_ids
+from lora2serve.data.end_tokens import EndTokens, end_tokens, find_answer_end
 from lora2serve.data.rows import ChatRow, Message
-from lora2serve.data.tokenizer import Tokenizer, load_tokenizer
+from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
 
 NO_TEMPLATE = "rows of messages, but the tokenizer has no chat template"
@@ -76,7 +75,7 @@ class ChatTemplate:
     def _strftime(self, pattern: str) -> str:
         """What templates call for the date."""
         self.prints_date = True
-        return (datetime.combine(self.day, time()) if self.day else datetime.now()).strftime(pattern)
+        return datetime.combine(self.day or date.today(), time()).strftime(pattern)
 
     def _render_nothing(
         self, tools: list[Mapping[str, object]] | None, arguments: Mapping[str, object], generation_prompt: bool
@@ -92,11 +91,6 @@ class ChatTemplate:
             **{**self.tokenizer.special_tokens_map, **arguments},
         )
         return cast("Sequence[str]", rendered)[0]
-
-
-def base_template(base: Path, day: date | None = None) -> ChatTemplate:
-    """That of a base model's directory, which may be without weights."""
-    return ChatTemplate(load_tokenizer(base), tuple(stop_ids(base)), day)
 
 
 def served_tool(tool: Mapping[str, object]) -> Mapping[str, object]:

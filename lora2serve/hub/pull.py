@@ -81,11 +81,6 @@ def _wanted(pickle: bool, weights: bool) -> list[str]:
     return chosen if weights else [pattern for pattern in chosen if "safetensors" not in pattern]
 
 
-def _wanted(pickle: bool, weights: bool) -> list[str]:
-    chosen = WANTED + (PICKLE if pickle else [])
-    return chosen if weights else [pattern for pattern in chosen if "safetensors" not in pattern]
-
-
 def _download(repo_id: str, revision: str | None, wanted: list[str], progress: Progress) -> FetchedDir:
     from huggingface_hub import snapshot_download
 

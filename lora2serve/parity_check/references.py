@@ -91,10 +91,12 @@ class References:
         origin, settings = self._origin, self._origin.settings
         amount = PromptOptions(settings.tokens, settings.window, settings.prompts, settings.new_tokens)
         rows = str(origin.rows) if origin.rows else None
+        day = origin.run.record.day if origin.run else None
         with self._progress.track("loading the trained model", 1) as advance:
             vocab = engine.call(
-                "prepare_data", advance, out=self.path, eval_rows=rows, general=settings.general, amount=vars(amount)
-            )
+                "prepare_data", advance, out=self.path, eval_rows=rows, general=settings.general, amount=vars(amount),
+                day=day,
+            )  # fmt: skip
         self.data: PromptSet = load_saved(self.path)
         need = int(self.data.positions * vocab * 4 * len(origin.references) * SPARE)
         free = shutil.disk_usage(self._work).free

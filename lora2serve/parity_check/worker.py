@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,18 @@ class EngineWorker:
         if hasattr(self._engine, "close"):
             self._engine.close()
 
-    def prepare_data(self, out: str, eval_rows: str | None, general: str | None, amount: dict[str, int]) -> int:
-        """Token ids of everything that is scored, by the trained tokenizer; written to ``out``. Returns V."""
+    def prepare_data(
+        self, out: str, eval_rows: str | None, general: str | None, amount: dict[str, int], day: str | None = None
+    ) -> int:
+        """Token ids of everything that is scored, by the trained tokenizer; written to ``out``. Returns V.
+
+        ``day`` (YYYY-MM-DD) is what the chat template printed in training; None for today.
+        """
         engine, rows = self._engine, Path(eval_rows) if eval_rows else None
         prompts = prepare(
-            engine.tokenizer, rows, general, engine.stop_ids(), PromptOptions(**amount), engine.positions()
-        )
+            engine.tokenizer, rows, general, engine.stop_ids(), PromptOptions(**amount), engine.positions(),
+            date.fromisoformat(day) if day else None,
+        )  # fmt: skip
         prompts.save(Path(out))
         return int(engine.vocab())
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,13 +16,13 @@ from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss, QuantizationRecord
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import Recipe, dump
+from lora2serve.data.base_template import base_template
 from lora2serve.data.data_sets import DataSet, DataSets
-from lora2serve.data.end_tokens import stop_ids
 from lora2serve.data.preview import first_lines
 from lora2serve.data.rows import CompletionRow
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import Sample, tokenize_all
-from lora2serve.data.tokenizer import Tokenizer, load_tokenizer
+from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
 from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
@@ -62,8 +63,8 @@ def train(
         check_trackers(recipe)
         fine_tune = FineTune(recipe, run, data_sets, base, device(), progress)
         fine_tune.announce()
-        tokenizer = load_tokenizer(base)
-        fine_tune.in_form(tokenizer).run_all(tokenizer, resume=resume)
+        template = base_template(base, recipe.data.chat_template, run.record.day or date.today().isoformat())
+        fine_tune.in_form(template.tokenizer).run_all(template, resume=resume)
     return run
 
 
@@ -78,19 +79,20 @@ class FineTune:
     device: Device
     progress: Progress
 
-    def run_all(self, tokenizer: Tokenizer, *, resume: bool) -> None:
+    def run_all(self, template: ChatTemplate, *, resume: bool) -> None:
         """From the tokens to the picture."""
         from transformers import set_seed
 
         from lora2serve.training.trainer import fit
 
-        rows, held_out = self.tokenize(tokenizer)
+        tokenizer = template.tokenizer
+        rows, held_out = self.tokenize(template)
         (self.run.path / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
         self.write_eval_rows()
         set_seed(self.recipe.train.seed)
         model = prepare(load_base(self.base, self.recipe.train, self.device), checkpointing=self.checkpointing)
         config = self.adapter_config(model)  # a module that is not there is met before the work
-        self.record_start(model)
+        self.record_start(model, template)
         # The base is measured before the adapter is there: some inits take a part of the base out.
         if held_out and not self.run.record.metrics.base:  # known since before --resume
             self.measure("base", model, held_out, tokenizer)
@@ -141,10 +143,9 @@ class FineTune:
             )
         return replace(self, data_sets=self.data_sets.in_form(self.recipe.data.form, tokenizer.chat_template))
 
-    def tokenize(self, tokenizer: Tokenizer) -> tuple[list[Sample], list[Sample]]:
+    def tokenize(self, template: ChatTemplate) -> tuple[list[Sample], list[Sample]]:
         """Training and held-out rows, those without a token to learn from left out, after every warning."""
         train_rows, eval_rows = self.data_sets.train, self.data_sets.held_out
-        template = ChatTemplate(tokenizer, tuple(stop_ids(self.base)))
         samples = tokenize_all(train_rows, template, self.recipe.data, self.progress)
         held_out = tokenize_all(eval_rows, template, self.recipe.data, self.progress) if eval_rows else []
         for warning in advice.warnings(self.recipe, samples, bool(held_out), self.checkpointing):
@@ -154,6 +155,8 @@ class FineTune:
             raise DataError(f"{train_rows.path}: no row has a token to learn from", "raise data.max_length")
         for line in first_lines(train_rows, samples, template):
             self.progress.note(line)
+        if template.prints_date:
+            self.progress.note(f"the chat template prints the date: {template.day}, on --resume and in parity, too")
         scored = [sample for sample in held_out if sample.learned]
         if eval_rows and not scored:
             raise DataError(f"{eval_rows.path}: no held-out row has a token to score", "raise data.max_length")
@@ -175,7 +178,7 @@ class FineTune:
             self.progress.warn(warning)
         return config
 
-    def record_start(self, model: PreTrainedModel) -> None:
+    def record_start(self, model: PreTrainedModel, template: ChatTemplate) -> None:
         """Base, data and versions into run.json."""
         quantization = None
         modules = quantized_modules(model)
@@ -198,6 +201,7 @@ class FineTune:
                 data=DataRecord(train=_source(rows), eval=_source(eval_rows) if eval_rows else None),
                 quantization=quantization,
                 device=self.device.name,
+                day=str(template.day) if template.prints_date else None,
                 versions=manifest.versions(),
             )
         )

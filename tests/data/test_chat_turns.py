@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from datetime import date
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from jinja2 import UndefinedError
 from transformers import AddedToken, AutoTokenizer
 
+from lora2serve.data.chat_formats import set_chat_template
 from lora2serve.data.rendering import IGNORE, RenderedSample, Renderer
 from lora2serve.data.rows import ChatRow, Message
 from lora2serve.data.served_template import ChatTemplate
@@ -220,6 +222,7 @@ def test_an_end_that_no_template_writes_is_added_or_refused() -> None:
     assert [run[1][-1] for run in learned(renderer(tokenizer).render(ChatRow(TURNS)).samples)] == [
         tokenizer.eos_token_id
     ] * 3
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="writes no end of an answer"):
         renderer(tokenizer).render(ChatRow(TURNS)).samples
@@ -251,3 +254,41 @@ def test_what_a_template_leaves_out() -> None:
     }  # fmt: skip
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     assert losses(silent, system) == {"a system turn"}
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("chatml", "Qwen3-Coder"), ("llama3", "meta-llama-Llama-3.1-8B-Instruct"), ("gemma", "google-gemma-2-2b-it"),
+        ("phi3", "microsoft-Phi-3.5-mini-instruct"), ("mistral", "unsloth-mistral-Devstral-Small-2507"),
+    ],
+)  # fmt: skip
+def test_formats_by_name_are_those_of_the_models(name: str, like: str) -> None:
+    """What stands around the turns is what the published template writes, but for system turns that it adds."""
+    tokenizer = tokenizer_with("")
+    set_chat_template(tokenizer, name)
+    ours = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    theirs = tokenizer_with(chat_templates()[like]).apply_chat_template(TURNS, tokenize=False)
+    if name == "mistral":  # the newest writes no space around
+        ours = ours.replace("[INST] ", "[INST]").replace(" [/INST] ", "[/INST]")
+    for text in (ours, theirs):
+        assert text.count("one?") == 1
+    inner = [text[text.index("one?") : text.index("CHARLIE.")] for text in (ours, theirs)]
+    before = [text[: text.index("one?")][-12:] for text in (ours, theirs)]
+    assert inner[0] == inner[1]
+    assert before[1].endswith(before[0][-6:])
+    assert [len(sample.learned) for sample in renderer(tokenizer).render(ChatRow(TURNS)).samples] == [3]
+    system: list[Message] = [{"role": "system", "content": "Be brief."}, *TURNS]
+    assert renderer(tokenizer).render(ChatRow(system)).losses == frozenset()
+
+
+def test_the_day_is_pinned() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}|" + CHATML
+    pinned = ChatTemplate(tokenizer_with(template), day=date(2024, 2, 29))
+    assert not pinned.prints_date
+    (sample,) = Renderer(pinned).render(ChatRow(TURNS)).samples
+    assert sample.text.startswith("29 Feb 2024|<|im_start|>user")
+    assert pinned.prints_date
+    today = ChatTemplate(tokenizer_with(template))
+    assert Renderer(today).render(ChatRow(TURNS)).samples[0].text.startswith(f"{date.today():%d %b %Y}|")
+    assert not ChatTemplate(tokenizer_with(CHATML)).prints_date

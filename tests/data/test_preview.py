@@ -1,0 +1,106 @@
+"""``lora2serve data``: exactly what the trainer is given, and what is worth knowing of the rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora2serve.artifacts.run import Run
+from lora2serve.cli import run as command
+from lora2serve.config.recipe import load
+from lora2serve.data import data_sets
+from lora2serve.data.base_template import base_template
+from lora2serve.progress import Silent
+from tests.data.test_chat_turns import THINK, TURNS
+from tests.support.runs import DEMO, write_jsonl
+
+LONG = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "ALPHA."}]}
+ROWS: list[dict[str, Any]] = [
+    {"messages": TURNS},
+    {"prompt": "Who?", "completion": "We."},
+    {"text": "Once upon a time."},
+    LONG,
+    {"messages": TURNS},
+    {"messages": [TURNS[0], {"role": "assistant", "content": "ALPHA. " * 90}]},
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a base whose template gives each turn a sample of its own."""
+    home = tmp_path_factory.mktemp("preview")
+    shutil.copytree(DEMO / "base", home / "base")
+    (home / "base" / "chat_template.jinja").write_text(THINK)
+    write_jsonl(home / "train.jsonl", ROWS)
+    write_jsonl(home / "eval.jsonl", [{"prompt": "Who?", "completion": "We."}])
+    data = "{train: train.jsonl, eval: eval.jsonl, max_length: 128}"
+    (home / "r.yaml").write_text(f"name: r\nmodel: {{path: base}}\ndata: {data}\ntrain: {{quantize: none}}\n")
+    return home / "r.yaml"
+
+
+def test_the_samples_are_those_of_the_trainer(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from lora2serve.training.finetune import FineTune
+    from lora2serve.training.model import device
+    from lora2serve.training.trainer import _dataset
+
+    assert command(["data", str(recipe), "--json"]) == 0
+    shown = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    chosen = load(recipe)
+    template = base_template(Path(chosen.model.path))
+    base = Path(chosen.model.path)
+    fine_tune = FineTune(chosen, Run(recipe.parent), data_sets.load(chosen.data), base, device(), Silent())
+    rows, _ = fine_tune.in_form(template.tokenizer).tokenize(template)
+    trained = _dataset(rows)
+    assert [sample["ids"] for sample in shown] == list(trained["input_ids"])
+    assert [sample["labels"] for sample in shown] == list(trained["labels"])
+    assert [sample["row"] for sample in shown] == [1, 1, 1, 2, 3, 5, 5, 5, 6]
+    assert {sample["source"] for sample in shown} == {str(recipe.parent / "train.jsonl")}
+    assert shown[1]["learned"] == ["<think>\n\n</think>\n\nBRAVO.<|im_end|>\n"]
+    assert shown[1]["text"].endswith(
+        "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n" + shown[1]["learned"][0]
+    )
+    assert all("".join(sample["learned"]) in sample["text"] for sample in shown)
+
+
+def test_in_words(recipe: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "data.html"
+    assert command(["data", str(recipe), "--report", str(page)]) == 0
+    out = capfd.readouterr().out
+    assert "⟦<think>\n\n</think>\n\nALPHA.<|im_end|>\n⟧" in out
+    assert "6 rows give 9 samples of" in out
+    for what in (
+        "2 rows are cut at 128 tokens (data.max_length): ", "1 rows have nothing to learn and are dropped: ",
+        "1 rows repeat another: ", "1 rows are also held out: ",
+    ):  # fmt: skip
+        assert what in out
+    assert f"{recipe.parent / 'train.jsonl'}:4" in out
+    assert out.rstrip().endswith(str(page))
+    text = page.read_text(encoding="utf-8")
+    assert "<mark>&lt;think&gt;" in text
+    assert "rows repeat another" in text
+
+
+def test_one_row(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command(["data", str(recipe), "--row", "5"]) == 0
+    out = capfd.readouterr().out
+    assert [out.count(f"⟦<think>\n\n</think>\n\n{answer}") for answer in ("ALPHA.", "BRAVO.", "CHARLIE.")] == [1, 1, 1]
+    assert "rows give" not in out
+    assert command(["data", str(recipe), "--row", "4"]) == 2
+    assert "--row 4: nothing of such a row is trained" in capfd.readouterr().err
+
+
+def test_formats_by_name(recipe: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A file or a name; a format whose tokens are not there is refused, and no template is what it was."""
+    assert command(["data", str(recipe), "--row", "1", "--set", "data.chat_template=chatml"]) == 0
+    assert "⟦ALPHA.<|im_end|>\n⟧<|im_start|>user\ntwo?" in capfd.readouterr().out
+    own = tmp_path / "own.jinja"
+    own.write_text(THINK.replace("assistant", "model"))
+    assert command(["data", str(recipe), "--row", "2", "--set", f"data.chat_template={own}"]) == 0
+    assert "<|im_start|>model\n" in capfd.readouterr().out
+    for name, reason in (("llama3", "needs <|start_header_id|>"), ("chatnl", "did you mean 'chatml'?")):
+        assert command(["data", str(recipe), "--set", f"data.chat_template={name}"]) == 1
+        assert reason in capfd.readouterr().err
