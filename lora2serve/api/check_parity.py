@@ -73,7 +73,7 @@ def parity(
     progress = progress or default_progress()
     needs_engine = {"engine": engines, "require": require, "url": url, "ask": ask, "data": data, "baseline": baseline}
     _refuse_unasked(gate, needs_engine)
-    trained, paths = _find(model, several(exports, "exports"), base, progress)
+    trained, paths = _find(model, several(exports, "exports"), base, progress, foreign=gate is not None)
     settings = _settings(trained.settings, thresholds or {}, words(engines, "engines"), words(require, "require"))
     settings = replace(settings, allow=(*settings.allow, *words(allow, "allow")))
     trained = replace(trained, settings=settings, rows=Path(data) if data else trained.rows)
@@ -122,9 +122,9 @@ def _refuse_unasked(gate: str | None, options: Mapping[str, object]) -> None:
 
 
 def _find(
-    model: Named | None, exports: Sequence[Named], base: Named | None, progress: Progress
+    model: Named | None, exports: Sequence[Named], base: Named | None, progress: Progress, *, foreign: bool = False
 ) -> tuple[TrainedModel, list[Path]]:
-    """The trained model and its exports, from what the user named of the two."""
+    """The trained model and its exports, from what the user named of the two; ``foreign``: also of other tools."""
     if model is None:
         model = exports[0] if exports else runs.latest().path
         exports = exports[1:]
@@ -134,9 +134,15 @@ def _find(
         trained = _of_run(run, base, progress) if run else _of_manifest(paths, base, progress)
     else:
         trained = _of_model(str(model), base, progress)
-        paths = [find_export(export) for export in exports] or _default_exports(trained)
+        paths = [_find_any(export) if foreign else find_export(export) for export in exports]
+        paths = paths or _default_exports(trained)
     trained_model.refuse_others(trained, paths)
     return trained, paths
+
+
+def _find_any(name: Named) -> Path:
+    """A directory, whoever made it."""
+    return Path(name) if Path(name).is_dir() else find_export(name)
 
 
 def _default_exports(trained: TrainedModel) -> list[Path]:

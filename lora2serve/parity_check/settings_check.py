@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora2serve.artifacts import manifest
-from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.parity_report import ComparisonResult, Gate, GateName, ParityReport, SettingDifference
 from lora2serve.errors import EngineError, UsageError
-from lora2serve.parity_check import thresholds
+from lora2serve.parity_check import foreign_export, thresholds
 from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.settings_gate import SettingsComparator, SettingsResult
 from lora2serve.parity_check.trained_model import TrainedModel
@@ -28,13 +27,13 @@ def report(origin: TrainedModel, exports: Sequence[Path], progress: Progress) ->
         raise UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
     rows = []
     comparator = SettingsComparator(origin.json(), origin.settings.allow)
-    for export in map(Export.open, exports):
-        started = time.monotonic()
-        checked = comparator.check(export.path)
+    for path in exports:
+        started, record = time.monotonic(), foreign_export.manifest_of(path, origin.name)
+        checked = comparator.check(path)
         row = ComparisonResult(
-            export=export.path.name,
-            target=export.target,
-            kind=thresholds.kind_of(export.manifest),
+            export=path.name,
+            target=record.target,
+            kind=thresholds.kind_of(record),
             gates=(checked.gate,),
             settings=checked.differences,
             not_compared=checked.not_compared,

@@ -20,6 +20,7 @@ from lora2serve.errors import Lora2ServeError
 from lora2serve.exporting import settings_plan
 from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
+from lora2serve.parity_check import foreign_export
 from lora2serve.parity_check.setting_differences import (
     ABSENT,
     compare_files,
@@ -51,9 +52,9 @@ class SettingsComparator:
         self._origin, self._allow = origin, allow
 
     def check(self, export: Path) -> SettingsResult:
-        """One export's; it is never an error, but for a manifest that is none."""
-        manifest = Manifest.read(export)
+        """One export's, also one that another tool made; it is never an error."""
         try:
+            manifest = foreign_export.manifest_of(export, self._origin.get("name", ""))
             model = open_model(self._origin, manifest)
         except Lora2ServeError as error:
             return SettingsResult(Gate("settings", "failed", (), error.message, error.hint))
@@ -77,16 +78,26 @@ def check(export: Path, manifest: Manifest, model: ExportModel, allow: Sequence[
 
 def judge(export: Path, manifest: Manifest, planned: PlannedSettings, allow: Sequence[str] = ()) -> SettingsResult:
     """The same, against that plan."""
-    found = [*_compare(export, manifest, planned)]
+    if (export / MANIFEST).is_file():
+        found, notes = _with_manifest(export, manifest, planned)
+    else:
+        found, notes = foreign_export.compare(export, planned)
+    judged = tuple(_judged(difference, allow) for difference in _shortened(found))
+    return SettingsResult(_verdict(judged, _count(planned)), judged, tuple(notes))
+
+
+def _with_manifest(
+    export: Path, manifest: Manifest, planned: PlannedSettings
+) -> tuple[list[SettingDifference], list[str]]:
+    """Every difference, and where there is one of which nothing was planned, in words."""
+    different = list(_compare(export, manifest, planned))
+    found = [difference for difference in different if not _matches(difference, planned.unplanned)]
     found += _checksums(export, manifest, {difference.file for difference in found})
-    kept = [difference for difference in found if not _matches(difference, planned.unplanned)]
-    judged = tuple(_judged(difference, allow) for difference in _shortened(kept))
     reasons: dict[str, list[str]] = {}
     for pattern, why in planned.unplanned.items():
-        if any(fnmatchcase(difference.path, pattern) for difference in found):
+        if any(fnmatchcase(difference.path, pattern) for difference in different):
             reasons.setdefault(why, []).append(pattern)
-    notes = tuple(f"{', '.join(patterns)}: {why}" for why, patterns in reasons.items())
-    return SettingsResult(_verdict(judged, _count(planned)), judged, notes)
+    return found, [f"{', '.join(patterns)}: {why}" for why, patterns in reasons.items()]
 
 
 def _compare(export: Path, manifest: Manifest, planned: PlannedSettings) -> Iterator[SettingDifference]:

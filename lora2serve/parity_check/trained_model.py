@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.artifacts.lineage import BaseRecord
+from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.parity_report import ReferenceName
 from lora2serve.artifacts.run import Run, is_run
@@ -52,6 +53,7 @@ class TrainedModel:
             "base": str(self.base),
             "adapters": [str(path) for path in self.adapters],
             "run": str(self.run.path) if self.run else None,
+            "name": self.name,
         }
 
 
@@ -108,6 +110,8 @@ def parts_of(exports: Sequence[Path]) -> tuple[BaseRecord, tuple[Path, ...]]:
 def refuse_others(origin: TrainedModel, exports: Sequence[Path]) -> None:
     """InputError for an export whose adapter is not the one at hand: its manifest has the adapter's sha256."""
     for export in exports:
+        if not (export / MANIFEST).is_file():  # another tool's; only its settings can be compared
+            continue
         recorded = [adapter.sha256 for adapter in Manifest.read(export).adapters]
         if len(recorded) != len(origin.adapters):
             raise InputError(

@@ -303,7 +303,7 @@ def test_the_command(exports: Exports, place: Path, capfd: pytest.CaptureFixture
         assert "generation_config.json" in (place.parents[1] / "report" / name).read_text()
     assert command([*words, "--allow", "temperature", "--allow", "tempreature"]) == 0
     assert "allow tempreature: no setting that differs is named so" in capfd.readouterr().err
-    assert "(allowed by `temperature`)" in (place.parents[1] / "report" / "summary.md").read_text()
+    assert "(allowed by temperature)" in (place.parents[1] / "report" / "summary.md").read_text()
     assert command([*words, "--engine", "vllm"]) == 2
     assert "--gate settings with --engine" in capfd.readouterr().err
 
