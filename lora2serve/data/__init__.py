@@ -3,7 +3,8 @@
 rows.py          what a row is
 row_forms.py     the forms that rows come in, and why a value is none
 message_forms.py conversations in their variants
-readers.py       files and data sets of the Hub, as plain values
+text_readers.py  JSON, CSV and plain text, as values with their lines
+readers.py       files of every container and data sets of the Hub, as plain values
 data_sets.py     checked rows with where they came from; the held-out part
 served_template.py the chat template, as a server calls it
 chat_formats.py  well-known chat formats, for base models without a template
@@ -13,6 +14,10 @@ template_losses.py what a chat template leaves out of a row
 end_tokens.py    what ends an answer
 text_encoder.py  text to token ids, once for all beginnings of a conversation
 rendering.py     how a row is written for the model: the samples of a row, and which tokens are learned
+samples.py       what is trained, and how it is sent between processes
+sample_rendering.py rows to samples, in this process
+sample_workers.py the same in several processes
+sample_cache.py  samples that took a while, kept for the next run
 tokenization.py  every row of a data set as the samples that are trained
 preview.py       what training would be given, for a person to look at
 prompts.py       what a comparison asks

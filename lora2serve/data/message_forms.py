@@ -7,6 +7,7 @@ or an object is expected, a text is read as JSON, because that is how it stands 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -69,7 +70,10 @@ def _without_nulls(key: str, value: object, depth: int = 0) -> object:
     if isinstance(value, dict):
         texts = {str(name): item for name, item in value.items() if item is not None}
         return {name: _without_nulls(key, item, depth + 1) for name, item in texts.items()}
-    return [_without_nulls(key, item, depth + 1) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_without_nulls(key, item, depth + 1) for item in value]
+    is_json = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_json or value is None else str(value)  # Arrow knows times, too
 
 
 def _renamed(turn: object, names: Mapping[str, str]) -> object:

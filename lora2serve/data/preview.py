@@ -11,8 +11,9 @@ from itertools import groupby
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.rendering import IGNORE
+from lora2serve.data.samples import Sample
 from lora2serve.data.served_template import ChatTemplate
-from lora2serve.data.tokenization import Sample, tokenize_all
+from lora2serve.data.tokenization import tokenize_all
 from lora2serve.progress import Progress
 
 LISTED_ROWS = 5  # of each finding; the others are counted

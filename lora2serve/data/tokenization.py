@@ -1,53 +1,66 @@
-"""Data sets in token ids, with a label for each: what the trainer is given."""
+"""Data sets in token ids, with a label for each: what the trainer is given.
+
+Most sets take a second or two, here. What takes longer is done in several processes, and kept for the next run.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 
 from lora2serve.config.data_recipe import DataRecipe
+from lora2serve.data import sample_cache
 from lora2serve.data.data_sets import DataSet
-from lora2serve.data.rendering import IGNORE, RenderedSample, Renderer
+from lora2serve.data.rendering import Renderer
+from lora2serve.data.rows import Row
+from lora2serve.data.sample_rendering import render_rows
+from lora2serve.data.sample_workers import in_processes
+from lora2serve.data.samples import Sample, SampleBatch
 from lora2serve.data.served_template import ChatTemplate
-from lora2serve.errors import DataError
+from lora2serve.errors import DataError, EngineError
 from lora2serve.progress import Progress
+from lora2serve.system.hardware import cores
 
-
-@dataclass(frozen=True)
-class Sample:
-    """What is trained at once, in token ids; ``labels`` has ``IGNORE`` where no loss is taken."""
-
-    input_ids: list[int]
-    labels: list[int]
-    cut: bool  # whether it was longer than max_length
-    row: int = 0  # index of its row in the data set; a conversation may give several samples
-
-    @property
-    def learned(self) -> bool:
-        """Whether a loss is taken on any token: the first one has nothing before it to be predicted from."""
-        return any(label != IGNORE for label in self.labels[1:])
+ALONE = 2.0  # seconds in which most sets are done, before anything else is tried
+WORTH_A_PROCESS = 5.0  # seconds of work, where one takes about two to start
 
 
 def tokenize_all(data: DataSet, template: ChatTemplate, recipe: DataRecipe, progress: Progress) -> list[Sample]:
     """Every row in tokens; DataError names the line of a row that the chat template refuses."""
-    renderer, samples, losses = Renderer(template), list[Sample](), Counter[str]()
     with progress.track("tokenize", len(data.rows)) as advance:
-        for index, row in enumerate(data.rows):
-            try:
-                rendered = renderer.render(row, completion_only=recipe.completion_only)
-            except DataError as error:
-                raise DataError(f"{data.where(index)}: {error.message}", error.hint) from None
-            except Exception as error:  # a template raises what it likes
-                raise DataError(f"{data.where(index)}: the chat template refuses it: {error}") from error
-            samples += cut(rendered.samples, recipe.max_length, index)
-            losses.update(rendered.losses)
-            advance(1)
-    for what, count in sorted(losses.items()):
+        batch = _tokenize(data.rows, template, recipe, progress, advance)
+    if batch.problem:
+        raise DataError(f"{data.where(batch.problem.row)}: {batch.problem.message}", batch.problem.hint)
+    template.prints_date |= batch.prints_date
+    for what, count in sorted(batch.losses.items()):
         progress.warn(f"{data.path}: the chat template leaves out {what} in {count} of {len(data.rows)} rows")
-    return samples
+    return batch.samples
 
 
-def cut(samples: Sequence[RenderedSample], limit: int, row: int) -> list[Sample]:
-    """The samples of a row as they are trained: no longer than ``limit`` tokens."""
-    return [Sample(sample.ids[:limit], sample.labels[:limit], len(sample.ids) > limit, row) for sample in samples]
+def _tokenize(
+    rows: Sequence[Row], template: ChatTemplate, recipe: DataRecipe, progress: Progress,
+    advance: Callable[[int], None], alone: float = ALONE,
+) -> SampleBatch:  # fmt: skip
+    renderer, start = Renderer(template), time.monotonic()
+    batch = render_rows(rows, renderer, recipe, 0, advance, alone)
+    seconds, left = time.monotonic() - start, len(rows) - batch.rows
+    if batch.problem or not left:
+        return batch
+    key = sample_cache.key_of(rows, template, recipe)
+    known = sample_cache.load(key, len(rows), len(template.tokenizer)) if key else None
+    if known:
+        advance(left)
+        return known
+    processes = min(cores(), int(seconds * left / batch.rows / WORTH_A_PROCESS))
+    if key and processes > 1:
+        try:
+            for part in in_processes(rows[batch.rows :], batch.rows, template, recipe, processes, advance):
+                batch.add(part)
+        except EngineError as error:
+            progress.note(f"{error.message}: the other rows are tokenized by this process")
+    if not batch.problem and batch.rows < len(rows):
+        batch.add(render_rows(rows[batch.rows :], renderer, recipe, batch.rows, advance))
+    if key and not batch.problem:
+        for reason in sample_cache.store(key, batch):
+            progress.note(reason)
+    return batch

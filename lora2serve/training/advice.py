@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lora2serve.adapters.lint import lint
 from lora2serve.config.recipe import Recipe
-from lora2serve.data.tokenization import Sample
+from lora2serve.data.samples import Sample
 from lora2serve.system.hardware import nvidia_gpus
 
 FEW_ROWS = 200

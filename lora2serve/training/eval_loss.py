@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.artifacts.run_record import EvalLoss, LossDifference
 from lora2serve.data.rendering import IGNORE
-from lora2serve.data.tokenization import Sample
+from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
 from lora2serve.training.model import Device
 from lora2serve.training.tiled_head import token_losses

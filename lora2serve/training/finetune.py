@@ -20,8 +20,9 @@ from lora2serve.data.base_template import base_template
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.preview import first_lines
 from lora2serve.data.rows import CompletionRow
+from lora2serve.data.samples import Sample
 from lora2serve.data.served_template import ChatTemplate
-from lora2serve.data.tokenization import Sample, tokenize_all
+from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
 from lora2serve.progress import Progress, Silent

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lora2serve.data.tokenization import Sample
+from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
 from lora2serve.training.tiled_head import plain_model
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.artifacts.run import Run
 from lora2serve.config.recipe import Recipe
-from lora2serve.data.tokenization import Sample
+from lora2serve.data.samples import Sample
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.progress import Progress

@@ -17,6 +17,8 @@ from lora2serve.data import data_sets, tokenization
 from lora2serve.data.rendering import IGNORE, Renderer
 from lora2serve.data.row_forms import parse_row
 from lora2serve.data.rows import ChatRow, CompletionRow, Row, TextRow
+from lora2serve.data.sample_rendering import cut
+from lora2serve.data.samples import Sample
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.errors import DataError
 from lora2serve.progress import Silent
@@ -40,9 +42,9 @@ def row_of(value: dict[str, Any]) -> Row:
     return row
 
 
-def samples_of(row: Row, tokenizer: Any, recipe: DataRecipe) -> list[tokenization.Sample]:
+def samples_of(row: Row, tokenizer: Any, recipe: DataRecipe) -> list[Sample]:
     rendered = Renderer(ChatTemplate(tokenizer)).render(row, completion_only=recipe.completion_only)
-    return tokenization.cut(rendered.samples, recipe.max_length, 0)
+    return cut(rendered.samples, recipe.max_length, 0)
 
 
 def learned(value: dict[str, Any], tokenizer: Any, **recipe: Any) -> str:

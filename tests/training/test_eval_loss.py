@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora2serve.data.tokenization import Sample
+from lora2serve.data.samples import Sample
 from lora2serve.progress import Silent
 from lora2serve.training import tiled_head
 from lora2serve.training.eval_loss import RowLosses, evaluate

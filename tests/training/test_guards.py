@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora2serve.config.recipe import load
-from lora2serve.data.tokenization import Sample
+from lora2serve.data.samples import Sample
 from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.training import advice
 from tests.support.runs import fit, recipe_file

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora2serve.data.tokenization import Sample
+from lora2serve.data.samples import Sample
 from lora2serve.training.packing import keep_apart
 from tests.support.families import FAMILIES, HANDFUL, make_family
 from tests.support.runs import Told, fit, logged, make_chat_model, recipe_file
