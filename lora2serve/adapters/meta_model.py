@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.adapters.adapter import PREFIX
+from lora2serve.adapters.wrappers import NAMES_OF_CONFIG
 from lora2serve.errors import MergeError
 from lora2serve.system.small_files import JsonObject
 
@@ -197,7 +198,12 @@ def peft_config(adapter: Adapter) -> Any:
     """The adapter's config as PEFT reads it."""
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(str(adapter.path))
+    chosen = PeftConfig.from_pretrained(str(adapter.path))
+    for key in NAMES_OF_CONFIG:  # without the wrappers that may be in the file
+        names = adapter.config.get(key)
+        if isinstance(names, Mapping | list) and hasattr(chosen, key):
+            setattr(chosen, key, set(names) if isinstance(getattr(chosen, key), set) else names)
+    return chosen
 
 
 def _expert_number(name: str) -> int:

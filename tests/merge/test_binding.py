@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora2serve.errors import AdapterError
 from tests.support.folding import export_merged, stored, worst_ulp
 from tests.support.tiny import SHAPE, load_model, make_adapter, make_model, merged_by_peft
 
@@ -243,3 +245,46 @@ def test_configs_of_both_generations(tmp_path: Path) -> None:
     assert four["torch_dtype"] == "float16"
     assert "dtype" not in four
     assert load_model(tmp_path / "four").dtype == torch.float32
+
+
+WRAPPED = {
+    "torch.compile": "base_model.model._orig_mod.",
+    "torch.compile of PEFT": "_orig_mod.base_model.model.",
+    "fsdp": "_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.",
+    "fsdp of layers": "base_model.model.",
+    "ddp": "module.base_model.model.",
+    "ddp inside": "base_model.model.module.",
+}
+
+
+@pytest.mark.parametrize("options", [{"use_rslora": True, "rank_pattern": {}}, {"method": "LOHA", "r": 4}])
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrapped_keys(tmp_path: Path, wrapper: str, options: dict[str, Any]) -> None:
+    """What training was wrapped in is no part of a name; the same adapter without it gives the same bytes."""
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "down_proj"], **options)
+    expected = stored(export_merged(base, [adapter], tmp_path / "plain"))
+    file, inside = adapter / "adapter_model.safetensors", "_fsdp_wrapped_module._checkpoint_wrapped_module."
+    tensors = {
+        name.replace("base_model.model.", WRAPPED[wrapper], 1): tensor for name, tensor in load_file(file).items()
+    }
+    if wrapper == "fsdp of layers":
+        tensors = {re.sub(r"(layers\.\d+\.)", rf"\1{inside}", name): tensor for name, tensor in tensors.items()}
+    save_file(tensors, file)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    names = [f"model.layers.{n}.{inside}self_attn.q_proj" for n in (0, 1)] + ["_orig_mod.down_proj"]
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": names}))
+    got = stored(export_merged(base, [adapter], tmp_path / "out"))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert any(not torch.equal(got[name], tensor) for name, tensor in stored(base).items())
+
+
+def test_a_key_with_and_without_a_wrapper(tmp_path: Path) -> None:
+    """The control: two tensors of one name are refused."""
+    base = make_model(tmp_path / "base")
+    file = make_adapter(tmp_path / "adapter", base) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, f"_orig_mod.{name}": tensors[name].clone()}, file)
+    with pytest.raises(AdapterError, match="with a wrapper's prefix and without"):
+        export_merged(base, [file.parent], tmp_path / "out")
