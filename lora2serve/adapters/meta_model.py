@@ -91,6 +91,15 @@ class MetaModel:
         name = self.model_name(f"{module}.weight").removesuffix(".weight")
         return any(isinstance(layer, Conv1D) for path, layer in self.model.named_modules() if path == name)
 
+    def experts_order(self, module: str) -> tuple[bool | None, bool] | None:
+        """Of fused experts: whether their weights lie transposed (None: the class does not say), and whether gate and
+        up come in turns. None where the class has no such module.
+        """
+        experts = dict(self.model.named_modules()).get(module)
+        if experts is None:
+            return None
+        return getattr(experts, "is_transposed", None), getattr(experts, "is_concatenated", True) is False
+
     def wrapped_parameters(self, adapter: Adapter) -> dict[str, Wrapped]:
         """Adapter module name (``...experts``, ``...experts.base_layer``) -> the parameter PEFT wraps there."""
         import torch

@@ -17,6 +17,7 @@ from lora2serve.adapters.adapter import Adapter, ParameterDelta
 from lora2serve.adapters.deltas import Delta, ExpertLora, Lora
 from lora2serve.adapters.meta_model import MetaModel, StoredParameter, Wrapped, meta_models, stores_transposed
 from lora2serve.errors import MergeError, did_you_mean
+from lora2serve.merge.fused_experts import EXPERT, Layout, find_fused
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import TensorSpec
 
@@ -55,6 +56,8 @@ class Binder:
             targets = self._find_parameter(change.parameter, change.delta, adapter)
             if targets:
                 return targets
+        if isinstance(change.delta, Lora) and (fused := self._find_expert(change.parameter, change.delta)):
+            return [fused]
         sources = self._sources(change.parameter)
         if len(sources) == 1 and not sources[0].fused:
             return [(sources[0].stored, change.delta)]
@@ -115,6 +118,19 @@ class Binder:
                 if not self._classes or source.model_name in model:  # another class has no place for other towers
                     grouped[source.model_name].append(source)
             yield LoadedClass(model, grouped)
+
+    def _find_expert(self, parameter: str, delta: Lora) -> tuple[str, Delta] | None:
+        """One expert's LoRA, in the fused weight of all of them."""
+        match = EXPERT.fullmatch(parameter)
+        if match is None:
+            return None
+
+        def stored(name: str) -> TensorSpec | None:
+            return self._specs.get(self.stored_name(name) or "")
+
+        orders = (each.model.experts_order(match["owner"]) for each in self._loaded())
+        transposed, interleaved = next((order for order in orders if order), (None, False))
+        return find_fused(match, delta, stored, Layout(transposed, interleaved))
 
     def _find_parameter(self, name: str, delta: Lora, adapter: Adapter) -> list[tuple[str, Delta]]:
         """A change by PEFT's ``target_parameters``, whose keys name the module and not the parameter."""

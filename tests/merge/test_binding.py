@@ -206,6 +206,51 @@ def test_one_adapter_per_expert(tmp_path: Path, kind: str, experts: str) -> None
         assert torch.equal(tensor, expected.bfloat16()), name
 
 
+FUSED: dict[str, tuple[str, dict[str, Any], bool]] = {  # and whether gate and up come in turns
+    "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 64}, True),
+    "llama4_text": ("llama4_text", {"head_dim": 16, "num_local_experts": 3, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}, False),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {**LINEAR, **EXPERTS, "num_experts": 3}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", ["halves", "whole", "lists"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_an_adapter_per_expert_of_fused_ones(tmp_path: Path, kind: str, style: str) -> None:
+    """Taken apart for training, stored as one: each expert's product lies in its own place, and in no other."""
+    name, config, interleaved = FUSED[kind]
+    base = make_model(tmp_path / "base", name, **config)
+    loaded, tensors = load_model(base), {}
+    state = {name: tensor.bfloat16() for name, tensor in loaded.state_dict().items()}
+    save_file(state, base / "model.safetensors", {"format": "pt"})  # as published: saved, Qwen's are taken apart
+    owner = next(n for n in state if n.endswith("experts.gate_up_proj")).removesuffix(".gate_up_proj")
+    module = loaded.get_submodule(owner)
+    fused = {"gate_up_proj": module.gate_up_proj.detach().clone(), "down_proj": module.down_proj.detach().clone()}
+    transposed = kind != "qwen3_5_moe_text"
+    torch.manual_seed(0)
+    for expert in (0, 2):
+        for part, whole in fused.items():
+            own = whole[expert].T if transposed else whole[expert]  # (out, in), a view
+            half = own.shape[0] // 2
+            gate, up = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(half), slice(half, None))
+            pieces = (
+                {part: slice(None)} if style != "halves" or part == "down_proj" else {"gate_proj": gate, "up_proj": up}
+            )
+            for piece, outputs in pieces.items():
+                a, b = torch.randn(4, own.shape[1]) * 0.05, torch.randn(len(own[outputs]), 4) * 0.05
+                path = f"{owner}.{piece}s.{expert}" if style == "lists" else f"{owner}.{expert}.{piece}"
+                tensors |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
+                own[outputs] += 2 * b @ a
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    got = load_model(export_merged(base, [adapter], tmp_path / "out")).get_submodule(owner)
+    for part, whole in fused.items():
+        assert torch.equal(getattr(got, part), whole.bfloat16().float()), part
+        assert torch.equal(getattr(got, part)[1], getattr(module, part)[1]), "the control: an expert without a LoRA"
+
+
 def test_keys_of_older_peft(tmp_path: Path) -> None:
     """``modules_to_save.`` in the key, the adapter's name in it, ``.weight`` behind the magnitude."""
     base = make_model(tmp_path / "base")
