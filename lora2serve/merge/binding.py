@@ -16,8 +16,9 @@ from pathlib import Path
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
 from lora2serve.adapters.deltas import Delta, ExpertLora, Lora
 from lora2serve.adapters.meta_model import MetaModel, StoredParameter, Wrapped, meta_models, stores_transposed
-from lora2serve.errors import MergeError, did_you_mean
+from lora2serve.errors import MergeError
 from lora2serve.merge.fused_experts import EXPERT, Layout, find_fused
+from lora2serve.merge.mismatch import Mismatch, explain
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import TensorSpec
 
@@ -85,9 +86,10 @@ class Binder:
                 return declared.removesuffix(rest) + module.removeprefix(plain)
         return module
 
-    def nearest(self, name: str) -> str:
-        """A hint at the stored name that looks most like it."""
-        return did_you_mean(name, self._specs)
+    def mismatch(self, parameter: str) -> Mismatch:
+        """Why ``find`` found nothing for it."""
+        classes = [type(each.model.model).__name__ for each in self._loaded() if parameter in each.model]
+        return explain(parameter, self._specs, self._sources(parameter), classes)
 
     def _is_transposed(self, parameter: str, adapter: Adapter) -> bool:
         """PEFT decides by each module's class; the ``fan_in_fan_out`` that it saves is that of the last one."""

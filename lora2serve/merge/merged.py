@@ -21,6 +21,7 @@ from lora2serve.adapters.peft_layers import PeftDelta, PeftLayers
 from lora2serve.errors import MergeError, raise_all
 from lora2serve.merge.binding import Binder
 from lora2serve.merge.layout import MergedTensor, ModelLayout, lay_out, resize_vocabulary, settle_tie
+from lora2serve.merge.mismatch import Mismatch
 from lora2serve.merge.survival import Survival, squared_norm
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import ALL, FLOATS, Block, DType, Source, TensorSpec, all_finite, torch_dtype
@@ -111,23 +112,22 @@ class Merged:
         """Deltas by the name of the weight they land in; what lands nowhere is an error that names it."""
         binder = Binder([tensor.spec for tensor in layout.tensors], layout.config)
         bound: dict[str, list[Delta]] = defaultdict(list)
-        lost = []
+        lost: list[Mismatch] = []
         for adapter, changes in zip(adapters, layout.changes, strict=True):
             for change in changes:
                 targets = binder.find(change, adapter)
                 if not targets:
-                    near = binder.nearest(change.parameter)
-                    lost.append(f"{change.parameter}: the adapter changes it, the base has no such weight{near}")
+                    lost.append(binder.mismatch(change.parameter))
                 for name, delta in targets:
                     bound[name].append(delta)
                     if isinstance(delta, PeftDelta):
                         delta.layers.weights[change.parameter] = partial(self._weight_beside, name, delta.layers)
         if lost:
-            hint = "this adapter belongs to another base: name it with --base"
             total = sum(len(changes) for changes in layout.changes)
+            hints = "; ".join(dict.fromkeys(mismatch.hint for mismatch in lost))
             raise_all(
-                [f"{len(lost)} of {total} changes fit no weight of the base:", *lost],
-                lambda text: MergeError(text, hint),
+                [f"{len(lost)} of {total} changes fit no weight of the base:", *dict.fromkeys(map(str, lost))],
+                lambda text: MergeError(text, hints),
             )
         return bound
 

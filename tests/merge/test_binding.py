@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora2serve.errors import AdapterError
+from lora2serve.errors import AdapterError, MergeError
 from tests.support.folding import export_merged, stored, worst_ulp
 from tests.support.tiny import SHAPE, load_model, make_adapter, make_model, merged_by_peft
 
@@ -333,3 +333,75 @@ def test_a_key_with_and_without_a_wrapper(tmp_path: Path) -> None:
     save_file({**tensors, f"_orig_mod.{name}": tensors[name].clone()}, file)
     with pytest.raises(AdapterError, match="with a wrapper's prefix and without"):
         export_merged(base, [file.parent], tmp_path / "out")
+
+
+def classifier(path: Path, kind: str, **config: Any) -> Path:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    parsed = AutoConfig.for_model(kind, **{**SHAPE, "num_labels": 3, **config})
+    AutoModelForSequenceClassification.from_config(parsed).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma"])
+def test_a_classifier(tmp_path: Path, kind: str) -> None:
+    """Folded with its head onto a base that has one; the reason is said where the base is a language model."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    config = {"head_dim": 16} if kind in ("qwen3", "gemma") else {}
+    base = classifier(tmp_path / "base", kind, **config)
+    net = Classifier.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(net, LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter)
+    out = export_merged(base, [adapter], tmp_path / "out")
+    model = Classifier.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    got = Classifier.from_pretrained(out, dtype=torch.float32).state_dict()
+    assert max(worst_ulp({n: t.bfloat16() for n, t in got.items()}, oracle, stored(base) | got).values()) <= 1
+    assert not torch.equal(got["score.weight"], stored(base)["score.weight"].float())
+    with pytest.raises(MergeError, match=r"score\.weight: the adapter brings a head for classes") as caught:
+        export_merged(make_model(tmp_path / "other", kind, **config), [adapter], tmp_path / "out2")
+    assert "--base names the classifier" in caught.value.hint
+    assert "1 of 3 changes" in caught.value.message, "the others fit"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "reason"),
+    [
+        ("model.layers.7.self_attn.q_proj", "the adapter changes layer 7, the base has 2"),
+        ("model.layers.1.self_attn.qproj", "the base has no such weight \\(did you mean"),
+        ("v_head", "brings a head for classes or values"),
+    ],
+)
+def test_each_mismatch_has_its_reason(tmp_path: Path, parameter: str, reason: str) -> None:
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    old = "model.layers.1.self_attn.q_proj"
+    save_file({name.replace(old, parameter): tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(MergeError, match=rf"1 of 2 changes.*\n.*{re.escape(parameter)}\.weight: .*{reason}"):
+        export_merged(base, [adapter], tmp_path / "out")
+
+
+def test_a_class_that_loads_nothing(tmp_path: Path) -> None:
+    """Emu 3 as a language model: transformers itself finds no weight for it in a published file."""
+    vq = {"codebook_size": 16, "embed_dim": 8, "latent_dim": 8, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "attn_resolutions": [], "hidden_size": 32, "num_attention_heads": 2}  # fmt: skip
+    tokens = {
+        "<|extra_200|>": 7,
+        "<image>": 8,
+        "<|extra_0|>": 9,
+        **{f"<|visual token {i:06d}|>": 10 + i for i in range(16)},
+    }
+    base = make_multimodal(tmp_path / "base", "emu3", {}, vq_config=vq, vocabulary_map=tokens)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    with pytest.raises(
+        MergeError, match="no stored weight into it as Emu3ForCausalLM: it was trained on random values"
+    ):
+        export_merged(base, [adapter], tmp_path / "out")
