@@ -17,7 +17,7 @@ from typing import Any
 
 from lora2serve.adapters.deltas import AdapterTensor, AddVector, Delta, EmbeddingLora, Lora, Replace, ReplaceRows
 from lora2serve.adapters.peft_methods import NATIVE, needs_peft
-from lora2serve.adapters.wrappers import unwrap_config, unwrap_tensors
+from lora2serve.adapters.wrappers import NAMES_OF_CONFIG, unwrap_names, unwrap_tensors
 from lora2serve.errors import AdapterError, raise_all
 from lora2serve.system.small_files import JsonObject, inside, read_json
 from lora2serve.weights.checkpoint import SafetensorsFiles, read_header
@@ -159,7 +159,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: no such adapter directory", "name a run, a PEFT directory or a Hub id")
     config = read_json(path / CONFIG, f"not a PEFT adapter (no {CONFIG})", AdapterError)
     raise_all([f"{path / CONFIG}: {problem}" for problem in _problems(config)], AdapterError)
-    return unwrap_config(config)
+    return {**config, **{key: unwrap_names(config[key]) for key in NAMES_OF_CONFIG if key in config}}
 
 
 def _problems(config: JsonObject) -> Iterator[str]:

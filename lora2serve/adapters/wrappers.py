@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora2serve.errors import AdapterError, raise_all
 from lora2serve.weights.checkpoint import StoredTensor
@@ -36,19 +35,8 @@ def unwrap_tensors(path: Path, stored: Sequence[StoredTensor]) -> list[StoredTen
     return plain
 
 
-def unwrap_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config whose lists and patterns of names are plain."""
-    return {**config, **{key: _plain(config[key]) for key in NAMES_OF_CONFIG if _is_wrapped(config.get(key))}}
-
-
-def _plain(names: Any) -> Any:
+def unwrap_names(names: object) -> object:
+    """A list of names, or a table by them, with every name plain; anything else as it is."""
     if isinstance(names, Mapping):
-        return {plain_name(name): value for name, value in names.items()}
-    return [plain_name(name) for name in names]
-
-
-def _is_wrapped(names: Any) -> bool:
-    """Whether it is a list or a table of names, with a wrapper in any of them."""
-    return isinstance(names, list | Mapping) and any(
-        isinstance(name, str) and plain_name(name) != name for name in names
-    )
+        return {plain_name(str(name)): value for name, value in names.items()}
+    return [plain_name(str(name)) for name in names] if isinstance(names, list) else names

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lora2serve.data.end_tokens import Messages, find_answer_end
 from lora2serve.weights.chat_template import TOKENIZER, chat_templates, read_settings, special_tokens
@@ -72,8 +72,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> NoReturn:

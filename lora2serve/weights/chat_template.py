@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
+
+from lora2serve.system.small_files import JsonObject
 
 JINJA, PROCESSOR, EXTRA = "chat_template.jinja", "chat_template.json", "additional_chat_templates/"
 TOKENIZER, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -50,7 +52,7 @@ def token_text(token: object) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def read_settings(files: Files, name: str) -> dict[str, Any]:
+def read_settings(files: Files, name: str) -> JsonObject:
     """A JSON file of settings; empty where there is none, or no object in it."""
     content = json.loads(files[name].read_text(encoding="utf-8")) if name in files else {}
-    return content if isinstance(content, dict) else {}
+    return cast("JsonObject", content) if isinstance(content, dict) else {}

@@ -84,8 +84,8 @@ def _take_templates(files: SideFiles, trained: SideFiles) -> None:
     for name in [name for name in files if name in (JINJA, PROCESSOR) or name.startswith(EXTRA)]:
         del files[name]
     settings = read_settings(files, TOKENIZER)
-    if settings.pop("chat_template", None) is not None:  # gguf's reader would prefer it
-        files.set(TOKENIZER, settings)
+    if settings.get("chat_template") is not None:  # gguf's reader would prefer it
+        files.set(TOKENIZER, {key: value for key, value in settings.items() if key != "chat_template"})
     for name, template in templates.items():
         file = JINJA if name == "default" else f"{EXTRA}{name}.jinja"
         if file in trained:

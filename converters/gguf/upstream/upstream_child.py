@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Node: TypeAlias = Any  # a lazy value of upstream's, or what its function is called with
 VISION = "vision_tower.vision_model."
+# Classes whose layers upstream tells apart by the names that transformers 4 had for them.
+MAMBA_HYBRIDS = ("GraniteMoeHybridForCausalLM", "BambaForCausalLM")
+OLDER_LAYER_TYPES = {"full_attention": "attention", "linear_attention": "mamba"}
 
 
 @dataclass
@@ -132,7 +135,10 @@ class ConverterWorker:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         rope = read.get("rope_parameters") or {}
         older = {"n_ctx": read.get("n_positions"), "rotary_pct": rope.get("partial_rotary_factor")}
-        return {**{key: value for key, value in older.items() if value is not None}, **stored, **read}
+        settings = {**{key: value for key, value in older.items() if value is not None}, **stored, **read}
+        if self._request["architecture"] in MAMBA_HYBRIDS and settings.get("layer_types"):
+            settings["layer_types"] = [OLDER_LAYER_TYPES.get(kind, kind) for kind in settings["layer_types"]]
+        return settings
 
     def _index_tensors(self) -> Callable[..., dict[str, object]]:
         """In place of the method that opens the checkpoint's files."""
