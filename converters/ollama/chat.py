@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from converters.gguf.jinja_template import Jinja
+from converters.gguf.template_copy import as_trained
 from converters.gguf.tokenizer_files import tokenizer_directory
 from converters.ollama import go_template
-from converters.ollama.go_template import DerivedTemplate, Jinja
+from converters.ollama.go_template import DerivedTemplate
 from converters.ollama.modelfile import PARAMETER_NAMES, Modelfile, ParameterValue
 from converters.ollama.modelfile_parser import PARAMETERS
 from converters.ollama.template_not_proven import TemplateNotProven
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 COMPLETION_TEMPLATE = "{{ .Prompt }}"  # a model without a chat template completes text
 RENDERS_JINJA_FROM = "0.30.0"  # from here on Ollama renders the GGUF's own Jinja
+# Architectures that Ollama renders and parses by code of its own, whatever TEMPLATE and Jinja say (server/create.go).
+OLLAMA_RENDERS = ("gemma4", "gpt-oss", "laguna", "nemotron_h", "nemotron_h_moe")
 BOS_UNKNOWN = dict.fromkeys(
     ("Modelfile:template", "template:*"),
     "whether it begins with BOS follows from llama.cpp's library, which is not here",
@@ -41,6 +45,7 @@ class Chat:
     system: str | None
     stop: tuple[str, ...]
     parameters: Mapping[str, ParameterValue]
+    adds_bos: bool = False  # whether the tokenizer puts BOS before plain text
 
     def modelfile(self, model: str, adds_bos: bool, adapter: str | None = None) -> Modelfile:
         """``adds_bos``: llama.cpp puts BOS before every prompt by itself, so the template must not."""
@@ -50,19 +55,32 @@ class Chat:
         requires = RENDERS_JINJA_FROM if template is None else KNOWS_DATES_FROM if dated else None
         return Modelfile(model, template, self.system, self.parameters, self.stop, adapter, requires)
 
-    def template_record(self) -> TemplateRecord:
-        """For the manifest: how the template was made, and what it cannot do."""
+    def template_record(self, architecture: str | None, *, on_base: bool = False) -> TemplateRecord:
+        """For the manifest: how the template was made, and what it cannot do; ``on_base``: of an adapter alone."""
         if not self.jinja:
             return TemplateRecord("none")
+        limits: dict[str, object] = {"ollama_renders": architecture in OLLAMA_RENDERS}
+        if on_base:
+            limits["base_unlike_training"] = list(self._unlike_training())
         if not self.derived:
-            return TemplateRecord("jinja", RENDERS_JINJA_FROM, unknown={"why": self.reason})
-        limits = {
+            return TemplateRecord("jinja", RENDERS_JINJA_FROM, unknown={"why": self.reason, **limits})
+        limits |= {
             "trims": self.derived.trims,
             "drops_thoughts": self.derived.drops_thoughts,
             "dated": self.derived.dated,
             "native_preferred": go_template.prefers_jinja(self.jinja),
+            "refuses": list(self.derived.refuses),
+            "differ": list(self.derived.differ),
         }
         return TemplateRecord("go", unknown=limits)
+
+    def _unlike_training(self) -> Iterator[str]:
+        """What a base that is not exported here has otherwise than training had it: its Jinja's variables, its BOS."""
+        jinja = Jinja(self.jinja or "", self.special)
+        if go_template.prefers_jinja(jinja.template) and as_trained(jinja) != jinja.template:
+            yield "variables"
+        if self.adds_bos and self.derived and not self.derived.pieces.head.startswith(self.special["bos_token"]):
+            yield "bos"
 
 
 def read_chat(model: ExportModel) -> Chat:
@@ -78,7 +96,8 @@ def read_chat(model: ExportModel) -> Chat:
     derived, reason = _derive(jinja, special)
     system = go_template.default_system(Jinja(jinja, special), derived) if jinja and derived else None
     stop = _stops(tokenizer, generation, derived, model.answer_end)
-    return Chat(jinja, special, derived, reason, system, stop, _parameters(generation))
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return Chat(jinja, special, derived, reason, system, stop, _parameters(generation), adds_bos)
 
 
 def modelfile_files(modelfile: Modelfile, text: str) -> dict[str, bytes]:

@@ -57,7 +57,8 @@ class OllamaAdapterSink:
         facts = self._adapter.finish()
         write_files(self._out, self._modelfile, self._text)
         use = f"ollama create {self._name} -f {shlex.quote(str(self._out.target / 'Modelfile'))}"
-        return replace(facts, template=self._chat.template_record(), from_model=self._from, use=use)
+        record = self._chat.template_record(facts.architecture, on_base=True)
+        return replace(facts, template=record, from_model=self._from, use=use)
 
     def close(self) -> None:
         self._adapter.close()
@@ -74,7 +75,9 @@ def plan_settings(model: ExportModel, options: OllamaAdapterOptions) -> PlannedS
     return replace(
         inside,
         files=modelfile_files(modelfile, modelfile.write()),
-        facts=replace(inside.facts, template=chat.template_record(), from_model=base),
+        facts=replace(
+            inside.facts, template=chat.template_record(inside.facts.architecture, on_base=True), from_model=base
+        ),
         unplanned={**inside.unplanned, **(BOS_UNKNOWN if tokens is None else {})},
     )
 

@@ -60,7 +60,8 @@ class OllamaSink:
         facts = self._gguf.finish()
         write_files(self._out, self._modelfile, self._text)
         path = shlex.quote(str(self._out.target / "Modelfile"))
-        return replace(facts, template=self._chat.template_record(), use=f"ollama create {self._name} -f {path}")
+        record = self._chat.template_record(facts.architecture)
+        return replace(facts, template=record, use=f"ollama create {self._name} -f {path}")
 
     def close(self) -> None:
         self._gguf.close()
@@ -76,7 +77,7 @@ def plan_settings(model: ExportModel, options: OllamaOptions) -> PlannedSettings
     return replace(
         inside,
         files=modelfile_files(modelfile, modelfile.write()),
-        facts=replace(inside.facts, template=chat.template_record()),
+        facts=replace(inside.facts, template=chat.template_record(inside.facts.architecture)),
         unplanned={**inside.unplanned, **(BOS_UNKNOWN if tokens is None else {})},
     )
 

@@ -7,12 +7,12 @@ cannot be made of year, month and day, such as the hour or the day of the week, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 
+from converters.gguf.jinja_template import Clock
 from converters.ollama.template_not_proven import TemplateNotProven
 
-Clock = Callable[[str], str]  # a strftime format -> what it prints
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
           "November", "December")  # fmt: skip
 _MONTH = "slice currentDate 5 7"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from converters.gguf.gguf_scan import scan
-from converters.ollama.go_template import turns
+from converters.ollama.conversations import turns
 from converters.ollama.modelfile_parser import parse
 from converters.ollama.ollama_sink import LOOKALIKE_GUARD
 from lora2serve.artifacts.export_dir import Export

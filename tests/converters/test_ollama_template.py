@@ -11,23 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.gguf.jinja_template import Jinja
 from converters.ollama import template_dates
+from converters.ollama.conversations import answer_first, apart, conversations, said, turns
 from converters.ollama.go_template import (
     DerivedTemplate,
-    Jinja,
-    TemplateParts,
     compile_go,
-    conversations,
     default_system,
     derive,
     ollama_data,
     prefers_jinja,
-    quote,
-    turns,
-    write_go,
 )
 from converters.ollama.ollama_sink import LOOKALIKE_GUARD
 from converters.ollama.template_not_proven import TemplateNotProven
+from converters.ollama.template_parts import TemplateParts, quote, write_go
 from tests.support.golang import Renderer
 from tests.support.llama_cpp_source import chat_templates
 
@@ -66,10 +63,21 @@ def test_corpus(go: Go) -> None:
             render = template.at(template_dates.on(day))
             answers = go([(derived.go(), messages) for messages in cases], day)
             assert answers == [render(messages) for messages in cases], name
+        compare_apart(go, name, template, derived)
     refused = {name: derived for name, derived in results.items() if not isinstance(derived, DerivedTemplate)}
     print(f"{len(proven)} proven, {len(refused)} refused: {refused}")
     text = Path(__file__).parents[2].joinpath("docs", "ollama.md").read_text(encoding="utf-8")
     assert f"{len(results)} templates: {len(proven)} proven, {len(refused)} refused" in text
+
+
+def compare_apart(go: Go, name: str, template: Jinja, derived: DerivedTemplate) -> None:
+    """Conversations apart: the same in real Go, unless it is told that they differ; none that is told for nothing."""
+    clock = template_dates.on(DAY)
+    for kind, cases in apart(derived.pieces.before_system is not None).items():
+        expected = [template.attempt(messages, clock) for messages in cases]
+        answers = go([(derived.go(), messages) for messages in cases])
+        same = all(text in (None, answer) for text, answer in zip(expected, answers, strict=True))
+        assert (kind in derived.differ, kind in derived.refuses) == (not same, None in expected), (name, kind)
 
 
 def test_gotpl_agrees_with_go(go: Go) -> None:
@@ -108,6 +116,54 @@ def test_control_a_lost_newline_is_seen(go: Go) -> None:
 def test_refused(template: str, why: str) -> None:
     with pytest.raises(TemplateNotProven, match=why):
         derive(Jinja(template, SPECIAL))
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_an_answer_that_comes_first(go: Go, system: str | None) -> None:
+    """As Ollama sends it once the question before it no longer fits; the control is what an empty question would do."""
+    template = Jinja(DEFAULT, SPECIAL)
+    derived = derive(template)
+    first = said(system=system) if system else []
+    for messages in answer_first(False):
+        expected = template([*first, *messages])
+        assert go([(derived.go(), [*first, *messages])]) == [expected]
+        assert go([(derived.go(), [*first, *said(user=""), *messages])]) != [expected]
+
+
+def test_an_answer_that_comes_first_and_is_refused(go: Go) -> None:
+    """It is left out: the prompt is that of the conversation from its first question on."""
+    strict = "{% if messages[0].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    template = Jinja(strict, SPECIAL)
+    derived = derive(template)
+    assert derived.refuses == ("answer_first",)
+    for messages in answer_first(False):
+        assert go([(derived.go(), messages)]) == [template(messages[1:])]
+
+
+@pytest.mark.parametrize(
+    ("before", "place", "differ"),
+    [
+        ("", "each", ()),
+        (
+            "{% set messages = [messages[0]] + messages[1:] | rejectattr('role', 'equalto', 'system') | list %}",
+            "first",
+            (),
+        ),
+        (
+            "{% set ns = namespace(s='') %}{% for m in messages if m.role == 'system' %}{% set ns.s = ns.s ~ m.content %}"
+            "{% endfor %}{% if ns.s %}<<{{ ns.s }}>>{% endif %}{% set messages = messages | rejectattr('role', 'equalto',"
+            " 'system') | list %}",
+            "front",
+            ("later_system",),
+        ),
+    ],
+)
+def test_later_system_messages(go: Go, before: str, place: str, differ: tuple[str, ...]) -> None:
+    """In their place, nowhere or in front, as the Jinja has them; what Ollama joins otherwise is told."""
+    template = Jinja(before + CHATML, SPECIAL)
+    derived = derive(template)
+    assert (derived.pieces.place, derived.differ) == (place, differ)
+    compare_apart(go, place, template, derived)
 
 
 @pytest.mark.parametrize("pattern", ["%Y-%m-%d", "%d %b %Y", "%B %d, %Y", "%F", "%y/%m/%d %%", "the %d.%m."])

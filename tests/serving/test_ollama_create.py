@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from converters.ollama.conversations import conversations
 from converters.ollama.create_request import request
-from converters.ollama.go_template import conversations
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run

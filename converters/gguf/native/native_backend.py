@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from converters.gguf import header
+from converters.gguf import header, template_copy
 from converters.gguf.gguf_layout import LayoutOptions, TensorLayout
 from converters.gguf.native import architectures, metadata, native_layout, vocab
 from converters.gguf.native.metadata import Sizes
@@ -45,7 +45,8 @@ class NativeBackend:
             **metadata.general_keys(self._model, self._family, PRESETS[self.preset], sizes),
             **metadata.architecture_keys(self._config, self._family),
         }
-        return {**header.typed(plain), **vocab.tokenizer_keys(self._model, vocabulary, self._options.chat_template)}
+        tokenizer = vocab.tokenizer_keys(self._model, vocabulary, self._options.chat_template)
+        return template_copy.as_trained_keys(self._model.files, {**header.typed(plain), **tokenizer})
 
     def targets(self, spec: TensorSpec, rows: slice, block: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """(tensor, first row, rows) for each part of the file that a block of stored rows goes to."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.gguf import header
+from converters.gguf import header, template_copy
 from converters.gguf.gguf_layout import LayoutOptions, TensorLayout
 from converters.gguf.header import GgufValue, TypedValue
 from converters.gguf.native import metadata, pretokenizer, vocab
@@ -66,7 +66,7 @@ class UpstreamBackend:
             for key, value in self._keys.items()
             if key not in own and not (rebased and key.startswith("general.base_model."))
         }
-        return {**upstream_keys, **header.typed(own)}
+        return template_copy.as_trained_keys(self._model.files, {**upstream_keys, **header.typed(own)})
 
     def targets(self, spec: TensorSpec, rows: slice, block: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """(tensor, first row, rows) for each part of the file that a block of stored rows completes."""

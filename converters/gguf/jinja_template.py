@@ -1,0 +1,46 @@
+"""A chat template, rendered as in training: by transformers' own sandbox, with the variables that it hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora2serve.data.rows import Message
+
+Messages = Sequence[Message]
+Tools = Sequence[Mapping[str, object]]
+Render = Callable[[Messages], str]  # raises where the template refuses a conversation
+Clock = Callable[[str], str]  # a strftime format -> what it prints
+
+
+@dataclass(frozen=True)
+class Jinja:
+    """``variables``: bos_token, eos_token and their like, and whatever else the template is given."""
+
+    template: str
+    variables: Mapping[str, object]
+
+    def __call__(self, messages: Messages) -> str:
+        return self.at(None)(messages)
+
+    def at(self, clock: Clock | None, tools: Tools | None = None) -> Render:
+        """The renderer at another time than now, with ``tools``."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        variables = {**self.variables, **({"strftime_now": clock} if clock else {})}
+
+        def render(messages: Messages) -> str:
+            rendered, _ = render_jinja_template(
+                [[dict(message) for message in messages]], chat_template=self.template, add_generation_prompt=True,
+                tools=[dict(tool) for tool in tools] if tools else None, **variables,
+            )  # fmt: skip
+            return str(rendered[0])
+
+        return render
+
+    def attempt(self, messages: Messages, clock: Clock | None = None, tools: Tools | None = None) -> str | None:
+        """The text; None where the template refuses the conversation."""
+        try:
+            return self.at(clock, tools)(messages)
+        except Exception:  # a template raises what it likes
+            return None
