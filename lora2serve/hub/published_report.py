@@ -16,7 +16,7 @@ from lora2serve.artifacts.metric_table import bound, figure, interval, label
 from lora2serve.artifacts.parity_report import ComparisonResult, Gate, Metric, ParityReport
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import InputError
-from lora2serve.hub.card_markdown import table
+from lora2serve.hub.card_markdown import literal, table
 from lora2serve.hub.package import UploadItem, public, text_item
 
 FOLDER = "parity"
@@ -95,6 +95,8 @@ def _section(row: ComparisonResult) -> str:
             heads = ["figure", "value", "95 % interval", "bound", ""]
             lines = table(heads, [_line(check) for check in gate.checks])
             parts.append(f"### {gate.name.capitalize()}: {gate.status}\n\n{lines}")
+    if row.settings:
+        parts.append(f"Settings that differ from the planned ones: {', '.join(map(literal, _settings(row)))}.")
     return "\n\n".join(parts)
 
 
@@ -105,11 +107,17 @@ def _line(check: Metric) -> Sequence[str]:
     return [label(name), figure(name, check.value, 4), ends, bound(name, check.bound), verdict]
 
 
+def _settings(row: ComparisonResult) -> list[str]:
+    """By name alone: a value may be a system prompt, or a path of this machine."""
+    return [f"{setting.path} ({'allowed' if setting.allowed else 'missed'})" for setting in row.settings]
+
+
 def _row(row: ComparisonResult) -> dict[str, object]:
     return {
         **_only(row.to_json(), ("engine", "version", "kind", "reference", "status", "seconds")),
         "gates": [_gate(gate) for gate in row.gates],
         "beside": {name: [check.to_json() for check in checks] for name, checks in row.beside.items()},
+        **({"settings": _settings(row)} if row.settings else {}),
     }
 
 

@@ -56,13 +56,25 @@ def check(
         thresholds.lookup(comparison.kind, origin.settings.thresholds)
     with _work_folder(origin.home) as work:
         checked = settings_check.before_engines(origin, comparisons, progress)
-        with closing(References(origin, work, progress, ask)) as references:
-            with closing(Comparator(origin, references, work, progress, ask, checked)) as comparator:
-                rows = tuple(comparator.compare(comparison) for comparison in comparisons)
-            question = _question(references, rows, ask)
-    for comparison, row in zip(comparisons, rows, strict=True):
+        rows = [settings_check.first_row(comparison, checked, origin.settings.require) for comparison in comparisons]
+        if all(row.gate for row in rows):  # there is nothing to ask an engine
+            report = ParityReport(run=origin.name, versions=manifest.versions(), rows=tuple(rows))
+        else:
+            report = _with_engines(origin, comparisons, checked, work, progress, ask)
+    for comparison, row in zip(comparisons, report.rows, strict=True):
         if comparison.path:
             _record(Export.open(comparison.path), row)
+    return report
+
+
+def _with_engines(
+    origin: TrainedModel, comparisons: Sequence[Comparison], checked: Mapping[Path, SettingsResult], work: Path,
+    progress: Progress, ask: str,
+) -> ParityReport:  # fmt: skip
+    with closing(References(origin, work, progress, ask)) as references:
+        with closing(Comparator(origin, references, work, progress, ask, checked)) as comparator:
+            rows = tuple(comparator.compare(comparison) for comparison in comparisons)
+        question = _question(references, rows, ask)
     return ParityReport(
         run=origin.name,
         data=references.scored(),
@@ -115,15 +127,10 @@ class Comparator:
     def _child(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
         return EngineProcess(engine, options, scratch.log_file(log), self.settings.limit)
 
-    def first_row(self, comparison: Comparison) -> ComparisonResult:
-        """The row with the gate that needs no engine, if it is an export's."""
-        checked = self._checked[comparison.path] if comparison.path else None
-        return settings_check.first_row(comparison, checked, required=comparison.engine in self.settings.require)
-
     def compare(self, comparison: Comparison) -> ComparisonResult:
         """All gates of one comparison; what goes wrong becomes its verdict."""
         started, engine = time.monotonic(), comparison.engine
-        row = self.first_row(comparison)
+        row = settings_check.first_row(comparison, self._checked, self.settings.require)
         if row.gate:
             return row
         passed = list(row.gates)

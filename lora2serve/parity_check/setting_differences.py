@@ -24,7 +24,7 @@ def compare_files(name: str, planned: bytes, actual: bytes) -> list[SettingDiffe
         return [_different_text(name, planned, actual)]
     try:
         expected, found = parse(planned), parse(actual)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return [SettingDifference(name, "", "a file that can be read", " ".join(str(error).split())[:MOST_SHOWN])]
     return compare_values(name, expected, found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +71,9 @@ def before_engines(
     return checked
 
 
-def first_row(comparison: Comparison, checked: SettingsResult | None, *, required: bool) -> ComparisonResult:
+def first_row(
+    comparison: Comparison, results: Mapping[Path, SettingsResult], require: Sequence[str]
+) -> ComparisonResult:
     """The row of a comparison with its settings gate; where that is not met, the others are skipped."""
     row = ComparisonResult(
         export=comparison.name,
@@ -79,10 +81,11 @@ def first_row(comparison: Comparison, checked: SettingsResult | None, *, require
         kind=comparison.kind,
         engine=comparison.engine,
         reference=comparison.reference,
-        required=required,
+        required=comparison.engine in require,
     )
-    if checked is None:
+    if comparison.path is None:  # a deployment
         return row
+    checked = results[comparison.path]
     met = checked.gate.status in ("met", "skipped")
     rest = () if met else tuple(Gate(name, "skipped") for name in GATES[1:])
     return replace(row, gates=(checked.gate, *rest), settings=checked.differences, not_compared=checked.not_compared)

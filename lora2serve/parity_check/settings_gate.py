@@ -55,10 +55,11 @@ class SettingsComparator:
         """One export's, also one that another tool made; it is never an error."""
         try:
             manifest = foreign_export.manifest_of(export, self._origin.get("name", ""))
-            model = open_model(self._origin, manifest)
+            return check(export, manifest, open_model(self._origin, manifest), self._allow)
         except Lora2ServeError as error:
             return SettingsResult(Gate("settings", "failed", (), error.message, error.hint))
-        return check(export, manifest, model, self._allow)
+        except OSError as error:
+            return SettingsResult(Gate("settings", "failed", (), f"{error.filename}: {error.strerror}"))
 
 
 def check(export: Path, manifest: Manifest, model: ExportModel, allow: Sequence[str] = ()) -> SettingsResult:

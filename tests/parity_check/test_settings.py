@@ -138,6 +138,8 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "true for one": ("vllm", keys("config.json", attention_bias=0), "config.json:attention_bias"),
     "a key twice": ("vllm", text("config.json", '"head_dim"', '"head_dim": 64, "head_dim"'), "config.json"),
     "half a config": ("vllm", lambda e: rewritten(e / "config.json", (e / "config.json").read_bytes()[:-9]), "config.json"),
+    "a config that is nested too deep": ("vllm", lambda e: rewritten(e / "config.json", '{"a":' * 20000 + "1" + "}" * 20000), "config.json"),
+    "a tokenizer that is no text": ("vllm", lambda e: rewritten(e / "tokenizer_config.json", b"\xff\xfe"), "tokenizer_config.json"),
     "normalizer": ("vllm", in_json("tokenizer.json", add_normalizer), "tokenizer.json:normalizer"),
     "swapped vocabulary": ("vllm", in_json("tokenizer.json", swap_tokens), "tokenizer.json:model.vocab.a"),
     "a merge lost": ("vllm", in_json("tokenizer.json", lose_merge), "tokenizer.json:model.merges[5]"),
@@ -277,6 +279,13 @@ def test_links_and_card(exports: Exports, tmp_path: Path) -> None:
     assert exports.check(export).gate.status == "met"
     (export / "config.json").rename(tmp_path / "config.json")
     (export / "config.json").symlink_to(tmp_path / "config.json")
+    assert [d.path for d in exports.check(export).differences] == ["config.json"]
+
+
+def test_a_file_that_cannot_be_read(exports: Exports, tmp_path: Path) -> None:
+    """A directory in a file's place: red, and no error."""
+    export = damaged(exports.paths["vllm"], tmp_path / "export", lost("config.json"))
+    (export / "config.json").mkdir()
     assert [d.path for d in exports.check(export).differences] == ["config.json"]
 
 
