@@ -38,7 +38,8 @@ class ChatTemplate:
         if not self.tokenizer.chat_template:
             raise DataError(NO_TEMPLATE, NO_TEMPLATE_HINT)
         tools = [served_tool(tool) for tool in row.tools] if row.tools else None
-        served = [as_served(message) for message in messages]
+        known = _without_system(messages) if self.refuses_system and _has_system(messages) else messages
+        served = [as_served(message) for message in known]
         arguments = {"strftime_now": self._strftime, **row.chat_template_kwargs}
         if not served:
             return self._render_nothing(tools, arguments, generation_prompt)
@@ -51,6 +52,20 @@ class ChatTemplate:
         """The tokens that end an answer, the one by which this template closes a turn among them."""
         known = end_tokens(self.tokenizer, self.stop_ids)
         return EndTokens((self.closing, *known.texts)) if self.closing else known
+
+    @cached_property
+    def refuses_system(self) -> bool:
+        """Whether the template raises where a system turn comes first, and not without it: Gemma 2's does."""
+        user = {"role": "user", "content": STAND_IN}
+        try:
+            self._render_anything([user])
+        except Exception:  # a template raises what it likes
+            return False
+        try:
+            self._render_anything([{"role": "system", "content": STAND_IN}, user])
+        except Exception:
+            return True
+        return False
 
     @cached_property
     def closing(self) -> str:
@@ -91,6 +106,18 @@ class ChatTemplate:
             **{**self.tokenizer.special_tokens_map, **arguments},
         )
         return cast("Sequence[str]", rendered)[0]
+
+
+def _has_system(messages: Sequence[Message]) -> bool:
+    return bool(messages) and messages[0]["role"] == "system"
+
+
+def _without_system(messages: Sequence[Message]) -> Sequence[Message]:
+    """With the system turn put before what the user says first, for a template that refuses it."""
+    system, *others = messages
+    if not others or others[0]["role"] != "user":
+        return [{"role": "user", "content": system["content"]}, *others]
+    return [{**others[0], "content": f"{system['content']}\n\n{others[0]['content']}"}, *others[1:]]
 
 
 def served_tool(tool: Mapping[str, object]) -> Mapping[str, object]:

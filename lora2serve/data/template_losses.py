@@ -20,6 +20,8 @@ def template_losses(row: ChatRow, turns: Sequence[LearnedTurn], template: ChatTe
     """What of a row is missing in its learned turns, in words that go with ``leaves out``; some come twice."""
     if not turns:
         return
+    if row.messages[0]["role"] == "system" and template.refuses_system:
+        yield "a system turn, which it refuses and which is put before the user's first words,"
     for turn in turns:
         yield from _of_answer(row.messages[turn.number], turn.answer)
     last = turns[-1]

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from jinja2 import UndefinedError
+from jinja2 import TemplateError, UndefinedError
 from transformers import AddedToken, AutoTokenizer
 
 from lora2serve.data.chat_formats import set_chat_template
@@ -292,3 +292,19 @@ def test_the_day_is_pinned() -> None:
     today = ChatTemplate(tokenizer_with(template))
     assert Renderer(today).render(ChatRow(TURNS)).samples[0].text.startswith(f"{date.today():%d %b %Y}|")
     assert not ChatTemplate(tokenizer_with(CHATML)).prints_date
+
+
+def test_a_system_turn_that_a_template_refuses_is_put_before_the_user() -> None:
+    gemma = tokenizer_with(chat_templates()["google-gemma-2-2b-it"])
+    system: list[Message] = [{"role": "system", "content": "Be brief."}, *TURNS]
+    with pytest.raises(TemplateError, match="System role not supported"):
+        gemma.apply_chat_template(system, tokenize=False)
+    rendered = renderer(gemma, "<end_of_turn>").render(ChatRow(system))
+    (sample,) = rendered.samples
+    assert "<start_of_turn>user\nBe brief.\n\none?<end_of_turn>" in sample.text
+    assert len(sample.learned) == 3
+    assert len(rendered.losses) == 1 and "a system turn, which it refuses" in min(rendered.losses)
+    nemo = tokenizer_with(chat_templates()["mistralai-Mistral-Nemo-Instruct-2407"])  # writes it before the last user's
+    samples = renderer(nemo).render(ChatRow(system)).samples
+    assert [before for before, _ in learned(samples)] == served(nemo, system)
+    assert [sample.learned for sample in samples] == [[f"{answer}<|im_end|>"] for answer in ANSWERS]
