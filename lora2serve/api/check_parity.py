@@ -20,6 +20,7 @@ from lora2serve.parity_check import trained_model
 from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
+from lora2serve.system.small_files import plain_path
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _compare(
     report = check(trained, compared, progress=progress, ask=ask)
     if baseline:
         report = replace(report, regressions=regressions(report, Path(baseline)))
-    return report, writers.write(report, Path(report_dir) if report_dir else trained.home)
+    return report, writers.write(report, plain_path(Path(report_dir)) if report_dir else trained.home)
 
 
 def _compare_settings(

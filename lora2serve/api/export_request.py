@@ -13,6 +13,7 @@ from lora2serve.config.schema import show
 from lora2serve.config.sizes import parse_size
 from lora2serve.errors import UsageError
 from lora2serve.exporting.open_model import MergeBase, OpenOptions
+from lora2serve.system.small_files import plain_path
 
 DType = Literal["bf16", "fp16", "fp32"]
 Combine = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
@@ -59,6 +60,8 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         """UsageError for values that no type checker has seen, and for what contradicts itself."""
+        if self.out:
+            object.__setattr__(self, "out", plain_path(self.out))
         choices = {"merge_base": MergeBase, "dtype": DType, "combine": Combine, "as_kind": OllamaKind}
         for name, kind in choices.items():
             value = getattr(self, name)

@@ -13,11 +13,13 @@ from lora2serve.adapters.lint import lint
 from lora2serve.api.locate import locate
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import EngineVerdict, Manifest
-from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run import ROOT, Run, is_cut_off
+from lora2serve.config.recipe import ModelRecipe, load_section
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError
 from lora2serve.progress import Progress
 from lora2serve.system.hub_snapshot import hub_snapshot
+from lora2serve.system.small_files import JsonObject, read_json
 from lora2serve.weights.checkpoint import Checkpoint, read_config
 
 Verdict = Literal["met", "not_met", "not_run"]
@@ -99,6 +101,18 @@ class InspectedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectedUnfinishedRun:
+    """A run whose training was cut off, or goes on."""
+
+    kind: Literal["unfinished_run"] = "unfinished_run"
+    base: str | None
+    checkpoint_step: int | None  # of the last checkpoint; None where there is none
+    steps: int | None  # in all
+    resume: str | None  # the command that continues it
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectedModel:
     """A plain model directory."""
 
@@ -111,7 +125,9 @@ class InspectedModel:
     problems: tuple[str, ...] = field(default=())
 
 
-Inspected = InspectedExport | InspectedExports | InspectedAdapter | InspectedRun | InspectedModel
+Inspected = (
+    InspectedExport | InspectedExports | InspectedAdapter | InspectedRun | InspectedUnfinishedRun | InspectedModel
+)
 
 
 def inspect(path: str | Path, *, progress: Progress | None = None) -> Inspected:
@@ -122,6 +138,9 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> Inspected:
 
     Raises InputError for anything else, and for files that cannot be read.
     """
+    unfinished = next((place for place in (Path(path).expanduser(), ROOT / path) if is_cut_off(place)), None)
+    if unfinished and (unfinished / "recipe.yaml").is_file():
+        return _unfinished_run(Run(unfinished))
     source = locate(path, progress or default_progress())
     if source.is_export:
         return _export(source.path)
@@ -181,6 +200,24 @@ def _run(run: Run) -> InspectedRun:
     )
 
 
+def _unfinished_run(run: Run) -> InspectedUnfinishedRun:
+    states = list(run.path.glob("checkpoints/checkpoint-*/trainer_state.json"))
+    state = max((read_json(path, "no state of a trainer", InputError) for path in states), key=_step, default=None)
+    base = load_section(run.recipe, ModelRecipe).path
+    steps = state.get("max_steps") if state else None
+    return InspectedUnfinishedRun(
+        base=base,
+        checkpoint_step=_step(state) if state else None,
+        steps=steps if isinstance(steps, int) else None,
+        resume=f"lora2serve train --resume {run.path}" if state else None,
+    )
+
+
+def _step(state: JsonObject) -> int:
+    step = state.get("global_step")
+    return step if isinstance(step, int) else 0
+
+
 def _adapter(path: Path, base: str | None = None) -> InspectedAdapter:
     adapter = open_adapter(path)
     ranks = Counter(layer.parts["lora_A"].shape[0] for layer in adapter.layers.values() if "lora_A" in layer.parts)
@@ -222,9 +259,19 @@ def _model(path: Path) -> InspectedModel:
     checkpoint = Checkpoint(path)
     specs = checkpoint.specs()
     return InspectedModel(
-        architecture=(checkpoint.config.get("architectures") or ["unknown"])[0],
+        architecture=_first_word(checkpoint.config.get("architectures")) or "unknown",
         tensors=len(specs),
         parameters=sum(spec.numel for spec in specs),
         dtypes=dict(Counter(spec.dtype for spec in specs)),
-        quantization=(checkpoint.config.get("quantization_config") or {}).get("quant_method"),
+        quantization=_quantization(checkpoint.config.get("quantization_config")),
     )
+
+
+def _first_word(value: object) -> str | None:
+    first = value[0] if isinstance(value, list) and value else None
+    return first if isinstance(first, str) else None
+
+
+def _quantization(config: object) -> str | None:
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    return method if isinstance(method, str) else None

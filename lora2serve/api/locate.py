@@ -80,6 +80,8 @@ def base_of_run(base: BaseRecord, requested: str | Path | None, progress: Progre
         return fetch(requested, progress), str(requested)
     if base.local:
         return base.local, base.id
+    if not base.id:
+        raise UsageError("its manifest does not name its base", "name it with --base")
     return fetch(base.pinned, progress), base.id
 
 

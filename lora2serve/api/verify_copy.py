@@ -12,6 +12,7 @@ from lora2serve.artifacts.export_dir import Export
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, ParityNotMet, UsageError
 from lora2serve.progress import Progress
+from lora2serve.system.small_files import plain_path
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def verify(name: str | Path, *, allow_unproven: bool = False, progress: Progress
     """
     progress = progress or default_progress()
     run = find_run(name)
-    path = Path(name).expanduser()
+    path = plain_path(Path(name).expanduser())
     if run or path.exists():
         verified = _verify_here(run.list_exports() if run else [path], run.path if run else path)
     else:

@@ -45,7 +45,9 @@ class Export:
     @property
     def gguf(self) -> Path:
         """Its GGUF, the first where it is split; InputError where it has none."""
-        files = sorted(file for file in self.path.rglob("*.gguf") if not file.name.startswith("mmproj-"))
+        files = sorted(
+            file for file in self.path.rglob("*.gguf") if file.is_file() and not file.name.startswith("mmproj-")
+        )
         if not files:
             raise InputError(f"{self.path}: no .gguf in it", "export again")
         return files[0]

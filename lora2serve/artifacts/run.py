@@ -9,7 +9,7 @@ runs/<name>/recipe.yaml     the recipe, fully resolved
             checkpoints/    the trainer's, for --resume
             exports/        <target>[-<quant>]/
             parity/         report.json and its pictures
-runs/latest                 a link to the run made last
+runs/latest                 a link to the run that was finished last
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,23 +105,20 @@ def point_latest(run: Run) -> None:
 
 @contextmanager
 def kept_once_started(run: Run) -> Iterator[None]:
-    """Let ``latest`` point at the run while it is made; a run that fails before its first checkpoint leaves nothing."""
-    link = run.path.parent / LATEST
-    before = Run(run.path.parent / link.readlink()) if link.is_symlink() else None
+    """Let ``latest`` point at the run once it is whole; one that fails before its first checkpoint leaves nothing."""
     try:
-        point_latest(run)
         yield
+        point_latest(run)
     except BaseException:
         if not (run.path / "checkpoints").exists() and not is_run(run.path):
             shutil.rmtree(run.path, ignore_errors=True)
-            link.unlink(missing_ok=True)
-            if before and before.path != run.path:
-                point_latest(before)
+            with suppress(OSError):  # there are others
+                run.path.parent.rmdir()
         raise
 
 
 def latest(root: Path = ROOT, *, finished: bool = True) -> Run:
-    """The run that was made last; UsageError where it was cut off, unless it need not be ``finished``."""
+    """The run that was finished last; UsageError where it was cut off, unless it need not be ``finished``."""
     link = root / LATEST
     if not link.exists():
         raise UsageError(f"no {link} here", "train first (`lora2serve train`), or name a run or an adapter")
@@ -131,6 +128,17 @@ def latest(root: Path = ROOT, *, finished: bool = True) -> Run:
     return run
 
 
+def newest(root: Path = ROOT) -> Run | None:
+    """The run at which training worked last, finished or not; None where there is none."""
+    paths = [path.parent for path in root.glob("*/recipe.yaml") if not path.parent.is_symlink()]
+    return Run(max(paths, key=_last_change)) if paths else None
+
+
+def _last_change(run: Path) -> float:
+    written = (run / name for name in (RECORD, "recipe.yaml", "metrics.jsonl", "checkpoints"))
+    return max(path.stat().st_mtime for path in written if path.exists())
+
+
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run directory with a finished adapter."""
     return (path / RECORD).is_file() and (path / "adapter" / "adapter_config.json").is_file()
@@ -138,11 +146,16 @@ def is_run(path: Path) -> bool:
 
 def refuse_cut_off(path: Path) -> None:
     """UsageError where ``path`` is a run whose training did not end; whatever else it is passes."""
-    if not path.is_dir() or is_run(path) or any((path / name).is_file() for name in OTHER_KINDS):
-        return
-    empty = path.resolve().parent.name == ROOT.name and not any(path.iterdir())
-    if empty or ((path / "recipe.yaml").is_file() and not Run(path).record.finished):
+    if is_cut_off(path):
         raise cut_off(path)
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether ``path`` is a run whose training did not end."""
+    if not path.is_dir() or is_run(path) or any((path / name).is_file() for name in OTHER_KINDS):
+        return False
+    empty = path.resolve().parent.name == ROOT.name and not any(path.iterdir())
+    return empty or ((path / "recipe.yaml").is_file() and not Run(path).record.finished)
 
 
 def cut_off(path: Path) -> UsageError:

@@ -28,7 +28,7 @@ from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.errors import ExportError
 from lora2serve.system import file_lock, scratch
-from lora2serve.system.small_files import digest
+from lora2serve.system.small_files import digest, plain_path
 
 READ_BYTES = 4 << 20  # bytes read back at a time while hashing
 UNHASHED_BYTES = 4 << 20  # bytes of one file that wait in memory to be hashed
@@ -228,7 +228,7 @@ class NullFile(StagedFile):
 @contextmanager
 def opened(target: Path, *, overwrite: bool) -> Iterator[StagedDir]:
     """An ``StagedDir`` for ``target`` under its lock; what is not published is removed on the way out."""
-    target = target.absolute()
+    target = plain_path(target.absolute())
     partial = partial_of(target)
     with new_parents(target), scratch.claimed(partial, _lock_of(target)), _locked(target):
         for stale in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
@@ -264,7 +264,7 @@ def new_parents(target: Path) -> Iterator[None]:
 
 def refuse(target: Path, *, overwrite: bool) -> None:
     """ExportError where ``opened`` would not take ``target``, as far as that is known now; leaves nothing there."""
-    target = target.absolute()
+    target = plain_path(target.absolute())
     folder = next(parent for parent in target.parents if os.path.lexists(parent))
     try:
         Path(tempfile.mkdtemp(prefix=".lora2serve-", dir=folder)).rmdir()  # by trying: modes do not tell of /proc

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         InspectedExport,
         InspectedModel,
         InspectedRun,
+        InspectedUnfinishedRun,
         MultiLora,
     )  # fmt: skip
     from lora2serve.artifacts.manifest import EngineVerdict
@@ -63,11 +64,13 @@ def _lines(facts: Inspected) -> Iterator[str]:
             yield from (f"  {line}" for line in _export(export))
         yield from _pulled(facts.pulled_from)
         return
-    yield f"kind: {facts.kind}"
+    yield f"kind: {facts.kind.replace('_', ' ')}"
     if facts.kind == "export":
         yield from _export(facts)
     elif facts.kind == "run":
         yield from _run(facts)
+    elif facts.kind == "unfinished_run":
+        yield from _unfinished_run(facts)
     elif facts.kind == "adapter":
         yield from _adapter(facts)
     else:
@@ -110,6 +113,12 @@ def _run(facts: InspectedRun) -> Iterator[str]:
         yield f"export {export}: parity {VERDICTS[facts.parity[export]]}"
     yield "adapter:"
     yield from (f"  {line}" for line in _adapter(facts.adapter))
+
+
+def _unfinished_run(facts: InspectedUnfinishedRun) -> Iterator[str]:
+    done = f"step {facts.checkpoint_step} of {facts.steps or 'an unknown number'}"
+    last = "none: train again" if facts.checkpoint_step is None else done
+    yield from _pairs({"base": facts.base, "last checkpoint": last, "to continue it": facts.resume})
 
 
 def _adapter(facts: InspectedAdapter) -> Iterator[str]:

@@ -39,7 +39,7 @@ def init(overwrite: bool) -> None:
 def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: bool) -> None:
     """Fine-tune as RECIPE says: a path, a built-in name such as "demo", or lora2serve.yaml here.
 
-    Makes runs/<name>/ and points runs/latest at it. Prints the run directory.
+    Makes runs/<name>/ and, once it is finished, points runs/latest at it. Prints the run directory.
     """
     from lora2serve import console
     from lora2serve.api import train_run

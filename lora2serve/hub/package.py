@@ -106,7 +106,7 @@ def _read(root: Path, name: str, expected: FileEntry) -> tuple[UploadItem | None
     if any((root.joinpath(*pure.parts[:depth])).is_symlink() for depth in range(1, len(pure.parts) + 1)):
         return None, "a symbolic link, expected a file"
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait
     except OSError as error:
         return None, "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
     with os.fdopen(fd, "rb") as file:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora2serve.adapters.adapter import read_config
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.parity_report import ReferenceName
 from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.parity_check import thresholds
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.system.http import check_address, without_credentials
+from lora2serve.system.small_files import read_json
 
 NAMES = ("transformers", "peft", "vllm", "vllm-server", "llama.cpp", "ollama", "openai")
 BY_NAME_ONLY = ("vllm-server",)  # the same arithmetic as vllm, and a server start more
@@ -97,11 +98,12 @@ def _engines(export: Export, origin: TrainedModel) -> list[tuple[str, dict[str, 
 
 
 def _stored_as(path: Path) -> str | None:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return (config.get("quantization_config") or {}).get("quant_method")
+    quantization = read_json(path / "config.json", "no config.json in it", InputError).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else None
 
 
 def largest_rank(adapter: Path) -> int:
     """What vLLM's max_lora_rank must reach."""
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return max([int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values())])
+    config = read_config(adapter)
+    return max(int(rank) for rank in [config.get("r", 1), *(config.get("rank_pattern") or {}).values()])

@@ -61,6 +61,15 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
+def plain_path(path: Path) -> Path:
+    """The path without ``..``, which is the parent of what a link before it points to."""
+    parts = path.absolute().parts
+    if ".." not in parts:
+        return path
+    end = len(parts) - parts[::-1].index("..")
+    return Path(*parts[:end]).resolve().joinpath(*parts[end:])
+
+
 def is_relative(name: str) -> bool:
     """Whether ``name`` is that of a file in a folder or in one below it, written the one plain way."""
     return "\0" not in name and not any(

@@ -36,6 +36,9 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def create_model_card(self, *_: object, **__: object) -> None:
+        """None: TRL's would lie among the checkpoints, and name a model that this is not; `push` writes the card."""
+
     def count_from(self, tokens: int) -> None:
         """Count on from the tokens that were trained before."""
         self._total_train_tokens = tokens

@@ -288,3 +288,42 @@ def test_what_comes_after_an_export(pair: tuple[Path, Path], here: Path, capfd: 
     planned = json.loads(capfd.readouterr().out)["outputs"]
     sizes = {Path(name).name: output["bytes"] for name, output in planned.items()}
     assert sizes["gguf-adapter"] == next((here / "out" / "gguf-adapter").glob("*.gguf")).stat().st_size
+
+
+def test_paths_are_shown_without_detours(
+    here: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a link is on the way: its parent is that of what it points to."""
+    _, adapter = pair
+    (here / "there" / "deep").mkdir(parents=True)
+    (here / "link").symlink_to("there/deep")
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "link/.././/out", "--dry-run", "--json"]) == 0
+    assert list(json.loads(capfd.readouterr().out)["outputs"]) == [f"{here}/there/out/vllm"]
+    assert run(["export", str(adapter), "-t", "vllm", "-o", "link/.././/out"]) == 0
+    assert capfd.readouterr().out == f"{here}/there/out/vllm\n"
+    assert run(["verify", "link/../out/vllm", "--allow-unproven"]) == 0
+    assert capfd.readouterr().out == f"{here}/there/out/vllm\n"
+
+
+def test_inspect_of_a_run_that_was_cut_off(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What it is, how far it came, and how it goes on; a finished one and an empty folder are the controls."""
+    run_dir = here / "runs" / "mine"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text("model: {path: org/base}\ndata: {train: x.jsonl}\n")
+    assert run(["inspect", "mine"]) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "kind: unfinished run", "base: org/base", "last checkpoint: none: train again"
+    ]  # fmt: skip
+    for step in (5, 10):
+        state = run_dir / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json"
+        state.parent.mkdir()
+        state.write_text(json.dumps({"global_step": step, "max_steps": 40}))
+    assert run(["inspect", "runs/mine", "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert (facts["kind"], facts["checkpoint_step"], facts["steps"]) == ("unfinished_run", 10, 40)
+    assert facts["resume"] == "lora2serve train --resume runs/mine"
+    (run_dir / "adapter").mkdir()
+    for name in ("run.json", "adapter/adapter_config.json"):
+        (run_dir / name).write_text("{}")
+    assert run(["inspect", "mine"]) == 1
+    assert "unfinished" not in capfd.readouterr().out

@@ -17,6 +17,7 @@ from lora2serve.system.small_files import digest
 from tests.hub.conftest import MET, export, same
 from tests.support.hub_server import HubServer
 from tests.support.manifests import change_manifest
+from tests.support.runs import Told
 
 REPO = "user/demo"
 
@@ -169,6 +170,16 @@ def test_dry_run_sends_nothing(hub: HubServer, tmp_path: Path) -> None:
     assert not hub.repos and {request.method for request in hub.requests} <= {"GET", "HEAD"}
     done = push([path], repo_id=REPO)[0]
     assert (done.uploaded, done.card) == (planned.uploaded, planned.card)
+
+
+def test_dry_run_of_what_is_not_proven(hub: HubServer, tmp_path: Path) -> None:
+    """The card is shown, which says so too, and why the push would be refused."""
+    path, progress = export(tmp_path, "vllm", parity=None), Told()
+    (planned,) = push([path], repo_id=REPO, dry_run=True, progress=progress)
+    assert "Pushed without proof" in planned.card and not hub.repos
+    assert progress.warnings == [f"{path}: parity was not run: the push would be refused"]
+    push([path], repo_id=REPO, dry_run=True, allow_unproven=True, progress=(allowed := Told()))
+    assert allowed.warnings == [], "the control"
 
 
 def test_dry_run_without_a_network(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -92,7 +93,7 @@ def test_the_control_one_that_is_left_is_seen() -> None:
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_and_what_it_started(number: signal.Signals) -> None:
     heard = Heard("curl", send(number))
     server = command(CHILD + ANSWERS)
@@ -107,6 +108,13 @@ def test_a_signal_while_it_starts(number: signal.Signals) -> None:
     heard = Heard("starting", send(number))
     assert server_process.run(command(CHILD + SILENT), heard) == 0
     assert not [note for note in heard.notes if "serves" in note]
+
+
+def test_adapters_are_named_with_their_base() -> None:
+    heard = Heard("curl", send(signal.SIGINT))
+    server = replace(command(ANSWERS), models=("base", "mine"), base="org/model@abc")
+    assert server_process.run(server, heard) == 0
+    assert f"{server.address} serves base, mine (base is org/model@abc)" in heard.notes
 
 
 def test_one_that_ends_by_itself() -> None:

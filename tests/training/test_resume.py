@@ -135,7 +135,7 @@ def test_a_scheduler_s_sigterm_saves_too(tmp_path: Path, chats: dict[str, str]) 
 def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path, chats: dict[str, str]) -> None:
     write_recipe(tmp_path, chats)
     child = start(tmp_path)
-    _, err = stop_at(child, tmp_path, (tmp_path / "runs" / "latest").is_symlink, signal.SIGINT)
+    _, err = stop_at(child, tmp_path, (tmp_path / "runs" / "run").is_dir, signal.SIGINT)
     assert child.returncode == 130, err
     assert "interrupted" in err
     assert "Traceback" not in err

@@ -1,0 +1,54 @@
+"""Where `runs/latest` points, and which run `train --resume` goes on with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lora2serve.artifacts import run as runs
+
+
+def finish(run: runs.Run) -> None:
+    run.adapter.mkdir()
+    (run.adapter / "adapter_config.json").touch()
+    run.save(run.record)
+
+
+def test_latest_moves_once_a_run_is_finished(tmp_path: Path) -> None:
+    """A run that is under way, or was cut off, leaves the link to the one before."""
+    root = tmp_path / "runs"
+    first = runs.create("first", root)
+    with runs.kept_once_started(first):
+        assert not (root / "latest").exists()
+        finish(first)
+    second = runs.create("second", root)
+    with pytest.raises(KeyboardInterrupt), runs.kept_once_started(second):
+        (second.path / "checkpoints").mkdir()
+        assert runs.latest(root).path == first.path
+        raise KeyboardInterrupt
+    assert runs.latest(root).path == first.path and second.path.is_dir()
+    with runs.kept_once_started(second):
+        finish(second)
+    assert runs.latest(root).path == second.path, "the control"
+
+
+def test_one_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
+    run = runs.create("only", tmp_path / "runs")
+    with pytest.raises(KeyboardInterrupt), runs.kept_once_started(run):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_newest_is_the_one_at_work_last(tmp_path: Path) -> None:
+    assert runs.newest(tmp_path) is None
+    for number, name in enumerate(("old", "new")):
+        folder = runs.create(name, tmp_path).path
+        (folder / "recipe.yaml").touch()
+        os.utime(folder / "recipe.yaml", (number, number))
+    newest = runs.newest(tmp_path)
+    assert newest and newest.name == "new"
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    newest = runs.newest(tmp_path)
+    assert newest and newest.name == "old", "the control: it was resumed since"
