@@ -91,7 +91,7 @@ class DataPreview:
     rows: int
     samples: list[TrainedSample]
     findings: list[DataFinding]
-    losses: list[str]  # what the chat template leaves out, each with a count
+    losses: list[str]  # what nobody reads, and what the chat template leaves out, each with a count
 
     @property
     def tokens(self) -> int:
@@ -153,7 +153,8 @@ def preview(sets: DataSets, template: ChatTemplate, recipe: DataRecipe, progress
     held_out = tokenize_all(sets.held_out, template, recipe, _Noting(progress)) if sets.held_out else []
     shown = [_shown(sample, sets.train, template) for sample in samples if sample.learned]
     findings = _findings(sets.train, samples, held_out, recipe)
-    return DataPreview(sets.train.path, len(sets.train.rows), shown, findings, noting.warnings)
+    unread = sets.train.warnings()
+    return DataPreview(sets.train.path, len(sets.train.rows), shown, findings, [*unread, *noting.warnings])
 
 
 def _shown(sample: Sample, data: DataSet, template: ChatTemplate) -> TrainedSample:
@@ -177,8 +178,10 @@ def _findings(
     apart = {tuple(sample.input_ids) for sample in held_out}
     seen: set[tuple[tuple[int, ...], ...]] = set()
     cut, silent, partly, repeated, leaked = list[str](), list[str](), list[str](), list[str](), list[str]()
-    for number, own in by_row.items():
-        where, ids = data.where(number), tuple(tuple(sample.input_ids) for sample in own)
+    first = {data.where(number): number for number in reversed(by_row)}  # a weight has rows stand there several times
+    for where, number in sorted(first.items(), key=lambda item: item[1]):
+        own = by_row[number]
+        ids = tuple(tuple(sample.input_ids) for sample in own)
         learned = [sample.learned for sample in own]
         cut += [where] if any(sample.cut for sample in own) else []
         silent += [where] if not any(learned) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -99,13 +99,23 @@ def _table_rows(path: Path, suffix: str) -> Numbered:
     number = 0
     try:
         for batch in _parquet_batches(path) if suffix == ".parquet" else _arrow_batches(path):
-            for row in batch.to_pylist(maps_as_pydicts="strict"):
+            for row in _plain_rows(batch):
                 number += 1
                 yield number, row
     except FileNotFoundError as error:
         raise _unreadable(path, error) from None
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: not {suffix[1:].capitalize()} that can be read ({first_line(error)})") from None
+
+
+def _plain_rows(batch: pyarrow.RecordBatch) -> Iterable[dict[str, object]]:
+    """Rows as Python has them. ``datasets`` keeps columns of mixed values as JSON, and knows how to read them."""
+    if "arrow.json" not in str(batch.schema):
+        return cast("list[dict[str, object]]", batch.to_pylist(maps_as_pydicts="strict"))
+    import datasets
+    import pyarrow
+
+    return cast("Iterable[dict[str, object]]", datasets.Dataset(pyarrow.Table.from_batches([batch])))
 
 
 def _parquet_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
@@ -146,7 +156,18 @@ def read_hub_set(name: str, split: str, pin: Pin, subset: str | None) -> tuple[N
         raise DataError(
             f"data set {name}: the cache offers commit {commit}, expected {revision}", "load it once online"
         )
-    return enumerate(table), str(table._fingerprint), commit
+    return enumerate(_without_media(table)), str(table._fingerprint), commit
+
+
+def _without_media(table: datasets.Dataset) -> datasets.Dataset:
+    """With pictures and sounds as they are stored: nobody reads them, and to decode them takes libraries and time."""
+    import datasets
+
+    media = (datasets.Image, datasets.Audio, datasets.Video)
+    for name, feature in table.features.items():
+        if isinstance(feature, media):
+            table = table.cast_column(name, type(feature)(decode=False))
+    return table
 
 
 def _saved(directory: Path, split: str) -> datasets.Dataset | None:

@@ -11,9 +11,11 @@ import pytest
 
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
+from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
 from lora2serve.config.recipe import load
 from lora2serve.data import data_sets
 from lora2serve.data.base_template import base_template
+from lora2serve.data.preview import preview
 from lora2serve.progress import Silent
 from tests.data.test_chat_turns import THINK, TURNS
 from tests.support.runs import DEMO, write_jsonl
@@ -104,3 +106,13 @@ def test_formats_by_name(recipe: Path, capfd: pytest.CaptureFixture[str], tmp_pa
     for name, reason in (("llama3", "needs <|start_header_id|>"), ("chatnl", "did you mean 'chatml'?")):
         assert command(["data", str(recipe), "--set", f"data.chat_template={name}"]) == 1
         assert reason in capfd.readouterr().err
+
+
+def test_what_nobody_reads_and_what_a_weight_repeats(tmp_path: Path) -> None:
+    rows = [{"text": "a", "id": 1}, {"text": "b", "id": 2}, {"text": "a", "id": 3}]
+    file = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    recipe = DataRecipe(train=(SourceRecipe(file, weight=2),))
+    found = preview(data_sets.load(recipe), base_template(DEMO / "base"), recipe, Silent())
+    assert len(found.samples) == 6
+    assert list(map(str, found.findings)) == [f"1 rows repeat another: {file}:3"]
+    assert found.losses == [f"{file}: not read: id (3 rows)"]

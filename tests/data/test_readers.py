@@ -123,6 +123,42 @@ def test_the_same_rows_from_what_datasets_saved(tmp_path: Path, as_dict: bool) -
             data_sets.read(str(tmp_path / "saved"), "tset")
 
 
+MIXED: list[dict[str, Any]] = [
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            {"role": "assistant", "content": "Ho"},
+        ]
+    },
+    {"messages": [{"role": "user", "content": '"Hi"'}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+]
+
+
+def test_columns_of_mixed_values_as_datasets_keeps_them(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "a.jsonl").write_bytes(lines(MIXED))
+    saved = datasets.Dataset.from_json(str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"))
+    saved.to_parquet(str(tmp_path / "a.parquet"))
+    saved.save_to_disk(str(tmp_path / "saved"))
+    (arrow_file,) = (tmp_path / "saved").glob("*.arrow")
+    assert "arrow.json" in str(pyarrow.parquet.read_schema(tmp_path / "a.parquet")), "the control"
+    expected = data_sets.read(str(tmp_path / "a.jsonl")).rows
+    for path in (tmp_path / "a.parquet", tmp_path / "saved", arrow_file):
+        assert data_sets.read(str(path)).rows == expected
+
+
+def test_pictures_are_not_looked_at(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(text=datasets.Value("string"), image=datasets.Image())
+    image = {"bytes": b"no picture at all", "path": None}
+    datasets.Dataset.from_list([{"text": "a", "image": image}], features).save_to_disk(str(tmp_path / "saved"))
+    data = data_sets.read(str(tmp_path / "saved"))
+    assert plain(data) == [{"text": "a"}]
+    assert data.unread == {"image": 1}
+
+
 GOOD = b'{"text": "a"}'
 HOSTILE: list[tuple[str, bytes, str]] = [
     ("a.jsonl", GOOD + b'\n{"text": "a", "text": "b"}\n', ":2: not JSON (key 'text' is there twice)"),
