@@ -11,12 +11,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from lora2serve.system.hardware import cache_folder
+
 
 def build(folder: Path) -> Path:
     """The program of ``tests/support/render_go``."""
     program = folder / "render"
     binary = Path(sys.executable).parent / "go"
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"}
+    environment["GOCACHE"] = str(cache_folder() / "go-build")  # its library takes a minute to build: once
     source = Path(__file__).with_name("render_go") / "main.go"
     subprocess.run([binary, "build", "-o", program, source], check=True, env=environment, cwd=folder)
     return program
