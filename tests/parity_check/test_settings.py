@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.cli import run as command
 from lora2serve.exporting import settings_plan
@@ -23,6 +25,7 @@ from tests.support.runs import make_chat_model
 from tests.support.settings import (
     Damage,
     both,
+    checked,
     damaged,
     exported,
     gguf,
@@ -205,6 +208,53 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
 def test_a_sound_export_is_met(exports: Exports, target: str) -> None:
     result = exports.check(exports.paths[target])
     assert (result.gate.status, result.differences) == ("met", ()), result.gate
+
+
+CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
+    "type of the weights": ("vllm", {"dtype": "fp16"}),
+    "name, scheme, shards": ("vllm", {"name": "mine", "quants": "w4a16", "dtype": "fp32", "shard_size": "300KB"}),
+    "name of the base": ("adapter", {"served_base": "org/base"}),
+    "types, split": ("gguf", {"quants": "Q8_0", "tensor_type": ["attn_v=F16"], "split_size": "300KB", "pre": "gpt-2"}),
+    "folders": ("lmstudio", {"quants": "Q4_0", "name": "mine"}),
+    "adapter in Ollama": ("ollama", {"as_kind": "adapter", "from_model": "llama3.2:1b"}),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_was_chosen_at_the_export(exports: Exports, name: str, tmp_path: Path) -> None:
+    """Is on record, and no difference; also where an earlier version wrote the manifest, as far as it tells. The
+    control: under the record of another choice.
+    """
+    target, options = CHOICES[name]
+    export = exported(exports.adapter, tmp_path / "out", target, exports.base, **options)
+    result = checked(export, exports.base, exports.adapter)
+    assert (result.gate.status, result.differences) == ("met", ()), result.gate
+    content = Manifest.read(export).to_json()
+    if name in ("type of the weights", "name of the base", "folders", "adapter in Ollama"):
+        rewritten(export / MANIFEST, json.dumps({key: value for key, value in content.items() if key != "options"}))
+        assert checked(export, exports.base, exports.adapter).gate.status == "met"
+    rewritten(export / MANIFEST, json.dumps(content | {"options": {}, "name": "other", "from": "other"}))
+    assert checked(export, exports.base, exports.adapter).gate.status == "missed" or target == "adapter"
+
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied, padded vocabulary": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 1600}),
+    "float16": ("llama", {"dtype": torch.float16}),
+    "caps": ("gemma2", {"head_dim": 64, "query_pre_attn_scalar": 64}),
+    "experts": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sound_exports_of_other_models(name: str, tmp_path: Path) -> None:
+    """Without a run, and without an adapter."""
+    kind, changes = MODELS[name]
+    base = make_chat_model(tmp_path / "base", kind=kind, **changes)
+    targets = ("vllm",) if kind == "gemma2" else ("vllm", "gguf")  # whose GGUF wants a SentencePiece model
+    for target in targets:
+        options = {"quants": "Q8_0"} if target == "gguf" else {}
+        result = checked(exported(base, tmp_path / "out", target, **options), base)
+        assert (result.gate.status, result.differences) == ("met", ()), result.gate
 
 
 @pytest.mark.parametrize("name", DAMAGES)

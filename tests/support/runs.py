@@ -66,7 +66,7 @@ def write_jsonl(path: Path, content: Sequence[Mapping[str, Any]]) -> Path:
 
 def make_chat_model(path: Path, **changes: Any) -> Path:
     """A random model of 0.2 million parameters that speaks the demo's tokens."""
-    make_model(path, vocab_size=1536, bos_token_id=None, eos_token_id=0, **changes)
+    make_model(path, **{"vocab_size": 1536, "bos_token_id": None, "eos_token_id": 0, **changes})
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / "base" / name, path / name)
     return path
