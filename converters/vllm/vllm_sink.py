@@ -109,6 +109,8 @@ def _open_writer(model: ExportModel, out: StagedDir, specs: Sequence[TensorSpec]
     if options.quant is None:
         return PlainWriter(out, specs, options.shard_size)
     if options.quant in CALIBRATED:
+        if isinstance(out, DryRunDir):  # llm-compressor's files are as large as those of the same layout
+            CompressedWriter(LIKE_CALIBRATED, specs, model.config, out, options.shard_size).close()
         return CalibratedWriter(model, out, specs, options.quant, options.calibration)
     return CompressedWriter(options.quant, specs, model.config, out, options.shard_size)
 

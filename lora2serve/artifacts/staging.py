@@ -18,7 +18,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,8 @@ class DryRunDir(StagedDir):
         self.target = target
         self.path = Path(tempfile.mkdtemp(prefix="plan-", dir=scratch.root()))
         self._files = {}
-        self.sizes: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}  # of what is published
+        self.passing: dict[str, int] = {}  # of what is only needed on the way, which takes disk too
 
     def file(self, name: str, size: int) -> StagedFile:
         self.sizes[name] = size
@@ -211,7 +212,7 @@ class DryRunDir(StagedDir):
 
     def subdir(self, name: str) -> StagedDir:
         nested = DryRunDir(self.target / name)
-        nested.sizes = self.sizes  # what is only needed on the way takes disk too
+        nested.sizes = self.passing
         return nested
 
 
@@ -230,7 +231,7 @@ def opened(target: Path, *, overwrite: bool) -> Iterator[StagedDir]:
     """An ``StagedDir`` for ``target`` under its lock; what is not published is removed on the way out."""
     target = plain_path(target.absolute())
     partial = partial_of(target)
-    with new_parents(target), scratch.claimed(partial, _lock_of(target)), _locked(target):
+    with _folder_of(target), scratch.claimed(partial, _lock_of(target)), _locked(target):
         for stale in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
             shutil.rmtree(stale, ignore_errors=True)
         _refuse_existing(target, overwrite)
@@ -247,19 +248,13 @@ def partial_of(target: Path) -> Path:
 
 
 @contextmanager
-def new_parents(target: Path) -> Iterator[None]:
-    """Make the folders above the target; those that are new and stay empty are removed on the way out."""
-    new = [parent for parent in target.parents if not parent.exists()]
-    try:
+def _folder_of(target: Path) -> Iterator[None]:
+    with ExitStack() as stack:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(scratch.filled(target.parent))
         except OSError as error:
             raise ExportError(f"{target.parent}: {error.strerror}", "choose another directory with -o") from None
         yield
-    finally:
-        with suppress(OSError):  # it holds something
-            for parent in new:
-                parent.rmdir()
 
 
 def refuse(target: Path, *, overwrite: bool) -> None:

@@ -232,7 +232,7 @@ def dry_run(model: ExportModel, plans: Sequence[Plan]) -> ExportPlan:
             tensors=len(model.source.specs()),
             changed=len(model.source.changed()),
             outputs=planned,
-            disk=sum(output.bytes for output in planned.values()),
+            disk=sum(sum(out.sizes.values()) + sum(out.passing.values()) for out in outputs),
             free=shutil.disk_usage(folder).free,
             memory=threads_for(None) * largest * BYTES_IN_FLIGHT + len(outputs) * staging.UNHASHED_BYTES + AROUND,
         )

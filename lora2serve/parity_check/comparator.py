@@ -26,7 +26,6 @@ from lora2serve.artifacts.parity_report import (
     ReferenceName,
     TensorError,
 )
-from lora2serve.artifacts.staging import new_parents
 from lora2serve.errors import EngineError, Lora2ServeError, UsageError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.open_model import OpenOptions, open_plain
@@ -89,7 +88,7 @@ def _with_engines(
 def _work_folder(home: Path) -> Iterator[Path]:
     """Where the logits lie, on the disk of the report: they are too large for TMPDIR."""
     work = home / f".work-{uuid4().hex[:12]}"
-    with new_parents(work), scratch.claimed(work):
+    with scratch.filled(home), scratch.claimed(work):
         work.mkdir()
         yield work
 

@@ -107,6 +107,21 @@ def claimed(path: Path, lock: Path | None = None) -> Iterator[Callable[[], None]
             claim.unlink(missing_ok=True)
 
 
+@contextmanager
+def filled(folder: Path) -> Iterator[None]:
+    """Make the folder and those above it; what is new of these and stays empty goes again, as if it were claimed."""
+    new = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+    claims = root() / CLAIMS
+    claims.mkdir(exist_ok=True)
+    claim = claims / f"{uuid.uuid4().hex}.folders"
+    claim.write_text(json.dumps([str(path) for path in new]), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        _settle_folders(claim)
+
+
 def remove() -> None:
     """End what this process started, and remove what it made. Safe twice, and in a fork."""
     if _own and _own[0][0] == os.getpid():
@@ -147,6 +162,8 @@ def _locked_folder() -> Path:
 def _remove(folder: Path) -> tuple[int, int]:
     ended = _end_processes(str(folder))
     removed = sum(_settle(claim) for claim in folder.glob(f"{CLAIMS}/*.json"))
+    for claim in folder.glob(f"{CLAIMS}/*.folders"):
+        _settle_folders(claim)
     _delete(folder)
     return ended, removed
 
@@ -163,6 +180,16 @@ def _settle(claim: Path) -> bool:
             _delete(path)
             return there
     return False
+
+
+def _settle_folders(claim: Path) -> None:
+    folders: list[str] = []
+    with suppress(OSError, ValueError):
+        folders = json.loads(claim.read_text(encoding="utf-8"))
+        claim.unlink()
+    for folder in folders:
+        with suppress(OSError):  # it holds something
+            Path(folder).rmdir()
 
 
 def _delete(path: Path) -> None:

@@ -130,9 +130,7 @@ def test_the_next_command_sweeps(place: Place, words: Sequence[str], made: str) 
         left += place.files() != before
         place.run(["inspect", "model"])
         assert place.wait_until_alone(8) == [], number
-        assert {path for path in place.files() if path != place.root / made} == before, number
-        with suppress(FileNotFoundError):
-            (place.root / made).rmdir()  # an empty folder for the output may be there
+        assert place.files() == before, number
     assert left >= 2, "the control: a kill leaves something"
 
 
@@ -166,6 +164,4 @@ def test_a_process_of_its_own(place: Place, number: signal.Signals) -> None:
         assert place.files() != before, "the control"
         place.run(["inspect", "model"])
     assert place.wait_until_alone(1) == []
-    with suppress(FileNotFoundError):
-        (place.root / "report").rmdir()
     assert place.files() == before

@@ -85,6 +85,25 @@ def test_refused_before_the_first_byte(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("quant", ["awq", "gptq"])
+def test_sizes_of_a_dry_run(
+    quant: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the data-free scheme of the same layout; the 16-bit model on the way takes disk as well."""
+    pretend(monkeypatch, tmp_path / "cache", "exit 1")
+    plans = {}
+    for name in (quant, "w4a16", ""):
+        words = ["export", str(made / "red"), "-t", "vllm", "--dry-run", "--json", "-o", str(tmp_path / "out")]
+        words += (
+            ["-q", name, "--calibrate", str(made / "data.jsonl")] if name == quant else ["-q", name] if name else []
+        )
+        assert run(words) == 0
+        plans[name] = json.loads(capfd.readouterr().out)
+    (size,), (alike,), (merged,) = (plan["outputs"].values() for plan in plans.values())
+    assert size == alike and size["bytes"] < merged["bytes"], "the control: 16 bits take more"
+    assert plans[quant]["disk"] == size["bytes"] + merged["bytes"]
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("script", "said"),
