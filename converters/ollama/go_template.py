@@ -77,9 +77,7 @@ def derive(jinja: Jinja) -> DerivedTemplate:
         _prove(jinja, text, turns(2), day)
         _prove(jinja, text, turns(2, SYSTEM if with_system else None), day)
     trims, drops = (_differs(jinja, text, messages) for messages in (PADDED, THOUGHT))
-    kinds = apart(with_system)
-    refuses = tuple(kind for kind in kinds if any(_expected(jinja, messages) is None for messages in kinds[kind]))
-    differ = tuple(kind for kind in kinds if any(_differs(jinja, text, messages) for messages in kinds[kind]))
+    refuses, differ = _kinds_apart(jinja, text, with_system)
     return DerivedTemplate(pieces, marks, trims, drops, refuses, differ)
 
 
@@ -94,6 +92,15 @@ def default_system(jinja: Jinja, derived: DerivedTemplate) -> str | None:
         return None
     same = all(attempt(jinja, turns(n, system)) == attempt(jinja, turns(n)) for n in (1, 2, 3))
     return system if same and all(is_printable(c) or c in "\n\t" for c in system) else None
+
+
+def _kinds_apart(jinja: Jinja, go: str, with_system: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The kinds that the Jinja refuses, and those in which the Go template is not equal."""
+    refuses, differ = [], []
+    for kind, conversations_apart in apart(with_system).items():
+        refuses += [kind] if any(_expected(jinja, messages) is None for messages in conversations_apart) else []
+        differ += [kind] if any(_differs(jinja, go, messages) for messages in conversations_apart) else []
+    return tuple(refuses), tuple(differ)
 
 
 def _differs(jinja: Jinja, go: str, messages: Messages) -> bool:

@@ -89,6 +89,8 @@ def sentencepiece_tokenizer(path: Path) -> None:
     (path / "tokenizer.json").unlink()
     settings = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = path / "chat_template.jinja"  # which prints BOS, as Gemma's does
+    template.write_text("{{ bos_token }}" + template.read_text())
 
 
 def _sharpen(path: Path, by: float = 3) -> None:

@@ -18,6 +18,7 @@ from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.progress import Silent
 from lora2serve.serving.ollama import OllamaClient, create
+from tests.support.ollama_engine import render_jinja
 from tests.support.ollama_server import OllamaServer
 
 NUMBERED = (
@@ -64,6 +65,15 @@ def test_an_unproven_template(ollama: OllamaServer, base: Path, tmp_path: Path) 
     scan(next(directory.glob("*.gguf")))
     assert rendered(ollama, directory) == trained(base)
     assert ollama.load("demo:latest").jinja == LOOKALIKE_GUARD + NUMBERED
+
+
+def test_a_template_that_knows_thinking(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:
+    """The server renders the GGUF's Jinja and turns thinking on; training had not. The control is the Jinja itself."""
+    path = base / "chat_template.jinja"
+    path.write_text(path.read_text() + "{% if enable_thinking %}<think>\n{% endif %}")
+    directory = exported(base, tmp_path)
+    assert rendered(ollama, directory) == trained(base)
+    assert render_jinja(path.read_text(), turns(2, "Be brief.")) != trained(base)
 
 
 def test_a_dated_template(ollama: OllamaServer, base: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from tests.support.golang import Renderer
 
 Messages = Sequence[Mapping[str, str]]
+SERVED = {"enable_thinking": True, "preserve_thinking": True, "clear_thinking": False}  # by llama-server, unless asked
 TOOLS, THINKING = ("tools", "tool_call"), ("<think>", "</think>", "enable_thinking", "reasoning_content", "thinking")
 
 
@@ -134,13 +135,19 @@ class Loaded:
         return bytes(self.llm._model.detokenize([token], special=special))
 
     def _by_jinja(self, messages: Messages) -> str:
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
         bos, eos = (
             self._piece(n, special=True).decode() if n >= 0 else ""
             for n in (self.llm.token_bos(), self.llm.token_eos())
         )
-        return str(Jinja2ChatFormatter(self.jinja, eos_token=eos, bos_token=bos)(messages=list(messages)).prompt)
+        return render_jinja(self.jinja, messages, bos, eos)
+
+
+def render_jinja(template: str, messages: Messages, bos: str = "", eos: str = "") -> str:
+    """As llama-server does, with the variables that it sets."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
+    return str(formatter(messages=list(messages), **SERVED, date_string=f"{date.today():%d %b %Y}").prompt)
 
 
 def _collated(messages: Messages) -> Iterator[dict[str, str]]:
