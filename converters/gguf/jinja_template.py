@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lora2serve.data.rows import Message
+from lora2serve.data.served_template import without_system
 
 Messages = Sequence[Message]
 Tools = Sequence[Mapping[str, object]]
@@ -44,3 +46,18 @@ class Jinja:
             return self.at(clock, tools)(messages)
         except Exception:  # a template raises what it likes
             return None
+
+
+@dataclass(frozen=True)
+class TrainedJinja(Jinja):
+    """As training calls it: a system turn that the template refuses stands before what the user says first."""
+
+    def at(self, clock: Clock | None, tools: Tools | None = None) -> Render:
+        render = super().at(clock, tools)
+        return (lambda messages: render(without_system(messages))) if self._refuses_system else render
+
+    @cached_property
+    def _refuses_system(self) -> bool:
+        plain = Jinja(self.template, self.variables)
+        user: Message = {"role": "user", "content": "Hi"}
+        return plain.attempt([user]) is not None and plain.attempt([{**user, "role": "system"}, user]) is None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converters.gguf.jinja_template import Jinja
+from converters.gguf.jinja_template import Jinja, TrainedJinja
 from converters.gguf.template_copy import as_trained
 from converters.gguf.tokenizer_files import tokenizer_directory
 from converters.ollama import go_template
@@ -94,7 +94,7 @@ def read_chat(model: ExportModel) -> Chat:
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     jinja = tokenizer.get_chat_template() if tokenizer.chat_template else None
     derived, reason = _derive(jinja, special)
-    system = go_template.default_system(Jinja(jinja, special), derived) if jinja and derived else None
+    system = go_template.default_system(TrainedJinja(jinja, special), derived) if jinja and derived else None
     stop = _stops(tokenizer, generation, derived, model.answer_end)
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return Chat(jinja, special, derived, reason, system, stop, _parameters(generation), adds_bos)
@@ -117,7 +117,7 @@ def _derive(jinja: str | None, special: Mapping[str, str]) -> tuple[DerivedTempl
     if not jinja:
         return None, ""
     try:
-        return go_template.derive(Jinja(jinja, special)), ""
+        return go_template.derive(TrainedJinja(jinja, special)), ""
     except TemplateNotProven as reason:
         return None, str(reason)
 

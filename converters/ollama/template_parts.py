@@ -34,7 +34,7 @@ class TemplateParts:
     place: SystemPlace = "front"
     empty_system: bool = False  # whether an empty system message is one
     answer_head: str | None = None  # before an answer that comes first; None: the template refuses it
-    answer_after_system: str | None = None  # between a system message and such an answer, where there are both
+    answer_after_system: str | None = None  # between a system message and such an answer; None: as before
     later: LaterSystem | None = None  # of place "each"
 
     @property
@@ -98,9 +98,12 @@ def _user(parts: TemplateParts) -> str:
 def _assistant(parts: TemplateParts) -> str:
     before, condition = {}, 'eq .Role "assistant"'
     if parts.answer_head is None:
-        condition = f'and ({condition}) (ne $last "")' + (' (ne $last "system")' if parts.in_turn else "")
-    else:
-        before[""] = _first(parts, parts.answer_head, parts.answer_after_system)
+        after_system = parts.place == "front" and parts.answer_after_system is not None
+        comes_later = '(or (ne $last "") $.System)' if after_system else '(ne $last "")'
+        unknown = ' (ne $last "system")' if parts.in_turn and parts.answer_after_system is None else ""
+        condition = f"and ({condition}) {comes_later}{unknown}"
+    if parts.answer_head is not None or parts.answer_after_system is not None:
+        before[""] = _first(parts, parts.answer_head or "", parts.answer_after_system)
         before |= {"system": quote(parts.answer_after_system or "")} if parts.in_turn else {}
     begin = _by_last(before, quote(parts.to_assistant))
     return f'{{{{ else if {condition} }}}}{begin}{{{{ .Content }}}}{{{{ $last = "assistant" }}}}'

@@ -70,14 +70,13 @@ def _with_first_answer(render: Render, parts: TemplateParts) -> TemplateParts:
     rest = [parts.to_user, parts.to_assistant, parts.to_user, parts.opening]
     marks = [ANSWERS[0], USERS[1], ANSWERS[1], USERS[2]]
     plain = _pieces(render, turns(3)[1:], marks)
-    if plain is None or plain[1:] != rest:
-        return parts
+    head = plain[0] if plain and plain[1:] == rest else None
     if parts.before_system is None or parts.system_last:
-        return replace(parts, answer_head=plain[0])
+        return replace(parts, answer_head=head)
     system = _pieces(render, [*said(system=SYSTEM), *turns(3)[1:]], [SYSTEM, *marks])
     if system is None or system[0] != parts.before_system or system[2:] != rest:
         return parts
-    return replace(parts, answer_head=plain[0], answer_after_system=system[1])
+    return replace(parts, answer_head=head, answer_after_system=system[1])
 
 
 def _places(render: Render, parts: TemplateParts) -> Iterator[TemplateParts]:

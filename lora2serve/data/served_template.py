@@ -38,7 +38,7 @@ class ChatTemplate:
         if not self.tokenizer.chat_template:
             raise DataError(NO_TEMPLATE, NO_TEMPLATE_HINT)
         tools = [served_tool(tool) for tool in row.tools] if row.tools else None
-        known = _without_system(messages) if self.refuses_system and _has_system(messages) else messages
+        known = without_system(messages) if self.refuses_system else messages
         served = [as_served(message) for message in known]
         arguments = {"strftime_now": self._strftime, **row.chat_template_kwargs}
         if not served:
@@ -108,12 +108,10 @@ class ChatTemplate:
         return cast("Sequence[str]", rendered)[0]
 
 
-def _has_system(messages: Sequence[Message]) -> bool:
-    return bool(messages) and messages[0]["role"] == "system"
-
-
-def _without_system(messages: Sequence[Message]) -> Sequence[Message]:
-    """With the system turn put before what the user says first, for a template that refuses it."""
+def without_system(messages: Sequence[Message]) -> Sequence[Message]:
+    """With a first system turn put before what the user says first, for a template that refuses it."""
+    if not messages or messages[0]["role"] != "system":
+        return messages
     system, *others = messages
     if not others or others[0]["role"] != "user":
         return [{"role": "user", "content": system["content"]}, *others]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.gguf.jinja_template import Jinja
+from converters.gguf.jinja_template import Jinja, TrainedJinja
 from converters.ollama import template_dates
 from converters.ollama.conversations import answer_first, apart, conversations, said, turns
 from converters.ollama.go_template import (
@@ -45,7 +45,7 @@ def go(go_render: Renderer) -> Go:
 
 def attempt(template: str) -> DerivedTemplate | str:
     try:
-        return derive(Jinja(template, SPECIAL))
+        return derive(TrainedJinja(template, SPECIAL))
     except TemplateNotProven as reason:
         return str(reason)
 
@@ -57,7 +57,7 @@ def test_corpus(go: Go) -> None:
     proven = {name: derived for name, derived in results.items() if isinstance(derived, DerivedTemplate)}
     assert len(results) >= 60
     for name, derived in proven.items():
-        template = Jinja(chat_templates()[name], SPECIAL)
+        template = TrainedJinja(chat_templates()[name], SPECIAL)
         cases = list(conversations(derived.pieces.before_system is not None))
         for day in (DAY, date(2031, 11, 30)) if derived.dated else (DAY,):
             render = template.at(template_dates.on(day))
@@ -138,6 +138,26 @@ def test_an_answer_that_comes_first_and_is_refused(go: Go) -> None:
     assert derived.refuses == ("answer_first",)
     for messages in answer_first(False):
         assert go([(derived.go(), messages)]) == [template(messages[1:])]
+
+
+@pytest.mark.parametrize(
+    "strict", ["", "{% if messages[0].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"]
+)
+def test_a_system_message_that_is_refused(go: Go, strict: str) -> None:
+    """As in training, it stands before the first question, or is one; the control leaves it out."""
+    refusing = "{% for m in messages if m.role == 'system' %}{{ raise_exception('no') }}{% endfor %}"
+    template = TrainedJinja(strict + refusing + CHATML, SPECIAL)
+    derived = derive(template)
+    assert derived.refuses == (*(("answer_first",) if strict else ()), "later_system")
+    assert derived.differ == ()
+    for messages in conversations(True):
+        system, *others = messages
+        if system["role"] == "system":
+            merged = [said(user=f"{system['content']}\n\n{others[0]['content']}")[0], *others[1:]]
+            assert go([(derived.go(), messages)]) == [Jinja(CHATML, SPECIAL)(merged)]
+            assert go([(derived.go(), others)]) == [Jinja(CHATML, SPECIAL)(others)]
+    first = [*said(system="Be brief."), *turns(2)[1:]]
+    assert go([(derived.go(), first)]) == [Jinja(CHATML, SPECIAL)([*said(user="Be brief."), *first[1:]])]
 
 
 @pytest.mark.parametrize(
