@@ -386,3 +386,29 @@ def test_multimodal(root: Path, tmp_path: Path, kind: str) -> None:
     assert differences(keys, their_keys) == {}
     manifest = json.loads((file.parent / "lora2serve.json").read_text())
     assert (manifest["file"], manifest["projector"]) == (file.name, projector.name)
+
+
+GRANITE_4 = {
+    "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 512, "mamba_n_heads": 8,
+    "mamba_d_head": 64, "mamba_expand": 2, "mamba_d_state": 64, "mamba_n_groups": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layers", "positions"),
+    [(["mamba", "attention"], "nope"), (["attention"] * 2, "rope"), (["attention"] * 2, "nope")],
+)
+def test_granite_4(tmp_path: Path, layers: list[str], positions: str) -> None:
+    """Hybrid and dense, by one class: layers by the names of the Hub's config, positions as transformers has them."""
+    from gguf import GGUFReader
+
+    changes = {"layer_types": layers, "position_embedding_type": positions}
+    model = make_model(tmp_path / "granite", "granitemoehybrid", **{**SHAPE, **GRANITE_4, **changes})
+    dress(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))  # transformers 5 has other names for layers
+    file = export(model, tmp_path / "out", "-q", "F16")
+    assert nmse(by_llama_cpp(file), by_transformers(model)) < 1e-4
+    fields = GGUFReader(file).fields
+    (turned,) = [name for name in fields if name.endswith("rope.scaling.finetuned")]
+    assert bool(fields[turned].contents()) == (positions == "rope")

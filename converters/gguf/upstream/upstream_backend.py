@@ -30,6 +30,8 @@ from lora2serve.weights.tensors import FLOATS, TensorSpec, torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
+GRANITE_4 = "GraniteMoeHybridForCausalLM"
+
 
 class UpstreamBackend:
     """One GGUF file as llama.cpp's converter lays it out: the model's, or that of its ``projector``."""
@@ -98,6 +100,11 @@ class UpstreamBackend:
             "general.file_type": PRESETS[self.preset],
             **metadata.lineage_keys(self._model),
         }
+        kind = self._model.config.get("position_embedding_type")
+        if (
+            self._model.config["architectures"][0] == GRANITE_4
+        ):  # upstream goes by the kinds of layers; transformers, by this
+            own[f"{self.architecture}.rope.scaling.finetuned"] = kind == "rope"
         if self._options.chat_template is not None and not self._projector:
             own["tokenizer.chat_template"] = self._options.chat_template
         return own
