@@ -17,7 +17,7 @@ from converters.gguf.gguf_layout import LayoutOptions
 from converters.gguf.gguf_plan import plan_file
 from converters.gguf.gguf_writer import GgufWriter
 from converters.gguf.llama.llama_process import Llama
-from converters.gguf.presets import PRESETS, PRESETS_THAT_NEED_IMATRIX
+from converters.gguf.presets import PRESETS, PRESETS_THAT_NEED_IMATRIX, what_it_is
 from converters.gguf.shards import ShardFiles, projector_stem, stem
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
@@ -63,6 +63,7 @@ class GgufSink:
                 plan_file(main, llama, matrix, options.tensor_type),
                 *(plan_file(projector, llama) for projector in projectors),
             ]
+            self._warnings = what_it_is(options.quant, plan.tensors)
             self.tokens = tokenizer_check.check(model, plan, llama)
             if not self.tokens.stops:
                 plan = tokenizer_check.ending(model, plan)
@@ -89,6 +90,7 @@ class GgufSink:
             match_reference=self._match_reference,
             tokens_proven=self.tokens.compared,
             details=self._details,
+            warnings=self._warnings,
         )
 
     def close(self) -> None:

@@ -8,13 +8,15 @@ because it is llama.cpp that applies them, and metadata that it would refuse is 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 from converters.gguf import ggml, header
 from converters.gguf.gguf_layout import TensorLayout
 from converters.gguf.gguf_scan import scan
-from converters.gguf.header import Keys
+from converters.gguf.header import GgufTensor, Keys
 from converters.gguf.imatrix import Imatrix, Matrix
 from converters.gguf.llama.llama_process import Llama
 from lora2serve.errors import ExportError
@@ -47,6 +49,17 @@ def choose(
         _write_skeleton(skeleton, tensors, keys)
         _quantize(llama, skeleton, answer, PRESETS[preset], _shrink(imatrix, tensors) if imatrix else None)
         return scan(answer) | fixed
+
+
+def what_it_is(preset: str, tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
+    """A warning where a preset's own type is in none of the tensors: llama.cpp gives MXFP4 to experts only."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.type] += prod(tensor.shape)
+    if preset != "MXFP4" or preset in sizes:
+        return ()
+    ((most, _),) = sizes.most_common(1)
+    return (f"--quant MXFP4: llama.cpp gives that type to experts only, and this model has none: it is {most}",)
 
 
 def _uniform(preset: str, tensor: TensorLayout) -> str:

@@ -46,7 +46,8 @@ class OllamaAdapterSink:
         _refuse_shadowed(model, chat.jinja)
         self._adapter = GgufAdapterSink(model, out, GgufAdapterOptions())
         self.wanted = self._adapter.wanted
-        self._out, self._name, self._chat, self._from = out, model.name.lower(), chat, base
+        # the merged model of the same run has the name itself
+        self._out, self._name, self._chat, self._from = out, f"{model.name.lower()}-adapter", chat, base
         self._modelfile = chat.modelfile(base, _adds_bos(model, out), f"./{self._adapter.name}")
         self._text = self._modelfile.write()
 

@@ -126,6 +126,7 @@ class ExportFacts:
     rank: int | None = None
     served_base: str | None = None
     details: Mapping[str, object] = field(default_factory=dict)  # keys of this format alone
+    warnings: tuple[str, ...] = ()  # said once; no part of the manifest
 
 
 class Sink(Protocol):

@@ -83,9 +83,12 @@ def export(
             feed(model, sinks, progress, threads_for(threads))
             for warning in model.source.survival.check():
                 progress.warn(warning)
+            finished = [sink.finish() for sink in sinks]
+            for warning in dict.fromkeys(warning for facts in finished for warning in facts.warnings):
+                progress.warn(warning)
             sealed = [
-                out.seal(_manifest(model, plan, sink.finish()))
-                for plan, sink, out in zip(plans, sinks, outputs, strict=True)
+                out.seal(_manifest(model, plan, facts))
+                for plan, facts, out in zip(plans, finished, outputs, strict=True)
             ]
         except OSError as error:
             raise ExportError(

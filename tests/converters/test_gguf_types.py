@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.gguf.presets import PRESETS, PRESETS_THAT_NEED_IMATRIX
+from converters.gguf.header import GgufTensor
+from converters.gguf.presets import PRESETS, PRESETS_THAT_NEED_IMATRIX, what_it_is
 from lora2serve.cli import run
 from lora2serve.weights.checkpoint import SafetensorsFiles
 from tests.converters.test_gguf_adapter import by_llama_cpp, nmse
@@ -73,6 +74,21 @@ def test_another_type_for_some(models: dict[str, Path], tmp_path: Path, capfd: p
     assert "unknown type 'Q9_X'" in capfd.readouterr().err
     assert run([*words, "nothing=Q8_0"]) == 1
     assert "no tensor matches" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "types", "said"),
+    [
+        ("MXFP4", {"token_embd": "Q8_0", "blk.0.ffn_up": "Q8_0", "output_norm": "F32"}, "it is Q8_0"),
+        ("MXFP4", {"token_embd": "Q8_0", "blk.0.ffn_up_exps": "MXFP4"}, None),
+        ("Q4_K_M", {"token_embd": "Q6_K", "blk.0.ffn_up": "Q8_0"}, None),  # rows that hold no whole blocks
+    ],
+)
+def test_a_preset_without_its_type(preset: str, types: dict[str, str], said: str | None) -> None:
+    tensors = [GgufTensor(name, (64, 64) if "norm" not in name else (64,), kind) for name, kind in types.items()]
+    warnings = what_it_is(preset, tensors)
+    assert bool(warnings) == bool(said)
+    assert said is None or said in warnings[0]
 
 
 def test_rows_that_hold_no_whole_blocks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

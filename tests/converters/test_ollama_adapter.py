@@ -58,6 +58,9 @@ def test_what_is_written(ollama: OllamaServer, demo_run: Run, base_export: Path,
     gguf = next(base_export.glob("*.gguf"))
     assert as_adapter(demo_run.path, tmp_path, "--from", str(gguf), "--create", "tuned") == 0
     directory = tmp_path / "ollama-adapter"
+    merged = Export.open(base_export).manifest
+    names = [str(export.use).split()[2] for export in (Export.open(directory).manifest, merged)]
+    assert names == ["demo-adapter", merged.name], "the merged model of the run keeps the name itself"
     assert capfd.readouterr().out.split() == [str(directory)]
     commands = dict(parse((directory / "Modelfile").read_text()))
     assert commands["from"] == str(gguf)
