@@ -51,7 +51,6 @@ class GgufSink:
                 f"--quant {options.quant} needs an importance matrix", "give --imatrix FILE or --calibrate DATA"
             )
         self._match_reference = options.match_reference
-        self._details = {"imatrix": _on_record(options.imatrix)} if options.imatrix else {}
         with Llama() as llama, ExitStack() as stack:  # what was opened is closed where the rest is refused
             main, *projectors = self._backends = backends.open_backends(model, options)
             for backend in self._backends:
@@ -59,6 +58,7 @@ class GgufSink:
             backends.refuse_lost(model, self._backends)
             shapes = {tensor.name: tensor.shape for tensor in main.tensors}
             matrix = imatrix.fit(imatrix.read(options.imatrix), shapes) if options.imatrix else None
+            self._details = {"imatrix": _on_record(options.imatrix)} if options.imatrix else {}
             plan, *others = [
                 plan_file(main, llama, matrix, options.tensor_type),
                 *(plan_file(projector, llama) for projector in projectors),

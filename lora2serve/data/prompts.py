@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import resources
@@ -14,7 +14,7 @@ from typing import Literal
 from lora2serve.data.data_sets import DataSet, read_file
 from lora2serve.data.rendering import Renderer, opening
 from lora2serve.data.rows import ChatRow, Message, Row, TextRow
-from lora2serve.data.served_template import ChatTemplate
+from lora2serve.data.served_template import ChatTemplate, served_tool
 from lora2serve.data.tokenizer import Tokenizer, encode
 from lora2serve.errors import DataError
 
@@ -22,18 +22,39 @@ Part = Literal["task", "general"]
 CONVERSATIONS = 32  # held-out ones for the tokens gate
 LONGEST_PROMPT = 4096  # tokens of one of them, where the model has no limit
 
-# Conversations that find out what a template does beside the usual: a system turn, several turns, space at the edges,
-# other scripts, and text that looks like markup.
-PROBES: tuple[Sequence[Message], ...] = (
-    ({"role": "user", "content": "Hello"},),
-    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."}),
-    (
-        {"role": "user", "content": "One"},
-        {"role": "assistant", "content": "Two"},
-        {"role": "user", "content": "Three"},
+CLOCK: Mapping[str, object] = {
+    "type": "function",
+    "function": {
+        "name": "time_in_city",
+        "description": "What time it is in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+# Conversations that find out what a template does beside the usual: a system turn, several turns and many, tools, space
+# at the edges, other scripts, and text that looks like markup.
+PROBES: tuple[ChatRow, ...] = (
+    ChatRow([{"role": "user", "content": "Hello"}]),
+    ChatRow([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."}]),
+    ChatRow(
+        [
+            {"role": "user", "content": "One"},
+            {"role": "assistant", "content": "Two"},
+            {"role": "user", "content": "Three"},
+        ]
     ),
-    ({"role": "user", "content": "Line one\n\nline two\twith a tab, 'quotes' and \"more\" {{ braces }}"},),
-    ({"role": "user", "content": "Grüße aus Köln, 東京, Москва — 12 345,67 € 🙂"},),
+    ChatRow([{"role": "user", "content": "Line one\n\nline two\twith a tab, 'quotes' and \"more\" {{ braces }}"}]),
+    ChatRow([{"role": "user", "content": "Grüße aus Köln, 東京, Москва — 12 345,67 € 🙂"}]),
+    ChatRow(
+        [
+            {"role": role, "content": f"{word} turn"}
+            for role, word in zip(
+                ("user", "assistant") * 6,
+                ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh"),
+                strict=False,
+            )
+        ]
+    ),
+    ChatRow([{"role": "user", "content": "What time is it in Köln?"}], tools=[CLOCK]),
 )
 
 
@@ -53,6 +74,7 @@ class Conversation:
     messages: Sequence[Message]
     text: str
     ids: tuple[int, ...]
+    tools: Sequence[Mapping[str, object]] = ()  # where the template shows them
 
     @property
     def question(self) -> str:
@@ -93,7 +115,7 @@ def load_saved(path: Path) -> PromptSet:
     raw = json.loads(path.read_text(encoding="utf-8"))
     texts = tuple(ScoredText(s["part"], tuple(s["ids"]), s["text"]) for s in raw["sequences"])
     conversations, prompts = (
-        tuple(Conversation(c["messages"], c["text"], tuple(c["ids"])) for c in raw[key])
+        tuple(Conversation(c["messages"], c["text"], tuple(c["ids"]), c["tools"] or ()) for c in raw[key])
         for key in ("conversations", "prompts")
     )
     return PromptSet(texts, conversations, prompts, tuple(raw["stop"]), raw["bos"], raw["vocab"], raw["window"])
@@ -131,9 +153,9 @@ def prepare(
     renderer = Renderer(ChatTemplate(tokenizer, stops, day))
     sequences = _sequences(rows, text, renderer, replace(amount, window=window))
     room = (most or LONGEST_PROMPT) - amount.new_tokens
-    own = _conversations((opening(row) for row in rows.rows) if rows else (), tokenizer, room)
+    own = _conversations(map(_start, rows.rows) if rows else (), tokenizer, room)
     probes = _conversations(PROBES, tokenizer, room)
-    prompts = own or probes or _conversations((opening(row) for row in text.rows), tokenizer, room)
+    prompts = own or probes or _conversations(map(_start, text.rows), tokenizer, room)
     conversations = {c.text: c for c in [*own, *probes] or prompts}
     if not conversations:
         raise DataError(f"no prompt is shorter than {room} tokens", "parity.new_tokens leaves more room if it is less")
@@ -178,23 +200,37 @@ def _until(sequences: Iterator[ScoredText], tokens: int) -> Iterator[ScoredText]
         yield sequence
 
 
-def _conversations(openings: Iterable[Sequence[Message] | str], tokenizer: Tokenizer, room: int) -> list[Conversation]:
+def _conversations(openings: Iterable[ChatRow | str], tokenizer: Tokenizer, room: int) -> list[Conversation]:
     """The first ones that leave room for an answer, and whose turns the template knows."""
     rendered = (_conversation(start, tokenizer) for start in openings)
     return list(islice((prompt for prompt in rendered if prompt and len(prompt.ids) <= room), CONVERSATIONS))
 
 
-def _conversation(start: Sequence[Message] | str, tokenizer: Tokenizer) -> Conversation | None:
-    """Rendered and tokenized; None where the template refuses such turns."""
+def _start(row: Row) -> ChatRow | str:
+    """What a user would send, with the tools of its row."""
+    start = opening(row)
+    return start if isinstance(start, str) else ChatRow(start, row.tools if isinstance(row, ChatRow) else None)
+
+
+def _conversation(start: ChatRow | str, tokenizer: Tokenizer) -> Conversation | None:
+    """Rendered and tokenized; None where the template refuses such turns, or shows nothing of the tools it is to try.
+
+    Tools that a template does not show are left out.
+    """
     if isinstance(start, str):
         return Conversation([], start, tuple(encode(tokenizer, start)))
-    if not start or not tokenizer.chat_template:
+    if not start.messages or not tokenizer.chat_template:
         return None
+    template, messages = ChatTemplate(tokenizer), list(start.messages)
     try:
-        text = ChatTemplate(tokenizer).render(ChatRow(start), start, generation_prompt=True)
+        text = template.render(start, messages, generation_prompt=True)
+        shown = bool(start.tools) and text != template.render(ChatRow(messages), messages, generation_prompt=True)
     except Exception:  # a template raises what it likes to refuse a role
         return None
-    return Conversation(list(start), text, tuple(encode(tokenizer, text, special=False)))
+    if start in PROBES and start.tools and not shown:
+        return None
+    tools = [served_tool(tool) for tool in start.tools or ()] if shown else ()
+    return Conversation(messages, text, tuple(encode(tokenizer, text, special=False)), tools)
 
 
 def _shipped() -> DataSet:

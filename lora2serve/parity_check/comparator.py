@@ -227,7 +227,9 @@ class Comparator:
         }  # fmt: skip
         main = measured[row.reference]
         bounds = thresholds.lookup(row.kind, self.settings.thresholds)
-        gate = gates.behavior(main, main.measure(), bounds, self._name_of)
+        if any(setting.allowed for setting in row.settings):  # it answers as its user wants it to
+            bounds = replace(bounds, first_difference=None)
+        gate = gates.behavior(main, main.measure(), bounds, self._name_of, thresholds.noise(row.kind))
         beside = {name: _shown(other) for name, other in measured.items() if name != row.reference}
         return replace(
             row,

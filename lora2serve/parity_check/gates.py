@@ -108,40 +108,44 @@ def _id_difference(conversation: Conversation, ids: Sequence[int]) -> tuple[str,
 
 @dataclass(frozen=True)
 class Greedy:
-    """Greedy answers beside the reference's: how many are equal, and for each where it parts (-1: nowhere)."""
+    """Greedy answers beside the reference's: where each parts (-1: nowhere), and how sure the reference is there.
+
+    ``gaps``: by how much the log-probability of its own token is above that of the export's, in nats; 0 where nothing
+    parts, infinite where the export's is not among the likeliest.
+    """
 
     parts: tuple[int, ...]
-    likely: tuple[bool, ...]  # the token at the parting is among the reference's likeliest
+    gaps: tuple[float, ...]
 
     @property
     def equal(self) -> float:
         """Share of equal answers."""
         return sum(part < 0 for part in self.parts) / len(self.parts)
 
-    @property
-    def excusable(self) -> float:
-        """Share of answers that are equal or part at a likely token."""
-        return sum(self.likely) / len(self.likely)
+    def excusable(self, tie: float) -> float:
+        """Share of answers that are equal or part at two tokens that the reference holds for nearly alike."""
+        return sum(gap <= tie for gap in self.gaps) / len(self.gaps)
 
 
-def greedy(
-    reference: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
-    answers: Sequence[Sequence[int]],
-    stop: Sequence[int],
-) -> Greedy:
-    """``reference`` holds (tokens, likeliest at each step); a stop counts as a token."""
-    parts, likely = [], []
-    for (expected, tops), got in zip(reference, answers, strict=True):
+ReferenceAnswer = tuple[Sequence[int], Sequence[Sequence[tuple[int, float]]]]  # tokens; (likeliest, gap) of each step
+
+
+def greedy(reference: Sequence[ReferenceAnswer], answers: Sequence[Sequence[int]], stop: Sequence[int]) -> Greedy:
+    """A stop counts as a token."""
+    parts, gaps = [], []
+    for (expected, steps), got in zip(reference, answers, strict=True):
         want, have = list(expected), list(got)
         at = next((n for n, (a, b) in enumerate(zip(want, have, strict=False)) if a != b), min(len(want), len(have)))
-        if want == have:
-            parts.append(-1)
-            likely.append(True)
-            continue
-        parts.append(at)
-        top = tops[at] if at < len(tops) else []
-        likely.append(bool(set(stop) & set(top)) if at == len(have) else have[at] in top)
-    return Greedy(tuple(parts), tuple(likely))
+        known = dict(steps[at]) if at < len(steps) else {}
+        chosen = stop if at == len(have) else have[at : at + 1]
+        parts.append(-1 if want == have else at)
+        gaps.append(0.0 if want == have else min((known.get(token, np.inf) for token in chosen), default=np.inf))
+    return Greedy(tuple(parts), tuple(gaps))
+
+
+def tie(bounds: Thresholds) -> float:
+    """The gap in nats that an export within its bound may turn round: at an even choice, its KL is gap² / 8."""
+    return float((8 * bounds.mean_kl) ** 0.5) if bounds.mean_kl else 0.0
 
 
 @dataclass(frozen=True)
@@ -170,19 +174,38 @@ class Behavior:
             rows = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
             estimates["retention"] = ratio(self.positions.kl[rows], self.base.kl[rows], self.sequences[rows])
         if self.greedy:
-            for name, value in (("equal_answers", self.greedy.equal), ("first_difference", self.greedy.excusable)):
-                estimates[name] = Estimate(value, value, value)
+            estimates["equal_answers"] = Estimate(self.greedy.equal, self.greedy.equal, self.greedy.equal)
         return estimates
+
+    def signal(self) -> float:
+        """Nats that the adapter makes, on the texts that ``retention`` is of."""
+        if self.base is None:
+            return 0.0
+        known = ~np.isnan(self.base.kl) & (self.task if self.task.any() else True)
+        return float(self.base.kl[known].mean())
 
 
 def behavior(
-    measured: Behavior, estimates: Mapping[str, Estimate], bounds: Thresholds, name_of: Callable[[int], str]
-) -> Gate:
-    """The worse end of each interval against its bound; ``name_of(position)`` says which text a position is in."""
-    checks = [_check(name, estimate, getattr(bounds, name, None)) for name, estimate in estimates.items()]
+    measured: Behavior, estimates: Mapping[str, Estimate], bounds: Thresholds, name_of: Callable[[int], str],
+    noise: float,
+) -> Gate:  # fmt: skip
+    """The worse end of each interval against its bound; ``name_of(position)`` says which text a position is in.
+
+    ``noise`` is the KL of a model against itself in its engine: an adapter whose signal is not well above it cannot be
+    told from it.
+    """
+    figures = dict(estimates)
+    if measured.greedy:
+        share = measured.greedy.excusable(tie(bounds))
+        figures["first_difference"] = Estimate(share, share, share)
+    if "retention" in figures and measured.signal() * (bounds.retention or 0.0) < noise:
+        figures["retention"] = replace(figures["retention"], judged=False)
+    checks = [_check(name, estimate, getattr(bounds, name, None)) for name, estimate in figures.items()]
     missed = [check for check in checks if check.met is False]
     if not missed:
         return Gate("behaviour", "met", tuple(checks))
+    if measured.greedy and [check.name for check in missed] == ["first_difference"]:
+        return Gate("behaviour", "missed", tuple(checks), *_other_answer(measured.greedy, tie(bounds)))
     worst = int(np.nanargmax(measured.positions.kl))
     broken = np.flatnonzero(np.isinf(measured.positions.kl))
     at = int(broken[0]) if len(broken) else worst
@@ -190,8 +213,17 @@ def behavior(
     return Gate("behaviour", "missed", tuple(checks), first, _cause(measured, estimates, bool(len(broken))))
 
 
+def _other_answer(answers: Greedy, tie: float) -> tuple[str, str]:
+    number = int(np.argmax(answers.gaps))
+    first = (
+        f"answer {number + 1}, token {answers.parts[number] + 1}: another one, where the trained model's is likelier "
+        f"by {answers.gaps[number]:.2g} nats; {tie:.2g} would be a near-tie"
+    )
+    return first, "stop, length or sampling settings: the export's own answers part, with the right probabilities"
+
+
 def _check(name: str, figure: Estimate, bound: float | None) -> Metric:
-    if bound is None:
+    if bound is None or not figure.judged:
         return Metric(name, figure.value, figure.low, figure.high)
     if higher_is_better(name):
         met = figure.low >= bound

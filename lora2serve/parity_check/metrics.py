@@ -19,6 +19,7 @@ ENTRIES = 1 << 20  # positions x tokens reduced at once: 8 MB for each of the te
 BOOTSTRAP_BLOCK = 32  # positions of one bootstrap block: neighbors in a text are not independent
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+BEYOND = 10  # positions that must lie beyond a quantile: with fewer the end of its interval is the largest value
 
 
 def log_softmax(values: NDArray[np.floating]) -> Floats:
@@ -60,32 +61,49 @@ def join(parts: Sequence[Positions]) -> Positions:
 def compare(reference: Array, values: Array, targets: Ints) -> Positions:
     """Compare (P, V) logits or log-probabilities with the reference's; ``targets`` are the (P,) true next tokens.
 
-    A NaN or an infinity in ``values`` makes that position's KL infinite.
+    ``values`` may have more tokens than the reference, as a vocabulary with padding; what they say of those counts too.
+    Fewer: the reference is cut, since no true token lies there. A NaN or an infinity in ``values`` makes the KL of that
+    position infinite.
     """
-    step = max(1, ENTRIES // reference.shape[1])
+    vocab = min(reference.shape[1], values.shape[1])
+    reference, beyond = reference[:, :vocab], values[:, vocab:]
+    step = max(1, ENTRIES // values.shape[1])
     parts = (slice(start, start + step) for start in range(0, len(targets), step))
-    return join([_compare(reference[part], values[part], targets[part]) for part in parts])
+    return join([_compare(reference[part], values[part, :vocab], beyond[part], targets[part]) for part in parts])
 
 
-def _compare(reference: Array, values: Array, targets: Ints) -> Positions:
-    with np.errstate(invalid="ignore", over="ignore"):
+def _compare(reference: Array, values: Array, beyond: Array, targets: Ints) -> Positions:
+    """``beyond``: of tokens that the reference has not, which take their part of the probability."""
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         ref, got = log_softmax(reference), log_softmax(values)
+        if beyond.shape[1]:
+            got -= _rest(values, beyond)[:, None]
         kl = (np.exp(ref) * (ref - got)).sum(axis=1)
-    broken = ~np.isfinite(values).all(axis=1) | ~np.isfinite(kl)
+    broken = ~np.isfinite(values).all(axis=1) | ~np.isfinite(kl) | np.isnan(beyond).any(axis=1)
     kl = np.where(broken, np.inf, np.maximum(kl, 0.0))
     here = np.arange(len(targets))
     best, chosen = ref.argmax(axis=1), np.where(broken, -1, got.argmax(axis=1))
+    other_token = beyond.max(axis=1, initial=-np.inf) > values.max(axis=1)
     centered = ref - ref.mean(axis=1, keepdims=True)
     other = got - got.mean(axis=1, keepdims=True)
     return Positions(
         kl=kl,
-        same=best == chosen,
-        margin=np.where(broken, np.inf, ref[here, best] - ref[here, np.maximum(chosen, 0)]),
+        same=(best == chosen) & ~other_token,
+        margin=np.where(broken | other_token, np.inf, ref[here, best] - ref[here, np.maximum(chosen, 0)]),
         delta=got[here, targets] - ref[here, targets],
         loss=-ref[here, targets],
         error=((other - centered) ** 2).sum(axis=1),
         power=(centered**2).sum(axis=1),
     )
+
+
+def _rest(values: Array, beyond: Array) -> Floats:
+    """ln(sum over all tokens / sum over those of the reference), (P,)."""
+    known, more = values.astype(np.float64), beyond.astype(np.float64)
+    top = np.maximum(known.max(axis=1), more.max(axis=1))
+    sums = [np.exp(part - top[:, None]).sum(axis=1) for part in (known, more)]
+    rest: Floats = np.log((sums[0] + sums[1]) / sums[0])
+    return rest
 
 
 def compare_top(reference: Array, ids: Ints, top: Array, target: Array, targets: Ints) -> Positions:
@@ -125,11 +143,12 @@ def _lumped(ref: Floats, got: Floats) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the ends of its confidence interval."""
+    """A value with the ends of its confidence interval; ``judged``: whether the data can tell where they are."""
 
     value: float
     low: float
     high: float
+    judged: bool = True
 
 
 Statistic = Callable[[Positions], float]
@@ -176,11 +195,11 @@ def nmse(positions: Positions) -> float:
     return float(positions.error.sum() / positions.power.sum())
 
 
+TAILS = {"p99_kl": 0.99, "p999_kl": 0.999}
 STATISTICS: Mapping[str, Statistic] = {
     "mean_kl": mean_kl,
     "median_kl": quantile_kl(0.5),
-    "p99_kl": quantile_kl(0.99),
-    "p999_kl": quantile_kl(0.999),
+    **{name: quantile_kl(share) for name, share in TAILS.items()},
     "top1": top1,
     "top1_but_ties": top1_but_ties,
     "ln_ppl_ratio": ln_ppl_ratio,
@@ -202,10 +221,19 @@ def figures(positions: Positions, sequences: Ints) -> dict[str, Estimate]:
         for name in finite:
             drawn[name].append(STATISTICS[name](part))
     return {
-        name: Estimate(value, *(_interval(np.array(drawn[name])) if name in drawn else (value, value)))
+        name: Estimate(
+            value,
+            *(_interval(np.array(drawn[name])) if name in drawn else (value, value)),
+            enough(name, len(positions)),
+        )
         for name, value in values.items()
         if not np.isnan(value)
     }
+
+
+def enough(name: str, positions: int) -> bool:
+    """Whether so many positions give a figure an interval: of a quantile, ``BEYOND`` must lie beyond it."""
+    return name not in TAILS or round(positions * (1 - TAILS[name])) >= BEYOND
 
 
 def ratio(above: Floats, below: Floats, sequences: Ints) -> Estimate:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora2serve.data.prompts import PromptOptions, PromptSet, load_saved, prepare
+from lora2serve.data.prompts import Conversation, PromptOptions, PromptSet, load_saved, prepare
 from lora2serve.errors import EngineError
 from lora2serve.parity_check import metrics
 from lora2serve.parity_check.engines import ENGINES, Scores
 from lora2serve.system.worker_protocol import Link
 
-LIKELIEST = 20  # of the reference, at each step of a greedy answer: vLLM's own tests take as many
+LIKELIEST = 20  # of the reference, at each step of a greedy answer
 
 
 class SavedLogits:
@@ -86,7 +86,7 @@ class EngineWorker:
         _save(Path(positions), {"base": measured} if measured else {})
         return {"version": self._engine.version, "vocab": vocab}
 
-    def likeliest(self, data: str, new_tokens: int) -> list[tuple[list[int], list[list[int]]]]:
+    def likeliest(self, data: str, new_tokens: int) -> list[tuple[list[int], list[list[tuple[int, float]]]]]:
         """Greedy answers of a reference, with the likeliest tokens at each step."""
         prompts = [prompt.ids for prompt in load_saved(Path(data)).prompts]
         return list(self._engine.likeliest(prompts, new_tokens, LIKELIEST))
@@ -97,8 +97,9 @@ class EngineWorker:
         stop = engine.stop_ids()
         eos = engine.eos_id() if hasattr(engine, "eos_id") else None
         for conversation in load_saved(Path(data)).conversations:
-            rendered.append(engine.render(conversation.messages) if conversation.messages else None)
-            ids.append(engine.prompt_ids(conversation.messages, conversation.text))
+            text = engine.render(conversation.messages, conversation.tools) if conversation.messages else None
+            rendered.append(text)
+            ids.append(_prompt_ids(engine, conversation, as_planned=text in (None, conversation.text)))
             self._link.advance(1)
         return {"version": engine.version, "rendered": rendered, "ids": ids, "stop": stop, "eos": eos}
 
@@ -149,11 +150,21 @@ class EngineWorker:
         return answers[0]
 
 
+def _prompt_ids(engine: Any, conversation: Conversation, *, as_planned: bool) -> list[int] | None:
+    """None where the engine refuses a prompt that is not the planned one, such as one too long for it."""
+    try:
+        ids: list[int] | None = engine.prompt_ids(conversation.messages, conversation.text, conversation.tools)
+    except Exception:
+        if as_planned:
+            raise
+        return None
+    return ids
+
+
 def _compare(reference: NDArray[np.float32], scores: Scores, targets: NDArray[np.int64]) -> metrics.Positions:
     if scores.ids is not None and scores.target is not None:
         return metrics.compare_top(reference, scores.ids, scores.values, scores.target, targets)
-    vocab = min(reference.shape[1], scores.values.shape[1])  # padding of the vocabulary is no token
-    return metrics.compare(reference[:, :vocab], scores.values[:, :vocab], targets)
+    return metrics.compare(reference, scores.values, targets)
 
 
 def _save(path: Path, positions: dict[str, list[metrics.Positions]]) -> None:

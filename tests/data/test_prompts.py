@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.calibration import calibration_ids, tokenizer_of
-from lora2serve.data.prompts import PROBES, PromptOptions, load_saved, prepare
+from lora2serve.data.prompts import CLOCK, PROBES, PromptOptions, load_saved, prepare
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import load_tokenizer
@@ -67,8 +68,24 @@ def test_openings(tmp_path: Path, tokenizer: Any) -> None:
     assert chat.text.endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(list(chat.ids)) == chat.text
     assert (pair.text, text.text) == ("Question: who? Answer:", "One.")
-    assert len(probes) == len(PROBES)
+    assert len(probes) == len([probe for probe in PROBES if not probe.tools]), "this template knows no tools"
     assert prompts.prompts == prompts.conversations[:2]
+    prompts.save(tmp_path / "prompts.json")
+    assert load_saved(tmp_path / "prompts.json") == prompts
+
+
+def test_tools_where_the_template_shows_them(tmp_path: Path, tokenizer: Any) -> None:
+    """Those of a row, and a probe of our own; the longest conversation has seven turns."""
+    row = {"messages": [*ROWS[0]["messages"]], "tools": [CLOCK]}
+    file = write_jsonl(tmp_path / "rows.jsonl", [row])
+    without = prepare(tokenizer, file, None, [0], PromptOptions())
+    assert not any(conversation.tools for conversation in without.conversations)
+    knowing = copy.deepcopy(tokenizer)
+    knowing.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    prompts = prepare(knowing, file, None, [0], PromptOptions())
+    own, *_, probe = prompts.conversations
+    assert own.tools and probe.tools and "time_in_city" in probe.text and "time_in_city" in own.text
+    assert max(len(conversation.messages) for conversation in prompts.conversations) == 7
     prompts.save(tmp_path / "prompts.json")
     assert load_saved(tmp_path / "prompts.json") == prompts
 

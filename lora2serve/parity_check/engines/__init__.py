@@ -16,6 +16,7 @@ from lora2serve.data.rows import Message
 
 Ids = Sequence[int]
 Messages = Sequence[Message]
+Tools = Sequence[Mapping[str, object]]  # that the model may call, in OpenAI's form
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Engine(Protocol):
 
     version: str  # name and version of the engine, and the type it computes in
 
-    def render(self, messages: Messages) -> str | None:
+    def render(self, messages: Messages, tools: Tools = ()) -> str | None:
         """The prompt as the engine's own template makes it, with the opening of the answer."""
         ...
 
-    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+    def prompt_ids(self, messages: Messages, text: str, tools: Tools = ()) -> list[int] | None:
         """The ids the engine feeds for that conversation, or for ``text`` where ``messages`` is empty."""
         ...
 
@@ -67,7 +68,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
-        """Greedy continuations, without the stop token."""
+        """The likeliest continuations, without the stop token; penalties, stops and length as the export has them."""
         ...
 
 

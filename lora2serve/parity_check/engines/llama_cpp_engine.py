@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from lora2serve.errors import EngineError
-from lora2serve.parity_check.engines import Ids, Messages, Scores
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 
 TEMPLATE = "tokenizer.chat_template"
 BATCH = 64  # tokens at a time: llama.cpp holds the logits of a batch beside those of the text
@@ -29,7 +29,7 @@ class LlamaCpp:
         self.version = f"llama-cpp-python {version('llama-cpp-python')}"
         self._stops: list[int] | None = None
 
-    def render(self, messages: Messages) -> str | None:
+    def render(self, messages: Messages, tools: Tools = ()) -> str | None:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         template = self.llm.metadata.get(TEMPLATE)
@@ -38,12 +38,12 @@ class LlamaCpp:
         bos, eos = self.llm.token_bos(), self.llm.token_eos()
         names = [self._piece(token) if token >= 0 else "" for token in (bos, eos)]
         formatter = Jinja2ChatFormatter(template, eos_token=names[1], bos_token=names[0], add_generation_prompt=True)
-        return str(formatter(messages=list(messages)).prompt)
+        return str(formatter(messages=list(messages), tools=list(tools) or None).prompt)
 
-    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+    def prompt_ids(self, messages: Messages, text: str, tools: Tools = ()) -> list[int] | None:
         """As llama.cpp's own server does it: BOS is added where the file says so and the template has not."""
         if messages:
-            text = self.render(messages) or ""
+            text = self.render(messages, tools) or ""
         adds = self.llm.metadata.get("tokenizer.ggml.add_bos_token", "false") == "true"
         bos = self._piece(self.llm.token_bos()) if self.llm.token_bos() >= 0 else ""
         add = adds and not (messages and bos and text.startswith(bos))

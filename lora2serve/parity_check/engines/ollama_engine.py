@@ -19,7 +19,7 @@ from pathlib import Path
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engine_process import EngineMissing
-from lora2serve.parity_check.engines import Ids, Messages, Scores
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 from lora2serve.progress import Silent
 from lora2serve.serving import ollama
 from lora2serve.system.json_values import Json, JsonValue, at, objects
@@ -51,14 +51,21 @@ class Ollama:
         with suppress(EngineError):
             self.client.delete(self.model)
 
-    def render(self, messages: Messages) -> str | None:
-        """What the model is fed: the server's prompt, and the BOS that llama.cpp puts before it."""
+    def render(self, messages: Messages, tools: Tools = ()) -> str | None:
+        """What the model is fed: the server's prompt, and the BOS that llama.cpp puts before it.
+
+        None with tools: the server writes their JSON in its own order.
+        """
+        if tools:
+            return None
         text = self.client.render(self.model, messages)
         bos = str(self.tokenizer.bos_token or "")
         return bos + text if self._adds_bos and not text.startswith(bos) else text
 
-    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+    def prompt_ids(self, messages: Messages, text: str, tools: Tools = ()) -> list[int] | None:
         """The ids of that prompt, as many as the server counts; None where it counts only what is not in its cache."""
+        if tools:
+            return None
         once = {**self._options, "num_predict": 1}
         if messages:
             text = self.client.render(self.model, messages)

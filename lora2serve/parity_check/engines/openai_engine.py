@@ -17,7 +17,7 @@ import numpy as np
 
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engine_process import EngineMissing
-from lora2serve.parity_check.engines import Ids, Messages, Scores
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 from lora2serve.system.http import HttpClient, HttpStatus, InvalidAnswer, Unreachable
 from lora2serve.system.json_values import Json, JsonValue, at, objects
 
@@ -51,13 +51,14 @@ class OpenAI:
         self._top = 0  # as many as the server grants; known after the first answer
         self.version = f"{self.model} at {self.root}"
 
-    def render(self, messages: Messages) -> str | None:
+    def render(self, messages: Messages, tools: Tools = ()) -> str | None:
         """Servers show ids, not text."""
         return None
 
-    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+    def prompt_ids(self, messages: Messages, text: str, tools: Tools = ()) -> list[int] | None:
         """By vLLM's ``/tokenize``; None where the server has no such thing."""
         prompt: dict[str, object] = {"messages": list(messages)} if messages else {"prompt": text}
+        prompt |= {"tools": list(tools)} if tools else {}
         try:
             tokens = self._ask("POST", "/tokenize", {"model": self.model, **prompt}).get("tokens")
         except EngineError:

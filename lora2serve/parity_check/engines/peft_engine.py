@@ -9,7 +9,7 @@ from typing import Any
 from lora2serve.errors import EngineError
 from lora2serve.merge.binding import Binder
 from lora2serve.parity_check.engines import Ids, Scores
-from lora2serve.parity_check.engines.transformers_engine import Transformers, device, greedy, logits, quiet
+from lora2serve.parity_check.engines.transformers_engine import Likeliest, Transformers, device, greedy, logits, quiet
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
 from lora2serve.weights.checkpoint import Checkpoint
@@ -78,9 +78,10 @@ class Peft(Transformers):
             with self.model.disable_adapter():
                 yield Scores(tuned), Scores(logits(self.model, ids))
 
-    def likeliest(self, prompts: Sequence[Ids], new_tokens: int, top: int) -> list[tuple[list[int], list[list[int]]]]:
+    def likeliest(self, prompts: Sequence[Ids], new_tokens: int, top: int) -> list[tuple[list[int], Likeliest]]:
         """Greedy answers with the ``top`` likeliest tokens of each step."""
-        return [greedy(self.model, ids, new_tokens, self.stop_ids() or [], top) for ids in prompts]
+        stop = self.stop_ids() or []
+        return [greedy(self.model, self.tokenizer, ids, new_tokens, stop, top) for ids in prompts]
 
     def generate_base(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         """Greedy answers of the base alone."""

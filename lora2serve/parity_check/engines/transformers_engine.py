@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora2serve.data.end_tokens import find_answer_end
-from lora2serve.parity_check.engines import Ids, Messages, Scores
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 
 
 class Transformers:
@@ -28,13 +26,21 @@ class Transformers:
         self.model: Any = AutoModelForCausalLM.from_pretrained(model, **options).float().eval()
         self.version = f"transformers {transformers.__version__} float32 {device_name}"
 
-    def render(self, messages: Messages) -> str | None:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def render(self, messages: Messages, tools: Tools = ()) -> str | None:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+            )
+        )
 
-    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+    def prompt_ids(self, messages: Messages, text: str, tools: Tools = ()) -> list[int] | None:
         if not messages:
             return list(self.tokenizer(text)["input_ids"])
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, add_generation_prompt=True, return_dict=False
+            )
+        )
 
     def stop_ids(self) -> list[int] | None:
         return stop_ids(self.model, self.tokenizer)
@@ -55,7 +61,7 @@ class Transformers:
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         stop = self.stop_ids() or []
-        return [greedy(self.model, ids, new_tokens, stop)[0] for ids in prompts]
+        return [greedy(self.model, self.tokenizer, ids, new_tokens, stop)[0] for ids in prompts]
 
 
 def _decompressed(model: str) -> dict[str, Any]:
@@ -110,25 +116,33 @@ def logits(model: Any, ids: Ids) -> Any:
     return values.float().cpu().numpy()
 
 
-def greedy(model: Any, ids: Ids, new_tokens: int, stop: Ids, top: int = 0) -> tuple[list[int], list[list[int]]]:
-    """The likeliest continuation up to a stop token, and the ``top`` likeliest tokens of each step, the stop's too."""
+Likeliest = list[list[tuple[int, float]]]
+
+
+def greedy(
+    model: Any, tokenizer: Any, ids: Ids, new_tokens: int, stop: Ids, top: int = 0
+) -> tuple[list[int], Likeliest]:
+    """The likeliest continuation up to a stop token, as the model's own generation config has it but for chance.
+
+    Penalties, forced and suppressed tokens, stop strings and a smaller length are its own. With it, for each step (the
+    stop's too), the ``top`` likeliest tokens and by how many nats each is less likely than the first.
+    """
     import torch
 
+    own = model.generation_config
     inputs = torch.tensor([list(ids)], device=model.device)
-    tokens: list[int] = []
-    likeliest: list[list[int]] = []
-    cache = None
-    with torch.no_grad():
-        for _ in range(new_tokens):
-            out = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-            last, cache = out.logits[0, -1].float().cpu().numpy(), out.past_key_values
-            likeliest.append(np.argsort(-last, kind="stable")[:top].tolist())
-            token = int(last.argmax())
-            if token in stop:
-                break
-            tokens.append(token)
-            inputs = torch.tensor([[token]], device=model.device)
-    return tokens, likeliest
+    out = model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=False, num_beams=1,
+        max_new_tokens=min(own.max_new_tokens or new_tokens, new_tokens), eos_token_id=list(stop) or None,
+        pad_token_id=stop[0] if stop else 0, tokenizer=tokenizer if own.stop_strings else None,
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    tokens = out.sequences[0, len(ids) :].tolist()
+    steps: Likeliest = []
+    for scores in out.scores if top else ():
+        values, names = scores[0].float().topk(min(top, scores.shape[-1]))
+        steps.append([(int(name), float(gap)) for name, gap in zip(names, values[0] - values, strict=True)])
+    return tokens[:-1] if tokens and tokens[-1] in stop else tokens, steps
 
 
 def weight_bytes(model: Path) -> int:

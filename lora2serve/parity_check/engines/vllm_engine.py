@@ -14,7 +14,7 @@ import numpy as np
 
 from lora2serve.adapters.lint import max_lora_rank
 from lora2serve.parity_check.engine_process import EngineMissing
-from lora2serve.parity_check.engines import Ids, Messages, Scores
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 
 ENTRIES = 1 << 22  # log-probabilities of one request at most: vLLM hands each over as Python objects, 4M are 0.4 GB
 AT_ONCE = 64  # requests handed over together
@@ -56,17 +56,21 @@ class Vllm:
             "torch.", ""
         )
 
-    def render(self, messages: Messages) -> str | None:
-        return str(self.llm.get_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def render(self, messages: Messages, tools: Tools = ()) -> str | None:
+        return str(
+            self.llm.get_tokenizer().apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+            )
+        )
 
-    def prompt_ids(self, messages: Messages, text: str) -> list[int] | None:
+    def prompt_ids(self, messages: Messages, text: str, tools: Tools = ()) -> list[int] | None:
         from vllm import SamplingParams
 
         once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
         options: dict[str, Any] = {"use_tqdm": False, "lora_request": self.lora}
         with kernels():
             if messages:
-                outputs = self.llm.chat([list(messages)], once, **options)
+                outputs = self.llm.chat([list(messages)], once, tools=list(tools) or None, **options)
             else:
                 outputs = self.llm.generate([text], once, **options)
         return list(outputs[0].prompt_token_ids)
@@ -85,7 +89,9 @@ class Vllm:
         from vllm import SamplingParams
 
         stop = self.stop_ids() or []
-        params = SamplingParams(max_tokens=new_tokens, temperature=0, stop_token_ids=stop, detokenize=False)
+        own = self.llm.model_config.get_diff_sampling_param()
+        own |= {"max_tokens": min(own.get("max_tokens") or new_tokens, new_tokens), "temperature": 0}
+        params = SamplingParams(**own, stop_token_ids=stop, detokenize=False)
         answers = [list(out.outputs[0].token_ids) for out in self._ask(prompts, params)]
         return [answer[:-1] if answer and answer[-1] in stop else answer for answer in answers]
 
