@@ -142,6 +142,7 @@ class ComparisonResult(JsonRecord):
     reply: str = named("said", "")  # the answer to the user's own question
     seconds: float = 0.0
     required: bool = True  # whether a missing engine is red
+    computed: str = ""  # in what the engine computed, where ``serve`` starts it in another type
 
     @property
     def title(self) -> str:

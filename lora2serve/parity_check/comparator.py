@@ -30,7 +30,7 @@ from lora2serve.errors import EngineError, Lora2ServeError, UsageError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.open_model import OpenOptions, open_plain
 from lora2serve.parity_check import gates, settings_check, tensor_verdict, thresholds, worker
-from lora2serve.parity_check.comparisons import Comparison
+from lora2serve.parity_check.comparisons import Comparison, served_otherwise
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.gates import Behavior
 from lora2serve.parity_check.references import References
@@ -176,7 +176,8 @@ class Comparator:
         with self.progress.track(label, len(self.data.conversations)) as advance:
             answer = child.call("tokens", advance, data=str(self.references.path))
         tokens = gates.EngineTokens.from_json(answer, f"{row.engine}: tokens")
-        row = replace(row, version=tokens.version, reply=self._answer(child) if self.ask else "")
+        computed = served_otherwise(comparison, tokens.dtype)
+        row = replace(row, version=tokens.version, computed=computed, reply=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, tokens))
         if passed[-1].status == "met" and comparison.path:
             gate, worst = self._tensors(comparison.path, row.kind)

@@ -97,6 +97,22 @@ def _engines(export: Export, origin: TrainedModel) -> list[tuple[str, dict[str, 
     raise InputError(f"{path}: target {target!r} has no engine to compare in")
 
 
+def served_otherwise(comparison: Comparison, computed: str | None) -> str:
+    """That ``serve`` starts the export in another type than the engine computed in; empty where it does not."""
+    served = comparison.path and served_dtype(comparison.path)
+    return f"computed in {computed}, served in {served}" if computed and served and computed != served else ""
+
+
+def served_dtype(export: Path) -> str | None:
+    """That of its serve.yaml; None where it has none, or leaves it to the engine."""
+    import yaml
+
+    path = export / "serve.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    dtype = settings.get("dtype") if isinstance(settings, dict) else None
+    return str(dtype) if dtype and dtype != "auto" else None
+
+
 def _stored_as(path: Path) -> str | None:
     quantization = read_json(path / "config.json", "no config.json in it", InputError).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None

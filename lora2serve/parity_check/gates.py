@@ -25,6 +25,7 @@ class EngineTokens(JsonRecord):
     ids: tuple[tuple[int, ...] | None, ...]
     stop: tuple[int, ...] | None = None  # tokens that end an answer
     eos: int | None = None  # the end token that a GGUF names
+    dtype: str | None = None  # that the engine computes in; None: as it serves
 
 
 def tokens(data: PromptSet, engine: EngineTokens) -> Gate:

@@ -96,12 +96,13 @@ class EngineWorker:
         engine, rendered, ids = self._engine, [], []
         stop = engine.stop_ids()
         eos = engine.eos_id() if hasattr(engine, "eos_id") else None
+        dtype = getattr(engine, "dtype", None)
         for conversation in load_saved(Path(data)).conversations:
             text = engine.render(conversation.messages, conversation.tools) if conversation.messages else None
             rendered.append(text)
             ids.append(_prompt_ids(engine, conversation, as_planned=text in (None, conversation.text)))
             self._link.advance(1)
-        return {"version": engine.version, "rendered": rendered, "ids": ids, "stop": stop, "eos": eos}
+        return {"version": engine.version, "rendered": rendered, "ids": ids, "stop": stop, "eos": eos, "dtype": dtype}
 
     def score(self, data: str, references: dict[str, str], out: str) -> dict[str, object]:
         """Compare the engine with every reference, position by position, into ``out``."""

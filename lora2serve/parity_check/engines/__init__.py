@@ -49,7 +49,9 @@ class Scores:
 class Engine(Protocol):
     """An engine with one model in it."""
 
-    version: str  # name and version of the engine, and the type it computes in
+    version: (
+        str  # name and version of the engine, and the type it computes in; ``dtype`` is that type, where it has one
+    )
 
     def render(self, messages: Messages, tools: Tools = ()) -> str | None:
         """The prompt as the engine's own template makes it, with the opening of the answer."""

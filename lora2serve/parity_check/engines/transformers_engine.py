@@ -14,6 +14,8 @@ from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 class Transformers:
     """A Hugging Face model directory, computed in float32: what is measured is the export, not the arithmetic."""
 
+    dtype = "float32"
+
     def __init__(self, model: str, threads: int | None = None) -> None:
         import torch
         import transformers

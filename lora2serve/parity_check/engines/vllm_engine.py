@@ -52,9 +52,8 @@ class Vllm:
         with kernels():
             self.llm: Any = LLM(model, dtype=self._dtype, **options)
         self.lora = LoRARequest("parity", 1, adapter) if adapter else None
-        self.version = f"vllm {_version()} {self.llm.model_config.dtype} {current_platform.device_type}".replace(
-            "torch.", ""
-        )
+        self.dtype = str(self.llm.model_config.dtype).removeprefix("torch.")
+        self.version = f"vllm {_version()} {self.dtype} {current_platform.device_type}"
 
     def render(self, messages: Messages, tools: Tools = ()) -> str | None:
         return str(

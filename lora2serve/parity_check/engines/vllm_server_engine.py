@@ -30,11 +30,13 @@ class VllmServer(OpenAI):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self.dtype: str | None = None
         arguments = ["--max-model-len", str(window), "--max-logprobs", "-1", "--enforce-eager", "--seed", "0"]
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
             merged = (Path(export) / "config.json").is_file()
-            arguments += ["--dtype", cpu_dtype(export if merged else base)]
+            self.dtype = cpu_dtype(export if merged else base)
+            arguments += ["--dtype", self.dtype]
         options = ServeOptions("vllm", base, port=port, engine_arguments=tuple(arguments))
         command = server.plan([Path(export)], options)
         log = scratch.log_file("vllm-server")

@@ -43,7 +43,8 @@ def _scored(report: ParityReport) -> str:
 
 def _line(row: ComparisonResult) -> str:
     cells = [check.shown() if (check := row.check(name)) else "-" for name in OVERVIEW]
-    first = [cell(literal(row.export)), row.engine or "-", f"{MARKS[row.status]} {row.status}"]
+    engine = f"{row.engine or '-'}{f' ({row.computed})' if row.computed else ''}"
+    first = [cell(literal(row.export)), engine, f"{MARKS[row.status]} {row.status}"]
     return f"| {' | '.join([*first, *cells, row.reference])} |"
 
 
