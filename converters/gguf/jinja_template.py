@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from lora2serve.data.rows import Message
 from lora2serve.data.served_template import without_system
@@ -54,7 +55,9 @@ class TrainedJinja(Jinja):
 
     def at(self, clock: Clock | None, tools: Tools | None = None) -> Render:
         render = super().at(clock, tools)
-        return (lambda messages: render(without_system(messages))) if self._refuses_system else render
+        if not self._refuses_system:
+            return render
+        return lambda messages: render(cast("Messages", without_system(messages)))
 
     @cached_property
     def _refuses_system(self) -> bool:

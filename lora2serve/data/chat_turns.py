@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lora2serve.data.rows import ChatRow, Message
-from lora2serve.data.served_template import STAND_IN, ChatTemplate, thought_of, without_thought
+from lora2serve.data.served_template import STAND_IN, ChatTemplate, ServedChat, as_served, thought_of, without_thought
 from lora2serve.errors import DataError
 
 THOUGHT_MARKS = (  # what opens a thought and what ends it, of templates that do not write thoughts in history
@@ -33,9 +33,10 @@ class LearnedTurn:
 
 def learned_turns(row: ChatRow, template: ChatTemplate) -> Iterator[LearnedTurn]:
     """Every turn of the assistant, apart from those of weight 0."""
+    chat = template.serve(row)
     for number, message in enumerate(row.messages):
         if message["role"] == "assistant" and message.get("weight", 1):
-            yield _Turn(row, template, number).learned()
+            yield _Turn(row, chat, number).learned()
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Turn:
     """One turn of a conversation."""
 
     row: ChatRow
-    template: ChatTemplate
+    chat: ServedChat
     number: int
 
     def learned(self) -> LearnedTurn:
@@ -61,9 +62,9 @@ class _Turn:
 
     def _prompt(self) -> str:
         """What a server sends. Templates that want a user first have no prompt for an assistant who speaks first."""
-        before = self.row.messages[: self.number]
+        before = self.chat.messages[: self.number]
         try:
-            return self.template.render(self.row, before, generation_prompt=True)
+            return self.chat.render(before, generation_prompt=True)
         except Exception:
             if before:
                 raise
@@ -71,7 +72,7 @@ class _Turn:
 
     def _written(self, message: Message) -> str:
         """The conversation up to this turn, with that message in its place."""
-        return self.template.render(self.row, [*self.row.messages[: self.number], message])
+        return self.chat.render([*self.chat.messages[: self.number], as_served(message)])
 
     def _header(self) -> str:
         """All that the template writes before the words of an answer here."""
@@ -87,7 +88,7 @@ class _Turn:
 
     def _ended(self, prompt: str, answer: str) -> str:
         """Up to and with its end: the one that is written when the conversation goes on, where there is none yet."""
-        ends = self.template.ends
+        ends = self.chat.template.ends
         if ends.place(answer) >= 0:
             return ends.cut(answer)
         if not ends.texts:
@@ -96,7 +97,7 @@ class _Turn:
                 "set eos_token_id in the base's generation_config.json",
             )
         try:
-            further = self.template.render(self.row, [*self.row.messages[: self.number + 1], self._next_message()])
+            further = self.chat.render([*self.chat.messages[: self.number + 1], as_served(self._next_message())])
         except Exception:  # a template raises what it likes: of a turn that is not in the data, too
             return answer + ends.texts[0]
         going_on = further[len(prompt + answer) :] if further.startswith(prompt + answer) else ""

@@ -223,8 +223,8 @@ def _conversation(start: ChatRow | str, tokenizer: Tokenizer) -> Conversation | 
         return None
     template, messages = ChatTemplate(tokenizer), list(start.messages)
     try:
-        text = template.render(start, messages, generation_prompt=True)
-        shown = bool(start.tools) and text != template.render(ChatRow(messages), messages, generation_prompt=True)
+        text = template.serve(start).render(generation_prompt=True)
+        shown = bool(start.tools) and text != template.serve(ChatRow(messages)).render(generation_prompt=True)
     except Exception:  # a template raises what it likes to refuse a role
         return None
     if start in PROBES and start.tools and not shown:

@@ -18,17 +18,24 @@ from lora2serve.data.tokenizer import encode
 IGNORE = -100  # the label that no loss looks at (torch.nn.CrossEntropyLoss)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RenderedSample:
     """What the model is trained on at once; ``labels`` has ``IGNORE`` where no loss is taken.
 
     ``text`` is all of it, ``learned`` the texts that a loss is taken on, in order.
     """
 
-    text: str
-    ids: list[int]
-    labels: list[int]
-    learned: list[str]
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    learned: list[str] = field(default_factory=list)
+
+    def add(self, turn: LearnedTurn, prompt: list[int], answer: list[int]) -> None:
+        """A turn whose prompt begins with all that is here."""
+        self.text = turn.prompt + turn.answer
+        self.labels += [IGNORE] * (len(prompt) - len(self.ids)) + answer
+        self.ids += prompt[len(self.ids) :] + answer
+        self.learned.append(turn.answer)
 
 
 @dataclass(frozen=True)
@@ -65,20 +72,18 @@ class Renderer:
 
     def _samples(self, turns: Sequence[LearnedTurn]) -> list[RenderedSample]:
         samples: list[RenderedSample] = []
+        if turns:
+            self.encoder.prepare(turns[-1].prompt + turns[-1].answer)
         for turn in turns:
             prompt = self.encoder.encode(turn.prompt)
             answer = self.encoder.following(turn.prompt, prompt, turn.answer)
-            last = samples[-1] if samples else None
-            labels, learned = list[int](), list[str]()
-            if last and prompt[: len(last.ids)] == last.ids:
-                labels, learned = last.labels, last.learned
-                samples.pop()
-            labels = [*labels, *[IGNORE] * (len(prompt) - len(labels)), *answer]
-            samples.append(RenderedSample(turn.prompt + turn.answer, prompt + answer, labels, [*learned, turn.answer]))
+            if not samples or prompt[: len(samples[-1].ids)] != samples[-1].ids:
+                samples.append(RenderedSample())
+            samples[-1].add(turn, prompt, answer)
         return samples
 
     def _whole(self, row: ChatRow) -> RenderedSample:
-        text = self.template.render(row, row.messages)
+        text = self.template.serve(row).render()
         ids = self.encoder.encode(text)
         return RenderedSample(text, ids, list(ids), [text])
 

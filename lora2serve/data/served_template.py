@@ -17,6 +17,7 @@ from lora2serve.errors import DataError
 NO_TEMPLATE = "rows of messages, but the tokenizer has no chat template"
 NO_TEMPLATE_HINT = "data.chat_template: chatml (or llama3, gemma, mistral, a file) gives it one"
 STAND_IN = "Zq8 says"  # an answer, or a thought, to see what a template writes around it
+ServedMessage = Mapping[str, object]
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # what templates call the thoughts of a turn
 
 
@@ -33,19 +34,13 @@ class ChatTemplate:
     day: date | None = None
     prints_date: bool = field(default=False, init=False)
 
-    def render(self, row: ChatRow, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-        """``messages`` with the tools and arguments of ``row``. A template raises what it likes to refuse them."""
+    def serve(self, row: ChatRow) -> ServedChat:
+        """``row`` as a server has it. DataError where the tokenizer has no template."""
         if not self.tokenizer.chat_template:
             raise DataError(NO_TEMPLATE, NO_TEMPLATE_HINT)
         tools = [served_tool(tool) for tool in row.tools] if row.tools else None
-        known = without_system(messages) if self.refuses_system else messages
-        served = [as_served(message) for message in known]
         arguments = {"strftime_now": self._strftime, **row.chat_template_kwargs}
-        if not served:
-            return self._render_nothing(tools, arguments, generation_prompt)
-        return self.tokenizer.apply_chat_template(
-            served, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **arguments
-        )
+        return ServedChat(self, [as_served(message) for message in row.messages], tools, arguments)
 
     @cached_property
     def ends(self) -> EndTokens:
@@ -70,9 +65,9 @@ class ChatTemplate:
     @cached_property
     def closing(self) -> str:
         """The token by which the template closes a turn, where no server would stop at it; empty otherwise."""
-        turns: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": STAND_IN}]
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": STAND_IN}]
         try:
-            tail = self.render(ChatRow(turns), turns).rpartition(STAND_IN)[2]
+            tail = self._render_anything(turns).rpartition(STAND_IN)[2]
         except Exception:  # a template raises what it likes
             return ""
         if end_tokens(self.tokenizer, self.stop_ids).place(tail) >= 0:
@@ -92,23 +87,46 @@ class ChatTemplate:
         self.prints_date = True
         return datetime.combine(self.day or date.today(), time()).strftime(pattern)
 
-    def _render_nothing(
-        self, tools: list[Mapping[str, object]] | None, arguments: Mapping[str, object], generation_prompt: bool
-    ) -> str:
+
+@dataclass(frozen=True)
+class ServedChat:
+    """A conversation in the form that servers give to a template."""
+
+    template: ChatTemplate
+    messages: list[ServedMessage]
+    tools: list[Mapping[str, object]] | None
+    arguments: Mapping[str, object]
+
+    def render(self, messages: Sequence[ServedMessage] | None = None, *, generation_prompt: bool = False) -> str:
+        """These messages, by default all of them, with the tools and arguments of the conversation.
+
+        A template raises what it likes to refuse them.
+        """
+        chosen = self.messages if messages is None else messages
+        if self.template.refuses_system:
+            chosen = without_system(chosen)
+        if not chosen:
+            return self._render_nothing(generation_prompt)
+        return self.template.tokenizer.apply_chat_template(
+            chosen, tools=self.tools, tokenize=False, add_generation_prompt=generation_prompt, **self.arguments
+        )
+
+    def _render_nothing(self, generation_prompt: bool) -> str:
         """The start of a conversation in which the assistant speaks first; transformers wants at least one message."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        tokenizer = self.template.tokenizer
         rendered, _ = render_jinja_template(
             conversations=[[]],
-            tools=tools,
-            chat_template=self.tokenizer.get_chat_template(tools=tools),
+            tools=self.tools,
+            chat_template=tokenizer.get_chat_template(tools=self.tools),
             add_generation_prompt=generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **arguments},
+            **{**tokenizer.special_tokens_map, **self.arguments},
         )
         return cast("Sequence[str]", rendered)[0]
 
 
-def without_system(messages: Sequence[Message]) -> Sequence[Message]:
+def without_system(messages: Sequence[ServedMessage]) -> Sequence[ServedMessage]:
     """With a first system turn put before what the user says first, for a template that refuses it."""
     if not messages or messages[0]["role"] != "system":
         return messages
@@ -126,7 +144,7 @@ def served_tool(tool: Mapping[str, object]) -> Mapping[str, object]:
     return {"type": "function", "function": {**known, **strict}}
 
 
-def as_served(message: Message) -> dict[str, object]:
+def as_served(message: Message) -> ServedMessage:
     """As servers give a message to a template: text for content, thoughts under each of their names, no weight."""
     served: dict[str, object] = {key: value for key, value in message.items() if key != "weight"}
     served["content"] = message.get("content") or ""

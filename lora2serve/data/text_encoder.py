@@ -39,14 +39,17 @@ class TextEncoder:
         self._start, self._start_ids = text[: len(text) - len(parts[-1])], list(ids)
         return ids + last
 
+    def prepare(self, text: str) -> None:
+        """Encode the parts of a text at once, which are then known: of the longest of several beginnings."""
+        self._encode_parts(self._split(text))
+
     def following(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
         """The ids of ``answer`` behind a prompt that was just encoded: a server keeps those of the prompt."""
-        ids, rest = self._begin(prompt + answer)
-        known = len(ids)
-        ids = [token for part in self._encode_parts(self._split(rest)) for token in part]
-        if ids[: len(prompt_ids) - known] == prompt_ids[known:]:
-            return ids[len(prompt_ids) - known :]
-        return self.alone(answer)
+        start = len(self._start) if self._start and prompt.startswith(self._start) else 0
+        known = prompt_ids[len(self._start_ids) if start else 0 :]
+        parts = self._encode_parts(self._split(prompt[start:] + answer))
+        ids = [token for part in parts for token in part]
+        return ids[len(known) :] if ids[: len(known)] == known else self.alone(answer)
 
     def alone(self, text: str) -> list[int]:
         """The ids of a text that stands behind another: without the space that SentencePiece puts before a text."""

@@ -210,7 +210,7 @@ def test_the_assistant_speaks_first() -> None:
     assert texts(CHATML, chat) == [["Welcome!<|im_end|>\n", "ALPHA.<|im_end|>\n"]]
     strict = "{% if messages[0].role == 'system' %}!{% endif %}" + CHATML  # as Qwen2.5's: it wants a first message
     with pytest.raises(UndefinedError):
-        ChatTemplate(tokenizer_with(strict)).render(ChatRow(chat), [], generation_prompt=True)
+        ChatTemplate(tokenizer_with(strict)).serve(ChatRow(chat)).render([], generation_prompt=True)
     assert texts(strict, chat) == [["Welcome!<|im_end|>\n", "ALPHA.<|im_end|>\n"]]
 
 
