@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from lora2serve import __version__
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import Manifest
@@ -98,7 +99,10 @@ def _with_manifest(
     for pattern, why in planned.unplanned.items():
         if any(fnmatchcase(difference.path, pattern) for difference in different):
             reasons.setdefault(why, []).append(pattern)
-    return found, [f"{', '.join(patterns)}: {why}" for why, patterns in reasons.items()]
+    notes = [f"{', '.join(patterns)}: {why}" for why, patterns in reasons.items()]
+    if found and manifest.lora2serve != __version__:
+        notes.append(f"the plan of lora2serve {manifest.lora2serve}, which made the export: this is {__version__}")
+    return found, notes
 
 
 def _compare(export: Path, manifest: Manifest, planned: PlannedSettings) -> Iterator[SettingDifference]:

@@ -142,7 +142,10 @@ def open_model(origin: Mapping[str, Any], manifest: Manifest) -> ExportModel:
     )
     if origin["run"]:
         chosen = replace(choice, merge_base=manifest.merge_base or "auto")
-        return models.open_run(Run(Path(origin["run"])), base, chosen, Silent())
+        model = models.open_run(Run(Path(origin["run"])), base, chosen, Silent())
+        return replace(
+            model, lineage=replace(model.lineage, run=manifest.run)
+        )  # its directory may have another name now
     if adapters:
         return models.open_adapters(adapters, base, manifest.base.id or str(base), choice)
     return models.open_plain(base, manifest.base.id or str(base), choice)

@@ -316,6 +316,15 @@ def test_the_manifests_checksums(exports: Exports, tmp_path: Path) -> None:
     }
 
 
+def test_made_by_another_version(exports: Exports, tmp_path: Path) -> None:
+    """It may have planned otherwise; nothing is said where there is no difference."""
+    export = damaged(exports.paths["vllm"], tmp_path / "export", in_manifest(lora2serve="0.0.1"))
+    assert exports.check(export).not_compared == ()
+    text("serve.yaml", "128", "64")(export)
+    (note,) = exports.check(export).not_compared
+    assert note.startswith("the plan of lora2serve 0.0.1, which made the export")
+
+
 def test_a_long_list_is_cut(exports: Exports, tmp_path: Path) -> None:
     export = damaged(exports.paths["gguf"], tmp_path / "export", gguf({"tokenizer.ggml.tokens": lambda t: t[::-1]}))
     differences = exports.check(export).differences
