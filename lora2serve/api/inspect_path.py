@@ -93,6 +93,7 @@ class InspectedRun:
     kind: Literal["run"] = "run"
     base: str | None
     quantization: str | None
+    resumable: str  # what continues a run that was interrupted
     eval_loss: Mapping[str, float | None]
     exports: tuple[str, ...]
     parity: Mapping[str, Verdict]  # of each export
@@ -193,6 +194,7 @@ def _run(run: Run) -> InspectedRun:
     return InspectedRun(
         base=record.base.id or None,
         quantization=record.quantization.type if record.quantization else None,
+        resumable=run.resumable,
         eval_loss={name: loss.eval_loss for name, loss in record.metrics.measured().items()},
         exports=tuple(exports),
         parity=exports,

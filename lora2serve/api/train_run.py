@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from lora2serve.api.locate import base_of_run, fetch
 from lora2serve.artifacts import run as runs
 from lora2serve.config import recipe as recipes
 from lora2serve.config.model_name import refuse_run_name
-from lora2serve.config.recipe import ModelRecipe, Recipe
+from lora2serve.config.recipe import ModelRecipe, ParityRecipe, Recipe
 from lora2serve.console import default_progress
-from lora2serve.errors import UsageError
+from lora2serve.errors import RecipeError, UsageError
 from lora2serve.progress import Progress
 
 
@@ -50,6 +51,8 @@ def train(
         refuse_run_name(name, "--name")
     run = _unfinished(recipe) if resume else None
     chosen = recipes.load(run.recipe if run else recipes.find(str(recipe) if recipe else None), settings(overrides))
+    if not run:
+        _check_parity(chosen.parity)
     progress.note(f"training {name or chosen.name}: loading the libraries")
     return _train(chosen, name or chosen.name, run, progress)
 
@@ -70,6 +73,29 @@ def _train(recipe: Recipe, name: str, resumed: runs.Run | None, progress: Progre
     with runs.kept_once_started(run), _hint_to_resume(run, progress):
         fine_tune(recipe, run, sets, base=base, resume=resumed is not None, progress=progress)
     return run
+
+
+def _check_parity(parity: ParityRecipe) -> None:
+    """RecipeError with what no parity could use, which would only be met after the training."""
+    from lora2serve.parity_check.comparisons import check_names
+    from lora2serve.parity_check.thresholds import lookup
+
+    problems = []
+    checks: list[Callable[[], object]] = [
+        *(partial(check_names, "engines", [name]) for name in parity.engines),
+        *(partial(check_names, "require", [name]) for name in parity.require),
+        *(partial(lookup, "bfloat16", {kind: {figure: bound}})
+          for kind, bounds in parity.thresholds.items() for figure, bound in bounds.items()),
+    ]  # fmt: skip
+    hints = []
+    for check in checks:
+        try:
+            check()
+        except UsageError as error:
+            problems.append(error.message)
+            hints.append(error.hint)
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)), "; ".join(dict.fromkeys(hints)))
 
 
 def settings(overrides: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
@@ -115,6 +141,6 @@ def _hint_to_resume(run: runs.Run, progress: Progress) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if (run.path / "checkpoints").exists():
+        if run.has_checkpoint:
             progress.note(f"{run.path} is kept: `lora2serve train --resume` continues from its last checkpoint")
         raise

@@ -29,6 +29,7 @@ from lora2serve.errors import UsageError
 ROOT = Path("runs")
 LATEST = "latest"
 RECORD = "run.json"
+TRAINER_STATE = "trainer_state.json"  # of a checkpoint
 OTHER_KINDS = ("config.json", "adapter_config.json", "lora2serve.json")  # a model, an adapter, an export
 
 
@@ -74,6 +75,18 @@ class Run:
         temporary.write_text(record.to_text(), encoding="utf-8")
         os.replace(temporary, self.path / RECORD)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether training got as far as saving a state to go on from: the trainer writes this file of it last."""
+        return any(self.path.glob(f"checkpoints/checkpoint-*/{TRAINER_STATE}"))
+
+    @property
+    def resumable(self) -> str:
+        """What continues a run that was interrupted; empty for one that is finished."""
+        if self.record.finished or not self.has_checkpoint:
+            return ""
+        return f"interrupted: `lora2serve train --resume {self.path}` continues it"
+
     def list_exports(self) -> list[Path]:
         """Every published export of this run, by name."""
         return sorted(
@@ -110,7 +123,7 @@ def kept_once_started(run: Run) -> Iterator[None]:
         yield
         point_latest(run)
     except BaseException:
-        if not (run.path / "checkpoints").exists() and not is_run(run.path):
+        if not run.has_checkpoint and not is_run(run.path):
             shutil.rmtree(run.path, ignore_errors=True)
             with suppress(OSError):  # there are others
                 run.path.parent.rmdir()
@@ -161,7 +174,7 @@ def is_cut_off(path: Path) -> bool:
 def cut_off(path: Path) -> UsageError:
     """The error for a run whose training did not end, by its own name and not by that of the link."""
     path = path.parent / path.readlink().name if path.is_symlink() else path
-    if any(path.glob("checkpoints/*")):
+    if Run(path).has_checkpoint:
         return UsageError(
             f"{path}: not a finished run (training was cut off, or goes on)",
             f"`lora2serve train --resume {path}` continues it",

@@ -108,7 +108,10 @@ def _verdict(verdict: EngineVerdict) -> str:
 
 def _run(facts: InspectedRun) -> Iterator[str]:
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in facts.eval_loss.items() if loss is not None)
-    yield from _pairs({"base": facts.base, "quantization": facts.quantization or "none", "eval loss": losses})
+    quantization = facts.quantization or "none"
+    yield from _pairs(
+        {"base": facts.base, "quantization": quantization, "training": facts.resumable, "eval loss": losses}
+    )
     for export in facts.exports:
         yield f"export {export}: parity {VERDICTS[facts.parity[export]]}"
     yield "adapter:"

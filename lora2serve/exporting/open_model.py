@@ -42,6 +42,8 @@ class OpenOptions:
 def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> ExportModel:
     """The model of a finished run; ``base`` is a local directory."""
     record = run.record
+    if run.resumable:  # after its last step: there is an adapter, and no figure that says how good it is
+        progress.warn(f"{run.path}: training was {run.resumable}")
     checkpoint = Checkpoint(base)
     mismatch = compare_base(record.base, base, checkpoint)
     if mismatch and not choice.allow_base_mismatch:

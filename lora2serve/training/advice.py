@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from lora2serve.adapters.lint import lint
 from lora2serve.config.recipe import Recipe
 from lora2serve.data.samples import Sample
 from lora2serve.system.hardware import nvidia_gpus
+from lora2serve.training.schedule import eval_interval, total_steps
 
 FEW_ROWS = 200
+PATIENCE = 3  # evaluations without a better eval loss, as is usual
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
@@ -27,8 +30,7 @@ def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool, checkpointi
         problems.append(
             "no eval data: nothing will show overfitting, and parity has no held-out rows (data.eval_split: 0.05)"
         )
-    if len(rows) < FEW_ROWS and not (lora.dropout and train.early_stopping):
-        problems.append(f"{len(rows)} rows will be memorized: set train.lora.dropout: 0.05 and train.early_stopping: 3")
+    problems += _of_memorizing(recipe, rows, held_out)
     if lora.rank > 64:
         problems.append(f"rank {lora.rank} is large: memory and overfitting grow, quality seldom does above 64")
     trained = [name for name in lora.modules_to_save if name.rpartition(".")[2] in EMBEDDINGS]
@@ -46,6 +48,39 @@ def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool, checkpointi
     if unlabeled:
         problems.append(f"{unlabeled} of {len(rows)} rows have no token to learn from, once cut: they are left out")
     return problems
+
+
+def _of_memorizing(recipe: Recipe, samples: Sequence[Sample], held_out: bool) -> list[str]:
+    """Few rows, and an early stopping that comes too seldom to stop anything."""
+    train, problems = recipe.train, []
+    total = total_steps(recipe, _sequences(recipe, samples))
+    evaluations = total // eval_interval(recipe, total)
+    patience = train.early_stopping or PATIENCE
+    often = max(
+        1, total // (3 * patience)
+    )  # steps between evaluations, of which a third may go by without a better one
+    can_stop = held_out and total // often > patience + 1
+    seldom = evaluations <= patience + 1
+    rows = len({sample.row for sample in samples})
+    if rows < FEW_ROWS and not (train.lora.dropout and train.early_stopping):
+        wanted = [] if train.lora.dropout else ["train.lora.dropout: 0.05"]
+        if can_stop and not train.early_stopping:
+            wanted += [f"train.early_stopping: {PATIENCE}", *([f"train.eval_steps: {often}"] if seldom else [])]
+        if wanted:
+            problems.append(f"{rows} rows will be memorized: set {', '.join(wanted)}")
+    if train.early_stopping and seldom:
+        way_out = f"set train.eval_steps: {often}" if can_stop else "leave it out"
+        problems.append(
+            f"train.early_stopping: {patience} cannot stop a run of {total} steps that is evaluated "
+            f"{evaluations} time{'s' if evaluations > 1 else ''}: {way_out}"
+        )
+    return problems
+
+
+def _sequences(recipe: Recipe, samples: Sequence[Sample]) -> int:
+    """How many the trainer gets, about where they are packed."""
+    learned = [len(sample.input_ids) for sample in samples if sample.learned]
+    return math.ceil(sum(learned) / recipe.data.max_length) if recipe.data.packing else len(learned)
 
 
 def idle_gpu() -> str:

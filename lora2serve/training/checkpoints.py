@@ -6,17 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run import TRAINER_STATE, Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-STATE = "trainer_state.json"  # of a checkpoint, written last
-
 
 def last_checkpoint(run: Run) -> Path | None:
     """The newest complete checkpoint: the trainer writes its state last, so a kill in between leaves none."""
-    complete = [path.parent for path in run.path.glob(f"checkpoints/checkpoint-*/{STATE}") if _is_json(path)]
+    complete = [path.parent for path in run.path.glob(f"checkpoints/checkpoint-*/{TRAINER_STATE}") if _is_json(path)]
     return max(complete, key=step_of, default=None)
 
 
@@ -27,12 +25,12 @@ def step_of(checkpoint: Path) -> int:
 
 def tokens_of(checkpoint: Path) -> int:
     """The tokens that were trained when it was saved; 0 where an earlier release saved it, which kept no count."""
-    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("num_input_tokens_seen", 0))
+    return int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8")).get("num_input_tokens_seen", 0))
 
 
 def load_adapter(model: PeftModel, checkpoint: Path, *, best: bool) -> None:
     """The adapter of a checkpoint into ``model``, or of the best one before it."""
-    path = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+    path = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
     chosen = checkpoint.with_name(Path(path).name) if path and best else checkpoint
     model.load_adapter(str(chosen), "default", is_trainable=True)
 

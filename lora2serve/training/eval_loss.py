@@ -70,29 +70,31 @@ def _student_t(freedom: int) -> float:
 
 def evaluate(
     model: PreTrainedModel | PeftModel,
-    rows: Sequence[Sample],
+    samples: Sequence[Sample],
     pad: int | None,
     batch: int,
     progress: Progress,
     label: str,
 ) -> RowLosses:
-    """The loss of every labeled token of ``rows``, ``batch`` rows at a time.
+    """The loss of every labeled token of ``samples``, ``batch`` of them at a time, by the rows that they are of.
 
-    Of several processes each takes a part of the rows, and all get all losses.
+    Of several processes each takes a part of the samples, and all get all losses.
     """
     import torch
 
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    sums, tokens = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
-    starts = range(0, len(rows), batch)[_rank() :: _processes()]
-    with progress.track(label, sum(len(rows[start : start + batch]) for start in starts)) as advance:
+    places = {row: place for place, row in enumerate(dict.fromkeys(sample.row for sample in samples))}
+    sums, tokens = torch.zeros(len(places), dtype=torch.float64), torch.zeros(len(places), dtype=torch.int64)
+    starts = range(0, len(samples), batch)[_rank() :: _processes()]
+    with progress.track(label, sum(len(samples[start : start + batch]) for start in starts)) as advance:
         for start in starts:
-            part = rows[start : start + batch]
+            part = samples[start : start + batch]
             ids, mask, labels = pad_batch(part, pad)
             losses = token_losses(model, ids.to(device), mask.to(device), labels.to(device))
-            row_of = start + (labels[:, 1:] != IGNORE).nonzero()[:, 0]  # of each of these tokens
+            row_of_sample = torch.tensor([places[sample.row] for sample in part])
+            row_of = row_of_sample[(labels[:, 1:] != IGNORE).nonzero()[:, 0]]  # of each of these tokens
             sums.index_add_(0, row_of, losses.cpu().double())
             tokens.index_add_(0, row_of, torch.ones_like(row_of))
             advance(len(part))

@@ -41,6 +41,7 @@ from lora2serve.training.model import (
 )
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
+from lora2serve.training.weightless import check_adapter
 from lora2serve.weights.checkpoint import identity, read_config
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class FineTune:
         self.write_eval_rows()
         set_seed(self.recipe.train.seed)
         model = prepare(load_base(self.base, self.recipe.train, self.device), checkpointing=self.checkpointing)
-        config = self.adapter_config(model)  # a module that is not there is met before the work
+        config = self.adapter_config(model)
         self.record_start(model, template)
         # The base is measured before the adapter is there: some inits take a part of the base out.
         if held_out and not self.run.record.metrics.base:  # known since before --resume
@@ -121,7 +122,7 @@ class FineTune:
         return self.recipe.train.quantize != "none" if chosen is None else chosen
 
     def announce(self) -> None:
-        """What will be done, before the long silence of loading; and a warning where a GPU would stand idle."""
+        """What will be done and what will not, before the long silence of loading; TrainError for what cannot be."""
         rows, eval_rows = self.data_sets.train, self.data_sets.held_out
         held_out = f", {len(eval_rows.rows)} held out" if eval_rows else ""
         quantize = self.recipe.train.quantize
@@ -133,6 +134,8 @@ class FineTune:
         for data in (rows, eval_rows):
             for text in data.warnings() if data else ():
                 self.progress.warn(text)
+        for text in check_adapter(self.base, self.recipe.train, self.device):
+            self.progress.warn(text)
 
     def in_form(self, tokenizer: Tokenizer) -> FineTune:
         """With prompts and completions as the recipe has them for this model, which is told."""

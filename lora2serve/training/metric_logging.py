@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback
 
 from lora2serve.progress import Advance, Progress
+from lora2serve.system import interruption
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -25,7 +28,7 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
     def __init__(self, path: Path, advance: Advance, progress: Progress) -> None:
         self.path, self.advance, self.progress = path, advance, progress
         self.last: dict[str, tuple[int, float]] = {}  # figure -> step, value
-        self.stopped = False
+        self.stopped, self.stopped_at = False, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -74,19 +77,24 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
-        """The first Ctrl-C (or a scheduler's SIGTERM) finishes the step and saves; a second one ends at once."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        """The first Ctrl-C (or a scheduler's SIGTERM) finishes the step and saves; a later one ends at once."""
+        before = {number: signal.getsignal(number) for number in interruption.ENDINGS}
 
         def stop(number: int, frame: FrameType | None) -> None:
-            self.stopped = True
-            restore()
+            if self.stopped and time.monotonic() - self.stopped_at > interruption.PAIR:
+                restore()
+                raise KeyboardInterrupt
+            if not self.stopped:
+                self.stopped, self.stopped_at = True, time.monotonic()
 
         def restore() -> None:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-        for number in before:
-            signal.signal(number, stop)
+        if threading.current_thread() is not threading.main_thread():  # where Python delivers no signal
+            yield
+            return
+        interruption.handle(stop)
         try:
             yield
         finally:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
-from lora2serve.errors import TrainError, did_you_mean, first_line
+from lora2serve.errors import TrainError, first_line
+from lora2serve.training.lora_targets import other_towers, refuse_unknown, targets
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
+from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.checkpoint import read_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
-
-QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
-OTHER_TOWERS = ("vision", "visual", "audio")
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedMode
 
     dtype = getattr(torch, device.dtype)
     options: dict[str, object] = {"dtype": dtype}
+    if recipe.quantize != "none":
+        import_quietly()
     if recipe.quantize != "none" and not read_config(path).get("quantization_config"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -102,14 +102,14 @@ def lora_config(model: PreTrainedModel, recipe: TrainRecipe) -> LoraConfig:
             f"train.lora.init: {lora.init} takes a part of the base out, which a quantized base cannot give",
             "set another init, or model.path to the 16-bit model",
         )
-    _refuse_unknown("train.lora.modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
+    refuse_unknown("train.lora.modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets(model, lora.targets),
-        exclude_modules=_other_towers(model),
+        exclude_modules=other_towers(model),
         modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
@@ -127,73 +127,6 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise TrainError(f"train.lora: {first_line(error)}") from error
 
 
-def _refuse_unknown(key: str, names: Sequence[str], paths: Sequence[str]) -> None:
-    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
-    if unknown:
-        leaves = sorted({leaf for path in paths if (leaf := path.rsplit(".", 1)[-1]) and not leaf.isdigit()})
-        near = did_you_mean(unknown[0], leaves)
-        raise TrainError(
-            f"{key}: no module {', '.join(map(repr, unknown))} in this model{near}", f"it has: {', '.join(leaves)}"
-        )
-
-
-def targets(model: PreTrainedModel, preset: str | Sequence[str]) -> list[str]:
-    """Module names: a preset's, looked up in the real model, or those of the recipe, once each is known to be there."""
-    if not isinstance(preset, str):
-        _refuse_unknown("train.lora.targets", preset, _adaptable(model))
-        return list(preset)
-    paths = linear_modules(model)
-    attention = [path for path in paths if "attn" in path or "attention" in path]
-    qv = [path for path in paths if path.rsplit(".", 1)[-1] in QV]
-    chosen = {
-        "qv": qv,
-        "attention": attention,
-        "qv-mlp": qv + [path for path in paths if path not in set(attention)],
-        "all-linear": paths,
-    }[preset]
-    if not chosen:
-        leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
-        raise TrainError(
-            f"train.lora.targets: preset {preset} finds no module in this model", f"name them: {', '.join(leaves)}"
-        )
-    return _suffixes(chosen, paths)
-
-
-def _suffixes(chosen: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """The shortest endings that name the chosen modules and no other: GPT-2 has two kinds of ``c_proj``."""
-    others = set(paths) - set(chosen)
-    suffixes = set()
-    for path in chosen:
-        parts = path.split(".")
-        endings = (".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1))
-        suffixes.add(next(end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others)))
-    return sorted(suffixes)
-
-
-def _adaptable(model: PreTrainedModel) -> list[str]:
-    """Dotted names of every module that can carry a LoRA, head and embeddings too."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    kinds = torch.nn.Linear | torch.nn.Embedding | Conv1D
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Dotted names of the linear layers, without the head and without routers of experts."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-        and module is not head
-        and not name.endswith((".gate", ".router"))
-    ]
-
-
 def quantized_modules(model: PreTrainedModel) -> list[str]:
     """Dotted names of the modules that bitsandbytes really replaced."""
     if not getattr(model, "is_quantized", False):
@@ -202,9 +135,3 @@ def quantized_modules(model: PreTrainedModel) -> list[str]:
 
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def _other_towers(model: PreTrainedModel) -> str | None:
-    """A pattern for the modules that do not belong to the language model of a multimodal one."""
-    towers = any(tower in name for name in linear_modules(model) for tower in OTHER_TOWERS)
-    return rf".*({'|'.join(OTHER_TOWERS)}).*" if towers else None

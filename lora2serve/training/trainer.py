@@ -18,6 +18,7 @@ from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_
 from lora2serve.training.metric_logging import MetricLog
 from lora2serve.training.model import Device
 from lora2serve.training.packing import keep_apart
+from lora2serve.training.schedule import eval_interval, total_steps
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,6 +75,10 @@ def _trainer(
 
     from lora2serve.training.run_trainer import RunTrainer
 
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs without a launcher, the first, where the model is
+    if not _name_experts(model):
+        arguments.router_aux_loss_coef = 0.0
+    in_full = {name: weight.data for name, weight in model.named_parameters() if ".modules_to_save." in name}
     trainer = RunTrainer(
         model=model,
         args=arguments,
@@ -87,12 +92,22 @@ def _trainer(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):  # else among the checkpoints, which may be removed
             callback.logging_dir = callback.logging_dir or str(Path(arguments.output_dir).parent / "tensorboard")
-    # TRL casts the adapter of a 4-bit model to bfloat16, where late, small updates round to nothing; without
-    # AVX512-BF16 it is 25 times as slow on a CPU, too. Autocast computes in the device's type all the same.
-    for parameter in model.parameters():
+    # TRL casts what is trained of a 4-bit model to bfloat16, where late, small updates round to nothing; without
+    # AVX512-BF16 it is 25 times as slow on a CPU, too. Autocast computes in the device's type all the same. Of a LoRA's
+    # random start nothing is lost by it, of whole modules of the base there would be.
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = in_full.get(name, parameter.data).float()
     return trainer
+
+
+def _name_experts(model: PeftModel) -> bool:
+    """Whether there are experts, whose count TRL reads from a key that the configs of Granite and others call else."""
+    config = model.config.get_text_config()
+    count = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if count and not hasattr(config, "num_experts"):
+        config.num_experts = count
+    return bool(count)
 
 
 def _keeps_best(recipe: Recipe, held_out: bool) -> bool:
@@ -110,12 +125,6 @@ def check_trackers(recipe: Recipe) -> None:
             raise TrainError(f"train.trackers: unknown tracker {name!r}{near}", f"known: {', '.join(sorted(known))}")
         if name not in integration_utils.get_available_reporting_integrations():
             raise TrainError(f"train.trackers: {name} is not installed", f"pip install {name.replace('_', '-')}")
-
-
-def total_steps(recipe: Recipe, rows: int) -> int:
-    """Optimizer steps in all, for that many (packed) rows."""
-    each_epoch = math.ceil(rows / (recipe.train.batch_size * recipe.train.accumulation))
-    return recipe.train.steps or max(1, math.ceil(each_epoch * recipe.train.epochs))
 
 
 def _arguments(recipe: Recipe, run: Run, device: Device, total: int, held_out: bool, checkpointing: bool) -> SFTConfig:
@@ -157,9 +166,7 @@ def _arguments(recipe: Recipe, run: Run, device: Device, total: int, held_out: b
 
 def _evaluations(recipe: Recipe, total: int, held_out: bool) -> dict[str, object]:
     """When to evaluate and when to save: at the same steps where the best state is to be kept."""
-    train = recipe.train
-    each_epoch = max(1, math.ceil(total / max(1.0, train.epochs))) if train.steps is None else total
-    eval_steps = min(train.eval_steps or each_epoch, total)
+    eval_steps = eval_interval(recipe, total)
     best = _keeps_best(recipe, held_out)
     return {
         "eval_strategy": "steps" if held_out else "no",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve.artifacts import run as runs
+from lora2serve.artifacts.run_record import RunRecord
 
 
 def finish(run: runs.Run) -> None:
@@ -25,7 +26,7 @@ def test_latest_moves_once_a_run_is_finished(tmp_path: Path) -> None:
         finish(first)
     second = runs.create("second", root)
     with pytest.raises(KeyboardInterrupt), runs.kept_once_started(second):
-        (second.path / "checkpoints").mkdir()
+        checkpoint(second, 1)
         assert runs.latest(root).path == first.path
         raise KeyboardInterrupt
     assert runs.latest(root).path == first.path and second.path.is_dir()
@@ -52,3 +53,28 @@ def test_the_newest_is_the_one_at_work_last(tmp_path: Path) -> None:
     (tmp_path / "old" / "metrics.jsonl").touch()
     newest = runs.newest(tmp_path)
     assert newest and newest.name == "old", "the control: it was resumed since"
+
+
+def checkpoint(run: runs.Run, step: int) -> None:
+    folder = run.path / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, ValueError])
+def test_what_is_left(tmp_path: Path, problem: type[BaseException]) -> None:
+    before = runs.create("before", tmp_path)
+    runs.point_latest(before)
+    for name, steps in (("short", 0), ("long", 3)):
+        run = runs.create(name, tmp_path)
+        with pytest.raises(problem), runs.kept_once_started(run):
+            (run.path / "checkpoints" / "initial").mkdir(parents=True)  # of an init that changes the base
+            run.save(RunRecord(name=name))
+            if steps:
+                checkpoint(run, steps)
+            raise problem
+        assert run.path.exists() == run.has_checkpoint == bool(steps)
+        assert (tmp_path / "latest").readlink() == Path("before")
+    assert run.resumable == f"interrupted: `lora2serve train --resume {run.path}` continues it"
+    run.save(RunRecord(name=name, finished=True))
+    assert run.resumable == "", "the control"

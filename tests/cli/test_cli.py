@@ -120,8 +120,12 @@ def test_a_run_that_was_cut_off_at_once(here: Path, capfd: pytest.CaptureFixture
 
 
 def test_a_run_that_was_cut_off_later(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (here / "runs" / "demo" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    checkpoint = here / "runs" / "demo" / "checkpoints" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
     (here / "runs" / "demo" / "recipe.yaml").touch()
+    assert run(["export", "demo", "-t", "vllm"]) == 2
+    assert "before its first checkpoint" in capfd.readouterr().err, "cut off while the first one was saved"
+    (checkpoint / "trainer_state.json").touch()
     assert run(["export", "demo", "-t", "vllm"]) == 2
     assert "`lora2serve train --resume runs/demo`" in capfd.readouterr().err
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def uneven(count: int = 7) -> list[Sample]:
     samples = []
     for number in range(count):
         ids = torch.randint(3, 320, (3 + 15 * (number % 3),), generator=generator).tolist()
-        samples.append(Sample(ids, [token if place % 2 else -100 for place, token in enumerate(ids)], False))
+        samples.append(Sample(ids, [token if place % 2 else -100 for place, token in enumerate(ids)], False, number))
     return samples
 
 
@@ -125,6 +126,10 @@ def test_a_mean_over_tokens_in_any_batches(size: int) -> None:
     mean = losses.mean()
     assert mean.eval_loss == pytest.approx(sum(sums) / sum(counts), rel=1e-6)
     assert (mean.tokens, mean.perplexity) == (sum(counts), pytest.approx(math.exp(mean.eval_loss)))
+    by_two = [replace(sample, row=number // 2) for number, sample in enumerate(samples)]
+    assert evaluate(model, by_two, 0, size, Silent(), "eval").tokens.tolist() == [
+        sum(counts[place : place + 2]) for place in range(0, len(counts), 2)
+    ], "samples of one row are one unit"
     by_rows = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(sums)
     assert abs(mean.eval_loss - by_rows) > 1e-3, "the control: a mean of the rows' means"
 

@@ -13,10 +13,15 @@ from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.training import advice
 from tests.support.runs import fit, recipe_file
 
-GOOD = Sample([1, 2, 3], [-100, 2, 3], cut=False)
+
+def good(count: int) -> list[Sample]:
+    """Rows without a fault."""
+    return [Sample([1, 2, 3], [-100, 2, 3], cut=False, row=row) for row in range(count)]
+
+
 LONG = Sample([1, 2, 3], [-100, 2, 3], cut=True)
 EMPTY = Sample([1, 2, 3], [-100, -100, -100], cut=True)
-FINE: dict[str, Any] = {"rows": [GOOD] * 300, "held_out": True, "checkpointing": True}
+FINE: dict[str, Any] = {"rows": good(300), "held_out": True, "checkpointing": True}
 
 
 def warned(tmp_path: Path, train: dict[str, Any], **seen: Any) -> list[str]:
@@ -30,28 +35,54 @@ FAULTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"checkpointing": False}, "no gradient checkpointing with a 4-bit base"),
     ({}, {"held_out": False}, "no eval data"),
     (
+        {"steps": 60},
+        {"rows": good(150)},
+        "150 rows will be memorized: set train.lora.dropout: 0.05, train.early_stopping: 3, train.eval_steps: 6",
+    ),
+    ({"steps": 60, "eval_steps": 5}, {"rows": good(150)}, "set train.lora.dropout: 0.05, train.early_stopping: 3"),
+    ({"steps": 60, "early_stopping": 3}, {"rows": good(150)}, "memorized: set train.lora.dropout: 0.05"),
+    ({"steps": 60}, {"rows": good(150), "held_out": False}, "memorized: set train.lora.dropout: 0.05"),
+    ({"steps": 4}, {"rows": good(150)}, "memorized: set train.lora.dropout: 0.05"),
+    (
+        {"steps": 60, "early_stopping": 5, "eval_steps": 20},
         {},
-        {"rows": [GOOD] * 150},
-        "150 rows will be memorized: set train.lora.dropout: 0.05 and train.early_stopping: 3",
+        "train.early_stopping: 5 cannot stop a run of 60 steps that is evaluated 3 times: set train.eval_steps: 4",
+    ),
+    (
+        {"steps": 4, "early_stopping": 3},
+        {},
+        "train.early_stopping: 3 cannot stop a run of 4 steps that is evaluated 1 time: leave it out",
     ),
     ({"lora": {"rank": 65}}, {}, "rank 65 is large"),
     ({"lora": {"modules_to_save": ["lm_head"]}}, {}, "lm_head trained in full: vLLM, llama.cpp and Ollama refuse"),
     ({"lora": {"modules_to_save": ["model.embed_tokens"]}}, {}, "model.embed_tokens trained in full"),
-    ({}, {"rows": [GOOD] * 298 + [LONG] * 2}, "2 of 300 rows are longer than 128 tokens and were cut"),
-    ({}, {"rows": [GOOD] * 299 + [EMPTY]}, "1 of 300 rows have no token to learn from"),
+    ({}, {"rows": good(298) + [LONG] * 2}, "2 of 300 rows are longer than 128 tokens and were cut"),
+    ({}, {"rows": [*good(299), EMPTY]}, "1 of 300 rows have no token to learn from"),
 ]
 
 
 @pytest.mark.parametrize(("train", "seen", "said"), FAULTS, ids=[said for _, _, said in FAULTS])
 def test_each_fault_is_told(tmp_path: Path, train: dict[str, Any], seen: dict[str, Any], said: str) -> None:
-    assert any(said in line for line in warned(tmp_path, train, **seen))
+    assert any(line.endswith(said) or said in line for line in warned(tmp_path, train, **seen))
+
+
+def test_no_advice_that_would_be_refused_or_do_nothing(tmp_path: Path) -> None:
+    """Early stopping needs held-out rows and several evaluations; what `init` writes has one an epoch, and 3 epochs."""
+    for train, seen in (({"steps": 60}, {"held_out": False}), ({"steps": 4}, {})):
+        assert not any("early_stopping" in line for line in warned(tmp_path, train, rows=good(150), **seen))
+    (line,) = warned(tmp_path, {"steps": None, "epochs": 3, "batch_size": 8}, rows=good(150))
+    wanted = line.partition("set ")[2].split(", ")
+    advised = {key.removeprefix("train."): float(value) for key, value in (word.split(": ") for word in wanted)}
+    assert (advised["lora.dropout"], advised["early_stopping"]) == (0.05, 3)
+    total = 3 * 19
+    assert total // advised["eval_steps"] > 3 + 1, "two evaluations at least may be better, and three then worse"
 
 
 CONTROLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
     ({"learning_rate": 1e-4}, {}),
     ({"quantize": "none"}, {"checkpointing": False}),
-    ({"early_stopping": 3, "lora": {"dropout": 0.05}}, {"rows": [GOOD] * 150}),
+    ({"early_stopping": 3, "steps": 60, "eval_steps": 6, "lora": {"dropout": 0.05}}, {"rows": good(150)}),
     ({"lora": {"rank": 64}}, {}),
     ({"lora": {"modules_to_save": ["norm"]}}, {}),
 ]

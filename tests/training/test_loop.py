@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lora2serve.config.recipe import Recipe, load
 from lora2serve.errors import TrainError
-from lora2serve.training import trainer
+from lora2serve.training import schedule, trainer
 from tests.support.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
 
 pytestmark = pytest.mark.engine
@@ -74,7 +74,7 @@ def recipe(tmp_path: Path, **train: Any) -> Recipe:
     ],
 )
 def test_total_steps(tmp_path: Path, train: dict[str, Any], count: int, expected: int) -> None:
-    assert trainer.total_steps(recipe(tmp_path, **train), count) == expected
+    assert schedule.total_steps(recipe(tmp_path, **train), count) == expected
 
 
 def test_accumulation_is_one_larger_batch(tmp_path: Path, chats: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import TrainError
+from lora2serve.training import lora_targets
 from lora2serve.training import model as models
 from tests.support.runs import DEMO, fit, recipe_file
 from tests.support.tiny import load_model, make_model
@@ -69,8 +70,8 @@ def test_presets_on_other_families(tmp_path: Path, kind: str, preset: str, expec
     extra = {"num_experts": 4, "head_dim": 16, "decoder_sparse_step": 1} if kind == "qwen3_moe" else {}
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4} if kind == "gpt2" else {}
     model = load_model(make_model(tmp_path / "m", kind, **extra, **sizes))
-    chosen = models.targets(model, preset)
-    paths = models.linear_modules(model)
+    chosen = lora_targets.targets(model, preset)
+    paths = lora_targets.linear_modules(model)
     hit = {".".join(path.split(".")[-2:]) for path in paths if any(f".{path}".endswith(f".{end}") for end in chosen)}
     assert {name if "." in min(expected) else name.rsplit(".", 1)[-1] for name in hit} == expected
 

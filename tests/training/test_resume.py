@@ -132,16 +132,27 @@ def test_a_scheduler_s_sigterm_saves_too(tmp_path: Path, chats: dict[str, str]) 
     assert last_checkpoint(Run(tmp_path / "runs" / "run"))
 
 
-def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path, chats: dict[str, str]) -> None:
-    write_recipe(tmp_path, chats)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_the_first_step_leaves_nothing(tmp_path: Path, chats: dict[str, str], number: int) -> None:
+    """Of an init that saves its start as well; the last run is still the last one."""
+    (tmp_path / "runs" / "before").mkdir(parents=True)
+    latest = tmp_path / "runs" / "latest"
+    if number == signal.SIGTERM:
+        latest.symlink_to("before")
+    recipe_file(tmp_path, DEMO / "base", chats, steps=STEPS, quantize="none", lora={"init": "pissa"})
+    run = tmp_path / "runs" / "run"
     child = start(tmp_path)
-    _, err = stop_at(child, tmp_path, (tmp_path / "runs" / "run").is_dir, signal.SIGINT)
+    _, err = stop_at(child, tmp_path, (run / "checkpoints" / "initial").is_dir, number)
     assert child.returncode == 130, err
     assert "interrupted" in err
     assert "Traceback" not in err
+    if lines(tmp_path):  # it came in the first step, which was then finished and saved
+        assert last_checkpoint(Run(run))
+        return
     assert "--resume" not in err, "there is nothing to go on from"
-    assert not (tmp_path / "runs" / "run").exists()
-    assert not (tmp_path / "runs" / "latest").is_symlink()
+    assert not run.exists()
+    assert latest.is_symlink() == (number == signal.SIGTERM)
+    assert number == signal.SIGINT or latest.readlink() == Path("before")
 
 
 def test_ctrl_c_after_the_last_step_says_how_to_go_on(
@@ -160,7 +171,13 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
         assert command(["train"]) == 130
     assert "runs/run is kept: `lora2serve train --resume` continues" in capfd.readouterr().err
     assert not Run(tmp_path / "runs" / "run").record.finished
+    for words in (["inspect", "runs/run"], ["export", "--target", "vllm", "--dry-run"]):
+        assert command(words) == 0
+        shown = capfd.readouterr()
+        assert "interrupted: `lora2serve train --resume runs/run` continues it" in shown.out + shown.err
     assert command(["train", "--resume"]) == 0
+    assert command(["inspect", "runs/run"]) == 0
+    assert "interrupted" not in capfd.readouterr().out, "the control"
     assert Run(tmp_path / "runs" / "run").record.finished
     assert list(logged(Run(tmp_path / "runs" / "run"))) == [1, 2]
 

@@ -12,6 +12,7 @@ from lora2serve.parity_check.engines import Ids, Scores
 from lora2serve.parity_check.engines.transformers_engine import Likeliest, Transformers, device, greedy, logits, quiet
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
+from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.dequantize import Dequantized
 
@@ -44,6 +45,7 @@ class Peft(Transformers):
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         options: dict[str, Any] = {"dtype": torch.float32, "device_map": device_name}
         if quantization:
+            import_quietly()
             options |= _quantized(base, quantization)
         model = AutoModelForCausalLM.from_pretrained(base, **options)
         if quantization:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora2serve.errors import CheckpointError
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.bnb import cuda_quantize
+from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.dequantize import DTYPE_NAMES, nibbles, scale_blocks
 from lora2serve.weights.tensors import ALL, Block, DType, Source, TensorSpec, torch_dtype
 
@@ -99,7 +100,7 @@ class FakeQuantized:
     def _load_kernels(self) -> None:
         """bitsandbytes, by one thread: its kernels register on import. Whoever only plans, needs none."""
         with self._lock:
-            import bitsandbytes  # noqa: F401
+            import_quietly()
 
     def _aligned(self, spec: TensorSpec, start: int, stop: int) -> slice:
         """Widen the rows until they begin and end at a block."""

@@ -1,0 +1,119 @@
+"""Which modules of a model get a LoRA: the presets of a recipe, or names, looked up in the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora2serve.errors import TrainError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
+OTHER_TOWERS = ("vision", "visual", "audio")
+READ_PAST = ("out_proj", "dt_proj")  # of a state space: its weight goes to a kernel, or PEFT refuses it
+
+
+def refuse_unknown(key: str, names: Sequence[str], paths: Sequence[str]) -> None:
+    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    if unknown:
+        leaves = sorted({leaf for path in paths if (leaf := path.rsplit(".", 1)[-1]) and not leaf.isdigit()})
+        near = did_you_mean(unknown[0], leaves)
+        raise TrainError(
+            f"{key}: no module {', '.join(map(repr, unknown))} in this model{near}", f"it has: {', '.join(leaves)}"
+        )
+
+
+def targets(model: PreTrainedModel, preset: str | Sequence[str]) -> list[str]:
+    """Module names: a preset's, looked up in the real model, or those of the recipe, once each is known to be there."""
+    if not isinstance(preset, str):
+        refuse_unknown("train.lora.targets", preset, _adaptable(model))
+        _refuse_head(model, preset)
+        return list(preset)
+    paths = linear_modules(model)
+    attention = [path for path in paths if "attn" in path or "attention" in path]
+    attention = attention or [path for path in paths if "Attention" in type(_owner(model, path)).__name__]
+    qv = [path for path in paths if path.rsplit(".", 1)[-1] in QV]
+    chosen = {
+        "qv": qv,
+        "attention": attention,
+        "qv-mlp": qv + [path for path in paths if path not in set(attention)],
+        "all-linear": paths,
+    }[preset]
+    if not chosen:
+        leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        raise TrainError(
+            f"train.lora.targets: preset {preset} finds no module in this model", f"name them: {', '.join(leaves)}"
+        )
+    return _suffixes(chosen, paths)
+
+
+def _refuse_head(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """TRL takes the loss from the weight of the head: a LoRA beside it would never be trained."""
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is head and any(f".{path}".endswith(f".{name}") for name in names):
+            raise TrainError(
+                f"train.lora.targets: {path} is the head of this model, which takes no LoRA in training",
+                "name it in train.lora.modules_to_save, which trains it in full, or leave it out",
+            )
+
+
+def _suffixes(chosen: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """The shortest endings that name the chosen modules and no other: GPT-2 has two kinds of ``c_proj``."""
+    others = set(paths) - set(chosen)
+    suffixes = set()
+    for path in chosen:
+        parts = path.split(".")
+        endings = (".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1))
+        suffixes.add(next(end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others)))
+    return sorted(suffixes)
+
+
+def named(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Those of ``paths`` that the names of an adapter's configuration mean."""
+    return [path for path in paths if any(f".{path}".endswith(f".{target}") for target in targets)]
+
+
+def _adaptable(model: PreTrainedModel) -> list[str]:
+    """Dotted names of every module that can carry a LoRA, head and embeddings too."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = torch.nn.Linear | torch.nn.Embedding | Conv1D
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def linear_modules(model: PreTrainedModel) -> list[str]:
+    """Dotted names of the linear layers, without the head, routers of experts, and what no LoRA would reach."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not head
+        and not name.endswith((".gate", ".router"))
+        and not (name.endswith(READ_PAST) and _is_state_space(_owner(model, name)))
+    ]
+
+
+def _owner(model: PreTrainedModel, path: str) -> Module:
+    """The module that one stands in."""
+    owner: Module = model.get_submodule(path.rpartition(".")[0])
+    return owner
+
+
+def _is_state_space(module: Module) -> bool:
+    """Whether it is a Mamba layer of any model: decay A and skip D are its parameters."""
+    return hasattr(module, "A_log") and hasattr(module, "D")
+
+
+def other_towers(model: PreTrainedModel) -> str | None:
+    """A pattern for the modules that do not belong to the language model of a multimodal one."""
+    towers = any(tower in name for name in linear_modules(model) for tower in OTHER_TOWERS)
+    return rf".*({'|'.join(OTHER_TOWERS)}).*" if towers else None
