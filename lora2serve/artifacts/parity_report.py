@@ -138,7 +138,7 @@ class ComparisonResult(JsonRecord):
     answers: tuple[GreedyAnswer, ...] = ()
     tensors: tuple[TensorError, ...] = ()  # those with the largest error
     settings: tuple[SettingDifference, ...] = ()  # beside the weights, those that are allowed too
-    not_compared: tuple[str, ...] = ()  # of the settings, and why
+    not_compared: tuple[str, ...] = ()  # of the settings, and what an engine that is not here was not asked
     reply: str = named("said", "")  # the answer to the user's own question
     seconds: float = 0.0
     required: bool = True  # whether a missing engine is red

@@ -139,7 +139,12 @@ class Comparator:
             with self._child(engine, self._options(comparison), log) as child:
                 row = self._through_gates(row, comparison, child, passed)
         except EngineMissing as error:
-            row = replace(row, gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)))
+            unasked = f"prompts and answers in {engine}, which was not asked"
+            row = replace(
+                row,
+                gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)),
+                not_compared=(*row.not_compared, unasked),
+            )
         except EngineError as error:
             name = order[min(len(passed), len(order) - 1)]
             row = replace(row, gates=(*passed, Gate(name, "failed", (), error.message, error.hint)))

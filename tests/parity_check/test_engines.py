@@ -99,6 +99,7 @@ def test_nobody_there(demo_run: Run) -> None:
         OpenAI("http://127.0.0.1:9", str(demo_run.adapter))
     (row,) = rows(demo_run, [of_url(origin_of(demo_run), "http://127.0.0.1:9", None)])
     assert row.status == "missing"
+    assert row.not_compared == ("prompts and answers in openai, which was not asked",)
 
 
 def test_credentials_in_an_address_are_in_no_report(demo_run: Run) -> None:

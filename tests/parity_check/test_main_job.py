@@ -63,6 +63,7 @@ def test_every_row_is_met(whole: Run, capfd: pytest.CaptureFixture[str], monkeyp
     assert key == ("ollama-Q4_K_M", "ollama")
     assert rows[key]["status"] == "missing"
     assert "not running" in rows[key]["gates"][-1]["first"]
+    assert rows[key]["not_compared"] == ["prompts and answers in ollama, which was not asked"]
     assert report["data"]["positions"] >= 2000
     answers = report["asked"]["answers"]
     assert "Leon Lake" in answers["trained"]
