@@ -11,7 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora2serve.errors import AdapterError, MergeError
+from lora2serve.errors import AdapterError, CheckpointError, MergeError
+from lora2serve.merge.binding import Binder
+from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
+from lora2serve.weights.checkpoint import Checkpoint
+from lora2serve.weights.dequantize import Dequantized
 from tests.support.folding import export_merged, stored, worst_ulp
 from tests.support.tiny import SHAPE, load_model, make_adapter, make_model, merged_by_peft
 
@@ -405,3 +409,36 @@ def test_a_class_that_loads_nothing(tmp_path: Path) -> None:
         MergeError, match="no stored weight into it as Emu3ForCausalLM: it was trained on random values"
     ):
         export_merged(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", TWO_CLASSES)
+def test_round_trip_through_4_bits(tmp_path: Path, kind: str) -> None:
+    """What training quantized is named by the model that it loaded; the same bits whatever the file calls it."""
+    text, config, _ = TWO_CLASSES[kind]
+    base = make_multimodal(tmp_path / "base", kind, text, **config)
+    loaded = load_model(base)
+    modules = [
+        name
+        for name, module in loaded.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.endswith(("q_proj", "down_proj")) and "vision" not in name
+    ]
+    checkpoint = Checkpoint(base)
+    how = Quantization(modules, 64, True, "F32", on_gpu=False)
+    names = Binder(list(checkpoint.specs()), checkpoint.config)
+    seen = FakeQuantized(Dequantized(checkpoint), how, names.stored_name)
+    plain = make_model(tmp_path / "plain")
+    for module in modules:
+        value = loaded.get_submodule(module).weight.detach().contiguous()
+        save_file({f"{module}.weight": value.bfloat16()}, plain / "model.safetensors")
+        alone = FakeQuantized(Dequantized(Checkpoint(plain)), Quantization([module], 64, True, "F32", on_gpu=False))
+        stored_name = names.stored_name(f"{module}.weight")
+        assert stored_name in checkpoint
+        got = seen.read(stored_name).values
+        assert torch.equal(got, alone.read(f"{module}.weight").values)
+        assert not torch.equal(got, value), "the control: it was quantized"
+        codes = [each.quantized(f"{module}.weight")[0] for each in (seen, alone)]
+        assert torch.equal(*codes)
+    with pytest.raises(CheckpointError, match="quantized in training, but not in this base"):
+        FakeQuantized(
+            Dequantized(checkpoint), Quantization(["model.no.such"], 64, True, "F32", on_gpu=False), names.stored_name
+        )
