@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from converters.gguf import gguf_settings
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
-from lora2serve.artifacts.staging import StagedDir, StagedFile
+from converters.gguf.nested_dir import NestedDir
+from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
 from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
@@ -84,14 +85,3 @@ def _refuse_name(name: str) -> None:
         or set(name) & FORBIDDEN_CHARACTERS
     ):
         raise ExportError(f"{name!r}: not a folder name that LM Studio takes", "give another with --name")
-
-
-class NestedDir(StagedDir):
-    """A folder inside another output."""
-
-    def __init__(self, out: StagedDir, name: str) -> None:
-        self._out, self._name = out, name
-        self.target, self.path = out.target / name, Path(out.path / name)
-
-    def file(self, name: str, size: int) -> StagedFile:
-        return self._out.file(f"{self._name}/{name}", size)

@@ -29,8 +29,8 @@ def request(export: Path) -> tuple[dict[str, object], dict[str, Path]]:
     files: dict[str, Path] = {}
 
     def blob(path: Path) -> dict[str, str]:
-        name = path.name
-        sha256 = known[name].sha256 if path.parent == export and name in known else digest(path)["sha256"]
+        name, inside = path.name, path.relative_to(export).as_posix() if path.is_relative_to(export) else ""
+        sha256 = known[inside].sha256 if inside in known else digest(path)["sha256"]
         files[f"sha256:{sha256}"] = path
         return {name: f"sha256:{sha256}"}
 
@@ -38,7 +38,9 @@ def request(export: Path) -> tuple[dict[str, object], dict[str, Path]]:
     for name, value in commands:
         path = export / Path(value).expanduser() if name in ("from", "adapter") else None
         if name == "from" and path is not None:
-            body |= {"files": blob(path)} if path.is_file() else {"from": value}
+            shards = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.is_file() else []
+            named = {key: sha256 for shard in shards for key, sha256 in blob(shard).items()}
+            body |= {"files": named} if named else {"from": value}
         elif path is not None:
             if not path.is_file():
                 raise InputError(f"{path}: named in {modelfile}, but missing", "export again")

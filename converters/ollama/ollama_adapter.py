@@ -84,14 +84,16 @@ def plan_settings(model: ExportModel, options: OllamaAdapterOptions) -> PlannedS
 
 
 def _base(name: str | None) -> str:
-    """A name as it is, a file by its absolute path: Ollama takes a mistyped path for a name."""
+    """A name as it is, a file or a folder by its absolute path: Ollama takes a mistyped path for a name."""
     if not name:
         raise ExportError("--as adapter: expected --from BASE", "the base as Ollama knows it, such as llama3.2:1b")
     path = Path(name).expanduser()
-    if path.is_file():
+    if path.is_file() or (path.is_dir() and list(path.glob("*.gguf"))):  # a folder: the shards of a split one
         return str(path.resolve())
     if name.endswith(".gguf") or name.startswith(("/", "./", "../", "~")) or path.exists():
-        raise ExportError(f"--from {name}: no such GGUF file", "a file, or a name that `ollama list` shows")
+        raise ExportError(
+            f"--from {name}: no such GGUF file", "a file, a folder of them, or a name that `ollama list` shows"
+        )
     return name
 
 

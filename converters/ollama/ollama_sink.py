@@ -9,6 +9,7 @@ from typing import ClassVar
 from converters.gguf import gguf_settings, tokenizer_check
 from converters.gguf.gguf_sink import GgufOptions, GgufSink
 from converters.gguf.llama.llama_process import Llama
+from converters.gguf.nested_dir import NestedDir
 from converters.ollama.chat import BOS_UNKNOWN, Chat, modelfile_files, read_chat, write_files
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.errors import ExportError
@@ -26,6 +27,9 @@ LOOKALIKE_GUARD = (
 )
 
 
+SHARDS = "gguf"  # the folder of a split GGUF: with other files in it, Ollama would not take it for one
+
+
 @dataclass(frozen=True)
 class OllamaOptions(GgufOptions):
     """Those of the GGUF."""
@@ -39,18 +43,18 @@ class OllamaSink:
     default_quant: ClassVar[str | None] = GgufSink.default_quant
 
     def __init__(self, model: ExportModel, out: StagedDir, options: OllamaOptions) -> None:
-        if options.split_size is not None:
-            raise ExportError("--split-size: Ollama loads no split files", "leave it out for --target ollama")
         self._out, self._name = out, model.name.lower()
         self._chat = read_chat(model)
-        self._gguf = GgufSink(model, out, _guarded(options, self._chat))
+        folder = NestedDir(out, SHARDS) if options.split_size else out
+        self._gguf = GgufSink(model, folder, _guarded(options, self._chat))
         if not self._gguf.tokens.compared:
             raise ExportError(
                 "--target ollama needs llama.cpp's library, to see whether BOS is added",
                 install_hint("gguf"),
             )
         self.wanted = self._gguf.wanted
-        self._modelfile = self._chat.modelfile(f"./{self._gguf.files[0]}", self._gguf.tokens.adds_bos)
+        self._file = _inside(self._gguf.files[0], options)
+        self._modelfile = self._chat.modelfile(_from(self._file), self._gguf.tokens.adds_bos)
         self._text = self._modelfile.write()  # a value that Ollama would read otherwise is found before the first byte
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
@@ -61,7 +65,7 @@ class OllamaSink:
         write_files(self._out, self._modelfile, self._text)
         path = shlex.quote(str(self._out.target / "Modelfile"))
         record = self._chat.template_record(facts.architecture)
-        return replace(facts, template=record, use=f"ollama create {self._name} -f {path}")
+        return replace(facts, file=self._file, template=record, use=f"ollama create {self._name} -f {path}")
 
     def close(self) -> None:
         self._gguf.close()
@@ -73,13 +77,27 @@ def plan_settings(model: ExportModel, options: OllamaOptions) -> PlannedSettings
     with Llama() as llama:
         inside, plan = gguf_settings.plan_files(model, _guarded(options, chat), llama)
         tokens = tokenizer_check.without_proof(model, plan, llama)
-    modelfile = chat.modelfile(f"./{inside.facts.file}", tokens is not None and tokens.adds_bos)
+    file = _inside(str(inside.facts.file), options)
+    modelfile = chat.modelfile(_from(file), tokens is not None and tokens.adds_bos)
+    headers = {_inside(name, options): keys for name, keys in inside.headers.items()}
     return replace(
         inside,
+        headers=headers,
+        weights=tuple(_inside(name, options) for name in inside.weights),
         files=modelfile_files(modelfile, modelfile.write()),
-        facts=replace(inside.facts, template=chat.template_record(inside.facts.architecture)),
+        facts=replace(inside.facts, file=file, template=chat.template_record(inside.facts.architecture)),
         unplanned={**inside.unplanned, **(BOS_UNKNOWN if tokens is None else {})},
     )
+
+
+def _inside(name: str, options: OllamaOptions) -> str:
+    """Where a file of the GGUF lies in the export."""
+    return f"{SHARDS}/{name}" if options.split_size else name
+
+
+def _from(file: str) -> str:
+    """What the Modelfile says: Ollama refuses one shard alone, and puts those of a folder together."""
+    return f"./{SHARDS}" if file.startswith(f"{SHARDS}/") else f"./{file}"
 
 
 def _guarded(options: OllamaOptions, chat: Chat) -> OllamaOptions:

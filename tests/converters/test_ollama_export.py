@@ -11,6 +11,7 @@ import pytest
 
 from converters.gguf.gguf_scan import scan
 from converters.ollama.conversations import turns
+from converters.ollama.create_request import request
 from converters.ollama.modelfile_parser import parse
 from converters.ollama.ollama_sink import LOOKALIKE_GUARD
 from lora2serve.artifacts.export_dir import Export
@@ -18,6 +19,8 @@ from lora2serve.artifacts.run import Run
 from lora2serve.cli import run
 from lora2serve.progress import Silent
 from lora2serve.serving.ollama import OllamaClient, create
+from lora2serve.system.small_files import digest
+from tests.converters.test_gguf_adapter import by_llama_cpp
 from tests.support.ollama_engine import render_jinja
 from tests.support.ollama_server import OllamaServer
 
@@ -121,3 +124,22 @@ def test_a_sampling_default_that_is_none(base: Path, tmp_path: Path, capfd: Any,
     assert run(["export", str(base), "-t", "ollama", "-q", "F16", "-o", str(tmp_path / "out")]) == 1
     assert f"generation_config.json: {key} is {value!r}" in capfd.readouterr().err
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_split_file(base: Path, tmp_path: Path) -> None:
+    """Its parts lie alone in a folder, which is what Ollama takes for one model; llama.cpp reads them as the whole."""
+    whole = exported(base, tmp_path / "whole")
+    words = ["export", str(base), "-t", "ollama", "-q", "F16", "--split-size", "1MB", "-o", str(tmp_path / "split")]
+    assert run(words) == 0
+    folder = tmp_path / "split" / "ollama-F16"
+    parts = sorted((folder / "gguf").iterdir())
+    assert len(parts) > 1
+    assert all(part.name.endswith(".gguf") for part in parts)
+    assert dict(parse((folder / "Modelfile").read_text()))["from"] == "./gguf"
+    body, files = request(folder)
+    assert body["files"] == {part.name: f"sha256:{digest(part)['sha256']}" for part in parts}
+    assert set(files.values()) == set(parts)
+    assert len(request(whole)[0]["files"]) == 1, "the control"  # type: ignore[arg-type]
+    manifest = Export.open(folder).manifest
+    assert manifest.file == f"gguf/{parts[0].name}"
+    assert (by_llama_cpp(folder / manifest.file) == by_llama_cpp(next(whole.glob("*.gguf")))).all()
