@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 HEADER = struct.Struct("!Q")
@@ -35,6 +36,10 @@ NOTICE = 0.3  # seconds in which a worker that does nothing sees it by itself
 
 class LinkClosed(Exception):
     """Nobody is at the other end any more."""
+
+
+class AskedToEnd(KeyboardInterrupt):
+    """By a signal to this process alone, or to all of a job: the parent did not go."""
 
 
 class Link:
@@ -104,6 +109,11 @@ class Link:
         return buffer
 
 
+def ask_to_end(number: int, frame: FrameType | None) -> None:
+    """Have the job broken off, and what it began removed."""
+    raise AskedToEnd
+
+
 def end_with_parent(descriptor: int, ending: threading.Event) -> None:
     """End this process and everything it started once the parent is gone, whatever it is at. Runs in a thread."""
     hangup = select.poll()
@@ -149,10 +159,10 @@ def serve(link: Link, worker: str) -> int:
             if failure is not None:
                 raise failure
             link.send({"result": getattr(instance, request["job"])(**request["arguments"])})
-    except LinkClosed:
-        pass  # nobody is there to read a result
-    except KeyboardInterrupt:
+    except AskedToEnd:
         code = INTERRUPTED
+    except (LinkClosed, KeyboardInterrupt):
+        pass  # nobody is there to read a result
     except Exception as error:
         if error is not failure:
             traceback.print_exc()
@@ -175,9 +185,10 @@ def describe(error: BaseException) -> dict[str, str]:
 def run(descriptor: int, worker: str) -> None:
     """The whole life of a worker process. Does not return: libraries with threads of their own would hang."""
     os.set_inheritable(descriptor, False)
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # of a shell's background job SIGINT is ignored
-        signal.signal(ending, signal.default_int_handler)
-    code = INTERRUPTED
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's background job it is ignored
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, ask_to_end)
+    code = 0
     with suppress(KeyboardInterrupt):
         code = serve(Link(socket.socket(fileno=descriptor)), worker)
     with suppress(Exception):

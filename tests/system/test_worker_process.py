@@ -141,6 +141,16 @@ def test_a_worker_that_dies(worker: str, tmp_path: Path, fork: bool) -> None:
             process.call("double", number=2)
 
 
+def test_a_signal_to_the_worker_alone(worker: str, tmp_path: Path, fork: bool) -> None:
+    """As a scheduler sends to every process of a job: it tidies up, and its parent says why there is no answer."""
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        with start(worker, tmp_path, fork) as process:
+            os.kill(process.call("facts")["pid"], end)
+            with pytest.raises(EngineError, match=r"some worker died \(exit code 130\): closed"):
+                process.call("double", number=2)
+        assert "closed" in (tmp_path / "log").read_text()
+
+
 def test_a_worker_that_hangs(worker: str, tmp_path: Path, fork: bool) -> None:
     with start(worker, tmp_path, fork, limit=None) as process:
         pid = process.call("facts")["pid"]
