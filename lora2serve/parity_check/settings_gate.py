@@ -7,7 +7,7 @@ No engine is asked and no weight is read, but every byte is, for the manifest's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lora2serve.system.small_files import MAX_SIZE
 MOST_OF_FILE = 40  # differences that are shown
 # Files that nobody serves from: a card, and what a copy from the Hub brings along.
 BYSTANDERS = ("README.md", ".gitattributes", ".cache/*", "parity/*")
-PROVEN_ELSEWHERE = ("use", "details", "tokens_proven")  # what the manifest says beside the plan
+PROVEN_ELSEWHERE = ("use", "tokens_proven")  # what the manifest says beside the plan
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def _compare_header(export: Path, name: str, planned: PlannedSettings) -> list[S
 
 def _facts(facts: ExportFacts, manifest: Manifest) -> tuple[dict[str, object], dict[str, object]]:
     """What the plan says of the export, and what its manifest does."""
-    planned = {name: value for name, value in vars(facts).items() if name not in PROVEN_ELSEWHERE and value is not None}
+    recorded = {field.name for field in fields(Manifest)} - set(PROVEN_ELSEWHERE)
+    planned = {name: value for name, value in vars(facts).items() if name in recorded and value is not None}
     actual = {name: getattr(manifest, name) for name in planned}
     if facts.template:
         for side, record in ((planned, facts.template), (actual, manifest.template)):

@@ -385,4 +385,4 @@ def test_it_loads_no_torch(exports: Exports, place: Path) -> None:
         "print(code, [name for name in ('torch', 'transformers', 'peft', 'vllm') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0 []"
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
