@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from converters.gguf.jinja_template import Jinja, TrainedJinja
 from converters.ollama import template_dates
+from converters.ollama.chat import Chat
 from converters.ollama.conversations import answer_first, apart, conversations, said, turns
 from converters.ollama.go_template import (
     DerivedTemplate,
@@ -305,6 +306,19 @@ def test_a_refused_template_is_kept_apart() -> None:
             except Exception:
                 continue
             assert Jinja(LOOKALIKE_GUARD + text, SPECIAL).at(template_dates.on(DAY))(messages) == expected, name
+
+
+def test_what_the_manifest_says_of_ollama_and_of_a_base() -> None:
+    """Who renders, and what a base that is not exported here adds to prompts; the control's template prints BOS."""
+    thinks, plain = CHATML + "{% if enable_thinking %}<think>{% endif %}", "{{ bos_token }}" + CHATML
+    for text, architecture, renders, unlike in (
+        (thinks, "gemma4", True, ["variables", "bos"]),
+        (plain, "llama", False, []),
+    ):
+        chat = Chat(text, SPECIAL, derive(TrainedJinja(text, SPECIAL)), "", None, (), {}, adds_bos=True)
+        record = chat.template_record(architecture, on_base=True).to_json()
+        assert (record["ollama_renders"], record["base_unlike_training"]) == (renders, unlike)
+        assert "base_unlike_training" not in chat.template_record(architecture).to_json()
 
 
 def test_native_is_preferred_where_tools_are() -> None:
