@@ -89,10 +89,10 @@ class GgufAdapterSink:
             writer.close()
             return int(writer.ggml_pad(path.stat().st_size, writer.data_alignment)) + tensor_bytes
 
-    def _shapes(self, target: str, parts: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    def _shapes(self, target: str, parts: Mapping[str, RowMap]) -> dict[str, tuple[int, int]]:
         """Those of ``_factors``, by the names of the file's tensors."""
         shapes = [self._adapter.layers[module].parts["lora_A"].shape for module in parts]
-        rank, rows = sum(shape[0] for shape in shapes), len(next(iter(parts.values())))
+        rank, rows = sum(shape[0] for shape in shapes), len(next(iter(parts.values())).outputs)
         return {f"{target}.lora_a": (rank, shapes[0][1]), f"{target}.lora_b": (rows, rank)}
 
     def _writer(self, path: Path) -> GGUFWriter:
@@ -109,18 +109,16 @@ class GgufAdapterSink:
         writer.write_tensors_to_file()
         writer.close()
 
-    def _factors(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank) of one tensor, the scale in B; modules that were fused lie side by side.
-
-        ``parts``: module -> which of its outputs is in each row of the tensor, -1 for none.
-        """
+    def _factors(self, parts: Mapping[str, RowMap]) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) of one tensor, the scale in B; modules that were fused lie side by side."""
         import torch
 
         above, beside = [], []
-        for module, outputs in parts.items():
+        for module, row_map in parts.items():
+            outputs, inputs = row_map.outputs, row_map.inputs
             layer = self._adapter.layers[module].parts
             a, b = (layer[kind].read() for kind in ("lora_A", "lora_B"))
-            above.append(a)
+            above.append(a if inputs is None else a[:, inputs])
             ordered = b[outputs.clamp(min=0)] * (outputs >= 0)[:, None]
             beside.append(ordered * self._adapter.scale(module, a.shape[0]))
         return torch.cat(above).contiguous(), torch.cat(beside, dim=1).contiguous()
@@ -150,12 +148,12 @@ def _keys(architecture: str) -> Keys:
     return header.collected(writer)
 
 
-def _by_target(row_maps: Mapping[str, Sequence[RowMap]]) -> dict[str, dict[str, Tensor]]:
-    """GGUF tensor -> the modules that lie in it, and their outputs there."""
-    targets: dict[str, dict[str, Tensor]] = defaultdict(dict)
+def _by_target(row_maps: Mapping[str, Sequence[RowMap]]) -> dict[str, dict[str, RowMap]]:
+    """GGUF tensor -> the modules that lie in it, and their outputs and inputs there."""
+    targets: dict[str, dict[str, RowMap]] = defaultdict(dict)
     for module, maps in row_maps.items():
         for row_map in maps:
-            targets[row_map.target][module] = row_map.outputs
+            targets[row_map.target][module] = row_map
     return targets
 
 
@@ -171,7 +169,7 @@ def _refuse(adapter: Adapter, row_maps: Mapping[str, Sequence[RowMap]], model: E
         if extra:
             problems.append(f"{module}: {', '.join(extra)} does not fit into a GGUF adapter")
         elif not row_maps[module]:
-            problems.append(f"{module}: no such tensor in the GGUF of this model")
+            problems.append(f"{module}: no such tensor in the GGUF of this model, or none with its rows and columns")
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise ExportError(

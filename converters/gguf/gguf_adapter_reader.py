@@ -65,7 +65,8 @@ class GgufAdapterReader:
             change = (self._alpha / a.shape[0] if self._alpha else 1.0) * (b[own] @ a)
             before, planned = (values.float().T if row_map.transposed else values.float() for values in (base, block))
             order = row_map.outputs[own]
-            sides.append((planned[order], before[order] + change))
+            inputs = slice(None) if row_map.inputs is None else row_map.inputs
+            sides.append((planned[order][:, inputs], before[order][:, inputs] + change))
         names = " and ".join(row_map.target for row_map in self._row_maps[spec.name])
         planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*sides, strict=True))
         return names, planned, stored

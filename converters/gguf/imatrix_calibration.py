@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from converters.gguf import imatrix
-from converters.gguf.row_map import RowMaps
+from converters.gguf.row_map import RowMap, RowMaps
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.progress import Progress
@@ -99,10 +99,10 @@ def _load(model: ExportModel) -> Module:
     return adapted
 
 
-def _targets(model: ExportModel) -> dict[str, list[str]]:
+def _targets(model: ExportModel) -> dict[str, list[RowMap]]:
     """Module -> the GGUF tensors that its outputs lie in, whose columns are its inputs."""
     with RowMaps(model) as row_maps:
-        targets = {spec.name: [row_map.target for row_map in row_maps.of(spec.name)] for spec in model.source.specs()}
+        targets = {spec.name: row_maps.of(spec.name) for spec in model.source.specs()}
     return {_known_as(name.removesuffix(".weight")): names for name, names in targets.items()}
 
 
@@ -112,7 +112,7 @@ def _known_as(path: str) -> str:
     return plain.removeprefix("model.")
 
 
-def _hook(loaded: Module, targets: Mapping[str, Sequence[str]], sums: Sums) -> Iterator[RemovableHandle]:
+def _hook(loaded: Module, targets: Mapping[str, Sequence[RowMap]], sums: Sums) -> Iterator[RemovableHandle]:
     """Hooks on every module whose weight has a place in the GGUF; of those that are fused there, one is enough."""
     seen = {"output.weight", "token_embd.weight"}
     for path, module in loaded.named_modules():
@@ -123,18 +123,19 @@ def _hook(loaded: Module, targets: Mapping[str, Sequence[str]], sums: Sums) -> I
         experts = EXPERTS_PATH.fullmatch(name)
         if fed:
             seen.add(name)
-            for target in (target for target in fed if target not in seen):
-                seen.add(target)
-                yield module.register_forward_pre_hook(_counter(sums, target))
+            for row_map in (row_map for row_map in fed if row_map.target not in seen):
+                seen.add(row_map.target)
+                yield module.register_forward_pre_hook(_counter(sums, row_map))
         elif experts and getattr(module, "gate_up_proj", None) is not None:
             seen.add(name)
             prefix = f"blk.{experts[1]}.ffn"
             yield module.register_forward_pre_hook(_expert_counter(sums, prefix), with_kwargs=True)
 
 
-def _counter(sums: Sums, target: str) -> Counter:
+def _counter(sums: Sums, row_map: RowMap) -> Counter:
     def count(module: Module, inputs: tuple[Tensor, ...]) -> None:
-        sums.add(target, inputs[0].flatten(0, -2))
+        fed = inputs[0].flatten(0, -2)
+        sums.add(row_map.target, fed if row_map.inputs is None else fed[:, row_map.inputs.to(fed.device)])
 
     return count
 

@@ -27,12 +27,13 @@ PROBE_TOLERANCE = 0.1  # a probe's numbers are whole, but for the rounding of wh
 class RowMap:
     """``outputs``: (rows of the GGUF tensor,) int64, the module's output in each; -1 where it is another module's.
 
-    The columns are the module's inputs, in their order.
+    ``inputs``: (columns,) int64, the module's input in each column; None where they are in their order.
     """
 
     target: str
     outputs: Tensor
     transposed: bool = False  # stored as (in, out)
+    inputs: Tensor | None = None
 
 
 class RowMaps:
@@ -60,7 +61,7 @@ class RowMaps:
             self._upstream.close()
 
     def of(self, name: str) -> list[RowMap]:
-        """Of one stored weight; none where it has no place in the GGUF, or lies there otherwise than row by row."""
+        """Of one stored weight; none where it has no place in the GGUF, or no rows and columns of its own there."""
         spec = self._specs.get(name)
         if spec is None or len(spec.shape) != 2:
             return []
@@ -88,12 +89,12 @@ class RowMaps:
         ones = self._answers(spec, torch.ones(spec.shape), zero)
         for target, weights in ones.items():
             own = weights.amax(dim=1) > 0.5
-            straight = _outputs(by_row[target], by_column[target], weights, own, columns)
-            transposed = _outputs(by_column[target], by_row[target], weights, own, rows)
+            straight = _orders(by_row[target], by_column[target], weights, own, columns)
+            transposed = _orders(by_column[target], by_row[target], weights, own, rows)
             if straight is not None:
-                yield RowMap(target, straight)
+                yield RowMap(target, straight[0], inputs=straight[1])
             elif transposed is not None:
-                yield RowMap(target, transposed, transposed=True)
+                yield RowMap(target, transposed[0], True, transposed[1])
 
     def _answers(self, spec: TensorSpec, probe: Tensor, before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What becomes of a matrix: target -> (rows, columns), less what was there ``before``."""
@@ -118,14 +119,20 @@ def _read_off(placement: Placement, spec: TensorSpec) -> RowMap:
     return RowMap(placement.target, outputs)
 
 
-def _outputs(outputs: Tensor, inputs: Tensor, weights: Tensor, own: Tensor, expected: Tensor) -> Tensor | None:
-    """The output in each row that is the module's own, if it is one, unscaled, with every input in its place."""
+def _orders(
+    outputs: Tensor, inputs: Tensor, weights: Tensor, own: Tensor, expected: Tensor
+) -> tuple[Tensor, Tensor | None] | None:
+    """The output in each row that is the module's own, and the input in each column where they are in another order;
+    None where a value is scaled, or an input is not in one column alone.
+    """
     import torch
 
-    if outputs.shape[1] != len(expected):
+    if outputs.shape[1] != len(expected) or not bool(own.any()):
         return None
-    first = outputs[:, :1].round()
-    errors = [(outputs - first)[own], (inputs - expected)[own], (weights - 1)[own], weights[~own]]
-    if any(float(error.abs().max()) > PROBE_TOLERANCE for error in errors if error.numel()):
+    first, order = outputs[:, :1].round(), inputs[own][0].round()
+    errors = [(outputs - first)[own], (inputs - order)[own], (weights - 1)[own], weights[~own]]
+    wrong = any(float(error.abs().max()) > PROBE_TOLERANCE for error in errors if error.numel())
+    if wrong or not torch.equal(order.sort().values, expected):
         return None
-    return torch.where(own, first[:, 0], -1.0).long()
+    rows = torch.where(own, first[:, 0], -1.0).long()
+    return rows, None if torch.equal(order, expected) else order.long()
