@@ -9,12 +9,13 @@ import json
 import os
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError, InputError
 from lora2serve.progress import Progress
+from lora2serve.system import scratch
 
 COPY_BYTES = 4 << 20  # bytes copied at once
 
@@ -42,17 +43,16 @@ def install(export: Path, folder: Path, progress: Progress, *, overwrite: bool =
     mark = f"partial-{uuid.uuid4().hex[:8]}"
     partials = [target.with_name(f".{target.name}.{mark}") for target in targets]
     try:
-        for name, partial in zip(names, partials, strict=True):
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(export / name, partial, progress)
-        _publish(partials, targets, mark, overwrite)
+        with ExitStack() as stack:
+            for name, partial in zip(names, partials, strict=True):
+                stack.enter_context(scratch.filled(partial.parent))
+                stack.enter_context(scratch.claimed(partial))
+                _link_or_copy(export / name, partial, progress)
+            _publish(partials, targets, mark, overwrite)
     except OSError as error:
         raise ExportError(
             f"{error.filename or folder}: {error.strerror}", f"the export is kept: {export}; nothing was installed"
         ) from error
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
     return targets
 
 
