@@ -7,7 +7,9 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +20,7 @@ from lora2serve.system import interruption, scratch
 from lora2serve.system.http import HttpClient, HttpError
 
 READY = 900  # seconds until an engine must answer
+PATIENCE = 15.0  # seconds that it has to end once it is asked to
 LOG_PREFIX = re.compile(r"^(\(\w+( pid=\d+)?\) )?((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[\w.:]+\] )?")  # of vLLM's log
 EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
 _MEMORY = (
@@ -42,13 +45,13 @@ def run(server: ServerCommand, progress: Progress) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         signals.append(number)
         if process is not None:
-            os.killpg(process.pid, signal.SIGTERM)
+            _end_group(process.pid)
 
     handlers = {number: signal.signal(number, stop) for number in interruption.ENDINGS}
     try:
         process = _spawned(server, log, start_new_session=True)
         if signals:  # before there was anything to end
-            os.killpg(process.pid, signal.SIGTERM)
+            _end_group(process.pid)
         progress.note(f"starting {server.engine}; its log: {log}")
         _wait(server, process, log)
         progress.note(f"{server.address} serves {server.served}")
@@ -65,6 +68,19 @@ def run(server: ServerCommand, progress: Progress) -> int:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return 0 if signals else code
+
+
+def _end_group(group: int) -> None:
+    """Ask its processes to end, and end those that do not: vLLM waits for good for a part of it that is gone."""
+
+    def send(number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+    send(signal.SIGTERM)
+    kill = threading.Timer(PATIENCE, send, [signal.SIGKILL])
+    kill.daemon = True
+    kill.start()
 
 
 def start(server: ServerCommand, log: Path) -> subprocess.Popen[bytes]:

@@ -110,6 +110,15 @@ def test_a_signal_while_it_starts(number: signal.Signals) -> None:
     assert not [note for note in heard.notes if "serves" in note]
 
 
+def test_one_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM does not while it waits for a process of its own that has ended already."""
+    monkeypatch.setattr(server_process, "PATIENCE", 1)
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    started = time.monotonic()
+    assert server_process.run(command(deaf + CHILD + ANSWERS), Heard("curl", send(signal.SIGTERM))) == 0
+    assert 1 < time.monotonic() - started < 30
+
+
 def test_adapters_are_named_with_their_base() -> None:
     heard = Heard("curl", send(signal.SIGINT))
     server = replace(command(ANSWERS), models=("base", "mine"), base="org/model@abc")
