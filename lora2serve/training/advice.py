@@ -39,14 +39,25 @@ def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool, checkpointi
             f"{', '.join(trained)} trained in full: vLLM, llama.cpp and Ollama refuse such an adapter, "
             "only merged exports work"
         )
-    cut = sum(row.cut for row in rows)
+    return [*problems, *_of_length(rows, recipe.data.max_length)]
+
+
+def _of_length(samples: Sequence[Sample], limit: int) -> list[str]:
+    """By row, of which a conversation may give several samples."""
+    rows, learned = ({sample.row for sample in part} for part in (samples, [one for one in samples if one.learned]))
+    cut = {sample.row for sample in samples if sample.cut}
+    partly = learned & {sample.row for sample in samples if not sample.learned}
+    problems = []
     if cut:
+        problems.append(f"{len(cut)} of {len(rows)} rows are longer than {limit} tokens and were cut (data.max_length)")
+    if rows - learned:
+        silent = len(rows - learned)
+        problems.append(f"{silent} of {len(rows)} rows have no token to learn from, once cut: they are left out")
+    if partly:
         problems.append(
-            f"{cut} of {len(rows)} rows are longer than {recipe.data.max_length} tokens and were cut (data.max_length)"
+            f"{len(partly)} of {len(rows)} rows have answers that are not learned: what stands before them is longer "
+            f"than {limit} tokens (data.max_length)"
         )
-    unlabeled = sum(not row.learned for row in rows)
-    if unlabeled:
-        problems.append(f"{unlabeled} of {len(rows)} rows have no token to learn from, once cut: they are left out")
     return problems
 
 

@@ -19,8 +19,8 @@ def good(count: int) -> list[Sample]:
     return [Sample([1, 2, 3], [-100, 2, 3], cut=False, row=row) for row in range(count)]
 
 
-LONG = Sample([1, 2, 3], [-100, 2, 3], cut=True)
-EMPTY = Sample([1, 2, 3], [-100, -100, -100], cut=True)
+LONG = [Sample([1, 2, 3], [-100, 2, 3], cut=True, row=row) for row in (298, 299)]
+EMPTY = Sample([1, 2, 3], [-100, -100, -100], cut=True, row=299)
 FINE: dict[str, Any] = {"rows": good(300), "held_out": True, "checkpointing": True}
 
 
@@ -56,8 +56,9 @@ FAULTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"lora": {"rank": 65}}, {}, "rank 65 is large"),
     ({"lora": {"modules_to_save": ["lm_head"]}}, {}, "lm_head trained in full: vLLM, llama.cpp and Ollama refuse"),
     ({"lora": {"modules_to_save": ["model.embed_tokens"]}}, {}, "model.embed_tokens trained in full"),
-    ({}, {"rows": good(298) + [LONG] * 2}, "2 of 300 rows are longer than 128 tokens and were cut"),
+    ({}, {"rows": [*good(298), *LONG]}, "2 of 300 rows are longer than 128 tokens and were cut"),
     ({}, {"rows": [*good(299), EMPTY]}, "1 of 300 rows have no token to learn from"),
+    ({}, {"rows": [*good(300), EMPTY]}, "1 of 300 rows have answers that are not learned"),
 ]
 
 
