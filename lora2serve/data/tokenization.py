@@ -22,7 +22,7 @@ from lora2serve.progress import Progress
 from lora2serve.system.hardware import cores
 
 ALONE = 2.0  # seconds in which most sets are done, before anything else is tried
-WORTH_A_PROCESS = 5.0  # seconds of work, where one takes about two to start
+WORTH_A_PROCESS = 5.0  # seconds of one core, where a process takes about two to start
 
 
 def tokenize_all(data: DataSet, template: ChatTemplate, recipe: DataRecipe, progress: Progress) -> list[Sample]:
@@ -41,17 +41,21 @@ def _tokenize(
     rows: Sequence[Row], template: ChatTemplate, recipe: DataRecipe, progress: Progress,
     advance: Callable[[int], None], alone: float = ALONE,
 ) -> SampleBatch:  # fmt: skip
-    renderer, start = Renderer(template), time.monotonic()
-    batch = render_rows(rows, renderer, recipe, 0, advance, alone)
-    seconds, left = time.monotonic() - start, len(rows) - batch.rows
+    renderer = Renderer(template)
+    batch = render_rows(rows[:1], renderer, recipe, 0, advance)  # which takes longer than the others
+    start = time.process_time()
+    if not batch.problem:
+        batch.add(render_rows(rows[1:], renderer, recipe, 1, advance, alone))
+    left = len(rows) - batch.rows
     if batch.problem or not left:
         return batch
+    work = (time.process_time() - start) / (batch.rows - 1) * left
     key = sample_cache.key_of(rows, template, recipe)
     known = sample_cache.load(key, len(rows), len(template.tokenizer)) if key else None
     if known:
         advance(left)
         return known
-    processes = min(cores(), int(seconds * left / batch.rows / WORTH_A_PROCESS))
+    processes = min(cores(), int(work / WORTH_A_PROCESS))
     if key and processes > 1:
         try:
             for part in in_processes(rows[batch.rows :], batch.rows, template, recipe, processes, advance):

@@ -11,8 +11,13 @@ from lora2serve.config.data_recipe import COLUMNS, DataRecipe, SourceRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.row_forms import BESIDE, BY_RANK
 from lora2serve.data.rows import ChatRow, CompletionRow, TextRow
+from lora2serve.data.served_template import ChatTemplate
+from lora2serve.data.tokenization import tokenize_all
 from lora2serve.errors import DataError
-from tests.support.runs import write_jsonl
+from lora2serve.progress import Silent
+from tests.data.test_readers import CONTAINERS
+from tests.data.test_row_forms import SAME_CHAT
+from tests.support.runs import DEMO, write_jsonl
 
 
 @pytest.fixture
@@ -87,3 +92,24 @@ def test_the_form_of_pairs(tmp_path: Path) -> None:
 
 def test_every_key_of_a_form_may_be_mapped() -> None:
     assert {key for names in BY_RANK for key in names} | {*BESIDE, "input", "task", "role", "content"} == set(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "array.json", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "stream.arrow"]
+)
+def test_the_same_ids_from_every_form_in_every_container(tmp_path: Path, name: str) -> None:
+    """As they are trained; turns in a cell of CSV are read as such only where a form has nothing but turns there."""
+    from transformers import AutoTokenizer
+
+    template = ChatTemplate(AutoTokenizer.from_pretrained(DEMO / "base"))
+    found = set()
+    for value in SAME_CHAT:
+        turns_or_text = isinstance(value.get("completion"), list)
+        if value.get("input") or (turns_or_text and name.endswith(("csv", "tsv"))):
+            continue
+        (tmp_path / name).write_bytes(CONTAINERS[name]([value, value]))
+        data = data_sets.read(str(tmp_path / name)).in_form("chat", template.tokenizer.chat_template)
+        first, second = tokenize_all(data, template, DataRecipe(train=""), Silent())
+        assert (first.input_ids, first.labels) == (second.input_ids, second.labels)
+        found.add((tuple(first.input_ids), tuple(first.labels)))
+    assert len(found) == 1
