@@ -11,9 +11,12 @@ RESERVED = re.compile(r"latest|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNOREC
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def refuse_name(name: str, source: str, way_out: str = "") -> None:
-    """UsageError for what is no plain name; ``source`` says where it comes from, such as ``--name``."""
-    if expected := _expected(name):
+def refuse_name(name: str, source: str, way_out: str = "", *, chosen: bool = True) -> None:
+    """UsageError for what is no plain name; ``source`` says where it comes from, such as ``--name``.
+
+    A directory that was there before may have a name that nobody should choose (``chosen``), such as "latest".
+    """
+    if expected := _expected(name, reserved=chosen):
         raise UsageError(f"{source}: {_shown(name)}, expected {expected}", way_out)
 
 
@@ -32,7 +35,7 @@ def run_name_problem(name: str) -> str:
     return f"{_shown(name)}, expected {expected}" if expected else ""
 
 
-def _expected(name: str) -> str:
+def _expected(name: str, *, reserved: bool = True) -> str:
     """What was expected instead; empty for a plain name."""
     if not name.strip() or name != name.strip() or not name.isprintable():
         return "a name of printable characters, without spaces around it"
@@ -40,7 +43,7 @@ def _expected(name: str) -> str:
         return "a plain name: no '/' or '\\' in it, no '.' or '-' before it"
     if len(name.encode("utf-8", "replace")) > LONGEST:
         return f"{LONGEST} bytes at most"
-    return "another name, this one is reserved" if RESERVED.fullmatch(name) else ""
+    return "another name, this one is reserved" if reserved and RESERVED.fullmatch(name) else ""
 
 
 def _shown(name: str) -> str:

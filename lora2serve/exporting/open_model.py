@@ -137,7 +137,7 @@ def _model(
     name: str,
     lineage: Lineage,
 ) -> ExportModel:
-    refuse_name(name, "the model's name", "give another with --name")
+    refuse_name(name, "the model's name", "give another with --name", chosen=False)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     dtype = DTYPES[choice.dtype] if choice.dtype else None
     if dtype is None and model_dtype(config) is None:

@@ -64,6 +64,7 @@ def test_taken(tmp_path: Path) -> None:
         assert runs.create(name, tmp_path).name == name
     for name in [*PLAIN, *FREE]:
         refuse_name(name, "--name")
+    refuse_name("latest", "a directory's", chosen=False)
     for name in FREE:
         with pytest.raises(UsageError):
             refuse_run_name(name, "--name")
