@@ -44,7 +44,8 @@ class AdapterSink:
         self._out = out
         self._product, specs, self._config = _product(model, options)
         _refuse(lint(self._config, specs, model.config))
-        engine_check(self._config)
+        if out.to_serve:
+            engine_check(self._config)
         header = encode_header(specs)
         self._data_start = len(header)
         self._file = out.file(WEIGHTS, len(header) + sum(spec.nbytes for spec in self._product.specs))

@@ -92,7 +92,7 @@ class TensorError(JsonRecord):
     strength: float | None = None  # how much of the adapter's change is there; None where it changes nothing
     deviation: float | None = None  # the standard error of that
     own: float | None = None  # NMSE of what this machine's quantizer makes of the planned values; None: not quantized
-    emptied: int = 0  # runs of 256 zeros that were not planned
+    lost: int = 0  # runs of 256 values that have nothing of the planned ones
     source: str = ""  # the model's name of it
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora2serve.artifacts import manifest
 from lora2serve.artifacts.export_dir import Export
@@ -119,6 +119,8 @@ class StagedFile:
 
 class StagedDir:
     """One target directory under construction."""
+
+    to_serve: ClassVar[bool] = True  # whether engines will open what is written here
 
     def __init__(self, target: Path, path: Path | None = None) -> None:
         self.target = target

@@ -10,6 +10,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TypeAlias
 
+from lora2serve.errors import CheckpointError
+
 # What reads the header of a file; a name is a string until it is used, as in sinks.py.
 HEADER_READERS = {
     ".gguf": "converters.gguf.gguf_scan:tensor_table",
@@ -51,6 +53,8 @@ def read_header(path: Path, data: mmap.mmap | bytes) -> Sequence[TensorBytes]:
 
     CheckpointError where the header is none of this format.
     """
+    if path.suffix not in HEADER_READERS:
+        raise CheckpointError(f"{path}: a file of {path.suffix or 'no'} format, expected {' or '.join(HEADER_READERS)}")
     reader: HeaderReader = resolve_name(HEADER_READERS[path.suffix])
     return reader(path, data)
 

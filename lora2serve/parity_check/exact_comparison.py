@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -147,6 +147,8 @@ class StoredFiles:
 
 class ComparedDir(DryRunDir):
     """An output whose tensors are compared; what lies beside them is for the settings gate."""
+
+    to_serve: ClassVar[bool] = False
 
     def __init__(self, target: Path, stored: StoredFiles) -> None:
         super().__init__(target)

@@ -13,6 +13,10 @@ from lora2serve.artifacts.parity_report import TensorError
 if TYPE_CHECKING:
     from torch import Tensor
 
+UNRELATED, RELATED = (
+    1.5,
+    0.75,
+)  # error / power of values that have nothing to do with the plan (2), and of those that do
 UNIT = 256  # values looked at together: a superblock of ggml's K-quants, eight blocks of its other types
 
 
@@ -64,7 +68,7 @@ class TensorDifference:
     quantized: bool = False
     largest: float = 0.0  # largest absolute difference
     worst: float = 0.0  # error / power of the worst ``UNIT`` values
-    emptied: int = 0  # ``UNIT``s of zeros that are not to be
+    lost: int = 0  # ``UNIT``s that have nothing of the plan: zeros, or other values, where they need not be
     change: ChangeSums = field(default_factory=ChangeSums)
 
     @property
@@ -77,7 +81,7 @@ class TensorDifference:
         strength, deviation = self.change.strength() or (None, None)
         return TensorError(
             self.name, self.nmse, self.worst, self.largest, strength, deviation=deviation,
-            own=_share(self.own, self.power) if self.quantized else None, emptied=self.emptied, source=self.source,
+            own=_share(self.own, self.power) if self.quantized else None, lost=self.lost, source=self.source,
         )  # fmt: skip
 
     def add_change(self, base: Tensor, expected: Tensor, stored: Tensor, again: Tensor | None = None) -> None:
@@ -102,9 +106,11 @@ class TensorDifference:
         self.worst = max(self.worst, _share(float(errors[at]), float(powers[at])))
         if again is not None:
             self.quantized = True
-            self.own += float((expected.double() - again.double()).square().sum())
+            own = _units((expected.double() - again.double()).square()).sum(1)
+            self.own += float(own.sum())
             empty, meant = ((_units(values) == 0).all(1) for values in (stored, again))
-            self.emptied += int((empty & ~meant).sum())
+            unrelated = (errors > UNRELATED * powers) & (own < RELATED * powers)
+            self.lost += int(((empty & ~meant) | unrelated).sum())
 
 
 def _units(values: Tensor) -> Tensor:

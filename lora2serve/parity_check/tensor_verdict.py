@@ -125,7 +125,7 @@ def _outside(error: TensorError, limit: float | None) -> bool:
     if error.own is None:
         return error.nmse > (limit if limit is not None and 0 < limit < PLAIN else PLAIN)
     far = error.nmse > FITTED * error.own and error.nmse > 2 * PLAIN
-    return far or error.emptied > 0
+    return far or error.lost > 0
 
 
 @dataclass(frozen=True)
