@@ -121,8 +121,8 @@ def _refuse_unserved(export: Export) -> None:
     if export.target == "gguf-adapter":
         raise UsageError(
             f"{export.path}: a gguf-adapter export, which nothing here serves by itself",
-            f"llama-server -m BASE.gguf --lora {export.gguf}, or ADAPTER in Ollama's Modelfile; "
-            f"`lora2serve export {export.manifest.base.id or 'BASE'} --target gguf` makes BASE.gguf",
+            f"with a GGUF of its base: llama-server -m BASE --lora {export.gguf}, or ADAPTER in Ollama's Modelfile; "
+            f"`lora2serve export {export.manifest.base.id or 'BASE'} --target gguf` makes BASE",
         )
     if export.target == "ollama-adapter":
         raise UsageError(f"{export.path}: an adapter for Ollama, which no other engine serves", "--engine ollama")
