@@ -48,9 +48,9 @@ class RowReader:
             raise RowProblem(f"a {type(value).__name__}, expected an object")
         renamed = self._renamed({str(key): item for key, item in value.items()})
         filled = {key: item for key, item in renamed.items() if item is not None}
-        names = self._form(filled) or self._form(renamed)
+        names = self._form(filled or renamed)
         if not names:
-            keys = show(", ".join(value))[1:-1] or "none"
+            keys = show(", ".join(filled or value))[1:-1] or "none"
             raise RowProblem(f"keys {keys}, expected messages, prompt + completion, or text")
         row = self._row(filled, names)
         if isinstance(task := filled.get("task"), str):

@@ -57,6 +57,8 @@ def test_a_turn_that_is_not_learned() -> None:
 
 
 REFUSED = [
+    ({"text": None, "txet": "a typo"}, "keys txet, expected messages, prompt + completion, or text"),
+    ({"text": None}, "text is None, expected text"),
     ({"messages": [USER, {**ANSWER, "weight": 0}]}, "messages has no assistant turn to learn from"),
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "messages[1].weight is 0.5, expected 0 or 1"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content is None, expected text"),
