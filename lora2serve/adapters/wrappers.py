@@ -36,7 +36,7 @@ def unwrap_tensors(path: Path, stored: Sequence[StoredTensor]) -> list[StoredTen
 
 
 def unwrap_names(names: object) -> object:
-    """A list of names, or a table by them, with every name plain; anything else as it is."""
+    """A list of names, or a table by them, with every name plain; anything else (token ids, too) as it is."""
     if isinstance(names, Mapping):
         return {plain_name(str(name)): value for name, value in names.items()}
-    return [plain_name(str(name)) for name in names] if isinstance(names, list) else names
+    return [plain_name(name) if isinstance(name, str) else name for name in names] if isinstance(names, list) else names

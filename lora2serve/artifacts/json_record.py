@@ -70,7 +70,8 @@ class JsonRecord:
         values: dict[str, object] = {}
         for spec in fields(self):
             key, value = _key(spec), getattr(self, spec.name)
-            if spec.name not in OWN and (self.WHOLE or key in self.key_order or value != _default(spec)):
+            whole = self.WHOLE and not self.key_order  # an older file is not given the keys of a newer version
+            if spec.name not in OWN and (whole or key in self.key_order or value != _default(spec)):
                 values[key] = _encode(value)
         values |= {key: _encode(value) for key, value in self.unknown.items()}
         return {key: values[key] for key in self.key_order if key in values} | values

@@ -179,11 +179,12 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tokenizer: Any
 
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + strict.chat_template
+        "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no tool turn') }}{% endfor %}"
+        + strict.chat_template
     )
-    system = {"messages": [{"role": "system", "content": "S"}, *CHAT["messages"]]}
-    chats = data_sets.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT, TEXT, system])))
-    with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses it: no system turn"):
+    tool = {"messages": [*CHAT["messages"], {"role": "tool", "content": "T"}, CHAT["messages"][-1]]}
+    chats = data_sets.read(str(write_jsonl(tmp_path / "a.jsonl", [CHAT, TEXT, tool])))
+    with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses it: no tool turn"):
         tokenization.tokenize_all(chats, ChatTemplate(strict), DataRecipe(train=""), Silent())
     strict.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
