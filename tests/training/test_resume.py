@@ -48,13 +48,13 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 def stop_at(child: subprocess.Popen[str], folder: Path, there: Callable[[], bool], number: int) -> tuple[str, str]:
     """Send a signal once ``there`` says so; stdout and stderr."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not there():
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     child.send_signal(number)
-    return child.communicate(timeout=60)
+    return child.communicate(timeout=150)
 
 
 def lines(folder: Path) -> int:
