@@ -180,12 +180,13 @@ def test_two_gpus_without_a_launcher(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTTrainer
 
-    counts[0]._n_gpu = 2
+    counts[0]._n_gpu, row = 2, [Sample([1, 2, 3], [1, 2, 3], False)]
     with pytest.raises(ValueError, match=r"nn\.DataParallel"):  # the control
         SFTTrainer(
             AutoModelForCausalLM.from_pretrained(small),
             args=counts[0],
-            train_dataset=trainer._dataset([Sample([1, 2, 3], [1, 2, 3], False)]),
+            train_dataset=trainer._dataset(row),
+            eval_dataset=trainer._dataset(row),
             processing_class=AutoTokenizer.from_pretrained(small),
         )
 
