@@ -71,10 +71,10 @@ def test_light_commands(tmp_path: Path, trace: Path) -> None:
 
 @pytest.mark.engine
 def test_a_model_an_adapter_and_their_exports(tmp_path: Path, trace: Path) -> None:
-    """From their making to their comparison, each command started in a folder that it is given, all of them planted."""
-    base = make_model(tmp_path / "base")
+    """Each command started in a folder that it is given, all of them planted."""
+    base = make_model(tmp_path / "base", vocab_size=1536)
     adapter = make_adapter(tmp_path / "adapter", base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / name).write_bytes((ROOT / "recipes" / "demo" / "base" / name).read_bytes())
     out = tmp_path / "out"
     out.mkdir()
@@ -88,7 +88,6 @@ def test_a_model_an_adapter_and_their_exports(tmp_path: Path, trace: Path) -> No
     line = run(["serve", ".", "--dry-run"], exports[0]).strip()
     words = [word for word in shlex.split(line) if "=" not in word or word.startswith("-")]
     assert "-P" in words and str(exports[0]) in words
-    run(["parity", "../../adapter", ".", "--engine", "transformers,peft,vllm"], exports[0], 3)
     assert ran(trace) == []
 
 
