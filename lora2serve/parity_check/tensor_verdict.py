@@ -102,15 +102,15 @@ def _bounded(found: TensorFigures, bounds: Thresholds, counts: tuple[Metric, ...
     strengths = list(_strengths(errors))
     checks = (*counts, *_measured([error for error in errors if error.own is not None] or errors, bounds))
     checks += tuple(_shown(strength) for strength in strengths[:1])
+    worst = max(strengths, key=lambda strength: strength.certain, default=None)  # one module, or all of them
     bad = [error for error in errors if _outside(error, limit)]
+    if worst and worst.wrong and not any(error.own is None or error.lost for error in bad):
+        return Gate("tensors", "missed", checks, str(worst), worst.cause)
     if bad:
         whole = max(bad, key=lambda error: error.nmse)
         part = f", 256 values with {whole.worst:.3g}" if whole.worst > whole.nmse else ""
         cause = _cause([error.name for error in bad], errors, whole.nmse)
         return Gate("tensors", "missed", checks, f"{whole.name}: NMSE {whole.nmse:.3g}{part}", cause)
-    worst = max(strengths, key=lambda strength: strength.certain, default=None)  # one module, or all of them
-    if worst and worst.wrong:
-        return Gate("tensors", "missed", checks, str(worst), worst.cause)
     if any(check.met is False for check in checks):
         return Gate("tensors", "missed", checks, *_too_coarse(errors))
     return Gate("tensors", "met", checks, cause=f"not compared to the byte: {found.reason}")
