@@ -131,10 +131,14 @@ def kept_once_started(run: Run) -> Iterator[None]:
 
 
 def latest(root: Path = ROOT, *, finished: bool = True) -> Run:
-    """The run that was finished last; UsageError where it was cut off, unless it need not be ``finished``."""
+    """The run that was finished last; UsageError where there is none or it was cut off, unless it need not be
+    ``finished``.
+    """
     link = root / LATEST
     if not link.exists():
-        raise UsageError(f"no {link} here", "train first (`lora2serve train`), or name a run or an adapter")
+        started = newest(root)
+        first = f"`lora2serve train --resume {started.path}` finishes that run" if started else "`lora2serve train` first"
+        raise UsageError(f"no {link} here", f"{first}, or name a run or an adapter")
     run = Run(root / link.resolve().name)
     if finished:
         refuse_cut_off(run.path)

@@ -151,9 +151,9 @@ def test_every_init_gives_a_lora_for_the_true_base(
     held_out = tokenization.tokenize_all(data_sets.read(chats["eval"]), template, DataRecipe(train=""), Silent())
     from peft import PeftModel
 
-    on_disk = eval_loss.evaluate(PeftModel.from_pretrained(base, run.adapter), held_out, 0, 4, Silent(), "")
+    on_disk = eval_loss.evaluate(PeftModel.from_pretrained(base, run.adapter), held_out, 0, 4, Silent(), "").mean()
     assert on_disk.eval_loss == pytest.approx(metrics.tuned.eval_loss, abs=1e-3)
-    plain = eval_loss.evaluate(load_model(small), held_out, 0, 4, Silent(), "")
+    plain = eval_loss.evaluate(load_model(small), held_out, 0, 4, Silent(), "").mean()
     assert metrics.base.eval_loss == pytest.approx(plain.eval_loss, abs=1e-5), "the base is the true base"
     assert metrics.tuned.eval_loss < metrics.base.eval_loss - 2e-3, "the control: training did something"
 

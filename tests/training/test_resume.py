@@ -171,10 +171,12 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
         assert command(["train"]) == 130
     assert "runs/run is kept: `lora2serve train --resume` continues" in capfd.readouterr().err
     assert not Run(tmp_path / "runs" / "run").record.finished
-    for words in (["inspect", "runs/run"], ["export", "--target", "vllm", "--dry-run"]):
+    for words in (["inspect", "runs/run"], ["export", "runs/run", "--target", "vllm", "--dry-run"]):
         assert command(words) == 0
         shown = capfd.readouterr()
         assert "interrupted: `lora2serve train --resume runs/run` continues it" in shown.out + shown.err
+    assert command(["export", "--target", "vllm", "--dry-run"]) == 2
+    assert "`lora2serve train --resume runs/run` finishes that run" in capfd.readouterr().err
     assert command(["train", "--resume"]) == 0
     assert command(["inspect", "runs/run"]) == 0
     assert "interrupted" not in capfd.readouterr().out, "the control"
