@@ -137,7 +137,9 @@ def latest(root: Path = ROOT, *, finished: bool = True) -> Run:
     link = root / LATEST
     if not link.exists():
         started = newest(root)
-        first = f"`lora2serve train --resume {started.path}` finishes that run" if started else "`lora2serve train` first"
+        first = (
+            f"`lora2serve train --resume {started.path}` finishes that run" if started else "`lora2serve train` first"
+        )
         raise UsageError(f"no {link} here", f"{first}, or name a run or an adapter")
     run = Run(root / link.resolve().name)
     if finished:

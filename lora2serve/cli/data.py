@@ -30,7 +30,7 @@ BAR = 40  # characters of the longest
 )
 @click.argument("recipe", required=False, shell_complete=complete_runs)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field, as for `train`.")
-@click.option("--row", type=int, help="Only this row: a line of the file, or the number of a row.")
+@click.option("--row", type=int, help="Only this row: its line, or its number in an array or a table.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page to this file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a sample, one a line.")
 @click.pass_context

@@ -54,33 +54,31 @@ def _json_lines(file: BufferedReader) -> Numbered:
 
 
 def _array_items(file: BufferedReader) -> Numbered:
+    """By their number, as an array may stand on one line."""
     try:
         text = file.read().removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         yield error.object.count(b"\n", 0, error.start) + 1, Unreadable(_not_utf8(error))
         return
     decoder, place = _decoder(), text.index("[") + 1
-    line = text.count("\n", 0, place) + 1
-    separator = ""
+    number, separator = 0, ""
     while True:
         start = _skip(text, place)
         if text.startswith("]", start) and separator != ",":
-            rest = text[start + 1 :].strip()
-            if rest:
-                yield line + text.count("\n", place, start), Unreadable("not JSON (more after the end of the array)")
+            if text[start + 1 :].strip():
+                yield max(1, number), Unreadable("not JSON (more after the end of the array)")
             return
-        line += text.count("\n", place, start)
+        number += 1
         try:
             value, place = decoder.raw_decode(text, start)
-            yield line, _checked(value, text[start:place])
+            yield number, _checked(value, text[start:place])
         except (ValueError, RecursionError) as error:
-            yield line, Unreadable(_not_json(error))
+            yield number, Unreadable(_not_json(error))
             return
-        line += text.count("\n", start, place)
         after = _skip(text, place)
         separator = text[after : after + 1]
         if separator not in (",", "]"):
-            yield line, Unreadable("not JSON (expected ',' or ']' after this value)")
+            yield number, Unreadable("not JSON (expected ',' or ']' after this value)")
             return
         place = after + (separator == ",")
 

@@ -13,10 +13,8 @@ from lora2serve.artifacts.parity_report import TensorError
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNRELATED, RELATED = (
-    1.5,
-    0.75,
-)  # error / power of values that have nothing to do with the plan (2), and of those that do
+UNRELATED, RELATED = 1.5, 0.75  # error / power of values that have nothing to do with the plan (2), and of others
+LEAST_ACROSS = 1e-6  # of a change: one that lies along the plan cannot be told from its scale
 UNIT = 256  # values looked at together: a superblock of ggml's K-quants, eight blocks of its other types
 
 
@@ -26,14 +24,14 @@ class ChangeSums:
 
     A coarse quantizer answers a change with a part of it, and another one with another part: of the plan X itself it
     keeps <A, X> / <X, X>. So S is compared with c A, where c = <S, X> / <A, X>. What rounding is in both is in neither.
-    The deviation is that of a ratio of two sums over units of ``UNIT`` values (W. G. Cochran, Sampling Techniques,
-    1977, 6.4).
+    Of D itself only what is at right angles to X can be told from c: <D, D> - <D, X>^2 / <X, X>. The deviation is that
+    of a ratio of two sums over units of ``UNIT`` values (W. G. Cochran, Sampling Techniques, 1977, 6.4).
     """
 
     units: int = 0
     sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))  # of <S, D>, <A, D>, <D, D> of each unit
     products: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, 3)))
-    along_plan: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))  # <S, X>, <A, X>, <X, X>
+    along_plan: NDArray[np.float64] = field(default_factory=lambda: np.zeros(4))  # <S, X>, <A, X>, <X, X>, <D, X>
 
     def add(self, change: Tensor, planned: Tensor, stored: Tensor, again: Tensor) -> None:
         """Count some rows in, all float64."""
@@ -41,19 +39,24 @@ class ChangeSums:
         self.units += each.shape[1]
         self.sums += each.sum(1)
         self.products += each @ each.T
-        self.along_plan += [float((side * planned).sum()) for side in (stored, again, planned)]
+        self.along_plan += [float((side * planned).sum()) for side in (stored, again, planned, change)]
 
     def strength(self) -> tuple[float, float] | None:
         """With its standard error; None where nothing is to change, or nothing is left of the plan."""
-        stored, again, plan = self.along_plan
-        if self.sums[2] <= 0 or min(stored, again, plan) <= 0:
+        stored, again, plan, along = self.along_plan
+        whole = self.sums[2]
+        if whole <= 0 or min(stored, again, plan) <= 0:
             return None
-        scale, kept = stored / again, stored / plan
-        part = (self.sums[0] - scale * self.sums[1]) / (kept * self.sums[2])
-        weights = np.array([1.0, -scale, -part * kept])
+        across = max(whole - along**2 / plan, LEAST_ACROSS * whole)
+        scale = stored / again
+        added = (self.sums[0] - scale * self.sums[1]) / across
+        kept = stored / plan - added * along / plan  # of the plan itself, without what the other change adds to it
+        if kept <= 0:
+            return None
+        weights = np.array([1.0, -scale, -added * across / whole])
         squares = max(float(weights @ self.products @ weights), 0.0)
-        deviation = (squares * self.units / max(self.units - 1, 1)) ** 0.5 / (kept * self.sums[2])
-        return 1 + float(part), float(deviation)
+        deviation = (squares * self.units / max(self.units - 1, 1)) ** 0.5 / (kept * across)
+        return 1 + float(added / kept), float(deviation)
 
 
 @dataclass

@@ -170,7 +170,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("a.jsonl", GOOD + b'\n{"text": ' + b"9" * 5000 + b"}", ":2: not JSON (Exceeds the limit"),
     ("a.jsonl", GOOD + b"\n" + b" " * (LONGEST_LINE + 9), ":2: a line of over 64 MiB; nothing after it was read"),
     ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), ":1: not UTF-8 (byte 0 of the line)"),
-    ("a.json", b"[\n" + GOOD + b",\n\n{]", ":4: not JSON (Expecting property name"),
+    ("a.json", b"[\n" + GOOD + b",\n\n{]", ":2: not JSON (Expecting property name"),
     ("a.json", b"[" + GOOD + b"\n" + GOOD + b"]", ":1: not JSON (expected ',' or ']' after this value)"),
     ("a.json", b"[" + GOOD + b",\n]", ":2: not JSON (Expecting value"),
     ("a.json", b"[" + GOOD + b"]\nmore", ":1: not JSON (more after the end of the array)"),
@@ -301,3 +301,9 @@ def test_any_bytes_are_read_or_refused_in_lines(tmp_path: Path, content: bytes, 
             assert not isinstance(value, Unreadable) or "\n" not in value.reason
     except DataError as error:
         assert "\n" not in error.message
+
+
+def test_an_array_on_one_line_has_a_number_for_each_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"text": text} for text in ("one", "two", "three")]))
+    assert data_sets.read(str(file)).numbers == [1, 2, 3]

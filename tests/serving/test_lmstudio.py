@@ -144,7 +144,7 @@ def test_a_file_that_appears_meanwhile_is_kept(split: Path, tmp_path: Path, monk
     assert (models / "me/demo/demo-1.gguf").read_text() == "somebody else's"
 
 
-@pytest.mark.parametrize("name", [".demo", "demo.", " demo", "de:mo", "x" * 101])
+@pytest.mark.parametrize("name", ["demo.", "de:mo", "x" * 101])
 def test_names_that_lm_studio_does_not_take(demo_run: Run, tmp_path: Path, capfd: Any, name: str) -> None:
     assert export(demo_run, tmp_path, "--name", name) == 1
     assert "not a folder name that LM Studio takes" in capfd.readouterr().err
