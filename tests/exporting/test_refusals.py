@@ -75,7 +75,7 @@ def test_gguf_adapter_is_served_by_nothing_here(tmp_path: Path) -> None:
     for engine in (None, "llama.cpp"):
         with pytest.raises(UsageError, match="nothing here serves by itself") as raised:
             server.plan([tmp_path], ServeOptions(engine))
-        assert f"llama-server -m BASE.gguf --lora {tmp_path / 'demo-lora.gguf'}" in raised.value.hint
+        assert f"llama-server -m BASE --lora {tmp_path / 'demo-lora.gguf'}" in raised.value.hint
 
 
 def test_serve_prints_absolute_paths(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
