@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 import click
 
@@ -40,8 +41,10 @@ def page() -> str:
     sections = [PAGE_HEAD]
     for name, command in commands(cli, "lora2serve"):
         settings = {**command.context_settings, "terminal_width": WIDTH, "help_option_names": ["-h", "--help"]}
-        with click.Context(command, info_name=name, **settings) as context:
-            sections.append(f"## {name}\n\n```\n{command.get_help(context).rstrip()}\n```\n")
+        fresh = copy(command)
+        fresh._help_option = None  # click keeps the names of whichever context asked first
+        with click.Context(fresh, info_name=name, **settings) as context:
+            sections.append(f"## {name}\n\n```\n{fresh.get_help(context).rstrip()}\n```\n")
     return "\n".join(sections)
 
 
