@@ -51,6 +51,11 @@ def light_fork_server(folder: Path) -> Iterator[None]:
         "fork_server.LIBRARIES = ('decimal',); fork_server.main()"
     )
     with pytest.MonkeyPatch.context() as patch:
+        for (
+            name,
+            setting,
+        ) in fork_client.SETTINGS.items():  # its libraries have read them: it refuses whoever has others
+            patch.setenv(name, setting)
         patch.delenv(fork_client.VARIABLE, raising=False)
         patch.setattr(fork_client, "_clients", [])
         patch.setattr(fork_client, "SCRIPT", script)
