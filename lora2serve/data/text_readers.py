@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 
+from lora2serve.system.small_files import without_repeated
+
 LONGEST_LINE = 64 << 20  # bytes, and characters of a cell
 BOM = b"\xef\xbb\xbf"
 SPACE = b" \t\r\n"
@@ -151,15 +153,7 @@ def _skip(text: str, place: int) -> int:
 
 
 def _decoder() -> json.JSONDecoder:
-    return json.JSONDecoder(object_pairs_hook=_without_repeated, parse_constant=_no_number)
-
-
-def _without_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)[:60]!r} is there twice")
-    return content
+    return json.JSONDecoder(object_pairs_hook=without_repeated, parse_constant=_no_number)
 
 
 def _no_number(word: str) -> object:

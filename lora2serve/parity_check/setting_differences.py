@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from lora2serve.artifacts.parity_report import SettingDifference
 from lora2serve.exporting import settings_plan
 from lora2serve.exporting.settings_plan import Header
+from lora2serve.system.small_files import without_repeated
 
 ABSENT = "nothing"
 MOST_SHOWN = 90  # characters of a value
@@ -140,16 +141,7 @@ def _parser(name: str) -> Callable[[bytes], object] | None:
 
 
 def _json(content: bytes) -> object:
-    return json.loads(content, object_pairs_hook=_refuse_twins)
-
-
-def _refuse_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Readers differ in which of two equal keys they take."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return value
+    return json.loads(content, object_pairs_hook=without_repeated)
 
 
 def _tokenizer(content: bytes) -> object:

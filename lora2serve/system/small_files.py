@@ -32,6 +32,15 @@ def read_json(path: Path, if_missing: str, error: type[InputError] = CheckpointE
     return content
 
 
+def without_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of json; ValueError for a key that is there twice, of which readers take either."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)[:60]!r} is there twice")
+    return content
+
+
 def refuse_large(path: Path, error: type[InputError]) -> None:
     """An error for what is no small file: it may be as large as a disk, or a pipe that never says anything."""
     status = path.stat()

@@ -18,7 +18,7 @@ from typing import Any
 
 from lora2serve.errors import CheckpointError, raise_all
 from lora2serve.system.hub_snapshot import hub_snapshot
-from lora2serve.system.small_files import MAX_SIZE, JsonObject, digest, inside, read_json
+from lora2serve.system.small_files import MAX_SIZE, JsonObject, digest, inside, read_json, without_repeated
 from lora2serve.weights.tensors import ALL, DTYPES, Block, TensorSpec, itemsize, torch_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -196,7 +196,7 @@ def read_header(path: Path) -> list[StoredTensor]:
     try:
         if raw[:1] != b"{":
             raise ValueError("does not start with {")
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw, object_pairs_hook=without_repeated)
         header.pop("__metadata__", None)
         stored = [_entry(path, name, value, 8 + length) for name, value in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -226,11 +226,3 @@ def _entry(path: Path, name: str, value: dict[str, Any], data_start: int) -> Sto
     if stop - start != spec.nbytes:
         raise ValueError(f"{name}: {stop - start} bytes, expected {spec.nbytes} for {dtype} {shape}")
     return StoredTensor(spec, path, data_start + start)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} twice")
-    return content

@@ -13,6 +13,7 @@ import pytest
 from jinja2 import TemplateError, UndefinedError
 from transformers import AddedToken, AutoTokenizer
 
+from benchmarks.turns import plainly
 from lora2serve.data.chat_formats import set_chat_template
 from lora2serve.data.rendering import IGNORE, RenderedSample, Renderer
 from lora2serve.data.rows import ChatRow, Message
@@ -107,25 +108,6 @@ def served(tokenizer: Any, messages: Sequence[Message], **arguments: Any) -> lis
     ]
 
 
-def by_offsets(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Ids and labels of a whole rendering, for a template that never rewrites what it wrote."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = []
-    for n, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: n + 1], tokenize=False)
-            assert text.startswith(before)
-            assert text.startswith(after)
-            spans.append((len(before), len(after)))
-    labels = [
-        token if any(start < last and first < stop for start, stop in spans) else IGNORE
-        for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    return list(encoded["input_ids"]), labels
-
-
 def test_every_answer_of_every_template() -> None:
     """Three answers are learned with their end, each after the very ids that a server holds.
 
@@ -175,7 +157,7 @@ def test_a_template_that_rewrites_nothing_gives_one_sample(name: str) -> None:
     ]
     for messages in chats:
         (sample,) = renderer(tokenizer, end).render(ChatRow(messages)).samples
-        assert (sample.ids, sample.labels) == by_offsets(tokenizer, messages)
+        assert (sample.ids, sample.labels) == plainly(tokenizer, messages)
 
 
 def texts(template: str, messages: Sequence[Message], **row: Any) -> list[list[str]]:

@@ -51,10 +51,8 @@ def light_fork_server(folder: Path) -> Iterator[None]:
         "fork_server.LIBRARIES = ('decimal',); fork_server.main()"
     )
     with pytest.MonkeyPatch.context() as patch:
-        for (
-            name,
-            setting,
-        ) in fork_client.SETTINGS.items():  # its libraries have read them: it refuses whoever has others
+        # its libraries have read them: it refuses whoever has others
+        for name, setting in fork_client.SETTINGS.items():
             patch.setenv(name, setting)
         patch.delenv(fork_client.VARIABLE, raising=False)
         patch.setattr(fork_client, "_clients", [])
