@@ -63,12 +63,7 @@ class LmStudioSink:
 
 def plan_settings(model: ExportModel, options: LmStudioOptions) -> PlannedSettings:
     """Those of the GGUF, in its folder."""
-    inside = gguf_settings.plan_settings(model, options)
-    folder = _folder(model, options)
-    headers = {f"{folder}/{name}": keys for name, keys in inside.headers.items()}
-    facts = replace(inside.facts, file=f"{folder}/{inside.facts.file}")
-    unplanned = {f"*{pattern}": why for pattern, why in inside.unplanned.items()}
-    return PlannedSettings({}, headers, tuple(headers), facts, unplanned)
+    return gguf_settings.plan_settings(model, options).inside(_folder(model, options))
 
 
 def _folder(model: ExportModel, options: LmStudioOptions) -> str:

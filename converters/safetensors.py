@@ -16,6 +16,7 @@ from lora2serve.artifacts.staging import StagedDir, StagedFile
 from lora2serve.errors import CheckpointError, ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.exporting.stored_tensors import TensorBytes
+from lora2serve.system.small_files import without_repeated
 from lora2serve.weights.checkpoint import INDEX, SINGLE
 from lora2serve.weights.tensors import Block, TensorSpec, all_finite, itemsize, torch_dtype
 
@@ -81,13 +82,13 @@ def tensor_table(path: Path, data: mmap.mmap | bytes) -> list[TensorBytes]:
     """The tensors of a file, by their offsets; ``data`` is at least its header. CheckpointError where it is none."""
     try:
         start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start])
+        header = json.loads(data[8:start], object_pairs_hook=without_repeated)
         tensors = [
             TensorBytes(name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
             for name, entry in header.items()
             if name != "__metadata__"
         ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a valid safetensors file: {error}", "fetch or export it again") from None
     return sorted(tensors, key=lambda tensor: tensor.start)
 

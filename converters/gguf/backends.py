@@ -7,13 +7,13 @@ from math import lcm
 from pathlib import Path
 
 from converters.gguf.gguf_layout import Backend, LayoutOptions
-from converters.gguf.native.architectures import ARCHITECTURES, text_config
+from converters.gguf.native.architectures import ARCHITECTURES
 from converters.gguf.native.native_backend import NativeBackend
 from converters.gguf.upstream import llama_cpp_source
 from converters.gguf.upstream.upstream_backend import UpstreamBackend
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
-from lora2serve.merge.layout import HEAD
+from lora2serve.merge.layout import HEAD, is_tied
 
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "vision_encoder", "vision_tower")  # of a config
 
@@ -53,7 +53,7 @@ def _converter(model: ExportModel) -> Path:
 
 def refuse_lost(model: ExportModel, opened: Iterable[Backend]) -> None:
     """ExportError for weights that no file has a place for: those of an adapter, a head that is not the embedding."""
-    tied = bool(text_config(model.config).get("tie_word_embeddings") or model.config.get("tie_word_embeddings"))
+    tied = is_tied(model.config)
     heads = {spec.name for spec in model.source.specs() if spec.name.endswith(HEAD)}
     needed = set(model.source.changed()) - heads if tied else {*model.source.changed(), *heads}
     lost = sorted(needed.difference(*(backend.wanted for backend in opened)))

@@ -59,7 +59,12 @@ class Cursor:
 
 
 def scan(path: Path) -> dict[str, str]:
-    """Tensor -> type, in file order; CheckpointError with the first thing that is wrong. Reads no tensor data."""
+    """Tensor -> type, in file order; CheckpointError as in ``scan_tensors``."""
+    return {tensor.name: tensor.type for tensor in scan_tensors(path)}
+
+
+def scan_tensors(path: Path) -> list[TensorBytes]:
+    """The tensors, in file order; CheckpointError with the first thing that is wrong. Reads no tensor data."""
     with path.open("rb") as file:
         if not path.stat().st_size:
             raise CheckpointError(f"{path}: not a valid GGUF file: it is empty", "fetch or export it again")
@@ -68,11 +73,11 @@ def scan(path: Path) -> dict[str, str]:
             tensors, end = _scan(cursor)
             if tensors and end > len(data):
                 cursor.fail(f"tensor data ends at byte {end}, but the file has {len(data)}")
-            return {tensor.name: tensor.type for tensor in tensors}
+            return tensors
 
 
 def tensor_table(path: Path, data: mmap.mmap | bytes) -> list[TensorBytes]:
-    """The tensors of a file, in file order; ``data`` is at least its header. CheckpointError as in ``scan``."""
+    """The tensors of a file, in file order; ``data`` is at least its header. CheckpointError as in ``scan_tensors``."""
     return _scan(Cursor(path, data))[0]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from converters.gguf import backends, presets, tokenizer_check
 from converters.gguf.gguf_layout import Backend
 from converters.gguf.gguf_plan import GgufPlan
-from converters.gguf.gguf_scan import ARRAY, STRING, Cursor, scan
+from converters.gguf.gguf_scan import ARRAY, STRING, Cursor, scan_tensors
 from converters.gguf.gguf_sink import GgufOptions
 from converters.gguf.header import GgufTensor, Keys, TypedValue
 from converters.gguf.llama.llama_process import Llama
@@ -102,15 +102,15 @@ def settings(keys: Keys, tensors: Sequence[GgufTensor]) -> Header:
 
 def read(path: Path) -> Header:
     """Of a file; CheckpointError where it is damaged."""
-    scan(path)
+    tensors = scan_tensors(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = Cursor(path, data, 8)
-        tensors, pairs = cursor.number("Q", "tensor count"), cursor.number("Q", "key count")
+        cursor = Cursor(path, data, 16)  # behind the count of tensors
+        pairs = cursor.number("Q", "key count")
         values: dict[str, HeaderValue] = {}
         for _ in range(pairs):
             key = _text(cursor)
             values[str(key)] = _value(cursor, cursor.number("I", "type"))
-        return values | {TENSORS + name: value for name, value in (_tensor(cursor) for _ in range(tensors))}
+        return values | {TENSORS + tensor.name: HeaderValue("tensor", tensor.kind) for tensor in tensors}
 
 
 def _planned(entry: TypedValue) -> HeaderValue:
@@ -151,13 +151,3 @@ def _value(cursor: Cursor, kind: int) -> HeaderValue:
         return HeaderValue(f"list of {KINDS[inner]}", tuple(_text(cursor) for _ in range(length)))
     code = f"<{length}{CODES[inner]}"
     return HeaderValue(f"list of {KINDS[inner]}", struct.unpack(code, cursor.take(struct.calcsize(code), "list")))
-
-
-def _tensor(cursor: Cursor) -> tuple[str, HeaderValue]:
-    from gguf import GGMLQuantizationType
-
-    name = _text(cursor)
-    shape = [cursor.number("Q", "shape") for _ in range(cursor.number("I", "dimensions"))]
-    kind = GGMLQuantizationType(cursor.number("I", "type")).name
-    cursor.number("Q", "offset")
-    return name, HeaderValue("tensor", f"{kind} {shape[::-1]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -101,7 +102,8 @@ def _adds_bos(model: ExportModel, out: StagedDir) -> bool:
     """Whether llama.cpp adds BOS with this tokenizer: asked of it, on a header that is never written."""
     unwritten = DryRunDir(out.target)
     try:
-        return GgufSink(model, unwritten, GgufOptions(quant="F16")).tokens.adds_bos
+        with closing(GgufSink(model, unwritten, GgufOptions(quant="F16"))) as sink:
+            return sink.tokens.adds_bos
     finally:
         unwritten.discard()
 

@@ -77,15 +77,13 @@ def plan_settings(model: ExportModel, options: OllamaOptions) -> PlannedSettings
     with Llama() as llama:
         inside, plan = gguf_settings.plan_files(model, _guarded(options, chat), llama)
         tokens = tokenizer_check.without_proof(model, plan, llama)
-    file = _inside(str(inside.facts.file), options)
+    inside = inside.inside(SHARDS) if options.split_size else inside
+    file = str(inside.facts.file)
     modelfile = chat.modelfile(_from(file), tokens is not None and tokens.adds_bos)
-    headers = {_inside(name, options): keys for name, keys in inside.headers.items()}
     return replace(
         inside,
-        headers=headers,
-        weights=tuple(_inside(name, options) for name in inside.weights),
         files=modelfile_files(modelfile, modelfile.write()),
-        facts=replace(inside.facts, file=file, template=chat.template_record(inside.facts.architecture)),
+        facts=replace(inside.facts, template=chat.template_record(inside.facts.architecture)),
         unplanned={**inside.unplanned, **(BOS_UNKNOWN if tokens is None else {})},
     )
 

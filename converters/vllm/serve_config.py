@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora2serve.data.end_tokens import TEXT_PARTS
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.chat_template import chat_template, read_settings, token_text
@@ -31,7 +32,6 @@ TOOL_PARSERS: tuple[tuple[tuple[str, ...], str | None], ...] = (
     (("<|start|>", "<|channel|>commentary", "functions."), "openai"),
     (("<|tool_call>",), "gemma4"),
 )
-TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
 def serve_yaml(model: ExportModel, dtype: str) -> str:

@@ -112,7 +112,7 @@ def _compare_settings(
     from lora2serve.parity_check.report import writers
 
     report = settings_check.report(trained, paths, progress)
-    return report, writers.write(report, Path(report_dir) if report_dir else trained.home / "settings")
+    return report, writers.write(report, plain_path(Path(report_dir)) if report_dir else trained.home / "settings")
 
 
 def _refuse_unasked(gate: str | None, options: Mapping[str, object]) -> None:

@@ -13,13 +13,14 @@ from lora2serve.adapters.lint import lint
 from lora2serve.api.locate import locate
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import EngineVerdict, Manifest
-from lora2serve.artifacts.run import ROOT, Run, is_cut_off
+from lora2serve.artifacts.run import ROOT, TRAINER_STATE, Run, is_cut_off
 from lora2serve.config.recipe import ModelRecipe, load_section
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError
 from lora2serve.progress import Progress
 from lora2serve.system.hub_snapshot import hub_snapshot
-from lora2serve.system.small_files import JsonObject, read_json
+from lora2serve.system.small_files import read_json
+from lora2serve.training.checkpoints import last_checkpoint, step_of
 from lora2serve.weights.checkpoint import Checkpoint, read_config
 
 Verdict = Literal["met", "not_met", "not_run"]
@@ -203,21 +204,14 @@ def _run(run: Run) -> InspectedRun:
 
 
 def _unfinished_run(run: Run) -> InspectedUnfinishedRun:
-    states = list(run.path.glob("checkpoints/checkpoint-*/trainer_state.json"))
-    state = max((read_json(path, "no state of a trainer", InputError) for path in states), key=_step, default=None)
-    base = load_section(run.recipe, ModelRecipe).path
-    steps = state.get("max_steps") if state else None
+    last = last_checkpoint(run)
+    steps = read_json(last / TRAINER_STATE, "no state of a trainer", InputError).get("max_steps") if last else None
     return InspectedUnfinishedRun(
-        base=base,
-        checkpoint_step=_step(state) if state else None,
+        base=load_section(run.recipe, ModelRecipe).path,
+        checkpoint_step=step_of(last) if last else None,
         steps=steps if isinstance(steps, int) else None,
-        resume=f"lora2serve train --resume {run.path}" if state else None,
+        resume=f"lora2serve train --resume {run.path}" if last else None,
     )
-
-
-def _step(state: JsonObject) -> int:
-    step = state.get("global_step")
-    return step if isinstance(step, int) else 0
 
 
 def _adapter(path: Path, base: str | None = None) -> InspectedAdapter:

@@ -48,18 +48,10 @@ def locate(source: str | Path | None, progress: Progress, *, pickle: bool = Fals
 def find_run(name: str | Path) -> runs.Run | None:
     """The finished run of that path, or of that name under ``runs/``; UsageError for one that was cut off."""
     path = Path(name).expanduser()
-    run = next((runs.Run(_followed(path)) for path in (path, runs.ROOT / name) if runs.is_run(path)), None)
+    run = next((runs.Run(runs.followed(path)) for path in (path, runs.ROOT / name) if runs.is_run(path)), None)
     if run is None:
         runs.refuse_cut_off(path if path.exists() else runs.ROOT / name)
     return run
-
-
-def _followed(path: Path) -> Path:
-    """Where a link leads, as ``runs/latest`` does: a run has its own name, by whatever path it was named."""
-    if not path.is_symlink():
-        return path
-    real = path.resolve()
-    return path.with_name(real.name) if real.parent == path.parent.resolve() else real
 
 
 def find_export(name: str | Path) -> Path:

@@ -177,9 +177,17 @@ def is_cut_off(path: Path) -> bool:
     return empty or ((path / "recipe.yaml").is_file() and not Run(path).record.finished)
 
 
+def followed(path: Path) -> Path:
+    """Where a link leads, as ``runs/latest`` does: a run has its own name, by whatever path it was named."""
+    if not path.is_symlink():
+        return path
+    real = path.resolve()
+    return path.with_name(real.name) if real.parent == path.parent.resolve() else real
+
+
 def cut_off(path: Path) -> UsageError:
     """The error for a run whose training did not end, by its own name and not by that of the link."""
-    path = path.parent / path.readlink().name if path.is_symlink() else path
+    path = followed(path)
     if Run(path).has_checkpoint:
         return UsageError(
             f"{path}: not a finished run (training was cut off, or goes on)",

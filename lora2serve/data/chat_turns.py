@@ -111,14 +111,14 @@ class _Turn:
 
     def _after_a_thought(self, prompt: str) -> str:
         """The answer behind an opened thought, by a template that writes thoughts; empty by one that does not."""
-        thought, message = _split_thought(self._message)
+        thought, message = split_thought(self._message)
         written = self._written({**message, "reasoning_content": STAND_IN})
         opening = prompt + STAND_IN
         return thought + written[len(opening) :] if written.startswith(opening) else ""
 
     def _behind_opening(self, prompt: str) -> str:
         """The answer without what the template writes before it in place of the opening that is served."""
-        thought, message = _split_thought(self._message)
+        thought, message = split_thought(self._message)
         written, header = self._written(message), self._header()
         start = _common(written, header)
         served, history = _parting(prompt, header, str(self.row.messages[self.number - 1].get("content") or ""))
@@ -183,7 +183,7 @@ def _end_of_thought(prompt: str) -> str:
     return ""
 
 
-def _split_thought(message: Message) -> tuple[str, Message]:
+def split_thought(message: Message) -> tuple[str, Message]:
     """The thoughts of a turn, beside its content or at the start of it, and the turn without them."""
     plain, content = without_thought(message), message.get("content") or ""
     for opened, ended in THOUGHT_MARKS:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora2serve.data.rows import THOUGHT_KEYS
 from lora2serve.data.tokenizer import Tokenizer
 
 ANSWER, THOUGHT = "Zebra 8417", "Okapi 2963"  # what no template writes by itself
@@ -89,7 +90,7 @@ def _after_thoughts(
     render: Callable[[Messages], str], question: Mapping[str, object], answer: Mapping[str, object]
 ) -> str:
     """What stands between the thoughts and the answer; empty where the template knows none."""
-    thoughtful = {**answer, **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THOUGHT)}
+    thoughtful = {**answer, **dict.fromkeys(THOUGHT_KEYS, THOUGHT)}
     try:
         _, found, rest = render([question, thoughtful]).partition(THOUGHT)
     except Exception:  # as above

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from lora2serve.config.schema import show
-from lora2serve.data.rows import ROLES, Message
+from lora2serve.data.rows import ROLES, THOUGHT_KEYS, Message
 
 DEEPEST = 100  # lists and objects inside each other
-TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
+TEXT_KEYS = ("name", "tool_call_id", *THOUGHT_KEYS)
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "system": "system", "function_call": "assistant",

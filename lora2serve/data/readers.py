@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -10,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from lora2serve.data.text_readers import SPACE, Numbered, Reader, delimited, json_values, paragraphs
+from lora2serve.data.text_readers import BOM, SPACE, Numbered, Reader, delimited, json_values, paragraphs
 from lora2serve.errors import DataError, first_line
 from lora2serve.system.hardware import memory_bytes
+from lora2serve.system.small_files import digest
 
 if TYPE_CHECKING:
     import datasets
@@ -40,7 +40,7 @@ def read_values(path: Path, *, plain_text: bool = False) -> Numbered:
     with _opened(path) as file:
         reader = TEXTS.get(suffix)
         if reader is None:
-            is_json = file.peek(1).lstrip(b"\xef\xbb\xbf" + SPACE).startswith(b"{")
+            is_json = file.peek(1).lstrip(BOM + SPACE).startswith(b"{")
             reader = paragraphs if plain_text and not is_json else json_values
         yield from reader(file)
 
@@ -48,8 +48,7 @@ def read_values(path: Path, *, plain_text: bool = False) -> Numbered:
 def file_digest(path: Path) -> str:
     """The sha256 of a file."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return str(digest(path)["sha256"])
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -65,6 +64,10 @@ class Unpacked(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
     def readinto(self, buffer: object) -> int:
         """As RawIOBase has it."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict, cast
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # what templates call the thoughts of a turn
 
 
 class Message(TypedDict):

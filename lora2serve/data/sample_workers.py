@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
@@ -62,12 +62,10 @@ def in_processes(
         waiting = [pool.submit(render, start) for start in range(0, len(rows), ROWS_AT_ONCE)]
         try:
             for future in waiting:
-                yield future.result()
+                part = future.result()
+                yield part
+                if part.problem:
+                    return
         finally:
-            cancel(waiting)
-
-
-def cancel(waiting: Sequence[Future[SampleBatch]]) -> None:
-    """Those that have not begun."""
-    for future in waiting:
-        future.cancel()
+            for future in waiting:  # those that have not begun
+                future.cancel()

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import cast
 
 from lora2serve.data.end_tokens import EndTokens, end_tokens, find_answer_end
-from lora2serve.data.rows import ChatRow, Message
+from lora2serve.data.rows import THOUGHT_KEYS, ChatRow, Message
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
 
@@ -18,7 +18,6 @@ NO_TEMPLATE = "rows of messages, but the tokenizer has no chat template"
 NO_TEMPLATE_HINT = "data.chat_template: chatml (or llama3, gemma, mistral, a file) gives it one"
 STAND_IN = "Zq8 says"  # an answer, or a thought, to see what a template writes around it
 ServedMessage = Mapping[str, object]
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # what templates call the thoughts of a turn
 
 
 @dataclass

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
-from lora2serve.data.chat_turns import LearnedTurn
+from lora2serve.data.chat_turns import LearnedTurn, split_thought
 from lora2serve.data.rows import ChatRow, Message
 from lora2serve.data.served_template import ChatTemplate, thought_of
 
@@ -47,9 +47,7 @@ def _of_answer(message: Message, text: str) -> Iterator[str]:
 
 
 def _of_history(message: Message, text: str) -> Iterator[str]:
-    inside = (message.get("content") or "").partition("</think>")
-    thought = thought_of(message) or (inside[0].partition("<think>")[2] if inside[1] else "")
-    if message["role"] == "assistant" and not _holds(text, thought):
+    if message["role"] == "assistant" and not _holds(text, split_thought(message)[0]):
         yield "thoughts of an earlier answer"
     if not _holds(text, _spoken(message)):
         yield WHAT_OF_ROLE[message["role"]]
@@ -59,8 +57,8 @@ def _of_history(message: Message, text: str) -> Iterator[str]:
 
 def _spoken(message: Message) -> str:
     """The content behind thoughts that stand in it."""
-    content = message.get("content") or ""
-    return content.rpartition("</think>")[2] if message["role"] == "assistant" else content
+    plain = split_thought(message)[1] if message["role"] == "assistant" else message
+    return plain.get("content") or ""
 
 
 def _holds(text: str, part: str) -> bool:

@@ -39,9 +39,7 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __call__(
-        self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False
-    ) -> Mapping[str, list[object]]: ...
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]: ...
 
     def apply_chat_template(
         self,
@@ -84,10 +82,4 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, text: str, *, special: bool = True) -> list[int]:
     """Token ids; ``special`` adds what the tokenizer puts around a text of its own, such as BOS."""
-    return cast("list[int]", list(tokenizer(text, add_special_tokens=special)["input_ids"]))
-
-
-def encode_with_spans(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text that has its special tokens, and for each the characters that it covers."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return cast("list[int]", list(encoded["input_ids"])), cast("list[tuple[int, int]]", encoded["offset_mapping"])
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])

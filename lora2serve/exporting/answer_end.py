@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 def read_answer_end(files: Mapping[str, Path]) -> tuple[str, int] | None:
     """Text and id of the token that closes an answer, from a tokenizer's files; None where there is no such token."""
-    templates, ids = chat_templates(files), _token_ids(files)
+    templates = chat_templates(files)
     template = templates.get("default") or templates.get("tool_use")
+    ids = _token_ids(files) if template is not None else {}
     if template is None or not ids:
         return None
     special = special_tokens(files)
@@ -72,8 +73,12 @@ def _environment() -> Environment:
     return environment
 
 
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+def _to_json(
+    value: object, ensure_ascii: bool = False, indent: int | None = None,
+    separators: tuple[str, str] | None = None, sort_keys: bool = False,
+) -> str:  # fmt: skip
+    """With the arguments of transformers' own."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> NoReturn:

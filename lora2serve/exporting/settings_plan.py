@@ -7,7 +7,7 @@ in the export's directory. No weight is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeAlias
@@ -56,6 +56,16 @@ class PlannedSettings:
     weights: tuple[str, ...] = ()  # names of files that hold weights
     facts: ExportFacts = field(default_factory=ExportFacts)
     unplanned: Mapping[str, str] = field(default_factory=dict)
+
+    def inside(self, folder: str) -> PlannedSettings:
+        """The same, of files that lie in a folder."""
+        return replace(
+            self,
+            headers={f"{folder}/{name}": header for name, header in self.headers.items()},
+            weights=tuple(f"{folder}/{name}" for name in self.weights),
+            facts=replace(self.facts, file=f"{folder}/{self.facts.file}"),
+            unplanned={f"*{pattern}": why for pattern, why in self.unplanned.items()},
+        )
 
 
 def plan_again(model: ExportModel, manifest: Manifest) -> PlannedSettings | None:

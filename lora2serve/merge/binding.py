@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -75,16 +76,24 @@ class Binder:
         """The base's own name for a module that was trained in another class; ``module`` where the base knows it so."""
         plain = module.removesuffix(".base_layer")
         inside = f"{plain}."
-        if any(name.startswith(inside) for name in self._specs):
+        if plain in self._modules:
             return module
         own, *others = self._loaded()
         if any(name.startswith(inside) for name in own.sources):
             return module
         for name, sources in chain.from_iterable(each.sources.items() for each in others):
+            if not name.startswith(inside):
+                continue
             declared, rest = own.model.model_name(sources[0].stored), name.removeprefix(plain)
-            if name.startswith(inside) and declared.endswith(rest):
+            if declared.endswith(rest):
                 return declared.removesuffix(rest) + module.removeprefix(plain)
         return module
+
+    @cached_property
+    def _modules(self) -> set[str]:
+        """Whatever holds a stored tensor, at any depth."""
+        split = (name.split(".") for name in self._specs)
+        return {".".join(parts[:n]) for parts in split for n in range(1, len(parts))}
 
     def mismatch(self, parameter: str) -> Mismatch:
         """Why ``find`` found nothing for it."""

@@ -56,17 +56,27 @@ def settle_tie(base: Source, config: JsonObject) -> JsonObject:
 
     transformers loads them so, whatever the config says; engines believe the config, and drop the head.
     """
-    parts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, Mapping))]
-    said = [part["tie_word_embeddings"] for part in parts if part.get("tie_word_embeddings") is not None]
     names = [spec.name for spec in base.specs()]
     embedding = next((name for name in names if name.endswith(EMBEDDINGS)), None)
     head = next((name for name in names if name.endswith(HEAD)), None)
-    if embedding is None or head is None or not (any(said) if said else ties_by_default(config)):
+    if embedding is None or head is None or not is_tied(config):
         return config
     if _are_equal(base, embedding, head):
         return config
-    config = {**config, "tie_word_embeddings": False}
+    return _untied(config)
+
+
+def is_tied(config: JsonObject) -> bool:
+    """Whether the config, or its text part, or else the class, ties the head to the embedding."""
     text = config.get("text_config")
+    parts = [config, *([text] if isinstance(text, Mapping) else [])]
+    said = [part["tie_word_embeddings"] for part in parts if part.get("tie_word_embeddings") is not None]
+    return any(said) if said else ties_by_default(config)
+
+
+def _untied(config: JsonObject) -> JsonObject:
+    """The config with a head of its own, wherever it speaks of that."""
+    text, config = config.get("text_config"), {**config, "tie_word_embeddings": False}
     return {**config, "text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else config
 
 
@@ -148,12 +158,12 @@ def _untie(layout: ModelLayout, adapters: Sequence[Adapter], find: Callable[[str
     changes = [_changes(adapter, config) for adapter in adapters]
     embedding = next((tensor for tensor in tensors if tensor.spec.name.endswith(EMBEDDINGS)), None)
     head = _head(tensors, chain.from_iterable(changes), find)
-    if embedding is None or (head is not None and not config.get("tie_word_embeddings", False)):
+    if embedding is None or (head is not None and not is_tied(config)):
         return replace(layout, changes=changes)
     touched = [change for own in changes for change in own if change.parameter.endswith((*EMBEDDINGS, HEAD))]
     together = [_trained_together(adapter, own) for adapter, own in zip(adapters, changes, strict=True)]
     if touched and not all(together):
-        config = {**config, "tie_word_embeddings": False}
+        config = _untied(config)
         if head is None:
             head = MergedTensor(replace(embedding.spec, name=HEAD), embedding.stored)
             tensors.append(head)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora2serve.adapters.adapter import read_config
+from lora2serve.adapters.lint import ranks
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.parity_report import ReferenceName
 from lora2serve.errors import InputError, UsageError, did_you_mean
+from lora2serve.exporting import bundle
 from lora2serve.parity_check import thresholds
 from lora2serve.parity_check.trained_model import TrainedModel
+from lora2serve.serving import serve_settings
 from lora2serve.system.http import check_address, without_credentials
 from lora2serve.system.small_files import read_json
 
@@ -105,11 +108,10 @@ def served_otherwise(comparison: Comparison, computed: str | None) -> str:
 
 def served_dtype(export: Path) -> str | None:
     """That of its serve.yaml; None where it has none, or leaves it to the engine."""
-    import yaml
-
-    path = export / "serve.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    dtype = settings.get("dtype") if isinstance(settings, dict) else None
+    try:
+        dtype = serve_settings.parsed(export / bundle.CONFIG).get("dtype")
+    except InputError:
+        return None
     return str(dtype) if dtype and dtype != "auto" else None
 
 
@@ -121,5 +123,4 @@ def _stored_as(path: Path) -> str | None:
 
 def largest_rank(adapter: Path) -> int:
     """What vLLM's max_lora_rank must reach."""
-    config = read_config(adapter)
-    return max(int(rank) for rank in [config.get("r", 1), *(config.get("rank_pattern") or {}).values()])
+    return max(ranks({"r": 1, **read_config(adapter)}))

@@ -7,7 +7,6 @@ file (a template that the user changed) move no tensor away from its twin.
 from __future__ import annotations
 
 import os
-import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -159,9 +158,6 @@ class ComparedDir(DryRunDir):
 
     def subdir(self, name: str) -> StagedDir:
         raise AssertionError(f"{name}: an export that is made in two steps is not made again")
-
-    def discard(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 class ComparedFile(StagedFile):

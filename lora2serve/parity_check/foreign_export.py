@@ -18,7 +18,9 @@ from lora2serve.artifacts.parity_report import SettingDifference
 from lora2serve.errors import InputError
 from lora2serve.exporting import settings_plan
 from lora2serve.exporting.settings_plan import PlannedSettings
-from lora2serve.parity_check.setting_differences import ABSENT, compare_files, compare_headers
+from lora2serve.parity_check.setting_differences import ABSENT, MOST_SHOWN, compare_files, compare_headers
+from lora2serve.system import scratch
+from lora2serve.system.small_files import MAX_SIZE, without_repeated
 from lora2serve.weights.chat_template import chat_templates
 
 # What our plan and another tool may say differently of one and the same model: not judged.
@@ -88,6 +90,10 @@ def compare(export: Path, planned: PlannedSettings) -> tuple[list[SettingDiffere
 def _differences(export: Path, planned: PlannedSettings) -> Iterator[SettingDifference]:
     for name, content in planned.files.items():
         if name in COMPARED and (export / name).is_file():
+            size = (export / name).stat().st_size
+            if size > MAX_SIZE:
+                yield SettingDifference(name, "", f"{len(content)} bytes", f"{size} bytes")
+                continue
             yield from compare_files(name, _comparable(name, content), _comparable(name, (export / name).read_bytes()))
     if "config.json" in planned.files:
         yield from _templates(export, planned)
@@ -96,28 +102,31 @@ def _differences(export: Path, planned: PlannedSettings) -> Iterator[SettingDiff
 
 
 def _comparable(name: str, content: bytes) -> bytes:
-    """Without what follows from another way to say the same: one end token or a list of them, rope in two forms."""
+    """Without what follows from another way to say the same: one end token or a list of them."""
     if name not in ("config.json", "generation_config.json"):
         return content
     try:
-        value = json.loads(content)
-    except ValueError:
+        value = json.loads(content, object_pairs_hook=without_repeated)
+    except (ValueError, RecursionError):
+        return content  # whoever compares it says why
+    ends = value.get("eos_token_id") if isinstance(value, dict) else None
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) for end in ends):
         return content
-    ends = value.get("eos_token_id")
-    if ends is not None:
-        value["eos_token_id"] = sorted(ends if isinstance(ends, list) else [ends])
-    return json.dumps(value).encode()
+    return json.dumps({**value, "eos_token_id": sorted(ends)}).encode()
 
 
 def _templates(export: Path, planned: PlannedSettings) -> Iterator[SettingDifference]:
     """The chat templates, in whichever files they stand."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="lora2serve-templates-") as folder:
+    with scratch.temporary_folder("templates") as folder:
         for name in (*TEMPLATES, "tokenizer_config.json"):
             if name in planned.files:
                 (Path(folder) / name).write_bytes(planned.files[name])
-        sides = [chat_templates({path.name: path for path in place.iterdir()}) for place in (Path(folder), export)]
+        try:
+            sides = [chat_templates({path.name: path for path in place.iterdir()}) for place in (Path(folder), export)]
+        except (ValueError, RecursionError) as error:
+            yield SettingDifference("chat template", "", "a file that can be read", str(error)[:MOST_SHOWN])
+            return
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         texts = [side.get(name, "") for side in sides]
         for difference in compare_files("chat template", *(text.encode() for text in texts)):

@@ -56,17 +56,18 @@ def before_engines(
         return {}
     options = {"origin": origin.json(), "allow": list(origin.settings.allow)}
     checked: dict[Path, SettingsResult] = {}
-    try:
-        with (
-            progress.track("settings", len(paths)) as advance,
-            EngineProcess("settings", options, scratch.log_file("settings"), origin.settings.limit) as worker,
-        ):
-            for path in paths:
-                checked[path] = SettingsResult.from_json(worker.call("settings", export=str(path)), "settings")
+    with progress.track("settings", len(paths)) as advance:
+        while len(checked) < len(paths):  # a worker ends with what it fails at; another one goes on behind that
+            try:
+                log = scratch.log_file("settings")
+                with EngineProcess("settings", options, log, origin.settings.limit) as worker:
+                    for path in paths[len(checked) :]:
+                        checked[path] = SettingsResult.from_json(worker.call("settings", export=str(path)), "settings")
+                        advance(1)
+            except EngineError as error:
+                failed = SettingsResult(Gate("settings", "failed", (), error.message, error.hint))
+                checked[paths[len(checked)]] = failed
                 advance(1)
-    except EngineError as error:
-        failed = SettingsResult(Gate("settings", "failed", (), error.message, error.hint))
-        checked |= {path: failed for path in paths if path not in checked}
     _warn_unused(origin, [result.differences for result in checked.values()], progress)
     return checked
 

@@ -50,7 +50,7 @@ KNOWN: Mapping[str, tuple[Callable[[object], bool], str]] = {
 
 def read(file: Path) -> dict[str, object]:
     """The settings in the file; InputError with everything in it that must not reach an engine."""
-    content = _parsed(file)
+    content = parsed(file)
     problems = []
     for key, value in content.items():
         fits, expected = KNOWN.get(str(key), (None, ""))
@@ -60,7 +60,8 @@ def read(file: Path) -> dict[str, object]:
             problems.append(f"{file}: {key}: {_shown(value)}, expected {expected}")
     if problems:
         raise InputError(
-            "\n".join(problems[:20]), "vLLM would take it as it is: read the file; --trust-export passes it on unread"
+            "\n".join(problems[:20]),
+            "vLLM would take it as it is: read the file; `lora2serve serve --trust-export` passes it on unread",
         )
     return {str(key): value for key, value in content.items()}
 
@@ -85,14 +86,15 @@ def _module(text: object) -> dict[str, str] | None:
     return module if plain and path.startswith(f"{bundle.ADAPTERS}/") else None
 
 
-def _parsed(file: Path) -> Mapping[object, object]:
+def parsed(file: Path) -> Mapping[object, object]:
+    """The settings as they stand there; InputError where that are none."""
     import yaml
 
     if not file.is_file() or file.stat().st_size > LONGEST:
         raise InputError(f"{file}: expected a small file of settings")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{file}: not YAML ({' '.join(str(error).split())[:100]})") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: {_shown(content)}, expected settings")

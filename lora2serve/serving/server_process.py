@@ -47,7 +47,7 @@ def run(server: ServerCommand, progress: Progress) -> int:
         if process is not None:
             _end_group(process.pid)
 
-    handlers = {number: signal.signal(number, stop) for number in interruption.ENDINGS}
+    handlers = interruption.handle(stop)
     try:
         process = _spawned(server, log, start_new_session=True)
         if signals:  # before there was anything to end
@@ -57,6 +57,8 @@ def run(server: ServerCommand, progress: Progress) -> int:
         progress.note(f"{server.address} serves {server.served}")
         progress.note(server.curl)
         code = process.wait()
+        if code and not signals:
+            progress.warn(f"{server.engine} ended with code {code}; its log: {scratch.keep(log)}")
     except EngineError:
         if not signals:
             raise

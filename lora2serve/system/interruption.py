@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 PAIR = 2.0  # seconds: a terminal that closes and its shell send one each, and the second must not stop the tidying
 
 
@@ -20,11 +21,10 @@ def end_like_ctrl_c() -> None:
     handle(_interrupting())
 
 
-def handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-    """Set one handler for those of ``ENDINGS`` that are not ignored."""
-    for number in ENDINGS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
+def handle(handler: Handler) -> dict[signal.Signals, Handler | int | None]:
+    """Set one handler for those of ``ENDINGS`` that are not ignored; what each had before."""
+    numbers = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def ignore() -> None:

@@ -202,14 +202,15 @@ def _delete(path: Path) -> None:
 
 def _end_processes(folder: str) -> int:
     """End every process that carries this folder's path, first as Ctrl-C does; how many there were."""
-    marked = _marked(folder)
+    marked = left = _marked(folder)
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _marked(folder):
+        for pid in left:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
         deadline = time.monotonic() + PATIENCE
-        while _marked(folder) and time.monotonic() < deadline:
+        while left and time.monotonic() < deadline:
             time.sleep(0.05)
+            left = _marked(folder)
     return len(marked)
 
 

@@ -17,7 +17,7 @@ READ_PAST = ("out_proj", "dt_proj")  # of a state space: its weight goes to a ke
 
 
 def refuse_unknown(key: str, names: Sequence[str], paths: Sequence[str]) -> None:
-    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    unknown = [name for name in names if not named(paths, [name])]
     if unknown:
         leaves = sorted({leaf for path in paths if (leaf := path.rsplit(".", 1)[-1]) and not leaf.isdigit()})
         near = did_you_mean(unknown[0], leaves)
@@ -54,7 +54,7 @@ def _refuse_head(model: PreTrainedModel, names: Sequence[str]) -> None:
     """TRL takes the loss from the weight of the head: a LoRA beside it would never be trained."""
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
-        if module is head and any(f".{path}".endswith(f".{name}") for name in names):
+        if module is head and named([path], names):
             raise TrainError(
                 f"train.lora.targets: {path} is the head of this model, which takes no LoRA in training",
                 "name it in train.lora.modules_to_save, which trains it in full, or leave it out",

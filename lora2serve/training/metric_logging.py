@@ -78,7 +78,6 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
         """The first Ctrl-C (or a scheduler's SIGTERM) finishes the step and saves; a later one ends at once."""
-        before = {number: signal.getsignal(number) for number in interruption.ENDINGS}
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self.stopped and time.monotonic() - self.stopped_at > interruption.PAIR:
@@ -94,7 +93,7 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
         if threading.current_thread() is not threading.main_thread():  # where Python delivers no signal
             yield
             return
-        interruption.handle(stop)
+        before = interruption.handle(stop)
         try:
             yield
         finally:

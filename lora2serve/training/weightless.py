@@ -59,7 +59,8 @@ def _adapted(model: PreTrainedModel, config: LoraConfig) -> set[str] | None:
     found = set()
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, ParamWrapper):
-            found.add(f"{re.sub(r'(.base_layer)+$', '', name)}.{module.parameter_name}")
+            owner = re.sub(r"(\.base_layer)+$", "", name)
+            found.add(f"{owner}.{module.parameter_name}")
         elif isinstance(module, LoraLayer):
             found.add(name)
     return found
@@ -71,9 +72,9 @@ def weightless_model(base: Path) -> PreTrainedModel | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(str(base))
+        config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception:  # each model has its own
         return None
 
