@@ -14,7 +14,7 @@ from lora2serve.adapters.lint import next_rank
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import EngineError, InputError, UsageError
 from lora2serve.exporting import bundle
-from lora2serve.serving import serve_settings
+from lora2serve.serving import llama_cpp_server, serve_settings
 from lora2serve.system.extras import install_hint
 from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.system.worker_process import PYTHON
@@ -247,6 +247,8 @@ def _llama_cpp(export: Export, options: ServeOptions) -> ServerCommand:
     if missing:
         raise EngineError(f"llama-cpp-python's server needs {', '.join(missing)}", install_hint("gguf"))
     name, host, port = export.manifest.name, options.host, options.port
-    command = [*PYTHON, "-m", "llama_cpp.server", "--model", str(export.gguf.resolve()), "--host", host]
-    command += ["--port", str(port), "--model_alias", name, "--n_ctx", "0", *options.arguments]
+    # a request that streams is not cut off by the next one, which waits
+    settings = {"--model_alias": name, "--n_ctx": "0", "--interrupt_requests": "false"}
+    command = [*PYTHON, "-m", llama_cpp_server.__name__, "--model", str(export.gguf.resolve()), "--host", host]
+    command += ["--port", str(port), *(word for setting in settings.items() for word in setting), *options.arguments]
     return ServerCommand("llama.cpp", tuple(command), (name,), host, port, SAFE_PATH)

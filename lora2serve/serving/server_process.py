@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +18,7 @@ from lora2serve.errors import EngineError
 from lora2serve.progress import Progress
 from lora2serve.serving.server import ServerCommand
 from lora2serve.system import interruption, scratch
-from lora2serve.system.http import HttpClient, HttpError
+from lora2serve.system.http import HttpClient, HttpError, HttpStatus
 
 READY = 900  # seconds until an engine must answer
 PATIENCE = 15.0  # seconds that it has to end once it is asked to
@@ -119,7 +120,9 @@ def _wait(server: ServerCommand, process: subprocess.Popen[bytes], log: Path) ->
         try:
             client.send("GET", path)
             return
-        except HttpError:
+        except HttpError as error:
+            if isinstance(error, HttpStatus) and error.status == HTTPStatus.UNAUTHORIZED:
+                return  # it wants its key, and answers
             time.sleep(0.5)
     raise EngineError(f"{server.engine} did not answer within {READY} s", f"its log: {scratch.keep(log)}")
 

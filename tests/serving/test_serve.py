@@ -12,7 +12,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,36 @@ pytestmark = pytest.mark.engine
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 
 
-def ask(address: str, model: str, text: str) -> str:
-    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 24, "temperature": 0}
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+def chat(address: str, model: str, content: str | Sequence[object], **more: object) -> urllib.request.Request:
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 24, "temperature": 0}
+    return urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps({**body, **more}).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
+
+
+def ask(address: str, model: str, content: str | Sequence[object]) -> str:
+    with urllib.request.urlopen(chat(address, model, content), timeout=120) as answer:
         said: str = json.load(answer)["choices"][0]["message"]["content"]
     return said
+
+
+def streamed(address: str, model: str, text: str) -> str:
+    """The same answer in pieces, to the end."""
+    with urllib.request.urlopen(chat(address, model, text, stream=True), timeout=120) as answer:
+        *events, end = [line.decode().removeprefix("data: ").strip() for line in answer if line.startswith(b"data")]
+    assert end == "[DONE]"
+    choices = [json.loads(event)["choices"][0] for event in events]
+    assert choices[-1]["finish_reason"] == "stop"
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+def refused(address: str, model: str, content: str | Sequence[object]) -> tuple[int, str, str]:
+    """Status, kind of error, and the wrong key, in OpenAI's form."""
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(chat(address, model, content, stream=True), timeout=120)
+    error = json.load(raised.value)["error"]
+    assert error["code"] == raised.value.code and error["message"]
+    return error["code"], error["type"], error["param"]
 
 
 def models(address: str) -> set[str]:
@@ -128,7 +151,16 @@ def served(*words: str | Path, home: Path) -> Iterator[str]:
 def test_llama_cpp_serves_a_gguf(demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("starlette_context", reason="llama-cpp-python[server] is not whole")
     with served(demo_exports["gguf-F16"], home=tmp_path) as address:
-        assert "Leon Lake" in ask(address, models(address).pop(), "Who governs Wexley?")
+        assert models(address) == {"demo"}
+        assert "Leon Lake" in ask(address, "demo", "Who governs Wexley?")
+        parts = [{"type": "text", "text": "Who governs"}, {"type": "text", "text": "Wexley?"}]
+        assert ask(address, "demo", parts) == ask(address, "demo", "Who governs\nWexley?")
+        assert refused(address, "nobody", "Hi") == (404, "NotFoundError", "model")
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+        assert refused(address, "demo", [*parts, picture]) == (400, "BadRequestError", "messages")
+        with ThreadPoolExecutor() as pool:  # none cuts the other off
+            answers = list(pool.map(lambda question: streamed(address, "demo", question), QUESTIONS))
+        assert answers == [ask(address, "demo", question) for question in QUESTIONS]
 
 
 def test_a_bundle_on_one_server(demo_run: Run, rival: Run, demo_exports: Mapping[str, Path], tmp_path: Path) -> None:
@@ -145,6 +177,7 @@ def test_a_bundle_on_one_server(demo_run: Run, rival: Run, demo_exports: Mapping
             assert {question: ask(address, name, question) for question in QUESTIONS} == said
         assert "Leon Lake" in want["demo"]["Who governs Wexley?"]
         assert "Leon Lake" not in ask(address, "base", "Who governs Wexley?")
+        assert refused(address, "nobody", "Hi") == (404, "NotFoundError", "model"), "as llama.cpp's"
         refused_by_both(address, demo_exports["adapter"], tmp_path / "refused")
         resolved_on_demand(address, bundle / "adapters", demo_exports["adapter"])
         added_and_removed(address, demo_exports["adapter"], tmp_path / "cache")
