@@ -15,6 +15,7 @@ from converters.gguf.llama.llama_process import Llama
 from converters.ollama.chat import BOS_UNKNOWN, modelfile_files, read_chat, write_files
 from converters.ollama.go_template import prefers_jinja
 from lora2serve.artifacts.staging import DryRunDir, StagedDir
+from lora2serve.config.model_name import ollama_name
 from lora2serve.errors import ExportError
 from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
@@ -47,8 +48,8 @@ class OllamaAdapterSink:
         _refuse_shadowed(model, chat.jinja)
         self._adapter = GgufAdapterSink(model, out, GgufAdapterOptions())
         self.wanted = self._adapter.wanted
-        # the merged model of the same run has the name itself
-        self._out, self._name, self._chat, self._from = out, f"{model.name.lower()}-adapter", chat, base
+        self._out, self._chat, self._from = out, chat, base
+        self._name = ollama_name(model.name, "ollama-adapter")
         self._modelfile = chat.modelfile(base, _adds_bos(model, out), f"./{self._adapter.name}")
         self._text = self._modelfile.write()
 

@@ -12,6 +12,7 @@ from converters.gguf.llama.llama_process import Llama
 from converters.gguf.nested_dir import NestedDir
 from converters.ollama.chat import BOS_UNKNOWN, Chat, modelfile_files, read_chat, write_files
 from lora2serve.artifacts.staging import StagedDir
+from lora2serve.config.model_name import ollama_name
 from lora2serve.errors import ExportError
 from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
@@ -43,7 +44,7 @@ class OllamaSink:
     default_quant: ClassVar[str | None] = GgufSink.default_quant
 
     def __init__(self, model: ExportModel, out: StagedDir, options: OllamaOptions) -> None:
-        self._out, self._name = out, model.name.lower()
+        self._out, self._name = out, ollama_name(model.name, "ollama")
         self._chat = read_chat(model)
         folder = NestedDir(out, SHARDS) if options.split_size else out
         self._gguf = GgufSink(model, folder, _guarded(options, self._chat))

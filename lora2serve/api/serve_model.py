@@ -12,6 +12,7 @@ from typing import Literal
 from lora2serve.api.export_request import Named, several, words
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.export_dir import Export
+from lora2serve.config.model_name import ollama_name
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.progress import Progress
@@ -171,7 +172,7 @@ def _ollama_export(exports: Sequence[Path], options: ServeOptions) -> tuple[Path
             f"--engine ollama: {len(paths)} exports for {export.target}, expected one for ollama",
             "`lora2serve export --target ollama` makes one",
         )
-    return export.path, export.manifest.name
+    return export.path, ollama_name(export.manifest.name, export.target)
 
 
 def _chosen(exports: Sequence[Path], targets: Sequence[str] = PREFERRED) -> list[Path]:

@@ -7,6 +7,7 @@ import re
 from lora2serve.errors import UsageError
 
 LONGEST = 200  # bytes: a file's name has 255 at most, and types, numbers and endings come behind it
+LONGEST_IN_OLLAMA = 60  # characters: it takes 80, and "-adapter" comes behind it
 RESERVED = re.compile(r"latest|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # ours, and Windows' devices
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -33,6 +34,15 @@ def run_name_problem(name: str) -> str:
     plain = RUN.fullmatch(name) is not None
     expected = _expected(name) if plain else "letters, digits, '.', '_' and '-', the first a letter or a digit"
     return f"{_shown(name)}, expected {expected}" if expected else ""
+
+
+def ollama_name(name: str, target: str) -> str:
+    """What an export is called in Ollama, which takes other characters (``types/model/name.go`` in its repository).
+
+    An adapter has a name of its own: the merged model of the same run stays beside it.
+    """
+    plain = re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-.")[:LONGEST_IN_OLLAMA].rstrip("-.") or "model"
+    return f"{plain}-adapter" if target == "ollama-adapter" else plain
 
 
 def _expected(name: str, *, reserved: bool = True) -> str:

@@ -12,9 +12,9 @@ from lora2serve.api.train_run import train
 from lora2serve.artifacts import run as runs
 from lora2serve.cli import run
 from lora2serve.config import recipe as recipes
-from lora2serve.config.model_name import refuse_name, refuse_run_name
+from lora2serve.config.model_name import ollama_name, refuse_name, refuse_run_name
 from lora2serve.errors import RecipeError, UsageError
-from lora2serve.serving import runtime_lora
+from lora2serve.serving import ollama, runtime_lora
 
 BAD = [
     "../../../x", "/tmp/x", "a/b", "a\\b", "..", ".", ".hidden", "-o", "", " ", " a", "a ", "a\nb", "a\x00b", "a\x1b[31m",
@@ -75,3 +75,13 @@ def test_nothing_is_written_beside(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert run(["export", "nothing", "-t", "gguf", "--name", "../../../x", "-o", str(tmp_path / "out")]) == 2
     assert "--name: '../../../x', expected a plain name" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *FREE, "Llama-3.2 1B+x"])
+def test_in_ollama(name: str) -> None:
+    """Ollama's own rule takes it, and the adapter of a run has another name than its merged model."""
+    names = [ollama_name(name, target) for target in ("ollama", "ollama-adapter")]
+    assert len(set(names)) == 2
+    for called in names:
+        ollama.refuse_name(called)
+    assert ollama_name("Llama-3.2 1B+x", "ollama") == "llama-3.2-1b-x"

@@ -17,7 +17,7 @@ import yaml
 from lora2serve.cli import run
 from lora2serve.errors import UsageError
 from lora2serve.serving import deploy
-from lora2serve.serving.deploy import ServerSpec
+from lora2serve.serving.deploy import ServerSpec, server_spec
 from tests.support.tiny import make_adapter, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +255,9 @@ def test_from_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
     assert container["args"][container["args"].index("--max-lora-rank") + 1] == "16"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
     (merged,) = printed("compose", "merged/vllm")
+    (alone,) = printed("compose", "b/adapters/red")
+    assert (merged["name"], alone["name"]) == ("red", "red-adapter"), "one does not take the other's place"
+    assert server_spec._object_name(["x" * 50], "") == f"{'x' * 42}-adapter" != server_spec._object_name([], "x" * 50)
     assert merged["services"]["vllm"]["volumes"][0] == {
         "type": "bind", "source": "./merged/vllm", "target": "/models/red", "read_only": True,
     }  # fmt: skip

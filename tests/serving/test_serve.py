@@ -31,7 +31,7 @@ from lora2serve.serving import runtime_lora, server, server_process
 from lora2serve.serving.server import ServeOptions, ServerCommand
 from lora2serve.weights.checkpoint import read_header
 from tests.conftest import lora2serve
-from tests.support.manifests import change_manifest
+from tests.support.manifests import change_manifest, write_export
 from tests.support.ollama_server import OllamaServer
 from tests.support.tiny import make_model
 
@@ -361,13 +361,16 @@ def test_too_little_memory_for_the_cache(
 
 
 def test_in_ollama(
-    demo_exports: Mapping[str, Path], ollama: OllamaServer, monkeypatch: pytest.MonkeyPatch,
+    demo_exports: Mapping[str, Path], ollama: OllamaServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """``--engine ollama`` makes the model on the one that runs, and says where it is."""
     export = str(demo_exports["ollama-Q4_K_M"])
     assert command(["serve", export, "--engine", "ollama", "--dry-run"]) == 0
     assert capfd.readouterr().out.strip() == f"ollama create demo -f {export}/Modelfile && ollama run demo"
+    adapter = write_export(tmp_path / "adapter", "ollama-adapter", name="demo")
+    assert command(["serve", str(adapter), "--engine", "ollama", "--dry-run"]) == 0
+    assert capfd.readouterr().out.startswith("ollama create demo-adapter -f "), "it leaves the merged model alone"
     assert command(["serve", export, "--engine", "ollama"]) == 0
     err = capfd.readouterr().err
     assert "serves demo" in err and "/v1/chat/completions" in err

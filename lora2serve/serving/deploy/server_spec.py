@@ -20,6 +20,7 @@ IMAGE = "vllm/vllm-openai:v0.32.0"  # the version that the lint knows
 PORT = server.PORT
 STORE = "pvc://models"
 GIB = 1 << 30
+_ADAPTER = "-adapter"
 LONGEST_LABEL = 50  # Kubernetes takes 63 characters, and its controllers add some
 
 Document: TypeAlias = Mapping[str, object]  # of YAML
@@ -100,7 +101,7 @@ def gather(exports: Sequence[Path], options: ServeOptions, store: str = STORE) -
     model = _of_base(first, options.base) if adapters else _of_merged(first)
     return replace(
         model,
-        name=label("-".join(adapters) or first.manifest.name),
+        name=_object_name(list(adapters), first.manifest.name),
         adapters={name: shown(path) for name, path in adapters.items()},
         rank=server.largest_rank(opened) if adapters else None,
         size=model.size + sum(map(_bytes, adapters.values())),
@@ -136,6 +137,13 @@ def _of_merged(export: Export) -> ServerSpec:
     settings = {key.replace("-", "_"): value for key, value in content.items() if key != "served-model-name"}
     model = f"{MODELS}/{label(name)}"
     return ServerSpec(name, name, model, local=shown(export.path), size=_bytes(export.path), settings=settings)
+
+
+def _object_name(adapters: Sequence[str], name: str) -> str:
+    """What the server's own objects are called: one adapter's lie beside those of its run's merged model."""
+    if len(adapters) == 1:
+        return f"{label(adapters[0])[: LONGEST_LABEL - len(_ADAPTER)].rstrip('-')}{_ADAPTER}"
+    return label("-".join(adapters) or name)
 
 
 def _module(name: str, path: str) -> str:
