@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora2serve.api.serve_model import RunningServer, deploy, serve
     from lora2serve.api.train_run import init, train
     from lora2serve.api.verify_copy import Verified, verify
+    from lora2serve.api.version_registry import Registry
     from lora2serve.artifacts.run import Run
     from lora2serve.errors import Lora2ServeError
     from lora2serve.exporting.stream import ExportPlan
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult", "Progress", "Run", "RunningServer", "Verified",
-    "deploy", "export", "init", "inspect", "parity", "plan_export", "preview_data", "push", "serve", "train", "verify",
+    "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult", "Progress", "Registry", "Run", "RunningServer",
+    "Verified", "deploy", "export", "init", "inspect", "parity", "plan_export", "preview_data", "push", "serve",
+    "train", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.check_parity": ("ParityResult", "parity"),
@@ -38,6 +40,7 @@ _MODULES = {
     "api.serve_model": ("RunningServer", "deploy", "serve"),
     "api.train_run": ("init", "train"),
     "api.verify_copy": ("Verified", "verify"),
+    "api.version_registry": ("Registry",),
     "artifacts.run": ("Run",),
     "errors": ("Lora2ServeError",),
     "exporting.stream": ("ExportPlan",),

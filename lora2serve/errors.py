@@ -12,7 +12,9 @@ Lora2ServeError           exit 1, unless a class below says otherwise
 ├── EngineError           an engine is missing, dies or hangs
 ├── TrainError            training cannot start or go on
 ├── HubError              the Hub, the network or its cache
-└── ParityNotMet          exit 3: an export does not answer like the trained model
+├── RegistryError         a registry cannot be read or written
+├── ParityNotMet          exit 3: an export does not answer like the trained model
+└── GateNotMet            exit 3: a version may not become what it was to be
 
 A message is one line: what, which value, what was expected. ``hint`` is the way out.
 """
@@ -80,8 +82,18 @@ class HubError(Lora2ServeError):
     """The Hub, the network or its cache."""
 
 
+class RegistryError(Lora2ServeError):
+    """A registry cannot be read or written."""
+
+
 class ParityNotMet(Lora2ServeError):
     """An export does not answer like the trained model."""
+
+    exit_code = 3
+
+
+class GateNotMet(Lora2ServeError):
+    """A version may not become what it was to be; the message names each gate."""
 
     exit_code = 3
 

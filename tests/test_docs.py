@@ -55,6 +55,9 @@ def test_commands_exist(page: str, words: str) -> None:
     args = [arg for arg in args if arg not in ("-v", "--quiet")]
     args = args[: args.index("--")] if "--" in args else args  # the rest is the engine's
     command = cli.commands[args[0]]
+    while isinstance(command, click.Group) and len(args) > 1 and args[1] in command.commands:
+        args = args[1:]
+        command = command.commands[args[0]]
     with command.make_context(args[0], [arg.strip("[]") for arg in args[1:]], resilient_parsing=True):
         pass
     known = {

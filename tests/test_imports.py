@@ -31,10 +31,11 @@ LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 CONVERTERS = LEVEL["exporting"]  # may import what export may, and export itself; found by string only
 HEAVY = {
     "torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub",
-    "datasets", "accelerate", "safetensors", "matplotlib", "httpx", "httpx2", "jinja2", "yaml",
+    "datasets", "accelerate", "safetensors", "matplotlib", "httpx", "httpx2", "jinja2", "yaml", "sqlalchemy",
+    "fsspec",
 }  # fmt: skip
 # Folders whose modules import heavy libraries inside functions only; yaml is light enough for recipes.
-LIGHT = set(LEVEL) - {"training", "parity_check"}
+LIGHT = set(LEVEL) - {"training", "parity_check", "registry"}
 PACKAGES = ("lora2serve", "converters")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -21,11 +21,13 @@ from lora2serve.cli.doctor import doctor
 from lora2serve.cli.export import export
 from lora2serve.cli.inspect import inspect
 from lora2serve.cli.leave import leave
+from lora2serve.cli.options import CommandGroup
 from lora2serve.cli.parity import parity
 from lora2serve.cli.push import pull_check, push, verify
+from lora2serve.cli.registry import registry
 from lora2serve.cli.serve import deploy, serve
 from lora2serve.cli.train import init, train
-from lora2serve.errors import Lora2ServeError, did_you_mean
+from lora2serve.errors import Lora2ServeError
 from lora2serve.system import interruption, own_process, scratch
 from lora2serve.system.extras import EXTRA_OF, install_hint
 
@@ -36,21 +38,6 @@ HINTS = {  # errno -> the way out
     errno.EROFS: "run it in a folder that you may write to",
     errno.ENOSPC: "make room on that disk, and run it again",
 }
-
-
-class CommandGroup(click.Group):
-    """Proposes the nearest command for a mistyped one."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            visible = [name for name, command in self.commands.items() if not command.hidden]
-            ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], visible)}")
-        return super().resolve_command(ctx, args)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of the work
 
 
 @click.group(
@@ -77,12 +64,14 @@ def _sweep(quiet: bool) -> None:
         console.Terminal(quiet).note(f"ended {processes} processes that a killed lora2serve had left")
 
 
-for command in (init, data, train, export, parity, push, verify, pull_check, serve, deploy, adapters, inspect, doctor):
+for command in (
+    init, data, train, export, parity, push, verify, pull_check, serve, deploy, adapters, registry, inspect, doctor,
+):  # fmt: skip
     cli.add_command(command)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted."""
+    """The one funnel to an exit code: 0 done, 1 failed, 2 usage, 3 parity or a gate not met, 130 interrupted."""
     words = list(sys.argv[1:] if args is None else args)
     if sys.stderr is None:  # closed by whoever started this, and libraries take it for a file
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from lora2serve.cli.options import Command, complete_exports, json_option, plain, progress
+from lora2serve.cli.options import Command, CommandGroup, complete_exports, json_option, plain, progress
 from lora2serve.errors import UsageError
 
 url_option = click.option("--url", default="http://localhost:8000", show_default=True, help="The server.")
 
 
-@click.group(short_help="List, load and unload the adapters of a running server.")
+@click.group(cls=CommandGroup, short_help="List, load and unload the adapters of a running server.")
 def adapters() -> None:
     """The adapters of a running vLLM, which was started with `lora2serve serve --allow-updates`."""
 

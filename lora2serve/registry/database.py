@@ -1,0 +1,152 @@
+"""The database of a registry: opened, its schema looked at, transactions."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, Engine, create_engine, event, exc, pool, select
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from lora2serve.errors import InputError, RegistryError, UsageError, first_line
+from lora2serve.registry import migrations, tables
+from lora2serve.registry.location import Location, refuse_shared
+
+PATIENCE = 60.0  # seconds to wait for another process that writes
+LOCK = 0x6C327372  # of Postgres' advisory locks, ours
+CONTENT = "content"  # the setting that says where files lie; of sqlite, empty: beside the file
+HINTS = {
+    "database is locked": "another process has been writing for a minute: see what it does",
+    "database or disk is full": "make room on that disk, and run it again",
+    "attempt to write a readonly database": "use a registry that you may write to",
+    "file is not a database": "the file is damaged: bring back a copy of it",
+    "database disk image is malformed": "the file is damaged: bring back a copy of it",
+    "unable to open database file": "look whether you may read and write that folder",
+}
+
+
+class Database:
+    """One open registry. Connections are made when they are needed; ``close`` ends them."""
+
+    def __init__(self, location: Location, *, create: bool = False, content: str = "") -> None:
+        """UsageError where there is none, unless it is to be made; InputError where it is of a newer lora2serve."""
+        self.location = location
+        if location.folder:
+            refuse_shared(location.folder)
+            if create:
+                location.folder.mkdir(parents=True, exist_ok=True)
+            elif not location.file.is_file():
+                raise _none_there(location)
+        self.engine: Engine = _engine(location)
+        with self.errors():
+            self._prepare(create, content)
+
+    @property
+    def content(self) -> str:
+        """Where files lie: a folder or a URL of fsspec; empty for the registry's own folder."""
+        settings = tables.settings
+        with self.reading() as connection:
+            return str(connection.scalar(select(settings.c.value).where(settings.c.key == CONTENT)) or "")
+
+    def close(self) -> None:
+        """End its connections."""
+        self.engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One transaction that sees one state."""
+        with self.errors(), self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One transaction that nobody else writes beside; committed at the end, undone by an exception."""
+        with self.errors(), self.engine.connect() as plain:
+            connection = plain.execution_options(lora2serve_write=True)
+            with connection.begin():
+                if not self.location.folder:
+                    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK}, 0)")
+                yield connection
+
+    @contextmanager
+    def content_lock(self, *, alone: bool) -> Iterator[None]:
+        """Held in Postgres while files are added or removed; ``alone``: nobody else holds it."""
+        kind = "" if alone else "_shared"
+        with self.errors(), self.engine.connect() as connection:
+            connection.exec_driver_sql(f"SELECT pg_advisory_lock{kind}({LOCK}, 1)")
+            connection.commit()
+            try:
+                yield
+            finally:
+                connection.exec_driver_sql(f"SELECT pg_advisory_unlock{kind}({LOCK}, 1)")
+                connection.commit()
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """What the database refuses, in one line."""
+        try:
+            yield
+        except exc.DBAPIError as error:
+            reason = first_line(error.orig or error)
+            hint = next((hint for text, hint in HINTS.items() if text in reason), "")
+            raise RegistryError(f"registry {self.location.shown}: {reason}", hint) from None
+
+    def _prepare(self, create: bool, content: str) -> None:
+        found = migrations.schema_of(self)
+        if found is None:
+            if not create:
+                raise _none_there(self.location)
+            with self.writing() as connection:
+                if migrations.read_schema(connection) is None:  # another process may have been faster
+                    tables.create(connection)
+                    values = {"schema": str(tables.SCHEMA), CONTENT: content}
+                    rows = [{"key": key, "value": value} for key, value in values.items()]
+                    connection.execute(tables.settings.insert(), rows)
+        elif found > tables.SCHEMA:
+            raise InputError(
+                f"registry {self.location.shown}: written by a newer lora2serve (schema {found}, "
+                f"this one knows {tables.SCHEMA})", "pip install --upgrade lora2serve",
+            )  # fmt: skip
+        elif found < tables.SCHEMA:
+            migrations.migrate(self)
+        if content and self.content != content:
+            raise UsageError(
+                f"registry {self.location.shown}: files lie in {self.content or 'its own folder'}, not in {content}",
+                "that is chosen once, by `lora2serve registry init`",
+            )
+
+
+def _none_there(location: Location) -> UsageError:
+    return UsageError(
+        f"no registry at {location.shown}",
+        "`lora2serve registry add RUN --name NAME` makes one"
+        if location.folder
+        else "`lora2serve registry init` makes one",
+    )
+
+
+def _engine(location: Location) -> Engine:
+    if not location.folder:
+        try:
+            engine = create_engine(location.url, poolclass=pool.NullPool, connect_args={"connect_timeout": 10})
+        except exc.ArgumentError as error:
+            raise UsageError(f"registry {location.shown}: {first_line(error)}") from None
+        return engine
+    engine = create_engine(location.url, poolclass=pool.NullPool, connect_args={"timeout": PATIENCE})
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _set_up_sqlite(connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+    assert isinstance(connection, sqlite3.Connection)
+    connection.isolation_level = None  # transactions begin where we say, tables are made in them too
+    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {setting}").close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    write = connection.get_execution_options().get("lora2serve_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -1,0 +1,37 @@
+"""The schema of a registry by its number, and the steps from each to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, inspect, select
+
+from lora2serve.registry.tables import SCHEMA, settings
+
+if TYPE_CHECKING:
+    from lora2serve.registry.database import Database
+
+STEPS: Mapping[int, Callable[[Connection], None]] = {}  # from which schema -> what makes the next one of it
+
+
+def schema_of(database: Database) -> int | None:
+    """The number of its schema; None where it has no tables yet."""
+    with database.reading() as connection:
+        return read_schema(connection)
+
+
+def read_schema(connection: Connection) -> int | None:
+    """As ``schema_of``, in a transaction."""
+    if not inspect(connection).has_table("setting"):
+        return None
+    value = connection.scalar(select(settings.c.value).where(settings.c.key == "schema"))
+    return int(value) if value else None
+
+
+def migrate(database: Database) -> None:
+    """Bring an older registry to this schema, all steps in one transaction."""
+    with database.writing() as connection:
+        for number in range(read_schema(connection) or SCHEMA, SCHEMA):  # nothing, where another process was faster
+            STEPS[number](connection)
+        connection.execute(settings.update().where(settings.c.key == "schema").values(value=str(SCHEMA)))

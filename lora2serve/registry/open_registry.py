@@ -1,0 +1,139 @@
+"""An open registry: its database, the store of its files, and the directories that are made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, func, select
+
+from lora2serve.errors import InputError, RegistryError
+from lora2serve.progress import Progress
+from lora2serve.registry import checkout, upkeep
+from lora2serve.registry.content_store import Blob, FolderStore, folder_lock, open_store
+from lora2serve.registry.database import Database
+from lora2serve.registry.ledger import Labels, Ledger
+from lora2serve.registry.location import Location
+from lora2serve.registry.tables import versions
+from lora2serve.registry.upkeep import Collected
+from lora2serve.registry.version_record import Version
+from lora2serve.registry.version_reference import VersionReference
+from lora2serve.registry.version_rows import find_version
+from lora2serve.registry.version_source import EXPORTS, VersionSource
+from lora2serve.system.hardware import cache_folder
+
+VIEWS = "versions"
+
+
+class OpenRegistry:
+    """A registry that is there; ``create`` makes it where it is not, with its files at ``content``."""
+
+    def __init__(self, location: Location, *, create: bool = False, content: str = "") -> None:
+        self.location = location
+        self.database = Database(location, create=create, content=content)
+        place = self.database.content or str(location.folder)
+        self.store = open_store(place)
+        self.views = _views(location, place)
+        self._partial = [self.views, *([self.store.root] if isinstance(self.store, FolderStore) else [])]
+
+    def close(self) -> None:
+        """End its connections."""
+        self.database.close()
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """One transaction that sees one state."""
+        return self.database.reading()
+
+    @contextmanager
+    def writing(self, who: str) -> Iterator[Ledger]:
+        """One transaction of ``who``: all of it is written at its end, or nothing."""
+        with self.database.writing() as connection:
+            yield Ledger(connection, who)
+
+    def add(self, name: str, source: VersionSource, labels: Labels, who: str, progress: Progress) -> Version:
+        """The version that the source is; its files are stored before the database names them."""
+        with self._content_lock(alone=False):
+            blobs = self._store_files(source, progress)
+            problems = source.problems({path: blob.sha256 for path, blob in blobs.items()})
+            if problems:
+                raise InputError("\n".join(problems), "export again, or copy it again")
+            with self.writing(who) as ledger:
+                number = ledger.add_version(name, source, blobs, labels)
+                return find_version(ledger.connection, VersionReference(name, number))
+
+    def check_out(self, reference: VersionReference) -> tuple[Version, Path]:
+        """The directory of a version, with its exports or the one that is named: a run, an adapter or an export."""
+        with self._content_lock(alone=False):
+            with self.reading() as connection:
+                version = find_version(connection, reference)
+                content = checkout.read_files(connection, version)
+            labels = checkout.choose_labels(version, reference.export)
+            self.views.mkdir(parents=True, exist_ok=True)
+            with _disk_errors():
+                target = checkout.check_out(self.views, self.store, version, content, labels)
+            return version, checkout.path_of(target, version, reference.export)
+
+    def collect(self, keep: int, who: str, *, dry_run: bool) -> Collected:
+        """Remove the files of old versions, and those that no version has."""
+        with self._content_lock(alone=True):
+            with self.writing(who) as ledger:
+                gone = upkeep.collectable(ledger.connection, keep)
+                for name, number in gone:
+                    ledger.collect(name, number)
+                unused = dict(upkeep.unused(ledger.connection, self.store))
+                if dry_run:
+                    ledger.connection.rollback()
+            if not dry_run:
+                for sha256 in unused:
+                    self.store.remove(sha256)
+                upkeep.remove_views(self.views, gone)
+                upkeep.remove_partial(*self._partial)
+        return Collected(tuple(f"{name}@{number}" for name, number in gone), len(unused), sum(unused.values()), dry_run)
+
+    def verify(self, progress: Progress) -> tuple[list[str], int]:
+        """Everything that is wrong, a line each, and how many versions were looked at."""
+        with self._content_lock(alone=False), self.reading() as connection:
+            problems = upkeep.verify_records(connection)
+            problems += upkeep.verify_content(connection, self.store, progress)
+            count = connection.scalar(select(func.count()).select_from(versions))
+        return problems, int(count or 0)
+
+    def _store_files(self, source: VersionSource, progress: Progress) -> dict[str, Blob]:
+        files = source.files()
+        sizes = {path: file.stat().st_size for path, file in files.items()}
+        blobs = {}
+        with _disk_errors(), progress.track("store", sum(sizes.values()), "bytes") as advance:
+            for path, file in files.items():
+                blobs[path] = self.store.put(file, link=path.startswith(f"{EXPORTS}/"))
+                advance(sizes[path])
+        return blobs
+
+    @contextmanager
+    def _content_lock(self, *, alone: bool) -> Iterator[None]:
+        if self.location.folder:
+            with folder_lock(self.location.folder, alone=alone):
+                yield
+        else:
+            with self.database.content_lock(alone=alone):
+                yield
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise RegistryError(
+            f"{where}{error.strerror or error}", "nothing was added: make room there, or see that it may be written"
+        ) from None
+
+
+def _views(location: Location, content: str) -> Path:
+    """Beside a registry in a folder; of one elsewhere on this machine, in its cache."""
+    if location.folder:
+        return location.folder / VIEWS
+    key = hashlib.sha256(f"{location.shown} {content}".encode()).hexdigest()[:16]
+    return cache_folder() / "registry" / key / VIEWS

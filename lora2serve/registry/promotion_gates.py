@@ -1,0 +1,86 @@
+"""What a version must meet before an alias may point to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from lora2serve.config.bounds import Range
+from lora2serve.config.schema import build, repeated_keys, show
+from lora2serve.errors import RecipeError
+from lora2serve.registry.version_record import Version
+
+FILE = "gates.yaml"  # in the folder of a registry
+EXAMPLE = "such as `suites: {medqa.acc: 0.01}`: not worse than the version before by more than that"
+
+
+@dataclass(frozen=True)
+class GateRecipe:
+    """``suites``: SUITE.METRIC -> by how much it may be worse than that of the version that is replaced."""
+
+    suites: Mapping[str, Annotated[float, Range(0.0, 1e9)]] = field(default_factory=dict)
+
+
+def read_gates(path: Path) -> GateRecipe:
+    """The gates in a YAML file; RecipeError names every problem in it."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, problems = yaml.safe_load(text), repeated_keys(yaml.compose(text, yaml.SafeLoader))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: {' '.join(str(error).split())[:300]}", EXAMPLE) from None
+    if content is not None and not isinstance(content, dict):
+        raise RecipeError(f"{path}: {show(content)}, expected keys and values", EXAMPLE)
+    gates = build(GateRecipe, content or {}, problems)
+    problems += [
+        f"suites: {show(name)}, expected SUITE.METRIC" for name in gates.suites if not all(name.partition(".")[::2])
+    ]
+    if problems:
+        raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems), EXAMPLE)
+    return gates
+
+
+def not_met(version: Version, champion: Version | None, gates: GateRecipe) -> list[str]:
+    """Each gate that forbids it, with why; ``champion`` is the version that the alias points to now."""
+    problems = [] if version.state == "active" else [f"state: {version.reference} is {version.state}"]
+    unproven = [f"{export.name}: {export.unproven}" for export in version.exports if export.unproven]
+    if not version.exports:
+        unproven = ["it has no export, so parity was not run"]
+    problems += [f"parity: {reason}" for reason in unproven]
+    if champion is None or champion.number == version.number:
+        return problems
+    if not same_base(version, champion):
+        problems.append(f"base: {version.base or 'unknown'}, {champion.reference} is of {champion.base or 'unknown'}")
+    return [*problems, *(problem for name in gates.suites if (problem := _worse(name, version, champion, gates)))]
+
+
+def same_base(one: Version, other: Version) -> bool:
+    """Whether both are of one base: by its content where that is known of both, else by its name."""
+    if one.base_sha256 and other.base_sha256:
+        return one.base_sha256 == other.base_sha256
+    return one.base == other.base
+
+
+def _worse(name: str, version: Version, champion: Version, gates: GateRecipe) -> str:
+    """Why a suite is not met; empty where it is, or where the champion was never measured on it."""
+    new, old, margin = version.score(name), champion.score(name), gates.suites[name]
+    if new is None:
+        return f"{name}: {version.reference} was not measured on it"
+    if old is None:
+        return ""
+    if new.suite_sha256 != old.suite_sha256:
+        return f"{name}: measured on another suite than that of {champion.reference}, so the two cannot be compared"
+    loss = (old.value - new.value) if new.higher_is_better else (new.value - old.value)
+    if loss <= margin + 1e-12 * max(abs(old.value), abs(new.value)):  # 0.75 - 0.74 is a little more than 0.01
+        return ""
+    return f"{name}: {new.value:g}, {champion.reference} has {old.value:g} (margin {margin:g})"
+
+
+def shown(problems: Sequence[str]) -> str:
+    """The gates in one line, as an event keeps them."""
+    return "; ".join(problems)

@@ -1,0 +1,143 @@
+"""Questions to a registry: which versions there are, and which was best at what, and when."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Connection, Select, Subquery, and_, func, select
+from sqlalchemy.exc import DBAPIError
+
+from lora2serve.errors import UsageError, did_you_mean, first_line
+from lora2serve.registry.database import Database
+from lora2serve.registry.tables import aliases, scores, versions
+from lora2serve.registry.version_record import Version
+from lora2serve.registry.version_rows import complete
+from lora2serve.registry.where_clause import metric_name, parse_where
+
+MOST_ROWS = 100_000  # of an answer to ``sql``
+READING = "it only reads: docs/registry.md has the tables"
+
+
+@dataclass(frozen=True)
+class VersionQuery:
+    """What versions are looked for; empty fields ask nothing. ``since`` is in the period, ``until`` is not."""
+
+    name: str = ""
+    domain: str = ""
+    task: str = ""
+    author: str = ""
+    alias: str = ""
+    metric: str = ""  # SUITE.METRIC
+    suite_sha256: str = ""  # its beginning
+    since: str = ""
+    until: str = ""
+    where: str = ""
+    best: bool = False
+    limit: int | None = None
+
+
+def find_versions(connection: Connection, question: VersionQuery) -> list[Version]:
+    """The versions that fit, the best first where a metric is named, else by name and number.
+
+    With a metric, the period is that in which it was measured, and only versions that were measured are found; else it
+    is that in which they were trained. UsageError where scores of different suites would be compared.
+    """
+    if question.best and not question.metric:
+        raise UsageError("best needs a metric", "--metric SUITE.METRIC names one, such as medqa.acc")
+    query = select(versions).where(_condition(question))
+    if not question.metric:
+        query = query.order_by(versions.c.name, versions.c.number)
+    else:
+        _refuse_unknown_metric(connection, question)
+        query = _ranked(connection, query, question)
+    limit = 1 if question.best else question.limit
+    rows = connection.execute(query.limit(limit)).mappings()
+    columns = [column.name for column in versions.columns]
+    return complete(connection, [{name: row[name] for name in columns} for row in rows])
+
+
+def _condition(question: VersionQuery) -> ColumnElement[bool]:
+    terms = [parse_where(question.where)]
+    for key in ("name", "domain", "task", "author"):
+        if value := getattr(question, key):
+            terms.append(versions.c[key] == value)
+    if question.alias:
+        pointed = (aliases.c.name == versions.c.name, aliases.c.number == versions.c.number)
+        terms.append(select(aliases.c.number).where(*pointed, aliases.c.alias == question.alias).exists())
+    if not question.metric:
+        terms += [versions.c.created >= question.since] if question.since else []
+        terms += [versions.c.created < question.until] if question.until else []
+    return and_(*terms)
+
+
+def _measured(question: VersionQuery) -> Subquery:
+    """The newest score of each version on each suite in the period."""
+    suite, metric = metric_name(question.metric)
+    terms = [scores.c.suite == suite, scores.c.metric == metric]
+    terms += [scores.c.created >= question.since] if question.since else []
+    terms += [scores.c.created < question.until] if question.until else []
+    if question.suite_sha256:
+        terms.append(scores.c.suite_sha256.startswith(question.suite_sha256, autoescape=True))
+    newest = func.row_number().over(
+        partition_by=(scores.c.name, scores.c.number, scores.c.suite_sha256),
+        order_by=(scores.c.created.desc(), scores.c.id.desc()),
+    )
+    inner = select(scores, newest.label("place")).where(*terms).subquery()
+    return select(inner).where(inner.c.place == 1).subquery()
+
+
+def _ranked(connection: Connection, query: Select[tuple[object]], question: VersionQuery) -> Select[tuple[object]]:
+    measured = _measured(question)
+    joined = query.join(measured, and_(measured.c.name == versions.c.name, measured.c.number == versions.c.number))
+    kinds = connection.execute(
+        joined.with_only_columns(measured.c.suite_sha256, measured.c.higher_is_better, maintain_column_froms=True)
+        .distinct()
+        .order_by(None)
+    ).all()
+    suites = sorted({row.suite_sha256 for row in kinds})
+    if len(suites) > 1:
+        raise UsageError(
+            f"{question.metric}: measured on {len(suites)} different suites, whose scores are not comparable",
+            f"--suite names one: {', '.join(sha256[:12] for sha256 in suites[:5])}",
+        )
+    rising = bool(kinds and kinds[0].higher_is_better)
+    order = measured.c.value.desc() if rising else measured.c.value.asc()
+    return joined.order_by(order, versions.c.created.desc(), versions.c.name, versions.c.number.desc())
+
+
+def _refuse_unknown_metric(connection: Connection, question: VersionQuery) -> None:
+    suite, metric = metric_name(question.metric)
+    known = [
+        f"{row.suite}.{row.metric}" for row in connection.execute(select(scores.c.suite, scores.c.metric).distinct())
+    ]
+    if f"{suite}.{metric}" not in known:
+        raise UsageError(
+            f"--metric {question.metric}: no version was measured on it{did_you_mean(question.metric, known)}",
+            f"measured: {', '.join(sorted(known)[:20])}" if known else "`lora2serve registry score` writes scores down",
+        )
+
+
+def run_sql(database: Database, statement: str) -> tuple[Sequence[str], list[list[object]]]:
+    """Columns and rows of a query; UsageError for what it refuses, and for whatever would write."""
+    with database.reading() as connection:
+        if isinstance(own := connection.connection.dbapi_connection, sqlite3.Connection):
+            own.set_authorizer(_reads_only)
+        else:
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        try:  # in Postgres a cursor of the server takes one query, and nothing else
+            result = connection.execution_options(stream_results=True).exec_driver_sql(statement)
+            if not result.returns_rows:
+                raise UsageError("sql: expected a SELECT", READING)
+            return list(result.keys()), [list(row) for row in result.fetchmany(MOST_ROWS)]
+        except DBAPIError as error:
+            raise UsageError(f"sql: {first_line(error.orig or error)}", READING) from None
+        finally:
+            if isinstance(own, sqlite3.Connection):
+                own.set_authorizer(None)
+
+
+def _reads_only(action: int, *names: str | None) -> int:
+    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
+    return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY

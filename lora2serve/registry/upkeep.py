@@ -1,0 +1,128 @@
+"""What keeps a registry whole and small: ``verify`` compares everything with everything, ``gc`` removes files."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection, select
+
+from lora2serve.progress import Progress
+from lora2serve.registry.checkout import MARKER
+from lora2serve.registry.content_store import PARTIAL, Blob, ContentStore
+from lora2serve.registry.ledger import replayed
+from lora2serve.registry.tables import aliases, events, exports, files, versions
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What ``gc`` removed, or would remove: versions as ``name@number``, files and bytes of the store."""
+
+    versions: tuple[str, ...]
+    files: int
+    bytes: int
+    dry_run: bool
+
+
+def verify_records(connection: Connection) -> list[str]:
+    """What in the tables contradicts itself, a line each."""
+    rows = [dict(row) for row in connection.execute(select(events).order_by(events.c.id)).mappings()]
+    expected = replayed(rows)
+    actual = {(row.name, row.alias): row.number for row in connection.execute(select(aliases))}
+    problems = []
+    for name, alias in sorted(expected.keys() | actual.keys()):
+        new, number = expected.get((name, alias)), actual.get((name, alias))
+        if new != number:
+            problems.append(f"{name}@{alias}: points to {number}, and by the events to {new}")
+    states = {(row.name, row.number): row.state for row in connection.execute(select(versions))}
+    for (name, alias), number in actual.items():
+        if states.get((name, number), "collected") == "collected":
+            problems.append(f"{name}@{alias}: points to {number}, which has no files")
+    return [*problems, *_broken_chains(rows), *_without_files(connection, states)]
+
+
+def verify_content(connection: Connection, store: ContentStore, progress: Progress) -> list[str]:
+    """Files that are missing or changed, a line for each version that has them."""
+    uses: dict[Blob, list[str]] = defaultdict(list)
+    for row in connection.execute(select(files).order_by(files.c.name, files.c.number, files.c.path)):
+        uses[Blob(row.sha256, row.size)].append(f"{row.name}@{row.number}: {row.path}")
+    problems = []
+    with progress.track("verify", sum(blob.size for blob in uses), "bytes") as advance:
+        for blob, users in uses.items():
+            if problem := store.problem(blob):
+                problems += [f"{user}: {problem}" for user in users]
+            advance(blob.size)
+    return problems
+
+
+def collectable(connection: Connection, keep: int) -> list[tuple[str, int]]:
+    """The versions whose files may go: of each name not the ``keep`` newest, none that an alias points to, and none of
+    the last ``keep`` that an alias pointed to.
+    """
+    pointed = {(row.name, row.number) for row in connection.execute(select(aliases.c.name, aliases.c.number))}
+    staying = set(pointed)
+    for recent in _recent(connection).values():
+        staying |= set(recent[:keep])
+    numbers: dict[str, list[int]] = defaultdict(list)
+    query = select(versions.c.name, versions.c.number).where(versions.c.state != "collected")
+    for row in connection.execute(query.order_by(versions.c.name, versions.c.number.desc())):
+        numbers[row.name].append(row.number)
+    old = [(name, number) for name, own in numbers.items() for number in own[keep:]]
+    return sorted(key for key in old if key not in staying)
+
+
+def unused(connection: Connection, store: ContentStore) -> Mapping[str, int]:
+    """Blobs that no version has, sha256 -> bytes: also what a killed command left."""
+    used = set(connection.scalars(select(files.c.sha256).distinct()))
+    return {sha256: size for sha256, size in store.sizes().items() if sha256 not in used}
+
+
+def remove_views(views: Path, gone: list[tuple[str, int]]) -> None:
+    """The directories of versions whose files are gone."""
+    for name, number in gone:
+        folder = views / f"{name}-{number}"
+        if (folder / MARKER).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partial(*roots: Path) -> None:
+    """What killed commands left half-made; only while nobody else adds anything."""
+    for root in roots:
+        shutil.rmtree(root / PARTIAL, ignore_errors=True)
+
+
+def _recent(connection: Connection) -> Mapping[tuple[str, str], list[tuple[str, int]]]:
+    """(name, alias) -> the versions that it pointed to, each once, the last first."""
+    query = select(events.c.name, events.c.alias, events.c.new).where(events.c.alias != "")
+    recent: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
+    for row in connection.execute(query.order_by(events.c.id.desc())):
+        key = (row.name, row.new)
+        if key not in recent[row.name, row.alias]:
+            recent[row.name, row.alias].append(key)
+    return recent
+
+
+def _broken_chains(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Events that begin where the one before did not end."""
+    problems, last = [], dict[tuple[object, object], object]()
+    for row in rows:
+        if row["alias"]:
+            key = row["name"], row["alias"]
+            if last.get(key) != row["old"]:
+                problems.append(f"event {row['id']}: {key[0]}@{key[1]} from {row['old']}, expected {last.get(key)}")
+            last[key] = row["new"]
+    return problems
+
+
+def _without_files(connection: Connection, states: Mapping[tuple[str, int], str]) -> list[str]:
+    there = {(row.name, row.number) for row in connection.execute(select(files.c.name, files.c.number).distinct())}
+    exported = {(row.name, row.number) for row in connection.execute(select(exports.c.name, exports.c.number))}
+    missing = sorted(key for key, state in states.items() if state != "collected" and key not in there)
+    left = sorted(key for key, state in states.items() if state == "collected" and key in there | exported)
+    return [
+        *(f"{name}@{number}: has no files" for name, number in missing),
+        *(f"{name}@{number}: collected, and has files" for name, number in left),
+    ]

@@ -1,0 +1,131 @@
+"""Versions out of the tables and into them: rows to typed values, and back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import ColumnElement, Connection, Table, and_, or_, select
+
+from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.registry.tables import aliases, events, exports, scores, versions
+from lora2serve.registry.version_facts import VersionFacts
+from lora2serve.registry.version_record import RegistryEvent, Version
+from lora2serve.registry.version_reference import VersionReference
+
+Key = tuple[str, int]
+SOME = 500  # versions whose parts are read by one query
+EXPORT = {"name": "label", "target": "target", "quant": "quant", "bytes": "bytes", "unproven": "unproven"}
+SCORE = {
+    name: name
+    for name in (
+        "suite", "metric", "created", "value", "low", "high", "n", "higher_is_better", "suite_sha256", "engine",
+    )
+}  # fmt: skip
+
+
+def read_versions(connection: Connection, condition: ColumnElement[bool]) -> list[Version]:
+    """The versions for which that holds, by name and number."""
+    query = select(versions).where(condition).order_by(versions.c.name, versions.c.number)
+    rows = [dict(row) for row in connection.execute(query).mappings()]
+    return complete(connection, rows)
+
+
+def complete(connection: Connection, rows: Sequence[Mapping[str, object]]) -> list[Version]:
+    """Rows of ``version``, in their order, with what the other tables have on them."""
+    keys = [_key(row) for row in rows]
+    named = _grouped(connection, keys, aliases, {"alias": "alias"})
+    exported = _grouped(connection, keys, exports, EXPORT)
+    measured = _grouped(connection, keys, scores, SCORE)
+    return [
+        _version(
+            row,
+            aliases=[part["alias"] for part in named[key]],
+            exports=exported[key],
+            scores=measured[key],
+        )
+        for row, key in zip(rows, keys, strict=True)
+    ]
+
+
+def find_version(connection: Connection, reference: VersionReference) -> Version:
+    """The version that is meant; UsageError where there is none, with those that are near."""
+    number = reference.number
+    if reference.alias:
+        query = select(aliases.c.number).where(aliases.c.name == reference.name, aliases.c.alias == reference.alias)
+        number = connection.scalar(query)
+    row = None
+    if number is not None and number < 1 << 31:
+        query = select(versions).where(versions.c.name == reference.name, versions.c.number == number)
+        row = connection.execute(query).mappings().one_or_none()
+    if row is None:
+        raise _unknown(connection, reference)
+    return complete(connection, [dict(row)])[0]
+
+
+def names(connection: Connection) -> list[str]:
+    """Every name that has versions."""
+    return list(connection.scalars(select(versions.c.name).distinct().order_by(versions.c.name)))
+
+
+def read_events(connection: Connection, name: str | None) -> list[RegistryEvent]:
+    """Those of one name, or all, the first first."""
+    query = select(events).order_by(events.c.id)
+    rows = connection.execute(query.where(events.c.name == name) if name is not None else query).mappings()
+    return [RegistryEvent.from_json(dict(row), f"event {row['id']}") for row in rows]
+
+
+def aliases_of(connection: Connection, name: str) -> dict[str, int]:
+    """Alias -> number."""
+    query = select(aliases.c.alias, aliases.c.number).where(aliases.c.name == name).order_by(aliases.c.alias)
+    return {row.alias: row.number for row in connection.execute(query)}
+
+
+def refuse_unknown_name(connection: Connection, name: str) -> None:
+    """UsageError where no version has that name."""
+    known = names(connection)
+    if name not in known:
+        raise UsageError(
+            f"{name}: no versions of that name{did_you_mean(name, known)}",
+            f"known names: {', '.join(known[:20])}" if known else "`lora2serve registry add` makes the first version",
+        )
+
+
+def _unknown(connection: Connection, reference: VersionReference) -> UsageError:
+    refuse_unknown_name(connection, reference.name)
+    if reference.alias:
+        known = aliases_of(connection, reference.name)
+        near = did_you_mean(reference.alias, known)
+        hint = f"{reference.name} has: {', '.join(known)}" if known else "`lora2serve registry promote` sets one"
+        return UsageError(f"{reference}: no such alias{near}", hint)
+    numbers = list(connection.scalars(select(versions.c.number).where(versions.c.name == reference.name)))
+    return UsageError(f"{reference}: no such version", f"{reference.name} has 1 to {max(numbers)}")
+
+
+def _key(row: Mapping[str, object]) -> Key:
+    return str(row["name"]), int(str(row["number"]))
+
+
+def _grouped(
+    connection: Connection, keys: Sequence[Key], table: Table, columns: Mapping[str, str]
+) -> Mapping[Key, list[dict[str, object]]]:
+    """The rows of one table by their version, the columns under their names in the result."""
+    found: dict[Key, list[dict[str, object]]] = defaultdict(list)
+    name, number = table.c.name, table.c.number
+    chosen = [table.c[column] for column in columns.values()]
+    for start in range(0, len(keys), SOME):
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for key_name, key_number in keys[start : start + SOME]:
+            numbers[key_name].append(key_number)
+        wanted = or_(*(and_(name == each, number.in_(some)) for each, some in numbers.items()))
+        for row in connection.execute(select(name, number, *chosen).where(wanted).order_by(*chosen)):
+            found[row[0], row[1]].append(dict(zip(columns, row[2:], strict=True)))
+    return found
+
+
+def _version(row: Mapping[str, object], **parts: object) -> Version:
+    source = f"{row['name']}@{row['number']}"
+    facts = VersionFacts.from_text(str(row["facts"]), f"{source}: facts")
+    columns = {key: value for key, value in row.items() if key != "facts"}
+    data: dict[str, object] = {"data": facts.data.to_json(), "recipe": facts.recipe, "versions": facts.versions}
+    return Version.from_json({**columns, **parts, "targets": facts.targets, **data}, source)
