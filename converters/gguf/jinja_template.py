@@ -1,4 +1,4 @@
-"""A chat template, rendered as in training: by transformers' own sandbox, with the variables that it hands over."""
+"""A chat template, rendered as in training: in a sandbox like transformers' own, with the variables it hands over."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import cast
 
 from lora2serve.data.rows import Message
 from lora2serve.data.served_template import without_system
+from lora2serve.exporting.jinja_sandbox import compiled_template
 
 Messages = Sequence[Message]
 Tools = Sequence[Mapping[str, object]]
@@ -28,16 +29,13 @@ class Jinja:
 
     def at(self, clock: Clock | None, tools: Tools | None = None) -> Render:
         """The renderer at another time than now, with ``tools``."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         variables = {**self.variables, **({"strftime_now": clock} if clock else {})}
 
         def render(messages: Messages) -> str:
-            rendered, _ = render_jinja_template(
-                [[dict(message) for message in messages]], chat_template=self.template, add_generation_prompt=True,
-                tools=[dict(tool) for tool in tools] if tools else None, **variables,
+            return compiled_template(self.template).render(
+                messages=[dict(message) for message in messages], add_generation_prompt=True,
+                tools=[dict(tool) for tool in tools] if tools else None, documents=None, **variables,
             )  # fmt: skip
-            return str(rendered[0])
 
         return render
 

@@ -23,6 +23,7 @@ from lora2serve.weights.chat_template import special_tokens
 DAY = date(2031, 11, 23)  # of the comparison: no template was written for it
 KEY = "tokenizer.chat_template"  # of another name: KEY.NAME
 ADD_BOS, MODEL = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.model"
+PENALTY, PENALIZED = "general.sampling.penalty_repeat", "general.sampling.penalty_last_n"
 SERVED_TOKENS = ("bos_token", "eos_token")
 ALWAYS_THERE = ("tools", "documents")  # None in transformers, where there are none
 COMMENT = "{#- A server sets these otherwise than they were in training. #}\n"
@@ -71,7 +72,10 @@ def probes() -> Iterator[Probe]:
 
 
 def as_trained_keys(files: Mapping[str, Path], keys: Keys) -> dict[str, TypedValue]:
-    """The keys of a GGUF, with its chat templates and BOS as in training; ``files`` are the model's."""
+    """The keys of a GGUF, with its chat templates and BOS as in training; ``files`` are the model's.
+
+    A repetition penalty looks at the whole context there, and in llama.cpp at 64 tokens where none are named.
+    """
     variables = special_tokens(files)
     changed = dict(keys)
     for key, entry in keys.items():
@@ -79,6 +83,9 @@ def as_trained_keys(files: Mapping[str, Path], keys: Keys) -> dict[str, TypedVal
             changed[key] = replace(entry, value=as_trained(Jinja(str(entry.value), variables)))
     if KEY in keys and adds_foreign_bos(Jinja(str(keys[KEY].value), variables), keys):
         changed |= typed({ADD_BOS: False})
+    context = next((entry.value for key, entry in keys.items() if key.endswith(".context_length")), None)
+    if PENALTY in keys and keys[PENALTY].value != 1 and isinstance(context, int):
+        changed |= typed({PENALIZED: context})
     return changed
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from converters.gguf.jinja_template import Jinja, TrainedJinja
 from converters.gguf.template_copy import as_trained
-from converters.gguf.tokenizer_files import tokenizer_directory
 from converters.ollama import go_template
+from converters.ollama.chat_tokenizer import ChatTokenizer, read_tokenizer
 from converters.ollama.go_template import DerivedTemplate
 from converters.ollama.modelfile import PARAMETER_NAMES, Modelfile, ParameterValue
 from converters.ollama.modelfile_parser import PARAMETERS
@@ -20,9 +19,7 @@ from lora2serve.artifacts.staging import StagedDir, as_json
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+PENALTY = "repetition_penalty"
 COMPLETION_TEMPLATE = "{{ .Prompt }}"  # a model without a chat template completes text
 RENDERS_JINJA_FROM = "0.30.0"  # from here on Ollama renders the GGUF's own Jinja
 # Architectures that Ollama renders and parses by code of its own, whatever TEMPLATE and Jinja say (server/create.go).
@@ -85,19 +82,16 @@ class Chat:
 
 def read_chat(model: ExportModel) -> Chat:
     """Everything about prompts from the tokenizer and the generation config."""
-    from transformers import AutoTokenizer
-
-    with tokenizer_directory(model) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
     path = model.files.get("generation_config.json")
     generation = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    jinja = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    eos = generation.get("eos_token_id")
+    ends: Sequence[int] = eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
+    tokenizer = read_tokenizer(model, ends)
+    jinja, special = tokenizer.template, tokenizer.special
     derived, reason = _derive(jinja, special)
     system = go_template.default_system(TrainedJinja(jinja, special), derived) if jinja and derived else None
-    stop = _stops(tokenizer, generation, derived, model.answer_end)
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return Chat(jinja, special, derived, reason, system, stop, _parameters(generation), adds_bos)
+    stop = _stops(tokenizer, ends, derived, model.answer_end)
+    return Chat(jinja, special, derived, reason, system, stop, _parameters(generation, model), tokenizer.adds_bos)
 
 
 def modelfile_files(modelfile: Modelfile, text: str) -> dict[str, bytes]:
@@ -122,12 +116,15 @@ def _derive(jinja: str | None, special: Mapping[str, str]) -> tuple[DerivedTempl
         return None, str(reason)
 
 
-def _parameters(generation: Mapping[str, object]) -> dict[str, ParameterValue]:
-    """Sampling defaults in the types that Ollama takes, where the model samples."""
+def _parameters(generation: Mapping[str, object], model: ExportModel) -> dict[str, ParameterValue]:
+    """Sampling defaults in the types that Ollama takes, where the model samples; a penalty in any case.
+
+    In training it looked at the whole context, in Ollama at 64 tokens where none are named.
+    """
     parameters: dict[str, ParameterValue] = {}
-    for ours, theirs in PARAMETER_NAMES.items() if generation.get("do_sample", False) else ():
+    for ours, theirs in PARAMETER_NAMES.items():
         value, kind = generation.get(ours), PARAMETERS[theirs]
-        if value is None or kind is None:
+        if value is None or kind is None or not (ours == PENALTY or generation.get("do_sample", False)):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
             raise ExportError(
@@ -135,27 +132,20 @@ def _parameters(generation: Mapping[str, object]) -> dict[str, ParameterValue]:
                 "correct it in the model's directory, or take it out",
             )
         parameters[theirs] = kind(value)
+    context = (model.config.get("text_config") or model.config).get("max_position_embeddings")
+    if parameters.get("repeat_penalty", 1) != 1 and context:
+        parameters["repeat_last_n"] = int(context)
     return parameters
 
 
 def _stops(
-    tokenizer: PreTrainedTokenizerBase,
-    generation: Mapping[str, object],
-    derived: DerivedTemplate | None,
-    answer_end: tuple[str, int] | None,
+    tokenizer: ChatTokenizer, ends: Sequence[int], derived: DerivedTemplate | None, answer_end: tuple[str, int] | None
 ) -> tuple[str, ...]:
-    """The end tokens of the generation config and the tokenizer, and the token that closes a turn."""
-    eos = generation.get("eos_token_id")
-    ids: Sequence[int] = eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
-    stops = [tokenizer.eos_token, *(_text(tokenizer, number) for number in ids)]
+    """The end tokens of the tokenizer and the generation config (``ends``), and the token that closes a turn."""
+    stops = [tokenizer.special.get("eos_token", ""), *(tokenizer.texts.get(number, "") for number in ends)]
     if derived:
         closing = derived.pieces.to_user.lstrip()
-        added = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
-        stops += [token for token in added if token.strip() and closing.startswith(token)][:1]
+        longest_first = sorted(tokenizer.added, key=len, reverse=True)
+        stops += [token for token in longest_first if token.strip() and closing.startswith(token)][:1]
     stops += answer_end[:1] if answer_end else ()
     return tuple(dict.fromkeys(text for text in stops if text))
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    """What the token prints: an ordinary one is stored in another alphabet (``Ċ`` is a newline)."""
-    return str(tokenizer.decode([number], skip_special_tokens=False)) if 0 <= number < len(tokenizer) else ""

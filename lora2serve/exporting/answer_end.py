@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 from lora2serve.data.end_tokens import Messages, find_answer_end
+from lora2serve.exporting.jinja_sandbox import compiled_template
 from lora2serve.weights.chat_template import TOKENIZER, chat_templates, read_settings, special_tokens
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 
 def read_answer_end(files: Mapping[str, Path]) -> tuple[str, int] | None:
@@ -28,7 +24,7 @@ def read_answer_end(files: Mapping[str, Path]) -> tuple[str, int] | None:
         return None
     special = special_tokens(files)
     try:
-        compiled = _environment().from_string(template)
+        compiled = compiled_template(template)
     except Exception:  # a template of another dialect; what renders it will say so
         return None
 
@@ -46,40 +42,3 @@ def _token_ids(files: Mapping[str, Path]) -> dict[str, int]:
         return {token["content"]: int(token["id"]) for token in added}
     decoder = read_settings(files, TOKENIZER).get("added_tokens_decoder") or {}
     return {token["content"]: int(number) for number, token in decoder.items()}
-
-
-def _environment() -> Environment:
-    """Jinja as transformers sets it up (``utils/chat_template_utils.py``), without the seconds of importing that."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationMarks(Extension):
-        """{% generation %} marks what the assistant says, and prints it."""
-
-        tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(
-    value: object, ensure_ascii: bool = False, indent: int | None = None,
-    separators: tuple[str, str] | None = None, sort_keys: bool = False,
-) -> str:  # fmt: skip
-    """With the arguments of transformers' own."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)

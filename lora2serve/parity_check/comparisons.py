@@ -92,7 +92,9 @@ def _engines(export: Export, origin: TrainedModel) -> list[tuple[str, dict[str, 
     hosted: dict[str, object] = {"export": str(path), "tokenizer": str(origin.tokenizer), "window": window}
     if target in ("gguf", "ollama", "lmstudio"):
         file: dict[str, object] = {"model": str(export.gguf), "window": window}
-        return [("llama.cpp", file), ("ollama", hosted)] if target == "ollama" else [("llama.cpp", file)]
+        if target == "ollama":
+            return [("llama.cpp", {**file, "modelfile": str(path / "Modelfile")}), ("ollama", hosted)]
+        return [("llama.cpp", file)]
     if target == "ollama-adapter":
         return [("ollama", hosted)]
     if target == "gguf-adapter":

@@ -112,7 +112,9 @@ def test_sampling_defaults_and_stops(base: Path, tmp_path: Path) -> None:
     directory = exported(base, tmp_path)
     params = json.loads((directory / "params").read_text())
     stop = params.pop("stop")
-    assert params == {"temperature": 0.7, "top_p": 1.0, "top_k": 20, "repeat_penalty": 1.05}
+    context = json.loads((base / "config.json").read_text())["max_position_embeddings"]
+    penalty = {"repeat_penalty": 1.05, "repeat_last_n": context}
+    assert params == {"temperature": 0.7, "top_p": 1.0, "top_k": 20, **penalty}
     assert {"<|im_end|>", "<|endoftext|>"} <= set(stop)
     assert not [word for word in stop if "Ġ" in word or not word]
 

@@ -199,6 +199,7 @@ def _sampling(model: ExportModel) -> Values:
         "top_p": ("top_p", float),
         "top_k": ("top_k", int),
         "min_p": ("min_p", float),
+        "repetition_penalty": ("penalty_repeat", float),
     }
     return {
         f"general.sampling.{name}": kind(value)

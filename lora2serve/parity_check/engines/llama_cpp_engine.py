@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from lora2serve.errors import EngineError
-from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools, own_sampling
 
 TEMPLATE = "tokenizer.chat_template"
 BATCH = 64  # tokens at a time: llama.cpp holds the logits of a batch beside those of the text
 
 
 class LlamaCpp:
-    """``model`` is a GGUF file, the first one where it is split."""
+    """``model`` is a GGUF file, the first one where it is split; answers are as its ``modelfile`` sets them, if any."""
 
-    def __init__(self, model: str, window: int, adapter: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, model: str, window: int, adapter: str | None = None, modelfile: str | None = None,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
         from llama_cpp import Llama
 
         try:
@@ -28,6 +33,7 @@ class LlamaCpp:
             raise EngineError(f"llama.cpp does not load {model}: {error}", "export again") from error
         self.version = f"llama-cpp-python {version('llama-cpp-python')}"
         self._stops: list[int] | None = None
+        self._own = own_sampling.of_modelfile(Path(modelfile)) if modelfile else own_sampling.of_gguf(self.llm.metadata)
 
     def render(self, messages: Messages, tools: Tools = ()) -> str | None:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -69,17 +75,42 @@ class LlamaCpp:
             yield Scores(self.llm.scores[: len(ids) - 1])  # seen, not copied: the next text writes over them
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
-        stop = set(self.stop_ids() or ())
-        answers = []
-        for ids in prompts:
-            self.llm.reset()
-            answer: list[int] = []
-            for token in self.llm.generate(list(ids), temp=0.0, top_k=1, repeat_penalty=1.0):
-                if token in stop or len(answer) == new_tokens:
-                    break
-                answer.append(int(token))
-            answers.append(answer)
-        return answers
+        return [self._answer(list(ids), self._own.most(new_tokens)) for ids in prompts]
+
+    def _answer(self, ids: list[int], length: int) -> list[int]:
+        import llama_cpp
+
+        stop, answer = set(self.stop_ids() or ()), list[int]()
+        self.llm.reset()
+        with self._sampler(ids) as sampler:
+            self.llm.eval(ids)
+            while len(answer) < length:
+                token = int(llama_cpp.llama_sampler_sample(sampler, self.llm.ctx, -1))
+                answer.append(token)
+                text = self.llm.detokenize(answer, special=True)
+                if token in stop or any(word.encode() in text for word in self._own.stops):
+                    return answer[:-1]
+                self.llm.eval([token])
+        return answer
+
+    @contextmanager
+    def _sampler(self, prompt: list[int]) -> Iterator[Any]:
+        """The likeliest token after the export's own penalties, which have seen the prompt, as on llama-server."""
+        import llama_cpp
+
+        own = self._own
+        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        penalties = llama_cpp.llama_sampler_init_penalties(
+            self.llm.n_vocab(), own.last, own.repeat, own.frequency, own.presence
+        )
+        for sampler in (penalties, llama_cpp.llama_sampler_init_greedy()):
+            llama_cpp.llama_sampler_chain_add(chain, sampler)
+        for token in prompt:
+            llama_cpp.llama_sampler_accept(chain, token)
+        try:
+            yield chain
+        finally:
+            llama_cpp.llama_sampler_free(chain)
 
     def _piece(self, token: int) -> str:
         return str(self.llm._model.token_get_text(token))

@@ -19,14 +19,15 @@ from pathlib import Path
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engine_process import EngineMissing
-from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools, own_sampling
 from lora2serve.progress import Silent
 from lora2serve.serving import ollama
 from lora2serve.system.json_values import Json, JsonValue, at, objects
 
 TOP = 20  # the most that Ollama shows
 LEAST = 0.5  # share of positions that must be known
-GREEDY = {"temperature": 0, "seed": 0, "repeat_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0, "stop": []}
+LIKELIEST = {"temperature": 0, "seed": 0}  # of an answer, whose penalties and stops are those of the Modelfile
+GREEDY = {**LIKELIEST, "repeat_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0, "stop": []}
 
 
 class Ollama:
@@ -44,6 +45,7 @@ class Ollama:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.model = f"lora2serve-parity-{_mark(Path(export))}"
         self._options = {**GREEDY, "num_ctx": window}
+        self._own = own_sampling.of_modelfile(Path(export) / "Modelfile")
         ollama.create(self.client, Path(export), self.model, Silent())
 
     def close(self) -> None:
@@ -128,9 +130,8 @@ class Ollama:
         text = self._text(prompt)
         if text is None:
             raise EngineError(f"the prompt {self.tokenizer.decode(prompt)[:60]!r} gives other tokens when read as text")
-        answer = self.client.generate(
-            self.model, text, options={**self._options, "num_predict": new_tokens}, logprobs=True
-        )
+        likeliest = {**LIKELIEST, "num_ctx": self._options["num_ctx"], "num_predict": self._own.most(new_tokens)}
+        answer = self.client.generate(self.model, text, options=likeliest, logprobs=True)
         response = str(answer["response"])
         named = [self._names.get(_piece(token)) for token in objects(answer.get("logprobs"))]
         ids = [name for name in named if name is not None]

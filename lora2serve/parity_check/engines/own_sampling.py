@@ -1,0 +1,52 @@
+"""What a GGUF or a Modelfile sets for answers, apart from chance: penalties, stops, length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora2serve.exporting import settings_plan
+
+
+@dataclass(frozen=True)
+class OwnSampling:
+    """The defaults are those of llama.cpp and of Ollama."""
+
+    repeat: float = 1.0  # what the logit of a repeated token is divided by
+    last: int = 64  # tokens that are looked at for it, of prompt and answer
+    presence: float = 0.0
+    frequency: float = 0.0
+    length: int | None = None  # tokens of an answer
+    stops: tuple[str, ...] = ()
+
+    def most(self, new_tokens: int) -> int:
+        """Tokens of an answer where ``new_tokens`` are wanted."""
+        return min(self.length, new_tokens) if self.length and self.length > 0 else new_tokens
+
+
+def of_gguf(metadata: Mapping[str, str]) -> OwnSampling:
+    """What llama-server takes over from a file."""
+    return OwnSampling(
+        repeat=float(metadata.get("general.sampling.penalty_repeat", 1.0)),
+        last=int(metadata.get("general.sampling.penalty_last_n", 64)),
+    )
+
+
+def of_modelfile(path: Path) -> OwnSampling:
+    """What Ollama takes over from a Modelfile; ValueError where it would not read it."""
+    values = settings_plan.read_modelfile(path.read_text(encoding="utf-8"))
+    stops = values.get("stop")
+
+    def number(name: str, default: float) -> float:
+        value = values.get(name)
+        return value if isinstance(value, float) else default
+
+    return OwnSampling(
+        repeat=number("repeat_penalty", 1.0),
+        last=int(number("repeat_last_n", 64)),
+        presence=number("presence_penalty", 0.0),
+        frequency=number("frequency_penalty", 0.0),
+        length=int(number("num_predict", 0)) or None,
+        stops=tuple(map(str, stops)) if isinstance(stops, list) else (),
+    )
