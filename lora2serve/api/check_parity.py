@@ -9,6 +9,7 @@ from typing import Literal
 
 from lora2serve.api.export_request import Named, several, words
 from lora2serve.api.locate import Located, base_of_adapter, base_of_run, fetch, find_export, find_run, locate
+from lora2serve.api.registered import directory_of, exports_of, record_parity, registered_version
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.parity_report import ParityReport
@@ -74,7 +75,7 @@ def parity(
     progress = progress or default_progress()
     needs_engine = {"engine": engines, "require": require, "url": url, "ask": ask, "data": data, "baseline": baseline}
     _refuse_unasked(gate, needs_engine)
-    trained, paths = _find(model, several(exports, "exports"), base, progress, foreign=gate is not None)
+    trained, paths = _find(*_directories(model, several(exports, "exports")), base, progress, foreign=gate is not None)
     settings = _settings(trained.settings, thresholds or {}, words(engines, "engines"), words(require, "require"))
     settings = replace(settings, allow=(*settings.allow, *words(allow, "allow")))
     trained = replace(trained, settings=settings, rows=Path(data) if data else trained.rows)
@@ -89,6 +90,15 @@ def parity(
     return ParityResult(report, page, tuple(paths))
 
 
+def _directories(model: Named | None, exports: Sequence[Named]) -> tuple[Named | None, Sequence[Named]]:
+    """Versions of a registry by their directories; of one without a run, its exports too."""
+    if model is None:
+        return None, [directory_of(name) for name in exports]
+    if not exports and (version := registered_version(model)) and not version.export:
+        exports = exports_of([model])
+    return directory_of(model), [directory_of(name) for name in exports]
+
+
 def _compare(
     trained: TrainedModel, compared: Sequence[Comparison], ask: str, baseline: Named | None, report_dir: Named | None,
     progress: Progress,
@@ -101,7 +111,9 @@ def _compare(
     report = check(trained, compared, progress=progress, ask=ask)
     if baseline:
         report = replace(report, regressions=regressions(report, Path(baseline)))
-    return report, writers.write(report, plain_path(Path(report_dir)) if report_dir else trained.home)
+    page = writers.write(report, plain_path(Path(report_dir)) if report_dir else trained.home)
+    record_parity(trained.run, [each.path for each in compared if each.path])
+    return report, page
 
 
 def _compare_settings(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora2serve.api.export_request import ExportRequest, Named
 from lora2serve.api.locate import base_of_adapter, base_of_run, fetch, locate
+from lora2serve.api.registered import exports_home
 from lora2serve.errors import UsageError
 from lora2serve.exporting import open_model as models
 from lora2serve.exporting.sinks import ExportModel
@@ -33,9 +34,10 @@ def open_source(
         return _open_adapters(request.adapters, request, progress, stack, check)
     source = locate(sources[0] if sources else None, progress, pickle=request.allow_pickle)
     if source.run:
-        check(source.run.exports)
+        home = exports_home(source.run)
+        check(home)
         base, _ = base_of_run(source.run.record.base, request.base, progress)
-        return models.open_run(source.run, base, request.open_options(), progress), source.run.exports
+        return models.open_run(source.run, base, request.open_options(), progress), home
     if source.is_adapter:
         return _open_adapters((source.path,), request, progress, stack, check)
     home = Path("exports") / short_name(source.path)

@@ -1,4 +1,6 @@
-"""What a user names: a run, an export, an adapter or a model; by path, by name under ``runs/``, or by its Hub id."""
+"""What a user names: a run, an export, an adapter or a model; by path, by name under ``runs/``, as a version of a
+registry, or by its Hub id.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora2serve.adapters.adapter import CONFIG, read_config
+from lora2serve.api.registered import directory_of
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.lineage import BaseRecord
 from lora2serve.artifacts.manifest import NAME as MANIFEST
@@ -39,14 +42,16 @@ def locate(source: str | Path | None, progress: Progress, *, pickle: bool = Fals
     a path that does not exist, HubError for what the Hub does not give.
     """
     name = str(runs.latest().path) if source is None else str(source)
-    run = find_run(name)
+    directory = directory_of(name)
+    run = find_run(directory)
     if run:
         return Located(run.path, name, run)
-    return Located(fetch(name, progress, pickle=pickle), name)
+    return Located(fetch(directory, progress, pickle=pickle), name)
 
 
 def find_run(name: str | Path) -> runs.Run | None:
     """The finished run of that path, or of that name under ``runs/``; UsageError for one that was cut off."""
+    name = directory_of(name)
     path = Path(name).expanduser()
     run = next((runs.Run(runs.followed(path)) for path in (path, runs.ROOT / name) if runs.is_run(path)), None)
     if run is None:
@@ -56,9 +61,10 @@ def find_run(name: str | Path) -> runs.Run | None:
 
 def find_export(name: str | Path) -> Path:
     """An export's directory; UsageError for anything else."""
-    if not (Path(name) / MANIFEST).is_file():
+    directory = Path(directory_of(name))
+    if not (directory / MANIFEST).is_file():
         raise UsageError(f"{name}: not an export", "name a directory that `lora2serve export` printed")
-    return Path(name)
+    return directory
 
 
 def run_of_export(export: Path) -> runs.Run | None:
@@ -71,7 +77,7 @@ def fetch(name: str | Path, progress: Progress, *, pickle: bool = False, weights
     """A local directory for a path or a Hub id."""
     from lora2serve.hub import fetch as pull
 
-    return pull(str(name), pickle=pickle, weights=weights, progress=progress).path
+    return pull(str(directory_of(name)), pickle=pickle, weights=weights, progress=progress).path
 
 
 def base_of_run(base: BaseRecord, requested: str | Path | None, progress: Progress) -> tuple[Path, str]:

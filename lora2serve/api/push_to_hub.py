@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from lora2serve import hub
 from lora2serve.api.export_request import Named, several
 from lora2serve.api.locate import run_of_export
+from lora2serve.api.registered import exports_of
 from lora2serve.artifacts import run as runs
 from lora2serve.console import default_progress
 from lora2serve.hub import PushResult
@@ -35,7 +35,9 @@ def push(
     ``hf auth login`` or HF_TOKEN.
     """
     progress = progress or default_progress()
-    paths = [Path(export) for export in several(exports, "exports")]
+    named = several(exports, "exports")
+    paths = exports_of(named)
+    paths = hub.choose(paths, progress) if len(paths) > len(named) else paths
     run = run_of_export(paths[0]) if paths else runs.latest()
     if run and not paths:
         paths = hub.choose(run.list_exports(), progress)

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Literal
 
 from lora2serve.api.export_request import Named, several, words
+from lora2serve.api.registered import exports_of
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.config.model_name import ollama_name
@@ -177,9 +178,10 @@ def _ollama_export(exports: Sequence[Path], options: ServeOptions) -> tuple[Path
 
 def _chosen(exports: Sequence[Path], targets: Sequence[str] = PREFERRED) -> list[Path]:
     """The exports that were named, or the default one."""
-    for export in exports:
-        runs.refuse_cut_off(export)
-    return list(exports) or [_default_export(targets)]
+    paths = exports_of(exports, targets)
+    for path in paths:
+        runs.refuse_cut_off(path)
+    return paths or [_default_export(targets)]
 
 
 def _default_export(targets: Sequence[str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora2serve.api.registered import exports_of
 from lora2serve.serving import runtime_lora
 from lora2serve.serving.runtime_lora import ServedModel
 
@@ -20,7 +21,7 @@ def add_adapter(name: str, export: str | Path, url: str = URL) -> Path:
 
     Raises UsageError for what is not an adapter export, EngineError for what the server refuses.
     """
-    return runtime_lora.add(url, name, Path(export))
+    return runtime_lora.add(url, name, exports_of([export], ("adapter",))[0])
 
 
 def remove_adapter(name: str, url: str = URL) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora2serve import hub
 from lora2serve.api.locate import Located, find_run
+from lora2serve.api.registered import directory_of, exports_of, registered_version
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, ParityNotMet, UsageError
@@ -45,6 +46,9 @@ def verify(name: str | Path, *, allow_unproven: bool = False, progress: Progress
     Raises InputError and HubError for files that differ or are missing, ParityNotMet for an export without proof.
     """
     progress = progress or default_progress()
+    if registered_version(name):
+        exports = exports_of([name])
+        return _verified(_verify_here(exports, Path(directory_of(name))), name, allow_unproven)
     run = find_run(name)
     path = plain_path(Path(name).expanduser())
     if run or path.exists():
@@ -56,6 +60,10 @@ def verify(name: str | Path, *, allow_unproven: bool = False, progress: Progress
             checked.path, tuple(checked.exports), checked.files, checked.bytes, checked.unproven, checked.repo_id,
             checked.commit, checked.unlisted_files,
         )  # fmt: skip
+    return _verified(verified, name, allow_unproven)
+
+
+def _verified(verified: Verified, name: str | Path, allow_unproven: bool) -> Verified:
     if not allow_unproven:
         verified.require_proof(name)
     return verified

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from lora2serve.adapters.adapter import CONFIG
 from lora2serve.api.export_request import Named
 from lora2serve.api.locate import find_run
+from lora2serve.api.registered import directory_of
 from lora2serve.artifacts.manifest import NAME as MANIFEST
-from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.suite_scores import SuiteScores
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, ParityNotMet, UsageError
@@ -96,6 +96,13 @@ class Registry:
             if name is not None:
                 version_rows.refuse_unknown_name(connection, name)
             return find_versions(connection, VersionQuery(name=name or ""))
+
+    def names(self) -> list[str]:
+        """Every name that has versions."""
+        from lora2serve.registry import version_rows
+
+        with self._open().reading() as connection:
+            return version_rows.names(connection)
 
     def get(self, version: str) -> Version:
         """One version, by ``NAME@NUMBER`` or ``NAME@ALIAS``."""
@@ -227,14 +234,8 @@ class Registry:
         return count
 
     def record_parity(self, directory: Path) -> None:
-        """Write down the verdicts of parity in the manifests of a version's directory."""
-        from lora2serve.registry.checkout import read_marker
-
-        name, number = read_marker(directory)
-        manifests = {path.parent.name: Manifest.read(path.parent) for path in directory.glob(f"exports/*/{MANIFEST}")}
-        with self._open().writing(self.author) as ledger:
-            for label, manifest in manifests.items():
-                ledger.set_manifest(name, number, label, manifest.to_text(), manifest.unproven())
+        """Write down what was measured in the directory of a version: the verdicts of parity, its report, scores."""
+        self._open().record_measured(directory, self.author)
 
     def close(self) -> None:
         """End its connections."""
@@ -270,7 +271,7 @@ def _find_source(name: Named) -> VersionSource:
     """A run, an adapter or an export; UsageError for anything else."""
     from lora2serve.registry import version_source
 
-    run, path = find_run(name), Path(name).expanduser()
+    run, path = find_run(name), Path(directory_of(name)).expanduser()
     if run:
         return version_source.of_run(run)
     if (path / MANIFEST).is_file():

@@ -5,7 +5,6 @@ It can be made again at any time; what else is written into it is no part of the
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,15 +16,15 @@ from sqlalchemy import Connection, select
 
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import Manifest
-from lora2serve.errors import InputError, UsageError, did_you_mean
+from lora2serve.artifacts.run import RECORD
+from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.registry.content_store import Blob, ContentStore, staged
 from lora2serve.registry.ledger import LATER
 from lora2serve.registry.tables import exports, files
+from lora2serve.registry.version_marker import MARKER, write_marker
 from lora2serve.registry.version_record import Version
 from lora2serve.registry.version_source import ADAPTER, EXPORTS
-from lora2serve.system.small_files import digest, read_json
-
-MARKER = ".lora2serve-version.json"
+from lora2serve.system.small_files import digest
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,12 @@ class VersionFiles:
         prefix = f"{EXPORTS}/{label}/"
         return {path.removeprefix(prefix): blob for path, blob in self.blobs.items() if path.startswith(prefix)}
 
-    def own(self) -> dict[str, Blob]:
-        """Those outside exports."""
-        return {path: blob for path, blob in self.blobs.items() if not path.startswith(f"{EXPORTS}/")}
+    def own(self, version: Version) -> dict[str, Blob]:
+        """Those outside exports by their path in the directory; an adapter without a run has the version's name."""
+        paths = (path for path in self.blobs if not path.startswith(f"{EXPORTS}/"))
+        if RECORD in self.blobs:
+            return {path: self.blobs[path] for path in paths}
+        return {f"{version.folder}/{path.removeprefix(ADAPTER).lstrip('/')}": self.blobs[path] for path in paths}
 
 
 def read_files(connection: Connection, version: Version) -> VersionFiles:
@@ -67,27 +69,13 @@ def check_out(views: Path, store: ContentStore, version: Version, content: Versi
     """The directory of a version below ``views``, with those of its exports; what is missing in it is made."""
     target = views / version.folder
     if not (target / MARKER).is_file():
-        _make(views, store, target, content.own(), version)
-    for path, blob in content.own().items():
+        _make(views, store, target, content.own(version), version)
+    for path, blob in content.own(version).items():
         if not _is_there(target / path, blob, measured=path.startswith(LATER)):
             _replace(views, store, target / path, blob)
     for label in labels:
         _make_export(views, store, target / EXPORTS / label, content.of(label), content.manifests[label])
     return target
-
-
-def is_checked_out(path: Path) -> bool:
-    """Whether a directory is that of a version of a registry."""
-    return (path / MARKER).is_file()
-
-
-def read_marker(path: Path) -> tuple[str, int]:
-    """Name and number of the version that a directory is of; InputError where it is of none."""
-    content = read_json(path / MARKER, f"not the directory of a version (no {MARKER})", InputError)
-    name, number = content.get("name"), content.get("number")
-    if not isinstance(name, str) or not isinstance(number, int):
-        raise InputError(f"{path / MARKER}: no name and number", "remove the directory: it is made again")
-    return name, number
 
 
 def choose_labels(version: Version, requested: str) -> list[str]:
@@ -105,10 +93,10 @@ def path_of(target: Path, version: Version, requested: str) -> Path:
     """What a command is given: the export that was named, the run, the adapter, or the one export."""
     if requested:
         return target / EXPORTS / requested
-    if (target / "run.json").is_file():
+    if (target / RECORD).is_file():
         return target
-    if (target / ADAPTER).is_dir():
-        return target / ADAPTER
+    if (target / version.folder).is_dir():
+        return target / version.folder
     return target / EXPORTS / version.exports[0].name
 
 
@@ -118,8 +106,7 @@ def _make(views: Path, store: ContentStore, target: Path, blobs: Mapping[str, Bl
         new.mkdir()
         for path, blob in blobs.items():
             store.get(blob, new / path)
-        mark = {"name": version.name, "number": version.number, "sha256": version.sha256}
-        (new / MARKER).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+        write_marker(new, version.name, version.number, version.sha256)
         if target.exists() and not (target / MARKER).is_file():  # somebody's own, or what a damaged disk left
             shutil.rmtree(target)
         with suppress(OSError):  # another process was faster

@@ -51,7 +51,7 @@ class Ledger:
             _refuse_other_labels(f"{name}@{number}", dict(row), labels)
             if row["state"] == "collected":
                 self._restore(name, number)
-        self._add_files(name, number, blobs)
+        self.add_files(name, number, blobs)
         self._add_exports(name, number, source, blobs)
         for suite in source.scores():
             self.add_scores(name, number, suite)
@@ -83,7 +83,7 @@ class Ledger:
         """The verdict of parity on an export, as its manifest has it now."""
         row = and_(exports.c.name == name, exports.c.number == number, exports.c.label == label)
         before = self.connection.scalar(select(exports.c.manifest).where(row))
-        if before != manifest:
+        if before is not None and before != manifest:  # an export that was made there later is not registered
             self.connection.execute(exports.update().where(row).values(manifest=manifest, unproven=unproven))
             self.record("parity", name, new=number, why=f"{label}: {unproven or 'met'}")
 
@@ -139,7 +139,7 @@ class Ledger:
         count = self.connection.scalar(select(func.count()).select_from(events).where(retired))
         self._set_state(name, number, "retired" if count else "active", "restore")
 
-    def _add_files(self, name: str, number: int, blobs: Mapping[str, Blob]) -> None:
+    def add_files(self, name: str, number: int, blobs: Mapping[str, Blob]) -> None:
         """Those outside exports: what it is stays as it is, what is measured of it may change."""
         own = and_(files.c.name == name, files.c.number == number)
         there = {

@@ -9,19 +9,23 @@ from pathlib import Path
 
 from sqlalchemy import Connection, func, select
 
+from lora2serve.artifacts.manifest import NAME as MANIFEST
+from lora2serve.artifacts.manifest import Manifest
+from lora2serve.artifacts.run import Run, is_run
 from lora2serve.errors import InputError, RegistryError
 from lora2serve.progress import Progress
 from lora2serve.registry import checkout, upkeep
 from lora2serve.registry.content_store import Blob, FolderStore, folder_lock, open_store
 from lora2serve.registry.database import Database
-from lora2serve.registry.ledger import Labels, Ledger
+from lora2serve.registry.ledger import LATER, Labels, Ledger
 from lora2serve.registry.location import Location
 from lora2serve.registry.tables import versions
 from lora2serve.registry.upkeep import Collected
+from lora2serve.registry.version_marker import read_marker
 from lora2serve.registry.version_record import Version
 from lora2serve.registry.version_reference import VersionReference
 from lora2serve.registry.version_rows import find_version
-from lora2serve.registry.version_source import EXPORTS, VersionSource
+from lora2serve.registry.version_source import EXPORTS, VersionSource, of_run
 from lora2serve.system.hardware import cache_folder
 
 VIEWS = "versions"
@@ -74,6 +78,21 @@ class OpenRegistry:
             with _disk_errors():
                 target = checkout.check_out(self.views, self.store, version, content, labels)
             return version, checkout.path_of(target, version, reference.export)
+
+    def record_measured(self, directory: Path, who: str) -> None:
+        """Write down what lies in the directory of a version and was not there when it was added."""
+        name, number = read_marker(directory)
+        source = of_run(Run(directory)) if is_run(directory) else None
+        files = {path: file for path, file in source.files().items() if path.startswith(LATER)} if source else {}
+        manifests = [Manifest.read(path.parent) for path in directory.glob(f"{EXPORTS}/*/{MANIFEST}")]
+        with self._content_lock(alone=False), _disk_errors():
+            blobs = {path: self.store.put(file, link=False) for path, file in files.items()}
+            with self.writing(who) as ledger:
+                ledger.add_files(name, number, blobs)
+                for manifest in manifests:
+                    ledger.set_manifest(name, number, manifest.export_name, manifest.to_text(), manifest.unproven())
+                for suite in source.scores() if source else ():
+                    ledger.add_scores(name, number, suite)
 
     def collect(self, keep: int, who: str, *, dry_run: bool) -> Collected:
         """Remove the files of old versions, and those that no version has."""

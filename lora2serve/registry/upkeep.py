@@ -11,10 +11,10 @@ from pathlib import Path
 from sqlalchemy import Connection, select
 
 from lora2serve.progress import Progress
-from lora2serve.registry.checkout import MARKER
 from lora2serve.registry.content_store import PARTIAL, Blob, ContentStore
 from lora2serve.registry.ledger import replayed
 from lora2serve.registry.tables import aliases, events, exports, files, versions
+from lora2serve.registry.version_marker import is_of_version
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def remove_views(views: Path, gone: list[tuple[str, int]]) -> None:
     """The directories of versions whose files are gone."""
     for name, number in gone:
         folder = views / f"{name}-{number}"
-        if (folder / MARKER).is_file():
+        if is_of_version(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
