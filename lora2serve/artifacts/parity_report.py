@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 from lora2serve.artifacts.json_record import JsonRecord, named, read_text, required
 from lora2serve.artifacts.metric_table import figure
@@ -18,8 +18,15 @@ from lora2serve.errors import InputError
 FORMAT = 1
 Status = Literal["met", "missed", "skipped", "failed", "missing"]
 GateName = Literal["settings", "tokens", "tensors", "behaviour"]
+GATES: tuple[GateName, ...] = get_args(GateName)  # the cheapest first
 PartName = Literal["task", "general"]  # of the scored texts
 ReferenceName = Literal["trained", "original"]
+
+
+def without_empty(content: dict[str, object], added: Sequence[str], key_order: Sequence[str]) -> dict[str, object]:
+    """``content`` without the ``added`` keys (that earlier versions did not write) where they say nothing."""
+    empty = {key for key in added if not content.get(key) and key not in key_order}
+    return {key: value for key, value in content.items() if key not in empty}
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,14 @@ class Metric(JsonRecord):
     high: float | None = None
     bound: float | None = None
     met: bool | None = None
+    unjudged: str = ""  # why it has no bound here, where its format has one
 
     def shown(self) -> str:
         """The value as tables have it; ``-`` where it cannot be told."""
         return figure(self.name, self.value) or "-"
+
+    def to_json(self) -> dict[str, object]:
+        return without_empty(super().to_json(), ("unjudged",), self.key_order)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,10 @@ class ComparisonResult(JsonRecord):
     seconds: float = 0.0
     required: bool = True  # whether a missing engine is red
     computed: str = ""  # in what the engine computed, where ``serve`` starts it in another type
+    size: int = 0  # bytes of the export's files; 0: not known
+    base_size: int = 0  # bytes of the base's weights, where the export is an adapter that is served on it
+    speed: float = 0.0  # tokens per second of the answers, one answer at a time; 0: not measured
+    same_files: str = ""  # the export with equal files, whose answers of the engine these are
 
     @property
     def title(self) -> str:
@@ -170,9 +185,7 @@ class ComparisonResult(JsonRecord):
         return next((check for check in checks if check.name == name), None)
 
     def to_json(self) -> dict[str, object]:
-        added = ("settings", "not_compared")  # that earlier versions did not write
-        empty = {key for key in added if not getattr(self, key) and key not in self.key_order}
-        content = {key: value for key, value in super().to_json().items() if key not in empty}
+        content = without_empty(super().to_json(), ("settings", "not_compared", "same_files"), self.key_order)
         return content | {"status": self.status, "red": self.red}
 
 

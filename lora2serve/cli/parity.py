@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lora2serve.cli.options import Command, complete_engines, complete_exports, json_option, names, progress
+from lora2serve.cli.options import Choice, Command, complete_engines, complete_exports, json_option, names, progress
 from lora2serve.errors import ParityNotMet, UsageError
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ def _bounds(ctx: click.Context, parameter: click.Parameter, texts: Sequence[str]
     "--baseline", type=file_type, metavar="REPORT",
     help="An earlier report.json: parity fails where something got worse beyond noise.",
 )  # fmt: skip
-@click.option(
-    "--gate", type=click.Choice(["settings"]), help="Compare all that lies beside the weights, and ask no engine."
-)
+@click.option("--gate", type=Choice(["settings"]), help="Compare all that lies beside the weights, and ask no engine.")
 @click.option(
     "--allow", multiple=True, metavar="SETTING",
     help="A setting that differs on purpose: FILE:KEY, FILE or KEY, such as generation_config.json:temperature.",

@@ -6,36 +6,29 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-
 from lora2serve.artifacts import manifest
 from lora2serve.artifacts.export_dir import Export
-from lora2serve.artifacts.manifest import EngineVerdict, ParityVerdict
 from lora2serve.artifacts.parity_report import (
     ComparisonResult,
     Gate,
-    GreedyAnswer,
-    Metric,
     ParityReport,
-    PromptFigures,
     Question,
-    ReferenceName,
     TensorError,
 )
 from lora2serve.errors import EngineError, Lora2ServeError, UsageError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.open_model import OpenOptions, open_plain
-from lora2serve.parity_check import gates, settings_check, tensor_verdict, thresholds, worker
+from lora2serve.parity_check import gates, row_figures, settings_check, tensor_verdict, thresholds, worker
 from lora2serve.parity_check.comparisons import Comparison, served_otherwise
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
-from lora2serve.parity_check.gates import Behavior
+from lora2serve.parity_check.equal_files import opens_the_same
+from lora2serve.parity_check.gates import Behavior, EngineAnswers
 from lora2serve.parity_check.references import References
-from lora2serve.parity_check.settings_check import GATES, GATES_OF_URL
-from lora2serve.parity_check.settings_gate import SettingsResult
 from lora2serve.parity_check.tensor_verdict import TensorFigures
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress, Silent
@@ -55,24 +48,25 @@ def check(
         thresholds.lookup(comparison.kind, origin.settings.thresholds)
     with _work_folder(origin.home) as work:
         checked = settings_check.before_engines(origin, comparisons, progress)
-        rows = [settings_check.first_row(comparison, checked, origin.settings.require) for comparison in comparisons]
+        rows = [settings_check.first_row(origin, comparison, checked) for comparison in comparisons]
         if all(row.gate for row in rows):  # there is nothing to ask an engine
             report = ParityReport(run=origin.name, versions=manifest.versions(), rows=tuple(rows))
         else:
-            report = _with_engines(origin, comparisons, checked, work, progress, ask)
+            report = _with_engines(origin, list(zip(comparisons, rows, strict=True)), work, progress, ask)
     for comparison, row in zip(comparisons, report.rows, strict=True):
         if comparison.path:
-            _record(Export.open(comparison.path), row)
+            row_figures.record(Export.open(comparison.path), row)
     return report
 
 
 def _with_engines(
-    origin: TrainedModel, comparisons: Sequence[Comparison], checked: Mapping[Path, SettingsResult], work: Path,
-    progress: Progress, ask: str,
+    origin: TrainedModel, comparisons: Sequence[tuple[Comparison, ComparisonResult]], work: Path, progress: Progress,
+    ask: str,
 ) -> ParityReport:  # fmt: skip
+    """``comparisons``: each with its row, which has the settings gate."""
     with closing(References(origin, work, progress, ask)) as references:
-        with closing(Comparator(origin, references, work, progress, ask, checked)) as comparator:
-            rows = tuple(comparator.compare(comparison) for comparison in comparisons)
+        with closing(Comparator(origin, references, work, progress, ask)) as comparator:
+            rows = tuple(comparator.compare(comparison, row) for comparison, row in comparisons)
         question = _question(references, rows, ask)
     return ParityReport(
         run=origin.name,
@@ -103,18 +97,17 @@ def _question(references: References, rows: Sequence[ComparisonResult], ask: str
 
 
 WORST = 20  # tensors in the report
-WORST_TEXTS = 6  # shown token by token
 
 
 class Comparator:
     """What compares exports with the references. Memory of this process: figures only."""
 
     def __init__(
-        self, origin: TrainedModel, references: References, work: Path, progress: Progress, ask: str = "",
-        checked: Mapping[Path, SettingsResult] = {},
-    ) -> None:  # fmt: skip
+        self, origin: TrainedModel, references: References, work: Path, progress: Progress, ask: str = ""
+    ) -> None:
         self.origin, self.references, self.work, self.progress, self.ask = origin, references, work, progress, ask
-        self.settings, self.data, self._checked = origin.settings, references.data, checked
+        self.settings, self.data = origin.settings, references.data
+        self._asked: list[tuple[Comparison, ComparisonResult]] = []  # through all gates
         self._tensor_gates: dict[Path, tuple[Gate, tuple[TensorError, ...]]] = {}
         self._reader: EngineProcess | None = None
 
@@ -126,31 +119,58 @@ class Comparator:
     def _child(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
         return EngineProcess(engine, options, scratch.log_file(log), self.settings.limit)
 
-    def compare(self, comparison: Comparison) -> ComparisonResult:
-        """All gates of one comparison; what goes wrong becomes its verdict."""
-        started, engine = time.monotonic(), comparison.engine
-        row = settings_check.first_row(comparison, self._checked, self.settings.require)
+    def compare(self, comparison: Comparison, row: ComparisonResult) -> ComparisonResult:
+        """All gates of one comparison, of which ``row`` has that of the settings; what goes wrong becomes its verdict.
+
+        An engine that has been asked with equal files is not asked again.
+        """
         if row.gate:
             return row
-        passed = list(row.gates)
-        order = GATES if comparison.path else GATES_OF_URL
-        log = f"{comparison.name}-{engine}"
+        started, passed = time.monotonic(), list(row.gates)
+        twin = next((done for other, done in self._asked if _answers_alike(comparison, row, other, done)), None)
         try:
-            with self._child(engine, self._options(comparison), log) as child:
-                row = self._through_gates(row, comparison, child, passed)
+            if twin:
+                row = self._as_twin(row, comparison, twin, passed)
+            else:
+                with self._child(
+                    comparison.engine, self._options(comparison), f"{comparison.name}-{comparison.engine}"
+                ) as child:
+                    row = self._through_gates(row, comparison, child, passed)
         except EngineMissing as error:
-            unasked = f"prompts and answers in {engine}, which was not asked"
+            unasked = f"prompts and answers in {comparison.engine}, which was not asked"
             row = replace(
                 row,
                 gates=(*passed, Gate("tokens", "missing", (), error.message, error.hint)),
                 not_compared=(*row.not_compared, unasked),
             )
         except EngineError as error:
-            name = order[min(len(passed), len(order) - 1)]
+            name = comparison.gates[min(len(passed), len(comparison.gates) - 1)]
             row = replace(row, gates=(*passed, Gate(name, "failed", (), error.message, error.hint)))
         row = replace(row, seconds=round(time.monotonic() - started, 1))
-        self.progress.note(f"{row.export} in {row.engine}: {row.status} ({row.seconds:.0f} s)")
+        if row.answers and not twin:
+            self._asked.append((comparison, row))
+        self.progress.note(f"{row.title}: {row.status} ({row.seconds:.0f} s)")
         return row
+
+    def _as_twin(
+        self, row: ComparisonResult, comparison: Comparison, twin: ComparisonResult, passed: list[Gate]
+    ) -> ComparisonResult:
+        """A row with what the engine answered for the export with equal files, and with its own tensors."""
+        by_name = {gate.name: gate for gate in twin.gates}
+        passed.append(by_name["tokens"])
+        row = self._with_tensors(row, comparison, passed)
+        row = replace(row, version=twin.version, computed=twin.computed, reply=twin.reply, same_files=twin.export)
+        if passed[-1].status not in ("met", "skipped"):
+            return _without_later(row, comparison, passed)
+        return replace(
+            row,
+            gates=(*passed, by_name["behaviour"]),
+            beside=twin.beside,
+            parts=twin.parts,
+            prompts=twin.prompts,
+            answers=twin.answers,
+            speed=twin.speed,
+        )
 
     def _options(self, comparison: Comparison) -> dict[str, object]:
         """What makes the engine: with room for the longest text, and the base as GGUF where an adapter needs it."""
@@ -184,14 +204,19 @@ class Comparator:
         computed = served_otherwise(comparison, tokens.dtype)
         row = replace(row, version=tokens.version, computed=computed, reply=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, tokens))
-        if passed[-1].status == "met" and comparison.path:
-            gate, worst = self._tensors(comparison.path, row.kind)
-            passed.append(gate)
-            row = replace(row, tensors=worst)
+        if passed[-1].status == "met":
+            row = self._with_tensors(row, comparison, passed)
         if passed[-1].status not in ("met", "skipped"):
-            order = GATES if comparison.path else GATES_OF_URL
-            return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in order[len(passed) :])))
+            return _without_later(row, comparison, passed)
         return self._behavior(row, child, passed)
+
+    def _with_tensors(self, row: ComparisonResult, comparison: Comparison, passed: list[Gate]) -> ComparisonResult:
+        """The row with its worst tensors, where it has files; their gate is added to ``passed``."""
+        if comparison.path is None:
+            return row
+        gate, worst = self._tensors(comparison.path, row.kind)
+        passed.append(gate)
+        return replace(row, tensors=worst)
 
     def _answer(self, child: EngineProcess) -> str:
         ids = child.call("answer", prompt=self.ask, new_tokens=self.settings.new_tokens)
@@ -223,11 +248,12 @@ class Comparator:
         files = {name: str(path) for name, path in known.files.items()}
         with self.progress.track(f"{row.export} in {row.engine}", self.data.positions, "tokens") as advance:
             child.call("score", advance, data=str(known.path), references=files, out=str(scored))
-        answers = child.call("generate", data=str(known.path), new_tokens=self.settings.new_tokens)
+        generated = child.call("generate", data=str(known.path), new_tokens=self.settings.new_tokens)
+        answers = EngineAnswers.from_json(generated, f"{row.engine}: generate")
         measured: dict[str, Behavior] = {
             name: Behavior(
                 positions, known.base[name], known.sequences, known.task,
-                gates.greedy(known.greedy[name], answers, self.data.stop),
+                gates.greedy(known.greedy[name], answers.ids, self.data.stop),
             )
             for name, positions in worker.load_positions(scored).items()
         }  # fmt: skip
@@ -235,55 +261,28 @@ class Comparator:
         bounds = thresholds.lookup(row.kind, self.settings.thresholds)
         if any(setting.allowed for setting in row.settings):  # it answers as its user wants it to
             bounds = replace(bounds, first_difference=None)
-        gate = gates.behavior(main, main.measure(), bounds, self._name_of, thresholds.noise(row.kind))
-        beside = {name: _shown(other) for name, other in measured.items() if name != row.reference}
+        name_of = partial(row_figures.position_name, known)
+        gate = gates.behavior(main, main.measure(), bounds, name_of, thresholds.noise(row.kind))
         return replace(
             row,
             gates=(*passed, gate),
-            beside=beside,
-            parts=self._parts(main),
-            prompts=self._prompts(main),
-            answers=self._answers(row.reference, main, answers),
+            beside={name: row_figures.shown(other) for name, other in measured.items() if name != row.reference},
+            parts=row_figures.by_part(main),
+            prompts=row_figures.by_text(main, known),
+            answers=row_figures.answers(main, known, answers.ids, row.reference),
+            speed=answers.speed,
         )
 
-    def _name_of(self, position: int) -> str:
-        number = int(self.references.sequences[position])
-        inside = position - int(np.flatnonzero(self.references.sequences == number)[0])
-        text = self.data.sequences[number]
-        token = self.references.words([text.ids[inside + 1 : inside + 2]])[0]
-        return f"{text.part} text {number} ({text.text[:40]!r}), position {inside + 1}, next token {token!r}"
 
-    def _parts(self, measured: Behavior) -> dict[str, tuple[Metric, ...]]:
-        parts = {}
-        for part, rows in (("task", measured.task), ("general", ~measured.task)):
-            if rows.any():
-                of_part = replace(
-                    measured, positions=measured.positions.take(rows),
-                    base=measured.base.take(rows) if measured.base else None,
-                    sequences=measured.sequences[rows], task=np.ones(int(rows.sum()), dtype=bool), greedy=None,
-                )  # fmt: skip
-                parts[part] = _shown(of_part)
-        return parts
+def _answers_alike(comparison: Comparison, row: ComparisonResult, other: Comparison, done: ComparisonResult) -> bool:
+    """Whether the engine would answer, and be judged, as for ``done``."""
+    judged_alike = any(s.allowed for s in row.settings) == any(s.allowed for s in done.settings)
+    return judged_alike and opens_the_same(comparison, other)
 
-    def _prompts(self, measured: Behavior) -> tuple[PromptFigures, ...]:
-        """The KL of every text by position; the worst texts also token by token."""
-        lengths = [len(text.ids) - 1 for text in self.data.sequences]
-        parts = np.split(measured.positions.kl, np.cumsum(lengths)[:-1])
-        worst = set(sorted(range(len(parts)), key=lambda number: -parts[number].max())[:WORST_TEXTS])
-        words = {n: self.references.words([[token] for token in self.data.sequences[n].ids]) for n in worst}
-        return tuple(
-            PromptFigures(text.part, text.text[:200], tuple(kl.tolist()), tuple(words.get(number, ())))
-            for number, (text, kl) in enumerate(zip(self.data.sequences, parts, strict=True))
-        )
 
-    def _answers(
-        self, reference: ReferenceName, measured: Behavior, answers: Sequence[Sequence[int]]
-    ) -> tuple[GreedyAnswer, ...]:
-        assert measured.greedy is not None
-        expected = self.references.words([tokens for tokens, _ in self.references.greedy[reference]])
-        got = self.references.words(answers)
-        prompts = [prompt.question for prompt in self.data.prompts]
-        return tuple(GreedyAnswer(*parts) for parts in zip(prompts, expected, got, measured.greedy.parts, strict=True))
+def _without_later(row: ComparisonResult, comparison: Comparison, passed: Sequence[Gate]) -> ComparisonResult:
+    """The row that ends with the last gate: the others are skipped."""
+    return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in comparison.gates[len(passed) :])))
 
 
 def _dtype(base: Path) -> str:
@@ -291,30 +290,3 @@ def _dtype(base: Path) -> str:
 
     config = read_config(base)
     return str(config.get("dtype") or config.get("torch_dtype"))
-
-
-def _shown(measured: Behavior) -> tuple[Metric, ...]:
-    return tuple(Metric(name, figure.value, figure.low, figure.high) for name, figure in measured.measure().items())
-
-
-def _record(export: Export, row: ComparisonResult) -> None:
-    """Into the export's manifest: whether it is met, and the figures in each engine that was asked."""
-
-    def value(name: str) -> float | None:
-        metric = row.check(name)
-        return metric.value if metric else None
-
-    verdict = EngineVerdict(
-        status=row.status,
-        reference=row.reference,
-        version=row.version,
-        mean_kl=value("mean_kl"),
-        p999_kl=value("p999_kl"),
-        top1=value("top1"),
-        equal_answers=value("equal_answers"),
-        retention=value("retention"),
-    )
-    before = export.manifest.parity.engines if export.manifest.parity else {}
-    engines = {**before, row.engine: verdict}
-    statuses = {verdict.status for verdict in engines.values()} - {"missing"}
-    export.with_parity(ParityVerdict(met=statuses == {"met"}, engines=engines))

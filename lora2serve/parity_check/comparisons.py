@@ -9,7 +9,7 @@ from pathlib import Path
 from lora2serve.adapters.adapter import read_config
 from lora2serve.adapters.lint import ranks
 from lora2serve.artifacts.export_dir import Export
-from lora2serve.artifacts.parity_report import ReferenceName
+from lora2serve.artifacts.parity_report import GATES, GateName, ReferenceName
 from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.exporting import bundle
 from lora2serve.parity_check import thresholds
@@ -33,6 +33,11 @@ class Comparison:
     engine: str
     options: Mapping[str, object]
     reference: ReferenceName  # the one that the verdict is on
+
+    @property
+    def gates(self) -> tuple[GateName, ...]:
+        """Those that are asked, in this order; a deployment shows no files."""
+        return GATES if self.path else ("tokens", "behaviour")
 
 
 def of_exports(origin: TrainedModel, exports: Sequence[Path]) -> list[Comparison]:

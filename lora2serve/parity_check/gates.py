@@ -15,6 +15,8 @@ from lora2serve.data.prompts import Conversation, PromptSet
 from lora2serve.parity_check.metrics import Estimate, Ints, Positions, figures, ratio
 from lora2serve.parity_check.thresholds import Thresholds
 
+FAINT = "what the adapter changes is as small as the engine's own rounding"
+
 
 @dataclass(frozen=True)
 class EngineTokens(JsonRecord):
@@ -26,6 +28,20 @@ class EngineTokens(JsonRecord):
     stop: tuple[int, ...] | None = None  # tokens that end an answer
     eos: int | None = None  # the end token that a GGUF names
     dtype: str | None = None  # that the engine computes in; None: as it serves
+
+
+@dataclass(frozen=True)
+class EngineAnswers(JsonRecord):
+    """An engine's greedy answers, and the time that it took for all of them, one after another."""
+
+    ids: tuple[tuple[int, ...], ...]
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second, the reading of the prompts included; 0 where there is nothing to measure."""
+        count = sum(map(len, self.ids))
+        return round(count / self.seconds, 2) if self.seconds > 0 else 0.0
 
 
 def tokens(data: PromptSet, engine: EngineTokens) -> Gate:
@@ -200,7 +216,7 @@ def behavior(
         share = measured.greedy.excusable(tie(bounds))
         figures["first_difference"] = Estimate(share, share, share)
     if "retention" in figures and measured.signal() * (bounds.retention or 0.0) < noise:
-        figures["retention"] = replace(figures["retention"], judged=False)
+        figures["retention"] = replace(figures["retention"], unjudged=FAINT)
     checks = [_check(name, estimate, getattr(bounds, name, None)) for name, estimate in figures.items()]
     missed = [check for check in checks if check.met is False]
     if not missed:
@@ -224,8 +240,9 @@ def _other_answer(answers: Greedy, tie: float) -> tuple[str, str]:
 
 
 def _check(name: str, figure: Estimate, bound: float | None) -> Metric:
-    if bound is None or not figure.judged:
-        return Metric(name, figure.value, figure.low, figure.high)
+    if bound is None or figure.unjudged:
+        why = "" if bound is None else figure.unjudged
+        return Metric(name, figure.value, figure.low, figure.high, unjudged=why)
     if higher_is_better(name):
         met = figure.low >= bound
     else:

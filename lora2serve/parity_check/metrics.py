@@ -143,12 +143,12 @@ def _lumped(ref: Floats, got: Floats) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the ends of its confidence interval; ``judged``: whether the data can tell where they are."""
+    """A value with the ends of its confidence interval; ``unjudged``: why the data cannot tell where they are."""
 
     value: float
     low: float
     high: float
-    judged: bool = True
+    unjudged: str = ""
 
 
 Statistic = Callable[[Positions], float]
@@ -224,16 +224,18 @@ def figures(positions: Positions, sequences: Ints) -> dict[str, Estimate]:
         name: Estimate(
             value,
             *(_interval(np.array(drawn[name])) if name in drawn else (value, value)),
-            enough(name, len(positions)),
+            too_few(name, len(positions)),
         )
         for name, value in values.items()
         if not np.isnan(value)
     }
 
 
-def enough(name: str, positions: int) -> bool:
-    """Whether so many positions give a figure an interval: of a quantile, ``BEYOND`` must lie beyond it."""
-    return name not in TAILS or round(positions * (1 - TAILS[name])) >= BEYOND
+def too_few(name: str, positions: int) -> str:
+    """Why so many positions give a figure no interval, or nothing: of a quantile, ``BEYOND`` must lie beyond it."""
+    if name not in TAILS or round(positions * (1 - TAILS[name])) >= BEYOND:
+        return ""
+    return f"needs {round(BEYOND / (1 - TAILS[name])):,} positions"
 
 
 def ratio(above: Floats, below: Floats, sequences: Ints) -> Estimate:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from lora2serve.parity_check.comparisons import Comparison
     from lora2serve.parity_check.trained_model import TrainedModel
 
-GATES = ("settings", "tokens", "tensors", "behaviour")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The one option."""
@@ -51,6 +49,8 @@ class ExportsCollector(pytest.Directory):
     _report: ParityReport | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
+        from lora2serve.artifacts.parity_report import GATES
+
         for comparison in _compared(self.path)[1]:
             export, engine = comparison.name, comparison.engine
             for gate in GATES:

@@ -60,6 +60,11 @@ class References:
         texts: list[str] = self._tokenizer.call("text", ids=[list(item) for item in ids])
         return texts
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The tokens of one text as they stand in it; see ``token_pieces``."""
+        pieces: list[str] = self._tokenizer.call("pieces", ids=list(ids))
+        return pieces
+
     def scored(self) -> ScoredData:
         """What was scored."""
         return ScoredData(

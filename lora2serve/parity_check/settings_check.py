@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora2serve.artifacts import manifest
-from lora2serve.artifacts.parity_report import ComparisonResult, Gate, GateName, ParityReport, SettingDifference
+from lora2serve.artifacts.manifest import ADAPTER_TARGETS
+from lora2serve.artifacts.parity_report import ComparisonResult, Gate, ParityReport, SettingDifference
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.parity_check import foreign_export, thresholds
 from lora2serve.parity_check.comparisons import Comparison
+from lora2serve.parity_check.export_sizes import size_of, weights_of
 from lora2serve.parity_check.settings_gate import SettingsComparator, SettingsResult
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
 from lora2serve.system import scratch
-
-GATES: tuple[GateName, ...] = ("settings", "tokens", "tensors", "behaviour")  # of an export, the cheapest first
-GATES_OF_URL: tuple[GateName, ...] = ("tokens", "behaviour")
 
 
 def report(origin: TrainedModel, exports: Sequence[Path], progress: Progress) -> ParityReport:
@@ -34,6 +33,7 @@ def report(origin: TrainedModel, exports: Sequence[Path], progress: Progress) ->
             export=path.name,
             target=record.target,
             kind=thresholds.kind_of(record),
+            size=size_of(path),
             gates=(checked.gate,),
             settings=checked.differences,
             not_compared=checked.not_compared,
@@ -72,9 +72,7 @@ def before_engines(
     return checked
 
 
-def first_row(
-    comparison: Comparison, results: Mapping[Path, SettingsResult], require: Sequence[str]
-) -> ComparisonResult:
+def first_row(origin: TrainedModel, comparison: Comparison, results: Mapping[Path, SettingsResult]) -> ComparisonResult:
     """The row of a comparison with its settings gate; where that is not met, the others are skipped."""
     row = ComparisonResult(
         export=comparison.name,
@@ -82,14 +80,21 @@ def first_row(
         kind=comparison.kind,
         engine=comparison.engine,
         reference=comparison.reference,
-        required=comparison.engine in require,
+        required=comparison.engine in origin.settings.require,
     )
     if comparison.path is None:  # a deployment
         return row
     checked = results[comparison.path]
     met = checked.gate.status in ("met", "skipped")
-    rest = () if met else tuple(Gate(name, "skipped") for name in GATES[1:])
-    return replace(row, gates=(checked.gate, *rest), settings=checked.differences, not_compared=checked.not_compared)
+    rest = () if met else tuple(Gate(name, "skipped") for name in comparison.gates[1:])
+    return replace(
+        row,
+        gates=(checked.gate, *rest),
+        settings=checked.differences,
+        not_compared=checked.not_compared,
+        size=size_of(comparison.path),
+        base_size=weights_of(origin.base) if comparison.target in ADAPTER_TARGETS else 0,
+    )
 
 
 def _warn_unused(origin: TrainedModel, differences: Sequence[Sequence[SettingDifference]], progress: Progress) -> None:

@@ -43,21 +43,20 @@ class TensorComparator:
         except NotRepeatable as error:
             exact, reason = ExactComparison(), error.message
         found = TensorFigures(
-            compared=exact.compared, repeated=not reason, reason=reason, names=tuple(exact.names),
-            kinds=tuple(exact.kinds), coarser=exact.coarser, different=tuple(exact.different),
-            bytes=tuple(map(str, exact.different.values())),
+            compared=exact.compared, reason=reason, names=tuple(exact.names), kinds=tuple(exact.kinds),
+            coarser=exact.coarser, different={name: str(words) for name, words in exact.different.items()},
         )  # fmt: skip
-        if found.kinds or (found.repeated and exact.equal and not measure):
+        if found.kinds or (not reason and exact.equal and not measure):
             return found
         try:
             differences, missing = self._measure(advance)
         except ExportError as error:  # not readable as what it should be
             return found if found.different else replace(found, kinds=(error.message,))
-        if found.repeated and exact.different:
+        if exact.different:
             try:
                 require_same_libraries(self.manifest)
             except NotRepeatable as error:
-                found = replace(found, repeated=False, reason=error.message)
+                found = replace(found, reason=error.message)
         errors = sorted((item.figures() for item in differences.values()), key=_rank, reverse=True)
         return replace(
             found, compared=max(exact.compared, len(errors)), names=found.names or missing, tensors=tuple(errors)

@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,20 +24,20 @@ FITTED = 2.5  # times the error of this machine's quantizer: what weights for th
 CERTAIN = 5.0  # standard errors: one sound tensor in two million is further off
 LEAST = 0.002  # a standard error; a smaller one would outweigh all others in a mean
 SURE = 0.05  # of the strength: a smaller difference is not one of alpha
+NOT_APPLIED = "adapter: not applied; the stored weights are the base's"
+TOO_COARSE = "rounding: stored more coarsely than its name says"
 
 
 @dataclass(frozen=True)
 class TensorFigures(JsonRecord):
-    """What ``TensorComparator`` finds. ``repeated``: the export was made again, else ``reason`` says why not."""
+    """What ``TensorComparator`` finds."""
 
     compared: int = 0
-    repeated: bool = True
-    reason: str = ""
+    reason: str = ""  # why the export could not be made again; empty: it was
     names: tuple[str, ...] = ()  # missing, not planned
     kinds: tuple[str, ...] = ()  # stored in another type or shape
     coarser: bool = False  # than planned
-    different: tuple[str, ...] = ()  # tensors whose bytes are not the planned ones
-    bytes: tuple[str, ...] = ()  # the same in words
+    different: Mapping[str, str] = field(default_factory=dict)  # tensors whose bytes are not the planned ones, in words
     tensors: tuple[TensorError, ...] = ()  # the worst first; none where all is equal
 
 
@@ -47,10 +47,9 @@ def tensors(found: TensorFigures, bounds: Thresholds) -> Gate:
     if found.names:
         return Gate("tensors", "missed", (count,), _more(found.names), "names: not those that were planned")
     if found.kinds:
-        finer = "types: not those that its name stands for"
-        cause = "rounding: stored more coarsely than its name says" if found.coarser else finer
+        cause = TOO_COARSE if found.coarser else "types: not those that its name stands for"
         return Gate("tensors", "missed", (count,), _more(found.kinds), cause)
-    if not found.repeated:
+    if found.reason:
         return _bounded(found, bounds, (count, Metric("repeated", 0.0)))
     equal = 1 - len(found.different) / found.compared if found.compared else 1.0
     measured = _measured(found.tensors, bounds)
@@ -83,13 +82,17 @@ def _at_most(name: str, value: float, bound: float | None) -> Metric:
 
 def _words(found: TensorFigures) -> tuple[str, str]:
     """Where the bytes differ, and what that looks like."""
-    known = [error for error in found.tensors if set(error.name.split(" and ")) & set(found.different)]
+    known = [error for error in found.tensors if set(error.name.split(" and ")) & found.different.keys()]
     if not known:
-        return _more(found.bytes), "damaged: bytes are not what was planned"
+        return _more([*found.different.values()]), "damaged: bytes are not what was planned"
     whole = max(known, key=lambda error: (error.nmse if error.own is None else _excess(error), error.nmse))
-    text = next(line for line in found.bytes if line.split(":")[0] in whole.name.split(" and "))
+    text = next(line for name, line in found.different.items() if name in whole.name.split(" and "))
     cause = _cause([error.name for error in known], found.tensors, whole.nmse)
     return f"{text}; NMSE {whole.nmse:.3g}", cause
+
+
+def _other_strength(value: float) -> str:
+    return f"scale: the adapter is there at {value:.2f} of its strength (alpha, rsLoRA, folded twice)"
 
 
 def _excess(error: TensorError) -> float:
@@ -149,8 +152,8 @@ class Strength:
     @property
     def cause(self) -> str:
         if abs(self.value) <= max(CERTAIN * self.deviation, SURE):
-            return "adapter: not applied; the stored weights are the base's"
-        return f"scale: the adapter is there at {self.value:.2f} of its strength (alpha, rsLoRA, folded twice)"
+            return NOT_APPLIED
+        return _other_strength(self.value)
 
     def __str__(self) -> str:
         low, high = (self.value + side * CERTAIN * self.deviation for side in (-1, 1))
@@ -199,11 +202,11 @@ def _cause(bad: Sequence[str], errors: Sequence[TensorError], nmse: float) -> st
     middle = float(np.median(strengths)) if len(strengths) else 1.0
     alike = bool(len(strengths)) and float(np.quantile(np.abs(strengths - middle), 0.9)) < 0.02
     if alike and abs(middle) < 0.02:
-        return "adapter: not applied; the stored weights are the base's"
+        return NOT_APPLIED
     if alike and abs(middle - 1) > 0.02:
-        return f"scale: the adapter is there at {middle:.2f} of its strength (alpha, rsLoRA, folded twice)"
+        return _other_strength(middle)
     if len(bad) <= max(2, len(errors) // 8):
         return f"one part is damaged, transposed or another layer's: {', '.join(bad[:3])}"
     if nmse > 0.15 or not alike:  # ggml's two-bit types reach 0.1
         return "wrong base or damaged weights: the stored tensors are not the planned ones"
-    return "rounding: stored more coarsely than its name says"
+    return TOO_COARSE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -15,6 +16,7 @@ from lora2serve.data.prompts import Conversation, PromptOptions, PromptSet, load
 from lora2serve.errors import EngineError
 from lora2serve.parity_check import metrics
 from lora2serve.parity_check.engines import ENGINES, Scores
+from lora2serve.parity_check.token_pieces import token_pieces
 from lora2serve.system.worker_protocol import Link
 
 LIKELIEST = 20  # of the reference, at each step of a greedy answer
@@ -131,13 +133,19 @@ class EngineWorker:
         found = self._engine.compare(Path(export), self._link.advance, measure=measure)
         return found.to_json() if found else None
 
-    def generate(self, data: str, new_tokens: int) -> list[list[int]]:
-        """Greedy answers to every prompt."""
-        answers = []
+    def generate(self, data: str, new_tokens: int) -> dict[str, object]:
+        """Greedy answers to every prompt, one at a time, and the engine's time for them."""
+        answers, seconds = list[list[int]](), 0.0
         for prompt in load_saved(Path(data)).prompts:
+            started = time.perf_counter()
             answers += self._engine.generate([prompt.ids], new_tokens)
+            seconds += time.perf_counter() - started
             self._link.advance(1)
-        return answers
+        return {"ids": answers, "seconds": seconds}
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """A text's tokens in words, by the trained tokenizer."""
+        return token_pieces(self._engine.tokenizer.decode, ids)
 
     def text(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Ids in words, by the trained tokenizer."""

@@ -145,8 +145,3 @@ def greedy(
         values, names = scores[0].float().topk(min(top, scores.shape[-1]))
         steps.append([(int(name), float(gap)) for name, gap in zip(names, values[0] - values, strict=True)])
     return tokens[:-1] if tokens and tokens[-1] in stop else tokens, steps
-
-
-def weight_bytes(model: Path) -> int:
-    """Bytes of all weights in a directory."""
-    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
