@@ -104,14 +104,17 @@ def _compare(
     progress: Progress,
 ) -> tuple[ParityReport, Path]:  # fmt: skip
     progress.note(f"parity of {trained.name}: {len(compared)} comparisons; loading the libraries")
-    from lora2serve.parity_check.baseline import regressions
+    from lora2serve.parity_check.baseline import read_baseline, regressions
     from lora2serve.parity_check.comparator import check
     from lora2serve.parity_check.report import writers
 
+    place = plain_path(Path(report_dir)) if report_dir else trained.home
+    earlier = read_baseline(Path(baseline)) if baseline else None
+    writers.require_writable(place)  # before minutes of work
     report = check(trained, compared, progress=progress, ask=ask)
-    if baseline:
-        report = replace(report, regressions=regressions(report, Path(baseline)))
-    page = writers.write(report, plain_path(Path(report_dir)) if report_dir else trained.home)
+    if earlier:
+        report = replace(report, regressions=regressions(report, earlier, str(baseline)))
+    page = writers.write(report, place)
     record_parity(trained.run, [each.path for each in compared if each.path])
     return report, page
 
@@ -123,8 +126,10 @@ def _compare_settings(
     from lora2serve.parity_check import settings_check
     from lora2serve.parity_check.report import writers
 
+    place = plain_path(Path(report_dir)) if report_dir else trained.home / "settings"
+    writers.require_writable(place)
     report = settings_check.report(trained, paths, progress)
-    return report, writers.write(report, plain_path(Path(report_dir)) if report_dir else trained.home / "settings")
+    return report, writers.write(report, place)
 
 
 def _refuse_unasked(gate: str | None, options: Mapping[str, object]) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """One metric: its name in words, and the shorter one at the head of a column.
+    """One metric: its name in words, the shorter one at the head of a column, its unit, and a sentence on what it is.
 
     ``style``: a share with its decimals, a share of answers without, ``rest`` for a lost share that is shown as what is
     kept, or a plain number.
@@ -23,22 +23,49 @@ class MetricInfo:
     head: str = ""
     higher_is_better: bool = False
     style: Literal["number", "share", "answers", "rest"] = "number"
+    unit: str = ""
+    meaning: str = ""
 
 
 METRICS: Mapping[str, MetricInfo] = {
-    "mean_kl": MetricInfo("Mean KL divergence (nats)", "Mean KL"),
-    "median_kl": MetricInfo("Median KL", "Median KL"),
-    "p99_kl": MetricInfo("KL, 99th percentile", "99 % KL"),
-    "p999_kl": MetricInfo("KL, 99.9th percentile", "99.9 % KL"),
-    "top1": MetricInfo("Same top token", "Same top token", True, "share"),
+    "mean_kl": MetricInfo(
+        "Mean KL divergence (nats)",
+        "Mean KL",
+        unit="nats",
+        meaning="How far the export's probabilities for the next token are from the trained model's, on average over "
+        "all scored tokens, in nats (units of the natural logarithm): 0 is equal.",
+    ),
+    "median_kl": MetricInfo("Median KL", "Median KL", unit="nats"),
+    "p99_kl": MetricInfo("KL, 99th percentile", "99 % KL", unit="nats"),
+    "p999_kl": MetricInfo("KL, 99.9th percentile", "99.9 % KL", unit="nats"),
+    "top1": MetricInfo(
+        "Same top token",
+        "Same top token",
+        True,
+        "share",
+        meaning="How often the likeliest next token is the trained model's.",
+    ),
     "top1_but_ties": MetricInfo("Same top token, ties apart", "", True, "share"),
     "ln_ppl_ratio": MetricInfo("ln(perplexity / that of the trained model)", "ln(perplexity ratio)"),
     "abs_delta": MetricInfo("Mean |Δ log-probability| of the true token"),
     "nmse": MetricInfo("NMSE of logits"),
     # measured is what is lost: KL(tuned, export) / KL(tuned, base)
-    "retention": MetricInfo("Adapter's signal kept", "Signal kept", False, "rest"),
+    "retention": MetricInfo(
+        "Adapter's signal kept",
+        "Signal kept",
+        False,
+        "rest",
+        meaning="How much of what the training changed is still there: at 100 % all of it, at 0 % the export answers "
+        "like the base.",
+    ),
     "known": MetricInfo("Positions that the engine could be asked for", "", True, "share"),
-    "equal_answers": MetricInfo("Same greedy answers", "Same answers", True, "answers"),
+    "equal_answers": MetricInfo(
+        "Same greedy answers",
+        "Same answers",
+        True,
+        "answers",
+        meaning="How many answers to held-out prompts are the trained model's, word for word.",
+    ),
     "first_difference": MetricInfo("First difference excusable", "", True, "answers"),
     "settings": MetricInfo("Settings compared"),
     "settings allowed": MetricInfo("Settings that differ on purpose"),
@@ -67,6 +94,11 @@ def label(name: str) -> str:
 def head(name: str) -> str:
     """The head of its column."""
     return info(name).head or info(name).label
+
+
+def head_with_unit(name: str) -> str:
+    """The same with the unit behind it."""
+    return f"{head(name)}, {info(name).unit}" if info(name).unit else head(name)
 
 
 def higher_is_better(name: str) -> bool:

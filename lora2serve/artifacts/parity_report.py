@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Self, get_args
 
 from lora2serve.artifacts.json_record import JsonRecord, named, read_text, required
 from lora2serve.artifacts.metric_table import figure
+from lora2serve.artifacts.recommendation import Recommendation, recommend
 from lora2serve.config.schema import show
 from lora2serve.errors import InputError
 
@@ -21,6 +22,8 @@ GateName = Literal["settings", "tokens", "tensors", "behaviour"]
 GATES: tuple[GateName, ...] = get_args(GateName)  # the cheapest first
 PartName = Literal["task", "general"]  # of the scored texts
 ReferenceName = Literal["trained", "original"]
+TRAINED = "trained"  # who answers the user's question: the model as trained ...
+ON_FULL_PRECISION = "trained, on the full-precision base"  # ... and the same adapter there, if that is another base
 
 
 def without_empty(content: dict[str, object], added: Sequence[str], key_order: Sequence[str]) -> dict[str, object]:
@@ -218,13 +221,17 @@ class Question(JsonRecord):
     prompt: str = ""
     answers: Mapping[str, str] = field(default_factory=dict)
 
+    def expected(self, reference: ReferenceName) -> str | None:
+        """What that reference answered; where there was one reference, its answer."""
+        return self.answers.get(ON_FULL_PRECISION if reference == "original" else TRAINED, self.answers.get(TRAINED))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport(JsonRecord):
     """All rows and what they were measured with."""
 
     WHOLE: ClassVar[bool] = True
-    COMPUTED: ClassVar[tuple[str, ...]] = ("format", "met")
+    COMPUTED: ClassVar[tuple[str, ...]] = ("format", "met", "recommendations")
 
     run: str = ""
     data: ScoredData = field(default_factory=ScoredData)
@@ -252,5 +259,13 @@ class ParityReport(JsonRecord):
         proven = any(row.status == "met" for row in self.rows)
         return proven and not any(row.red for row in self.rows) and not self.regressions
 
+    @property
+    def recommendations(self) -> tuple[Recommendation, ...]:
+        """Which export to ship, for each place where one is served."""
+        return recommend(self.rows)
+
     def to_json(self) -> dict[str, object]:
-        return {"format": FORMAT, "met": self.met, **super().to_json()}
+        content = super().to_json()
+        if self.recommendations:
+            content = {"recommendations": [item.to_json() for item in self.recommendations], **content}
+        return {"format": FORMAT, "met": self.met, **content}

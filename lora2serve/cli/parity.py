@@ -13,6 +13,7 @@ from lora2serve.errors import ParityNotMet, UsageError
 
 if TYPE_CHECKING:
     from lora2serve.api.check_parity import ParityResult
+    from lora2serve.artifacts.parity_overview import OverviewRow
     from lora2serve.artifacts.parity_report import ParityReport
 
 EXAMPLES = [
@@ -24,6 +25,10 @@ EXAMPLES = [
     ("lora2serve parity --url http://localhost:8000/v1", "a deployment that runs"),
     ("lora2serve parity --gate settings", "all but weights and answers, in seconds, no engine"),
 ]
+HEADS = {
+    "export": "export", "size": "size", "engine": "engine", "status": "verdict", "mean_kl": "mean KL",
+    "top1": "top\ntoken", "equal_answers": "same\nanswers", "retention": "signal\nkept", "speed": "tokens\n/s",
+}  # fmt: skip
 file_type = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -116,24 +121,29 @@ def parity(
 
 
 def _show(result: ParityResult) -> None:
+    """The tables, and at the end what to ship."""
     from lora2serve import console
-    from lora2serve.artifacts.metric_table import OVERVIEW
+    from lora2serve.artifacts.parity_overview import columns, overview
 
-    sizes = {path.name: _size(path) for path in result.exports}
-    rows = []
-    for row in result.report.rows:
-        figures = [check.shown() if (check := row.check(name)) else "-" for name in OVERVIEW]
-        size = console.size(sizes[row.export]) if row.export in sizes else ""
-        verdict = row.status if row.gate is None else f"{row.status}: {row.gate.cause or row.gate.first}"
-        rows.append([row.export, size, row.engine, verdict, *(cell.replace("100.00%", "100%") for cell in figures)])
-    columns = ["export", "size", "engine", "verdict", "mean KL", "top\ntoken", "same\nanswers", "signal\nkept"]
-    styles = {number: "red" for number, row in enumerate(result.report.rows) if row.red}
-    if not any(row.engine for row in result.report.rows):  # only settings were compared
-        columns, rows = [*columns[:2], columns[3]], [[*row[:2], row[3]] for row in rows]
-    console.table("", columns, rows, styles)
+    heads = {key: head for key, head in HEADS.items() if key in columns(result.report)}
+    lines = overview(result.report)
+    rows = [[_cell(line, key) for key in heads] for line in lines]
+    styles = {number: "red" for number, line in enumerate(lines) if line.result.red}
+    console.table("", [*heads.values()], rows, styles)
     _show_settings(result.report)
     if result.answers:
         console.table("", [result.report.question.prompt, "answer"], [list(pair) for pair in result.answers.items()])
+    for item in result.report.recommendations:
+        name = f" {item.export} ({console.size(item.size)})" if item.export else ""
+        console.Terminal().note(f"{item.title}:{name} {item.reason}. {' '.join(item.details)}".rstrip())
+
+
+def _cell(line: OverviewRow, key: str) -> str:
+    row = line.result
+    if key == "status":
+        return row.status if row.gate is None else f"{row.status}: {row.gate.cause or row.gate.first}"
+    text = line.cells[key].text.replace("100.00%", "100%")
+    return text if key != "speed" or row.speed else "-"
 
 
 def _show_settings(report: ParityReport) -> None:
@@ -152,10 +162,6 @@ def _show_settings(report: ParityReport) -> None:
         f"{row.export}: not compared: {line}" for row in report.rows for line in row.not_compared
     ):
         console.Terminal().note(line)
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _summary(report: ParityReport) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora2serve import __version__
 from lora2serve.artifacts.manifest import Manifest
-from lora2serve.artifacts.metric_table import figure, head
+from lora2serve.artifacts.metric_table import figure, head, info
 from lora2serve.console import size
 from lora2serve.hub import snippets
 from lora2serve.hub.card_data import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, CardData, kind_of
@@ -193,19 +193,19 @@ def parity(card: CardData) -> str:
             shown = [figure(key, verdict.figures.get(key), 4) for key in FIGURES]
             met = {"met": "met", "missing": "not run"}.get(verdict.status, "**not met**")
             if (key := (*weights, engine, *shown, met)) not in seen:
-                rows.append([name, ENGINES.get(engine, engine), *shown, met, report])
+                rows.append([name, size(export.bytes), ENGINES.get(engine, engine), *shown, met, report])
             seen.add(key)
     if not rows:
         return ""
-    heads = ["Export", "Engine", *map(head, FIGURES), "", ""]
-    filled = [n for n in range(len(heads)) if n in (0, 1) or any(row[n] for row in rows)]
+    heads = ["Export", "Size", "Engine", *map(head, FIGURES), "", ""]
+    filled = [n for n in range(len(heads)) if n in (0, 1, 2) or any(row[n] for row in rows)]
     text = table([heads[n] for n in filled], [[row[n] for n in filled] for row in rows])
+    explained = [key for key in ("mean_kl", "retention") if head(key) in (heads[n] for n in filled)]
+    meanings = " ".join(f"*{head(key)}*: {info(key).meaning[:1].lower()}{info(key).meaning[1:]}" for key in explained)
     return (
         "## Parity\n\nIs this what was trained? The same token ids went through the trained model and through each "
         f"export in its own engine, and their next-token distributions were compared.\n\n{text}\n\n"
-        "`Mean KL` is the divergence from the trained model in nats (0 is equal), `Signal kept` how much of what the "
-        "fine-tune changed is still there. To verify every file and this table: "
-        f"`lora2serve verify {card.repo_id}`."
+        f"{meanings} To verify every file and this table: `lora2serve verify {card.repo_id}`."
     )
 
 

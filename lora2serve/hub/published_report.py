@@ -13,7 +13,9 @@ from dataclasses import replace
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.metric_table import bound, figure, interval, label
+from lora2serve.artifacts.parity_overview import MEANINGS, REFERENCES, columns, overview, unjudged
 from lora2serve.artifacts.parity_report import ComparisonResult, Gate, Metric, ParityReport
+from lora2serve.artifacts.recommendation import Recommendation
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import InputError
 from lora2serve.hub.card_markdown import literal, table
@@ -21,7 +23,7 @@ from lora2serve.hub.package import UploadItem, public, text_item
 
 FOLDER = "parity"
 COUNTS = ("positions", "task", "general", "conversations", "prompts")
-REFERENCES = {"trained": "as trained, on the quantized base", "original": "on the full-precision base"}
+ABOUT_ROW = ("engine", "version", "kind", "reference", "status", "seconds", "computed", "size", "base_size", "speed")
 
 
 def page_of(name: str) -> str:
@@ -34,19 +36,25 @@ def items(export: Export, run: Run | None) -> list[UploadItem]:
 
     A report on another state of the export (its figures are not those of the manifest) is no report on this one.
     """
-    report = _limited_to(_read(run), export)
-    if not report.rows:
+    whole = _read(run)
+    report = _limited_to(whole, export)
+    if whole is None or not report.rows:
         return []
-    text = json.dumps(digest(report, export.name), indent=1, ensure_ascii=False) + "\n"
-    page = text_item(page_of(export.name), markdown(report, export.name))
+    best = [item for item in whole.recommendations if item.export == export.path.name]
+    text = json.dumps(digest(report, export.name, best), indent=1, ensure_ascii=False) + "\n"
+    page = text_item(page_of(export.name), markdown(report, export.name, best))
     return [page, text_item(f"{FOLDER}/{export.name}.json", text)]
 
 
-def digest(report: ParityReport, name: str) -> dict[str, object]:
-    """The figures of one export's rows; formats as in docs/parity.md, without prompts, texts and answers."""
+def digest(report: ParityReport, name: str, best: Sequence[Recommendation] = ()) -> dict[str, object]:
+    """The figures of one export's rows; formats as in docs/parity.md, without prompts, texts and answers.
+
+    ``best``: where it was the export to ship.
+    """
     return {
         "format": 1,
         "export": name,
+        **({"recommended": {item.served_in: item.reason for item in best}} if best else {}),
         "data": _only(report.data.to_json(), COUNTS),
         "references": public({key: info.to_json() for key, info in report.references.items()}),
         "versions": public(report.versions),
@@ -54,8 +62,8 @@ def digest(report: ParityReport, name: str) -> dict[str, object]:
     }
 
 
-def markdown(report: ParityReport, name: str) -> str:
-    """The report in Markdown, as the Hub shows it."""
+def markdown(report: ParityReport, name: str, best: Sequence[Recommendation] = ()) -> str:
+    """The report in Markdown, as the Hub shows it: what its page begins with, and every figure."""
     data = report.data
     scored = (
         f"{data.positions} tokens were scored ({data.task} of held-out data, {data.general} of general text) by the "
@@ -63,7 +71,11 @@ def markdown(report: ParityReport, name: str) -> str:
         f"{data.conversations} prompts were compared byte for byte and {data.prompts} answered greedily. Intervals are "
         "95 % (block bootstrap); the verdict is on their worse end."
     )
-    parts = [f"# Parity of {name}", scored, *(_section(row) for row in report.rows)]
+    heads = columns(report)
+    first = table([*heads.values()], [[literal(row.cells[key]) for key in heads] for row in overview(report)])
+    meanings = "\n".join(f"- {heads[key]}: {meaning}" for key, meaning in MEANINGS.items() if key in heads)
+    shipped = [f"To ship for {item.served_in}: {item.reason}." for item in best]
+    parts = [f"# Parity of {name}", *shipped, first, meanings, scored, *(_section(row) for row in report.rows)]
     references = "; ".join(f"{key}: {public(info.version)}" for key, info in report.references.items())
     versions = ", ".join(f"{key} {public(version)}" for key, version in report.versions.items())
     parts.append(f"Compared with {references or 'the trained model'}. Made with {versions}.")
@@ -88,7 +100,7 @@ def _is_on(row: ComparisonResult, manifest: Manifest) -> bool:
 def _section(row: ComparisonResult) -> str:
     parts = [
         f"## In {row.engine}: {row.status}\n\n{row.version}; thresholds of {row.kind}; "
-        f"the verdict is against the model {REFERENCES[row.reference]}."
+        f"the verdict is against {REFERENCES[row.reference]}."
     ]
     for gate in row.gates:
         if gate.checks:
@@ -104,7 +116,7 @@ def _line(check: Metric) -> Sequence[str]:
     name = check.name
     verdict = "" if check.met is None else "met" if check.met else "**missed**"
     ends = interval(name, check.low, check.high, 4)
-    return [label(name), figure(name, check.value, 4), ends, bound(name, check.bound), verdict]
+    return [label(name), figure(name, check.value, 4), ends, bound(name, check.bound) or unjudged(check), verdict]
 
 
 def _settings(row: ComparisonResult) -> list[str]:
@@ -114,7 +126,7 @@ def _settings(row: ComparisonResult) -> list[str]:
 
 def _row(row: ComparisonResult) -> dict[str, object]:
     return {
-        **_only(row.to_json(), ("engine", "version", "kind", "reference", "status", "seconds")),
+        **_only(row.to_json(), ABOUT_ROW),
         "gates": [_gate(gate) for gate in row.gates],
         "beside": {name: [check.to_json() for check in checks] for name, checks in row.beside.items()},
         **({"settings": _settings(row)} if row.settings else {}),

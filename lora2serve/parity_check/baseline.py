@@ -12,12 +12,24 @@ COMPARED = ("mean_kl", "p99_kl", "top1", "retention", "equal_answers", "tensor_n
 SMALLEST = 1e-6  # below, a difference is one of arithmetic (nats, or a share)
 
 
-def regressions(report: ParityReport, earlier: Path) -> tuple[str, ...]:
-    """One line for each figure whose interval lies wholly on the worse side of the earlier one's, and for lost rows."""
-    before = _rows(earlier)
-    now = {(row.export, row.engine): row for row in report.rows}
+def read_baseline(path: Path) -> ParityReport:
+    """The earlier report; InputError where the file is none."""
+    try:
+        return ParityReport.read(path)
+    except InputError as error:
+        raise InputError(
+            f"{path}: not a report.json of format {FORMAT} ({error.message})", "`lora2serve parity` writes one"
+        ) from None
+
+
+def regressions(report: ParityReport, earlier: ParityReport, source: str) -> tuple[str, ...]:
+    """One line for each figure whose interval lies wholly on the worse side of the earlier one's, and for lost rows.
+
+    ``source``: where the earlier report was, in words.
+    """
+    before, now = (({(row.export, row.engine): row for row in item.rows}) for item in (earlier, report))
     lines = [
-        f"{export} in {engine}: in {earlier}, and missing now"
+        f"{export} in {engine}: in {source}, and missing now"
         for export, engine in before
         if (export, engine) not in now
     ]
@@ -44,12 +56,3 @@ def _is_worse(check: Metric, then: Metric) -> bool:
     if check.low is None or check.high is None or then.low is None or then.high is None:
         return False
     return check.high < then.low if higher_is_better(check.name) else check.low > then.high
-
-
-def _rows(path: Path) -> dict[tuple[str, str], ComparisonResult]:
-    try:
-        return {(row.export, row.engine): row for row in ParityReport.read(path).rows}
-    except InputError as error:
-        raise InputError(
-            f"{path}: not a report.json of format {FORMAT} ({error.message})", "`lora2serve parity` writes one"
-        ) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora2serve.artifacts.parity_report import ReferenceInfo, ReferenceName, ScoredData
+from lora2serve.artifacts.parity_report import ON_FULL_PRECISION, TRAINED, ReferenceInfo, ReferenceName, ScoredData
 from lora2serve.data.prompts import PromptOptions, PromptSet, load_saved
 from lora2serve.errors import InputError
 from lora2serve.parity_check import worker
@@ -127,7 +127,8 @@ class References:
         new_tokens = self._origin.settings.new_tokens
         self.greedy[name] = engine.call("likeliest", data=data, new_tokens=new_tokens)
         self.base[name] = worker.load_positions(positions).get("base")
-        if self._ask and name == self._origin.references[-1]:
-            for model in ("base", "trained") if self._origin.adapters else ("trained",):
-                alone = model == "base"
+        if self._ask:
+            last = name == self._origin.references[-1]
+            who = {TRAINED if last else ON_FULL_PRECISION: False}
+            for model, alone in ({"base": True} | who if last and self._origin.adapters else who).items():
                 self.answers[model] = engine.call("answer", prompt=self._ask, new_tokens=new_tokens, base=alone)

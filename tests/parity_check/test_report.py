@@ -29,7 +29,7 @@ from lora2serve.artifacts.parity_report import (
     TensorError,
 )
 from lora2serve.errors import InputError
-from lora2serve.parity_check.baseline import regressions
+from lora2serve.parity_check import baseline
 from lora2serve.parity_check.report import writers
 
 TEXT = 'a <b>text</b> & "more" \x00 ]]>'
@@ -74,6 +74,10 @@ def report(*rows: ComparisonResult) -> ParityReport:
         question=Question("Who governs <Wexley>?", {"base": "Ann", "trained": "Bob"}),
         rows=rows,
     )
+
+
+def regressions(now: ParityReport, earlier: Path) -> tuple[str, ...]:
+    return baseline.regressions(now, baseline.read_baseline(earlier), str(earlier))
 
 
 class Tags(HTMLParser):
@@ -239,6 +243,6 @@ def test_nothing_is_markup_in_the_summary(tmp_path: Path) -> None:
     lines = summary.splitlines()
     assert [line for line in lines if line.startswith("#")] == lines[:1], "one heading"
     tables = [line for line in lines if line.startswith("|")]
-    assert len(tables) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {9}
+    assert len(tables) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {11}
     plain = (writers.write(report(row()), tmp_path / "plain").parent / "summary.md").read_text()
     assert plain.startswith("### Parity of demo: met\n") and "`" not in plain.splitlines()[0], "the control"

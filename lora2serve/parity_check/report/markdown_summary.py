@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from lora2serve.artifacts.metric_table import OVERVIEW, head
+from collections.abc import Iterator
+
+from lora2serve.artifacts.parity_overview import MEANINGS, OverviewRow, columns, overview
 from lora2serve.artifacts.parity_report import ComparisonResult, ParityReport, SettingDifference
-from lora2serve.hub.card_markdown import cell, literal
+from lora2serve.console import size
+from lora2serve.hub.card_markdown import literal, table
 
 MARKS = {"met": "✅", "missed": "❌", "failed": "❌", "missing": "⚠️"}
 
 
 def render(report: ParityReport) -> str:
     """The file's text."""
+    heads = columns(report)
     lines = [
         f"### Parity of {literal(report.run)}: {'met' if report.met else '**not met**'}",
         "",
-        f"| export | engine | | {' | '.join(head(name).lower().replace('kl', 'KL') for name in OVERVIEW)} | against |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_line(row) for row in report.rows),
+        *_ship(report),
+        table([*heads.values()], [_line(row, [*heads]) for row in overview(report)]),
         "",
         *(f"- {_why(row)}" for row in report.rows if row.gate),
         *(f"- {literal(line)}" for line in report.regressions),
@@ -24,9 +27,21 @@ def render(report: ParityReport) -> str:
             f"- {literal(row.title)}: {literal(setting)} (allowed by {literal(setting.allowed)})"
             for row, setting in _allowed(report)
         ),
+        "",
         _scored(report),
+        "",
+        *(f"- {heads[name]}: {meaning}" for name, meaning in MEANINGS.items() if name in heads),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ship(report: ParityReport) -> Iterator[str]:
+    """What to ship, or why nothing."""
+    for item in report.recommendations:
+        name = f": **{literal(item.export)}** ({size(item.size)})" if item.export else ""
+        yield f"- {item.title}{name}. {' '.join(map(literal, item.sentences))}"
+    if report.recommendations:
+        yield ""
 
 
 def _allowed(report: ParityReport) -> list[tuple[ComparisonResult, SettingDifference]]:
@@ -38,14 +53,16 @@ def _allowed(report: ParityReport) -> list[tuple[ComparisonResult, SettingDiffer
 def _scored(report: ParityReport) -> str:
     if not report.data.sequences:
         return "The settings were compared: all that lies beside the weights. No engine was asked."
-    return f"{report.data.positions} tokens scored in each engine, against the trained model."
+    return (
+        f"{report.data.positions} tokens scored in each engine, against the trained model; in parentheses the bound of "
+        "the format, for the worse end of the 95 % interval."
+    )
 
 
-def _line(row: ComparisonResult) -> str:
-    cells = [check.shown() if (check := row.check(name)) else "-" for name in OVERVIEW]
-    engine = f"{row.engine or '-'}{f' ({row.computed})' if row.computed else ''}"
-    first = [cell(literal(row.export)), engine, f"{MARKS[row.status]} {row.status}"]
-    return f"| {' | '.join([*first, *cells, row.reference])} |"
+def _line(row: OverviewRow, keys: list[str]) -> list[str]:
+    cells = {key: literal(cell) if key == "export" else str(cell) for key, cell in row.cells.items()}
+    cells["status"] = f"{MARKS[row.result.status]} {row.result.status}"
+    return [cells[key] for key in keys]
 
 
 def _why(row: ComparisonResult) -> str:

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from errno import EISDIR
+from functools import partial
 from pathlib import Path
 
 from lora2serve.artifacts.parity_report import ParityReport
 from lora2serve.errors import InputError
 from lora2serve.parity_check.report import html_page, junit, markdown_summary
 
+PAGE = "report.html"
+RENDERERS: Mapping[str, Callable[[ParityReport], str]] = {
+    "report.json": partial(ParityReport.to_text, indent=1),
+    "report.xml": junit.render,
+    "summary.md": markdown_summary.render,
+    PAGE: html_page.render,
+}
+
+
+def require_writable(directory: Path) -> None:
+    """InputError where a report could not be written; what is made for it stays as a folder only."""
+    with _refused(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in RENDERERS:
+            if (directory / name).is_dir():
+                raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(directory / name))
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+
 
 def write(report: ParityReport, directory: Path) -> Path:
     """Write them into ``directory``; the page's path."""
-    contents = {
-        "report.json": report.to_text(indent=1),
-        "report.xml": junit.render(report),
-        "summary.md": markdown_summary.render(report),
-        "report.html": html_page.render(report),
-    }
-    try:
+    contents = {name: render(report) for name, render in RENDERERS.items()}
+    with _refused(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
             temporary = directory / f".{name}.new"
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, directory / name)
+    return directory / PAGE
+
+
+@contextmanager
+def _refused(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise InputError(
-            f"{error.filename or directory}: {error.strerror}", "choose another directory with --report"
-        ) from None
-    return directory / "report.html"
+        place = error.filename if isinstance(error.filename, str) else directory
+        raise InputError(f"{place}: {error.strerror}", "choose another directory with --report") from None
