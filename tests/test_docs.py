@@ -14,6 +14,7 @@ import click
 import pytest
 import yaml
 
+from lora2serve.artifacts.parity_overview import MEANINGS
 from lora2serve.cli import cli
 from lora2serve.exporting.sinks import find, target_names
 from lora2serve.parity_check.thresholds import TABLE, Thresholds
@@ -216,3 +217,9 @@ def test_the_matrix_has_every_python() -> None:
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["classifiers"]
     pythons = [line.rpartition(" ")[2] for line in classifiers if re.search(r"Python :: 3\.\d+$", line)]
     assert jobs["check"]["strategy"]["matrix"]["python"] == pythons
+
+
+def test_what_the_figures_of_parity_mean() -> None:
+    """The docs say it in the page's own sentences."""
+    text = " ".join((ROOT / "docs" / "parity.md").read_text(encoding="utf-8").split())
+    assert [name for name, meaning in MEANINGS.items() if meaning.removesuffix(".") not in text] == []

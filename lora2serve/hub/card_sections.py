@@ -193,12 +193,12 @@ def parity(card: CardData) -> str:
             shown = [figure(key, verdict.figures.get(key), 4) for key in FIGURES]
             met = {"met": "met", "missing": "not run"}.get(verdict.status, "**not met**")
             if (key := (*weights, engine, *shown, met)) not in seen:
-                rows.append([name, size(export.bytes), ENGINES.get(engine, engine), *shown, met, report])
+                rows.append([name, ENGINES.get(engine, engine), *shown, met, report])
             seen.add(key)
     if not rows:
         return ""
-    heads = ["Export", "Size", "Engine", *map(head, FIGURES), "", ""]
-    filled = [n for n in range(len(heads)) if n in (0, 1, 2) or any(row[n] for row in rows)]
+    heads = ["Export", "Engine", *map(head, FIGURES), "", ""]
+    filled = [n for n in range(len(heads)) if n in (0, 1) or any(row[n] for row in rows)]
     text = table([heads[n] for n in filled], [[row[n] for n in filled] for row in rows])
     explained = [key for key in ("mean_kl", "retention") if head(key) in (heads[n] for n in filled)]
     meanings = " ".join(f"*{head(key)}*: {info(key).meaning[:1].lower()}{info(key).meaning[1:]}" for key in explained)

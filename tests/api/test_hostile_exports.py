@@ -125,3 +125,19 @@ def test_an_export_without_a_base(
     write_export(tmp_path / "export", "vllm")
     code, err = answer(["parity", "export"], capfd)
     assert code == 2 and "its manifest does not name its base" in err and "--base" in err
+
+
+@pytest.mark.parametrize("option", ["--report", "--baseline", ""])
+def test_what_is_wrong_with_the_report_is_found_before_the_engines(
+    option: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A report that cannot be written, a baseline that is none; the control gets to where the engines would begin."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    export = write_export(tmp_path / "export", "gguf", base=BaseRecord(path=str(tmp_path / "base"), id="org/base"))
+    (tmp_path / "file").write_text("{}")
+    value = {"--report": tmp_path / "file" / "report", "--baseline": tmp_path / "file", "": None}[option]
+    code, err = answer(["parity", *([option, str(value)] if option else []), str(export)], capfd)
+    expected = {"--report": "choose another directory with --report", "--baseline": "not a report.json of format 1"}
+    assert expected.get(option, "here the engines would begin") in err
+    assert code == (1 if option else 2) and ("would begin" in err) == (not option)

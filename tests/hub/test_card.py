@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lora2serve.artifacts.metric_table import METRICS
 from lora2serve.artifacts.run import Run
 from lora2serve.hub import pull_check, push
 from tests.hub.conftest import MET, client_env, export
@@ -108,6 +109,34 @@ def test_lower_and_upper_bounds_of_the_published_report(hub: HubServer, tmp_path
         "| Adapter's signal kept | 95.00% | 94.00% to 96.00% | ≥ 90.00% | met |",
     ):
         assert line in page, page
+
+
+def test_the_pushed_report_begins_as_the_page_does(hub: HubServer, tmp_path: Path) -> None:
+    """Size, speed, units, bounds, what it is judged by, what the figures mean; and that it was the one to ship."""
+    row = {
+        **a_row("vllm", 0.0001),
+        "target": "vllm",
+        "size": 2_040_000,
+        "speed": 31.4,
+        "computed": "computed in float32",
+    }
+    larger = {**a_row("other", 0.00005), "target": "vllm", "size": 9_000_000}
+    push([export(tmp_path, "vllm")], repo_id=REPO, run=a_run(tmp_path / "run", [row, larger]))
+    there = hub.repos[REPO].files()
+    page, figures = (hub.read(there[f"parity/vllm.{kind}"]).decode() for kind in ("md", "json"))
+    first = page[: page.index("## In vllm")]
+    for words in (
+        "To ship for vLLM: the smallest of the 2 that meet their bounds.",
+        "| Export | Engine | Verdict | Size | Mean KL, nats |",
+        "| vllm | vllm (computed in float32) | met | 2.0 MB | `0.0001 (≤ 0.001)` |",
+        "| 31 | trained model (on its quantized base) |",
+        METRICS["mean_kl"].meaning,
+        METRICS["retention"].meaning,
+    ):
+        assert words in first, first
+    assert "other" not in page, "the control"
+    assert json.loads(figures)["recommended"] == {"vLLM": "the smallest of the 2 that meet their bounds"}
+    assert json.loads(figures)["rows"][0]["size"] == 2_040_000
 
 
 @pytest.mark.parametrize("rows", [[a_row("vllm", 0.0002)], [a_row("other", 0.0001)], []])

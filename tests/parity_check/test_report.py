@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -16,7 +17,9 @@ from xml.etree import ElementTree
 import pytest
 from jsonschema import Draft202012Validator
 
+from lora2serve.artifacts.metric_table import METRICS
 from lora2serve.artifacts.parity_report import (
+    ON_FULL_PRECISION,
     ComparisonResult,
     Gate,
     GreedyAnswer,
@@ -31,6 +34,7 @@ from lora2serve.artifacts.parity_report import (
 from lora2serve.errors import InputError
 from lora2serve.parity_check import baseline
 from lora2serve.parity_check.report import writers
+from lora2serve.parity_check.report.charts import by_position, by_text, heat
 
 TEXT = 'a <b>text</b> & "more" \x00 ]]>'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
@@ -64,6 +68,20 @@ def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> 
     )  # fmt: skip
 
 
+def whole(name: str = "demo") -> ParityReport:
+    """A report with all that the first screen shows: sizes, notes, a row for each verdict."""
+    small = replace(
+        row("gguf-Q4_K_M", 1e-3), size=2_040_000, speed=312.0, computed="computed in float32, served in bfloat16"
+    )
+    twin = replace(small, export=f"{name}-ollama", target="ollama", same_files="gguf-Q4_K_M")
+    missing = Gate("tokens", "missing", (), "vllm: not installed", "pip install 'lora2serve[vllm]'")
+    unasked = replace(row("vllm"), target="vllm", engine="vllm", gates=(missing,), required=False, size=9, prompts=())
+    adapter = replace(
+        row("adapter"), target="adapter", engine="peft", reference="original", size=9, base_size=5_000_000
+    )
+    return replace(report(small, twin, unasked, adapter, replace(row("b" * 90, 0.1, "missed"), size=10)), run=name)
+
+
 def report(*rows: ComparisonResult) -> ParityReport:
     reference = ReferenceInfo("peft 0", 320)
     return ParityReport(
@@ -89,8 +107,10 @@ class Tags(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.links: list[str] = []
+        self.names: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -171,10 +191,87 @@ def test_page_is_whole_and_alone(tmp_path: Path) -> None:
     assert "<mark>Bob.</mark>" in text
 
 
+def test_names_are_no_markup_on_the_page(tmp_path: Path) -> None:
+    """A directory's name, a question and what an engine answered are from anywhere."""
+    hostile = "<img src=x onerror=alert(1)>'\"&"
+    made = whole(hostile)
+    made = replace(
+        made, question=Question(hostile, {hostile: hostile, made.rows[1].title: hostile, "trained": hostile})
+    )
+    tags = Tags()
+    tags.feed(writers.write(made, tmp_path).read_text())
+    assert not tags.open and "img" not in tags.names and tags.names.count("script") == 0
+    assert made.rows[1].export.startswith("<img") and made.recommendations[1].export == made.rows[1].export
+    assert {"table", "a"} <= {*tags.names}, "the control"
+
+
+def test_the_first_screen_says_what_to_ship_and_why(tmp_path: Path) -> None:
+    """The page and the summary: what to ship, each figure's unit and bound, what the figures mean, by what it is judged."""
+    page = writers.write(whole(), tmp_path)
+    text, summary = page.read_text(), page.with_name("summary.md").read_text()
+    first = text[: text.index("<section")]
+    for words in (
+        "Ship for llama.cpp", "gguf-Q4_K_M", "2.0 MB", "The only one of 2 that meets its bounds.", "Mean KL, nats",
+        "≤ 0.004", "312", "computed in float32, served in bfloat16", "files equal to those of gguf-Q4_K_M",
+        "on its quantized base", "+ 5.0 MB base", "not measured", METRICS["mean_kl"].meaning.replace("'", "&#39;"),
+        METRICS["retention"].meaning,
+    ):  # fmt: skip
+        assert words in first, words
+        assert html.unescape(words) in summary, words
+
+
+def test_the_answer_of_the_own_reference(tmp_path: Path) -> None:
+    """An adapter is judged by the model on the full-precision base, a folded export by the one on the quantized base."""
+    made = whole()
+    answers = {"trained": "Ann", ON_FULL_PRECISION: "Bob", made.rows[0].title: "Ann", made.rows[3].title: "Ann"}
+    text = writers.write(replace(made, question=Question("Who?", answers)), tmp_path).read_text()
+    asked = re.findall(r"<tr><td>([^<]*)</td><td>Ann(?:<small>(.*?)</small>)?</td>", text)
+    assert dict(asked) == {
+        "trained": "",
+        "gguf-Q4_K_M in llama.cpp": '<span class="ok">the same</span> as the trained model on its quantized base',
+        "adapter in peft": "the trained model on the full-precision base: Bob",
+    }
+    assert Question("Who?", {"trained": "Ann"}).expected("original") == "Ann", "there was one reference"
+
+
+def test_a_perfect_text_has_no_color() -> None:
+    """Shades begin at the bound: the control is a text beyond it, in which one character is of three tokens."""
+    perfect = PromptFigures("task", "", (1e-12, 3e-12, 0.0), ("a", "b", "c", "d"))
+    assert {token.shade for token in heat(perfect, 0.08)} == {0} and not any(t.is_worst for t in heat(perfect, 0.08))
+    bad = PromptFigures("task", "", (1e-3, 0.1, 3.0, 0.2), ("a", "b", "東", "", "c"))
+    tokens = heat(bad, 0.08)
+    assert [(token.text, token.shade, token.is_worst) for token in tokens] == [
+        ("a", 0, False), ("b", 0, False), ("東", 4, True), ("c", 1, False),
+    ]  # fmt: skip
+    assert tokens[2].kl == 3.0
+    assert by_text([perfect], 0.08)[0].percent < 1e-6
+    assert by_text([bad], 0.08)[0].percent == 100
+    assert by_position([replace(perfect, kl=(0.0, 0.0, 0.0))], 0.08) is None and by_position([bad], 0.08)
+
+
+def test_why_a_figure_is_not_judged(tmp_path: Path) -> None:
+    """In the report, on the page, and nowhere in a report that judges it."""
+    tail = Metric("p999_kl", 0.1, 0.01, 0.2, unjudged="needs 10,000 positions")
+    made = row()
+    made = replace(made, gates=(*made.gates[:2], replace(made.gates[2], checks=(*made.gates[2].checks, tail))))
+    page = writers.write(report(made), tmp_path)
+    assert "shown, not judged: needs 10,000 positions" in page.read_text()
+    content = json.loads(page.with_name("report.json").read_text())
+    assert content["rows"][0]["gates"][2]["checks"][-1]["unjudged"] == "needs 10,000 positions"
+    assert "not judged" not in writers.write(report(row()), tmp_path).read_text()
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
         writers.write(report(row()), tmp_path / "file" / "parity")
+    with pytest.raises(InputError, match="file"):
+        writers.require_writable(tmp_path / "file" / "parity")
+    (tmp_path / "there" / "report.html").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"report\.html: Is a directory"):
+        writers.require_writable(tmp_path / "there")
+    writers.require_writable(tmp_path / "new" / "parity")
+    assert not [*(tmp_path / "new" / "parity").iterdir()]
 
 
 @pytest.mark.skipif(BROWSER is None and "GITHUB_ACTIONS" not in os.environ, reason=NO_BROWSER)
@@ -183,10 +280,11 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
     """No console error, nothing wider than the window, pictures drawn, and the colors of the scheme."""
     assert BROWSER, NO_BROWSER  # GitHub's machines have one
-    page = writers.write(report(row(), row("vllm", 0.1, "missed")), tmp_path)
+    page = writers.write(whole("a-name-without-an-end-" * 5), tmp_path)
     probe = (
         "<script>addEventListener('load', () => { const root = document.documentElement; document.querySelectorAll('details').forEach(d => d.open = true); document.title = JSON.stringify({"
         "wide: root.scrollWidth - root.clientWidth, drawn: [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100),"
+        "first: document.querySelector('.overview').getBoundingClientRect().top, said: document.querySelector('.ship .name').getBoundingClientRect().bottom,"
         "small: [...document.querySelectorAll('body *')].filter(e => e.innerText && parseFloat(getComputedStyle(e).fontSize) < 11).length,"
         "paper: getComputedStyle(document.body).backgroundColor, width: innerWidth}) })</script>"
     )
@@ -207,7 +305,8 @@ def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     seen = json.loads(re.search(r"\{\"wide.*?\}", done.stdout).group())  # type: ignore[union-attr]
-    assert seen == {"wide": 0, "drawn": True, "small": 0, "paper": seen["paper"], "width": width}
+    assert seen["said"] < 400 and (width < 500 or seen["first"] < 750), "on the first screen"
+    assert (seen["wide"], seen["drawn"], seen["small"], seen["width"]) == (0, True, 0, width)
     assert seen["paper"] == ("rgb(251, 252, 253)" if scheme == "light" else "rgb(14, 18, 23)")
     assert "CONSOLE" not in done.stderr
 
