@@ -9,6 +9,7 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # not from typing: `python -m lora2serve` would take one in the current folder (see __main__.py)
 if TYPE_CHECKING:
+    from lora2serve.api.chat_with_model import chat
     from lora2serve.api.check_parity import ParityResult, parity
     from lora2serve.api.data_preview import preview_data
     from lora2serve.api.export_model import export, plan_export
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
     from lora2serve.artifacts.run import Run
     from lora2serve.errors import Lora2ServeError
     from lora2serve.exporting.stream import ExportPlan
+    from lora2serve.parity_check.chat_session import Answer, ChatSession
     from lora2serve.progress import Progress
 
 __version__ = "0.1.0"
 __all__ = [
-    "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult", "Progress", "Registry", "Run", "RunningServer",
-    "Verified", "deploy", "export", "init", "inspect", "parity", "plan_export", "preview_data", "push", "serve",
-    "train", "verify",
+    "Answer", "ChatSession", "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult", "Progress", "Registry",
+    "Run", "RunningServer", "Verified", "chat", "deploy", "export", "init", "inspect", "parity", "plan_export",
+    "preview_data", "push", "serve", "train", "verify",
 ]  # fmt: skip
 _MODULES = {
+    "api.chat_with_model": ("chat",),
     "api.check_parity": ("ParityResult", "parity"),
     "api.data_preview": ("preview_data",),
     "api.export_model": ("export", "plan_export"),
@@ -44,6 +47,7 @@ _MODULES = {
     "artifacts.run": ("Run",),
     "errors": ("Lora2ServeError",),
     "exporting.stream": ("ExportPlan",),
+    "parity_check.chat_session": ("Answer", "ChatSession"),
     "progress": ("Progress",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

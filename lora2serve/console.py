@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from lora2serve.errors import Lora2ServeError
 from lora2serve.progress import Advance, Progress, Silent, Unit
@@ -62,6 +63,57 @@ def marked(parts: Sequence[tuple[str, bool]]) -> None:
     for text, mark in parts:
         shown.append(printable(text), style="bold green" if mark else "dim")
     console.print(shown)
+
+
+def answer_piece(text: str, dim: bool = False) -> None:
+    """A piece of a result that comes bit by bit; what is dim is shown in a terminal only."""
+    if not dim:
+        print(printable(text), end="", flush=True)
+    elif sys.stdout.isatty():
+        print(f"\x1b[2m{printable(text)}\x1b[22m", end="", flush=True)
+
+
+class Columns:
+    """Results side by side in a terminal while they come, for a ``with`` statement."""
+
+    NARROWEST = 60  # characters of a terminal
+
+    def __init__(self, names: Sequence[str]) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        self._texts = {name: Text() for name in names}
+        self._live = Live(console=Console(), auto_refresh=False)
+
+    @classmethod
+    def fit(cls) -> bool:
+        """Whether stdout is a terminal with room for them."""
+        from rich.console import Console
+
+        console = Console()
+        return console.is_terminal and not console.is_dumb_terminal and console.width >= cls.NARROWEST
+
+    def add(self, name: str, text: str, dim: bool) -> None:
+        """Append to the column of that name."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        self._texts[name].append(printable(text), style="dim" if dim else "")
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, expand=True)
+        for column in self._texts:
+            table.add_column(_escape(column), ratio=1, overflow="fold")
+        table.add_row(*self._texts.values())
+        self._live.update(table, refresh=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
 
 
 def printable(text: str, line_ends: bool = True) -> str:

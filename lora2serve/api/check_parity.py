@@ -151,7 +151,7 @@ def _find(
         run = trained_model.run_of(paths[0])
         trained = _of_run(run, base, progress) if run else _of_manifest(paths, base, progress)
     else:
-        trained = _of_model(str(model), base, progress)
+        trained = find_trained(str(model), base, progress)
         paths = [_find_any(export) if foreign else find_export(export) for export in exports]
         paths = paths or _default_exports(trained)
     trained_model.refuse_others(trained, paths)
@@ -182,8 +182,8 @@ def _of_manifest(exports: Sequence[Path], base: Named | None, progress: Progress
     return trained_model.of_parts(name, local, adapters, exports[0].resolve().parent / "parity")
 
 
-def _of_model(name: str, base: Named | None, progress: Progress) -> TrainedModel:
-    """A run, an adapter directory or a plain model."""
+def find_trained(name: str, base: Named | None, progress: Progress) -> TrainedModel:
+    """What is measured against: a run, an adapter directory or a plain model, by path, name or Hub id."""
     if find_run(name) is None and Path(name).is_dir():
         here = Located(Path(name), name)
         if not here.is_adapter and not (here.path / "config.json").is_file():

@@ -16,6 +16,7 @@ import click
 
 from lora2serve import __version__
 from lora2serve.cli.adapters import adapters
+from lora2serve.cli.chat import chat
 from lora2serve.cli.data import data
 from lora2serve.cli.doctor import doctor
 from lora2serve.cli.export import export
@@ -65,7 +66,8 @@ def _sweep(quiet: bool) -> None:
 
 
 for command in (
-    init, data, train, export, parity, push, verify, pull_check, serve, deploy, adapters, registry, inspect, doctor,
+    init, data, train, chat, export, parity, push, verify, pull_check, serve, deploy, adapters, registry, inspect,
+    doctor,
 ):  # fmt: skip
     cli.add_command(command)
 

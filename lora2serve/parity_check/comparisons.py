@@ -48,7 +48,7 @@ def of_exports(origin: TrainedModel, exports: Sequence[Path]) -> list[Comparison
         manifest, name = export.manifest, export.path.name
         folded = not manifest.is_adapter and manifest.merge_base == "trained" and origin.quantization
         reference: ReferenceName = "trained" if folded else "original"
-        for engine, options in _engines(export, origin):
+        for engine, options in engines_of(export, str(origin.base), str(origin.tokenizer), origin.settings.window):
             if engine in chosen or (not chosen and engine not in BY_NAME_ONLY):
                 kind = thresholds.kind_of(manifest)
                 comparisons.append(Comparison(name, export.path, export.target, kind, engine, options, reference))
@@ -75,16 +75,12 @@ def check_names(key: str, names: Sequence[str]) -> None:
             raise UsageError(f"parity.{key}: unknown engine {name!r}{near}", f"known: {', '.join(NAMES)}")
 
 
-def _engines(export: Export, origin: TrainedModel) -> list[tuple[str, dict[str, object]]]:
-    """The engines that open this target, with what each is made from; windows are set once the data are known."""
+def engines_of(export: Export, base: str, tokenizer: str, window: int) -> list[tuple[str, dict[str, object]]]:
+    """The engines that open this target, with what each is made from: the base's directory, for adapters, that of the
+    trained tokenizer, and the tokens of one request; InputError where none does.
+    """
     path, target = export.path, export.target
-    window, base = origin.settings.window, str(origin.base)
-    server: dict[str, object] = {
-        "export": str(path),
-        "base": base,
-        "tokenizer": str(origin.tokenizer),
-        "window": window,
-    }
+    server: dict[str, object] = {"export": str(path), "base": base, "tokenizer": tokenizer, "window": window}
     if target == "vllm":
         engines: list[tuple[str, dict[str, object]]] = [("vllm", {"model": str(path), "window": window})]
         if _stored_as(path) in (None, "compressed-tensors"):  # transformers needs another package for AWQ's own format
@@ -92,9 +88,9 @@ def _engines(export: Export, origin: TrainedModel) -> list[tuple[str, dict[str, 
         return [*engines, ("vllm-server", server)]
     if target == "adapter":
         tuned: dict[str, object] = {"model": base, "window": window, "adapter": str(path), "rank": largest_rank(path)}
-        plain: dict[str, object] = {"base": base, "adapters": [str(path)], "tokenizer": str(origin.tokenizer)}
+        plain: dict[str, object] = {"base": base, "adapters": [str(path)], "tokenizer": tokenizer}
         return [("peft", plain), ("vllm", tuned), ("vllm-server", server)]
-    hosted: dict[str, object] = {"export": str(path), "tokenizer": str(origin.tokenizer), "window": window}
+    hosted: dict[str, object] = {"export": str(path), "tokenizer": tokenizer, "window": window}
     if target in ("gguf", "ollama", "lmstudio"):
         file: dict[str, object] = {"model": str(export.gguf), "window": window}
         if target == "ollama":

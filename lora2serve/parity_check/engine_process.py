@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora2serve.errors import EngineError
 from lora2serve.system.extras import Extra, install_hint
-from lora2serve.system.worker_process import WorkerProcess
+from lora2serve.system.worker_process import Fork, WorkerProcess
 
 TIMEOUT = 600.0  # seconds without a response
 WORKER = "lora2serve.parity_check.worker:EngineWorker"
@@ -28,11 +28,13 @@ MISSING = {EngineMissing.__name__, ModuleNotFoundError.__name__}
 
 
 class EngineProcess(WorkerProcess):
-    """One process with one engine. ``call`` runs a job of ``EngineWorker`` there; arrays go through files."""
+    """One process with one engine. ``call`` runs a job of its ``worker`` there; arrays go through files."""
 
-    def __init__(self, engine: str, options: Mapping[str, object], log: Path, limit: float = TIMEOUT) -> None:
-        hint = "raise the limit with parity.limit; "
-        super().__init__(engine, WORKER, {"engine": engine, "options": options}, log, limit, hint, fork="always")
+    def __init__(
+        self, engine: str, options: Mapping[str, object], log: Path, limit: float = TIMEOUT, *, worker: str = WORKER,
+        hint: str = "raise the limit with parity.limit; ", fork: Fork = "always",
+    ) -> None:  # fmt: skip
+        super().__init__(engine, worker, {"engine": engine, "options": options}, log, limit, hint, fork=fork)
 
     def failed(self, message: Mapping[str, str]) -> EngineError:
         missing = message["kind"] in MISSING

@@ -37,7 +37,7 @@ class References:
         self.greedy: dict[str, Any] = {}
         self.answers: dict[str, list[int]] = {}  # to the user's own question, by the model
         for name in origin.references:
-            with self._worker("peft", self._options(name), f"reference-{name}") as engine:
+            with self._worker("peft", origin.peft_options(name), f"reference-{name}") as engine:
                 if not self.files:
                     self._prepare(engine)
                 self._measure(name, engine)
@@ -80,16 +80,6 @@ class References:
 
     def _worker(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
         return EngineProcess(engine, options, scratch.log_file(log), self._origin.settings.limit)
-
-    def _options(self, name: ReferenceName) -> dict[str, object]:
-        origin = self._origin
-        return {
-            "base": str(origin.base),
-            "adapters": [str(path) for path in origin.adapters],
-            "tokenizer": str(origin.tokenizer),
-            "quantization": origin.quantization.to_json() if origin.quantization and name == "trained" else None,
-            "trained_on": origin.run.record.device if origin.run else None,
-        }
 
     def _prepare(self, engine: EngineProcess) -> None:
         """Choose what is asked; InputError where the disk cannot hold the answers."""

@@ -47,6 +47,16 @@ class TrainedModel:
         """The directory of the trained tokenizer."""
         return next((path for path in reversed(self.adapters) if (path / TOKENIZER).is_file()), self.base)
 
+    def peft_options(self, reference: ReferenceName) -> dict[str, object]:
+        """What makes the engine that computes it with nothing folded, on one of its bases."""
+        return {
+            "base": str(self.base),
+            "adapters": [str(path) for path in self.adapters],
+            "tokenizer": str(self.tokenizer),
+            "quantization": self.quantization.to_json() if self.quantization and reference == "trained" else None,
+            "trained_on": self.run.record.device if self.run else None,
+        }
+
     def json(self) -> dict[str, Any]:
         """For a child process."""
         return {

@@ -128,6 +128,22 @@ class HttpClient:
                 if line.strip():
                     yield self._parsed(path, line)
 
+    def events(self, path: str, body: Mapping[str, object]) -> Iterator[Json]:
+        """The objects of a stream of server-sent events up to ``[DONE]``, each as soon as it is there.
+
+        A server that does not stream gives its whole answer as the only one.
+        """
+        with self._response("POST", path, *_encoded(body)) as response:
+            if "text/event-stream" not in response.headers.get("Content-Type", ""):
+                yield self._parsed(path, response.read())
+                return
+            for line in self._split(path, response.iter_bytes()):
+                name, _, data = line.strip().partition(b":")
+                if name == b"data" and data.strip() == b"[DONE]":
+                    return
+                if name == b"data":
+                    yield self._parsed(path, data)
+
     def has(self, path: str) -> bool:
         """Whether the server knows that path, by its answer to HEAD."""
         try:

@@ -103,6 +103,12 @@ class WorkerProcess:
         except (LinkClosed, OSError):
             raise self._died() from None
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send the process a signal; nothing where it has ended."""
+        if self._code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
+
     def failed(self, message: Mapping[str, str]) -> EngineError:
         """What an error message means: its ``error``, ``hint`` and ``kind``."""
         return EngineError(f"{self.name}: {message['error']}", message["hint"] or f"its log: {scratch.keep(self.log)}")

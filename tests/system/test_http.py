@@ -385,3 +385,30 @@ def test_an_address_that_is_refused_shows_no_secret(address: str) -> None:
         check_address(address)
     assert "SECRET" not in f"{caught.value.message} {caught.value.hint}"
     assert check_address("http://u:SECRET@h:80/v1").hostname == "h", "the control"
+
+
+EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Transfer-Encoding": "chunked"}
+
+
+def test_server_sent_events() -> None:
+    """Each as it comes, whatever its line ends with and whatever stands between; nothing behind ``[DONE]``."""
+    sent = [b'data: {"n": 1}\r\n\r\n: ping\n\nid: 7\ndata:{"n"', b": 2}\n\n", b"data: [DONE]\n\ndata: {}\n\n"]
+    with RawServer([head(200, EVENTS), *map(chunk, sent), chunk(b"")]) as server:
+        assert list(client(server).events("/x", {})) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_server_that_does_not_stream_answers_at_once() -> None:
+    with RawServer(answer(GOOD)) as server:
+        assert list(client(server).events("/x", {})) == [GOOD]
+
+
+def test_a_stream_of_events_that_breaks_off() -> None:
+    """What came before is there."""
+    with RawServer([head(200, EVENTS), chunk(b'data: {"n": 1}\n\n'), RESET]) as server:
+        events = client(server).events("/x", {})
+        assert next(events) == {"n": 1}
+        with pytest.raises(ConnectionLost):
+            list(events)
+    no_json = [head(200, EVENTS), chunk(b"data: {no json\n\n"), chunk(b"")]
+    with RawServer(no_json) as server, pytest.raises(InvalidAnswer):
+        list(client(server).events("/x", {}))

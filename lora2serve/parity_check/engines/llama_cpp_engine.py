@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -10,23 +11,30 @@ from typing import Any
 
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools, own_sampling
+from lora2serve.parity_check.engines.chat_engine import LONGEST_ANSWER, AnswerOptions, End, Say, TokenText, prompt
 
 TEMPLATE = "tokenizer.chat_template"
 BATCH = 64  # tokens at a time: llama.cpp holds the logits of a batch beside those of the text
+CHAT_BATCH = 512  # without them
+CHANCE: Mapping[str, float] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # where the file says nothing
 
 
 class LlamaCpp:
-    """``model`` is a GGUF file, the first one where it is split; answers are as its ``modelfile`` sets them, if any."""
+    """``model`` is a GGUF file, the first one where it is split; answers are as its ``modelfile`` sets them, if any.
+
+    Without ``scores`` it answers only, in less memory.
+    """
 
     def __init__(
         self, model: str, window: int, adapter: str | None = None, modelfile: str | None = None,
-        threads: int | None = None,
+        threads: int | None = None, *, scores: bool = True,
     ) -> None:  # fmt: skip
         from llama_cpp import Llama
 
+        batch = BATCH if scores else CHAT_BATCH
         try:
             self.llm: Any = Llama(
-                model, n_ctx=window, n_batch=BATCH, logits_all=True, lora_path=adapter, n_threads=threads,
+                model, n_ctx=window, n_batch=batch, logits_all=scores, lora_path=adapter, n_threads=threads,
                 n_threads_batch=threads, n_gpu_layers=-1, verbose=False, seed=0,
             )  # fmt: skip
         except ValueError as error:
@@ -77,33 +85,83 @@ class LlamaCpp:
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         return [self._answer(list(ids), self._own.most(new_tokens)) for ids in prompts]
 
-    def _answer(self, ids: list[int], length: int) -> list[int]:
-        import llama_cpp
+    def reply(self, messages: Messages, options: AnswerOptions, say: Say) -> End:
+        """As ``ChatEngine``; by the sampling that the file names, and where it names none, the likeliest tokens."""
+        most = min(int(self.llm.n_ctx()), int(self.llm._model.n_ctx_train()))
+        ids = prompt(self, messages, most)
+        text = TokenText(lambda tokens: str(self.llm.detokenize(tokens).decode("utf-8", "replace")), self._own.stops)
+        limit = min(options.max_tokens or self._own.most(LONGEST_ANSWER), most - len(ids))
+        self._forget_all_but(ids)
+        count = 0
+        for count, token in enumerate(self._tokens(ids, self._chance(options.temperature)), 1):
+            say(text.add(token))
+            if count == limit or text.stopped:
+                break
+        say(text.rest())
+        return "length" if count == limit and not text.stopped else "stop"
 
-        stop, answer = set(self.stop_ids() or ()), list[int]()
+    def _answer(self, ids: list[int], length: int) -> list[int]:
+        answer: list[int] = []
         self.llm.reset()
-        with self._sampler(ids) as sampler:
-            self.llm.eval(ids)
-            while len(answer) < length:
-                token = int(llama_cpp.llama_sampler_sample(sampler, self.llm.ctx, -1))
-                answer.append(token)
-                text = self.llm.detokenize(answer, special=True)
-                if token in stop or any(word.encode() in text for word in self._own.stops):
-                    return answer[:-1]
-                self.llm.eval([token])
+        for token in self._tokens(ids, CHANCE):
+            text = self.llm.detokenize([*answer, token], special=True)
+            if any(word.encode() in text for word in self._own.stops):
+                break
+            answer.append(token)
+            if len(answer) == length:
+                break
         return answer
 
+    def _tokens(self, ids: list[int], chance: Mapping[str, float]) -> Iterator[int]:
+        """One token after the other, up to one that ends an answer."""
+        import llama_cpp
+
+        stop = set(self.stop_ids() or ())
+        with self._sampler(ids, chance) as sampler:
+            self.llm.eval(ids[self.llm.n_tokens :])
+            while (token := int(llama_cpp.llama_sampler_sample(sampler, self.llm.ctx, -1))) not in stop:
+                yield token
+                self.llm.eval([token])
+
+    def _forget_all_but(self, ids: list[int]) -> None:
+        """Of what was computed before, keep what ``ids`` begin with, apart from their last."""
+        known = self.llm.input_ids[: self.llm.n_tokens].tolist()
+        same = next((n for n, (old, new) in enumerate(zip(known, ids[:-1], strict=False)) if old != new), None)
+        same = min(len(known), len(ids) - 1) if same is None else same
+        if same and self.llm._ctx.kv_cache_seq_rm(-1, same, -1):
+            self.llm.n_tokens = same
+        else:
+            self.llm.reset()
+
+    def _chance(self, temperature: float | None) -> Mapping[str, float]:
+        """The file's own sampling, with this temperature if one is given."""
+        named = {name: self.llm.metadata.get(f"general.sampling.{name}") for name in CHANCE}
+        chance = {**CHANCE, **{name: type(CHANCE[name])(value) for name, value in named.items() if value is not None}}
+        return chance if temperature is None else {**chance, "temp": temperature}
+
     @contextmanager
-    def _sampler(self, prompt: list[int]) -> Iterator[Any]:
-        """The likeliest token after the export's own penalties, which have seen the prompt, as on llama-server."""
+    def _sampler(self, prompt: list[int], chance: Mapping[str, float]) -> Iterator[Any]:
+        """By ``chance``, after the export's own penalties, which have seen the prompt: the order of llama-server."""
         import llama_cpp
 
         own = self._own
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        penalties = llama_cpp.llama_sampler_init_penalties(
-            self.llm.n_vocab(), own.last, own.repeat, own.frequency, own.presence
-        )
-        for sampler in (penalties, llama_cpp.llama_sampler_init_greedy()):
+        samplers = [
+            llama_cpp.llama_sampler_init_penalties(
+                self.llm.n_vocab(), own.last, own.repeat, own.frequency, own.presence
+            )
+        ]
+        if chance["temp"] > 0:
+            samplers += [
+                llama_cpp.llama_sampler_init_top_k(int(chance["top_k"])),
+                llama_cpp.llama_sampler_init_top_p(chance["top_p"], 1),
+                llama_cpp.llama_sampler_init_min_p(chance["min_p"], 1),
+                llama_cpp.llama_sampler_init_temp(chance["temp"]),
+                llama_cpp.llama_sampler_init_dist(secrets.randbits(32)),
+            ]
+        else:
+            samplers.append(llama_cpp.llama_sampler_init_greedy())
+        for sampler in samplers:
             llama_cpp.llama_sampler_chain_add(chain, sampler)
         for token in prompt:
             llama_cpp.llama_sampler_accept(chain, token)

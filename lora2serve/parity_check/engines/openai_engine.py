@@ -11,13 +11,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from http import HTTPStatus
+from typing import Any
 
 import numpy as np
 
+from lora2serve.data.rows import THOUGHT_KEYS
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engine_process import EngineMissing
 from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
+from lora2serve.parity_check.engines.chat_engine import AnswerOptions, End, Say
 from lora2serve.system.http import HttpClient, HttpStatus, InvalidAnswer, Unreachable
 from lora2serve.system.json_values import Json, JsonValue, at, objects
 
@@ -34,22 +38,28 @@ BUSY = (  # the server, or the gateway before it, may answer later
 class OpenAI:
     """``url`` is the server's address, with or without ``/v1``; ``tokenizer`` the trained one's directory.
 
-    A key is taken from OPENAI_API_KEY.
+    The tokenizer is needed for ids only, not to chat. A key is taken from OPENAI_API_KEY.
     """
 
     def __init__(self, url: str, tokenizer: str, model: str | None = None) -> None:
-        from transformers import AutoTokenizer
-
         self._http = HttpClient(url.rstrip("/").removesuffix("/v1"), patience=PATIENCE, key_variable="OPENAI_API_KEY")
         self.root = self._http.address
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self._tokenizer = tokenizer
         self._ids: Mapping[str, int] | None = None
         served = [str(entry.get("id")) for entry in objects(self._ask("GET", "/v1/models").get("data"))]
         if not served or (model is not None and model not in served):
             raise EngineError(f"{self.root} has no model {model or 'at all'!r}", f"it serves: {', '.join(served)}")
         self.model = model or served[0]
+        self.served = () if model else served  # what else may be asked for
         self._top = 0  # as many as the server grants; known after the first answer
         self.version = f"{self.model} at {self.root}"
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The trained one."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._tokenizer)
 
     def render(self, messages: Messages, tools: Tools = ()) -> str | None:
         """Servers show ids, not text."""
@@ -78,6 +88,27 @@ class OpenAI:
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda ids: self._continue(list(ids), new_tokens), prompts))
+
+    def reply(self, messages: Messages, options: AnswerOptions, say: Say) -> End:
+        """As ``ChatEngine``; what the options leave open is the server's."""
+        settings = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+        body: dict[str, object] = {"model": self.model, "messages": list(messages), "stream": True}
+        body |= {name: value for name, value in settings.items() if value is not None}
+        end: End = "stop"
+        for event in self._http.events("/v1/chat/completions", body):
+            if event.get("error"):
+                raise EngineError(f"{self.root}: {at(event, 'error', 'message') or event['error']}")
+            choice = at(event, "choices", 0)
+            part = at(choice, "delta") or at(choice, "message")  # the latter of a server that does not stream
+            for name in THOUGHT_KEYS:
+                if isinstance(thought := at(part, name), str):
+                    say(thought, thought=True)
+                    break
+            if isinstance(text := at(part, "content"), str):
+                say(text)
+            if at(choice, "finish_reason") == "length":
+                end = "length"
+        return end
 
     def _next(self, prefix: list[int]) -> dict[int, float]:
         """The likeliest next tokens with their log-probabilities."""

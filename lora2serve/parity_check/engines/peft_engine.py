@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora2serve.errors import EngineError
 from lora2serve.merge.binding import Binder
-from lora2serve.parity_check.engines import Ids, Scores
-from lora2serve.parity_check.engines.transformers_engine import Likeliest, Transformers, device, greedy, logits, quiet
+from lora2serve.parity_check.engines import Ids, Messages, Scores
+from lora2serve.parity_check.engines.chat_engine import AnswerOptions, End, Say
+from lora2serve.parity_check.engines.transformers_engine import Transformers, device, logits, quiet, training_dtype
+from lora2serve.training.generation import Likeliest, greedy
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
 from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.dequantize import Dequantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Peft(Transformers):
@@ -22,7 +27,8 @@ class Peft(Transformers):
 
     Several ``adapters`` are active together: their changes add up. With none it is the base alone. The base is loaded
     in the type that training computed in, since bitsandbytes dequantizes to that; the arithmetic is float32. Where
-    another device ``trained_on`` it (cuda or cpu), the 4-bit codes are those of that device, not of this one.
+    another device ``trained_on`` it (cuda or cpu), the 4-bit codes are those of that device, not of this one. One that
+    is ``as_served`` computes in the type of this device.
     """
 
     def __init__(
@@ -33,17 +39,19 @@ class Peft(Transformers):
         quantization: Mapping[str, Any] | None = None,
         trained_on: str | None = None,
         threads: int | None = None,
+        *,
+        as_served: bool = False,
     ) -> None:
         import peft
         import torch
         import transformers
-        from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         quiet(threads)
         device_name = device()
+        self.dtype = training_dtype() if as_served else "float32"
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        options: dict[str, Any] = {"dtype": torch.float32, "device_map": device_name}
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "device_map": device_name}
         if quantization:
             import_quietly()
             options |= _quantized(base, quantization)
@@ -52,12 +60,22 @@ class Peft(Transformers):
             _check_modules(model, quantization["modules"])
             if "quantization_config" in options and trained_on not in (None, device_name):
                 _requantize(model, base, Quantization.of({"quantization": quantization, "device": trained_on}))
-            _compute_in_float32(model)
+            if self.dtype == "float32":
+                _compute_in_float32(model)
         rows = len(self.tokenizer)
         if rows > model.get_input_embeddings().weight.shape[0]:  # tokens were added at training
             model.resize_token_embeddings(rows, mean_resizing=False)
+        self._add(model.eval(), adapters)
+        named = f"{quantization['type']} base" if quantization else "full-precision base"
+        self.version = (
+            f"peft {peft.__version__} on transformers {transformers.__version__}, {named}, {self.dtype} {device_name}"
+        )
+
+    def _add(self, model: PreTrainedModel, adapters: Sequence[str]) -> None:
+        from peft import PeftModel
+
         self.adapters = [f"part{number}" for number in range(len(adapters))]
-        self.model = model.eval()
+        self.model = model
         for name, path in zip(self.adapters, adapters, strict=True):
             if name == self.adapters[0]:
                 self.model = PeftModel.from_pretrained(model, path, name).eval()
@@ -65,10 +83,6 @@ class Peft(Transformers):
                 self.model.load_adapter(path, name)
         if len(self.adapters) > 1:
             self.model.base_model.set_adapter(self.adapters)
-        named = f"{quantization['type']} base" if quantization else "full-precision base"
-        self.version = (
-            f"peft {peft.__version__} on transformers {transformers.__version__}, {named}, float32 {device_name}"
-        )
 
     def pairs(self, sequences: Sequence[Ids]) -> Iterator[tuple[Scores, Scores | None]]:
         """The tuned model and its base (adapter off) on each sequence; None where there is no adapter."""
@@ -89,6 +103,11 @@ class Peft(Transformers):
         """Greedy answers of the base alone."""
         with self.model.disable_adapter():
             return self.generate(prompts, new_tokens)
+
+    def reply_base(self, messages: Messages, options: AnswerOptions, say: Say) -> End:
+        """``reply`` of the base alone."""
+        with self.model.disable_adapter():
+            return self.reply(messages, options, say)
 
 
 def _quantized(base: str, quantization: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora2serve.data.end_tokens import find_answer_end
 from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
+from lora2serve.parity_check.engines.chat_engine import LONGEST_ANSWER, AnswerOptions, End, Say, TokenText, prompt
+from lora2serve.training.generation import greedy, stop_ids, stream
 
 
 class Transformers:
-    """A Hugging Face model directory, computed in float32: what is measured is the export, not the arithmetic."""
+    """A Hugging Face model directory, computed in float32: what is measured is the export, not the arithmetic.
+
+    Unless it is ``as_served``: in the type that this device computes in.
+    """
 
     dtype = "float32"
 
-    def __init__(self, model: str, threads: int | None = None) -> None:
+    def __init__(self, model: str, threads: int | None = None, *, as_served: bool = False) -> None:
         import torch
         import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         quiet(threads)
         device_name = device()
+        self.dtype = training_dtype() if as_served else "float32"
+        dtype = getattr(torch, self.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        options: dict[str, Any] = {"dtype": torch.float32, "device_map": device_name, **_decompressed(model)}
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, **options).float().eval()
-        self.version = f"transformers {transformers.__version__} float32 {device_name}"
+        options: dict[str, Any] = {"dtype": dtype, "device_map": device_name, **_decompressed(model)}
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, **options).to(dtype).eval()
+        self.version = f"transformers {transformers.__version__} {self.dtype} {device_name}"
 
     def render(self, messages: Messages, tools: Tools = ()) -> str | None:
+        if not self.tokenizer.chat_template:
+            return None
         return str(
             self.tokenizer.apply_chat_template(
                 messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=True
@@ -65,6 +74,27 @@ class Transformers:
         stop = self.stop_ids() or []
         return [greedy(self.model, self.tokenizer, ids, new_tokens, stop)[0] for ids in prompts]
 
+    def reply(self, messages: Messages, options: AnswerOptions, say: Say) -> End:
+        """As ``ChatEngine``; what the options leave open is the generation config's."""
+        most = self.positions() or sys.maxsize
+        ids, stop = prompt(self, messages, most), self.stop_ids() or []
+        longest = options.max_tokens or self.model.generation_config.max_new_tokens or LONGEST_ANSWER
+        text, tokens = TokenText(self.tokenizer_text), list[int]()
+
+        def each(token: int) -> None:
+            tokens.append(token)
+            if token not in stop:
+                say(text.add(token))
+
+        limit = min(longest, most - len(ids))
+        stream(self.model, self.tokenizer, ids, limit, stop, options.temperature, each)
+        say(text.rest())
+        return "length" if len(tokens) == limit and tokens[-1] not in stop else "stop"
+
+    def tokenizer_text(self, ids: Ids) -> str:
+        """Ids in words, as servers give them."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
 
 def _decompressed(model: str) -> dict[str, Any]:
     """Weights of compressed-tensors dequantized as they are loaded; activations are quantized as the scheme says."""
@@ -94,19 +124,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The end tokens of the generation config and of the tokenizer, and the one that closes an answer."""
-    named = model.generation_config.eos_token_id
-    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, _closing_id(tokenizer)}
-    return sorted(token for token in ids if token is not None)
+def training_dtype() -> str:
+    """The type that this device computes in at training: float32 on a CPU."""
+    from lora2serve.training.model import device as training_device
 
-
-def _closing_id(tokenizer: Any) -> int | None:
-    added = tokenizer.get_added_vocab()
-    if not tokenizer.chat_template or not added:
-        return None
-    end = find_answer_end(lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False)), added)
-    return int(added[end]) if end else None
+    return training_device().dtype
 
 
 def logits(model: Any, ids: Ids) -> Any:
@@ -116,32 +138,3 @@ def logits(model: Any, ids: Ids) -> Any:
     with torch.no_grad():
         values = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, :-1]
     return values.float().cpu().numpy()
-
-
-Likeliest = list[list[tuple[int, float]]]
-
-
-def greedy(
-    model: Any, tokenizer: Any, ids: Ids, new_tokens: int, stop: Ids, top: int = 0
-) -> tuple[list[int], Likeliest]:
-    """The likeliest continuation up to a stop token, as the model's own generation config has it but for chance.
-
-    Penalties, forced and suppressed tokens, stop strings and a smaller length are its own. With it, for each step (the
-    stop's too), the ``top`` likeliest tokens and by how many nats each is less likely than the first.
-    """
-    import torch
-
-    own = model.generation_config
-    inputs = torch.tensor([list(ids)], device=model.device)
-    out = model.generate(
-        input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=False, num_beams=1,
-        max_new_tokens=min(own.max_new_tokens or new_tokens, new_tokens), eos_token_id=list(stop) or None,
-        pad_token_id=stop[0] if stop else 0, tokenizer=tokenizer if own.stop_strings else None,
-        output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    tokens = out.sequences[0, len(ids) :].tolist()
-    steps: Likeliest = []
-    for scores in out.scores if top else ():
-        values, names = scores[0].float().topk(min(top, scores.shape[-1]))
-        steps.append([(int(name), float(gap)) for name, gap in zip(names, values[0] - values, strict=True)])
-    return tokens[:-1] if tokens and tokens[-1] in stop else tokens, steps

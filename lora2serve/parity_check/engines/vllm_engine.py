@@ -41,7 +41,7 @@ class Vllm:
         options: dict[str, Any] = {
             "enforce_eager": True,
             "max_logprobs": -1,
-            "max_model_len": _length(model, window),
+            "max_model_len": longest(model, window),
             "seed": 0,
         }
         if adapter:
@@ -179,7 +179,7 @@ def cpu_dtype(model: str) -> str:
     return "bfloat16" if packed else "float32"
 
 
-def _length(model: str, window: int) -> int:
+def longest(model: str, window: int) -> int:
     """Tokens of one request: ``window``, or what the model was made for."""
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     most = (config.get("text_config") or config).get("max_position_embeddings")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engines.openai_engine import BUSY, REFUSED, OpenAI
-from lora2serve.parity_check.engines.vllm_engine import cpu_dtype, no_kernel
+from lora2serve.parity_check.engines.vllm_engine import cpu_dtype, longest, no_kernel
 from lora2serve.serving import server, server_process
 from lora2serve.serving.server import ServeOptions
 from lora2serve.system import scratch
@@ -21,22 +21,25 @@ class VllmServer(OpenAI):
     """The server of ``export`` with its own serve.yaml, template and names, on a free port; ``base`` for adapters.
 
     On a CPU in float32 where its kernels can; on a GPU in the type that the export is served in. It ends with this
-    process's group.
+    process's group. ``gpu_memory`` is the share of the GPU's memory that it may take; None for vLLM's default.
     """
 
-    def __init__(self, export: str, base: str, tokenizer: str, window: int) -> None:
+    def __init__(self, export: str, base: str, tokenizer: str, window: int, gpu_memory: float | None = None) -> None:
         from vllm.platforms import current_platform
 
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.dtype: str | None = None
-        arguments = ["--max-model-len", str(window), "--max-logprobs", "-1", "--enforce-eager", "--seed", "0"]
+        merged = (Path(export) / "config.json").is_file()
+        room = longest(export if merged else base, window)
+        arguments = ["--max-model-len", str(room), "--max-logprobs", "-1", "--enforce-eager", "--seed", "0"]
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-            merged = (Path(export) / "config.json").is_file()
             self.dtype = cpu_dtype(export if merged else base)
             arguments += ["--dtype", self.dtype]
+        elif gpu_memory is not None:
+            arguments += ["--gpu-memory-utilization", str(gpu_memory)]
         options = ServeOptions("vllm", base, port=port, engine_arguments=tuple(arguments))
         command = server.plan([Path(export)], options)
         log = scratch.log_file("vllm-server")

@@ -1,0 +1,87 @@
+"""What is typed and what is shown, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora2serve import console
+from lora2serve.cli import run
+from lora2serve.cli.chat_terminal import COMMAND, clean
+from lora2serve.parity_check.engines.chat_engine import TokenText
+from tests.support.manifests import write_export
+
+
+@pytest.mark.parametrize(
+    ("pasted", "asked"),
+    [
+        ("plain, é 東京 🙂\tand a tab", "plain, é 東京 🙂\tand a tab"),
+        ("\x1b[200~two\r\nlines\x1b[201~", "two\nlines"),
+        ("\x1b[1;31mred\x1b[0m \x9b2Jcleared", "red cleared"),
+        ("\x1b]0;a title\x07text \x1b]8;;http://x\x1b\\link", "text link"),
+        ("a\x1bcb\x1b(Bc", "abc"),
+        ("bell\x07 back\x08 delete\x7f", "bell back delete"),
+        ("half \udcff a byte", "half \ufffd a byte"),
+        ("[31m is text", "[31m is text"),
+    ],
+)
+def test_orders_to_a_terminal_are_not_asked(pasted: str, asked: str) -> None:
+    assert clean(pasted) == asked
+
+
+def test_nor_do_they_leave_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    console.answer_piece("\x1b]0;title\x07\x1b[2J\r\u202egone")
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07\\x1b[2J\\r\\u202egone"
+    console.answer_piece("a thought", dim=True)
+    assert capsys.readouterr().out == "", "stdout is no terminal here: it gets the answer alone"
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("/exit", ("/exit", None)),
+        ("/system Be brief.", ("/system", "Be brief.")),
+        ("/etc/hosts?", None),
+        (" /exit", None),
+    ],
+)
+def test_commands(line: str, parts: tuple[str, str | None] | None) -> None:
+    match = COMMAND.fullmatch(line)
+    assert (match and match.groups()) == parts
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--ask", "x"], 2, "no runs/latest here"),
+        (["nothing", "--ask", "x"], 1, "nothing"),
+        (["--ask", " "], 2, "--ask: empty"),
+        (["--ask", "x", "--temperature", "-1"], 2, "--temperature -1: expected a number from 0"),
+        (["--ask", "x", "--max-tokens", "0"], 2, "--max-tokens 0: expected at least 1"),
+        (["http://x?key=1", "--ask", "x"], 2, "an address with a query"),
+        (["bundle", "--ask", "x"], 2, "a bundle of 1 adapters, expected one model"),
+        (["ollama-adapter", "--ask", "x"], 2, "an adapter for Ollama, which no other engine opens"),
+        (["gguf-adapter", "--ask", "x"], 2, "an adapter for llama.cpp, without its base"),
+    ],
+)
+def test_words_and_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], args: list[str], code: int,
+    said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for target in ("bundle", "ollama-adapter", "gguf-adapter"):
+        write_export(tmp_path / target, target, bundle=("a",) if target == "bundle" else ())
+    assert run(["chat", *args]) == code
+    out, err = capfd.readouterr()
+    assert said in err and not out and "Traceback" not in err
+
+
+@pytest.mark.parametrize("text", ["Grüße aus Köln, 東京 🙂👨‍👩‍👧 fin", "  two  spaces\n\n\tand lines", ""])
+def test_tokens_become_the_text_that_they_are(text: str) -> None:
+    """Tokens of one byte each, so that characters come in parts: none is shown before it is whole."""
+    words = TokenText(lambda ids: bytes(ids).decode("utf-8", "replace"))
+    pieces = [words.add(byte) for byte in text.encode()]
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert words.rest() == ""
+    assert [words.add(byte) for byte in "é".encode()[:1]] == [""] and words.rest() == "\ufffd"
