@@ -111,7 +111,7 @@ def parity(
         progress=progress(ctx),
     )
     if not ctx.find_root().obj["quiet"]:
-        _show(result)
+        show(result)
     if as_json:
         console.result_json(result.report.to_json())
     else:
@@ -120,7 +120,7 @@ def parity(
         raise ParityNotMet(_summary(result.report), f"{result.page} shows where")
 
 
-def _show(result: ParityResult) -> None:
+def show(result: ParityResult) -> None:
     """The tables, and at the end what to ship."""
     from lora2serve import console
     from lora2serve.artifacts.parity_overview import columns, overview
@@ -134,8 +134,8 @@ def _show(result: ParityResult) -> None:
     if result.answers:
         console.table("", [result.report.question.prompt, "answer"], [list(pair) for pair in result.answers.items()])
     for item in result.report.recommendations:
-        name = f" {item.export} ({console.size(item.size)})" if item.export else ""
-        console.Terminal().note(f"{item.title}:{name} {item.reason}. {' '.join(item.details)}".rstrip())
+        name = f"{item.export} ({console.size(item.size)}), " if item.export else ""
+        console.Terminal().note(" ".join([f"{item.title}: {name}{item.reason}.", *item.details]))
 
 
 def _cell(line: OverviewRow, key: str) -> str:

@@ -11,5 +11,6 @@ def size_of(folder: Path) -> int:
 
 
 def weights_of(base: Path) -> int:
-    """Bytes of a model's weights."""
-    return sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in base.glob(kind))
+    """Bytes of a model's weights; of a repository that has them in two formats, those of safetensors."""
+    files = [*base.glob("*.safetensors")] or [*base.glob("*.bin")]
+    return sum(file.stat().st_size for file in files)

@@ -52,6 +52,14 @@ def test_every_row_is_met(whole: Run, capfd: pytest.CaptureFixture[str], monkeyp
     if "avx512f" not in Path("/proc/cpuinfo").read_text():  # vLLM's build for AVX2 has no kernel for 4-bit weights
         row = rows.pop(("vllm-w4a16", "vllm"))
         assert row["status"] == "missing" and "cannot run this scheme" in row["gates"][-1]["first"]
+    same = {export: row["same_files"] for (export, _), row in rows.items() if "same_files" in row}
+    assert same == {"ollama-Q4_K_M": "gguf-Q4_K_M"}, "the same GGUF: llama.cpp is asked once"
+    assert all(row["size"] > 0 and row["speed"] > 0 for row in rows.values() if row["status"] == "met")
+    assert [item["served_in"] for item in report["recommendations"] if item["export"]] == [
+        "vLLM",
+        "llama.cpp",
+        "Ollama",
+    ]
     for key, reference in ROWS.items():
         row = rows.pop(key, None)
         if row is None and key == ("vllm-w4a16", "vllm"):

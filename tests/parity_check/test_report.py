@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import pytest
 from jsonschema import Draft202012Validator
 
+from lora2serve.api.check_parity import ParityResult
 from lora2serve.artifacts.metric_table import METRICS
 from lora2serve.artifacts.parity_report import (
     ON_FULL_PRECISION,
@@ -31,10 +32,12 @@ from lora2serve.artifacts.parity_report import (
     ScoredData,
     TensorError,
 )
+from lora2serve.cli.parity import show
 from lora2serve.errors import InputError
 from lora2serve.parity_check import baseline
 from lora2serve.parity_check.report import writers
 from lora2serve.parity_check.report.charts import by_position, by_text, heat
+from lora2serve.parity_check.report.html_page import verdict
 
 TEXT = 'a <b>text</b> & "more" \x00 ]]>'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
@@ -218,6 +221,29 @@ def test_the_first_screen_says_what_to_ship_and_why(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert words in first, words
         assert html.unescape(words) in summary, words
+
+
+def test_the_whole_report_in_a_sentence() -> None:
+    assert verdict(report(row())) == "Each export answers like the trained model, within the bounds of its format."
+    assert verdict(whole()).startswith(f"1 of 5 is not met: {'b' * 90} in llama.cpp: scale: because.")
+    assert "worse than the baseline" in verdict(replace(report(row()), regressions=("x",)))
+    met, _, missing, *_ = whole().rows
+    assert verdict(report(met, missing)).endswith("1 of 2 comparisons were not made: the engine is not here.")
+    assert verdict(report(missing)) == "Nothing was compared: no engine of these exports is installed here."
+    alone = replace(met, engine="", gates=(Gate("settings", "met"),))
+    assert verdict(report(alone)).endswith("no engine asked: all is as planned.")
+
+
+def test_the_terminal_ends_with_what_to_ship(capfd: pytest.CaptureFixture[str]) -> None:
+    made = whole()
+    show(ParityResult(made, Path("report.html"), ()))
+    out, err = capfd.readouterr()
+    assert out == "" and "2.0 MB" in err and "312" in err
+    lines = err.splitlines()[-3:]
+    assert [line.partition(":")[0] for line in lines] == [item.title for item in made.recommendations]
+    assert lines[0].startswith(
+        "Ship for llama.cpp: gguf-Q4_K_M (2.0 MB), the only one of 2 that meets its bounds. Mean KL"
+    )
 
 
 def test_the_answer_of_the_own_reference(tmp_path: Path) -> None:

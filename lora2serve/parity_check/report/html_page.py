@@ -89,20 +89,24 @@ def render(report: ParityReport) -> str:
 
 
 def verdict(report: ParityReport) -> str:
-    """The whole report in a sentence."""
-    red = [row for row in report.rows if row.red]
-    met = sum(row.status == "met" for row in report.rows)
+    """The whole report in a sentence or two."""
+    red, count = [row for row in report.rows if row.red], len(report.rows)
+    first = (
+        f"{len(red)} of {count} {'is' if len(red) == 1 else 'are'} not met: {red[0].title}: {_why(red[0])}."
+        if red
+        else ""
+    )
     if not any(row.engine for row in report.rows):
-        subject = "All that lies beside the weights was compared, and no engine asked: "
-        return subject + (f"{len(red)} of {len(report.rows)} exports differ." if red else "all is as planned.")
-    if red:
-        count = f"{len(red)} of {len(report.rows)} comparisons {'is' if len(red) == 1 else 'are'} not met"
-        return f"{count}: {red[0].title}: {_why(red[0])}."
-    if not met:
+        return f"All that lies beside the weights was compared, and no engine asked: {first or 'all is as planned.'}"
+    met = sum(row.status == "met" for row in report.rows)
+    if not red and not met:
         return "Nothing was compared: no engine of these exports is installed here."
-    answers = "Each export answers like the trained model, within the bounds of its format."
-    missing = len(report.rows) - met
-    return answers + (f" {missing} more comparisons were not made: the engine is not here." if missing else "")
+    sentences = [first or "Each export answers like the trained model, within the bounds of its format."]
+    if report.regressions:
+        sentences.append("But it got worse than the baseline.")
+    if not red and met < count:
+        sentences.append(f"{count - met} of {count} comparisons were not made: the engine is not here.")
+    return " ".join(sentences)
 
 
 def _why(row: ComparisonResult) -> str:
