@@ -202,11 +202,27 @@ def parity(card: CardData) -> str:
     text = table([heads[n] for n in filled], [[row[n] for n in filled] for row in rows])
     explained = [key for key in ("mean_kl", "retention") if head(key) in (heads[n] for n in filled)]
     meanings = " ".join(f"*{head(key)}*: {info(key).meaning[:1].lower()}{info(key).meaning[1:]}" for key in explained)
+    shipped = "".join(f"\n\n{line}" for line in _to_ship(card))
     return (
         "## Parity\n\nIs this what was trained? The same token ids went through the trained model and through each "
-        f"export in its own engine, and their next-token distributions were compared.\n\n{text}\n\n"
+        f"export in its own engine, and their next-token distributions were compared.\n\n{text}{shipped}\n\n"
         f"{meanings} To verify every file and this table: `lora2serve verify {card.repo_id}`."
     )
+
+
+def _to_ship(card: CardData) -> list[str]:
+    """The smallest type of each kind that meets its bounds, where there are several to choose from."""
+    proven: dict[str, dict[str, int]] = {}
+    for export in card.exports.values():
+        if not export.is_adapter and not export.unproven():
+            sizes = proven.setdefault(kind_of(export), {})
+            sizes[export.quant or export.dtype or "unquantized"] = export.bytes
+    return [
+        f"To ship of the {WHAT[kind]}: **{(best := min(sizes, key=lambda name: sizes[name]))}** ({size(sizes[best])}), "
+        f"the smallest of the {len(sizes)} types that meet their bounds."
+        for kind, sizes in proven.items()
+        if len(sizes) > 1
+    ]
 
 
 def files(card: CardData) -> str:

@@ -204,6 +204,17 @@ def test_lm_studio_shares_the_file(hub: HubServer, tmp_path: Path) -> None:
     assert [name for name in there if name.endswith(".gguf")] == ["demo-Q8_0.gguf"]
     checked = pull_check(f"{REPO}-GGUF")
     assert checked.exports == ["gguf-Q8_0", "lmstudio-Q8_0"] and not checked.unlisted_files
+    assert "To ship" not in card(hub, f"{REPO}-GGUF"), "one type"
+
+
+def test_the_card_names_the_smallest_type(hub: HubServer, tmp_path: Path) -> None:
+    """Of those that meet their bounds: the control is smaller, and unproven."""
+    sizes = {"Q8_0": 9000, "Q4_K_M": 5000, "Q6_K": 7000}
+    made = [export(tmp_path, "gguf", quant, content=b"GGUF" + bytes(count)) for quant, count in sizes.items()]
+    made.append(export(tmp_path, "gguf", "Q2_K", content=b"GGUF" + bytes(3000), parity=None))
+    push(made, repo_id=REPO, allow_unproven=True)
+    line = "Ollama and LM Studio: **Q4_K_M** (5.0 kB), the smallest of the 3 types that meet their bounds."
+    assert line in card(hub, f"{REPO}-GGUF")
 
 
 def test_split_files(hub: HubServer, tmp_path: Path) -> None:
