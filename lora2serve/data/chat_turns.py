@@ -175,9 +175,9 @@ def _tag_start(one: str, other: str, place: int) -> int:
 
 def _end_of_thought(prompt: str) -> str:
     """What ends the thought that a prompt leaves open; empty where it opens none."""
+    words = prompt.rstrip()
     for opened, ended in THOUGHT_MARKS:
-        place = prompt.rfind(opened)
-        if place >= 0 and not prompt[place + len(opened) :].strip():
+        if words.endswith(opened):
             lines = prompt.endswith("\n")
             return f"\n{ended}\n\n" if lines else ended
     return ""

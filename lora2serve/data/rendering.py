@@ -12,7 +12,7 @@ from lora2serve.data.chat_turns import LearnedTurn, learned_turns
 from lora2serve.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.template_losses import template_losses
-from lora2serve.data.text_encoder import TextEncoder
+from lora2serve.data.text_encoder import GrowingText, TextEncoder
 from lora2serve.data.tokenizer import encode
 
 IGNORE = -100  # the label that no loss looks at (torch.nn.CrossEntropyLoss)
@@ -31,10 +31,10 @@ class RenderedSample:
     learned: list[str] = field(default_factory=list)
 
     def add(self, turn: LearnedTurn, prompt: list[int], answer: list[int]) -> None:
-        """A turn whose prompt begins with all that is here."""
+        """A turn whose prompt begins with all that is here; ``prompt`` are the ids that it has beyond that."""
         self.text = turn.prompt + turn.answer
-        self.labels += [IGNORE] * (len(prompt) - len(self.ids)) + answer
-        self.ids += prompt[len(self.ids) :] + answer
+        self.labels += [IGNORE] * len(prompt) + answer
+        self.ids += prompt + answer
         self.learned.append(turn.answer)
 
 
@@ -74,12 +74,13 @@ class Renderer:
         samples: list[RenderedSample] = []
         if turns:
             self.encoder.prepare(turns[-1].prompt + turns[-1].answer)
+        text = GrowingText(self.encoder)
         for turn in turns:
-            prompt = self.encoder.encode(turn.prompt)
-            answer = self.encoder.following(turn.prompt, prompt, turn.answer)
-            if not samples or prompt[: len(samples[-1].ids)] != samples[-1].ids:
+            prompt = text.go_on(turn.prompt) if samples else None
+            if prompt is None:
                 samples.append(RenderedSample())
-            samples[-1].add(turn, prompt, answer)
+                prompt = text.begin(turn.prompt)
+            samples[-1].add(turn, prompt, text.answer(turn.answer))
         return samples
 
     def _whole(self, row: ChatRow) -> RenderedSample:

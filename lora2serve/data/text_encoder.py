@@ -1,13 +1,17 @@
-"""Text to token ids as a server does it, in time that grows with the text and not with the number of its beginnings.
+"""Text to token ids as a server does it, in time that grows with what is new in it.
 
-Tokenizers cut a text at its special tokens first and encode the parts apart. So a conversation that goes on keeps the
-ids that it had up to its last special token, and a part that was seen before has the same ids again.
+Tokenizers cut a text at its special tokens first and encode the parts apart; most cut a part before its words, too. So a
+conversation that goes on keeps the ids that it had up to its last special token, and a part or a word that was seen
+before has the same ids again.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cache, cached_property
+from itertools import chain, product
 from typing import TYPE_CHECKING, cast
 
 from lora2serve.data.tokenizer import Tokenizer, encode
@@ -15,8 +19,10 @@ from lora2serve.data.tokenizer import Tokenizer, encode
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
-REMEMBERED_PARTS = 20_000  # of a few hundred bytes each
+REMEMBERED_PARTS, REMEMBERED_WORDS = 20_000, 200_000  # of a few hundred bytes each, and of a hundred
 NOWHERE = re.compile(r"(?!)")
+WORD = re.compile(r"\s*\S+(?:[^\S ]\s*\S+)*(?:\s+\Z)?|\s+")  # ends before a space that follows something else
+KINDS = ("a", "1", ".", "'", "\n", "é", "中", "\u0301")  # of characters that tokenizers tell apart, beside the space
 ANCHORS = ("\n", "a", ".", "0")
 
 
@@ -26,30 +32,16 @@ class TextEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._parts: dict[str, list[int]] = {}
+        self._words: dict[str, list[int]] = {}
         self._border: re.Pattern[str] | None = None
-        self._start, self._start_ids = "", list[int]()  # of the last text, up to its last special token
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; the beginning that it shares with the text before costs nothing."""
-        ids, rest = self._begin(text)
-        parts = self._split(rest)
-        *before, last = self._encode_parts(parts)
-        for part in before:
-            ids += part
-        self._start, self._start_ids = text[: len(text) - len(parts[-1])], list(ids)
-        return ids + last
+        """The ids of ``text``."""
+        return _joined(self.encode_parts(self.split(text)))
 
     def prepare(self, text: str) -> None:
-        """Encode the parts of a text at once, which are then known: of the longest of several beginnings."""
-        self._encode_parts(self._split(text))
-
-    def following(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
-        """The ids of ``answer`` behind a prompt that was just encoded: a server keeps those of the prompt."""
-        start = len(self._start) if self._start and prompt.startswith(self._start) else 0
-        known = prompt_ids[len(self._start_ids) if start else 0 :]
-        parts = self._encode_parts(self._split(prompt[start:] + answer))
-        ids = [token for part in parts for token in part]
-        return ids[len(known) :] if ids[: len(known)] == known else self.alone(answer)
+        """Encode a text whose beginnings come next: what it is made of is looked up at once."""
+        self.encode_parts(self.split(text))
 
     def alone(self, text: str) -> list[int]:
         """The ids of a text that stands behind another: without the space that SentencePiece puts before a text."""
@@ -61,27 +53,43 @@ class TextEncoder:
                 return both[len(before) :]
         return encode(self._tokenizer, text, special=False)
 
-    @cached_property
-    def _adds_space(self) -> bool:
-        lone, before, both = (encode(self._tokenizer, text, special=False) for text in ("a", "\n", "\na"))
-        return lone != both[len(before) :]
-
-    def _begin(self, text: str) -> tuple[list[int], str]:
-        """What is known of the ids of a text, and the text that is left."""
-        if self._start and text.startswith(self._start):
-            return list(self._start_ids), text[len(self._start) :]
-        return [], text
-
-    def _split(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         """Parts that each begin with a special token, apart from the first."""
         if self._border is None:
             self._border = self._find_border(text)
-            parts = [token for part in self._encode_parts(self._split(text)) for token in part]
-            if parts != encode(self._tokenizer, text, special=False):  # a tokenizer with rules of its own
-                self._border, self._fast = NOWHERE, None
+            if self.encode(text) != encode(self._tokenizer, text, special=False):  # a tokenizer with rules of its own
+                self._border, self._fast, self._cuts_words = NOWHERE, None, False
                 self._parts.clear()
         places = [match.start() for match in self._border.finditer(text) if match.start()]
         return [text[start:stop] for start, stop in zip([0, *places], [*places, len(text)], strict=True)]
+
+    def encode_parts(self, parts: list[str]) -> list[list[int]]:
+        """The ids of each part that ``split`` gave."""
+        known = self._parts
+        missing = dict.fromkeys(part for part in parts if part not in known)
+        if missing:
+            if len(known) > REMEMBERED_PARTS:
+                known.clear()
+                missing = dict.fromkeys(parts)
+            known.update(zip(missing, self._encode_new(list(missing)), strict=True))
+        return [known[part] for part in parts]
+
+    def _encode_new(self, parts: list[str]) -> list[list[int]]:
+        if not self._cuts_words:
+            return self._encode_all(parts)
+        known, words = self._words, [WORD.findall(part) for part in parts]
+        missing = list({word: None for part in words for word in part if word not in known})
+        if len(known) + len(missing) > REMEMBERED_WORDS:
+            known.clear()
+            missing = list(dict.fromkeys(chain.from_iterable(words)))
+        if missing:
+            known.update(zip(missing, self._encode_all(missing), strict=True))
+        return [_joined(map(known.__getitem__, part)) for part in words]
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        if self._fast is None:
+            return [encode(self._tokenizer, text, special=False) for text in texts]
+        return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _find_border(self, text: str) -> re.Pattern[str]:
         """The special tokens of a first text, apart from those that take text beside them along."""
@@ -93,22 +101,85 @@ class TextEncoder:
         ]  # fmt: skip
         return re.compile("|".join(re.escape(name) for name in names) or NOWHERE.pattern)
 
-    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
-        missing = list({part: None for part in parts if part not in self._parts})
-        if missing:
-            if len(self._parts) > REMEMBERED_PARTS:
-                self._parts.clear()
-                missing = list(dict.fromkeys(parts))
-            self._parts.update(zip(missing, self._encode_all(missing), strict=True))
-        return [self._parts[part] for part in parts]
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        if self._fast is None:
-            return [encode(self._tokenizer, text, special=False) for text in texts]
-        return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+    @cached_property
+    def _adds_space(self) -> bool:
+        lone, before, both = (encode(self._tokenizer, text, special=False) for text in ("a", "\n", "\na"))
+        return lone != both[len(before) :]
 
     @cached_property
     def _fast(self) -> FastTokenizer | None:
         """The Rust tokenizer, which transformers has told by a first call to cut and pad nothing."""
         encode(self._tokenizer, "a", special=False)
         return cast("FastTokenizer | None", getattr(self._tokenizer, "backend_tokenizer", None))
+
+    @cached_property
+    def _cuts_words(self) -> bool:
+        """Whether each word of a text has ids of its own, whatever stands around it."""
+        if self._fast is None or getattr(self._fast.model, "dropout", None):
+            return False
+        normalizer, added = self._fast.normalizer, self._tokenizer.added_tokens_decoder.values()
+        if normalizer is not None and type(normalizer).__name__ != "NFC":  # which looks at no space
+            return False
+        if any(" " in token.content or token.lstrip or token.rstrip for token in added):
+            return False
+        try:
+            return cuts_before_spaces(pickle.dumps(self._fast.pre_tokenizer))
+        except Exception:  # of its own code, which somebody brought along
+            return False
+
+
+class GrowingText:
+    """The ids of a conversation that goes on. They change at most behind its last special token."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
+        self._before, self._last = "", ""  # the text up to its last special token, and from there
+        self._last_ids = list[int]()
+
+    def begin(self, prompt: str) -> list[int]:
+        """The ids of the first prompt."""
+        self._before, self._last_ids = "", []
+        return self._add(self._encoder.split(prompt))
+
+    def go_on(self, prompt: str) -> list[int] | None:
+        """The ids that a prompt has beyond those that are here; None where a server has other ids for what is here."""
+        if not prompt.startswith(self._before):
+            return None
+        parts = self._encoder.split(prompt[len(self._before) :])
+        ids = _joined(self._encoder.encode_parts(parts))
+        return self._add(parts) if ids[: len(self._last_ids)] == self._last_ids else None
+
+    def answer(self, answer: str) -> list[int]:
+        """The ids of an answer behind the prompt: a server keeps those of the prompt."""
+        parts = self._encoder.split(self._last + answer)
+        ids = _joined(self._encoder.encode_parts(parts))
+        if ids[: len(self._last_ids)] == self._last_ids:
+            return self._add(parts)
+        behind = self._encoder.alone(answer)
+        self._last_ids = self._last_ids + behind
+        return behind
+
+    def _add(self, parts: list[str]) -> list[int]:
+        """What ``parts`` have beyond the last part, which they begin with."""
+        encoded, here = self._encoder.encode_parts(parts), len(self._last_ids)
+        self._before += "".join(parts[:-1])
+        self._last, self._last_ids = parts[-1], encoded[-1]
+        return _joined(encoded)[here:]
+
+
+def _joined(parts: Iterable[list[int]]) -> list[int]:
+    return list(chain.from_iterable(parts))
+
+
+@cache
+def cuts_before_spaces(pre_tokenizer: bytes) -> bool:
+    """Whether a pickled pre-tokenizer cuts before each space that follows something else, whatever is around it."""
+    if (cutter := pickle.loads(pre_tokenizer)) is None:
+        return False
+    lasts = [kind for kind in KINDS if not kind.isspace()]
+    for before in map("".join, product(["", *KINDS], lasts)):
+        for after in map("".join, product([" ", *KINDS], ["", *KINDS])):
+            pieces = cutter.pre_tokenize_str(f"{before} {after}")
+            if len(before) not in (start for _, (start, _) in pieces):
+                return False
+    return True

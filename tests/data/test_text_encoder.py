@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lora2serve.data.rendering import IGNORE, Renderer
 from lora2serve.data.rows import ChatRow, CompletionRow, TextRow
 from lora2serve.data.served_template import ChatTemplate
-from lora2serve.data.text_encoder import TextEncoder
+from lora2serve.data.text_encoder import GrowingText, TextEncoder
 from lora2serve.data.tokenizer import encode
 from tests.data.test_chat_turns import CHATML, TURNS, learned, served, tokenizer_with
 from tests.support.llama_cpp_source import sentencepiece_tokenizer, vocabulary
@@ -29,14 +29,17 @@ PIECES = st.lists(
 @settings(deadline=None, max_examples=150)
 def test_a_text_that_grows_has_the_ids_of_the_tokenizer(parts: list[list[str]]) -> None:
     tokenizer = tokenizer_with(CHATML)
-    encoder, text = TextEncoder(tokenizer), "<|im_start|>user\nHi<|im_end|>\n"
+    encoder, text, ids = TextEncoder(tokenizer), "<|im_start|>user\nHi<|im_end|>\n", list[int]()
+    growing = GrowingText(encoder)
     for part in parts:
         text += "".join(part)
-        ids = encoder.encode(text)
+        assert encoder.encode(text) == encode(tokenizer, text, special=False)
+        more = growing.go_on(text) if ids else None
+        ids = growing.begin(text) if more is None else ids + more
         assert ids == encode(tokenizer, text, special=False)
         answer = "\nAnd so" + "".join(part)
-        behind = encoder.following(text, ids, answer)
-        assert tokenizer.decode(ids + behind) == tokenizer.decode(encode(tokenizer, text + answer, special=False))
+        ids, text = ids + growing.answer(answer), text + answer
+        assert tokenizer.decode(ids) == tokenizer.decode(encode(tokenizer, text, special=False))
     assert encoder.encode("something else") == encode(tokenizer, "something else", special=False)
 
 
