@@ -7,6 +7,7 @@ text_readers.py  JSON, CSV and plain text, as values with their lines
 readers.py       files of every container and data sets of the Hub, as plain values
 data_sets.py     checked rows with where they came from; the held-out part
 served_template.py the chat template, as a server calls it
+chat_beginnings.py all beginnings of a conversation from one rendering
 chat_formats.py  well-known chat formats, for base models without a template
 base_template.py the chat template of a base, as a recipe has it
 chat_turns.py    the turns of a conversation that are learned: prompt as served, answer as written

@@ -49,7 +49,7 @@ class _Turn:
 
     def learned(self) -> LearnedTurn:
         """The prompt and the answer; DataError where the template does not write the answer at all."""
-        prompt, whole = self._prompt(), self._written(self._message)
+        prompt, whole = self._prompt(), self.chat.beginning(self.number + 1)
         if whole.startswith(prompt):
             answer = self._closed(prompt, whole[len(prompt) :])
         else:
@@ -62,11 +62,10 @@ class _Turn:
 
     def _prompt(self) -> str:
         """What a server sends. Templates that want a user first have no prompt for an assistant who speaks first."""
-        before = self.chat.messages[: self.number]
         try:
-            return self.chat.render(before, generation_prompt=True)
+            return self.chat.beginning(self.number, generation_prompt=True)
         except Exception:
-            if before:
+            if self.number:
                 raise
             return self._header()
 

@@ -9,6 +9,7 @@ from datetime import date, datetime, time
 from functools import cached_property
 from typing import cast
 
+from lora2serve.data.chat_beginnings import Beginnings, beginnings
 from lora2serve.data.end_tokens import EndTokens, end_tokens, find_answer_end
 from lora2serve.data.rows import THOUGHT_KEYS, ChatRow, Message
 from lora2serve.data.tokenizer import Tokenizer
@@ -16,6 +17,7 @@ from lora2serve.errors import DataError
 
 NO_TEMPLATE = "rows of messages, but the tokenizer has no chat template"
 NO_TEMPLATE_HINT = "data.chat_template: chatml (or llama3, gemma, mistral, a file) gives it one"
+LONG = 8  # messages of a conversation whose beginnings are worth a look at the template
 STAND_IN = "Zq8 says"  # an answer, or a thought, to see what a template writes around it
 ServedMessage = Mapping[str, object]
 
@@ -109,6 +111,39 @@ class ServedChat:
         return self.template.tokenizer.apply_chat_template(
             chosen, tools=self.tools, tokenize=False, add_generation_prompt=generation_prompt, **self.arguments
         )
+
+    def beginning(self, count: int, *, generation_prompt: bool = False) -> str:
+        """The first ``count`` messages, rendered."""
+        if len(self.messages) >= LONG and count:
+            known = self._served if generation_prompt else self._written
+            text = known.of(count) if known else None
+            if text is not None:
+                return text
+        return self.render(self.messages[:count], generation_prompt=generation_prompt)
+
+    @cached_property
+    def _served(self) -> Beginnings | None:
+        return self._beginnings(generation_prompt=True)
+
+    @cached_property
+    def _written(self) -> Beginnings | None:
+        return self._beginnings(generation_prompt=False)
+
+    def _beginnings(self, *, generation_prompt: bool) -> Beginnings | None:
+        """All beginnings at once, where the template has them in it, and the whole is what is rendered otherwise."""
+        if self.messages[0]["role"] == "system" and self.template.refuses_system:
+            return None
+        tokenizer = self.template.tokenizer
+        variables = {
+            "tools": self.tools, "documents": None, **tokenizer.special_tokens_map, **self.arguments,
+            "add_generation_prompt": generation_prompt,
+        }  # fmt: skip
+        source = tokenizer.get_chat_template(tools=self.tools)
+        try:
+            known = beginnings(source, self.messages, variables)
+            return known if known and known.text == self.render(generation_prompt=generation_prompt) else None
+        except Exception:  # a template raises what it likes
+            return None
 
     def _render_nothing(self, generation_prompt: bool) -> str:
         """The start of a conversation in which the assistant speaks first; transformers wants at least one message."""

@@ -1,7 +1,7 @@
 """Text to token ids as a server does it, in time that grows with what is new in it.
 
-Tokenizers cut a text at its special tokens first and encode the parts apart; most cut a part before its words, too. So a
-conversation that goes on keeps the ids that it had up to its last special token, and a part or a word that was seen
+Tokenizers cut a text at its special tokens first and encode the parts apart; most cut a part before its words, too. So
+a conversation that goes on keeps the ids that it had up to its last special token, and a part or a word that was seen
 before has the same ids again.
 """
 
@@ -139,32 +139,32 @@ class GrowingText:
     def begin(self, prompt: str) -> list[int]:
         """The ids of the first prompt."""
         self._before, self._last_ids = "", []
-        return self._add(self._encoder.split(prompt))
+        ids = self._add(prompt)
+        assert ids is not None, "nothing is here that it could differ from"
+        return ids
 
     def go_on(self, prompt: str) -> list[int] | None:
         """The ids that a prompt has beyond those that are here; None where a server has other ids for what is here."""
-        if not prompt.startswith(self._before):
-            return None
-        parts = self._encoder.split(prompt[len(self._before) :])
-        ids = _joined(self._encoder.encode_parts(parts))
-        return self._add(parts) if ids[: len(self._last_ids)] == self._last_ids else None
+        return self._add(prompt[len(self._before) :]) if prompt.startswith(self._before) else None
 
     def answer(self, answer: str) -> list[int]:
         """The ids of an answer behind the prompt: a server keeps those of the prompt."""
-        parts = self._encoder.split(self._last + answer)
-        ids = _joined(self._encoder.encode_parts(parts))
-        if ids[: len(self._last_ids)] == self._last_ids:
-            return self._add(parts)
-        behind = self._encoder.alone(answer)
-        self._last_ids = self._last_ids + behind
-        return behind
+        added = self._add(self._last + answer)
+        if added is None:
+            added = self._encoder.alone(answer)
+            self._last_ids = self._last_ids + added
+        return added
 
-    def _add(self, parts: list[str]) -> list[int]:
-        """What ``parts`` have beyond the last part, which they begin with."""
-        encoded, here = self._encoder.encode_parts(parts), len(self._last_ids)
+    def _add(self, text: str) -> list[int] | None:
+        """What ``text`` adds to the ids from the last special token on; None where it has others for those."""
+        parts = self._encoder.split(text)
+        encoded = self._encoder.encode_parts(parts)
+        ids, here = _joined(encoded), len(self._last_ids)
+        if ids[:here] != self._last_ids:
+            return None
         self._before += "".join(parts[:-1])
         self._last, self._last_ids = parts[-1], encoded[-1]
-        return _joined(encoded)[here:]
+        return ids[here:]
 
 
 def _joined(parts: Iterable[list[int]]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,19 @@ from hypothesis import strategies as st
 from lora2serve.data.rendering import IGNORE, Renderer
 from lora2serve.data.rows import ChatRow, CompletionRow, TextRow
 from lora2serve.data.served_template import ChatTemplate
-from lora2serve.data.text_encoder import GrowingText, TextEncoder
+from lora2serve.data.text_encoder import GrowingText, TextEncoder, cuts_before_spaces
 from lora2serve.data.tokenizer import encode
 from tests.data.test_chat_turns import CHATML, TURNS, learned, served, tokenizer_with
 from tests.support.llama_cpp_source import sentencepiece_tokenizer, vocabulary
 
 PIECES = st.lists(
-    st.sampled_from(
-        ["<|im_start|>", "<|im_end|>", "\n", "\n\n", " ", "a", " word", "é", "🙂", "<|im_", "assistant\n", "12"]
-    ),
+    st.sampled_from([
+        "<|im_start|>", "<|im_end|>", "\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000", "a", " word", "é", "e\u0301", "🙂",
+        "<|im_", "assistant\n", "12", "'s", ".", "…",
+    ]),
     max_size=12,
-)
+)  # fmt: skip
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @given(st.lists(PIECES, min_size=1, max_size=5))
@@ -40,7 +44,27 @@ def test_a_text_that_grows_has_the_ids_of_the_tokenizer(parts: list[list[str]]) 
         answer = "\nAnd so" + "".join(part)
         ids, text = ids + growing.answer(answer), text + answer
         assert tokenizer.decode(ids) == tokenizer.decode(encode(tokenizer, text, special=False))
+    assert encoder._cuts_words, "words are looked up"
     assert encoder.encode("something else") == encode(tokenizer, "something else", special=False)
+
+
+def test_where_words_may_be_encoded_apart() -> None:
+    """The controls are tokenizers whose tokens reach over a space, or take one along."""
+    from tokenizers import Regex
+    from tokenizers import pre_tokenizers as cutters
+
+    whole = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
+    for cutter in (cutters.ByteLevel(), cutters.Sequence([cutters.Split(Regex(LLAMA_3), "isolated"), whole])):
+        assert cuts_before_spaces(pickle.dumps(cutter))
+    pairs = cutters.Sequence([cutters.Split(Regex(r"\w+ \w+"), "isolated"), whole])
+    behind = cutters.Split(Regex(r"\s"), "merged_with_previous")
+    for cutter in (None, whole, cutters.Sequence([]), pairs, behind):
+        assert not cuts_before_spaces(pickle.dumps(cutter))
+    spaced = copy.deepcopy(tokenizer_with(CHATML))
+    spaced.add_tokens(["two words"])
+    encoder, text = TextEncoder(spaced), "Some two words here"
+    assert encoder.encode(text) == encode(spaced, text, special=False)
+    assert not encoder._cuts_words
 
 
 @pytest.mark.parametrize("name", ["llama-spm", pytest.param("phi-3", marks=pytest.mark.slow)])
