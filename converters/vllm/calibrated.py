@@ -16,7 +16,7 @@ from typing import Any
 from converters.safetensors import ShardWriter
 from converters.vllm.compressed.compressed_reader import CompressedReader
 from converters.vllm.compressed.schemes import SCHEMES
-from converters.vllm.compressed.selection import DECODER_LAYER, select
+from converters.vllm.compressed.selection import DECODER_LAYER, Selection, select
 from converters.vllm.weight_writer import WrittenWeights
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import StagedDir
@@ -45,7 +45,7 @@ class CalibratedWriter:
         self._python = tool_env.require()
         if data is None:
             raise ExportError(f"--quant {quant} needs calibration data", "name a file with --calibrate")
-        self._selection = select(specs, model.config, LIKE)
+        self._selection = _select(specs, model, quant)
         self._model, self._out, self._specs, self._quant, self._data = model, out, specs, quant, data
         self._rows = _choose(data.rows())
         self._merged = out.subdir("merged")
@@ -103,6 +103,16 @@ class AwqReader(CompressedReader):
     def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
         super().__init__(export, manifest, model)
         self.wanted = {name: rows for name, rows in self.wanted.items() if not DECODER_LAYER.search(name)}
+
+
+def _select(specs: Sequence[TensorSpec], model: ExportModel, quant: str) -> Selection:
+    selection = select(specs, model.config, LIKE)
+    if selection.stacks:
+        raise ExportError(
+            f"{next(iter(selection.stacks))}: experts in one tensor, of which no --quant {quant} is tested",
+            f"--quant {LIKE_CALIBRATED} or nvfp4 quantizes them without data",
+        )
+    return selection
 
 
 def _choose(rows: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -7,14 +7,16 @@ compressed-tensors export with one config group is read, calibrated ones too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.safetensors import other_kind
 from converters.vllm.compressed.quantize import quantize
 from converters.vllm.compressed.schemes import SCHEMES, Scheme
+from converters.vllm.compressed.selection import stacks_in
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
@@ -43,7 +45,9 @@ class CompressedReader:
             raise ExportError(f"{export}: {len(groups)} groups of quantized layers, expected one")
         self._how = scheme.model_validate(groups[0])
         self._compressor = compressor.get_value_from_registry(groups[0].get("format") or config["format"])
-        planned = {spec.name: spec for spec in model.source.specs()}
+        self._stacks = stacks_in(model.source.specs(), model.config)
+        weights = {spec.name: list(self._weights_in(spec)) for spec in model.source.specs()}
+        planned = {weight.name: weight for parts in weights.values() for weight in parts}
         self._parts = {name: self._stored(name) for name in planned}
         self._quantized = {name for name, parts in self._parts.items() if self._is_quantized(parts)}
         self.differences = [f"{name}: missing" for name, parts in self._parts.items() if not parts]
@@ -55,40 +59,63 @@ class CompressedReader:
         self._scheme = self._known_scheme(str(groups[0].get("format") or config["format"]))
         self.wanted: Mapping[str, int] = {
             name: self._together() if name in self._quantized else 1
-            for name, parts in self._parts.items()
-            if parts and not lost.get(name)
+            for name, parts in weights.items()
+            if all(self._parts[weight.name] and not lost.get(weight.name) for weight in parts)
         }
         known = {stored for parts in self._parts.values() for stored in parts.values()}
         self.differences += [f"{name}: not planned" for name in sorted(self._files.keys() - known)]
 
     def pair(self, spec: TensorSpec, rows: slice, block: Tensor) -> tuple[str, Tensor, Tensor]:
         """The stored name, the planned rows and the dequantized ones, or those of a plain tensor, in float32."""
-        parts = self._parts[spec.name]
-        if spec.name not in self._quantized:
-            stored = self._files[spec.name].get_slice(spec.name)
-            values = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
-            return spec.name, block.to(values.dtype).float(), values.float()
-        state = {key: self._read(key, name, rows, spec) for key, name in parts.items()}
-        if "weight_shape" in state:
-            _refuse_shape(spec, tuple(state["weight_shape"].tolist()))
-            state["weight_shape"][0] = len(block)
-        values = self._compressor.decompress(state, self._how)["weight"][: len(block)].float()
-        if tuple(values.shape) != tuple(block.shape):
-            raise ExportError(f"{spec.name}: {list(values.shape)} of rows {rows.start} to {rows.stop}")
-        return spec.name, block.float(), values
+        if spec.name in self._stacks:
+            stack = self._stacks[spec.name]
+            experts = [[self._values(part, slice(0, part.rows)) for part in own] for own in stack.weights(rows)]
+            return spec.name, block.float(), stack.join(experts)
+        if spec.name in self._quantized:
+            return spec.name, block.float(), self._values(spec, rows)
+        stored = self._files[spec.name].get_slice(spec.name)
+        values = stored[rows] if spec.shape else self._files[spec.name].get_tensor(spec.name)
+        return spec.name, block.to(values.dtype).float(), values.float()
 
     def again(self, spec: TensorSpec, rows: slice, block: Tensor) -> Tensor | None:
         """By our own scales, the largest value of what shares one; None where the scheme has zero points."""
-        parts = self._parts[spec.name]
-        if spec.name not in self._quantized or self._scheme is None:
+        if self._scheme is None or (spec.name not in self._quantized and spec.name not in self._stacks):
             return None
-        state = {key: self._read(key, name, rows, spec) for key, name in parts.items()}
-        dtype = self._files[parts["weight_scale"]].get_slice(parts["weight_scale"]).get_dtype()
-        weight, scales = quantize(block, self._scheme, dtype, state.get("weight_global_scale"))
-        state |= {self._scheme.weight: weight, "weight_scale": scales.float() if scales.element_size() == 2 else scales}
+        if spec.name not in self._stacks:
+            return self._requantized(spec, rows, block, self._scheme)
+        experts = self._stacks[spec.name].take_apart(rows, block)
+        again = [[self._requantized(part, slice(0, part.rows), own, self._scheme) for part, own in e] for e in experts]
+        return self._stacks[spec.name].join(again)
+
+    def _weights_in(self, spec: TensorSpec) -> Iterator[TensorSpec]:
+        """The matrices that a planned tensor is stored as: itself, or its experts."""
+        stack = self._stacks.get(spec.name)
+        yield from chain.from_iterable(stack.weights()) if stack else [spec]
+
+    def _values(self, spec: TensorSpec, rows: slice) -> Tensor:
+        """Quantized rows, dequantized."""
+        return self._decompressed(spec, rows, self._state(spec, rows))
+
+    def _requantized(self, spec: TensorSpec, rows: slice, block: Tensor, scheme: Scheme) -> Tensor:
+        """Planned rows, quantized by our own scales and dequantized."""
+        state, scale = self._state(spec, rows), self._parts[spec.name]["weight_scale"]
+        dtype = self._files[scale].get_slice(scale).get_dtype()
+        weight, scales = quantize(block, scheme, dtype, state.get("weight_global_scale"))
+        own = {scheme.weight: weight, "weight_scale": scales.float() if scales.element_size() == 2 else scales}
+        return self._decompressed(spec, rows, state | own)
+
+    def _state(self, spec: TensorSpec, rows: slice) -> dict[str, Tensor]:
+        """What is stored of some rows, by local name."""
+        return {key: self._read(key, name, rows, spec) for key, name in self._parts[spec.name].items()}
+
+    def _decompressed(self, spec: TensorSpec, rows: slice, state: dict[str, Tensor]) -> Tensor:
+        count = rows.stop - rows.start
         if "weight_shape" in state:
-            state["weight_shape"][0] = len(block)
-        values: Tensor = self._compressor.decompress(state, self._how)["weight"][: len(block)].float()
+            _refuse_shape(spec, tuple(state["weight_shape"].tolist()))
+            state["weight_shape"][0] = count
+        values: Tensor = self._compressor.decompress(state, self._how)["weight"][:count].float()
+        if tuple(values.shape) != (count, *spec.shape[1:]):
+            raise ExportError(f"{spec.name}: {list(values.shape)} of rows {rows.start} to {rows.stop}")
         return values
 
     def _known_scheme(self, layout: str) -> Scheme | None:

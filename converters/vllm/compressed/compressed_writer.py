@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from converters.safetensors import ShardWriter
@@ -13,7 +14,7 @@ from converters.vllm.compressed.spool import Spool
 from converters.vllm.weight_writer import WrittenWeights
 from lora2serve.artifacts.staging import StagedDir
 from lora2serve.system.small_files import JsonObject
-from lora2serve.weights.tensors import Block, TensorSpec
+from lora2serve.weights.tensors import Block, TensorSpec, row_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,28 +34,45 @@ class CompressedWriter:
         self._tensors = {name: self.scheme.tensors(spec) for name, spec in weights.items()}
         self.wanted: Mapping[str, int] = {spec.name: self.scheme.rows if spec.name in weights else 1 for spec in specs}
         self._spool = Spool(self._selection.fused, weights, out.path) if self.scheme.shared else None
-        stored = [self._tensors[spec.name].values() if spec.name in weights else [spec] for spec in specs]
-        self._shards = ShardWriter(out, [spec for group in stored for spec in group], shard)
+        stored = [list(self._stored(spec)) for spec in specs]
+        self._kept = stored.count([])
+        pairs = zip(specs, stored, strict=True)
+        self._shards = ShardWriter(out, [part for spec, parts in pairs for part in parts or [spec]], shard)
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
-        if spec.name not in self._tensors:
+        if spec.name in self._selection.stacks:
+            experts = self._selection.stacks[spec.name].take_apart(rows, block.values)
+            for weight, values in chain.from_iterable(experts):
+                for at in row_blocks(weight, self.scheme.rows):
+                    self._write(weight.name, at, values[at])
+        elif spec.name in self._tensors:
+            self._write(spec.name, rows, block.values)
+        else:
             self._shards.write(spec.name, rows, block)
-        elif self._spool is None:
-            self._write_rows(spec.name, rows, block.values, None)
-        elif complete := self._spool.add(spec.name, rows, block.values):
-            factor = global_factor(complete.peak)
-            for name, at, values in complete.blocks():
-                self._write_rows(name, at, values, factor)
 
     def finish(self, config: JsonObject) -> WrittenWeights:
-        quantized = len(self._tensors)
-        counts = {"format": self.scheme.format, "quantized": quantized, "kept": len(self.wanted) - quantized}
+        counts = {"format": self.scheme.format, "quantized": len(self._tensors), "kept": self._kept}
         return WrittenWeights(self.scheme.config(self._selection.ignore), {"compressed": counts})
 
     def close(self) -> None:
         """Remove what waits on the disk. Safe twice."""
         if self._spool is not None:
             self._spool.close()
+
+    def _stored(self, spec: TensorSpec) -> Iterator[TensorSpec]:
+        """What takes the place of a tensor; nothing for one that stays."""
+        stack = self._selection.stacks.get(spec.name)
+        weights = chain.from_iterable(stack.weights()) if stack else [spec] if spec.name in self._tensors else []
+        for weight in weights:
+            yield from self._tensors[weight.name].values()
+
+    def _write(self, name: str, rows: slice, values: Tensor) -> None:
+        if self._spool is None:
+            self._write_rows(name, rows, values, None)
+        elif complete := self._spool.add(name, rows, values):
+            factor = global_factor(complete.peak)
+            for part, at, block in complete.blocks():
+                self._write_rows(part, at, block, factor)
 
     def _write_rows(self, name: str, rows: slice, values: Tensor, factor: Tensor | None) -> None:
         import torch

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from converters.vllm.compressed.expert_stacks import ExpertStack, find_stacks
 from converters.vllm.compressed.schemes import Scheme
 from lora2serve.adapters.meta_model import stores_transposed
 from lora2serve.errors import ExportError
@@ -38,21 +39,28 @@ class Selection:
 
     scheme: Scheme
     weights: Mapping[str, TensorSpec]
+    stacks: Mapping[str, ExpertStack]  # stored tensor -> those of the weights that lie in it
     fused: Mapping[str, tuple[str, ...]]  # weight -> all weights of its fused parameter, itself among them
     ignore: tuple[str, ...]  # modules that stay as they are, for the config
 
 
 def select(specs: Sequence[TensorSpec], config: JsonObject, scheme: Scheme) -> Selection:
     """What to quantize; ExportError, with every problem at once, where the scheme does not fit the model."""
-    kind = str((config.get("text_config") or config).get("model_type"))
+    text = config.get("text_config") or config
+    kind = str(text.get("model_type"))
     if stores_transposed(config):
         raise ExportError(
             f"{kind}: its weights are stored transposed (Conv1D), unlike those of compressed-tensors", PLAIN_HINT
         )
-    weights = {spec.name: spec for spec in specs if _is_linear(spec)}
+    stacks = stacks_in(specs, config)
+    weights = {weight.name: weight for spec in specs for weight in _weights_in(spec, stacks)}
     fused = _fused(weights)
     fitted = _fit(scheme, weights.values())
-    problems = [f"{spec.name}: experts in one tensor; vLLM reads quantized ones one by one" for spec in _stacked(specs)]
+    problems = [
+        f"{spec.name}: experts in one tensor; {UNREAD.get(kind, UNKNOWN)}"
+        for spec in _stacked(specs)
+        if spec.name not in stacks
+    ]
     problems += _misfits(fitted, weights, fused)
     if not weights and not problems:
         problems = ["no linear layer that vLLM would quantize"]
@@ -61,10 +69,26 @@ def select(specs: Sequence[TensorSpec], config: JsonObject, scheme: Scheme) -> S
         raise ExportError("\n".join([*problems[:NAMES_SHOWN], *more]), PLAIN_HINT)
     matrices = [s.name.removesuffix(".weight") for s in specs if s.name.endswith(".weight") and len(s.shape) == 2]
     ignore = [name for name in matrices if f"{name}.weight" not in weights and not EMBEDDING.search(name)]
-    return Selection(fitted, weights, fused, tuple(dict.fromkeys([*ignore, "lm_head"])))
+    return Selection(fitted, weights, stacks, fused, tuple(dict.fromkeys([*ignore, "lm_head"])))
 
 
 PLAIN_HINT = "export it in 16 bits, without --quant"
+UNKNOWN = "how this model type's are taken apart is not known"
+UNREAD = {"gpt_oss": "vLLM 0.32 reads no compressed-tensors for those of gpt-oss, and would leave them out silently"}
+
+
+def stacks_in(specs: Sequence[TensorSpec], config: JsonObject) -> dict[str, ExpertStack]:
+    """Stored name -> the experts in that tensor, where it is known how they lie."""
+    return find_stacks(list(_stacked(specs)), config.get("text_config") or config)
+
+
+def _weights_in(spec: TensorSpec, stacks: Mapping[str, ExpertStack]) -> Iterator[TensorSpec]:
+    """The matrices to quantize in one stored tensor."""
+    if spec.name in stacks:
+        for weights in stacks[spec.name].weights():
+            yield from weights
+    elif _is_linear(spec):
+        yield spec
 
 
 def _is_linear(spec: TensorSpec) -> bool:
