@@ -49,6 +49,7 @@ METRICS: Mapping[str, MetricInfo] = {
     "ln_ppl_ratio": MetricInfo("ln(perplexity / that of the trained model)", "ln(perplexity ratio)"),
     "abs_delta": MetricInfo("Mean |Δ log-probability| of the true token"),
     "nmse": MetricInfo("NMSE of logits"),
+    "long_kl": MetricInfo("Mean KL at the end of the long text", "KL far in"),
     # measured is what is lost: KL(tuned, export) / KL(tuned, base)
     "retention": MetricInfo(
         "Adapter's signal kept",

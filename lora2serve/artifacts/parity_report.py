@@ -204,6 +204,8 @@ class ScoredData(JsonRecord):
     conversations: int = 0
     prompts: int = 0
     window: int = 0  # tokens of one text at most
+    long: int = 0  # tokens of the text near the model's length; 0: there was none
+    context: int | None = None  # the model's length; None where it names no limit
 
 
 @dataclass(frozen=True)

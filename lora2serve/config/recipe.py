@@ -84,6 +84,7 @@ class ParityRecipe:
     thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: Annotated[int, Range(1, 1 << 30)] = 2048  # scored, half of them held-out rows, half general text
     window: Annotated[int, Range(8, 1 << 20)] = 512  # tokens of one row at most
+    long: Annotated[int, Range(0, 1 << 20)] = 2048  # tokens of the text near the model's length, at most; 0: none
     prompts: Annotated[int, Range(1, 1 << 20)] = 8  # greedy answers
     new_tokens: Annotated[int, Range(1, 1 << 20)] = 32  # of one answer
     limit: Annotated[float, Positive(1e9)] = 600  # seconds without a response after which an engine is given up

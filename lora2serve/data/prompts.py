@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora2serve.data.data_sets import DataSet, read_file
+from lora2serve.data.long_text import LongText, make_long
 from lora2serve.data.rendering import Renderer, opening
 from lora2serve.data.rows import ChatRow, Message, Row, TextRow
 from lora2serve.data.served_template import ChatTemplate, served_tool
@@ -93,6 +94,7 @@ class PromptSet:
     bos: int | None
     vocab: int  # tokens the tokenizer knows
     window: int  # tokens of one sequence at most
+    long: LongText | None = None
 
     @property
     def positions(self) -> int:
@@ -102,6 +104,7 @@ class PromptSet:
     def longest(self, new_tokens: int) -> int:
         """Tokens that an engine must have room for: the longest text, or prompt with its answer."""
         texts = [len(sequence.ids) + 1 for sequence in self.sequences]
+        texts += [len(self.long.ids) + 1] if self.long else []
         answered = [len(prompt.ids) + new_tokens for prompt in (*self.conversations, *self.prompts)]
         return max([*texts, *answered])
 
@@ -118,7 +121,8 @@ def load_saved(path: Path) -> PromptSet:
         tuple(Conversation(c["messages"], c["text"], tuple(c["ids"]), c["tools"] or ()) for c in raw[key])
         for key in ("conversations", "prompts")
     )
-    return PromptSet(texts, conversations, prompts, tuple(raw["stop"]), raw["bos"], raw["vocab"], raw["window"])
+    long = LongText(tuple(raw["long"]["ids"]), raw["long"]["tail"], raw["long"]["context"]) if raw["long"] else None
+    return PromptSet(texts, conversations, prompts, tuple(raw["stop"]), raw["bos"], raw["vocab"], raw["window"], long)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class PromptOptions:
 
     tokens: int = 2048  # scored, at least, where the data has as many; half of them task, half general
     window: int = 512  # tokens of one sequence at most
+    long: int = 2048  # of the long text, at most; 0: none
     prompts: int = 8  # greedy answers
     new_tokens: int = 32  # of one answer
 
@@ -162,6 +167,7 @@ def prepare(
     return PromptSet(
         sequences, tuple(conversations.values()), tuple(prompts[: amount.prompts]),
         stops, tokenizer.bos_token_id, len(tokenizer), window,
+        make_long([sequence.ids for sequence in sequences], amount.long, most),
     )  # fmt: skip
 
 

@@ -250,10 +250,12 @@ class Comparator:
             child.call("score", advance, data=str(known.path), references=files, out=str(scored))
         generated = child.call("generate", data=str(known.path), new_tokens=self.settings.new_tokens)
         answers = EngineAnswers.from_json(generated, f"{row.engine}: generate")
+        end = len(known.sequences)  # behind them, those of the long text
         measured: dict[str, Behavior] = {
             name: Behavior(
-                positions, known.base[name], known.sequences, known.task,
+                positions[:end], known.base[name], known.sequences, known.task,
                 gates.greedy(known.greedy[name], answers.ids, self.data.stop),
+                positions[end:] if self.data.long else None,
             )
             for name, positions in worker.load_positions(scored).items()
         }  # fmt: skip
@@ -263,9 +265,12 @@ class Comparator:
             bounds = replace(bounds, first_difference=None)
         name_of = partial(row_figures.position_name, known)
         gate = gates.behavior(main, main.measure(), bounds, name_of, thresholds.noise(row.kind))
+        unknown = main.long is not None and "long_kl" not in {check.name for check in gate.checks}
+        unasked = f"the long text in {row.engine}, which reads it as other tokens"
         return replace(
             row,
             gates=(*passed, gate),
+            not_compared=(*row.not_compared, unasked) if unknown else row.not_compared,
             beside={name: row_figures.shown(other) for name, other in measured.items() if name != row.reference},
             parts=row_figures.by_part(main),
             prompts=row_figures.by_text(main, known),

@@ -174,6 +174,7 @@ class Behavior:
     sequences: Ints  # (P,) sequence of each position
     task: np.ndarray  # (P,) bool: from held-out rows
     greedy: Greedy | None = None
+    long: Positions | None = None  # at the end of the long text
 
     def measure(self) -> dict[str, Estimate]:
         """All figures with their intervals, over the positions of which the engine says something."""
@@ -190,6 +191,8 @@ class Behavior:
         if self.base is not None:
             rows = self.task if self.task.any() else np.ones(len(self.task), dtype=bool)
             estimates["retention"] = ratio(self.positions.kl[rows], self.base.kl[rows], self.sequences[rows])
+        if self.long is not None and (far := self.long.take(~np.isnan(self.long.kl))):
+            estimates["long_kl"] = ratio(far.kl, np.ones(len(far)), np.zeros(len(far), dtype=np.int64))
         if self.greedy:
             estimates["equal_answers"] = Estimate(self.greedy.equal, self.greedy.equal, self.greedy.equal)
         return estimates
@@ -217,12 +220,15 @@ def behavior(
         figures["first_difference"] = Estimate(share, share, share)
     if "retention" in figures and measured.signal() * (bounds.retention or 0.0) < noise:
         figures["retention"] = replace(figures["retention"], unjudged=FAINT)
-    checks = [_check(name, estimate, getattr(bounds, name, None)) for name, estimate in figures.items()]
+    limits = {**vars(bounds), "long_kl": bounds.mean_kl}
+    checks = [_check(name, estimate, limits.get(name)) for name, estimate in figures.items()]
     missed = [check for check in checks if check.met is False]
     if not missed:
         return Gate("behaviour", "met", tuple(checks))
     if measured.greedy and [check.name for check in missed] == ["first_difference"]:
         return Gate("behaviour", "missed", tuple(checks), *_other_answer(measured.greedy, tie(bounds)))
+    if [check.name for check in missed] == ["long_kl"]:
+        return Gate("behaviour", "missed", tuple(checks), *_far_in(measured, missed[0]))
     worst = int(np.nanargmax(measured.positions.kl))
     broken = np.flatnonzero(np.isinf(measured.positions.kl))
     at = int(broken[0]) if len(broken) else worst
@@ -237,6 +243,11 @@ def _other_answer(answers: Greedy, tie: float) -> tuple[str, str]:
         f"by {answers.gaps[number]:.2g} nats; {tie:.2g} would be a near-tie"
     )
     return first, "stop, length or sampling settings: the export's own answers part, with the right probabilities"
+
+
+def _far_in(measured: Behavior, check: Metric) -> tuple[str, str]:
+    first = f"the last {len(measured.long or ())} tokens of the long text: mean KL {check.value:.3g}"
+    return first, "rope scaling, sliding window or context: right in short texts, and not far into a long one"
 
 
 def _check(name: str, figure: Estimate, bound: float | None) -> Metric:

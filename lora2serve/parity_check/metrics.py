@@ -49,6 +49,9 @@ class Positions:
         """The positions where ``where`` holds."""
         return Positions(**{name: getattr(self, name)[where] for name in FIELDS})
 
+    def __getitem__(self, part: slice) -> Positions:
+        return Positions(**{name: getattr(self, name)[part] for name in FIELDS})
+
 
 FIELDS = ("kl", "same", "margin", "delta", "loss", "error", "power")
 

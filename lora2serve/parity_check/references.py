@@ -76,6 +76,8 @@ class References:
             conversations=len(self.data.conversations),
             prompts=len(self.data.prompts),
             window=self.data.window,
+            long=len(self.data.long.ids) if self.data.long else 0,
+            context=self.data.long.context if self.data.long else None,
         )
 
     def _worker(self, engine: str, options: Mapping[str, object], log: str) -> EngineProcess:
@@ -84,7 +86,9 @@ class References:
     def _prepare(self, engine: EngineProcess) -> None:
         """Choose what is asked; InputError where the disk cannot hold the answers."""
         origin, settings = self._origin, self._origin.settings
-        amount = PromptOptions(settings.tokens, settings.window, settings.prompts, settings.new_tokens)
+        amount = PromptOptions(
+            settings.tokens, settings.window, settings.long, settings.prompts, settings.new_tokens
+        )  # fmt: skip
         rows = str(origin.rows) if origin.rows else None
         day = origin.run.record.day if origin.run else None
         with self._progress.track("loading the trained model", 1) as advance:
@@ -93,12 +97,18 @@ class References:
                 day=day,
             )  # fmt: skip
         self.data: PromptSet = load_saved(self.path)
-        need = int(self.data.positions * vocab * 4 * len(origin.references) * SPARE)
+        tail = self.data.long.tail if self.data.long else 0
+        need = int((self.data.positions + tail) * vocab * 4 * len(origin.references) * SPARE)
         free = shutil.disk_usage(self._work).free
         if need > free:
             raise InputError(
                 f"{self._work.parent}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for the references' logits",
                 "make room on the disk, or score less: parity.tokens in the recipe",
+            )
+        long = self.data.long
+        if long and long.context and not long.whole:
+            self._progress.note(
+                f"the long text has {len(long.ids)} of the model's {long.context} tokens: parity.long has more compared"
             )
         if self.data.positions < settings.tokens:
             self._progress.warn(

@@ -30,6 +30,7 @@ def by_part(measured: Behavior) -> dict[str, tuple[Metric, ...]]:
                 measured, positions=measured.positions.take(rows),
                 base=measured.base.take(rows) if measured.base else None,
                 sequences=measured.sequences[rows], task=np.ones(int(rows.sum()), dtype=bool), greedy=None,
+                long=None,
             )  # fmt: skip
             parts[part] = shown(of_part)
     return parts

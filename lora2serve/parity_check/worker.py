@@ -32,15 +32,14 @@ class SavedLogits:
 
     def __init__(self, path: Path, data: PromptSet) -> None:
         self.path, self.data = path, data
-        self.vocab = path.stat().st_size // 4 // data.positions
+        self.vocab = path.stat().st_size // 4 // sum(tail for _, tail in _scored(data))
 
     def rows(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """For each text its (n-1, V) part and its (n-1,) true next tokens."""
+        """For each text its (n-1, V) part and its (n-1,) true next tokens; of the long one, the last, its tail's."""
         with self.path.open("rb") as file:
-            for sequence in self.data.sequences:
-                count = len(sequence.ids) - 1
-                values = np.fromfile(file, dtype=np.float32, count=count * self.vocab)
-                yield values.reshape(count, self.vocab), np.array(sequence.ids[1:])
+            for ids, tail in _scored(self.data):
+                values = np.fromfile(file, dtype=np.float32, count=tail * self.vocab)
+                yield values.reshape(tail, self.vocab), np.array(ids[-tail:])
 
 
 class EngineWorker:
@@ -85,6 +84,9 @@ class EngineWorker:
                 if base is not None:
                     measured.append(metrics.compare(tuned.values, base.values, np.array(sequence.ids[1:])))
                 self._link.advance(len(sequence.ids) - 1)
+            if prompts.long:
+                (tuned,) = self._engine.score([prompts.long.ids], prompts.long.tail)
+                file.write(np.ascontiguousarray(tuned.values, dtype=np.float32).data)
         _save(Path(positions), {"base": measured} if measured else {})
         return {"version": self._engine.version, "vocab": vocab}
 
@@ -112,17 +114,23 @@ class EngineWorker:
         logits = {name: SavedLogits(Path(path), prompts).rows() for name, path in references.items()}
         measured: dict[str, list[metrics.Positions]] = {name: [] for name in references}
         whole = True
-        for scores in self._engine.score([sequence.ids for sequence in prompts.sequences]):
+        for scores in self._scores(prompts):
             for name, rows in logits.items():
                 reference, targets = next(rows)
                 measured[name].append(_compare(reference, scores, targets))
             whole = whole and scores.ids is None
             self._link.advance(len(scores.values))
-        if any(len(parts) != len(prompts.sequences) for parts in measured.values()):
-            count = len(next(iter(measured.values())))
-            raise EngineError(f"{count} of {len(prompts.sequences)} sequences were scored")
+        count, texts = len(next(iter(measured.values()))), len(_scored(prompts))
+        if count != texts:
+            raise EngineError(f"{count} of {texts} sequences were scored")
         _save(Path(out), measured)
         return {"version": self._engine.version, "whole": whole}
+
+    def _scores(self, prompts: PromptSet) -> Iterator[Scores]:
+        """Of every text, and of the long one's tail."""
+        yield from self._engine.score([sequence.ids for sequence in prompts.sequences])
+        if prompts.long:
+            yield from self._engine.score([prompts.long.ids], prompts.long.tail)
 
     def settings(self, export: str) -> object:
         """The settings gate's verdict."""
@@ -157,6 +165,12 @@ class EngineWorker:
         ids = engine.prompt_ids([{"role": "user", "content": prompt}], "")
         answers: list[list[int]] = (engine.generate_base if base else engine.generate)([ids], new_tokens)
         return answers[0]
+
+
+def _scored(prompts: PromptSet) -> list[tuple[tuple[int, ...], int]]:
+    """Each text that is scored, and how many positions at its end are: all, but of the long one, which is the last."""
+    texts = [(sequence.ids, len(sequence.ids) - 1) for sequence in prompts.sequences]
+    return [*texts, (prompts.long.ids, prompts.long.tail)] if prompts.long else texts
 
 
 def _prompt_ids(engine: Any, conversation: Conversation, *, as_planned: bool) -> list[int] | None:

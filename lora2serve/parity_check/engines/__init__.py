@@ -21,7 +21,7 @@ Tools = Sequence[Mapping[str, object]]  # that the model may call, in OpenAI's f
 
 @dataclass(frozen=True)
 class Scores:
-    """What an engine says of one sequence of n tokens: for each of its n - 1 predicted positions ...
+    """What an engine says of one sequence of n tokens: for each of its n - 1 predicted positions, or the last ones ...
 
     ``values``: ... (n-1, V) float32 logits or log-probabilities of all tokens, or with ``ids`` (n-1, k) int64 those of
     the k most likely, log-probabilities then, -1 in ``ids`` where there are fewer (a whole row: nothing is known there,
@@ -42,7 +42,7 @@ class Scores:
         target = np.full(len(likeliest), np.nan, dtype=np.float32)
         for row, candidates in enumerate(likeliest):
             names[row, : len(candidates)], values[row, : len(candidates)] = list(candidates), list(candidates.values())
-            target[row] = candidates.get(ids[row + 1], np.nan)
+            target[row] = candidates.get(ids[len(ids) - len(likeliest) + row], np.nan)
         return cls(values, names, target)
 
 
@@ -65,8 +65,11 @@ class Engine(Protocol):
         """The ids at which the engine ends an answer by itself."""
         ...
 
-    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
-        """Teacher-forced, one sequence at a time: memory is one sequence x V float32."""
+    def score(self, sequences: Sequence[Ids], tail: int = 0) -> Iterator[Scores]:
+        """Teacher-forced, one sequence at a time: memory is one sequence x V float32.
+
+        With ``tail``, of the last so many positions of each alone: those are the rows of the answer, and the memory.
+        """
         ...
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:

@@ -76,11 +76,12 @@ class LlamaCpp:
         token = int(self.llm.token_eos())
         return token if token >= 0 else None
 
-    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+    def score(self, sequences: Sequence[Ids], tail: int = 0) -> Iterator[Scores]:
         for ids in sequences:
             self.llm.reset()
             self.llm.eval(list(ids))
-            yield Scores(self.llm.scores[: len(ids) - 1])  # seen, not copied: the next text writes over them
+            first, last = (len(ids) - 1 - tail if tail else 0), len(ids) - 1
+            yield Scores(self.llm.scores[first:last])  # seen, not copied: the next text writes over them
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         return [self._answer(list(ids), self._own.most(new_tokens)) for ids in prompts]

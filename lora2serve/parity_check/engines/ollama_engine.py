@@ -95,13 +95,14 @@ class Ollama:
                 ids.add(self.tokenizer.convert_tokens_to_ids(json.loads(word)))
         return sorted(number for number in ids if isinstance(number, int))
 
-    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+    def score(self, sequences: Sequence[Ids], tail: int = 0) -> Iterator[Scores]:
         positions = known = 0
         for ids in sequences:
-            likeliest = [self._next(list(ids[:end])) for end in range(1, len(ids))]
+            first = len(ids) - tail if tail else 1
+            likeliest = [self._next(list(ids[:end])) for end in range(first, len(ids))]
             positions, known = positions + len(likeliest), known + sum(map(bool, likeliest))
             yield Scores.of_likeliest(likeliest, ids)
-        if known < LEAST * positions:
+        if known < LEAST * positions and not tail:
             raise EngineError(f"Ollama shows tokens for {known} of {positions} positions only")
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:

@@ -79,10 +79,11 @@ class OpenAI:
     def stop_ids(self) -> list[int] | None:
         return None
 
-    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+    def score(self, sequences: Sequence[Ids], tail: int = 0) -> Iterator[Scores]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for ids in sequences:
-                likeliest = list(pool.map(self._next, [list(ids[:end]) for end in range(1, len(ids))]))
+                first = len(ids) - tail if tail else 1
+                likeliest = list(pool.map(self._next, [list(ids[:end]) for end in range(first, len(ids))]))
                 yield _scores(likeliest, ids, len(self.tokenizer))
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:

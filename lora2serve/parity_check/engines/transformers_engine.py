@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ class Transformers:
         """Logits for each position."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
-    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+    def score(self, sequences: Sequence[Ids], tail: int = 0) -> Iterator[Scores]:
         for ids in sequences:
-            yield Scores(logits(self.model, ids))
+            yield Scores(logits(self.model, ids, tail))
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         stop = self.stop_ids() or []
@@ -131,10 +132,18 @@ def training_dtype() -> str:
     return training_device().dtype
 
 
-def logits(model: Any, ids: Ids) -> Any:
-    """(n-1, V) float32 logits, as numpy, for the predicted positions of one sequence."""
+def logits(model: Any, ids: Ids, tail: int = 0) -> Any:
+    """(n-1, V) float32 logits, as numpy, for the predicted positions of one sequence, or for the last ``tail``."""
     import torch
 
+    rows = tail or len(ids) - 1
+    fewer = {"logits_to_keep": rows + 1} if tail and _keeps_few(model) else {}
     with torch.no_grad():
-        values = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, :-1]
-    return values.float().cpu().numpy()
+        values = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, **fewer).logits[0]
+    return values[-rows - 1 : -1].float().cpu().numpy()
+
+
+def _keeps_few(model: Any) -> bool:
+    """Whether it can be asked for the logits of some positions alone; a PEFT model hands that on."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in signature(inner.forward).parameters

@@ -80,9 +80,10 @@ class Vllm:
         ids |= set(named if isinstance(named, list) else [named])
         return sorted(token for token in ids if token is not None)
 
-    def score(self, sequences: Sequence[Ids]) -> Iterator[Scores]:
+    def score(self, sequences: Sequence[Ids], tail: int = 0) -> Iterator[Scores]:
         for ids in sequences:
-            yield self._score_by_prefixes(ids) if self.lora else self._score(ids)
+            first = len(ids) - tail if tail else 1
+            yield self._score_by_prefixes(ids, first) if self.lora else self._score(ids, first)
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         from vllm import SamplingParams
@@ -94,16 +95,16 @@ class Vllm:
         answers = [list(out.outputs[0].token_ids) for out in self._ask(prompts, params)]
         return [answer[:-1] if answer and answer[-1] in stop else answer for answer in answers]
 
-    def _score(self, ids: Ids) -> Scores:
+    def _score(self, ids: Ids, first: int) -> Scores:
         from vllm import SamplingParams
 
         params = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=self._top(len(ids)), flat_logprobs=True, detokenize=False
         )
         flat = self._ask([ids], params)[0].prompt_logprobs
-        return self._scores([(flat, position) for position in range(1, len(ids))], ids)
+        return self._scores([(flat, position) for position in range(first, len(ids))], ids)
 
-    def _score_by_prefixes(self, ids: Ids) -> Scores:
+    def _score_by_prefixes(self, ids: Ids, first: int) -> Scores:
         """One request per prefix: vLLM's CPU worker dies on prompt_logprobs while LoRA is on."""
         from vllm import SamplingParams
 
@@ -111,7 +112,7 @@ class Vllm:
             max_tokens=1, temperature=0, logprobs=self._top(AT_ONCE), flat_logprobs=True, detokenize=False
         )
         flat = []
-        for start in range(1, len(ids), AT_ONCE):
+        for start in range(first, len(ids), AT_ONCE):
             prefixes = [ids[:end] for end in range(start, min(start + AT_ONCE, len(ids)))]
             flat += [(out.outputs[0].logprobs, 0) for out in self._ask(prefixes, params)]
         return self._scores(flat, ids)
@@ -150,7 +151,7 @@ class Vllm:
         for row, (tokens, logprobs) in enumerate(rows):
             names, first = np.unique(tokens, return_index=True)
             top[row, : len(names)], values[row, : len(names)] = names, logprobs[first]
-            true = np.flatnonzero(names == ids[row + 1])
+            true = np.flatnonzero(names == ids[len(ids) - len(rows) + row])
             target[row] = logprobs[first][true[0]] if len(true) else np.nan
         return Scores(values, top, target)
 
