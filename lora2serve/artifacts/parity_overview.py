@@ -102,10 +102,11 @@ def _place(row: ComparisonResult) -> str:
 
 
 def _equal_files(row: ComparisonResult, rows: Sequence[ComparisonResult]) -> str:
-    if row.same_files:
-        return f"files equal to those of {row.same_files}: the engine was asked once for both"
-    others = [other.export for other in rows if other.engine == row.engine and other.same_files == row.export]
-    return f"asked once for the equal files of {', '.join(others)} too" if others else ""
+    """The exports with equal files, for which the engine was asked once."""
+    first = row.same_files or row.export
+    others = [other for other in rows if other.engine == row.engine and first in (other.export, other.same_files)]
+    names = [other.export for other in others if other.export != row.export]
+    return f"same files as {', '.join(names)}: asked once" if names else ""
 
 
 def _figure(row: ComparisonResult, name: str) -> Cell:

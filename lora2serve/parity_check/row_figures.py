@@ -12,6 +12,7 @@ from lora2serve.artifacts.manifest import EngineVerdict, ParityVerdict
 from lora2serve.artifacts.parity_report import ComparisonResult, GreedyAnswer, Metric, PromptFigures
 from lora2serve.parity_check.gates import Behavior
 from lora2serve.parity_check.references import References
+from lora2serve.parity_check.token_pieces import quoted
 
 WORST_TEXTS = 6  # shown token by token
 
@@ -68,7 +69,7 @@ def position_name(references: References, position: int) -> str:
     text = references.data.sequences[number]
     pieces = references.pieces(text.ids)
     token = next((piece for piece in reversed(pieces[: inside + 2]) if piece), "")
-    return f"{text.part} text {number} ({text.text[:40]!r}), position {inside + 1}, next token {token!r}"
+    return f"{text.part} text {number} ({text.text[:40]!r}), position {inside + 1}, next token {quoted(token)}"
 
 
 def record(export: Export, row: ComparisonResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 PART = "\ufffd"  # what a tokenizer prints for bytes that are no whole character
@@ -32,3 +33,8 @@ def _behind(decode: Callable[[list[int]], str], before: list[int], group: list[i
     context = decode(before) if before else ""
     text = decode(before + group)
     return text[len(context) :] if text.startswith(context) else decode(group)
+
+
+def quoted(piece: str) -> str:
+    """In quotation marks, ends of lines as ``\\n``; joined emoji stay joined."""
+    return json.dumps(piece, ensure_ascii=False)

@@ -161,7 +161,7 @@ def test_the_first_table_has_what_one_decides_by() -> None:
         rows=(twin, one, row("gguf-F16", size=9), row("vllm", "vllm", status="missing", engine="vllm"))
     )
     assert {key: str(cell) for key, cell in cells(one, report.rows).items()} == {
-        "export": "gguf-Q4_K_M (asked once for the equal files of ollama-Q4_K_M too)",
+        "export": "gguf-Q4_K_M (same files as ollama-Q4_K_M: asked once)",
         "engine": "llama.cpp (computed in float32, served in bfloat16)",
         "status": "met",
         "size": "2.0 MB",
@@ -172,7 +172,7 @@ def test_the_first_table_has_what_one_decides_by() -> None:
         "speed": "31",
         "reference": "trained model (on its quantized base)",
     }
-    assert "files equal to those of gguf-Q4_K_M: the engine was asked once" in str(cells(twin, report.rows)["export"])
+    assert "same files as gguf-Q4_K_M: asked once" in str(cells(twin, report.rows)["export"])
     assert columns(report)["mean_kl"] == "Mean KL, nats"
     table = overview(report)
     assert [(line.result.export, line.recommended) for line in table] == [

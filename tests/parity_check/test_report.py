@@ -215,7 +215,7 @@ def test_the_first_screen_says_what_to_ship_and_why(tmp_path: Path) -> None:
     first = text[: text.index("<section")]
     for words in (
         "Ship for llama.cpp", "gguf-Q4_K_M", "2.0 MB", "The only one of 2 that meets its bounds.", "Mean KL, nats",
-        "≤ 0.004", "312", "computed in float32, served in bfloat16", "files equal to those of gguf-Q4_K_M",
+        "≤ 0.004", "312", "computed in float32, served in bfloat16", "same files as gguf-Q4_K_M: asked once",
         "on its quantized base", "+ 5.0 MB base", "not measured", METRICS["mean_kl"].meaning.replace("'", "&#39;"),
         METRICS["retention"].meaning,
     ):  # fmt: skip
@@ -225,7 +225,7 @@ def test_the_first_screen_says_what_to_ship_and_why(tmp_path: Path) -> None:
 
 def test_the_whole_report_in_a_sentence() -> None:
     assert verdict(report(row())) == "Each export answers like the trained model, within the bounds of its format."
-    assert verdict(whole()).startswith(f"1 of 5 is not met: {'b' * 90} in llama.cpp: scale: because.")
+    assert verdict(whole()).startswith(f"1 of 5 comparisons is not met: {'b' * 90} in llama.cpp: scale: because.")
     assert "worse than the baseline" in verdict(replace(report(row()), regressions=("x",)))
     met, _, missing, *_ = whole().rows
     assert verdict(report(met, missing)).endswith("1 of 2 comparisons were not made: the engine is not here.")

@@ -17,6 +17,7 @@ from lora2serve.artifacts.parity_overview import REFERENCES
 from lora2serve.artifacts.parity_report import ComparisonResult, GreedyAnswer, Metric, ParityReport, TensorError
 from lora2serve.parity_check.report.characters import start_of_character
 from lora2serve.parity_check.report.charts import SHADES, Bar, HeatToken, PositionChart, by_position, by_text, heat
+from lora2serve.parity_check.token_pieces import quoted
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -74,6 +75,7 @@ class AskedView:
 
 def render(report: ParityReport) -> str:
     """The page."""
+    lines = parity_overview.overview(report)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -81,9 +83,9 @@ def render(report: ParityReport) -> str:
             report=report,
             verdict=verdict(report),
             heads=parity_overview.columns(report),
-            lines=parity_overview.overview(report),
+            lines=lines,
             asked=_asked(report),
-            views=[_view(row) for row in report.rows],
+            views=[_view(line.result) for line in lines],
         )
     )
 
@@ -92,7 +94,7 @@ def verdict(report: ParityReport) -> str:
     """The whole report in a sentence or two."""
     red, count = [row for row in report.rows if row.red], len(report.rows)
     first = (
-        f"{len(red)} of {count} {'is' if len(red) == 1 else 'are'} not met: {red[0].title}: {_why(red[0])}."
+        f"{len(red)} of {count} comparisons {'is' if len(red) == 1 else 'are'} not met: {red[0].title}: {_why(red[0])}."
         if red
         else ""
     )
@@ -216,7 +218,9 @@ def _texts(row: ComparisonResult, bound: float) -> list[TextView]:
         worst, mean = max(text.kl), sum(text.kl) / len(text.kl)
         at = text.kl.index(worst) + 1
         word = next((token for token in reversed(text.tokens[: at + 1]) if token), "")
-        views.append(TextView(f"largest {worst:.2g} at token {at + 1}, {word!r}; mean {mean:.2g}", heat(text, bound)))
+        views.append(
+            TextView(f"largest {worst:.2g} at token {at + 1}, {quoted(word)}; mean {mean:.2g}", heat(text, bound))
+        )
     return views
 
 
