@@ -13,6 +13,7 @@ from lora2serve.artifacts.parity_report import GATES, GateName, ReferenceName
 from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.exporting import bundle
 from lora2serve.parity_check import thresholds
+from lora2serve.parity_check.engines import own_sampling
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.serving import serve_settings
 from lora2serve.system.http import check_address, without_credentials
@@ -94,7 +95,9 @@ def engines_of(export: Export, base: str, tokenizer: str, window: int) -> list[t
     if target in ("gguf", "ollama", "lmstudio"):
         file: dict[str, object] = {"model": str(export.gguf), "window": window}
         if target == "ollama":
-            return [("llama.cpp", {**file, "modelfile": str(path / "Modelfile")}), ("ollama", hosted)]
+            modelfile = path / "Modelfile"
+            file |= {"modelfile": str(modelfile)} if own_sampling.differ(modelfile, export.gguf) else {}
+            return [("llama.cpp", file), ("ollama", hosted)]
         return [("llama.cpp", file)]
     if target == "ollama-adapter":
         return [("ollama", hosted)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.parity_check.engines import own_sampling
 from lora2serve.parity_check.engines.llama_cpp_engine import LlamaCpp
 from lora2serve.parity_check.engines.transformers_engine import Transformers
 from tests.conftest import lora2serve
@@ -62,6 +63,17 @@ def test_without_it_answers_are_others(exports: tuple[Path, Path], prompts: list
         other = tmp_path / line
         other.write_text("".join(each for each in text.splitlines(True) if line not in each))
         assert LlamaCpp(str(exports[0]), 512, modelfile=str(other)).generate(prompts, LENGTH) != whole
+
+
+def test_where_the_modelfile_matters(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where it sets what the GGUF does, the engine is asked once for both."""
+    text = (exports[1] / "Modelfile").read_text()
+    assert not own_sampling.differ(exports[1] / "Modelfile", exports[0])
+    for setting in ("num_predict 3", 'stop "\n\n"', "presence_penalty 0.5", "repeat_penalty 1.2"):
+        other = tmp_path / "Modelfile"
+        kept = [line for line in text.splitlines() if setting.split()[0] not in line or "stop" in line]
+        other.write_text("\n".join([*kept, f"PARAMETER {setting}", ""]))
+        assert own_sampling.differ(other, exports[0]), setting
 
 
 def test_length_and_stops(exports: tuple[Path, Path], prompts: list[list[int]], tmp_path: Path) -> None:

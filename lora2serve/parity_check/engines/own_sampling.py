@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lora2serve.errors import Lora2ServeError
 from lora2serve.exporting import settings_plan
 
 
@@ -31,6 +32,18 @@ def of_gguf(metadata: Mapping[str, str]) -> OwnSampling:
         repeat=float(metadata.get("general.sampling.penalty_repeat", 1.0)),
         last=int(metadata.get("general.sampling.penalty_last_n", 64)),
     )
+
+
+def differ(modelfile: Path, gguf: Path) -> bool:
+    """Whether a Modelfile sets something for answers that the file it runs does not; its end tokens are in both."""
+    try:
+        own, header = of_modelfile(modelfile), settings_plan.read_gguf(gguf)
+    except (OSError, ValueError, Lora2ServeError):  # the settings gate says so
+        return False
+    tokens = header.get("tokenizer.ggml.tokens")
+    known = {*tokens.value} if tokens and isinstance(tokens.value, tuple) else set()
+    in_file = of_gguf({key: str(entry.value) for key, entry in header.items() if key.startswith("general.sampling.")})
+    return replace(own, stops=()) != in_file or not known.issuperset(own.stops)
 
 
 def of_modelfile(path: Path) -> OwnSampling:
