@@ -170,13 +170,15 @@ def meta_models(config: JsonObject) -> Iterator[PreTrainedModel]:
 
 def meta_model_of(adapter: Adapter, config: JsonObject) -> PreTrainedModel:
     """The one of these classes that has the adapter's modules; the first where none has."""
-    models = list(meta_models(config))
     names = [spec.name.removeprefix(PREFIX) for spec in adapter.tensors.specs()]
-    for model in models:
+    first = None
+    for model in meta_models(config):  # the second is only made where the first has none of them
+        first = first or model
         modules = dict(model.named_modules())
         if any(_module_around(name, modules) for name in names):
             return model
-    return models[0]
+    assert first is not None
+    return first
 
 
 def _module_around(name: str, modules: Container[str]) -> bool:

@@ -16,6 +16,7 @@ from lora2serve.config.recipe import ModelRecipe, ParityRecipe, Recipe
 from lora2serve.console import default_progress
 from lora2serve.errors import RecipeError, UsageError
 from lora2serve.progress import Progress
+from lora2serve.system import scratch
 
 
 def init(path: str | Path = recipes.FILE, *, overwrite: bool = False) -> Path:
@@ -69,9 +70,10 @@ def _train(recipe: Recipe, name: str, resumed: runs.Run | None, progress: Progre
         base, _ = base_of_run(resumed.record.base, None, progress)  # at its first commit, wherever the branch is now
     else:
         base = fetch_base(recipe.model, progress)
-    run = resumed or runs.create(name)
-    with runs.kept_once_started(run), _hint_to_resume(run, progress):
-        fine_tune(recipe, run, sets, base=base, resume=resumed is not None, progress=progress)
+    with scratch.filled(runs.ROOT):
+        run = resumed or runs.create(name)
+        with runs.kept_once_started(run), _hint_to_resume(run, progress):
+            fine_tune(recipe, run, sets, base=base, resume=resumed is not None, progress=progress)
     return run
 
 

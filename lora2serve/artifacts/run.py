@@ -15,9 +15,8 @@ runs/latest                 a link to the run that was finished last
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +24,14 @@ from lora2serve.artifacts.json_record import read_text
 from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.errors import UsageError
+from lora2serve.system import scratch
 
 ROOT = Path("runs")
 LATEST = "latest"
 RECORD = "run.json"
 TRAINER_STATE = "trainer_state.json"  # of a checkpoint
+CHECKPOINT = f"checkpoints/checkpoint-*/{TRAINER_STATE}"
+WORTH_KEEPING = (CHECKPOINT, "adapter/adapter_config.json")  # what a run has once a training got somewhere
 OTHER_KINDS = ("config.json", "adapter_config.json", "lora2serve.json")  # a model, an adapter, an export
 
 
@@ -78,7 +80,7 @@ class Run:
     @property
     def has_checkpoint(self) -> bool:
         """Whether training got as far as saving a state to go on from: the trainer writes this file of it last."""
-        return any(self.path.glob(f"checkpoints/checkpoint-*/{TRAINER_STATE}"))
+        return any(self.path.glob(CHECKPOINT))
 
     @property
     def resumable(self) -> str:
@@ -118,16 +120,14 @@ def point_latest(run: Run) -> None:
 
 @contextmanager
 def kept_once_started(run: Run) -> Iterator[None]:
-    """Let ``latest`` point at the run once it is whole; one that fails before its first checkpoint leaves nothing."""
-    try:
+    """Let ``latest`` point at the run once it is whole; one that ends before its first checkpoint leaves nothing.
+
+    One that is killed there is removed by the next command.
+    """
+    with scratch.claimed(run.path, unless=WORTH_KEEPING) as keep:
         yield
         point_latest(run)
-    except BaseException:
-        if not run.has_checkpoint and not is_run(run.path):
-            shutil.rmtree(run.path, ignore_errors=True)
-            with suppress(OSError):  # there are others
-                run.path.parent.rmdir()
-        raise
+        keep()
 
 
 def latest(root: Path = ROOT, *, finished: bool = True) -> Run:

@@ -189,10 +189,10 @@ def _bundle(export: Export, options: ServeOptions) -> ServerCommand:
     served = export.manifest.served_base or ""
     elsewhere = served.startswith("/") and not Path(served).is_dir()  # a path on the machine it was exported for
     base = options.base or (export.manifest.base.path if elsewhere else None)
-    flags = _config(export, options)
+    file = export.path / bundle.CONFIG
+    flags = ["--config", str(file.resolve())]
     if not options.trust_export:
-        settings = serve_settings.read(export.path / bundle.CONFIG)
-        flags += ["--lora-modules", *serve_settings.modules(settings, export.path.resolve())]
+        flags += ["--lora-modules", *serve_settings.modules(serve_settings.read(file), export.path.resolve())]
     command = _vllm(base, (bundle.BASE, *export.members), flags, options)
     if options.allow_updates:
         resolver = {RESOLVER: str((export.path / bundle.ADAPTERS).resolve())}

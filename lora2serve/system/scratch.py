@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -89,21 +89,19 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def claimed(path: Path, lock: Path | None = None) -> Iterator[Callable[[], None]]:
+def claimed(path: Path, lock: Path | None = None, unless: Sequence[str] = ()) -> Iterator[Callable[[], None]]:
     """Make ``path`` in here: it is removed on the way out, or later, if we are killed. Call what this gives to keep it.
 
-    A name that other processes may use as well needs the ``lock`` under which it is used.
+    A name that other processes may use as well needs the ``lock`` under which it is used. A folder in which one of the
+    patterns ``unless`` finds something is never removed.
     """
-    folder = root() / CLAIMS
-    folder.mkdir(exist_ok=True)
-    claim = folder / f"{uuid.uuid4().hex}.json"
-    absolute = {"path": str(path.absolute()), "lock": str(lock.absolute()) if lock else None}
-    claim.write_text(json.dumps(absolute), encoding="utf-8")
+    absolute = {"path": str(path.absolute()), "lock": str(lock.absolute()) if lock else None, "unless": list(unless)}
+    claim = _claim("json", absolute)
     try:
         yield claim.unlink
     finally:
         if claim.exists():
-            _delete(path)
+            _delete(path, unless)
             claim.unlink(missing_ok=True)
 
 
@@ -111,15 +109,21 @@ def claimed(path: Path, lock: Path | None = None) -> Iterator[Callable[[], None]
 def filled(folder: Path) -> Iterator[None]:
     """Make the folder and those above it; what is new of these and stays empty goes again, as if it were claimed."""
     new = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
-    claims = root() / CLAIMS
-    claims.mkdir(exist_ok=True)
-    claim = claims / f"{uuid.uuid4().hex}.folders"
-    claim.write_text(json.dumps([str(path) for path in new]), encoding="utf-8")
+    claim = _claim("folders", [str(path) for path in new])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         _settle_folders(claim)
+
+
+def _claim(kind: str, content: object) -> Path:
+    """A file in this process's folder that says what is to be removed with it."""
+    folder = root() / CLAIMS
+    folder.mkdir(exist_ok=True)
+    claim = folder / f"{uuid.uuid4().hex}.{kind}"
+    claim.write_text(json.dumps(content), encoding="utf-8")
+    return claim
 
 
 def remove() -> None:
@@ -177,8 +181,8 @@ def _settle(claim: Path) -> bool:
             return False
         with file_lock.locked(Path(lock)) if lock else nullcontext():
             there = os.path.lexists(path)
-            _delete(path)
-            return there
+            _delete(path, content["unless"])
+            return there and not os.path.lexists(path)
     return False
 
 
@@ -192,7 +196,9 @@ def _settle_folders(claim: Path) -> None:
             Path(folder).rmdir()
 
 
-def _delete(path: Path) -> None:
+def _delete(path: Path, unless: Sequence[str] = ()) -> None:
+    if any(next(path.glob(pattern), None) for pattern in unless):
+        return
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

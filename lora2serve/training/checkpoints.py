@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.artifacts.run import TRAINER_STATE, Run
+from lora2serve.artifacts.run import CHECKPOINT, TRAINER_STATE, Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def last_checkpoint(run: Run) -> Path | None:
     """The newest complete checkpoint: the trainer writes its state last, so a kill in between leaves none."""
-    complete = [path.parent for path in run.path.glob(f"checkpoints/checkpoint-*/{TRAINER_STATE}") if _is_json(path)]
+    complete = [path.parent for path in run.path.glob(CHECKPOINT) if _is_json(path)]
     return max(complete, key=step_of, default=None)
 
 

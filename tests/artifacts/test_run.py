@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.run_record import RunRecord
+from lora2serve.system import scratch
 
 
 def finish(run: runs.Run) -> None:
@@ -36,10 +40,53 @@ def test_latest_moves_once_a_run_is_finished(tmp_path: Path) -> None:
 
 
 def test_one_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
-    run = runs.create("only", tmp_path / "runs")
-    with pytest.raises(KeyboardInterrupt), runs.kept_once_started(run):
+    root = tmp_path / "runs"
+    with scratch.filled(root), pytest.raises(KeyboardInterrupt), runs.kept_once_started(runs.create("only", root)):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from lora2serve.artifacts import run as runs
+from lora2serve.system import scratch
+root = Path(sys.argv[1])
+with scratch.filled(root):
+    run = runs.create("demo", root)
+    with runs.kept_once_started(run):
+        (run.path / "recipe.yaml").touch()
+        for name in sys.argv[2:]:
+            (run.path / name).parent.mkdir(parents=True)
+            (run.path / name).touch()
+        print("ready", flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "stays"),
+    [
+        (["eval.jsonl/x"], False), (["checkpoints/checkpoint-1/model.safetensors"], False),
+        (["checkpoints/checkpoint-1/trainer_state.json"], True), (["adapter/adapter_config.json"], True),
+    ],
+)  # fmt: skip
+def test_one_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[str], stays: bool) -> None:
+    """The next command removes it, unless there is something to go on from, or the whole of it."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    root = tmp_path / "runs"
+    words = [sys.executable, "-c", KILLED, str(root), *made]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        scratch.sweep()
+        assert (root / "demo" / "recipe.yaml").exists(), "it lives"
+        process.kill()
+    assert (root / "demo" / "recipe.yaml").exists(), "the control"
+    scratch.sweep()
+    assert (root / "demo" / "recipe.yaml").exists() == root.exists() == stays
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_newest_is_the_one_at_work_last(tmp_path: Path) -> None:

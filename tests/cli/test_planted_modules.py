@@ -91,6 +91,29 @@ def test_a_model_an_adapter_and_their_exports(tmp_path: Path, trace: Path) -> No
     assert ran(trace) == []
 
 
+@pytest.mark.engine
+def test_parity(tmp_path: Path, trace: Path) -> None:
+    """With its engines and their workers, started in every folder that it is given."""
+    base, out = make_model(tmp_path / "base", vocab_size=1536), tmp_path / "out"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (base / name).write_bytes((ROOT / "recipes" / "demo" / "base" / name).read_bytes())
+    run(["export", base, "-t", "vllm", "-t", "gguf", "-q", "F16", "-o", out], tmp_path)
+    exports = {"transformers": out / "vllm", "llama.cpp": out / "gguf-F16"}
+    plant(tmp_path, base, out)
+    for folder, (engine, export) in zip((base, out), exports.items(), strict=True):
+        run(["parity", base, export, "--engine", engine, "--report", tmp_path / engine], folder)
+        content = json.loads((tmp_path / engine / "report.json").read_text())
+        assert engine in json.dumps(content), "it was asked"
+    plant(*exports.values())
+    for engine, export in exports.items():
+        words: list[str | Path] = ["parity", base, ".", "--engine", engine, "--report", tmp_path / f"{engine}-2"]
+        done = subprocess.run(
+            [sys.executable, "-m", "lora2serve", *map(str, words)], cwd=export, capture_output=True, check=False
+        )
+        assert done.returncode in (0, 1, 3), done.stderr
+    assert ran(trace) == []
+
+
 @pytest.mark.parametrize(("target", "module"), [("vllm", "vllm"), ("gguf", "llama_cpp"), ("bundle", "vllm")])
 def test_an_engine(target: str, module: str, tmp_path: Path, trace: Path) -> None:
     """The engine's command as it is, with the program in place of the engine that shows what would be imported."""
