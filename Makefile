@@ -4,7 +4,9 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
-PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+# one thread a process: the models are small, and OpenMP's threads of two processes wait for each other on two cores
+PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadscope
 
 LIGHT := not engine and not slow and not gpu and not hub and not ollama
 
@@ -25,13 +27,13 @@ demo: $(READY)  ## Train the shipped model, export it, prove parity.
 	$(BIN)/lora2serve parity --ask "$$(cat recipes/demo/question.txt)"
 
 check: lint  ## Check style, types and every test without an engine or a training.
-	$(PYTEST) -m "$(LIGHT)" -n auto --maxprocesses 8 --dist loadscope $(ARGS)
+	$(PYTEST) -m "$(LIGHT)" $(ON_ALL_CORES) $(ARGS)
 
 test: $(READY)  ## Run the tests; the slowest 25 are listed.
-	$(PYTEST) --durations=25 $(ARGS)
+	$(PYTEST) --durations=25 $(ON_ALL_CORES) --no-loadscope-reorder $(ARGS)
 
 test-slow: $(READY)  ## Run the slow tests too.
-	$(PYTEST) -m "not gpu and not hub and not ollama" $(ARGS)
+	$(PYTEST) -m "not gpu and not hub and not ollama" $(ON_ALL_CORES) --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(READY)  ## Run the tests that need an NVIDIA GPU.
 	$(PYTEST) -m gpu tests/gpu $(ARGS)

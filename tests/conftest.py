@@ -15,6 +15,7 @@ from lora2serve.artifacts.run import Run
 from tests.support import golang
 from tests.support.commands import run_command
 from tests.support.ollama_server import OllamaServer
+from tests.support.shared import once
 
 # the same examples in every run: a red build is red again; `--hypothesis-profile default` draws new ones
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -25,11 +26,13 @@ MARKED = re.compile(r"^pytestmark = \[?pytest\.mark\.engine\b", re.MULTILINE)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs the demo's run needs its training, and Go its compiler; other engines are marked where they are."""
     for item in items:
         if {"demo_run", "go_program"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.engine)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the long ones first, so that no worker waits for another at the end
+        items.sort(key=lambda item: item.get_closest_marker("engine") is None)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -52,28 +55,31 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ready = os.environ.get("LORA2SERVE_DEMO_RUN")
     if ready:
         return Run(Path(ready).resolve())
-    place = tmp_path_factory.mktemp("demo")
-    (name,) = lora2serve("train", "demo", cwd=place).split()
-    return Run(place / name)
+    place = once(tmp_path_factory, "demo", lambda folder: lora2serve("train", "demo", cwd=folder))
+    return Run((place / "runs" / "latest").resolve())
 
 
 @pytest.fixture(scope="session")
 def demo_exports(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Exports of the demo run by folder name, made in three passes."""
-    out = tmp_path_factory.mktemp("exports")
     commands: Sequence[Sequence[str]] = (
         ("-t", "vllm", "-t", "ollama", "-t", "adapter"),
         ("-t", "vllm", "-q", "fp8", "-q", "w4a16"),
         ("-t", "gguf", "-q", "F16", "-q", "Q8_0", "-q", "Q4_K_M"),
     )
-    made = [lora2serve("export", demo_run.path, *words, "-o", out, cwd=out).split() for words in commands]
-    return {Path(path).name: Path(path) for paths in made for path in paths}
+
+    def make(out: Path) -> None:
+        for words in commands:
+            lora2serve("export", demo_run.path, *words, "-o", out, cwd=out)
+
+    out = once(tmp_path_factory, "exports", make)
+    return {path.parent.name: path.parent for path in out.glob("*/lora2serve.json")}
 
 
 @pytest.fixture(scope="session")
 def go_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that renders Go templates, built once."""
-    return golang.build(tmp_path_factory.mktemp("go"))
+    return once(tmp_path_factory, "go", golang.build) / "render"
 
 
 @pytest.fixture(scope="session")

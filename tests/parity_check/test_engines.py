@@ -66,7 +66,7 @@ def server(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytes
 
 def origin_of(run: Run) -> TrainedModel:
     origin = of_run(run, Path(run.record.base.path))
-    return replace(origin, settings=replace(origin.settings, tokens=400, window=64))
+    return replace(origin, settings=replace(origin.settings, tokens=400, window=64, prompts=3))
 
 
 def rows(run: Run, subjects: list[Comparison]) -> list[ComparisonResult]:

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]  # it waits for five engines
 
 ROWS = {
     ("adapter", "peft"): "original",
@@ -84,6 +85,9 @@ def test_every_row_is_met(whole: Run, capfd: pytest.CaptureFixture[str], monkeyp
 
 def test_a_bound_that_cannot_be_met_is_exit_code_3(whole: Run, capfd: pytest.CaptureFixture[str]) -> None:
     """And the way back: an export's path alone finds its run."""
+    recipe = yaml.safe_load(whole.recipe.read_text())
+    recipe["parity"] |= {"tokens": 300, "prompts": 3}
+    whole.recipe.write_text(yaml.safe_dump(recipe))
     export = whole.exports / "gguf-Q4_K_M"
     assert command(["parity", str(export), "--threshold", "Q4_K_M.mean_kl=1e-9"]) == 3
     err = capfd.readouterr().err
