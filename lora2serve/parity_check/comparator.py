@@ -26,7 +26,7 @@ from lora2serve.exporting.open_model import OpenOptions, open_plain
 from lora2serve.parity_check import gates, row_figures, settings_check, tensor_verdict, thresholds, worker
 from lora2serve.parity_check.comparisons import Comparison, served_otherwise
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
-from lora2serve.parity_check.equal_files import opens_the_same
+from lora2serve.parity_check.equal_files import answers_the_same, opens_the_same
 from lora2serve.parity_check.gates import Behavior, EngineAnswers
 from lora2serve.parity_check.references import References
 from lora2serve.parity_check.tensor_verdict import TensorFigures
@@ -97,6 +97,7 @@ def _question(references: References, rows: Sequence[ComparisonResult], ask: str
 
 
 WORST = 20  # tensors in the report
+UNASKED_LONG = "the long text in {}, which reads it as other tokens"
 
 
 class Comparator:
@@ -162,9 +163,11 @@ class Comparator:
         row = replace(row, version=twin.version, computed=twin.computed, reply=twin.reply, same_files=twin.export)
         if passed[-1].status not in ("met", "skipped"):
             return _without_later(row, comparison, passed)
+        unasked = tuple(line for line in twin.not_compared if line == UNASKED_LONG.format(row.engine))
         return replace(
             row,
             gates=(*passed, by_name["behaviour"]),
+            not_compared=(*row.not_compared, *unasked),
             beside=twin.beside,
             parts=twin.parts,
             prompts=twin.prompts,
@@ -266,7 +269,7 @@ class Comparator:
         name_of = partial(row_figures.position_name, known)
         gate = gates.behavior(main, main.measure(), bounds, name_of, thresholds.noise(row.kind))
         unknown = main.long is not None and "long_kl" not in {check.name for check in gate.checks}
-        unasked = f"the long text in {row.engine}, which reads it as other tokens"
+        unasked = UNASKED_LONG.format(row.engine)
         return replace(
             row,
             gates=(*passed, gate),
@@ -282,7 +285,8 @@ class Comparator:
 def _answers_alike(comparison: Comparison, row: ComparisonResult, other: Comparison, done: ComparisonResult) -> bool:
     """Whether the engine would answer, and be judged, as for ``done``."""
     judged_alike = any(s.allowed for s in row.settings) == any(s.allowed for s in done.settings)
-    return judged_alike and opens_the_same(comparison, other)
+    texts = [done.reply, *(answer.got for answer in done.answers)]
+    return judged_alike and opens_the_same(comparison, other) and answers_the_same(other, texts, comparison)
 
 
 def _without_later(row: ComparisonResult, comparison: Comparison, passed: Sequence[Gate]) -> ComparisonResult:
