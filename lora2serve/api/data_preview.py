@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora2serve.api.train_run import fetch_base, settings
 from lora2serve.config import recipe as recipes
 from lora2serve.console import default_progress
+from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def preview_data(
     from lora2serve.data.preview_page import render_preview
     from lora2serve.hub import pin_data
 
+    folder = Path(report or ".").parent
+    if not folder.is_dir():
+        raise UsageError(f"--report {report}: there is no folder {folder}", f"mkdir -p {folder}, or name another file")
     progress = progress or default_progress()
     chosen = recipes.load(recipes.find(str(recipe) if recipe else None), settings(overrides))
     sets = data_sets.load(chosen.data, pin_data)

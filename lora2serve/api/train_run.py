@@ -54,7 +54,7 @@ def train(
     chosen = recipes.load(run.recipe if run else recipes.find(str(recipe) if recipe else None), settings(overrides))
     if not run:
         _check_parity(chosen.parity)
-    progress.note(f"training {name or chosen.name}: loading the libraries")
+    progress.note(f"training {run.name if run else name or chosen.name}: loading the libraries")
     return _train(chosen, name or chosen.name, run, progress)
 
 

@@ -45,14 +45,15 @@ def data(
     """
     from lora2serve import console
     from lora2serve.api.data_preview import preview_data
+    from lora2serve.data.preview import once
 
     found = preview_data(recipe, overrides=overrides, report=report, progress=progress(ctx))
-    samples = _chosen(found, row)
+    samples = found.samples if row is None else _of_row(found, row)
     if as_json:
         for sample in samples:
             console.result_line(sample.json())
         return
-    for sample in samples if row is not None else _first_rows(samples):
+    for sample in found.pick(SHOWN_ROWS) if row is None else once(samples):
         _show(sample)
     if row is None:
         for line in [*found.summary(), "", *_histogram(found)]:
@@ -61,21 +62,20 @@ def data(
         console.result(str(report))
 
 
-def _chosen(found: DataPreview, row: int | None) -> Sequence[TrainedSample]:
-    """Those of one row, or of all."""
-    if row is None:
-        return found.samples
+def _of_row(found: DataPreview, row: int) -> Sequence[TrainedSample]:
+    """Its samples; UsageError says why there are none."""
     samples = [sample for sample in found.samples if sample.row == row]
-    if not samples:
-        numbers = [sample.row for sample in found.samples]
-        between = f"{min(numbers)} to {max(numbers)}" if numbers else "none"
-        raise UsageError(f"--row {row}: nothing of such a row is trained", f"rows that are trained: {between}")
-    return samples
-
-
-def _first_rows(samples: Sequence[TrainedSample]) -> Sequence[TrainedSample]:
-    first = list(dict.fromkeys((sample.source, sample.row) for sample in samples))[:SHOWN_ROWS]
-    return [sample for sample in samples if (sample.source, sample.row) in first]
+    if samples:
+        return samples
+    trained = [sample.row for sample in found.samples]
+    rows = f"rows that are trained: {min(trained)} to {max(trained)}" if trained else "no row is trained"
+    if row in found.numbers:
+        reason = "nothing of this row is trained: it has no token to learn from, once cut"
+    elif row in found.held_out:
+        reason = "this row is held out, and not trained"
+    else:
+        reason = "there is no such row"
+    raise UsageError(f"--row {row}: {reason}", rows)
 
 
 def _show(sample: TrainedSample) -> None:

@@ -61,6 +61,8 @@ class DataRecipe:
             problems.append("data.eval_split: expected either eval or eval_split, not both")
         if self.eval_split == "":
             problems.append("data.eval_split: empty, expected a share such as 0.05, or the name of a split")
+        if any(source.weight != 1 for source in self.sources("eval")):
+            problems.append("data.eval: a weight, but held-out rows are scored once each: leave it out")
         for key in sorted(self.columns.keys() - set(COLUMNS)):
             near = did_you_mean(key, COLUMNS, "data.columns.")
             problems.append(f"data.columns.{key}: unknown key{near}, expected one of {', '.join(COLUMNS)}")

@@ -52,6 +52,16 @@ class DataSet:
         rows: list[Row] = [as_conversation(row) if isinstance(row, CompletionRow) else row for row in self.rows]
         return replace(self, rows=rows)
 
+    def note_of_form(self, form: str, chat_template: str | None) -> str:
+        """What ``in_form`` makes of prompts and completions, in words; empty where it leaves all as it is."""
+        count = sum(isinstance(row, CompletionRow) for row in self.rows)
+        if not count or form != "chat" or not chat_template:
+            return ""
+        return (
+            f"{count} rows of prompt and completion are written by the chat template, as questions and answers "
+            "(data.form: raw takes them as they stand)"
+        )
+
     def warnings(self) -> list[str]:
         """What the rows hold and nobody reads."""
         keys = [f"{show(key)[1:-1]} ({count} rows)" for key, count in sorted(self.unread.items())]
@@ -73,6 +83,10 @@ class DataSets:
         """Both of them."""
         held_out = self.held_out.in_form(form, chat_template) if self.held_out else None
         return DataSets(self.train.in_form(form, chat_template), held_out)
+
+    def warnings(self) -> list[str]:
+        """What the rows hold and nobody reads."""
+        return [text for data in (self.train, self.held_out) if data for text in data.warnings()]
 
 
 def load(recipe: DataRecipe, pin: Pin = _unpinned) -> DataSets:
@@ -100,10 +114,11 @@ def read(name: str, split: str = "train", pin: Pin = _unpinned, subset: str | No
     return data
 
 
-def read_file(path: Path, *, plain_text: bool = False) -> DataSet:
+def read_file(path: Path, columns: Mapping[str, str], *, plain_text: bool = False) -> DataSet:
     """A file of rows; with ``plain_text`` one whose name says nothing is read by paragraphs, unless it is JSON."""
-    gate = _Gate({}, _unpinned)
+    gate = _Gate(columns, _unpinned)
     data = gate.read_file(path, plain_text=plain_text)
+    gate.missing = None  # this file may have our names
     gate.close()
     return data
 
@@ -208,4 +223,5 @@ def _hold_out(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
     count = max(1, round(len(order) * share))
     if count >= len(order):
         raise DataError(f"{data.path}: {len(order)} rows, none left to train on", "lower data.eval_split")
-    return data.pick(sorted(order[count:])), data.pick(sorted(order[:count]))
+    apart = data.pick(sorted(order[:count]))
+    return data.pick(sorted(order[count:])), replace(apart, unread={})  # which are counted once, with the others

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice, zip_longest
 
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data.data_sets import DataSet, DataSets
@@ -88,7 +89,8 @@ class DataPreview:
     """The samples that are trained, in the order of their rows, and what was found."""
 
     path: str
-    rows: int
+    numbers: list[int]  # of its rows, those among them that give no sample
+    held_out: list[int]  # numbers of the rows that are kept apart
     samples: list[TrainedSample]
     findings: list[DataFinding]
     losses: list[str]  # what nobody reads, and what the chat template leaves out, each with a count
@@ -103,19 +105,33 @@ class DataPreview:
 
     def summary(self) -> Iterator[str]:
         """In a few lines."""
-        yield _amount(self.path, self.rows, len(self.samples), self.tokens, self.learned_tokens)
+        yield _amount(self.path, len(self.numbers), len(self.samples), self.tokens, self.learned_tokens)
+        yield f"{len(self.held_out):,} rows are held out" if self.held_out else "no row is held out"
         yield from (str(finding) for finding in self.findings)
         yield from self.losses
 
     def lengths(self) -> list[LengthBin]:
-        """The lengths of the samples, in bins of one width."""
-        longest = max((len(sample.ids) for sample in self.samples), default=1)
-        width = -(-longest // BINS)
-        counts = [0] * BINS
+        """The lengths of the samples, from the shortest to the longest, in bins of one width."""
+        lengths = [len(sample.ids) for sample in self.samples] or [0]
+        first = min(lengths)
+        width = -(-(max(lengths) - first + 1) // BINS)
+        counts = Counter((length - first) // width for length in lengths if self.samples)
+        starts = range(first, max(lengths) + 1, width)
+        return [LengthBin(start, start + width - 1, counts[n]) for n, start in enumerate(starts)]
+
+    def pick(self, rows: int) -> list[TrainedSample]:
+        """Those of the first so many rows, of each source about as many, and of each row once."""
+        by_source: dict[str, dict[tuple[str, int], None]] = {}
         for sample in self.samples:
-            counts[(len(sample.ids) - 1) // width] += 1
-        bins = [LengthBin(n * width + 1, (n + 1) * width, count) for n, count in enumerate(counts)]
-        return bins[: max((n + 1 for n, item in enumerate(bins) if item.count), default=1)]
+            by_source.setdefault(sample.source, {})[sample.source, sample.row] = None
+        turns = zip_longest(*by_source.values())  # the first row of each source, the second of each, and so on
+        first = set(islice((place for turn in turns for place in turn if place), rows))
+        return once([sample for sample in self.samples if (sample.source, sample.row) in first])
+
+
+def once(samples: Sequence[TrainedSample]) -> list[TrainedSample]:
+    """Without those that stand there again, since their set has a weight."""
+    return list({(sample.source, sample.row, tuple(sample.ids)): sample for sample in samples}.values())
 
 
 def first_lines(data: DataSet, samples: Sequence[Sample], template: ChatTemplate) -> Iterator[str]:
@@ -153,8 +169,10 @@ def preview(sets: DataSets, template: ChatTemplate, recipe: DataRecipe, progress
     held_out = tokenize_all(sets.held_out, template, recipe, _Noting(progress)) if sets.held_out else []
     shown = [_shown(sample, sets.train, template) for sample in samples if sample.learned]
     findings = _findings(sets.train, samples, held_out, recipe)
-    unread = sets.train.warnings()
-    return DataPreview(sets.train.path, len(sets.train.rows), shown, findings, [*unread, *noting.warnings])
+    apart = sets.held_out.numbers if sets.held_out else []
+    return DataPreview(
+        sets.train.path, sets.train.numbers, apart, shown, findings, [*sets.warnings(), *noting.warnings]
+    )
 
 
 def _shown(sample: Sample, data: DataSet, template: ChatTemplate) -> TrainedSample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora2serve.data.preview import DataPreview
 
-MOST_SAMPLES = 500  # shown
+MOST_ROWS = 200  # shown
 
 
 def render_preview(preview: DataPreview) -> str:
@@ -17,4 +17,4 @@ def render_preview(preview: DataPreview) -> str:
     )  # fmt: skip
     most = max(item.count for item in preview.lengths()) or 1
     page = environment.get_template("preview.html.j2")
-    return page.render(preview=preview, shown=preview.samples[:MOST_SAMPLES], most=most)
+    return page.render(preview=preview, shown=preview.pick(MOST_ROWS), most=most)

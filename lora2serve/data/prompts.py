@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib import resources
 from itertools import islice
@@ -95,6 +95,7 @@ class PromptSet:
     vocab: int  # tokens the tokenizer knows
     window: int  # tokens of one sequence at most
     long: LongText | None = None
+    note: str = ""  # how the rows were read, where that is a question
 
     @property
     def positions(self) -> int:
@@ -122,7 +123,8 @@ def load_saved(path: Path) -> PromptSet:
         for key in ("conversations", "prompts")
     )
     long = LongText(tuple(raw["long"]["ids"]), raw["long"]["tail"], raw["long"]["context"]) if raw["long"] else None
-    return PromptSet(texts, conversations, prompts, tuple(raw["stop"]), raw["bos"], raw["vocab"], raw["window"], long)
+    stop = tuple(raw["stop"])
+    return PromptSet(texts, conversations, prompts, stop, raw["bos"], raw["vocab"], raw["window"], long, raw["note"])
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,19 @@ class PromptOptions:
     new_tokens: int = 32  # of one answer
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a training read its rows (``data.form``, ``data.columns``), and the day that its template printed.
+
+    ``own_rows``: the held-out rows are those that the run kept, which are in their form already.
+    """
+
+    form: str = "chat"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    day: str | None = None  # YYYY-MM-DD
+    own_rows: bool = False
+
+
 def prepare(
     tokenizer: Tokenizer,
     eval_rows: Path | None,
@@ -143,32 +158,46 @@ def prepare(
     stop: Iterable[int],
     amount: PromptOptions,
     most: int | None = None,
-    day: date | None = None,
+    reading: Reading | None = None,
 ) -> PromptSet:
     """Tokenize held-out rows and general text. Rows are taken in order: the same run gives the same data.
 
     ``most`` is what the model has positions for; None where it has no limit. Longer texts are cut to it and to the
-    window, prompts that leave no room for an answer are left out. ``day`` is what a chat template printed in training
-    that prints the date; prompts have today's, as engines write them.
+    window, prompts that leave no room for an answer are left out. ``reading`` is how the training read its rows. Where
+    a chat template prints the date, texts and prompts have the day of the training; conversations have today's, as
+    engines write them.
     """
-    rows = read_file(eval_rows, plain_text=True) if eval_rows and eval_rows.is_file() else None
-    text = read_file(Path(general), plain_text=True) if general else _shipped()
+    reading = reading or Reading()
+    rows, note = _held_out(eval_rows, tokenizer, reading) if eval_rows and eval_rows.is_file() else (None, "")
+    text = read_file(Path(general), reading.columns, plain_text=True) if general else _shipped()
+    text = text.in_form(reading.form, tokenizer.chat_template)
     window = min(amount.window, most - 1) if most else amount.window  # engines want room for one token more
     stops = tuple(sorted(set(stop)))
-    renderer = Renderer(ChatTemplate(tokenizer, stops, day))
-    sequences = _sequences(rows, text, renderer, replace(amount, window=window))
+    today = ChatTemplate(tokenizer, stops)
+    trained = replace(today, day=date.fromisoformat(reading.day)) if reading.day else today
+    sequences = _sequences(rows, text, Renderer(trained), replace(amount, window=window))
     room = (most or LONGEST_PROMPT) - amount.new_tokens
-    own = _conversations(map(_start, rows.rows) if rows else (), tokenizer, room)
-    probes = _conversations(PROBES, tokenizer, room)
-    prompts = own or probes or _conversations(map(_start, text.rows), tokenizer, room)
-    conversations = {c.text: c for c in [*own, *probes] or prompts}
+    starts: list[Sequence[ChatRow | str]] = [
+        [_start(row) for row in rows.rows] if rows else [], PROBES, [_start(row) for row in text.rows],
+    ]  # fmt: skip
+    served = [_conversations(part, today, room) for part in starts]
+    asked = next((part for part, found in zip(starts, served, strict=True) if found), [])
+    conversations = {c.text: c for c in [*served[0], *served[1]] or served[2]}
     if not conversations:
         raise DataError(f"no prompt is shorter than {room} tokens", "parity.new_tokens leaves more room if it is less")
     return PromptSet(
-        sequences, tuple(conversations.values()), tuple(prompts[: amount.prompts]),
+        sequences, tuple(conversations.values()), tuple(_conversations(asked, trained, room)[: amount.prompts]),
         stops, tokenizer.bos_token_id, len(tokenizer), window,
-        make_long([sequence.ids for sequence in sequences], amount.long, most),
+        make_long([sequence.ids for sequence in sequences], amount.long, most), note,
     )  # fmt: skip
+
+
+def _held_out(path: Path, tokenizer: Tokenizer, reading: Reading) -> tuple[DataSet, str]:
+    """The rows of a file as the training would have read them, and what is to be said of that."""
+    if reading.own_rows:
+        return read_file(path, {}, plain_text=True), ""
+    rows = read_file(path, reading.columns, plain_text=True)
+    return rows.in_form(reading.form, tokenizer.chat_template), rows.note_of_form(reading.form, tokenizer.chat_template)
 
 
 def _sequences(
@@ -206,9 +235,9 @@ def _until(sequences: Iterator[ScoredText], tokens: int) -> Iterator[ScoredText]
         yield sequence
 
 
-def _conversations(openings: Iterable[ChatRow | str], tokenizer: Tokenizer, room: int) -> list[Conversation]:
+def _conversations(openings: Iterable[ChatRow | str], template: ChatTemplate, room: int) -> list[Conversation]:
     """The first ones that leave room for an answer, and whose turns the template knows."""
-    rendered = (_conversation(start, tokenizer) for start in openings)
+    rendered = (_conversation(start, template) for start in openings)
     return list(islice((prompt for prompt in rendered if prompt and len(prompt.ids) <= room), CONVERSATIONS))
 
 
@@ -218,16 +247,16 @@ def _start(row: Row) -> ChatRow | str:
     return start if isinstance(start, str) else ChatRow(start, row.tools if isinstance(row, ChatRow) else None)
 
 
-def _conversation(start: ChatRow | str, tokenizer: Tokenizer) -> Conversation | None:
+def _conversation(start: ChatRow | str, template: ChatTemplate) -> Conversation | None:
     """Rendered and tokenized; None where the template refuses such turns, or shows nothing of the tools it is to try.
 
     Tools that a template does not show are left out.
     """
+    tokenizer, messages = template.tokenizer, [] if isinstance(start, str) else list(start.messages)
     if isinstance(start, str):
         return Conversation([], start, tuple(encode(tokenizer, start)))
-    if not start.messages or not tokenizer.chat_template:
+    if not messages or not tokenizer.chat_template:
         return None
-    template, messages = ChatTemplate(tokenizer), list(start.messages)
     try:
         text = template.serve(start).render(generation_prompt=True)
         shown = bool(start.tools) and text != template.serve(ChatRow(messages)).render(generation_prompt=True)

@@ -14,6 +14,7 @@ from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.template_losses import template_losses
 from lora2serve.data.text_encoder import GrowingText, TextEncoder
 from lora2serve.data.tokenizer import encode
+from lora2serve.errors import DataError
 
 IGNORE = -100  # the label that no loss looks at (torch.nn.CrossEntropyLoss)
 
@@ -60,7 +61,8 @@ class Renderer:
         """The samples of a row. With ``completion_only`` a loss is taken on the answers, or on the completion.
 
         A conversation gives one sample for each turn that is learned; turns that a server would see with the same ids
-        before them share one. Without ``completion_only`` it is one sample, as the template writes it.
+        before them share one. Without ``completion_only`` it is one sample, of which all is learned but answers of
+        weight 0.
         """
         if isinstance(row, ChatRow):
             turns = list(learned_turns(row, self.template)) if completion_only else []
@@ -84,9 +86,26 @@ class Renderer:
         return samples
 
     def _whole(self, row: ChatRow) -> RenderedSample:
-        text = self.template.serve(row).render()
+        """All of a conversation is learned, but for the answers of weight 0."""
+        chat = self.template.serve(row)
+        text = chat.render()
         ids = self.encoder.encode(text)
-        return RenderedSample(text, ids, list(ids), [text])
+        labels, learned, done = list(ids), list[str](), 0
+        for number, message in enumerate(row.messages):
+            if message.get("weight", 1):
+                continue
+            before = chat.beginning(number, generation_prompt=True) if number else ""
+            after = chat.beginning(number + 1)
+            first, last = (self.encoder.encode(part) for part in (before, after))
+            if not text.startswith(after) or [first, last] != [ids[: len(first)], ids[: len(last)]]:
+                raise DataError(
+                    f"messages[{number}]: weight 0, and the chat template writes this answer otherwise later on: it "
+                    "cannot be left out of a whole conversation", "leave data.completion_only out",
+                )  # fmt: skip
+            labels[len(first) : len(last)] = [IGNORE] * (len(last) - len(first))
+            learned.append(text[done : len(before)])
+            done = len(after)
+        return RenderedSample(text, ids, labels, [part for part in (*learned, text[done:]) if part])
 
     def _text(self, text: str) -> RenderedSample:
         """With the tokens that the tokenizer puts around a text, unless it begins and ends with them already."""

@@ -16,7 +16,10 @@ from lora2serve.data.message_forms import (
 )
 from lora2serve.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 
-FORMS = "a row is {messages: [{role, content}, ...]}, {prompt, completion} or {text}; data.columns maps other names"
+FORMS = (
+    "a row is {messages: [{role, content}, ...]}, {conversations: [{from, value}, ...]}, {prompt, completion}, "
+    "{instruction, input, output}, {question, answer} or {text}; data.columns maps other names"
+)
 CONVERSATIONS = ("messages", "conversations")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
 BESIDE = ("system", "tools", "chat_template_kwargs")  # what only a conversation has

@@ -90,13 +90,14 @@ class References:
             settings.tokens, settings.window, settings.long, settings.prompts, settings.new_tokens
         )  # fmt: skip
         rows = str(origin.rows) if origin.rows else None
-        day = origin.run.record.day if origin.run else None
         with self._progress.track("loading the trained model", 1) as advance:
             vocab = engine.call(
                 "prepare_data", advance, out=self.path, eval_rows=rows, general=settings.general, amount=vars(amount),
-                day=day,
+                reading=vars(origin.reading),
             )  # fmt: skip
         self.data: PromptSet = load_saved(self.path)
+        if self.data.note:
+            self._progress.note(self.data.note)
         tail = self.data.long.tail if self.data.long else 0
         need = int((self.data.positions + tail) * vocab * 4 * len(origin.references) * SPARE)
         free = shutil.disk_usage(self._work).free

@@ -13,7 +13,9 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.parity_report import ReferenceName
 from lora2serve.artifacts.run import Run, is_run
 from lora2serve.artifacts.run_record import QuantizationRecord
-from lora2serve.config.recipe import ParityRecipe
+from lora2serve.config.data_recipe import DataRecipe
+from lora2serve.config.recipe import ParityRecipe, load_section
+from lora2serve.data.prompts import Reading
 from lora2serve.errors import InputError, UsageError
 from lora2serve.system.small_files import digest
 
@@ -43,6 +45,14 @@ class TrainedModel:
         return ("original", "trained") if self.quantization else ("original",)
 
     @property
+    def reading(self) -> Reading:
+        """How the training read its rows; of a model without a run by default."""
+        if not self.run:
+            return Reading()
+        data = load_section(self.run.recipe, DataRecipe)
+        return Reading(data.form, data.columns, self.run.record.day, self.rows == self.run.eval_data)
+
+    @property
     def tokenizer(self) -> Path:
         """The directory of the trained tokenizer."""
         return next((path for path in reversed(self.adapters) if (path / TOKENIZER).is_file()), self.base)
@@ -69,8 +79,6 @@ class TrainedModel:
 
 def of_run(run: Run, base: Path) -> TrainedModel:
     """Everything is in the run."""
-    from lora2serve.config.recipe import load_section
-
     return TrainedModel(
         name=run.name,
         base=base,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pkgutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora2serve.data.prompts import Conversation, PromptOptions, PromptSet, load_saved, prepare
+from lora2serve.data.prompts import Conversation, PromptOptions, PromptSet, Reading, load_saved, prepare
 from lora2serve.errors import EngineError
 from lora2serve.parity_check import metrics
 from lora2serve.parity_check.engines import ENGINES, Scores
@@ -56,16 +55,16 @@ class EngineWorker:
             self._engine.close()
 
     def prepare_data(
-        self, out: str, eval_rows: str | None, general: str | None, amount: dict[str, int], day: str | None = None
+        self, out: str, eval_rows: str | None, general: str | None, amount: dict[str, int], reading: dict[str, Any]
     ) -> int:
         """Token ids of everything that is scored, by the trained tokenizer; written to ``out``. Returns V.
 
-        ``day`` (YYYY-MM-DD) is what the chat template printed in training; None for today.
+        ``reading`` is how the training read its rows, as ``Reading`` has it.
         """
         engine, rows = self._engine, Path(eval_rows) if eval_rows else None
         prompts = prepare(
             engine.tokenizer, rows, general, engine.stop_ids(), PromptOptions(**amount), engine.positions(),
-            date.fromisoformat(day) if day else None,
+            Reading(**reading),
         )  # fmt: skip
         prompts.save(Path(out))
         return int(engine.vocab())

@@ -19,7 +19,6 @@ from lora2serve.config.recipe import Recipe, dump
 from lora2serve.data.base_template import base_template
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.preview import first_lines
-from lora2serve.data.rows import CompletionRow
 from lora2serve.data.samples import Sample
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
@@ -131,20 +130,14 @@ class FineTune:
         warning = "" if self.device.on_gpu else advice.idle_gpu()
         if warning:
             self.progress.warn(warning)
-        for data in (rows, eval_rows):
-            for text in data.warnings() if data else ():
-                self.progress.warn(text)
-        for text in check_adapter(self.base, self.recipe.train, self.device):
+        for text in (*self.data_sets.warnings(), *check_adapter(self.base, self.recipe.train, self.device)):
             self.progress.warn(text)
 
     def in_form(self, tokenizer: Tokenizer) -> FineTune:
         """With prompts and completions as the recipe has them for this model, which is told."""
-        count = sum(isinstance(row, CompletionRow) for row in self.data_sets.train.rows)
-        if count and tokenizer.chat_template and self.recipe.data.form == "chat":
-            self.progress.note(
-                f"{count} rows of prompt and completion are written by the chat template, as questions and answers "
-                "(data.form: raw trains them as they stand)"
-            )
+        note = self.data_sets.train.note_of_form(self.recipe.data.form, tokenizer.chat_template)
+        if note:
+            self.progress.note(note)
         return replace(self, data_sets=self.data_sets.in_form(self.recipe.data.form, tokenizer.chat_template))
 
     def tokenize(self, template: ChatTemplate) -> tuple[list[Sample], list[Sample]]:

@@ -290,3 +290,17 @@ def test_a_system_turn_that_a_template_refuses_is_put_before_the_user() -> None:
     samples = renderer(nemo).render(ChatRow(system)).samples
     assert [before for before, _ in learned(samples)] == served(nemo, system)
     assert [sample.learned for sample in samples] == [[f"{answer}<|im_end|>"] for answer in ANSWERS]
+
+
+def test_weight_0_in_a_whole_conversation() -> None:
+    """Everything else is learned; where a template rewrites the answer, it is refused and not learned after all."""
+    skipped: list[Message] = [*TURNS[:3], {**TURNS[3], "weight": 0}, *TURNS[4:]]
+    (sample,) = renderer(tokenizer_with(CHATML)).render(ChatRow(skipped), completion_only=False).samples
+    (plain,) = renderer(tokenizer_with(CHATML)).render(ChatRow(TURNS), completion_only=False).samples
+    assert plain.labels == plain.ids == sample.ids
+    assert [label for label in sample.labels if label == IGNORE]
+    assert "BRAVO.<|im_end|>\n".join(sample.learned) == plain.text
+    decoded = every_special_token().decode([token for token in sample.labels if token != IGNORE])
+    assert decoded == "".join(sample.learned)
+    with pytest.raises(DataError, match=r"messages\[3\]: weight 0"):
+        renderer(tokenizer_with(THINK)).render(ChatRow(skipped), completion_only=False)

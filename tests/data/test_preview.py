@@ -73,7 +73,7 @@ def test_in_words(recipe: Path, capfd: pytest.CaptureFixture[str], tmp_path: Pat
     assert command(["data", str(recipe), "--report", str(page)]) == 0
     out = capfd.readouterr().out
     assert "⟦<think>\n\n</think>\n\nALPHA.<|im_end|>\n⟧" in out
-    assert "6 rows give 9 samples of" in out
+    assert "6 rows give 9 samples of" in out and "1 rows are held out" in out
     for what in (
         "2 rows are cut at 128 tokens (data.max_length): ", "1 rows have nothing to learn and are dropped: ",
         "1 rows repeat another: ", "1 rows are also held out: ",
@@ -92,7 +92,17 @@ def test_one_row(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert [out.count(f"⟦<think>\n\n</think>\n\n{answer}") for answer in ("ALPHA.", "BRAVO.", "CHARLIE.")] == [1, 1, 1]
     assert "rows give" not in out
     assert command(["data", str(recipe), "--row", "4"]) == 2
-    assert "--row 4: nothing of such a row is trained" in capfd.readouterr().err
+    assert "--row 4: nothing of this row is trained: it has no token to learn from" in capfd.readouterr().err
+    assert command(["data", str(recipe), "--row", "99"]) == 2
+    assert "--row 99: there is no such row" in capfd.readouterr().err
+    apart = ["data", str(recipe), "--set", "data.eval=null", "--set", "data.eval_split=0.2"]
+    assert command(apart) == 0
+    assert "5 rows give" in (out := capfd.readouterr().out) and "\n1 rows are held out\n" in out
+    refused = []
+    for row in range(1, 7):
+        if command([*apart, "--row", str(row)]):
+            refused.append(capfd.readouterr().err.splitlines()[0])
+    assert sum("this row is held out, and not trained" in line for line in refused) == 1
 
 
 def test_formats_by_name(recipe: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -114,5 +124,25 @@ def test_what_nobody_reads_and_what_a_weight_repeats(tmp_path: Path) -> None:
     recipe = DataRecipe(train=(SourceRecipe(file, weight=2),))
     found = preview(data_sets.load(recipe), base_template(DEMO / "base"), recipe, Silent())
     assert len(found.samples) == 6
+    assert [sample.row for sample in found.pick(3)] == [1, 2, 3], "each once"
+    assert [(item.first, item.last, item.count) for item in found.lengths()] == [(2, 2, 6)], "from the shortest"
     assert list(map(str, found.findings)) == [f"1 rows repeat another: {file}:3"]
     assert found.losses == [f"{file}: not read: id (3 rows)"]
+
+
+def test_a_source_is_not_hidden_behind_another(tmp_path: Path) -> None:
+    files = [
+        str(write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {n}", "id": n} for n in range(9)]))
+        for name in "ab"
+    ]
+    recipe = DataRecipe(train=(SourceRecipe(files[0], weight=2), SourceRecipe(files[1])), eval_split=0.3)
+    sets = data_sets.load(recipe)
+    found = preview(sets, base_template(DEMO / "base"), recipe, Silent())
+    assert [Path(sample.source).stem for sample in found.pick(3)].count("b") == 1
+    assert len(found.held_out) == 6 and "6 rows are held out" in list(found.summary())
+    assert found.losses == sets.warnings() == [f"{files[0]} + {files[1]}: not read: id (18 rows)"], "told once"
+
+
+def test_a_page_that_cannot_be_written_is_refused_first(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert command(["data", "demo", "--report", str(tmp_path / "none" / "x.html")]) == 2
+    assert f"hint: mkdir -p {tmp_path / 'none'}" in capfd.readouterr().err

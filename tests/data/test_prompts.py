@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -14,7 +15,7 @@ import pytest
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.calibration import calibration_ids, tokenizer_of
-from lora2serve.data.prompts import CLOCK, PROBES, PromptOptions, load_saved, prepare
+from lora2serve.data.prompts import CLOCK, PROBES, PromptOptions, Reading, load_saved, prepare
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import load_tokenizer
@@ -42,26 +43,34 @@ def tokenizer() -> Any:
     return load_tokenizer(DEMO / "base")
 
 
-def test_scored_as_trained_and_calibrated(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("form", ["chat", "raw"])
+def test_scored_as_trained_and_calibrated(form: Literal["chat", "raw"], tmp_path: Path, tokenizer: Any) -> None:
     """The same row has the same ids everywhere: in training, in a comparison and in calibration."""
-    file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    recipe = DataRecipe(train=str(file), form="raw")  # what parity reads has its form already
-    trained = [
-        sample.input_ids
-        for sample in tokenize_all(data_sets.load(recipe).train, ChatTemplate(tokenizer), recipe, Silent())
-    ]
-    prompts = prepare(tokenizer, file, str(write_jsonl(tmp_path / "g.jsonl", ROWS)), [0], PromptOptions(tokens=10**6))
+    rows = [CHAT, {"query": ROWS[1]["prompt"], "completion": ROWS[1]["completion"]}, ROWS[2]]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = DataRecipe(train=str(file), form=form, columns={"prompt": "query"})
+    sets = data_sets.load(recipe).in_form(form, tokenizer.chat_template)
+    samples = tokenize_all(sets.train, ChatTemplate(tokenizer), recipe, Silent())
+    trained, reading = [sample.input_ids for sample in samples], Reading(form, recipe.columns)
+    general = str(write_jsonl(tmp_path / "g.jsonl", rows))
+    prompts = prepare(tokenizer, file, general, [0], PromptOptions(tokens=10**6), reading=reading)
+    assert prompts.note.startswith("1 rows of prompt and completion are written by the chat") == (form == "chat")
+    kept = write_jsonl(tmp_path / "eval.jsonl", [row.json() for row in sets.train.rows])  # as a run keeps them
+    for reading in (Reading("chat", recipe.columns, own_rows=True), Reading("raw", own_rows=True)):
+        again = prepare(tokenizer, kept, None, [0], PromptOptions(tokens=10**6), reading=reading)
+        assert [list(text.ids) for text in again.sequences if text.part == "task"] == trained and not again.note
     for part in ("task", "general"):
         assert [list(text.ids) for text in prompts.sequences if text.part == part] == trained
     assert calibration_ids(recipe, DEMO / "base", DEMO / "base", lambda name: (name, None), Silent()) == trained
     assert trained[2][-1] == tokenizer.eos_token_id, "a text ends where it was trained to end"
-    cut = prepare(tokenizer, file, None, [0], PromptOptions(window=8))
+    cut = prepare(tokenizer, file, None, [0], PromptOptions(window=8), reading=Reading(form, recipe.columns))
     assert [list(text.ids) for text in cut.sequences if text.part == "task"] == [ids[:8] for ids in trained]
 
 
 def test_openings(tmp_path: Path, tokenizer: Any) -> None:
     """A user's part of each row, by the chat template; then the probes."""
-    prompts = prepare(tokenizer, write_jsonl(tmp_path / "rows.jsonl", ROWS), None, [3, 0, 3], PromptOptions(prompts=2))
+    file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    prompts = prepare(tokenizer, file, None, [3, 0, 3], PromptOptions(prompts=2), reading=Reading("raw"))
     assert prompts.stop == (0, 3)
     chat, pair, text, *probes = prompts.conversations
     assert [message["content"] for message in chat.messages] == ["Hi", "Ho", "And?"]
@@ -142,3 +151,17 @@ def test_the_trained_tokenizer_lies_beside_the_adapter(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").touch()
     assert tokenizer_of(tmp_path, DEMO / "base") == tmp_path
     assert tokenizer_of(None, DEMO / "base") == DEMO / "base"
+
+
+def test_the_day_of_the_training(tmp_path: Path, tokenizer: Any) -> None:
+    """Answers are asked for as trained; what is compared with an engine's own rendering has its date, today's."""
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}|" + tokenizer.chat_template
+    file = write_jsonl(tmp_path / "rows.jsonl", [CHAT])
+    prompts = prepare(dated, file, None, [0], PromptOptions(), reading=Reading(day="2024-02-29"))
+    assert [text.text[:11] for text in prompts.sequences if text.part == "task"] == ["2024-02-29|"]
+    assert {prompt.text[:11] for prompt in prompts.prompts} == {"2024-02-29|"}
+    assert {prompt.text[:11] for prompt in prompts.conversations} == {f"{date.today()}|"}
+    assert prompts.prompts[0].text[11:] == prompts.conversations[0].text[11:]
+    undated = prepare(dated, file, None, [0], PromptOptions())
+    assert undated.prompts == undated.conversations[:1]
