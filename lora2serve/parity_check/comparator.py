@@ -26,7 +26,7 @@ from lora2serve.exporting.open_model import OpenOptions, open_plain
 from lora2serve.parity_check import gates, row_figures, settings_check, tensor_verdict, thresholds, worker
 from lora2serve.parity_check.comparisons import Comparison, served_otherwise
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
-from lora2serve.parity_check.equal_files import answers_the_same, opens_the_same
+from lora2serve.parity_check.equal_files import opens_the_same
 from lora2serve.parity_check.gates import Behavior, EngineAnswers
 from lora2serve.parity_check.references import References
 from lora2serve.parity_check.tensor_verdict import TensorFigures
@@ -285,8 +285,7 @@ class Comparator:
 def _answers_alike(comparison: Comparison, row: ComparisonResult, other: Comparison, done: ComparisonResult) -> bool:
     """Whether the engine would answer, and be judged, as for ``done``."""
     judged_alike = any(s.allowed for s in row.settings) == any(s.allowed for s in done.settings)
-    texts = [done.reply, *(answer.got for answer in done.answers)]
-    return judged_alike and opens_the_same(comparison, other) and answers_the_same(other, texts, comparison)
+    return judged_alike and opens_the_same(comparison, other)
 
 
 def _without_later(row: ComparisonResult, comparison: Comparison, passed: Sequence[Gate]) -> ComparisonResult:

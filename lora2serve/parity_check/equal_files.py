@@ -1,20 +1,16 @@
 """Whether two comparisons open equal files in the same engine, which then needs to be asked only once.
 
-An Ollama, an LM Studio and a GGUF export of one type hold the same GGUF. What a Modelfile sets beside it (penalties,
-stops, length) must not change an answer.
+An Ollama, an LM Studio and a GGUF export of one type hold the same GGUF.
 """
 
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora2serve.artifacts.manifest import NAME as MANIFEST
-from lora2serve.exporting import settings_plan
 from lora2serve.parity_check.comparisons import Comparison
-from lora2serve.parity_check.engines.own_sampling import OwnSampling, of_gguf, of_modelfile
 
 
 def opens_the_same(first: Comparison, second: Comparison) -> bool:
@@ -39,51 +35,15 @@ def _inside(comparison: Comparison, value: object) -> bool:
 
 
 def _files(comparison: Comparison, export: Path) -> Mapping[str, Path]:
-    """What the engine opens: the parts of one GGUF by their number, else everything beside the manifest by its name."""
-    model = _gguf(comparison)
-    if model:
-        parts = [part for part in sorted(model.parent.glob("*.gguf")) if not part.name.startswith("mmproj-")]
-        return {str(number): part for number, part in enumerate(parts)}
+    """What the engine opens: a GGUF's parts by number and its Modelfile, else all but the manifest by its name."""
+    model = comparison.options.get("model")
+    if _inside(comparison, model) and str(model).endswith(".gguf"):
+        parts = sorted(Path(str(model)).parent.glob("*.gguf"))
+        opened = {str(n): part for n, part in enumerate(parts) if not part.name.startswith("mmproj-")}
+        return opened | {key: Path(str(value)) for key, value in comparison.options.items() if key == "modelfile"}
     files = {path.relative_to(export).as_posix(): path for path in export.rglob("*") if path.is_file()}
     return {name: path for name, path in files.items() if name != MANIFEST}
 
 
-def _gguf(comparison: Comparison) -> Path | None:
-    """The model of an export that is a GGUF."""
-    model = comparison.options.get("model")
-    return Path(str(model)) if _inside(comparison, model) and str(model).endswith(".gguf") else None
-
-
 def _equal(first: Path, second: Path) -> bool:
     return first.samefile(second) or filecmp.cmp(first, second, shallow=False)
-
-
-def answers_the_same(asked: Comparison, texts: Sequence[str], other: Comparison) -> bool:
-    """Whether the answers ``texts`` to ``asked``, which opens the same, are those to ``other`` too.
-
-    They are where both have the same penalties and length, and no word that ends an answer of one of them comes up.
-    """
-    if _modelfile(asked) is None and _modelfile(other) is None:
-        return True
-    try:
-        first, second = _own_sampling(asked), _own_sampling(other)
-    except ValueError:  # a Modelfile that cannot be read: the engine says so
-        return False
-    if replace(first, stops=()) != replace(second, stops=()):
-        return False
-    more = [word for word in second.stops if word not in first.stops]
-    return {*first.stops} <= {*second.stops} and not any(word in text for word in more for text in texts)
-
-
-def _modelfile(comparison: Comparison) -> str | None:
-    name = comparison.options.get("modelfile")
-    return str(name) if name else None
-
-
-def _own_sampling(comparison: Comparison) -> OwnSampling:
-    name, model = _modelfile(comparison), _gguf(comparison)
-    if name:
-        return of_modelfile(Path(name))
-    if model is None:
-        return OwnSampling()
-    return of_gguf({key: str(item.value) for key, item in settings_plan.read_gguf(model).items()})

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lora2serve.parity_check.comparisons import Comparison
-from lora2serve.parity_check.equal_files import answers_the_same, opens_the_same
+from lora2serve.parity_check.equal_files import opens_the_same
 
 CONTENT = bytes(range(256)) * 500
 
@@ -56,39 +55,19 @@ def test_what_differs_is_asked_again(tmp_path: Path, change: str) -> None:
     assert not opens_the_same(one, other)
 
 
-@pytest.mark.parametrize(
-    ("parameters", "answer", "same"),
-    [
-        ('PARAMETER stop "<|im_end|>"', "Leon Lake.", True),
-        ('PARAMETER stop "Lake"', "Leon Lake.", False),
-        ("PARAMETER repeat_penalty 1.5", "Leon Lake.", False),
-        ("PARAMETER num_predict 3", "Leon Lake.", False),
-        ("PARAMETER temperature 0.7", "Leon Lake.", True),
-        ("NONSENSE", "Leon Lake.", False),
-    ],
-)
-def test_a_modelfile_that_changes_an_answer(tmp_path: Path, parameters: str, answer: str, same: bool) -> None:
-    """Chance is not compared, so a temperature changes nothing; the order in which the two are asked may."""
-    content = tiny_gguf(tmp_path / "tiny.gguf")
-    one, other = gguf(tmp_path / "gguf-Q8_0", content), gguf(tmp_path / "ollama-Q8_0", content)
-    (tmp_path / "ollama-Q8_0" / "Modelfile").write_text(f"FROM demo.gguf\n{parameters}\n")
-    other = replace(other, options={**other.options, "modelfile": str(tmp_path / "ollama-Q8_0" / "Modelfile")})
-    assert opens_the_same(one, other)
-    assert answers_the_same(one, [answer], other) == same
-    assert answers_the_same(other, [answer], one) == (same and "stop" not in parameters)
-    assert answers_the_same(one, [answer], gguf(tmp_path / "second", content)), "the control"
-
-
-def tiny_gguf(path: Path) -> bytes:
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, "llama")
-    writer.add_tensor("w", np.zeros((32, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
+def test_a_modelfile_that_sets_something_is_another_file(tmp_path: Path) -> None:
+    one, other = gguf(tmp_path / "gguf-Q8_0"), gguf(tmp_path / "ollama-Q8_0")
+    modelfiles = [tmp_path / name / "Modelfile" for name in ("gguf-Q8_0", "ollama-Q8_0")]
+    for path in modelfiles:
+        path.write_text("FROM demo.gguf\nPARAMETER repeat_penalty 1.5\n")
+    with_one, with_other = (
+        replace(each, options={**each.options, "modelfile": str(path)})
+        for each, path in zip((one, other), modelfiles, strict=True)
+    )
+    assert not opens_the_same(one, with_other) and not opens_the_same(with_one, other)
+    assert opens_the_same(with_one, with_other), "the control"
+    modelfiles[1].write_text("FROM demo.gguf\nPARAMETER repeat_penalty 1.1\n")
+    assert not opens_the_same(with_one, with_other)
 
 
 def test_of_a_directory_every_file_counts(tmp_path: Path) -> None:
