@@ -19,6 +19,7 @@ from converters.gguf.gguf_sink import GgufOptions
 from converters.gguf.header import GgufTensor, Keys, TypedValue
 from converters.gguf.llama.llama_process import Llama
 from converters.gguf.shards import file_names, projector_stem, stem
+from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.errors import ExportError
 from lora2serve.exporting.settings_plan import Header, HeaderValue, PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel
@@ -59,11 +60,18 @@ def plan_files(model: ExportModel, options: GgufOptions, llama: Llama) -> tuple[
             for name, shard in zip(names[-1], shards, strict=True):
                 headers[name] = settings(shard.keys, () if why else shard.tensors)
                 unplanned |= {f"{name}:{TENSORS}*": why} if why else {}
+            unplanned |= _uncounted(base, why) if why and main and options.split_size else {}
     facts = ExportFacts(
         architecture=opened[0].architecture, file=names[0][0], projector=names[1][0] if names[1:] else None,
         match_reference=options.match_reference,
     )  # fmt: skip
     return PlannedSettings({}, headers, tuple(headers), facts, unplanned), plans[0]
+
+
+def _uncounted(base: str, why: str) -> dict[str, str]:
+    """Of a split file whose tensors have unknown sizes: how many files it is."""
+    patterns = (f"{base}*.gguf", f"{base}*.gguf:*", f"{MANIFEST}:file")
+    return dict.fromkeys(patterns, f"{why}, and so how many files there are")
 
 
 def _plan(backend: Backend, llama: Llama, overrides: Sequence[str]) -> tuple[GgufPlan, str]:

@@ -56,6 +56,7 @@ class MetaModel:
 
         self.model = model
         self._state = self.model.state_dict()
+        self._modules = dict(self.model.named_modules())
         transforms = get_model_conversion_mapping(self.model)
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
@@ -89,13 +90,13 @@ class MetaModel:
         from transformers.pytorch_utils import Conv1D
 
         name = self.model_name(f"{module}.weight").removesuffix(".weight")
-        return any(isinstance(layer, Conv1D) for path, layer in self.model.named_modules() if path == name)
+        return isinstance(self._modules.get(name), Conv1D)
 
     def experts_order(self, module: str) -> tuple[bool | None, bool] | None:
         """Of fused experts: whether their weights lie transposed (None: the class does not say), and whether gate and
         up come in turns. None where the class has no such module.
         """
-        experts = dict(self.model.named_modules()).get(module)
+        experts = self._modules.get(module)
         if experts is None:
             return None
         return getattr(experts, "is_transposed", None), getattr(experts, "is_concatenated", True) is False

@@ -73,8 +73,8 @@ def parity(
     from lora2serve.parity_check import comparisons
 
     progress = progress or default_progress()
-    needs_engine = {"engine": engines, "require": require, "url": url, "ask": ask, "data": data, "baseline": baseline}
-    _refuse_unasked(gate, needs_engine)
+    _refuse_unasked(gate, engine=engines, require=require, threshold=thresholds, url=url, url_model=url_model, ask=ask,
+                    data=data, baseline=baseline)  # fmt: skip
     trained, paths = _find(*_directories(model, several(exports, "exports")), base, progress, foreign=gate is not None)
     settings = _settings(trained.settings, thresholds or {}, words(engines, "engines"), words(require, "require"))
     settings = replace(settings, allow=(*settings.allow, *words(allow, "allow")))
@@ -132,9 +132,9 @@ def _compare_settings(
     return report, writers.write(report, place)
 
 
-def _refuse_unasked(gate: str | None, options: Mapping[str, object]) -> None:
+def _refuse_unasked(gate: str | None, **options: object) -> None:
     """UsageError for what only engines answer, where none is asked."""
-    given = [name for name, value in options.items() if value]
+    given = [name.replace("_", "-") for name, value in options.items() if value]
     if gate and given:
         raise UsageError(f"--gate {gate} with --{given[0]}: the settings are compared without an engine")
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lora2serve.artifacts.manifest import Manifest
-from lora2serve.artifacts.staging import DryRunDir, StagedDir, StagedFile
+from lora2serve.artifacts.staging import DryRunDir, NullFile, StagedDir, StagedFile
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.exporting.stored_tensors import HEADER_READERS, TensorBytes, read_header, read_tensors
@@ -160,11 +160,11 @@ class ComparedDir(DryRunDir):
         raise AssertionError(f"{name}: an export that is made in two steps is not made again")
 
 
-class ComparedFile(StagedFile):
+class ComparedFile(NullFile):
     """A file that takes planned bytes, its header first, and compares them."""
 
     def __init__(self, path: Path, size: int, stored: StoredFiles) -> None:
-        self.path, self.size, self._fd = path, size, -1
+        super().__init__(path, size)
         self._stored = stored
         self._tensors: Sequence[TensorBytes] = ()
         self._starts: list[int] = []

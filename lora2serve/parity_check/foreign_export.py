@@ -7,9 +7,8 @@ one side has are named, not judged, but for those that change what is computed o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lora2serve.artifacts.manifest import NAME as MANIFEST
@@ -18,7 +17,7 @@ from lora2serve.artifacts.parity_report import SettingDifference
 from lora2serve.errors import InputError
 from lora2serve.exporting import settings_plan
 from lora2serve.exporting.settings_plan import PlannedSettings
-from lora2serve.parity_check.setting_differences import ABSENT, MOST_SHOWN, compare_files, compare_headers
+from lora2serve.parity_check.setting_differences import ABSENT, MOST_SHOWN, compare_files, compare_headers, fits
 from lora2serve.system import scratch
 from lora2serve.system.small_files import MAX_SIZE, without_repeated
 from lora2serve.weights.chat_template import chat_templates
@@ -135,13 +134,9 @@ def _templates(export: Path, planned: PlannedSettings) -> Iterator[SettingDiffer
 
 def _is_judged(difference: SettingDifference) -> bool:
     path = difference.path
-    if _fits(path, BOOKKEEPING) and not _fits(path, JUDGED):
+    if fits(path, BOOKKEEPING) and not fits(path, JUDGED):
         return False
     if ABSENT not in (difference.planned, difference.actual):
         return True
     value = difference.actual if difference.planned == ABSENT else difference.planned
-    return value not in SAYS_NOTHING and _fits(path, DECISIVE)
-
-
-def _fits(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
+    return value not in SAYS_NOTHING and fits(path, DECISIVE)

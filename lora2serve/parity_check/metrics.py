@@ -69,18 +69,17 @@ def compare(reference: Array, values: Array, targets: Ints) -> Positions:
     position infinite.
     """
     vocab = min(reference.shape[1], values.shape[1])
-    reference, beyond = reference[:, :vocab], values[:, vocab:]
     step = max(1, ENTRIES // values.shape[1])
     parts = (slice(start, start + step) for start in range(0, len(targets), step))
-    return join([_compare(reference[part], values[part, :vocab], beyond[part], targets[part]) for part in parts])
+    return join([_compare(reference[part, :vocab], values[part], targets[part]) for part in parts])
 
 
-def _compare(reference: Array, values: Array, beyond: Array, targets: Ints) -> Positions:
-    """``beyond``: of tokens that the reference has not, which take their part of the probability."""
+def _compare(reference: Array, everything: Array, targets: Ints) -> Positions:
+    """``everything``: also of tokens that the reference has not, which take their part of the probability."""
+    vocab = reference.shape[1]
+    values, beyond = everything[:, :vocab], everything[:, vocab:]
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        ref, got = log_softmax(reference), log_softmax(values)
-        if beyond.shape[1]:
-            got -= _rest(values, beyond)[:, None]
+        ref, got = log_softmax(reference), log_softmax(everything)[:, :vocab]
         kl = (np.exp(ref) * (ref - got)).sum(axis=1)
     broken = ~np.isfinite(values).all(axis=1) | ~np.isfinite(kl) | np.isnan(beyond).any(axis=1)
     kl = np.where(broken, np.inf, np.maximum(kl, 0.0))
@@ -98,15 +97,6 @@ def _compare(reference: Array, values: Array, beyond: Array, targets: Ints) -> P
         error=((other - centered) ** 2).sum(axis=1),
         power=(centered**2).sum(axis=1),
     )
-
-
-def _rest(values: Array, beyond: Array) -> Floats:
-    """ln(sum over all tokens / sum over those of the reference), (P,)."""
-    known, more = values.astype(np.float64), beyond.astype(np.float64)
-    top = np.maximum(known.max(axis=1), more.max(axis=1))
-    sums = [np.exp(part - top[:, None]).sum(axis=1) for part in (known, more)]
-    rest: Floats = np.log((sums[0] + sums[1]) / sums[0])
-    return rest
 
 
 def compare_top(reference: Array, ids: Ints, top: Array, target: Array, targets: Ints) -> Positions:

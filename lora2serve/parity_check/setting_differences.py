@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from lora2serve.artifacts.parity_report import SettingDifference
 from lora2serve.exporting import settings_plan
@@ -42,6 +43,11 @@ def compare_headers(name: str, planned: Header, actual: Header) -> list[SettingD
             if value is not None:
                 side[key] = value.value if same_kind or None in pair else _Typed(f"{shown(value.value)} ({value.kind})")
     return compare_values(name, *sides)
+
+
+def fits(path: str, patterns: Iterable[str]) -> bool:
+    """Whether ``FILE:KEY`` is one of those that the patterns mean; ``*`` stands for any text."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 class _Typed(str):

@@ -27,6 +27,7 @@ from lora2serve.parity_check.setting_differences import (
     compare_files,
     compare_headers,
     compare_values,
+    fits,
 )
 from lora2serve.parity_check.trained_model import open_model
 from lora2serve.system.small_files import MAX_SIZE
@@ -93,7 +94,7 @@ def _with_manifest(
 ) -> tuple[list[SettingDifference], list[str]]:
     """Every difference, and where there is one of which nothing was planned, in words."""
     different = list(_compare(export, manifest, planned))
-    found = [difference for difference in different if not _matches(difference, planned.unplanned)]
+    found = [difference for difference in different if not fits(difference.path, planned.unplanned)]
     found += _checksums(export, manifest, {difference.file for difference in found})
     reasons: dict[str, list[str]] = {}
     for pattern, why in planned.unplanned.items():
@@ -117,7 +118,7 @@ def _compare(export: Path, manifest: Manifest, planned: PlannedSettings) -> Iter
         elif name in planned.files:
             yield from _compare_file(export / name, name, planned.files[name])
     for name in sorted(present - {*planned.files, *planned.weights, MANIFEST}):
-        if not any(fnmatchcase(name, pattern) for pattern in BYSTANDERS):
+        if not fits(name, BYSTANDERS):
             yield SettingDifference(name, "", ABSENT, f"a file of {(export / name).lstat().st_size} bytes")
     yield from compare_values(MANIFEST, *_facts(planned.facts, manifest))
 
@@ -151,7 +152,7 @@ def _checksums(export: Path, manifest: Manifest, named: set[str]) -> Iterator[Se
     """Files that are not those of the manifest; where their settings differ, that is said already."""
     for line in manifest.verify(export):
         name, _, problem = line.rpartition(": ")
-        if name not in named and not any(fnmatchcase(name, pattern) for pattern in BYSTANDERS):
+        if name not in named and not fits(name, BYSTANDERS):
             yield SettingDifference(name, "", "as in the manifest", problem)
 
 
@@ -167,10 +168,6 @@ def _shortened(differences: Sequence[SettingDifference]) -> list[SettingDifferen
             rest = f"{len(parts) - MOST_OF_FILE} more differ"
             shortened.append(SettingDifference(name, "...", "equal", rest))
     return shortened
-
-
-def _matches(difference: SettingDifference, patterns: Mapping[str, str]) -> bool:
-    return any(fnmatchcase(difference.path, pattern) for pattern in patterns)
 
 
 def _judged(difference: SettingDifference, allow: Sequence[str]) -> SettingDifference:
