@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora2serve.api.export_model import export, plan_export
     from lora2serve.api.export_request import ExportRequest
     from lora2serve.api.inspect_path import inspect
+    from lora2serve.api.plan_training import TrainingPlan, plan
     from lora2serve.api.push_to_hub import push
     from lora2serve.api.serve_model import RunningServer, deploy, serve
     from lora2serve.api.train_run import init, train
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Answer", "ChatSession", "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult", "Progress", "Registry",
-    "Run", "RunningServer", "Verified", "chat", "deploy", "export", "init", "inspect", "parity", "plan_export",
-    "preview_data", "push", "serve", "train", "verify",
+    "Run", "RunningServer", "TrainingPlan", "Verified", "chat", "deploy", "export", "init", "inspect", "parity", "plan",
+    "plan_export", "preview_data", "push", "serve", "train", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
@@ -39,6 +40,7 @@ _MODULES = {
     "api.export_model": ("export", "plan_export"),
     "api.export_request": ("ExportRequest",),
     "api.inspect_path": ("inspect",),
+    "api.plan_training": ("TrainingPlan", "plan"),
     "api.push_to_hub": ("push",),
     "api.serve_model": ("RunningServer", "deploy", "serve"),
     "api.train_run": ("init", "train"),

@@ -18,7 +18,7 @@ LEVELS = (
     ("system", "config"),
     ("artifacts", "data", "weights"),
     ("adapters",),
-    ("merge",),
+    ("merge", "planning"),
     ("exporting",),
     ("training", "serving", "hub", "registry"),
     ("parity_check", "evaluation"),

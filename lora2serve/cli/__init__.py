@@ -24,6 +24,7 @@ from lora2serve.cli.inspect import inspect
 from lora2serve.cli.leave import leave
 from lora2serve.cli.options import CommandGroup
 from lora2serve.cli.parity import parity
+from lora2serve.cli.plan import plan
 from lora2serve.cli.push import pull_check, push, verify
 from lora2serve.cli.registry import registry
 from lora2serve.cli.serve import deploy, serve
@@ -66,7 +67,7 @@ def _sweep(quiet: bool) -> None:
 
 
 for command in (
-    init, data, train, chat, export, parity, push, verify, pull_check, serve, deploy, adapters, registry, inspect,
+    init, data, plan, train, chat, export, parity, push, verify, pull_check, serve, deploy, adapters, registry, inspect,
     doctor,
 ):  # fmt: skip
     cli.add_command(command)

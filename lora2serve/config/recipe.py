@@ -112,7 +112,7 @@ def find(name: str | None) -> Path:
         return Path(FILE)
     if Path(name).is_file():
         return Path(name)
-    known = {path.stem: path for path in sorted(_builtin().glob("*.yaml"))}
+    known = built_in()
     if name in known:
         return known[name]
     if Path(name).is_dir():
@@ -122,6 +122,11 @@ def find(name: str | None) -> Path:
     raise UsageError(
         f"recipe {name!r}: no such file or built-in recipe{did_you_mean(name, known)}", f"built in: {', '.join(known)}"
     )
+
+
+def built_in() -> dict[str, Path]:
+    """The recipes that come with lora2serve, by name."""
+    return {path.stem: path for path in sorted(_builtin().glob("*.yaml"))}
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:

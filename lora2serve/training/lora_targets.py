@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lora2serve.adapters.target_presets import named, preset_modules
 from lora2serve.errors import TrainError, did_you_mean
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
 
-QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
 OTHER_TOWERS = ("vision", "visual", "audio")
 READ_PAST = ("out_proj", "dt_proj")  # of a state space: its weight goes to a kernel, or PEFT refuses it
 
@@ -33,15 +33,8 @@ def targets(model: PreTrainedModel, preset: str | Sequence[str]) -> list[str]:
         _refuse_head(model, preset)
         return list(preset)
     paths = linear_modules(model)
-    attention = [path for path in paths if "attn" in path or "attention" in path]
-    attention = attention or [path for path in paths if "Attention" in type(_owner(model, path)).__name__]
-    qv = [path for path in paths if path.rsplit(".", 1)[-1] in QV]
-    chosen = {
-        "qv": qv,
-        "attention": attention,
-        "qv-mlp": qv + [path for path in paths if path not in set(attention)],
-        "all-linear": paths,
-    }[preset]
+    attention = [path for path in paths if "Attention" in type(_owner(model, path)).__name__]
+    chosen = preset_modules(preset, paths, attention)
     if not chosen:
         leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
         raise TrainError(
@@ -70,11 +63,6 @@ def _suffixes(chosen: Sequence[str], paths: Sequence[str]) -> list[str]:
         endings = (".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1))
         suffixes.add(next(end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others)))
     return sorted(suffixes)
-
-
-def named(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """Those of ``paths`` that the names of an adapter's configuration mean."""
-    return [path for path in paths if any(f".{path}".endswith(f".{target}") for target in targets)]
 
 
 def _adaptable(model: PreTrainedModel) -> list[str]:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora2serve.adapters.target_presets import named
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.errors import TrainError, first_line
-from lora2serve.training.lora_targets import linear_modules, named
+from lora2serve.training.lora_targets import linear_modules
 from lora2serve.training.model import Device, lora_config
 from lora2serve.weights.checkpoint import read_config
 

@@ -1,0 +1,189 @@
+"""``lora2serve.plan``: the memory, disk and time of a training, before anything is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from lora2serve.api.train_run import fetch_base, settings
+from lora2serve.config import recipe as recipes
+from lora2serve.config.data_recipe import DataRecipe
+from lora2serve.config.recipe import PRESETS, ModelRecipe, TrainRecipe
+from lora2serve.console import default_progress
+from lora2serve.errors import CheckpointError, UsageError, did_you_mean
+from lora2serve.planning.disk_space import disk_bytes, host_bytes
+from lora2serve.planning.gpus import GpuModel, find_gpu
+from lora2serve.planning.memory_plan import (
+    PlannedTraining,
+    fitting_gpus,
+    largest_batch,
+    levers,
+    planned_bytes,
+)
+from lora2serve.planning.model_shape import ModelShape, model_shape
+from lora2serve.planning.plan_settings import METHODS, Method, PlanSettings, checkpoints, settings_of
+from lora2serve.planning.static_memory import target_layers, trainable
+from lora2serve.progress import Progress
+from lora2serve.system.hub_snapshot import hub_snapshot
+from lora2serve.weights.checkpoint import Checkpoint, read_config
+from lora2serve.weights.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What it takes to train a model in one or several ways; sizes in bytes."""
+
+    model: str
+    parameters: int
+    layers: int
+    gpu: str | None  # that it is planned for
+    trainings: tuple[PlannedTraining, ...]
+    shares: Mapping[str, float]  # preset of targets -> share of the model's values that it learns, at the first rank
+    host_memory: int
+    disk: Mapping[str, int]  # base, run, adapter, and exports by target and type
+    time: str  # where it was measured
+    notes: tuple[str, ...]  # what could not be known
+
+
+def plan(
+    model: str | Path | None = None, *,
+    gpu: str | None = None, methods: Sequence[str] = (), ranks: Sequence[int] = (), targets: Sequence[str] = (),
+    batch: int | None = None, length: int | None = None,
+    overrides: Mapping[str, object] | Sequence[str] = (), progress: Progress | None = None,
+) -> TrainingPlan:  # fmt: skip
+    """What training ``model`` takes: memory by part, the GPUs that hold it, the largest micro-batch, disk.
+
+    model: a recipe (its path, or a built-in name), a model directory or a Hub id, of which only the small files and the
+        headers of the weights are read; nothing for ``lora2serve.yaml`` here.
+    gpu: a GPU's name (``"4090"``) or GiB (``"24"``), for the largest micro-batch and the changes that fit.
+    methods: of ``full``, ``lora`` and ``qlora``; by default what the recipe trains, or all three of a model.
+    ranks, targets: one plan for each; a target is a preset, or names of modules with ``+`` between.
+    batch, length: rows that go through the model at once, and tokens of each; by default the recipe's.
+    overrides: fields of the recipe, as for ``train``.
+
+    Raises UsageError for what is not known, CheckpointError for a model that no plan can be made of, HubError for what
+    the Hub does not give.
+    """
+    progress = progress or default_progress()
+    chosen = find_gpu(gpu) if gpu else None
+    subject = _subject(model, overrides)
+    path = fetch_base(subject.model, progress, weights=False)
+    shape = model_shape(read_config(path), stored_specs(path, progress))
+    ways = list(_ways(subject, chosen, methods, ranks, targets, batch, length))
+    trainings = tuple(planned(shape, way, chosen) for way in ways)
+    return TrainingPlan(
+        model=subject.model.path,
+        parameters=shape.parameters,
+        layers=shape.layers,
+        gpu=chosen.name if chosen else None,
+        trainings=trainings,
+        shares=dict(_shares(shape, ways[0])),
+        host_memory=max(host_bytes(training, ways[0].on_cpu) for training in trainings),
+        disk=disk_bytes(shape, trainings[0]),
+        time="not measured",
+        notes=(),
+    )
+
+
+def planned(shape: ModelShape, way: PlanSettings, gpu: GpuModel | None) -> PlannedTraining:
+    """One way to train a model of that shape."""
+    size = planned_bytes(shape, way)
+    count = shape.parameters if way.method == "full" else trainable(shape, way)
+    return PlannedTraining(
+        method=way.method,
+        rank=None if way.method == "full" else way.rank,
+        targets=None if way.method == "full" else way.targets,
+        batch=way.batch,
+        length=way.length,
+        checkpointing=way.checkpointing,
+        bytes=size,
+        trainable=count,
+        share=count / shape.parameters,
+        exact=False,
+        fits=() if way.on_cpu else fitting_gpus(size.total),
+        largest_batch=largest_batch(shape, way, gpu) if gpu else None,
+        levers=levers(shape, way),
+    )
+
+
+def stored_specs(path: Path, progress: Progress) -> Sequence[TensorSpec] | None:
+    """The tensors of a model by their headers, here or on the Hub; None where there is config.json alone."""
+    if not any(path.glob("*.safetensors*")) and hub_snapshot(path) is None:
+        return None
+    try:
+        return Checkpoint(path).specs()
+    except CheckpointError:
+        snapshot = hub_snapshot(path)
+        if snapshot is None:
+            raise
+    from lora2serve.hub.remote_headers import remote_specs
+
+    return remote_specs(snapshot.id, snapshot.commit, path, progress)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is planned for: the model, and how a recipe trains it, or the defaults do."""
+
+    model: ModelRecipe
+    train: TrainRecipe
+    length: int
+    methods: tuple[Method, ...]
+
+
+def _subject(model: str | Path | None, overrides: Mapping[str, object] | Sequence[str]) -> _Subject:
+    """The recipe that ``model`` names, or the model itself with the defaults of a recipe."""
+    name = None if model is None else str(model)
+    path = Path(name or recipes.FILE).expanduser()
+    if name is None or path.is_file() or (not path.exists() and name in recipes.built_in()):
+        recipe = recipes.load(recipes.find(name), settings(overrides))
+        method: Method = "lora" if recipe.train.quantize == "none" else "qlora"
+        return _Subject(recipe.model, recipe.train, recipe.data.max_length, (method,))
+    if overrides:
+        raise UsageError("--set changes a recipe, and a model was named", "use --rank, --targets, --batch and --length")
+    repo, _, revision = name.partition("@")
+    known = ModelRecipe(name) if path.exists() else ModelRecipe(repo, revision or None)
+    return _Subject(known, TrainRecipe(), DataRecipe.max_length, METHODS)
+
+
+def _ways(
+    subject: _Subject, gpu: GpuModel | None, methods: Sequence[str], ranks: Sequence[int], targets: Sequence[str],
+    batch: int | None, length: int | None,
+) -> Iterator[PlanSettings]:  # fmt: skip
+    """One for each combination."""
+    base = settings_of(subject.train, length or subject.length, "float16" if gpu and not gpu.bfloat16 else "bfloat16")
+    base = replace(base, batch=batch or base.batch)
+    for method in dict.fromkeys([_method(name) for name in methods] or subject.methods):
+        way = replace(base, method=method, checkpointing=checkpoints(subject.train, method))
+        if method == "full":
+            yield way
+            continue
+        wanted = [_targets(text) for text in targets] or [base.targets]
+        for rank, target in product(dict.fromkeys(ranks or [base.rank]), dict.fromkeys(wanted)):
+            yield replace(way, rank=rank, targets=target)
+
+
+def _method(name: str) -> Method:
+    for method in METHODS:
+        if method == name:
+            return method
+    raise UsageError(f"--method {name}: unknown{did_you_mean(name, METHODS)}", f"known: {', '.join(METHODS)}")
+
+
+def _targets(text: str) -> str | tuple[str, ...]:
+    """A preset or one module, or several modules with ``+`` between."""
+    names = tuple(name.strip() for name in text.split("+") if name.strip())
+    return names if len(names) > 1 else text
+
+
+def _shares(shape: ModelShape, way: PlanSettings) -> Iterator[tuple[str, float]]:
+    """Of each preset that finds a layer."""
+    for preset in PRESETS:
+        try:
+            target_layers(shape, preset)
+        except UsageError:
+            continue
+        changed = replace(way, method="qlora", targets=preset, modules_to_save=())
+        yield preset, trainable(shape, changed) / shape.parameters

@@ -1,0 +1,23 @@
+"""What a training and its exports take on the disk, and of the host's memory."""
+
+from __future__ import annotations
+
+from lora2serve.planning.memory_plan import PlannedTraining
+from lora2serve.planning.model_shape import ModelShape
+
+LIBRARIES = 3_000_000_000  # bytes of the host's memory that torch and its neighbors take
+CHECKPOINTS = 3  # two are kept, and a third is being written: each with the adapter and both moments of AdamW
+EXPORTS = {"vllm": 16.0, "gguf F16": 16.0, "gguf Q8_0": 8.5, "gguf Q4_K_M": 4.9}  # bits a value
+
+
+def disk_bytes(shape: ModelShape, training: PlannedTraining) -> dict[str, int]:
+    """Bytes of the base as it is fetched (in 16 bits where it is not quantized), of the run, and of its exports."""
+    base = shape.stored_bytes or 2 * shape.parameters
+    trained = 4 * training.trainable
+    sizes = {"base": base, "run": trained + CHECKPOINTS * 3 * trained, "adapter": trained}
+    return sizes | {name: round(shape.parameters * bits / 8) for name, bits in EXPORTS.items()}
+
+
+def host_bytes(training: PlannedTraining, on_cpu: bool) -> int:
+    """Bytes of the host's memory: a paged optimizer may be moved there, and without a GPU everything is there."""
+    return LIBRARIES + (training.bytes.total if on_cpu else training.bytes.optimizer)

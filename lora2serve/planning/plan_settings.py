@@ -1,0 +1,89 @@
+"""What of a recipe and a device decides how much memory a training takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lora2serve.config.recipe import TrainRecipe
+
+Method = Literal["full", "lora", "qlora"]
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """One way to train a model. ``batch`` rows of ``length`` tokens go through it at once."""
+
+    method: Method = "qlora"
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    batch: int = 8
+    length: int = 1024
+    checkpointing: bool = True
+    accumulates: bool = False  # gradients of the batch before are there already
+    double_quant: bool = True
+    dropout: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    optimizer_bits: Literal[8, 32] = 32
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what is computed in; a CPU takes float32
+    trained_bytes: int = 4  # of one trained value of an adapter
+    padded: bool = True  # whether rows of several lengths go through at once, so that attention gets a mask
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value that is computed."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of a value that is not quantized: float32 beside a 4-bit base where training computes in float16."""
+        return 4 if self.dtype == "float16" and self.method == "qlora" else self.itemsize
+
+    @property
+    def casts(self) -> bool:
+        """Whether what goes into an adapter is cast for it: to its float32 by PEFT, and back by autocast."""
+        narrow = self.kept_bytes < self.trained_bytes and self.method == "lora"
+        return narrow or self.kept_bytes > self.itemsize
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of one value of a dropout's mask."""
+        return 4 if self.on_cpu else 1
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is planned for a CPU."""
+        return self.dtype == "float32"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model at once."""
+        return self.batch * self.length
+
+
+def settings_of(train: TrainRecipe, length: int, dtype: Literal["bfloat16", "float16", "float32"]) -> PlanSettings:
+    """What a recipe asks for, with rows of ``length`` tokens, on a device that computes in ``dtype``."""
+    lora = train.lora
+    method: Method = "lora" if train.quantize == "none" else "qlora"
+    return PlanSettings(
+        method=method,
+        rank=lora.rank,
+        targets=lora.targets,
+        batch=train.batch_size,
+        length=length,
+        checkpointing=checkpoints(train, method),
+        accumulates=train.accumulation > 1,
+        padded=train.batch_size > 1,
+        double_quant=train.double_quant,
+        dropout=lora.dropout > 0,
+        dora=lora.dora,
+        modules_to_save=lora.modules_to_save,
+        dtype=dtype,
+    )
+
+
+def checkpoints(train: TrainRecipe, method: Method) -> bool:
+    """Whether activations are computed twice to save memory: without a word in the recipe, with a 4-bit base."""
+    return method != "lora" if train.gradient_checkpointing is None else train.gradient_checkpointing

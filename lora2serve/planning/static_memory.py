@@ -1,0 +1,103 @@
+"""What lies in memory all the time: weights, their 4-bit state, the adapter, its gradients and the optimizer's state.
+
+The sizes of a 4-bit weight are those of bitsandbytes 0.50 (``Params4bit`` and ``QuantState``): codes of 4 bits, one
+scale per 64 values, and with double quantization scales of 8 bits with one float32 scale per 256 of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lora2serve.adapters.target_presets import named, preset_modules
+from lora2serve.config.recipe import PRESETS
+from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.planning.model_shape import LinearShape, ModelShape
+from lora2serve.planning.plan_settings import PlanSettings
+
+BLOCK, STATE_BLOCK = 64, 256
+CODES, STATE_CODES = 4 * 16, 4 * 256  # bytes of the tables of values; one of the latter is shared by all weights
+STATES = 2  # of AdamW: both moments
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes."""
+
+    weights: int
+    quantization_state: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    trainable: int  # values, not bytes
+
+
+def static_memory(shape: ModelShape, settings: PlanSettings) -> StaticMemory:
+    """What ``settings`` keep of a model of that shape. UsageError for targets that it does not have."""
+    weights, state = _weights(shape, settings)
+    if settings.method == "full":
+        count = shape.parameters
+        size = settings.itemsize
+        optimizer = _optimizer(count, settings, size)
+        return StaticMemory(weights, 0, 0, count * size, optimizer, count)
+    count = trainable(shape, settings)
+    size = settings.trained_bytes
+    return StaticMemory(weights, state, count * size, count * size, _optimizer(count, settings, 4), count)
+
+
+def _weights(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
+    """Of the base, and of what is beside 4-bit codes."""
+    if shape.stored_bytes is not None and settings.method != "full":
+        return shape.stored_bytes, 0
+    others = shape.others * settings.kept_bytes
+    if settings.method != "qlora":
+        return others + sum(linear.numel for linear in shape.linears) * settings.itemsize, 0
+    states = [_state_bytes(linear.numel, settings.double_quant) for linear in shape.linears]
+    shared = STATE_CODES if settings.double_quant and states else 0
+    return others + sum((linear.numel + 1) // 2 for linear in shape.linears), sum(states) + shared
+
+
+def _state_bytes(numel: int, double_quant: bool) -> int:
+    """Beside the codes of one weight: its scales, the table of its codes, and with double quantization an offset."""
+    blocks = -(-numel // BLOCK)
+    return CODES + (blocks + 4 * -(-blocks // STATE_BLOCK) + 4 if double_quant else 4 * blocks)
+
+
+def _optimizer(count: int, settings: PlanSettings, size: int) -> int:
+    """AdamW's two moments; with 8 bits each value in one byte, and a float32 scale per 256."""
+    return STATES * (count * size if settings.optimizer_bits == 32 else count + 4 * -(-count // STATE_BLOCK))
+
+
+def trainable(shape: ModelShape, settings: PlanSettings) -> int:
+    """Values that the adapter learns."""
+    chosen = target_layers(shape, settings.targets)
+    count = sum(settings.rank * (linear.inputs + linear.outputs) for linear in chosen)
+    count += sum(linear.outputs for linear in chosen) if settings.dora else 0
+    return count + sum(_in_full(shape, settings.modules_to_save))
+
+
+def target_layers(shape: ModelShape, targets: str | Sequence[str]) -> list[LinearShape]:
+    """The linear layers that get a LoRA; UsageError for a preset or a name that finds none."""
+    paths = [linear.path for linear in shape.linears]
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    chosen: set[str] = set()
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    for name in names:
+        matches = preset_modules(name, paths) if name in PRESETS else named(paths, [name])
+        if not matches:
+            near = did_you_mean(name, [*PRESETS, *leaves])
+            hint = f"presets: {', '.join(PRESETS)}; linear layers: {', '.join(leaves)}"
+            raise UsageError(f"targets {name!r}: no linear layer of this model{near}", hint)
+        chosen |= set(matches)
+    return [linear for linear in shape.linears if linear.path in chosen]
+
+
+def _in_full(shape: ModelShape, names: Sequence[str]) -> Iterator[int]:
+    """Values of the modules that are trained in full, beside the frozen ones."""
+    for name in names:
+        if name.rsplit(".", 1)[-1] in ("lm_head", "embed_out"):
+            yield shape.head or shape.embedding
+        elif name.rsplit(".", 1)[-1] in ("embed_tokens", "wte", "embed_in"):
+            yield shape.embedding
+        else:
+            yield sum(linear.numel for linear in shape.linears if named([linear.path], [name]))

@@ -1,0 +1,101 @@
+"""``lora2serve.plan`` and its command: what is asked, what is shown, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lora2serve
+from lora2serve.cli import run
+from lora2serve.errors import CheckpointError, UsageError
+from lora2serve.planning.gpus import find_gpu, gpu_of_driver
+from lora2serve.planning.memory_plan import fits, planned_bytes
+from lora2serve.planning.model_shape import model_shape
+from lora2serve.planning.plan_settings import PlanSettings
+from tests.planning.conftest import LLAMA3_8B, LLAMA3_70B, write_config
+
+GIB = 1 << 30
+
+
+def test_parts_and_combinations(llama_8b: Path) -> None:
+    plan = lora2serve.plan(llama_8b, gpu="4090", ranks=[8, 64], targets=["qv", "q_proj+down_proj"], batch=1)
+    assert [(item.method, item.rank, item.targets) for item in plan.trainings] == [
+        ("full", None, None),
+        *((method, rank, targets) for method in ("lora", "qlora") for rank in (8, 64)
+          for targets in ("qv", ("q_proj", "down_proj"))),
+    ]  # fmt: skip
+    for training in plan.trainings:
+        assert training.bytes.total == sum(vars(training.bytes).values())
+    full, qlora = plan.trainings[0], plan.trainings[5]
+    assert full.trainable == plan.parameters and full.largest_batch == 0 and "RTX 4090" not in full.fits
+    assert qlora.trainable == 8 * 32 * (4096 + 4096 + 4096 + 1024)
+    assert "RTX 4090" in qlora.fits and qlora.largest_batch
+    assert plan.shares["qv"] < plan.shares["attention"] < plan.shares["all-linear"]
+    assert plan.disk["base"] == 2 * plan.parameters and plan.time == "not measured"
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    shape, settings = model_shape(LLAMA3_8B, None), PlanSettings(batch=1)
+    gpu = find_gpu("24")
+    rows = lora2serve.planning.memory_plan.largest_batch(shape, settings, gpu)
+    sizes = [planned_bytes(shape, PlanSettings(batch=batch)).total for batch in (rows, rows + 1)]
+    assert [fits(size, gpu) for size in sizes] == [True, False]
+
+
+def test_levers_name_the_way_out(tmp_path: Path) -> None:
+    """70B on 24 GB: nothing short of a larger card; 8B without quantization on 16 GB: QLoRA."""
+    path = write_config(tmp_path / "70b", LLAMA3_70B)
+    plan = lora2serve.plan(path, gpu="24", methods=["qlora"])
+    assert plan.trainings[0].largest_batch == 0 and plan.trainings[0].fits[0] in ("H100", "A100 80GB", "RTX PRO 6000")
+    lora = lora2serve.plan(path, methods=["lora"], batch=4).trainings[0]
+    changes = [lever.change.partition(":")[0] for lever in lora.levers]
+    assert changes[:2] == ["train.gradient_checkpointing", "train.batch_size"] and "train.quantize" in changes
+    assert all(lever.total < lora.bytes.total and lever.price for lever in lora.levers)
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [("24", 24), ("16GB", 16), ("4090", 24), ("RTX 4090", 24), ("h100", 80), ("A100-40", 40), ("nvidia H200", 140)],
+)
+def test_gpus_by_name(text: str, gib: int) -> None:
+    assert find_gpu(text).memory / GIB == pytest.approx(gib, rel=0.03)
+
+
+def test_unknown_gpus_and_drivers() -> None:
+    with pytest.raises(UsageError, match=r"--gpu 4900: unknown.*did you mean '4090'"):
+        find_gpu("4900")
+    assert gpu_of_driver("Tesla T4", "15360 MiB").bfloat16 is False
+    assert gpu_of_driver("NVIDIA H100 80GB HBM3", "81559 MiB").memory == 81559 << 20
+
+
+def test_what_is_refused(llama_8b: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--method qlaro: unknown.*did you mean 'qlora'"):
+        lora2serve.plan(llama_8b, methods=["qlaro"])
+    with pytest.raises(UsageError, match=r"targets 'atention'.*did you mean 'attention'"):
+        lora2serve.plan(llama_8b, targets=["atention"])
+    with pytest.raises(UsageError, match="--set changes a recipe, and a model was named"):
+        lora2serve.plan(llama_8b, overrides=["train.lora.rank=4"])
+    write_config(tmp_path / "odd", {"model_type": "odd"})
+    with pytest.raises(CheckpointError, match="a model of type 'odd' without the headers"):
+        lora2serve.plan(tmp_path / "odd")
+
+
+def test_the_command(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(llama_8b), "--method", "qlora", "--rank", "32", "--batch", "2", "--json"]) == 0
+    (item,) = json.loads(capsys.readouterr().out)
+    keys = ("method", "rank", "targets", "batch", "length")
+    assert tuple(item[key] for key in keys) == ("qlora", 32, "all-linear", 2, 1024)
+    assert item["bytes"]["total"] == sum(size for part, size in item["bytes"].items() if part != "total")
+    assert run(["plan", str(llama_8b), "--gpu", "a100"]) == 0
+    text = capsys.readouterr().out
+    assert "weights" in text and "4-bit state" in text and "rows on A100 80GB" in text and "not measured" in text
+
+    assert run(["plan", str(llama_8b), "--rank", "many"]) == 2
+
+
+def test_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "demo", "--set", "train.lora.rank=8", "--json"]) == 0
+    (item,) = json.loads(capsys.readouterr().out)
+    assert (item["method"], item["rank"], item["batch"], item["length"]) == ("qlora", 8, 16, 128)
