@@ -19,7 +19,7 @@ from lora2serve.weights.checkpoint import INDEX, SINGLE
 from lora2serve.weights.tensors import DType, TensorSpec
 
 if TYPE_CHECKING:
-    from huggingface_hub.utils import SafetensorsFileMetadata
+    from huggingface_hub.utils._safetensors import SafetensorsFileMetadata
 
 CONNECTIONS = 8
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -40,7 +40,9 @@ def remote_specs(repo_id: str, commit: str, folder: Path, progress: Progress) ->
     places, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(places, Mapping) or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{folder / INDEX}: no weight_map", "the repository is damaged")
-    first = {_kind(name): file for name, file in reversed(places.items())}
+    first: dict[str, str] = {}
+    for name, file in places.items():
+        first.setdefault(_kind(name), file)
     known = {_kind(spec.name): spec for spec in _all(read, first.values())}
     if known.keys() >= first.keys():
         specs = [TensorSpec(name, known[_kind(name)].shape, known[_kind(name)].dtype) for name in places]

@@ -80,7 +80,8 @@ def model_shape(config: JsonObject, specs: Sequence[TensorSpec] | None) -> Model
     specs: the stored tensors; None where only ``config.json`` is known.
     Raises CheckpointError where config.json does not say enough.
     """
-    text = {**config, **(config.get("text_config") or {})}
+    inner = config.get("text_config")
+    text = {**config, **inner} if isinstance(inner, Mapping) else config
     quantized = isinstance(config.get("quantization_config"), Mapping)
     stored = sum(spec.nbytes for spec in specs) if specs and quantized else None
     shapes = {spec.name: spec.shape for spec in specs or () if spec.dtype in FLOATS}
@@ -206,5 +207,5 @@ def _shapes_of_config(text: JsonObject) -> Iterator[tuple[str, tuple[int, ...]]]
         yield f"{home}.input_layernorm.weight", (hidden,)
         yield f"{home}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
-    if not text.get("tie_word_embeddings", False):
+    if not text.get("tie_word_embeddings", kind.startswith("gemma")):
         yield "lm_head.weight", (vocabulary, hidden)

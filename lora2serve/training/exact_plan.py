@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora2serve.config.recipe import LoraRecipe, TrainRecipe
+from lora2serve.config.recipe import LoraRecipe, Quantize, TrainRecipe
+from lora2serve.config.schema import build
 from lora2serve.planning.plan_settings import PlanSettings
 from lora2serve.training import fake_gpu
 from lora2serve.training.fake_weights import materialize, quantize
@@ -121,7 +121,7 @@ class _FakeTraining:
         inner.base_model.register_forward_hook(self._watch_states)
         model.train()
         for parameter in self._trained():
-            parameter.register_post_accumulate_grad_hook(_give_away)
+            parameter.register_post_accumulate_grad_hook(_give_away)  # type: ignore[no-untyped-call]
         autocast = nullcontext() if settings.on_cpu else torch.autocast("cpu", dtype=getattr(torch, settings.dtype))
         with self.mode, self.tracker:
             self.tracker.restart()
@@ -149,8 +149,10 @@ def _give_away(parameter: Tensor) -> None:
 
 def _settings(values: Mapping[str, object]) -> PlanSettings:
     """As they were before they became JSON."""
-    content = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return replace(PlanSettings(), **content)
+    problems: list[str] = []
+    settings = build(PlanSettings, values, problems)
+    assert not problems, problems
+    return settings
 
 
 def _recipe(settings: PlanSettings) -> TrainRecipe:
@@ -159,7 +161,7 @@ def _recipe(settings: PlanSettings) -> TrainRecipe:
         rank=settings.rank, targets=settings.targets, dropout=0.05 if settings.dropout else 0.0, dora=settings.dora,
         modules_to_save=settings.modules_to_save,
     )  # fmt: skip
-    quantize = "nf4" if settings.method == "qlora" else "none"
+    quantize: Quantize = "nf4" if settings.method == "qlora" else "none"
     return TrainRecipe(lora=lora, quantize=quantize, double_quant=settings.double_quant)
 
 

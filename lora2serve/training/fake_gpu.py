@@ -32,8 +32,12 @@ def install(settings: PlanSettings) -> None:
 def _dequantized(module: torch.nn.Module) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    state = getattr(module.weight, "quant_state", None)
-    return module.weight if state is None else dequantize_4bit(module.weight.data, state)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    state = getattr(weight, "quant_state", None)
+    unpacked = weight if state is None else dequantize_4bit(weight.data, state)
+    assert isinstance(unpacked, Tensor)
+    return unpacked
 
 
 def _stay(module: torch.nn.Module, *_: object, **__: object) -> torch.nn.Module:
