@@ -24,7 +24,7 @@ from lora2serve.errors import EngineError, Lora2ServeError, UsageError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.open_model import OpenOptions, open_plain
 from lora2serve.parity_check import gates, row_figures, settings_check, tensor_verdict, thresholds, worker
-from lora2serve.parity_check.comparisons import Comparison, served_otherwise
+from lora2serve.parity_check.comparisons import Comparison, served_otherwise, stored_dtype
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.equal_files import opens_the_same
 from lora2serve.parity_check.gates import Behavior, EngineAnswers
@@ -189,7 +189,7 @@ class Comparator:
         folder = self.work / "base"
         if not folder.is_dir():
             base, gguf = self.origin.base, sinks.find("gguf")
-            quant = {"float16": "F16", "float32": "F32"}.get(_dtype(base), "BF16")
+            quant = {"float16": "F16", "float32": "F32"}.get(stored_dtype(base), "BF16")
             plan = stream.Plan("gguf", gguf, gguf.Options(quant=quant), folder)
             try:
                 stream.export(open_plain(base, base.name, OpenOptions()), [plan], Silent())
@@ -204,7 +204,7 @@ class Comparator:
         with self.progress.track(label, len(self.data.conversations)) as advance:
             answer = child.call("tokens", advance, data=str(self.references.path))
         tokens = gates.EngineTokens.from_json(answer, f"{row.engine}: tokens")
-        computed = served_otherwise(comparison, tokens.dtype)
+        computed = served_otherwise(comparison, tokens.dtype, self.origin.base)
         row = replace(row, version=tokens.version, computed=computed, reply=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, tokens))
         if passed[-1].status == "met":
@@ -291,10 +291,3 @@ def _answers_alike(comparison: Comparison, row: ComparisonResult, other: Compari
 def _without_later(row: ComparisonResult, comparison: Comparison, passed: Sequence[Gate]) -> ComparisonResult:
     """The row that ends with the last gate: the others are skipped."""
     return replace(row, gates=(*passed, *(Gate(name, "skipped") for name in comparison.gates[len(passed) :])))
-
-
-def _dtype(base: Path) -> str:
-    from lora2serve.weights.checkpoint import read_config
-
-    config = read_config(base)
-    return str(config.get("dtype") or config.get("torch_dtype"))

@@ -106,19 +106,28 @@ def engines_of(export: Export, base: str, tokenizer: str, window: int) -> list[t
     raise InputError(f"{path}: target {target!r} has no engine to compare in")
 
 
-def served_otherwise(comparison: Comparison, computed: str | None) -> str:
+def served_otherwise(comparison: Comparison, computed: str | None, base: Path) -> str:
     """That ``serve`` starts the export in another type than the engine computed in; empty where it does not."""
-    served = comparison.path and served_dtype(comparison.path)
+    served = comparison.path and served_dtype(comparison.path, base)
     return f"computed in {computed}, served in {served}" if computed and served and computed != served else ""
 
 
-def served_dtype(export: Path) -> str | None:
-    """That of its serve.yaml; None where it has none, or leaves it to the engine."""
+def served_dtype(export: Path, base: Path) -> str | None:
+    """That of its serve.yaml; without one, vLLM serves an adapter in the type of its base. None: the engine decides."""
     try:
         dtype = serve_settings.parsed(export / bundle.CONFIG).get("dtype")
     except InputError:
-        return None
+        dtype = stored_dtype(base)
+        return dtype if dtype in ("bfloat16", "float16") else None  # of float32 the engine makes a smaller one
     return str(dtype) if dtype and dtype != "auto" else None
+
+
+def stored_dtype(model: Path) -> str:
+    """The type that a model's config names."""
+    from lora2serve.weights.checkpoint import read_config as read_model_config
+
+    config = read_model_config(model)
+    return str(config.get("dtype") or config.get("torch_dtype"))
 
 
 def _stored_as(path: Path) -> str | None:

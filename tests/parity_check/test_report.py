@@ -228,7 +228,7 @@ def test_the_whole_report_in_a_sentence() -> None:
     assert verdict(whole()).startswith(f"1 of 5 comparisons is not met: {'b' * 90} in llama.cpp: scale: because.")
     assert "worse than the baseline" in verdict(replace(report(row()), regressions=("x",)))
     met, _, missing, *_ = whole().rows
-    assert verdict(report(met, missing)).endswith("1 of 2 comparisons were not made: the engine is not here.")
+    assert verdict(report(met, missing)).endswith("1 of 2 comparisons was not made: the engine is not here.")
     assert verdict(report(missing)) == "Nothing was compared: no engine of these exports is installed here."
     alone = replace(met, engine="", gates=(Gate("settings", "met"),))
     assert verdict(report(alone)).endswith("no engine asked: all is as planned.")

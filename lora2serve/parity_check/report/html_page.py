@@ -107,7 +107,8 @@ def verdict(report: ParityReport) -> str:
     if report.regressions:
         sentences.append("But it got worse than the baseline.")
     if not red and met < count:
-        sentences.append(f"{count - met} of {count} comparisons were not made: the engine is not here.")
+        were = "was" if count - met == 1 else "were"
+        sentences.append(f"{count - met} of {count} comparisons {were} not made: the engine is not here.")
     return " ".join(sentences)
 
 
