@@ -20,8 +20,10 @@ from lora2serve.errors import InputError, ParityNotMet, UsageError
 from lora2serve.progress import Progress
 from lora2serve.registry.location import find_location
 from lora2serve.registry.version_reference import need_reference, refuse_version_name
+from lora2serve.system.small_files import digest
 
 if TYPE_CHECKING:
+    from lora2serve.api.registry_sync import Synced
     from lora2serve.registry.difference import VersionDifference
     from lora2serve.registry.open_registry import OpenRegistry
     from lora2serve.registry.promotion_gates import GateRecipe
@@ -133,12 +135,13 @@ class Registry:
         return differences(self.get(first), self.get(second))
 
     def find(
-        self, *, name: str = "", domain: str = "", task: str = "", author: str = "", alias: str = "", metric: str = "",
-        suite: str = "", since: str = "", until: str = "", last: str = "", where: str = "", best: bool = False,
-        limit: int | None = None,
+        self, *, name: str = "", domain: str = "", task: str = "", author: str = "", alias: str = "", data: Named = "",
+        metric: str = "", suite: str = "", since: str = "", until: str = "", last: str = "", where: str = "",
+        best: bool = False, limit: int | None = None,
     ) -> list[Version]:  # fmt: skip
         """The versions that fit, the best first where a metric is named.
 
+        data: a file of rows that they were trained on, or the beginning of its sha256.
         metric: SUITE.METRIC, such as ``medqa.acc``: only versions that were measured on it.
         suite: the beginning of the suite's sha256, where several suites have that name.
         since, until: dates such as ``2026-07-01``; ``until`` itself is left out. When it was measured, with a metric;
@@ -154,7 +157,10 @@ class Registry:
             raise UsageError("--last with --since or --until: one says it all")
         first, after = last_period(last) if last else ("", "")
         first, after = (time_of(since, "--since") if since else first), (time_of(until, "--until") if until else after)
-        question = VersionQuery(name, domain, task, author, alias, metric, suite, first, after, where, best, limit)
+        rows = str(digest(Path(data))["sha256"]) if data and Path(data).is_file() else str(data)
+        question = VersionQuery(
+            name, domain, task, author, alias, rows, metric, suite, first, after, where, best, limit
+        )
         with self._open().reading() as connection:
             return find_versions(connection, question)
 
@@ -232,6 +238,14 @@ class Registry:
         if problems:
             raise InputError("\n".join(problems), "`lora2serve registry add` of the same content mends its files")
         return count
+
+    def sync(self, name: str, *, to: str, progress: Progress | None = None) -> Synced:
+        """Send the versions of a name to the Hub, one way: ``to="hub:user/repo"``, version 7 as the tag ``v7``, each
+        alias as a branch. What is there is not sent again; versions that are not proven are left out, and named.
+        """
+        from lora2serve.api.registry_sync import sync
+
+        return sync(self, name, to, progress or default_progress())
 
     def record_parity(self, directory: Path) -> None:
         """Write down what was measured in the directory of a version: the verdicts of parity, its report, scores."""

@@ -15,7 +15,7 @@ from lora2serve.cli.registry_output import (
     shown,
     version_argument,
 )  # fmt: skip
-from lora2serve.cli.registry_upkeep import gc, history, promote, retire, rollback, verify
+from lora2serve.cli.registry_upkeep import gc, history, promote, retire, rollback, sync, verify
 
 
 @click.group(
@@ -158,6 +158,7 @@ def diff(first: str, second: str, as_json: bool) -> None:
 @click.option("--task", metavar="TASK", default="", help="Of that task.")
 @click.option("--author", metavar="PERSON", default="", help="By that person.")
 @click.option("--alias", metavar="ALIAS", default="", help="That this alias points to.")
+@click.option("--data", metavar="FILE|SHA256", default="", help="Trained on these rows.")
 @click.option("--metric", metavar="SUITE.METRIC", default="", help="Measured on that; the best come first.")
 @click.option("--suite", metavar="SHA256", default="", help="The beginning of its sha256, where suites share a name.")
 @click.option("--last", metavar="PERIOD", default="", help="The last whole day, week, month, quarter or year; or 30d.")
@@ -167,7 +168,7 @@ def diff(first: str, second: str, as_json: bool) -> None:
 @click.option("--best", is_flag=True, help="The best alone.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="N at most.")
 @json_option
-def find(as_json: bool, /, **question: str) -> None:
+def find(*, as_json: bool, **question: str) -> None:
     """Print the versions for which all of that holds."""
     with open_registry() as opened:
         print_versions(opened.find(**question), as_json, question["metric"])  # type: ignore[arg-type]
@@ -209,5 +210,5 @@ def score(version: str, file: Path, as_json: bool) -> None:
         print_version(opened.score(version, file), as_json)
 
 
-for command in (promote, rollback, retire, history, gc, verify):
+for command in (promote, rollback, retire, history, gc, verify, sync):
     registry.add_command(command)

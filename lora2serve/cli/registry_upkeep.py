@@ -141,3 +141,31 @@ def verify(ctx: click.Context, as_json: bool) -> None:
         console.result_json({"versions": count})
     else:
         progress(ctx).note(f"{count} versions are whole")
+
+
+@click.command(
+    "sync",
+    cls=Command,
+    short_help="Send versions to the Hub, as tags and branches.",
+    examples=[("lora2serve registry sync medical-qa --to hub:you/medical-qa", "")],
+)
+@click.argument("name")
+@click.option("--to", required=True, metavar="hub:USER/REPO", help="Where to.")
+@json_option
+@click.pass_context
+def sync(ctx: click.Context, name: str, to: str, as_json: bool) -> None:
+    """Send the proven versions of NAME, one way: version 7 as the tag v7, each alias as a branch of its name.
+
+    Prints what was sent; what is there already is not sent again.
+    """
+    from lora2serve import console
+
+    with open_registry() as opened:
+        synced = opened.sync(name, to=to, progress=progress(ctx))
+    for line in synced.left_out:
+        progress(ctx).note(f"not sent: {line}")
+    if as_json:
+        console.result_json(plain(synced))
+        return
+    for reference in (*synced.pushed, *synced.moved):
+        console.result(reference)

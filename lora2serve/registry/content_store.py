@@ -23,7 +23,7 @@ from lora2serve.errors import RegistryError, UsageError, first_line
 from lora2serve.system import scratch
 from lora2serve.system.small_files import digest, file_mode
 
-BLOBS, PARTIAL, LOCK = "blobs", "partial", ".lock"
+BLOBS, PARTIAL = "blobs", "partial"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 1 << 22
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
@@ -179,10 +179,10 @@ def staged(root: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_lock(root: Path, *, alone: bool) -> Iterator[None]:
-    """Held while files are added to a folder; ``alone`` while they are removed."""
+def folder_lock(root: Path, name: str, *, alone: bool) -> Iterator[None]:
+    """The lock of that name in a folder; ``alone``: nobody else holds it."""
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(root / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield

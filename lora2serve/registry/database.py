@@ -12,10 +12,12 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from lora2serve.errors import InputError, RegistryError, UsageError, first_line
 from lora2serve.registry import migrations, tables
+from lora2serve.registry.content_store import folder_lock
 from lora2serve.registry.location import Location, refuse_shared
 
 PATIENCE = 60.0  # seconds to wait for another process that writes
 LOCK = 0x6C327372  # of Postgres' advisory locks, ours
+WRITING = ".writing"  # the lock of a sqlite file's writers
 CONTENT = "content"  # the setting that says where files lie; of sqlite, empty: beside the file
 HINTS = {
     "database is locked": "another process has been writing for a minute: see what it does",
@@ -63,12 +65,21 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """One transaction that nobody else writes beside; committed at the end, undone by an exception."""
-        with self.errors(), self.engine.connect() as plain:
+        with self.errors(), self._turn(), self.engine.connect() as plain:
             connection = plain.execution_options(lora2serve_write=True)
             with connection.begin():
                 if not self.location.folder:
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK}, 0)")
                 yield connection
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Writers of a sqlite file come one after another: it has no queue, and leaves some waiting for minutes."""
+        if self.location.folder:
+            with folder_lock(self.location.folder, WRITING, alone=True):
+                yield
+        else:
+            yield
 
     @contextmanager
     def content_lock(self, *, alone: bool) -> Iterator[None]:

@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, select
 
-from lora2serve.registry.tables import SCHEMA, settings
+from lora2serve.registry.tables import SCHEMA, settings, versions
+from lora2serve.registry.version_facts import VersionFacts, data_sums
 
 if TYPE_CHECKING:
     from lora2serve.registry.database import Database
 
-STEPS: Mapping[int, Callable[[Connection], None]] = {}  # from which schema -> what makes the next one of it
+
+def _add_data(connection: Connection) -> None:
+    """2: versions are found by the rows that they were trained on."""
+    connection.exec_driver_sql("ALTER TABLE version ADD COLUMN data TEXT NOT NULL DEFAULT ''")
+    for row in connection.execute(select(versions.c.name, versions.c.number, versions.c.facts)).all():
+        sums = data_sums(VersionFacts.from_text(row.facts, f"{row.name}@{row.number}: facts"))
+        same = (versions.c.name == row.name, versions.c.number == row.number)
+        connection.execute(versions.update().where(*same).values(data=sums))
+
+
+STEPS: Mapping[int, Callable[[Connection], None]] = {1: _add_data}  # from which schema -> what makes the next one of it
 
 
 def schema_of(database: Database) -> int | None:

@@ -29,6 +29,7 @@ from lora2serve.registry.version_source import EXPORTS, VersionSource, of_run
 from lora2serve.system.hardware import cache_folder
 
 VIEWS = "versions"
+ADDING = ".adding"  # the lock that is held while files are added, and alone while they are removed
 
 
 class OpenRegistry:
@@ -132,7 +133,7 @@ class OpenRegistry:
     @contextmanager
     def _content_lock(self, *, alone: bool) -> Iterator[None]:
         if self.location.folder:
-            with folder_lock(self.location.folder, alone=alone):
+            with folder_lock(self.location.folder, ADDING, alone=alone):
                 yield
         else:
             with self.database.content_lock(alone=alone):

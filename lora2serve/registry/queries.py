@@ -6,16 +6,17 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Select, Subquery, and_, func, select
+from sqlalchemy import ColumnElement, Connection, and_, select
 from sqlalchemy.exc import DBAPIError
 
 from lora2serve.errors import UsageError, did_you_mean, first_line
 from lora2serve.registry.database import Database
 from lora2serve.registry.tables import aliases, scores, versions
 from lora2serve.registry.version_record import Version
-from lora2serve.registry.version_rows import complete
+from lora2serve.registry.version_rows import Key, complete, read_versions
 from lora2serve.registry.where_clause import metric_name, parse_where
 
+_AGE = (scores.c.created, scores.c.id)
 MOST_ROWS = 100_000  # of an answer to ``sql``
 READING = "it only reads: docs/registry.md has the tables"
 
@@ -29,6 +30,7 @@ class VersionQuery:
     task: str = ""
     author: str = ""
     alias: str = ""
+    data_sha256: str = ""  # of a file of rows that they were trained on, or its beginning
     metric: str = ""  # SUITE.METRIC
     suite_sha256: str = ""  # its beginning
     since: str = ""
@@ -46,16 +48,11 @@ def find_versions(connection: Connection, question: VersionQuery) -> list[Versio
     """
     if question.best and not question.metric:
         raise UsageError("best needs a metric", "--metric SUITE.METRIC names one, such as medqa.acc")
-    query = select(versions).where(_condition(question))
-    if not question.metric:
-        query = query.order_by(versions.c.name, versions.c.number)
-    else:
-        _refuse_unknown_metric(connection, question)
-        query = _ranked(connection, query, question)
     limit = 1 if question.best else question.limit
-    rows = connection.execute(query.limit(limit)).mappings()
-    columns = [column.name for column in versions.columns]
-    return complete(connection, [{name: row[name] for name in columns} for row in rows])
+    if question.metric:
+        return _read_in_order(connection, _ranked(connection, question)[:limit])
+    query = select(versions).where(_condition(question)).order_by(versions.c.name, versions.c.number).limit(limit)
+    return complete(connection, [dict(row) for row in connection.execute(query).mappings()])
 
 
 def _condition(question: VersionQuery) -> ColumnElement[bool]:
@@ -66,45 +63,41 @@ def _condition(question: VersionQuery) -> ColumnElement[bool]:
     if question.alias:
         pointed = (aliases.c.name == versions.c.name, aliases.c.number == versions.c.number)
         terms.append(select(aliases.c.number).where(*pointed, aliases.c.alias == question.alias).exists())
+    if question.data_sha256:
+        terms.append((" " + versions.c.data).contains(f" {question.data_sha256}", autoescape=True))
     if not question.metric:
         terms += [versions.c.created >= question.since] if question.since else []
         terms += [versions.c.created < question.until] if question.until else []
     return and_(*terms)
 
 
-def _measured(question: VersionQuery) -> Subquery:
-    """The newest score of each version on each suite in the period."""
+def _ranked(connection: Connection, question: VersionQuery) -> list[Key]:
+    """The versions that were measured in the period, the best first, by the newest score of each."""
     suite, metric = metric_name(question.metric)
     terms = [scores.c.suite == suite, scores.c.metric == metric]
     terms += [scores.c.created >= question.since] if question.since else []
     terms += [scores.c.created < question.until] if question.until else []
     if question.suite_sha256:
         terms.append(scores.c.suite_sha256.startswith(question.suite_sha256, autoescape=True))
-    newest = func.row_number().over(
-        partition_by=(scores.c.name, scores.c.number, scores.c.suite_sha256),
-        order_by=(scores.c.created.desc(), scores.c.id.desc()),
-    )
-    inner = select(scores, newest.label("place")).where(*terms).subquery()
-    return select(inner).where(inner.c.place == 1).subquery()
-
-
-def _ranked(connection: Connection, query: Select[tuple[object]], question: VersionQuery) -> Select[tuple[object]]:
-    measured = _measured(question)
-    joined = query.join(measured, and_(measured.c.name == versions.c.name, measured.c.number == versions.c.number))
-    kinds = connection.execute(
-        joined.with_only_columns(measured.c.suite_sha256, measured.c.higher_is_better, maintain_column_froms=True)
-        .distinct()
-        .order_by(None)
-    ).all()
-    suites = sorted({row.suite_sha256 for row in kinds})
+    joined = scores.join(versions, and_(scores.c.name == versions.c.name, scores.c.number == versions.c.number))
+    columns = (scores.c[name] for name in ("name", "number", "value", "suite_sha256", "higher_is_better"))
+    query = select(*columns).select_from(joined).where(*terms, _condition(question))
+    newest = {(row.name, row.number, row.suite_sha256): row for row in connection.execute(query.order_by(*_AGE))}
+    if not newest:
+        _refuse_unknown_metric(connection, question)
+    suites = sorted({row.suite_sha256 for row in newest.values()})
     if len(suites) > 1:
         raise UsageError(
             f"{question.metric}: measured on {len(suites)} different suites, whose scores are not comparable",
             f"--suite names one: {', '.join(sha256[:12] for sha256 in suites[:5])}",
         )
-    rising = bool(kinds and kinds[0].higher_is_better)
-    order = measured.c.value.desc() if rising else measured.c.value.asc()
-    return joined.order_by(order, versions.c.created.desc(), versions.c.name, versions.c.number.desc())
+    ranked = [(-row.value if row.higher_is_better else row.value, row.name, -row.number) for row in newest.values()]
+    return [(name, -number) for _, name, number in sorted(ranked)]
+
+
+def _read_in_order(connection: Connection, keys: Sequence[Key]) -> list[Version]:
+    found = {(version.name, version.number): version for version in read_versions(connection, keys)}
+    return [found[key] for key in keys]
 
 
 def _refuse_unknown_metric(connection: Connection, question: VersionQuery) -> None:
@@ -127,7 +120,8 @@ def run_sql(database: Database, statement: str) -> tuple[Sequence[str], list[lis
         else:
             connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         try:  # in Postgres a cursor of the server takes one query, and nothing else
-            result = connection.execution_options(stream_results=True).exec_driver_sql(statement)
+            text = statement if isinstance(own, sqlite3.Connection) else statement.replace("%", "%%")  # no parameters
+            result = connection.execution_options(stream_results=True).exec_driver_sql(text)
             if not result.returns_rows:
                 raise UsageError("sql: expected a SELECT", READING)
             return list(result.keys()), [list(row) for row in result.fetchmany(MOST_ROWS)]

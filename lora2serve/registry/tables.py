@@ -26,7 +26,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )  # fmt: skip
 
-SCHEMA = 1
+SCHEMA = 2
 metadata = MetaData()
 
 settings = Table("setting", metadata, Column("key", Text, primary_key=True), Column("value", Text, nullable=False))
@@ -53,6 +53,7 @@ versions = Table(
     Column("steps", BigInteger),
     Column("rows", BigInteger),
     Column("quantization", Text, nullable=False),
+    Column("data", Text, nullable=False, server_default=""),  # sha256 of each file of rows that it was trained on
     Column("bytes", BigInteger, nullable=False),
     Column("facts", Text, nullable=False),
     UniqueConstraint("name", "sha256"),

@@ -48,6 +48,7 @@ class VersionSettings:
     steps: int | None = None
     rows: int | None = None  # that were trained on
     quantization: str = ""
+    data: str = ""  # sha256 of each file of rows that were trained on
 
     def columns(self) -> dict[str, object]:
         """By the names of the table's columns."""
@@ -86,6 +87,7 @@ def read_settings(
         learning_rate=float(rate) if isinstance(rate, int | float) else None,
         steps=record.steps if record else None,
         rows=facts.data.train.rows if facts.data.train else None,
+        data=data_sums(facts),
         quantization=record.quantization.type if record and record.quantization else "",
     )
 
@@ -123,6 +125,13 @@ def read_recipe(path: Path) -> Mapping[str, object]:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
+
+
+def data_sums(facts: VersionFacts) -> str:
+    """The sha256 of each file of rows that it was trained on, spaces between."""
+    train = facts.data.train
+    sources = [train, *train.parts] if train else []
+    return " ".join(source.sha256 for source in sources if source.sha256)
 
 
 def base_sum(base: BaseRecord) -> str:

@@ -75,6 +75,7 @@ class Version(JsonRecord):
     rows: int | None
     quantization: str
     bytes: int
+    data_sha256: tuple[str, ...]  # of each file of rows that it was trained on
     exports: tuple[VersionExport, ...]
     scores: tuple[VersionScore, ...]
     targets: tuple[str, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, or_, select
 
@@ -24,10 +24,11 @@ SCORE = {
 }  # fmt: skip
 
 
-def read_versions(connection: Connection, condition: ColumnElement[bool]) -> list[Version]:
-    """The versions for which that holds, by name and number."""
-    query = select(versions).where(condition).order_by(versions.c.name, versions.c.number)
-    rows = [dict(row) for row in connection.execute(query).mappings()]
+def read_versions(connection: Connection, keys: Sequence[Key]) -> list[Version]:
+    """Those versions, in any order."""
+    rows: list[dict[str, object]] = []
+    for wanted in _conditions(keys, versions):
+        rows += [dict(row) for row in connection.execute(select(versions).where(wanted)).mappings()]
     return complete(connection, rows)
 
 
@@ -113,19 +114,27 @@ def _grouped(
     found: dict[Key, list[dict[str, object]]] = defaultdict(list)
     name, number = table.c.name, table.c.number
     chosen = [table.c[column] for column in columns.values()]
-    for start in range(0, len(keys), SOME):
-        numbers: dict[str, list[int]] = defaultdict(list)
-        for key_name, key_number in keys[start : start + SOME]:
-            numbers[key_name].append(key_number)
-        wanted = or_(*(and_(name == each, number.in_(some)) for each, some in numbers.items()))
+    for wanted in _conditions(keys, table):
         for row in connection.execute(select(name, number, *chosen).where(wanted).order_by(*chosen)):
             found[row[0], row[1]].append(dict(zip(columns, row[2:], strict=True)))
     return found
 
 
+def _conditions(keys: Sequence[Key], table: Table) -> Iterator[ColumnElement[bool]]:
+    """That a row is of one of those versions, some of them at a time."""
+    for start in range(0, len(keys), SOME):
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for name, number in keys[start : start + SOME]:
+            numbers[name].append(number)
+        yield or_(*(and_(table.c.name == name, table.c.number.in_(some)) for name, some in numbers.items()))
+
+
 def _version(row: Mapping[str, object], **parts: object) -> Version:
     source = f"{row['name']}@{row['number']}"
     facts = VersionFacts.from_text(str(row["facts"]), f"{source}: facts")
-    columns = {key: value for key, value in row.items() if key != "facts"}
-    data: dict[str, object] = {"data": facts.data.to_json(), "recipe": facts.recipe, "versions": facts.versions}
-    return Version.from_json({**columns, **parts, "targets": facts.targets, **data}, source)
+    columns = {key: value for key, value in row.items() if key not in ("facts", "data")}
+    lineage: dict[str, object] = {
+        "targets": facts.targets, "data_sha256": str(row["data"]).split(), "data": facts.data.to_json(),
+        "recipe": facts.recipe, "versions": facts.versions,
+    }  # fmt: skip
+    return Version.from_json({**columns, **parts, **lineage}, source)

@@ -45,6 +45,8 @@ ROUTES: list[tuple[str, str, str]] = [
     ("GET", r"/storage/(?P<oid>[0-9a-f]{64})", "storage"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/refs", "refs"),
     ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "branch"),
+    ("DELETE", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "remove_branch"),
+    ("POST", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/tag/(?P<rev>[^/]+)", "tag"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/discussions", "discussions"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.+))?", "tree"),
     ("GET", rf"/api/{KIND}/(?P<id>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", "info"),
@@ -52,7 +54,7 @@ ROUTES: list[tuple[str, str, str]] = [
     ("HEAD", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
 ]
-WRITES = {"create", "delete", "preupload", "commit", "batch", "verify", "branch"}
+WRITES = {"create", "delete", "preupload", "commit", "batch", "verify", "branch", "remove_branch", "tag"}
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -255,6 +257,20 @@ class HubHandler(BaseHTTPRequestHandler):
         if self.values["rev"] in self.repo.refs:
             raise Refused(409, message="Reference already exists")
         self.repo.refs[self.values["rev"]] = start.oid
+        return {}
+
+    def remove_branch(self) -> Any:
+        if self.repo.refs.pop(self.values["rev"], None) is None:
+            raise Refused(404, "RevisionNotFound", "Invalid rev id")
+        return {}
+
+    def tag(self) -> Any:
+        commit, name = self.repo.find(self.values["rev"]), json.loads(self.body())["tag"]
+        if commit is None:
+            raise Refused(404, "RevisionNotFound", "Invalid rev id")
+        if name in self.repo.refs:
+            raise Refused(409, message="Tag reference exists already")
+        self.repo.refs[name] = commit.oid
         return {}
 
     def tree(self) -> Any:

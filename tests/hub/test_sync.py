@@ -1,0 +1,49 @@
+"""A registry's versions as tags and branches of a repository, by the real client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora2serve import Registry
+from lora2serve.cli import run as command_line
+from lora2serve.errors import UsageError
+from lora2serve.hub import fetch
+from lora2serve.progress import Silent
+from tests.support.hub_server import HubServer
+from tests.support.registries import add_export, make_run
+
+REPO = "user/medical-qa"
+
+
+def test_versions_become_tags_and_aliases_branches(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Registry(tmp_path / "registry") as registry:
+        for seed in range(3):
+            run = make_run(tmp_path / f"run-{seed}", seed)
+            export = add_export(run, proven=seed != 1)
+            registry.add(run.path, name="medical-qa", unproven=True)
+        registry.promote("medical-qa@1")
+        synced = registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent())
+        assert synced.pushed == ("medical-qa@1", "medical-qa@3") and synced.moved == ("medical-qa@champion",)
+        assert synced.left_out == ("medical-qa@2: vllm: parity was not run",)
+        refs = hub.repos[REPO].refs
+        assert refs["champion"] == refs["v1"] != refs["v3"] == refs["main"] and "v2" not in refs
+        assert (fetch(f"{REPO}@champion").path / "config.json").read_bytes() == (export / "config.json").read_bytes()
+
+        before = len(hub.requests)
+        again = registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent())
+        assert (again.pushed, again.moved) == ((), ())
+        assert {request.method for request in hub.requests[before:]} == {"GET"}
+        registry.promote("medical-qa@3")
+        assert command_line(["registry", "sync", "medical-qa", "--to", f"hub:{REPO}"]) == 0
+        assert capsys.readouterr().out == "medical-qa@champion\n" and refs["champion"] == refs["v3"]
+        registry.rollback("medical-qa")
+        registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent())
+        assert refs["champion"] == refs["v1"]
+        for to in ("user/x", "hub:", "s3://bucket"):
+            with pytest.raises(UsageError, match="--to"):
+                registry.sync("medical-qa", to=to, progress=Silent())

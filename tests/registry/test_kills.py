@@ -1,0 +1,137 @@
+"""Ended by the kernel at any moment, and many processes at once: nothing half, nothing lost, one history.
+
+When a process ends is drawn in seconds of its own work, so that it is the same on a busy machine: SIGPROF, which nothing
+handles, ends it as SIGKILL does.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lora2serve import Lora2ServeError, Registry
+from tests.support.registries import add_export, make_run
+
+RUNS = 12
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    made = []
+    for seed in range(RUNS):
+        run = make_run(tmp_path / "runs" / f"run-{seed}", seed)
+        add_export(run)
+        made.append(run.path)
+    return made
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Do that in a child; its process."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    with suppress(BaseException):
+        work()
+        code = 0
+    os._exit(code)
+
+
+def work_until(seconds: float, location: str, runs: list[Path], seed: int) -> None:
+    """Adds, promotes, rolls back and collects at random, until it is ended after so much work."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    chance = random.Random(seed)
+    with Registry(location) as registry:
+        while True:
+            with suppress(Lora2ServeError):  # a version that is not there yet, or no longer
+                number = chance.randint(1, RUNS)
+                match chance.randint(0, 9):
+                    case 0 | 1 | 2:
+                        registry.add(chance.choice(runs), name="m")
+                    case 3 | 4 | 5:
+                        registry.promote(f"m@{number}", chance.choice(("champion", "staging")))
+                    case 6 | 7:
+                        registry.rollback("m")
+                    case 8:
+                        registry.path(f"m@{number}")
+                    case 9:
+                        registry.gc(keep=2)
+
+
+def kill_at_random(location: str, runs: list[Path], times: int) -> int:
+    """How many versions there are after so many kills, between which all must be whole."""
+    chance = random.Random(7)
+    with Registry(location) as registry:
+        registry.add(runs[0], name="m")
+        for round_number in range(times):
+            seconds = chance.uniform(0.001, 0.12)
+            child = forked(lambda seed=round_number, end=seconds: work_until(end, location, runs, seed))  # type: ignore[misc]
+            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGPROF
+            registry.verify()
+        for version in registry.versions("m"):
+            if version.state != "collected":
+                assert (registry.path(version.reference) / "adapter" / "adapter_model.safetensors").is_file()
+        registry.gc(keep=1)
+        count = registry.verify()
+        root = Path(registry._open().database.content or location)
+        assert not list(root.glob("partial/*")), "what was killed leaves nothing behind a gc"
+    return count
+
+
+def test_kills(location: str, runs: list[Path]) -> None:
+    assert kill_at_random(location, runs, 12) > 1
+
+
+@pytest.mark.slow
+def test_200_kills(location: str, runs: list[Path]) -> None:
+    assert kill_at_random(location, runs, 200) == RUNS
+
+
+def test_8_processes_and_50_promotions(location: str, runs: list[Path]) -> None:
+    """Each process moves the alias between two versions of its own, so that every promotion is a move."""
+    with Registry(location) as registry:
+        for run in (*runs, runs[0], runs[1]):
+            registry.add(run, name="m")
+        for seed in range(RUNS, 16):
+            extra = make_run(runs[0].parent / f"extra-{seed}", seed)
+            add_export(extra)
+            registry.add(extra.path, name="m")
+
+        def promote(first: int) -> None:
+            with Registry(location) as own:
+                for turn in range(50):
+                    own.promote(f"m@{first + turn % 2}", why=f"{first}: {turn}")
+
+        children = [forked(lambda first=2 * number + 1: promote(first)) for number in range(8)]  # type: ignore[misc]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+        moves = [event for event in registry.history("m") if event.kind == "promote"]
+        assert len(moves) == 400
+        assert [event.old for event in moves[1:]] == [event.new for event in moves[:-1]], "one after another"
+        for first in range(1, 17, 2):
+            own = [event.why for event in moves if event.why.startswith(f"{first}: ")]
+            assert own == [f"{first}: {turn}" for turn in range(50)]
+        assert registry.verify() == 16 and registry.aliases("m") == {"champion": moves[-1].new}
+
+
+def test_the_control_of_verify(location: str, runs: list[Path]) -> None:
+    """A lost event and an alias that was moved by hand are seen."""
+    from sqlalchemy import text
+
+    with Registry(location) as registry:
+        for run in runs[:2]:
+            registry.add(run, name="m")
+        registry.promote("m@1")
+        with registry._open().database.writing() as connection:
+            connection.execute(text("UPDATE alias SET number = 2"))
+        with pytest.raises(Lora2ServeError, match="m@champion: points to 2, and by the events to 1"):
+            registry.verify()
+        with registry._open().database.writing() as connection:
+            connection.execute(text("DELETE FROM file WHERE number = 2"))
+        with pytest.raises(Lora2ServeError, match="m@2: has no files"):
+            registry.verify()

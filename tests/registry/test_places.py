@@ -1,0 +1,249 @@
+"""Where a registry lies: old and new schemas, network file systems, full disks, URLs, damage; and how fast it answers."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora2serve import Lora2ServeError, Registry
+from lora2serve.errors import InputError, RegistryError, UsageError
+from lora2serve.registry import ledger, tables
+from lora2serve.registry.location import file_system, find_location, refuse_shared
+from lora2serve.registry.periods import last_period, time_of
+from tests.support.registries import add_export, make_run
+
+SCHEMA_1 = (Path(__file__).parent / "schema-1.sql").read_text(encoding="utf-8")
+
+
+def proven(path: Path, seed: int = 0) -> Path:
+    run = make_run(path, seed)
+    add_export(run)
+    return run.path
+
+
+def test_a_registry_of_schema_1_is_migrated(tmp_path: Path) -> None:
+    """As the first release of the registry wrote it; its files are not there, which is what the control sees."""
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    with sqlite3.connect(folder / "registry.db") as connection:
+        connection.executescript(SCHEMA_1)
+    with Registry(folder) as registry:
+        found = registry.find(data="a" * 64)
+        assert [version.reference for version in found] == ["medical-qa@1", "medical-qa@2", "medical-qa@3"]
+        assert registry.find(data="aaab") == []
+        assert registry.aliases("medical-qa") == {"champion": 1, "staging": 3}
+        assert [event.kind for event in registry.history("medical-qa") if event.alias] == [
+            "promote", "promote", "rollback", "promote",
+        ]  # fmt: skip
+        registry.promote("medical-qa@2")
+        with pytest.raises(InputError, match="missing"):
+            registry.verify()
+    with sqlite3.connect(folder / "registry.db") as connection:
+        assert connection.execute("SELECT value FROM setting WHERE key = 'schema'").fetchone() == (str(tables.SCHEMA),)
+        fresh = {row[1] for row in connection.execute("PRAGMA table_info(version)")}
+        assert fresh == {column.name for column in tables.versions.columns}
+
+
+def test_a_newer_schema_is_refused(location: str, tmp_path: Path) -> None:
+    with Registry(location) as registry:
+        registry.add(proven(tmp_path / "run"), name="a")
+        with registry._open().database.writing() as connection:
+            connection.exec_driver_sql("UPDATE setting SET value = '99' WHERE key = 'schema'")
+    with pytest.raises(InputError, match="newer lora2serve") as refusal, Registry(location) as again:
+        again.versions()
+    assert "upgrade" in refusal.value.hint
+
+
+def test_network_file_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel's own list of mounts; the control is the disk that this runs on."""
+    mounts = (
+        "22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw\n"
+        f"30 22 0:40 / {tmp_path}/with\\040space rw - nfs4 server:/x rw\n"
+        f"31 30 0:41 / {tmp_path}/with\\040space/local rw - xfs /dev/sdb rw\n"
+    )
+    (tmp_path / "with space" / "local").mkdir(parents=True)
+    assert file_system(tmp_path / "with space" / "new" / "registry", mounts) == "nfs4"
+    assert file_system(tmp_path / "with space" / "local" / "new", mounts) == "xfs"
+    assert file_system(tmp_path, mounts) == "ext4"
+    refuse_shared(tmp_path)
+    listed = tmp_path / "mountinfo"
+    listed.write_text(mounts)
+    monkeypatch.setattr("lora2serve.registry.location.MOUNTS", listed)
+    with pytest.raises(UsageError, match=r"network file system \(nfs4\)"):
+        Registry(tmp_path / "with space").add(proven(tmp_path / "run"), name="a")
+    assert not list((tmp_path / "with space").glob("registry.db*"))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk: an adapter does not fit, and then the database does not."""
+    run = proven(tmp_path / "run")
+    with (run / "adapter" / "tokenizer.json").open("wb") as file:
+        file.truncate(3_000_000)
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2);"
+        "from lora2serve.cli import run;"
+        "sys.exit(run(['registry', 'add', sys.argv[2], '--name', 'a']))"
+    )
+    for limit in (2_000_000, 30_000):
+        words = [sys.executable, "-c", script, str(limit), str(run)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+        assert done.stderr.count("\n") <= 2 and "Traceback" not in done.stderr
+    with Registry(tmp_path / "registry") as registry:
+        assert registry.versions() == []
+        registry.gc()
+        assert not list((tmp_path / "registry" / "blobs").glob("*/*")), "no blob is left without a version"
+        assert registry.add(run, name="a").reference == "a@1"
+        assert registry.verify() == 1
+
+
+def test_what_cannot_be_a_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for name, message in {
+        str(tmp_path / "file"): "a file, expected", "mysql://host/db": "expected a folder or postgresql",
+        "postgresql://user:secret@host": "expected a folder or postgresql",
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=message) as refusal:
+            find_location(name)
+        assert "secret" not in f"{refusal.value.message} {refusal.value.hint}"
+    with (
+        pytest.raises(RegistryError, match=r"127\.0\.0\.1:1/db: ") as refused,
+        Registry("postgresql://me:secret@127.0.0.1:1/db") as registry,
+    ):
+        registry.versions()
+    assert "secret" not in refused.value.message
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    (folder / "registry.db").write_bytes(b"no database at all" * 100)
+    with pytest.raises(RegistryError, match="not a database") as damaged, Registry(folder) as registry:
+        registry.versions()
+    assert damaged.value.hint
+    monkeypatch.chdir(tmp_path / "..")
+    monkeypatch.delenv("LORA2SERVE_REGISTRY", raising=False)
+    with pytest.raises(UsageError, match="no registry at") as missing, Registry() as registry:
+        registry.versions()
+    assert "registry add" in missing.value.hint
+    monkeypatch.setenv("LORA2SERVE_REGISTRY", str(tmp_path / "other"))
+    assert find_location().folder == tmp_path / "other"
+
+
+def test_files_at_a_url(tmp_path: Path) -> None:
+    """Of fsspec; what is served is fetched into the registry's folder, and checked."""
+    url = f"file://{tmp_path}/bucket"
+    with Registry.create(tmp_path / "registry", content=url) as registry:
+        registry.add(proven(tmp_path / "run"), name="a")
+        registry.add(proven(tmp_path / "run-1", 1), name="a")
+        path = registry.path("a@1")
+        assert path.is_relative_to(tmp_path / "registry")
+        assert (path / "adapter" / "adapter_model.safetensors").read_bytes() == (
+            tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+        ).read_bytes()
+        assert registry.verify() == 2
+        assert registry.gc(keep=1).versions == ("a@1",) and not path.exists()
+        assert registry.verify() == 2
+        blob = max((tmp_path / "bucket").glob("blobs/*/*"), key=lambda file: file.stat().st_size)
+        blob.write_bytes(b"x" * blob.stat().st_size)
+        with pytest.raises(InputError, match="content changed"):
+            registry.verify()
+        with pytest.raises(RegistryError, match="content changed"):
+            registry.path("a@2")
+        assert not (tmp_path / "registry" / "versions" / "a-2").exists(), "nothing half is left"
+    with pytest.raises(UsageError, match="files lie in file://"):
+        Registry.create(tmp_path / "registry", content=tmp_path / "other")
+    with pytest.raises(UsageError, match="nonsense"):
+        Registry.create(tmp_path / "third", content="nonsense://bucket")
+
+
+def test_exports_share_their_bytes(tmp_path: Path) -> None:
+    run = proven(tmp_path / "run")
+    with Registry(tmp_path / "registry") as registry:
+        registry.add(run, name="a")
+        served = registry.path("a@1/vllm") / "config.json"
+        assert served.stat().st_ino == (run / "exports" / "vllm" / "config.json").stat().st_ino
+        weights = "adapter/adapter_model.safetensors"
+        kept = registry.path("a@1") / weights
+        assert kept.stat().st_ino != (run / weights).stat().st_ino, "training may write there again"
+        shutil.rmtree(run)
+        assert registry.verify() == 1 and served.is_file() and kept.is_file()
+
+
+def filled(registry: Registry, count: int) -> None:
+    """So many versions with two scores each, as plain rows."""
+    quarters = ("2026-02-10T00:00:00Z", "2026-05-10T00:00:00Z", "2026-08-10T00:00:00Z", "2026-11-10T00:00:00Z")
+    version_rows, score_rows = [], []
+    for number in range(count):
+        key = {"name": f"adapter-{number % 100}", "number": number // 100 + 1}
+        version_rows.append({
+            **key, "sha256": f"{number:064d}", "state": "collected", "domain": ("medical", "law", "towns")[number % 3],
+            "task": "qa", "note": "", "author": f"person-{number % 7}", "created": quarters[number % 4],
+            "added": ledger.now(), "run": f"run-{number}", "base": "org/base", "base_sha256": "", "method": "LORA",
+            "rank": 4 << number % 5, "alpha": 16.0, "learning_rate": 2e-4, "steps": 100, "rows": 100,
+            "quantization": "nf4", "bytes": 1000, "facts": "{}", "data": "",
+        })  # fmt: skip
+        for suite, value in (("medqa", number % 997 / 1000), ("heldout", 1.0)):
+            score_rows.append({
+                **key, "suite": suite, "suite_sha256": "5" * 64, "metric": "acc", "value": value, "low": None,
+                "high": None, "n": 100, "higher_is_better": True, "engine": "vllm", "created": quarters[number % 4],
+            })  # fmt: skip
+    with registry._open(create=True).database.writing() as connection:
+        connection.execute(tables.versions.insert(), version_rows)
+        connection.execute(tables.scores.insert(), score_rows)
+
+
+def fastest(work: object, times: int = 5) -> float:
+    """Seconds of the fastest of some runs, without what it waits for the processor that others use."""
+    seconds = []
+    for _ in range(times):
+        start = time.process_time()
+        assert callable(work)
+        work()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def test_10000_versions_answer_fast(registry: Registry, tmp_path: Path) -> None:
+    filled(registry, 10_000)
+    question = {"domain": "medical", "metric": "medqa.acc", "since": "2026-07-01", "until": "2026-10-01"}
+    (best,) = registry.find(**question, best=True)  # type: ignore[arg-type]
+    _, rows = registry.sql(
+        "SELECT v.name, v.number, s.value FROM version v JOIN score s ON s.name = v.name AND s.number = v.number "
+        "WHERE v.domain = 'medical' AND s.suite = 'medqa' AND s.created LIKE '2026-08%' ORDER BY s.value DESC LIMIT 1"
+    )
+    assert [best.name, best.number, best.scores[-1].value] == rows[0]
+    assert fastest(lambda: registry.find(**question, best=True)) < 0.1  # type: ignore[arg-type]
+    assert fastest(lambda: registry.find(where="rank <= 8 and medqa.acc > 0.99 and base = org/base", limit=10)) < 0.1
+    for seed in (0, 1):
+        registry.add(proven(tmp_path / f"run-{seed}", seed), name="live")
+        registry.promote(f"live@{seed + 1}")
+
+    def back() -> None:
+        registry.rollback("live", to=1)
+        registry.rollback("live", to=2)
+
+    assert fastest(back) / 2 < 0.05
+
+
+def test_periods() -> None:
+    from datetime import date
+
+    day = date(2026, 11, 28)
+    assert last_period("quarter", day) == ("2026-07-01T00:00:00Z", "2026-10-01T00:00:00Z")
+    assert last_period("quarter", date(2026, 1, 1)) == ("2025-10-01T00:00:00Z", "2026-01-01T00:00:00Z")
+    assert last_period("month", date(2026, 1, 31)) == ("2025-12-01T00:00:00Z", "2026-01-01T00:00:00Z")
+    assert last_period("week", day) == ("2026-11-16T00:00:00Z", "2026-11-23T00:00:00Z")
+    assert last_period("year", day) == ("2025-01-01T00:00:00Z", "2026-01-01T00:00:00Z")
+    assert last_period("day", day) == ("2026-11-27T00:00:00Z", "2026-11-28T00:00:00Z")
+    assert last_period("30d", day) == ("2026-10-29T00:00:00Z", "2026-11-29T00:00:00Z")
+    assert time_of("2026-07-01T02:00+02:00", "--since") == "2026-07-01T00:00:00Z"
+    for text in ("fortnight", "0x", "99999d"):
+        with pytest.raises(UsageError, match="--last"):
+            last_period(text, date(200, 1, 1))
+    with pytest.raises(Lora2ServeError, match="--since yesterday"):
+        time_of("yesterday", "--since")
