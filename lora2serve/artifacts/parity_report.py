@@ -156,7 +156,7 @@ class ComparisonResult(JsonRecord):
     reply: str = named("said", "")  # the answer to the user's own question
     seconds: float = 0.0
     required: bool = True  # whether a missing engine is red
-    computed: str = ""  # in what the engine computed, where ``serve`` starts it in another type
+    computed: str = ""  # what the engine had otherwise than ``serve`` starts it with: its type, LongRoPE's factors
     size: int = 0  # bytes of the export's files; 0: not known
     base_size: int = 0  # bytes of the base's weights, where the export is an adapter that is served on it
     speed: float = 0.0  # tokens per second of the answers, one answer at a time; 0: not measured

@@ -204,7 +204,8 @@ class Comparator:
         with self.progress.track(label, len(self.data.conversations)) as advance:
             answer = child.call("tokens", advance, data=str(self.references.path))
         tokens = gates.EngineTokens.from_json(answer, f"{row.engine}: tokens")
-        computed = served_otherwise(comparison, tokens.dtype, self.origin.base)
+        window = self.data.longest(self.settings.new_tokens)
+        computed = served_otherwise(comparison, tokens.dtype, self.origin.base, window)
         row = replace(row, version=tokens.version, computed=computed, reply=self._answer(child) if self.ask else "")
         passed.append(gates.tokens(self.data, tokens))
         if passed[-1].status == "met":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora2serve.system.http import check_address, without_credentials
 from lora2serve.system.small_files import read_json
 
 NAMES = ("transformers", "peft", "vllm", "vllm-server", "llama.cpp", "ollama", "openai")
+VLLM = ("vllm", "vllm-server")
 BY_NAME_ONLY = ("vllm-server",)  # the same arithmetic as vllm, and a server start more
 
 
@@ -106,20 +108,53 @@ def engines_of(export: Export, base: str, tokenizer: str, window: int) -> list[t
     raise InputError(f"{path}: target {target!r} has no engine to compare in")
 
 
-def served_otherwise(comparison: Comparison, computed: str | None, base: Path) -> str:
-    """That ``serve`` starts the export in another type than the engine computed in; empty where it does not."""
-    served = comparison.path and served_dtype(comparison.path, base)
-    return f"computed in {computed}, served in {served}" if computed and served and computed != served else ""
+def served_otherwise(comparison: Comparison, computed: str | None, base: Path, window: int) -> str:
+    """What ``serve`` starts the export with and the engine had otherwise; empty where nothing is.
+
+    ``computed``: the type that the engine computed in; ``window``: tokens that it had room for.
+    """
+    path = comparison.path
+    if path is None:
+        return ""
+    settings, served, parts = _served(path), served_dtype(path, base), list[str]()
+    if computed and served and computed != served:
+        parts.append(f"computed in {computed}, served in {served}")
+    length = settings.get("max-model-len")
+    if comparison.engine in VLLM and isinstance(length, int) and window <= _short_rope(path) < length:
+        parts.append(f"LongRoPE's short factors; at max-model-len {length} vLLM takes the long ones for every text")
+    more = [str(key)[:40] for key in settings if key not in serve_settings.KNOWN]
+    if more and comparison.engine == "vllm":
+        parts.append(f"without {', '.join(more)} of serve.yaml")
+    return "; ".join(parts)
 
 
 def served_dtype(export: Path, base: Path) -> str | None:
     """That of its serve.yaml; without one, vLLM serves an adapter in the type of its base. None: the engine decides."""
-    try:
-        dtype = serve_settings.parsed(export / bundle.CONFIG).get("dtype")
-    except InputError:
+    if not (export / bundle.CONFIG).is_file():
         dtype = stored_dtype(base)
         return dtype if dtype in ("bfloat16", "float16") else None  # of float32 the engine makes a smaller one
-    return str(dtype) if dtype and dtype != "auto" else None
+    named = _served(export).get("dtype")
+    return str(named) if named and named != "auto" else None
+
+
+def _served(export: Path) -> Mapping[object, object]:
+    """Its serve.yaml; empty where it has none that can be read: the settings gate says so."""
+    try:
+        return serve_settings.parsed(export / bundle.CONFIG)
+    except InputError:
+        return {}
+
+
+def _short_rope(export: Path) -> float:
+    """Tokens up to which LongRoPE has factors of its own; infinite without such."""
+    try:
+        config = read_json(export / "config.json", "no config.json in it", InputError)
+    except InputError:
+        return math.inf
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    long = {rope.get("rope_type"), rope.get("type")} & {"longrope", "su"}
+    return original if long and isinstance(original, int) else math.inf
 
 
 def stored_dtype(model: Path) -> str:

@@ -1,0 +1,39 @@
+"""What an engine had otherwise than ``serve`` starts the export with: a row's first table says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora2serve.parity_check.comparisons import Comparison, served_otherwise
+
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("served", "rope", "engine", "computed", "expected"),
+    [
+        ("dtype: bfloat16\nmax-model-len: 512", {}, "vllm", "bfloat16", ""),
+        ("dtype: bfloat16", {}, "vllm", "float32", "computed in float32, served in bfloat16"),
+        ("dtype: auto", {}, "vllm", "float32", ""),
+        ("dtype: bfloat16", {}, "transformers", None, ""),
+        ("max-model-len: 131072", LONG, "vllm", None, "LongRoPE's short factors; at max-model-len 131072 vLLM"),
+        ("max-model-len: 131072", LONG, "transformers", None, ""),
+        ("max-model-len: 4096", LONG, "vllm", None, ""),
+        ("max-model-len: 131072", {"rope_type": "yarn"}, "vllm", None, ""),
+        ("kv-cache-dtype: fp8", {}, "vllm", None, "without kv-cache-dtype of serve.yaml"),
+        ("kv-cache-dtype: fp8", {}, "vllm-server", None, ""),  # which has it
+        ("[", {}, "vllm", "float32", ""),  # the settings gate says so
+    ],
+)
+def test_it_is_said(
+    tmp_path: Path, served: str, rope: dict[str, Any], engine: str, computed: str | None, expected: str
+) -> None:
+    (tmp_path / "serve.yaml").write_text(served)
+    (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope}))
+    comparison = Comparison("export", tmp_path, "vllm", "bfloat16", engine, {}, "original")
+    found = served_otherwise(comparison, computed, tmp_path, 600)
+    assert found.startswith(expected) and bool(found) == bool(expected)
