@@ -1,4 +1,4 @@
-"""What an engine had otherwise than ``serve`` starts the export with: a row's first table says so."""
+"""Settings that an engine had otherwise than ``serve`` starts the export with: a row's first table says so."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
     ("served", "rope", "engine", "computed", "expected"),
     [
         ("dtype: bfloat16\nmax-model-len: 512", {}, "vllm", "bfloat16", ""),
-        ("dtype: bfloat16", {}, "vllm", "float32", "computed in float32, served in bfloat16"),
-        ("dtype: auto", {}, "vllm", "float32", ""),
-        ("dtype: bfloat16", {}, "transformers", None, ""),
         ("max-model-len: 131072", LONG, "vllm", None, "LongRoPE's short factors; at max-model-len 131072 vLLM"),
         ("max-model-len: 131072", LONG, "transformers", None, ""),
         ("max-model-len: 4096", LONG, "vllm", None, ""),

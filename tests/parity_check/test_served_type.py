@@ -29,4 +29,4 @@ def test_another_type_is_named(tmp_path: Path, serve: str | None, base: str, com
     if serve:
         (export / "serve.yaml").write_text(serve)
     comparison = Comparison("adapter", export, "adapter", "lora", "vllm", {}, "original")
-    assert served_otherwise(comparison, computed, tmp_path) == words
+    assert served_otherwise(comparison, computed, tmp_path, 600) == words
