@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, Self
@@ -204,6 +205,11 @@ class Manifest(JsonRecord):
 
 def versions() -> dict[str, str]:
     """The installed versions of everything that can change an artifact."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     installed = {}
     for name in PACKAGES:
         try:

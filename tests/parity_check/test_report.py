@@ -300,6 +300,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     assert not [*(tmp_path / "new" / "parity").iterdir()]
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(BROWSER is None and "GITHUB_ACTIONS" not in os.environ, reason=NO_BROWSER)
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -21,7 +21,7 @@ def postgres() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.engine)])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where an empty registry is; that of Postgres has its files in a folder."""
     if request.param == "sqlite":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -60,7 +61,7 @@ def make_adapter(
     **config: Any,
 ) -> Path:
     """Save a PEFT adapter for ``base`` whose every tensor is random, as after a training."""
-    from peft import PeftConfig, get_peft_config, get_peft_model
+    from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 
     torch.manual_seed(seed)
     model = load_model(base)
@@ -75,7 +76,8 @@ def make_adapter(
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * std)
-    adapted.save_pretrained(path)
+    with patch.object(PeftModel, "create_or_update_model_card"):  # no test reads it, and it takes the longest
+        adapted.save_pretrained(path)
     return path
 
 
