@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from converters.gguf.header import Keys
@@ -25,7 +25,7 @@ class LayoutOptions:
     quant: str = "F16"
     pre: str | None = None
     match_reference: bool = False
-    chat_template: str | None = None
+    chat_template: str | None = field(default=None, metadata={"record": False})  # no choice of the user's
 
 
 @dataclass(frozen=True)

@@ -47,16 +47,15 @@ REPEATED = ("stop", "license", "message")  # commands that may stand several tim
 
 
 def settings(text: str) -> dict[str, object]:
-    """The commands by name, numbers as numbers; ``stop`` in any order. ModelfileError where Ollama would refuse it."""
-    values: dict[str, object] = {}
-    lists: dict[str, list[str]] = {}
+    """The commands by name, numbers as numbers; ``stop`` in any order. ModelfileError where Ollama would refuse it.
+
+    Any other command that stands there twice is a list as well: Ollama takes the files of every FROM.
+    """
+    lists: dict[str, list[str | float]] = {}
     for name, value in parse(text):
-        kind = PARAMETERS.get(name)
-        if name in REPEATED:
-            lists.setdefault(name, []).append(value)
-        else:
-            values[name] = float(value) if kind in (int, float) else value
-    return values | {name: sorted(each) if name == "stop" else each for name, each in lists.items()}
+        lists.setdefault(name, []).append(float(value) if PARAMETERS.get(name) in (int, float) else value)
+    lists["stop"] = sorted(lists.pop("stop", []), key=str)
+    return {name: each if name in REPEATED or len(each) > 1 else each[0] for name, each in lists.items() if each}
 
 
 def is_printable(character: str) -> bool:

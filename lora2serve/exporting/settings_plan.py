@@ -103,9 +103,9 @@ def recorded_options(options: object) -> dict[str, object]:
 
 
 def options_again(manifest: Manifest) -> Any:
-    """The target's options, as the manifest has them on record."""
+    """The target's options, as the manifest has them on record; of what is no choice of the user's, none."""
     kind = sinks.find(manifest.target).Options
-    known = {option.name for option in fields(kind)}
+    known = {option.name for option in fields(kind) if option.metadata.get("record", True)}
     recorded = manifest.options if manifest.options is not None else _of_earlier(manifest)
     chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
     chosen |= {name: getattr(manifest, name) for name in IN_MANIFEST}

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora2serve.adapters.adapter import read_config
 from lora2serve.adapters.lint import ranks
 from lora2serve.artifacts.export_dir import Export
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.parity_report import GATES, GateName, ReferenceName
 from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.exporting import bundle
@@ -119,6 +120,9 @@ def served_otherwise(comparison: Comparison, computed: str | None, base: Path, w
     settings, served, parts = _served(path), served_dtype(path, base), list[str]()
     if computed and served and computed != served:
         parts.append(f"computed in {computed}, served in {served}")
+    served_base = (Manifest.read(path).options or {}).get("served_base")
+    if served_base and served_base != str(base):
+        parts.append(f"on {base.name}, served on {served_base}")
     length = settings.get("max-model-len")
     if comparison.engine in VLLM and isinstance(length, int) and window <= _short_rope(path) < length:
         parts.append(f"LongRoPE's short factors; at max-model-len {length} vLLM takes the long ones for every text")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.parity_check.comparisons import Comparison, served_otherwise
 
 
@@ -28,5 +29,6 @@ def test_another_type_is_named(tmp_path: Path, serve: str | None, base: str, com
     export.mkdir()
     if serve:
         (export / "serve.yaml").write_text(serve)
+    Manifest(target="vllm").write(export)
     comparison = Comparison("adapter", export, "adapter", "lora", "vllm", {}, "original")
     assert served_otherwise(comparison, computed, tmp_path, 600) == words

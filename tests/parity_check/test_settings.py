@@ -116,6 +116,11 @@ def lost(name: str) -> Damage:
     return lambda export: (export / name).unlink()
 
 
+def second_from(export: Path) -> None:
+    """Ollama takes the files of both."""
+    rewritten(export / "Modelfile", "FROM llama3.2:1b\n" + (export / "Modelfile").read_text(encoding="utf-8"))
+
+
 # name -> target, damage, the setting that must be named
 DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "temperature": ("vllm", keys("generation_config.json", temperature=1.9), "generation_config.json:temperature"),
@@ -186,6 +191,7 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "a projector's word": ("gguf", gguf({"general.type": "mmproj"}), "general.type"),
     "Q4_K_M named Q5_K_M": ("gguf", both(gguf({"general.file_type": 17}), lambda e: next(e.glob("*.gguf")).rename(e / "adapter-Q5_K_M.gguf"), in_manifest(quant="Q5_K_M", file="adapter-Q5_K_M.gguf")), "tensors.blk.0.attn_q.weight"),
     "another model": ("ollama", other_model, "Modelfile:from"),
+    "a second model": ("ollama", second_from, "Modelfile:from"),
     "a temperature": ("ollama", text("Modelfile", "temperature 0.6", "temperature 1.9"), "Modelfile:temperature"),
     "no stops": ("ollama", lambda e: rewritten(e / "Modelfile", "".join(line for line in (e / "Modelfile").read_text().splitlines(True) if " stop " not in line)), "Modelfile:stop"),
     "a system prompt": ("ollama", lambda e: rewritten(e / "Modelfile", (e / "Modelfile").read_text() + 'SYSTEM """Be rude."""\n'), "Modelfile:system"),
