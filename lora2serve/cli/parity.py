@@ -135,7 +135,7 @@ def show(result: ParityResult) -> None:
         console.table("", [result.report.question.prompt, "answer"], [list(pair) for pair in result.answers.items()])
     for item in result.report.recommendations:
         name = f"{item.export} ({console.size(item.size)}), " if item.export else ""
-        console.Terminal().note(" ".join([f"{item.title}: {name}{item.reason}.", *item.details]))
+        console.Terminal().note("\n  ".join([f"{item.title}: {name}{item.reason}.", *item.details]))
 
 
 def _cell(line: OverviewRow, key: str) -> str:
