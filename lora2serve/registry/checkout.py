@@ -72,7 +72,7 @@ def check_out(views: Path, store: ContentStore, version: Version, content: Versi
         _make(views, store, target, content.own(version), version)
     for path, blob in content.own(version).items():
         if not _is_there(target / path, blob, measured=path.startswith(LATER)):
-            _replace(views, store, target / path, blob)
+            _replace(views, store, target / path, blob, link=not path.startswith(LATER))
     for label in labels:
         _make_export(views, store, target / EXPORTS / label, content.of(label), content.manifests[label])
     return target
@@ -105,7 +105,7 @@ def _make(views: Path, store: ContentStore, target: Path, blobs: Mapping[str, Bl
         new = folder / target.name
         new.mkdir()
         for path, blob in blobs.items():
-            store.get(blob, new / path)
+            store.get(blob, new / path, link=not path.startswith(LATER))
         write_marker(new, version.name, version.number, version.sha256)
         if target.exists() and not (target / MARKER).is_file():  # somebody's own, or what a damaged disk left
             shutil.rmtree(target)
@@ -131,9 +131,9 @@ def _make_export(views: Path, store: ContentStore, target: Path, blobs: Mapping[
         Manifest.from_text(manifest, "manifest").write(target)
 
 
-def _replace(views: Path, store: ContentStore, target: Path, blob: Blob) -> None:
+def _replace(views: Path, store: ContentStore, target: Path, blob: Blob, *, link: bool) -> None:
     with staged(views) as folder:
-        store.get(blob, folder / "file")
+        store.get(blob, folder / "file", link=link)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / "file", target)
 

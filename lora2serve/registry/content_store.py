@@ -44,8 +44,11 @@ class ContentStore(Protocol):
         """Add a file's content; ``link``: it will not change, and may be shared. OSError where there is no room."""
         ...
 
-    def get(self, blob: Blob, target: Path) -> None:
-        """Make ``target`` of a blob, a hard link where that can be; RegistryError where it is missing or damaged."""
+    def get(self, blob: Blob, target: Path, *, link: bool = True) -> None:
+        """Make ``target`` of a blob; ``link``: it will not be written to, and may be a hard link.
+
+        RegistryError where the blob is missing or damaged.
+        """
         ...
 
     def problem(self, blob: Blob) -> str:
@@ -66,6 +69,7 @@ class FolderStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.mended: set[str] = set()  # blobs that were damaged, and were put again
 
     def put(self, file: Path, *, link: bool) -> Blob:
         with staged(self.root) as folder:
@@ -73,19 +77,24 @@ class FolderStore:
             _link_or_copy(file, new, link)
             blob = Blob(digest(new)["sha256"], new.stat().st_size)
             path = self._path(blob.sha256)
-            if path.is_file() and path.stat().st_size == blob.size:
-                return blob
+            if path.is_file():
+                if path.samefile(new) or digest(path)["sha256"] == blob.sha256:
+                    return blob
+                self.mended.add(blob.sha256)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.rename(new, path)
             _sync(path.parent)
             return blob
 
-    def get(self, blob: Blob, target: Path) -> None:
+    def get(self, blob: Blob, target: Path, *, link: bool = True) -> None:
         path = self._path(blob.sha256)
         if not path.is_file() or path.stat().st_size != blob.size:
             raise _damaged(blob, "missing" if not path.is_file() else f"{path.stat().st_size} bytes")
         target.parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(path, target, True)
+        if link:
+            _link_or_copy(path, target, True)
+        else:
+            shutil.copyfile(path, target)
 
     def problem(self, blob: Blob) -> str:
         path = self._path(blob.sha256)
@@ -129,7 +138,7 @@ class UrlStore:
             self._files.put_file(str(file), path)
         return blob
 
-    def get(self, blob: Blob, target: Path) -> None:
+    def get(self, blob: Blob, target: Path, *, link: bool = True) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._files.get_file(self._path(blob.sha256), str(target))

@@ -19,7 +19,7 @@ from lora2serve.registry.content_store import Blob, FolderStore, folder_lock, op
 from lora2serve.registry.database import Database
 from lora2serve.registry.ledger import LATER, Labels, Ledger
 from lora2serve.registry.location import Location
-from lora2serve.registry.tables import versions
+from lora2serve.registry.tables import files, versions
 from lora2serve.registry.upkeep import Collected
 from lora2serve.registry.version_marker import read_marker
 from lora2serve.registry.version_record import Version
@@ -66,6 +66,7 @@ class OpenRegistry:
                 raise InputError("\n".join(problems), "export again, or copy it again")
             with self.writing(who) as ledger:
                 number = ledger.add_version(name, source, blobs, labels)
+                self._forget_views_of_mended(ledger.connection)
                 return find_version(ledger.connection, VersionReference(name, number))
 
     def check_out(self, reference: VersionReference) -> tuple[Version, Path]:
@@ -84,10 +85,10 @@ class OpenRegistry:
         """Write down what lies in the directory of a version and was not there when it was added."""
         name, number = read_marker(directory)
         source = of_run(Run(directory)) if is_run(directory) else None
-        files = {path: file for path, file in source.files().items() if path.startswith(LATER)} if source else {}
+        local = {path: file for path, file in source.files().items() if path.startswith(LATER)} if source else {}
         manifests = [Manifest.read(path.parent) for path in directory.glob(f"{EXPORTS}/*/{MANIFEST}")]
         with self._content_lock(alone=False), _disk_errors():
-            blobs = {path: self.store.put(file, link=False) for path, file in files.items()}
+            blobs = {path: self.store.put(file, link=False) for path, file in local.items()}
             with self.writing(who) as ledger:
                 ledger.add_files(name, number, blobs)
                 for manifest in manifests:
@@ -121,14 +122,21 @@ class OpenRegistry:
         return problems, int(count or 0)
 
     def _store_files(self, source: VersionSource, progress: Progress) -> dict[str, Blob]:
-        files = source.files()
-        sizes = {path: file.stat().st_size for path, file in files.items()}
+        local = source.files()
+        sizes = {path: file.stat().st_size for path, file in local.items()}
         blobs = {}
         with _disk_errors(), progress.track("store", sum(sizes.values()), "bytes") as advance:
-            for path, file in files.items():
+            for path, file in local.items():
                 blobs[path] = self.store.put(file, link=path.startswith(f"{EXPORTS}/"))
                 advance(sizes[path])
         return blobs
+
+    def _forget_views_of_mended(self, connection: Connection) -> None:
+        """Directories share the files that were damaged and put again: they are made again."""
+        if isinstance(self.store, FolderStore) and self.store.mended:
+            query = select(files.c.name, files.c.number).where(files.c.sha256.in_(self.store.mended)).distinct()
+            upkeep.remove_views(self.views, [(row.name, row.number) for row in connection.execute(query)])
+            self.store.mended.clear()
 
     @contextmanager
     def _content_lock(self, *, alone: bool) -> Iterator[None]:

@@ -274,6 +274,10 @@ def test_a_flipped_byte_is_found(registry: Registry, tmp_path: Path) -> None:
     blob.write_bytes(content)
     with pytest.raises(InputError, match=r"medical-qa@2: adapter/adapter_model.safetensors: content changed"):
         registry.verify()
+    registry.add(tmp_path / "run-1", name="medical-qa")
+    assert registry.verify() == 2, "the same content mends it"
+    path = next((registry.path("medical-qa@2") / "adapter").glob("*.safetensors"))
+    assert path.read_bytes() == (tmp_path / "run-1" / "adapter" / path.name).read_bytes(), "also where it is used"
     blob.unlink()
     with pytest.raises(InputError, match=r"medical-qa@2: adapter/adapter_model.safetensors: missing"):
         registry.verify()
@@ -350,3 +354,19 @@ def test_scores_that_cannot_be(registry: Registry, tmp_path: Path) -> None:
             registry.score("medical-qa@1", path)
     path.write_text(json.dumps(content))
     assert registry.score("medical-qa@1", path) == registry.score("medical-qa@1", path)
+
+
+def test_a_report_is_written_over_without_harm(registry: Registry, tmp_path: Path) -> None:
+    """Parity writes its report where that of before lies; the registry gets the new one, and is whole."""
+    run = proven(tmp_path / "run")
+    (run / "parity").mkdir()
+    (run / "parity" / "report.json").write_text("first")
+    registry.add(run, name="a")
+    path = registry.path("a@1")
+    (path / "parity" / "report.json").write_text("second")
+    change_manifest(path / "exports" / "vllm", parity=None)
+    assert registry.verify() == 1
+    registry.record_parity(path)
+    assert registry.get("a@1").exports[0].unproven == "parity was not run"
+    shutil.rmtree(path)
+    assert (registry.path("a@1") / "parity" / "report.json").read_text() == "second" and registry.verify() == 1
