@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from lora2serve.artifacts.manifest import Manifest
+from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.parity_check.comparisons import Comparison, served_otherwise
 
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+
+FILES = {"config.json": FileEntry(sha256="0" * 64, size=2)}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,7 @@ def test_it_is_said(
 ) -> None:
     (tmp_path / "serve.yaml").write_text(served)
     (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope}))
-    Manifest(target="vllm").write(tmp_path)
+    Manifest(target="vllm", files=FILES).write(tmp_path)
     comparison = Comparison("export", tmp_path, "vllm", "bfloat16", engine, {}, "original")
     found = served_otherwise(comparison, computed, tmp_path, 600)
     assert found.startswith(expected) and bool(found) == bool(expected)
@@ -40,7 +42,7 @@ def test_it_is_said(
 
 def test_another_base_is_named(tmp_path: Path) -> None:
     for chosen, expected in (("org/other-base", "on base, served on org/other-base"), (None, "")):
-        Manifest(target="adapter", options={"served_base": chosen} if chosen else {}).write(tmp_path)
+        Manifest(target="adapter", files=FILES, options={"served_base": chosen} if chosen else {}).write(tmp_path)
         comparison = Comparison("export", tmp_path, "adapter", "lora", "vllm", {}, "original")
         (tmp_path / "serve.yaml").write_text("dtype: auto")
         assert served_otherwise(comparison, "float32", Path("models/base"), 600) == expected

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve.artifacts.manifest import Manifest
+from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.parity_check.comparisons import Comparison, served_otherwise
+
+FILES = {"config.json": FileEntry(sha256="0" * 64, size=2)}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,6 @@ def test_another_type_is_named(tmp_path: Path, serve: str | None, base: str, com
     export.mkdir()
     if serve:
         (export / "serve.yaml").write_text(serve)
-    Manifest(target="vllm").write(export)
+    Manifest(target="vllm", files=FILES).write(export)
     comparison = Comparison("adapter", export, "adapter", "lora", "vllm", {}, "original")
     assert served_otherwise(comparison, computed, tmp_path, 600) == words
