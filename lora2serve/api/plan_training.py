@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from lora2serve.api.exact_planning import ExactMemory, exact_planner
 from lora2serve.api.train_run import fetch_base, settings
 from lora2serve.config import recipe as recipes
 from lora2serve.config.data_recipe import DataRecipe
@@ -14,7 +15,8 @@ from lora2serve.config.recipe import PRESETS, ModelRecipe, TrainRecipe
 from lora2serve.console import default_progress
 from lora2serve.errors import CheckpointError, UsageError, did_you_mean
 from lora2serve.planning.disk_space import disk_bytes, host_bytes
-from lora2serve.planning.gpus import GpuModel, find_gpu
+from lora2serve.planning.gpus import GpuModel, find_gpu, gpu_of_driver
+from lora2serve.planning.measured_memory import measured_ratio
 from lora2serve.planning.memory_plan import (
     PlannedTraining,
     fitting_gpus,
@@ -26,6 +28,7 @@ from lora2serve.planning.model_shape import ModelShape, model_shape
 from lora2serve.planning.plan_settings import METHODS, Method, PlanSettings, checkpoints, settings_of
 from lora2serve.planning.static_memory import target_layers, trainable
 from lora2serve.progress import Progress
+from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.weights.checkpoint import Checkpoint, read_config
 from lora2serve.weights.tensors import TensorSpec
@@ -50,29 +53,36 @@ class TrainingPlan:
 def plan(
     model: str | Path | None = None, *,
     gpu: str | None = None, methods: Sequence[str] = (), ranks: Sequence[int] = (), targets: Sequence[str] = (),
-    batch: int | None = None, length: int | None = None,
+    batch: int | None = None, length: int | None = None, exact: bool = False,
     overrides: Mapping[str, object] | Sequence[str] = (), progress: Progress | None = None,
 ) -> TrainingPlan:  # fmt: skip
     """What training ``model`` takes: memory by part, the GPUs that hold it, the largest micro-batch, disk.
 
     model: a recipe (its path, or a built-in name), a model directory or a Hub id, of which only the small files and the
         headers of the weights are read; nothing for ``lora2serve.yaml`` here.
-    gpu: a GPU's name (``"4090"``) or GiB (``"24"``), for the largest micro-batch and the changes that fit.
+    gpu: a GPU's name (``"4090"``) or GiB (``"24"``), for the largest micro-batch; by default that of this machine.
     methods: of ``full``, ``lora`` and ``qlora``; by default what the recipe trains, or all three of a model.
     ranks, targets: one plan for each; a target is a preset, or names of modules with ``+`` between.
     batch, length: rows that go through the model at once, and tokens of each; by default the recipe's.
+    exact: run the model's own code on fake tensors, which takes a minute, instead of the closed form.
     overrides: fields of the recipe, as for ``train``.
 
     Raises UsageError for what is not known, CheckpointError for a model that no plan can be made of, HubError for what
-    the Hub does not give.
+    the Hub does not give, and EngineError for a model that does not run on fake tensors.
     """
     progress = progress or default_progress()
-    chosen = find_gpu(gpu) if gpu else None
+    chosen = find_gpu(gpu) if gpu else _gpu_here()
     subject = _subject(model, overrides)
     path = fetch_base(subject.model, progress, weights=False)
-    shape = model_shape(read_config(path), stored_specs(path, progress))
+    shape = _shape_at(path, progress)
     ways = list(_ways(subject, chosen, methods, ranks, targets, batch, length))
-    trainings = tuple(planned(shape, way, chosen) for way in ways)
+    ratio, runs = measured_ratio(chosen.name) if chosen else (1.0, 0)
+    if exact:
+        progress.note(f"running {subject.model.path} on fake tensors")
+        with exact_planner() as planner:
+            trainings = tuple(planned(shape, way, chosen, ratio, planner.measure(path, way, ratio)) for way in ways)
+    else:
+        trainings = tuple(planned(shape, way, chosen, ratio) for way in ways)
     return TrainingPlan(
         model=subject.model.path,
         parameters=shape.parameters,
@@ -83,14 +93,17 @@ def plan(
         host_memory=max(host_bytes(training, ways[0].on_cpu) for training in trainings),
         disk=disk_bytes(shape, trainings[0]),
         time="not measured",
-        notes=(),
+        notes=tuple(_notes(ways, exact, ratio, runs)),
     )
 
 
-def planned(shape: ModelShape, way: PlanSettings, gpu: GpuModel | None) -> PlannedTraining:
+def planned(
+    shape: ModelShape, way: PlanSettings, gpu: GpuModel | None, ratio: float = 1.0, exact: ExactMemory | None = None
+) -> PlannedTraining:
     """One way to train a model of that shape."""
-    size = planned_bytes(shape, way)
+    size = exact.bytes if exact else planned_bytes(shape, way, ratio)
     count = shape.parameters if way.method == "full" else trainable(shape, way)
+    count = exact.trainable if exact else count
     return PlannedTraining(
         method=way.method,
         rank=None if way.method == "full" else way.rank,
@@ -101,11 +114,32 @@ def planned(shape: ModelShape, way: PlanSettings, gpu: GpuModel | None) -> Plann
         bytes=size,
         trainable=count,
         share=count / shape.parameters,
-        exact=False,
+        exact=exact is not None,
         fits=() if way.on_cpu else fitting_gpus(size.total),
-        largest_batch=largest_batch(shape, way, gpu) if gpu else None,
-        levers=levers(shape, way),
+        largest_batch=largest_batch(shape, way, gpu, ratio) if gpu else None,
+        levers=levers(shape, way, ratio),
     )
+
+
+def shape_of(model: ModelRecipe, progress: Progress) -> ModelShape:
+    """The shape of a recipe's model, of which only small files and headers are fetched."""
+    return _shape_at(fetch_base(model, progress, weights=False), progress)
+
+
+def _shape_at(path: Path, progress: Progress) -> ModelShape:
+    return model_shape(read_config(path), stored_specs(path, progress))
+
+
+def _gpu_here() -> GpuModel | None:
+    """The first NVIDIA GPU of this machine."""
+    return next((gpu_of_driver(gpu.name, gpu.memory) for gpu in nvidia_gpus()), None)
+
+
+def _notes(ways: Sequence[PlanSettings], exact: bool, ratio: float, runs: int) -> Iterator[str]:
+    if runs:
+        yield f"counted {ratio - 1:.1%} more: of the last {runs} runs on this GPU one took that much beyond its plan"
+    if not exact and any(way.dora for way in ways):
+        yield "DoRA keeps more than a LoRA: only --exact knows how much"
 
 
 def stored_specs(path: Path, progress: Progress) -> Sequence[TensorSpec] | None:

@@ -31,7 +31,7 @@ def init(path: str | Path = recipes.FILE, *, overwrite: bool = False) -> Path:
 def train(
     recipe: str | Path | None = None, *,
     overrides: Mapping[str, object] | Sequence[str] = (), name: str | None = None, resume: bool = False,
-    progress: Progress | None = None,
+    gpu: str | None = None, progress: Progress | None = None,
 ) -> runs.Run:  # fmt: skip
     """Fine-tune as ``recipe`` says, and return the run: ``runs/NAME``, to which ``runs/latest`` then points.
 
@@ -40,6 +40,7 @@ def train(
     overrides: fields of the recipe, such as ``{"train.lora.rank": 32}``, or ``["train.lora.rank=32"]``.
     name: name of the run directory; the recipe's by default.
     resume: continue the last checkpoint of a run that was interrupted, with its own recipe.
+    gpu: a GPU's name or GiB: the training must fit into that, instead of what this machine has.
     progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises RecipeError with every problem of the recipe, DataError and TrainError for what cannot be trained, HubError
@@ -55,10 +56,11 @@ def train(
     if not run:
         _check_parity(chosen.parity)
     progress.note(f"training {run.name if run else name or chosen.name}: loading the libraries")
-    return _train(chosen, name or chosen.name, run, progress)
+    return _train(chosen, name or chosen.name, run, gpu, progress)
 
 
-def _train(recipe: Recipe, name: str, resumed: runs.Run | None, progress: Progress) -> runs.Run:
+def _train(recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None, progress: Progress) -> runs.Run:
+    from lora2serve.api.memory_check import refuse_too_large
     from lora2serve.data import data_sets
     from lora2serve.hub import pin_data
     from lora2serve.training.finetune import train as fine_tune
@@ -69,6 +71,7 @@ def _train(recipe: Recipe, name: str, resumed: runs.Run | None, progress: Progre
     if resumed and resumed.record.base.id:
         base, _ = base_of_run(resumed.record.base, None, progress)  # at its first commit, wherever the branch is now
     else:
+        refuse_too_large(recipe, gpu, progress)
         base = fetch_base(recipe.model, progress)
     with scratch.filled(runs.ROOT):
         run = resumed or runs.create(name)

@@ -35,6 +35,7 @@ def _ranks(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
         ("lora2serve plan", "of lora2serve.yaml here"),
         ("lora2serve plan meta-llama/Llama-3.1-8B --gpu 4090", "a model of the Hub, and what fits on that GPU"),
         ("lora2serve plan runs/my-base --gpu 24 --method qlora,lora --rank 16,64", "one column for each"),
+        ("lora2serve plan --exact", "by the model's own code, on tensors without values"),
         ("lora2serve plan demo --json", "a list: method, rank, targets, batch, length, bytes"),
     ],
 )
@@ -46,11 +47,13 @@ def _ranks(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.option("--batch", type=click.IntRange(min=1), help="Rows that go through the model at once.")
 @click.option("--length", type=click.IntRange(min=8), help="Tokens of a row.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field, as for `train`.")
+@click.option("--exact", is_flag=True, help="Run the model's own code on fake tensors: a minute, and no closed form.")
 @json_option
 @click.pass_context
 def plan(
     ctx: click.Context, model: str | None, gpu: str | None, methods: tuple[str, ...], ranks: tuple[int, ...],
-    targets: tuple[str, ...], batch: int | None, length: int | None, overrides: tuple[str, ...], as_json: bool,
+    targets: tuple[str, ...], batch: int | None, length: int | None, overrides: tuple[str, ...], exact: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a training takes: memory by part, GPUs that hold it, the largest micro-batch, disk.
 
@@ -61,7 +64,7 @@ def plan(
     from lora2serve.api.plan_training import plan as plan_training
 
     planned = plan_training(
-        model, gpu=gpu, methods=methods, ranks=ranks, targets=targets, batch=batch, length=length,
+        model, gpu=gpu, methods=methods, ranks=ranks, targets=targets, batch=batch, length=length, exact=exact,
         overrides=overrides, progress=progress(ctx),
     )  # fmt: skip
     if as_json:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from lora2serve.cli.options import Command, complete_runs, progress
+from lora2serve.cli.options import Command, complete_runs, dry_run_option, progress
+from lora2serve.cli.plan import plan_lines
+from lora2serve.errors import UsageError
 
 
 @click.command(
@@ -28,23 +30,37 @@ def init(overwrite: bool) -> None:
         ("lora2serve train", "lora2serve.yaml here"),
         ("lora2serve train demo", "a small model, on the CPU, in two minutes"),
         ("lora2serve train --set train.lora.rank=32", "one field for one run"),
+        ("lora2serve train --dry-run --gpu 24", "the memory that it takes, and what fits into 24 GiB"),
         ("lora2serve train --resume", "continue the last run"),
     ],
 )
 @click.argument("recipe", required=False, shell_complete=complete_runs)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field: train.lora.rank=32.")
 @click.option("--name", help="Name of the run directory (default: the recipe's name).")
+@click.option("--gpu", metavar="NAME|GIB", help="Refuse what does not fit into this GPU, instead of this machine's.")
+@dry_run_option(help="Show the plan of `lora2serve plan`; fetch no weights, train nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last run, or the run named here, from its last checkpoint.")
 @click.pass_context
-def train(ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: bool) -> None:
+def train(
+    ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], name: str | None, gpu: str | None,
+    dry_run: bool, resume: bool,
+) -> None:  # fmt: skip
     """Fine-tune as RECIPE says: a path, a built-in name such as "demo", or lora2serve.yaml here.
 
     Makes runs/<name>/ and, once it is finished, points runs/latest at it. Prints the run directory.
     """
     from lora2serve import console
     from lora2serve.api import train_run
+    from lora2serve.api.plan_training import plan
+    from lora2serve.config import recipe as recipes
 
-    run = train_run.train(recipe, overrides=overrides, name=name, resume=resume, progress=progress(ctx))
+    if dry_run:
+        if resume:
+            raise UsageError("--dry-run and --resume: a run that goes on needs no plan", "leave one of them out")
+        for line in plan_lines(plan(recipes.find(recipe), gpu=gpu, overrides=overrides, progress=progress(ctx))):
+            console.result(line)
+        return
+    run = train_run.train(recipe, overrides=overrides, name=name, resume=resume, gpu=gpu, progress=progress(ctx))
     progress(ctx).note(
         "next: `lora2serve export --target ollama` (or vllm, gguf, lmstudio, adapter), then `lora2serve parity`"
     )

@@ -37,12 +37,10 @@ def static_memory(shape: ModelShape, settings: PlanSettings) -> StaticMemory:
     weights, state = _weights(shape, settings)
     if settings.method == "full":
         count = shape.parameters
-        size = settings.itemsize
-        optimizer = _optimizer(count, settings, size)
-        return StaticMemory(weights, 0, 0, count * size, optimizer, count)
+        return StaticMemory(weights, 0, 0, count * settings.itemsize, optimizer_bytes(count, settings), count)
     count = trainable(shape, settings)
     size = settings.trained_bytes
-    return StaticMemory(weights, state, count * size, count * size, _optimizer(count, settings, 4), count)
+    return StaticMemory(weights, state, count * size, count * size, optimizer_bytes(count, settings), count)
 
 
 def _weights(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
@@ -63,8 +61,9 @@ def _state_bytes(numel: int, double_quant: bool) -> int:
     return CODES + (blocks + 4 * -(-blocks // STATE_BLOCK) + 4 if double_quant else 4 * blocks)
 
 
-def _optimizer(count: int, settings: PlanSettings, size: int) -> int:
-    """AdamW's two moments; with 8 bits each value in one byte, and a float32 scale per 256."""
+def optimizer_bytes(count: int, settings: PlanSettings) -> int:
+    """AdamW's two moments of ``count`` values; with 8 bits one byte each, and a float32 scale per 256."""
+    size = settings.itemsize if settings.method == "full" else 4
     return STATES * (count * size if settings.optimizer_bits == 32 else count + 4 * -(-count // STATE_BLOCK))
 
 

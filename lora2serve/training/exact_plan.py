@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lora2serve.config.recipe import LoraRecipe, Quantize, TrainRecipe
 from lora2serve.config.schema import build
 from lora2serve.planning.plan_settings import PlanSettings
+from lora2serve.system.worker_protocol import Link
 from lora2serve.training import fake_gpu
 from lora2serve.training.fake_weights import materialize, quantize
 from lora2serve.training.model import add_adapter, lora_config, prepare
@@ -33,14 +34,15 @@ MOST_KINDS = 8  # of layers, of which the first that have them all are run
 class ExactPlan:
     """A worker: ``measure`` is its job."""
 
-    def __init__(self) -> None:
+    def __init__(self, link: Link) -> None:
         self._mode = FakeTensorMode()  # one for all: libraries keep tables of values
 
     def measure(self, path: str, settings: Mapping[str, object]) -> dict[str, int]:
         """Bytes of the model at ``path`` (its config.json) as it is trained with ``settings``, a PlanSettings.
 
-        ``weights``, ``adapter``, ``trainable`` (values) and ``parameters`` (values) of the whole; ``layers``; and of
-        activations ``stored`` for each layer and beside it ``head`` and ``layer``, from runs of few layers.
+        ``weights``, of these ``quantization_state``, ``adapter``, ``trainable`` (values) and ``parameters`` (values) of
+        the whole; ``layers``; and of activations ``stored`` for each layer, and beside it ``head`` and ``layer``, as in
+        ``ActivationMemory``, from runs of few layers.
         """
         chosen = _settings(settings)
         fake_gpu.install(chosen)
@@ -103,6 +105,7 @@ class _FakeTraining:
         """Of what lies in memory all the time."""
         return {
             "weights": self.weights,
+            "quantization_state": _state_bytes(self.model),
             "adapter": self.adapter,
             "trainable": sum(parameter.numel() for parameter in self._trained()),
             "parameters": self.parameters,
@@ -194,6 +197,14 @@ def _skeleton(config: PretrainedConfig, settings: PlanSettings) -> PreTrainedMod
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype), trust_remote_code=False)
     return quantize(model, settings) if settings.method == "qlora" else model
+
+
+def _state_bytes(model: torch.nn.Module) -> int:
+    """Of what lies beside 4-bit codes."""
+    states = [state for weight in model.parameters() if (state := getattr(weight, "quant_state", None)) is not None]
+    levels = [level for state in states for level in (state, state.state2) if level is not None]
+    parts = [part for level in levels for part in (level.absmax, level.code, level.offset) if part is not None]
+    return sum({id(part): int(part.nbytes) for part in parts}.values())
 
 
 def _values(model: PreTrainedModel, settings: PlanSettings) -> int:

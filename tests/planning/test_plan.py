@@ -9,8 +9,9 @@ import pytest
 
 import lora2serve
 from lora2serve.cli import run
-from lora2serve.errors import CheckpointError, UsageError
+from lora2serve.errors import CheckpointError, TrainError, UsageError
 from lora2serve.planning.gpus import find_gpu, gpu_of_driver
+from lora2serve.planning.measured_memory import measured_file, measured_ratio, record_measured
 from lora2serve.planning.memory_plan import fits, planned_bytes
 from lora2serve.planning.model_shape import model_shape
 from lora2serve.planning.plan_settings import PlanSettings
@@ -99,3 +100,44 @@ def test_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "demo", "--set", "train.lora.rank=8", "--json"]) == 0
     (item,) = json.loads(capsys.readouterr().out)
     assert (item["method"], item["rank"], item["batch"], item["length"]) == ("qlora", 8, 16, 128)
+
+
+@pytest.mark.engine
+def test_a_training_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its base is fetched, with the first change that would fit; a plan that cannot be made stops nothing."""
+    monkeypatch.chdir(tmp_path)
+    rows = "\n".join(json.dumps({"prompt": "a", "completion": "b"}) for _ in range(4))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    write_config(tmp_path / "base", LLAMA3_8B)
+    recipe = {"model": {"path": "base"}, "data": {"train": "rows.jsonl", "eval_split": 0}}
+    (tmp_path / "lora2serve.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(TrainError, match=r"base: this training takes 1\d\.\d GB, and 10 GiB has 10\.7 GB") as refused:
+        lora2serve.train(gpu="10")
+    assert "the first change that fits: train.batch_size: 1" in refused.value.hint
+    with pytest.raises(TrainError, match=r"and 4 GiB has 4\.3 GB") as refused:
+        lora2serve.train(gpu="4")
+    assert "no single change fits" in refused.value.hint and "RTX 4070" in refused.value.hint
+    with pytest.raises(TrainError, match="no tokenizer that transformers can load"):  # the control: it got that far
+        lora2serve.train(gpu="80")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "demo", "--dry-run", "--gpu", "4090"]) == 0
+    assert "rows on RTX 4090" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert run(["train", "--resume", "--dry-run"]) == 2
+
+
+def test_runs_on_this_machine_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert measured_ratio("T4") == (1.0, 0)
+    for planned, measured in ((100, 90), (100, 104), (100, 900), (0, 1)):
+        record_measured("T4", planned, measured)
+    record_measured("H100", 100, 120)
+    with measured_file().open("a") as file:
+        file.write("damaged\n[]\n")
+    assert measured_ratio("T4") == (1.04, 2)
+    shape, settings = model_shape(LLAMA3_8B, None), PlanSettings()
+    plain, larger = (planned_bytes(shape, settings, ratio) for ratio in (1.0, 1.04))
+    assert larger.tensors == plain.tensors and larger.total == plain.total + round(0.04 * plain.tensors)

@@ -1,0 +1,79 @@
+"""Whether a training fits, asked before its base is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from lora2serve.api.plan_training import shape_of
+from lora2serve.config.recipe import Recipe
+from lora2serve.errors import HubError, InputError, TrainError
+from lora2serve.planning.gpus import GpuModel, find_gpu
+from lora2serve.planning.measured_memory import measured_ratio
+from lora2serve.planning.memory_plan import (
+    PlannedBytes,
+    first_that_fits,
+    fits,
+    fitting_gpus,
+    levers,
+    planned_bytes,
+)
+from lora2serve.planning.model_shape import ModelShape
+from lora2serve.planning.plan_settings import PlanSettings, settings_of
+from lora2serve.progress import Progress
+from lora2serve.system.hardware import memory_bytes
+
+
+def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> None:
+    """TrainError where the recipe's training does not fit into ``gpu``, or the one that it would run on.
+
+    Without a GPU it is the main memory. A model that no plan can be made of passes, after a note.
+    """
+    target, dtype = _named(gpu) if gpu else _here()
+    try:
+        shape = shape_of(recipe.model, progress)
+    except (HubError, InputError) as error:
+        progress.note(f"memory not planned: {error.message.splitlines()[0]}")
+        return
+    settings = settings_of(recipe.train, recipe.data.max_length, dtype)
+    ratio, _ = measured_ratio(target.name)
+    planned = planned_bytes(shape, settings, ratio)
+    if not fits(planned.total, target):
+        raise _too_large(recipe, shape, settings, planned, target, ratio)
+
+
+def _named(gpu: str) -> tuple[GpuModel, Literal["bfloat16", "float16", "float32"]]:
+    target = find_gpu(gpu)
+    return target, "bfloat16" if target.bfloat16 else "float16"
+
+
+def _here() -> tuple[GpuModel, Literal["bfloat16", "float16", "float32"]]:
+    """What training would compute on."""
+    from lora2serve.training.model import device
+
+    found = device()
+    if not found.on_gpu:
+        return GpuModel("the main memory", memory_bytes()), "float32"
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    narrow: Literal["bfloat16", "float16"] = "bfloat16" if found.dtype == "bfloat16" else "float16"
+    return GpuModel(properties.name, properties.total_memory, narrow == "bfloat16"), narrow
+
+
+def _too_large(
+    recipe: Recipe, shape: ModelShape, settings: PlanSettings, planned: PlannedBytes, target: GpuModel, ratio: float
+) -> TrainError:  # fmt: skip
+    change = first_that_fits(levers(shape, settings, ratio), target)
+    if change:
+        hint = f"the first change that fits: {change.change} ({change.total / 1e9:.1f} GB; {change.price})"
+    else:
+        least = planned_bytes(shape, replace(settings, batch=1, checkpointing=True), ratio).total
+        larger = next(iter(fitting_gpus(least)), None)
+        rows = f"with one row and checkpointing it takes {least / 1e9:.1f} GB"
+        hint = f"no single change fits; {rows}" + (f", which a {larger} holds" if larger else ", more than one GPU has")
+    message = (
+        f"{recipe.model.path}: this training takes {planned.total / 1e9:.1f} GB, and {target.name} has "
+        f"{target.memory / 1e9:.1f} GB (`lora2serve plan` shows the parts)"
+    )
+    return TrainError(message, hint)
