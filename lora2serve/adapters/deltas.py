@@ -8,6 +8,7 @@ being what the tests compare with.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import frexp
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from lora2serve.weights.tensors import ALL, Source
@@ -71,14 +72,13 @@ class Lora:
             raise ValueError(f"the adapter is for {list(expected)}, the base has {list(before)}")
         return before
 
-    def added(self, rows: slice) -> Tensor:
-        """``scale * B @ A`` for those rows of the stored weight, a new tensor."""
-        wide, own = _widened(rows, (self.a.shape[-1] if self.transposed else self.b.shape[0]))
+    def added(self, rows: slice, a: Tensor | None = None) -> Tensor:
+        """``scale * B @ A`` for those rows of the stored weight, a new tensor; ``a`` where A is in memory already."""
+        a = self.a.read() if a is None else a
+        wide, own = _widened(rows, (a.shape[-1] if self.transposed else self.b.shape[0]))
         if self.transposed:
-            delta = (self.b.read() @ self.a.read()[:, wide]).T[own].contiguous()
-        else:
-            delta = (self.b.read(wide) @ self.a.read())[own]
-        return delta.mul_(self.scale)
+            return _scaled(self.b.read(), a[:, wide], self.scale).T[own].contiguous()
+        return _scaled(self.b.read(wide), a, self.scale)[own]
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
         import torch
@@ -233,6 +233,13 @@ class AddVector:
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
         return weight + self.value.read(rows) * self.scale
+
+
+def _scaled(b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """``(B @ A) * scale``, a new tensor. A power of two rounds nothing, and goes to B, which is the smaller one."""
+    if abs(frexp(scale)[0]) == 0.5:
+        return (b * scale) @ a
+    return (b @ a).mul_(scale)
 
 
 def _widened(rows: slice, count: int) -> tuple[slice, slice]:

@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from lora2serve.adapters.adapter import Adapter
-from lora2serve.adapters.deltas import Delta, Lora, Replace
+from lora2serve.adapters.deltas import AdapterTensor, Delta, Lora, Replace
 from lora2serve.adapters.peft_layers import PeftDelta, PeftLayers
 from lora2serve.errors import MergeError, raise_all
 from lora2serve.merge.binding import Binder
@@ -40,6 +40,7 @@ class Merged:
         self, base: Source, adapters: Sequence[Adapter], config: JsonObject, dtype: DType | None = None
     ) -> None:
         self.base, self.survival = base, Survival()
+        self._read_whole = lru_cache(maxsize=2)(AdapterTensor.read)  # blocks of one weight come one after another
         specs = list(base.specs())
         own_config = settle_tie(base, deepcopy(dict(config)))
         self._names = Binder(specs, own_config)
@@ -95,7 +96,7 @@ class Merged:
             before = weight = stored.float()
         delta_norm = None
         if len(deltas) == 1 and isinstance(deltas[0], Lora) and deltas[0].magnitude is None:
-            change = deltas[0].added(rows)
+            change = deltas[0].added(rows, self._read_whole(deltas[0].a))
             delta_norm = squared_norm(change)
             weight = change.add_(before)
         else:
