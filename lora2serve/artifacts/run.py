@@ -5,6 +5,7 @@ runs/<name>/recipe.yaml     the recipe, fully resolved
             adapter/        the PEFT adapter as trained, with its tokenizer
             eval.jsonl      the held-out rows, in normal form
             metrics.jsonl   one line per logged step
+            samples.jsonl   answers to train.samples at each evaluation
             loss.png
             checkpoints/    the trainer's, for --resume
             exports/        <target>[-<quant>]/

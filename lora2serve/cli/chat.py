@@ -67,7 +67,7 @@ def chat(
         elif as_json:
             _show_json(session, question)
         else:
-            _end_if_interrupted(show_answers(session, question))
+            _end_if_interrupted(show_answers(session, question, progress(ctx)))
 
 
 def _question(ask: str | None) -> str | None:

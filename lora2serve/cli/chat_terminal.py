@@ -46,7 +46,7 @@ def clean(text: str) -> str:
     return ORDERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def show_answers(session: ChatSession, question: str) -> list[Answer]:
+def show_answers(session: ChatSession, question: str, progress: Progress) -> list[Answer]:
     """Ask, and show the answers as they come: in columns where there are two and the terminal has room."""
     if len(session.models) > 1 and console.Columns.fit():
         with console.Columns(session.models) as columns:
@@ -55,7 +55,7 @@ def show_answers(session: ChatSession, question: str) -> list[Answer]:
         answers = _show_in_turn(session, question)
     for answer in answers:
         if answer.end == "length":
-            console.Terminal().note(f"{answer.model}: cut off: by --max-tokens, or at the end of its context")
+            progress.note(f"{answer.model}: cut off: by --max-tokens, or at the end of its context")
     return answers
 
 
@@ -115,7 +115,7 @@ class TypedChat:
         from lora2serve.parity_check.chat_session import AnswerRefused
 
         try:
-            answers = show_answers(self._session, question)
+            answers = show_answers(self._session, question, self._progress)
         except AnswerRefused as problem:
             console.error(problem)
             return

@@ -24,6 +24,7 @@ OTHER_NAMES: Mapping[str, str] = {
         "train.batch_size": "micro_batch_size per_device_train_batch_size train_batch_size",
         "train.accumulation": "gradient_accumulation gradient_accumulation_steps grad_accumulation_steps",
         "train.learning_rate": "lr learning_rate",
+        "train.samples": "sample_prompts eval_prompts generation_prompts",
         "train.schedule": "lr_scheduler lr_scheduler_type scheduler",
         "train.warmup": "warmup_ratio",
         "train.max_grad_norm": "gradient_clipping max_grad_norm",

@@ -69,6 +69,7 @@ class TrainRecipe:
     early_stopping: Annotated[int | None, Range(1, 1 << 20)] = None  # evaluations without a better eval loss
     save_best: bool = False
     eval_steps: Annotated[int | None, Range(1, 1 << 40)] = None  # default: at the end of every epoch
+    samples: tuple[Annotated[str, NotEmpty("a prompt")], ...] = ()  # answered at each evaluation
     log_interval: Annotated[int, Range(1, 1 << 20)] = 1
     trackers: tuple[str, ...] = ()  # wandb, tensorboard, ...
 

@@ -40,6 +40,7 @@ from lora2serve.training.model import (
 )
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
+from lora2serve.training.sample_log import sample_prompts
 from lora2serve.training.weightless import check_adapter
 from lora2serve.weights.checkpoint import identity, read_config
 
@@ -88,6 +89,7 @@ class FineTune:
 
         tokenizer = template.tokenizer
         rows, held_out = self.tokenize(template)
+        prompts = sample_prompts(self.recipe.train.samples, self.data_sets.train.rows, template)
         (self.run.path / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
         self.write_eval_rows()
         set_seed(self.recipe.train.seed)
@@ -104,6 +106,7 @@ class FineTune:
             tuned, tokenizer, rows, held_out, self.recipe, self.run, self.device,
             checkpointing=self.checkpointing, resume=resume, progress=self.progress,
             measure=lambda: self.losses(tuned, held_out, tokenizer, "", Silent()).mean(),
+            prompts=prompts,
         )  # fmt: skip
         self.run.save(replace(self.run.record, steps=steps))
         self.save(tuned, tokenizer, initial)

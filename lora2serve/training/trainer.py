@@ -18,6 +18,7 @@ from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_
 from lora2serve.training.metric_logging import MetricLog
 from lora2serve.training.model import Device
 from lora2serve.training.packing import keep_apart
+from lora2serve.training.sample_log import SampleLog, SamplePrompt
 from lora2serve.training.schedule import eval_interval, total_steps
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 def fit(
     model: PeftModel, tokenizer: Tokenizer, rows: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe,
     run: Run, device: Device, *, checkpointing: bool, resume: bool, measure: Measure, progress: Progress,
+    prompts: Sequence[SamplePrompt] = (),
 ) -> int:  # fmt: skip
     """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C.
 
     measure: the eval loss of ``model`` as it is at that moment, on all of ``held_out``.
+    prompts: what it is asked where it is evaluated, before and after.
     """
     if recipe.data.packing and not keep_apart(model, rows, progress):
         recipe = replace(recipe, data=replace(recipe.data, packing=False))
@@ -50,7 +53,11 @@ def fit(
     with progress.track("train", total, "steps") as advance:
         log = MetricLog(run.path / "metrics.jsonl", advance, progress)
         arguments = _arguments(recipe, run, device, total, bool(held_out), checkpointing)
-        trainer = _trainer(model, tokenizer, data, held_out, arguments, [log, *_early_stopping(recipe)])
+        callbacks = [log, *_early_stopping(recipe)]
+        if prompts:
+            every, path = eval_interval(recipe, total), run.path / "samples.jsonl"
+            callbacks.append(SampleLog(path, prompts, tokenizer, every, progress))
+        trainer = _trainer(model, tokenizer, data, held_out, arguments, callbacks)
         trainer.measure = measure
         trainer.count_from(tokens_of(checkpoint) if checkpoint else 0)
         with log.stop_on_interrupt():

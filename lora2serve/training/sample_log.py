@@ -1,0 +1,112 @@
+"""Answers to the recipe's own prompts while it is trained: as they would be served, the likeliest token each time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+
+from lora2serve.data.rows import ChatRow, Row
+from lora2serve.data.served_template import ChatTemplate
+from lora2serve.data.tokenizer import Tokenizer, encode
+from lora2serve.errors import TrainError, first_line
+from lora2serve.progress import Progress
+from lora2serve.training.generation import greedy, stop_ids
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+LONGEST = 128  # tokens of an answer
+SHOWN = 200  # characters of it in a note
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A prompt of the recipe, and the ids that the model is fed."""
+
+    text: str
+    ids: Sequence[int]
+
+
+def sample_prompts(texts: Sequence[str], rows: Sequence[Row], template: ChatTemplate) -> list[SamplePrompt]:
+    """As ``rows`` are trained: opening turns of the user where there are conversations, else as they stand.
+
+    TrainError for one that the chat template refuses.
+    """
+    tokenizer = template.tokenizer
+    if not any(isinstance(row, ChatRow) for row in rows):
+        return [SamplePrompt(text, encode(tokenizer, text)) for text in texts]
+    prompts = []
+    for number, text in enumerate(texts):
+        chat = template.serve(ChatRow([{"role": "user", "content": text}]))
+        try:
+            rendered = chat.render(generation_prompt=True)
+        except Exception as error:  # a template raises what it likes
+            raise TrainError(f"train.samples[{number}]: the chat template refuses it: {first_line(error)}") from error
+        prompts.append(SamplePrompt(text, encode(tokenizer, rendered, special=False)))
+    return prompts
+
+
+class SampleLog(TrainerCallback):  # type: ignore[misc]
+    """Asks before the first step, ``every`` so many steps and after the last; one line an answer into ``path``."""
+
+    def __init__(
+        self, path: Path, prompts: Sequence[SamplePrompt], tokenizer: Tokenizer, every: int, progress: Progress
+    ) -> None:
+        self._path, self._prompts, self._tokenizer = path, prompts, tokenizer
+        self._every, self._progress = every, progress
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: PeftModel, **_: object
+    ) -> None:
+        """The answers before training; after --resume, those of steps beyond the checkpoint go."""
+        if state.global_step and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            done = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self._path.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
+        elif not state.global_step:
+            self._path.write_text("", encoding="utf-8")
+            self._ask(model, args, 0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: PeftModel, **_: object
+    ) -> None:
+        """The answers where the model is evaluated, too."""
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._ask(model, args, state.global_step)
+
+    def _ask(self, model: PeftModel, args: TrainingArguments, step: int) -> None:
+        import torch
+
+        was_training, dtype = model.training, torch.float16 if args.fp16 else torch.bfloat16
+        model.eval()
+        try:
+            for prompt in self._prompts:
+                with torch.autocast(model.device.type, dtype=dtype, enabled=args.fp16 or args.bf16):
+                    answer = self._answer(model, prompt)
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, "prompt": prompt.text, "answer": answer}) + "\n")
+                self._progress.note(f"step {step}: {_shown(prompt.text)} -> {_shown(answer)}")
+        finally:
+            model.train(was_training)
+
+    def _answer(self, model: PeftModel, prompt: SamplePrompt) -> str:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = min(LONGEST, positions - len(prompt.ids)) if positions else LONGEST
+        if room < 1:
+            raise TrainError(
+                f"train.samples: a prompt of {len(prompt.ids)} tokens, the model takes {positions}", "shorten it"
+            )
+        stop = stop_ids(model, self._tokenizer)
+        tokens, _ = greedy(model, self._tokenizer, prompt.ids, room, stop)
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _shown(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}..."
