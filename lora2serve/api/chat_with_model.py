@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora2serve.parity_check.chat_session import ChatSession
 
 ADDRESS = re.compile("https?://", re.IGNORECASE)
+HOST = re.compile(r"[\w.-]+:\d+(/\S*)?")
 
 
 def chat(
@@ -48,7 +49,8 @@ def chat(
     progress = progress or default_progress()
     _refuse_unusable(max_tokens, temperature)
     named = str(model) if model is not None else str(runs.latest().path)
-    if url_model and not ADDRESS.match(named):
+    addresses = [ADDRESS.match(name) for name in (named, str(against or ""))]
+    if url_model and not any(addresses):
         raise UsageError(f"--url-model {url_model}: {named} is no address", "an address begins with http://")
     if not ADDRESS.match(named):
         progress.note(f"{named}: loading the libraries and the model")
@@ -81,6 +83,8 @@ class _Finder:
 
         if ADDRESS.match(named):
             return chat_models.of_url(named, self._url_model)
+        if HOST.fullmatch(named) and not Path(named).exists():
+            raise UsageError(f"{named}: no run, export or model", f"an address is http://{named}")
         export = self._export(named)
         if export is None:
             return chat_models.of_trained(find_trained(named, self._base, self._progress), named)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     help="0 takes the likeliest token (default: the model's own, or 0; a server's is its own).",
 )  # fmt: skip
 @click.option("--base", metavar="MODEL", help="Adapters: the base to load (default: the one trained on).")
-@click.option("--url-model", metavar="NAME", help="The model's name at URL (default: the first it lists).")
+@click.option("--url-model", metavar="NAME", help="The model's name at the URL (default: the first it lists).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object an answer, one a line; for one question.")
 @click.pass_context
 def chat(

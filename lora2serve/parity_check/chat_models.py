@@ -10,7 +10,7 @@ from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.exporting import bundle
 from lora2serve.parity_check.comparisons import engines_of
-from lora2serve.parity_check.trained_model import TrainedModel
+from lora2serve.parity_check.trained_model import TOKENIZER, TrainedModel
 from lora2serve.system.extras import install_hint
 from lora2serve.system.http import check_address, without_credentials
 
@@ -42,7 +42,8 @@ def of_trained(origin: TrainedModel, name: str) -> ChatModel:
 def of_export(export: Export, base: str, name: str, *, alone: bool) -> ChatModel:
     """An export; ``base`` is the directory of an adapter's. ``alone``: no other model shares the GPU."""
     refuse_unopened(export)
-    engines = dict(engines_of(export, base, str(export.path), CONTEXT))
+    own_tokenizer = (export.path / TOKENIZER).is_file() or not base
+    engines = dict(engines_of(export, base, str(export.path) if own_tokenizer else base, CONTEXT))
     note = ""
     if "vllm-server" in engines and export.target == "vllm":
         engines["vllm-server"]["gpu_memory"] = GPU_SHARE if alone else GPU_SHARE / 2

@@ -70,14 +70,17 @@ def test_vllm_by_its_own_server(demo_exports: Mapping[str, Path], tmp_path: Path
     assert answer["text"] == TUNED and answer["engine"].startswith("vllm server")
 
 
-def test_without_vllm_transformers_answers(demo_exports: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And that is told."""
+def test_without_vllm_transformers_answers(
+    demo_run: Run, demo_exports: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that is told; beside it an adapter export, which has the tokenizer of its base."""
     from lora2serve.parity_check import chat_models
 
     monkeypatch.setattr(chat_models, "find_spec", lambda name: None)
     told = Told()
-    with api.chat(demo_exports["vllm"], progress=told) as session:
-        assert session.ask(QUESTION)[0].text == TUNED
+    adapter = demo_exports["adapter"]
+    with api.chat(demo_exports["vllm"], against=adapter, base=base_of(demo_run), progress=told) as session:
+        assert [answer.text for answer in session.ask(QUESTION)] == [TUNED, TUNED]
     assert any("vLLM is not installed here" in note for note in told.notes)
 
 

@@ -60,6 +60,8 @@ def test_commands(line: str, parts: tuple[str, str | None] | None) -> None:
         (["--ask", "x", "--temperature", "-1"], 2, "--temperature -1: expected a number from 0"),
         (["--ask", "x", "--max-tokens", "0"], 2, "--max-tokens 0: expected at least 1"),
         (["http://x?key=1", "--ask", "x"], 2, "an address with a query"),
+        (["localhost:8000", "--ask", "x"], 2, "an address is http://localhost:8000"),
+        (["bundle", "--url-model", "x", "--ask", "x"], 2, "--url-model x: bundle is no address"),
         (["bundle", "--ask", "x"], 2, "a bundle of 1 adapters, expected one model"),
         (["ollama-adapter", "--ask", "x"], 2, "an adapter for Ollama, which no other engine opens"),
         (["gguf-adapter", "--ask", "x"], 2, "an adapter for llama.cpp, without its base"),
