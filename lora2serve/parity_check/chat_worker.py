@@ -11,7 +11,7 @@ from typing import cast
 from lora2serve.data.rows import Message
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engines import ENGINES
-from lora2serve.parity_check.engines.chat_engine import AnswerOptions, ChatEngine
+from lora2serve.parity_check.engines.chat_engine import AnswerOptions, ChatEngine, PromptEngine, has_template
 from lora2serve.system.worker_protocol import Link
 
 STOP = signal.SIGINT  # sent to this process alone: it is no part of the terminal's job
@@ -36,10 +36,14 @@ class ChatWorker:
             self._engine.close()
 
     def about(self) -> dict[str, str]:
-        """The engine's ``version``, once its model is loaded, and a ``note`` of what else it could be asked."""
-        served: Sequence[str] = getattr(self._engine, "served", ())
-        others = f"it serves {', '.join(served)}: --url-model names another" if len(served) > 1 else ""
-        return {"version": self._engine.version, "note": others}
+        """The engine's ``version``, once its model is loaded, and a ``note`` of what the user should know of it."""
+        engine, note = self._engine, ""
+        served: Sequence[str] | None = getattr(engine, "served", None)  # of a server, which has its own template
+        if served and len(served) > 1:
+            note = f"it serves {', '.join(served)}: --url-model names another"
+        elif served is None and not has_template(cast("PromptEngine", engine)):
+            note = "no chat template: each question is continued as it stands, without those before it"
+        return {"version": engine.version, "note": note}
 
     def reply(
         self, messages: Sequence[Mapping[str, object]], max_tokens: int | None, temperature: float | None, base: bool

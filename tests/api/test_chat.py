@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -264,3 +265,16 @@ def test_columns(demo_exports: Mapping[str, Path], at_terminal: Callable[..., Te
     terminal = at_terminal(exports[0], "--against", exports[1], "--ask", QUESTION)
     terminal.wait(rf"{re.escape(TUNED)} +{re.escape(TUNED)}")
     assert terminal.code() == 0
+
+
+def test_a_model_without_a_chat_template(rambler: Path, rambling_gguf: Path, tmp_path: Path) -> None:
+    """Continues each question as it stands, which is told; with a template, the control, nothing is."""
+    shutil.copytree(rambler, tmp_path / "raw", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    lora2serve("export", "raw", "-t", "gguf", "-q", "F16", "-o", "out", cwd=tmp_path)
+    raw, chat = Told(), Told()
+    with api.chat(tmp_path / "out" / "gguf-F16", max_tokens=10, progress=raw) as session:
+        first, again = session.ask("Who?")[0].text, session.ask("Who?")[0].text
+    with api.chat(rambling_gguf, max_tokens=10, progress=chat) as session:
+        templated = session.ask("Who?")[0].text
+    assert first == again != templated
+    assert any("no chat template" in note for note in raw.notes) and len(chat.notes) == len(raw.notes) - 1

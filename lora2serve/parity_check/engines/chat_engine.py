@@ -51,13 +51,21 @@ def prompt(engine: PromptEngine, messages: Sequence[Message], most: int) -> list
     EngineError where the template refuses it, or where it leaves no room for an answer in ``most`` tokens.
     """
     try:
-        templated = engine.render(messages) is not None
-        ids = engine.prompt_ids(messages if templated else [], str(messages[-1]["content"])) or []
+        chat = messages if has_template(engine) else []
+        ids = engine.prompt_ids(chat, str(messages[-1]["content"])) or []
     except Exception as error:  # a template raises what it likes to refuse a role
         raise EngineError(f"the chat template refuses this conversation: {first_line(error)}") from error
     if len(ids) >= most:
         raise EngineError(f"the conversation has {len(ids)} tokens, the model takes {most}", "begin a new one")
     return ids
+
+
+def has_template(engine: PromptEngine) -> bool:
+    """Whether the engine writes a conversation by a chat template."""
+    try:
+        return engine.render([Message(role="user", content="Hello")]) is not None
+    except Exception:  # one that raises is one
+        return True
 
 
 class TokenText:
