@@ -56,7 +56,11 @@ def registered_version(name: Named) -> VersionReference | None:
         return None
     location = find_location()
     if location.folder and not location.file.is_file():
-        return None
+        if reference.number is None:
+            return None
+        raise UsageError(
+            f"{name}: no registry at {location.shown}", "run it beside the folder, or name it: LORA2SERVE_REGISTRY"
+        )
     from lora2serve.api.version_registry import Registry
 
     with Registry() as registry:

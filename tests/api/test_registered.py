@@ -62,8 +62,10 @@ def test_what_is_no_version(registered: Registry, tmp_path: Path) -> None:
     with pytest.raises(HubError, match="gpt2@main"):
         locate("gpt2@main", Silent())
     (tmp_path / "registry").rename(tmp_path / "elsewhere")
-    with pytest.raises(HubError):
+    with pytest.raises(UsageError, match="no registry at"):
         locate("medical-qa@2", Silent())
+    with pytest.raises(HubError):
+        locate("medical-qa@champion", Silent())
 
 
 def test_inspect_and_verify(registered: Registry) -> None:
