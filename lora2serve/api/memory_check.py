@@ -57,8 +57,7 @@ def _here() -> tuple[GpuModel, Literal["bfloat16", "float16", "float32"]]:
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    narrow: Literal["bfloat16", "float16"] = "bfloat16" if found.dtype == "bfloat16" else "float16"
-    return GpuModel(properties.name, properties.total_memory, narrow == "bfloat16"), narrow
+    return GpuModel(properties.name, properties.total_memory, found.dtype == "bfloat16"), found.dtype
 
 
 def _too_large(

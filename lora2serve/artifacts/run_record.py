@@ -85,6 +85,17 @@ class RunMetrics(JsonRecord):
 
 
 @dataclass(frozen=True)
+class MemoryRecord(JsonRecord):
+    """Bytes of torch's allocator on a GPU at the fullest moment of the training."""
+
+    WHOLE: ClassVar[bool] = True
+
+    device: str
+    planned_bytes: int | None = None  # None for a model that no plan could be made of
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class RunRecord(JsonRecord):
     """The whole file; empty before training has begun."""
 
@@ -96,5 +107,6 @@ class RunRecord(JsonRecord):
     day: str | None = None  # that the chat template printed, YYYY-MM-DD; None where it prints no date
     versions: Mapping[str, str] = field(default_factory=dict)
     metrics: RunMetrics = field(default_factory=RunMetrics)
+    memory: MemoryRecord | None = None  # of a GPU
     steps: int | None = None
     finished: bool = False

@@ -29,6 +29,7 @@ from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.system.small_files import let_umask_decide
 from lora2serve.training import advice, eval_loss
 from lora2serve.training.eval_loss import RowLosses
+from lora2serve.training.memory_record import begin_measuring, keep_measured
 from lora2serve.training.model import (
     Device,
     add_adapter,
@@ -102,6 +103,7 @@ class FineTune:
         tuned = add_adapter(model, config)
         del model
         initial = self.keep_initial(tuned)
+        begin_measuring(self.device)
         steps = fit(
             tuned, tokenizer, rows, held_out, self.recipe, self.run, self.device,
             checkpointing=self.checkpointing, resume=resume, progress=self.progress,
@@ -109,6 +111,7 @@ class FineTune:
             prompts=prompts,
         )  # fmt: skip
         self.run.save(replace(self.run.record, steps=steps))
+        keep_measured(self.run, self.recipe, self.base, self.device, self.progress)
         self.save(tuned, tokenizer, initial)
         if held_out:
             losses = self.measure("tuned", tuned, held_out, tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
@@ -24,7 +24,9 @@ class Device:
     """Where and in which type it computes."""
 
     name: str  # cuda or cpu
-    dtype: str  # bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU
+    dtype: Literal[
+        "bfloat16", "float16", "float32"
+    ]  # bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU
 
     @property
     def on_gpu(self) -> bool:

@@ -54,6 +54,8 @@ def test_speed_and_peak_memory(trained: tuple[Run, float], record_property: Call
     # 0.53 GB of 4-bit weights, 0.52 GB of float32 embeddings and head, 0.2 GB of adapter, gradients and AdamW;
     # the rest are activations of one layer and the logits of 4 x 512 x 32000.
     assert peak < 6
+    memory = run.record.memory
+    assert memory and memory.planned_bytes and 0.95 <= memory.planned_bytes / memory.peak_bytes <= 1.1
     assert tokens > 200
 
 

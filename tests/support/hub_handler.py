@@ -458,16 +458,17 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def send_part(self, file: BinaryIO, size: int, headers: dict[str, str]) -> None:
         """The file from where the client wants it, a piece at a time: no body is ever whole in memory."""
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         start = int(wanted[1]) if wanted else 0
+        end = min(size, int(wanted[2]) + 1) if wanted and wanted[2] else size
         if wanted:
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         kind = self.injected.kind if self.injected else ""
         file.seek(start)
-        pieces = iter(lambda: file.read(4096 if kind == "slow" else 1 << 20), b"")
+        pieces = iter(lambda: file.read(min(4096 if kind == "slow" else 1 << 20, end - file.tell())), b"")
         if kind == "corrupt":
             pieces = (bytes([piece[0] ^ 1]) + piece[1:] if n == 0 else piece for n, piece in enumerate(pieces))
-        length = size if self.command == "HEAD" else size - start
+        length = size if self.command == "HEAD" else end - start
         self.start(206 if wanted else 200, "application/octet-stream", {"Content-Length": str(length), **headers})
         for piece in pieces if self.command != "HEAD" else ():
             self.wfile.write(piece)
