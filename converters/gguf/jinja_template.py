@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import cast
 
 from lora2serve.data.rows import Message
-from lora2serve.data.served_template import without_system
+from lora2serve.data.served_template import refuses_system, without_system
 from lora2serve.exporting.jinja_sandbox import compiled_template
 
 Messages = Sequence[Message]
@@ -53,12 +53,11 @@ class TrainedJinja(Jinja):
 
     def at(self, clock: Clock | None, tools: Tools | None = None) -> Render:
         render = super().at(clock, tools)
-        if not self._refuses_system:
+        if not self._merges_system:
             return render
         return lambda messages: render(cast("Messages", without_system(messages)))
 
     @cached_property
-    def _refuses_system(self) -> bool:
+    def _merges_system(self) -> bool:
         plain = Jinja(self.template, self.variables)
-        user: Message = {"role": "user", "content": "Hi"}
-        return plain.attempt([user]) is not None and plain.attempt([{**user, "role": "system"}, user]) is None
+        return refuses_system(lambda messages: plain(cast("Messages", messages)))

@@ -124,7 +124,7 @@ def fetch_base(model: ModelRecipe, progress: Progress, *, weights: bool = True) 
 def _unfinished(name: str | Path | None) -> runs.Run:
     """The run to resume: the last one, or by its path or its name under ``runs/``."""
     if name is None:
-        run = runs.newest() or runs.latest(finished=False)
+        run = runs.newest() or runs.latest()
         if not run.recipe.is_file():
             raise runs.cut_off(run.path)
     else:

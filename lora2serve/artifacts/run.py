@@ -131,10 +131,8 @@ def kept_once_started(run: Run) -> Iterator[None]:
         keep()
 
 
-def latest(root: Path = ROOT, *, finished: bool = True) -> Run:
-    """The run that was finished last; UsageError where there is none or it was cut off, unless it need not be
-    ``finished``.
-    """
+def latest(root: Path = ROOT) -> Run:
+    """The run that was finished last; UsageError where there is none, or it was cut off."""
     link = root / LATEST
     if not link.exists():
         started = newest(root)
@@ -143,8 +141,7 @@ def latest(root: Path = ROOT, *, finished: bool = True) -> Run:
         )
         raise UsageError(f"no {link} here", f"{first}, or name a run or an adapter")
     run = Run(root / link.resolve().name)
-    if finished:
-        refuse_cut_off(run.path)
+    refuse_cut_off(run.path)
     return run
 
 

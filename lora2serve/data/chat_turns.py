@@ -121,12 +121,14 @@ class _Turn:
         written, header = self._written(message), self._header()
         start = _common(written, header)
         served, history = _parting(prompt, header, str(self.row.messages[self.number - 1].get("content") or ""))
-        if start < history:
-            raise DataError(
-                f"messages[{self.number}]: the chat template writes this answer in another place",
-                "train with data.completion_only: false, or use prompt + completion rows",
-            )
         end = _end_of_thought(prompt)
+        if start < history:  # a call, say, of a template that opens a thought before words only
+            start = _tag_start(prompt, written, _common(prompt, written))
+            if not end or prompt[start:].strip() not in (opened for opened, _ in THOUGHT_MARKS):
+                raise DataError(
+                    f"messages[{self.number}]: the chat template writes this answer in another place",
+                    "train with data.completion_only: false, or use prompt + completion rows",
+                )
         if end:
             return f"{thought}{end}{written[start:]}"
         left = written[history:]  # some of which may stand at the end of the prompt already

@@ -67,12 +67,12 @@ def load(key: str, rows: int, tokens: int) -> SampleBatch | None:
     return batch
 
 
-def store(key: str, batch: SampleBatch) -> Iterator[str]:
-    """Keep ``batch`` under ``key``: whole or not at all. Gives the reason where it cannot be."""
+def store(key: str, batch: SampleBatch) -> str:
+    """Keep ``batch`` under ``key``: whole or not at all. The reason where it cannot be, else nothing."""
     folder = _folder()
     packed = zlib.compress(pack(batch), 1)
     if len(packed) > MOST_BYTES:
-        return
+        return f"{len(packed) >> 20:,} MiB of tokens: too many to be kept for the next run"
     part = folder / f"{key}.{os.getpid()}{UNFINISHED}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,8 @@ def store(key: str, batch: SampleBatch) -> Iterator[str]:
     except OSError as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        yield f"{folder}: {error.strerror}, so the tokens are not kept for the next run"
+        return f"{folder}: {error.strerror}, so the tokens are not kept for the next run"
+    return ""
 
 
 def _read(content: bytes, rows: int, tokens: int) -> SampleBatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property
@@ -52,16 +52,7 @@ class ChatTemplate:
     @cached_property
     def refuses_system(self) -> bool:
         """Whether the template raises where a system turn comes first, and not without it: Gemma 2's does."""
-        user = {"role": "user", "content": STAND_IN}
-        try:
-            self._render_anything([user])
-        except Exception:  # a template raises what it likes
-            return False
-        try:
-            self._render_anything([{"role": "system", "content": STAND_IN}, user])
-        except Exception:
-            return True
-        return False
+        return refuses_system(self._render_anything)
 
     @cached_property
     def closing(self) -> str:
@@ -158,6 +149,20 @@ class ServedChat:
             **{**tokenizer.special_tokens_map, **self.arguments},
         )
         return cast("Sequence[str]", rendered)[0]
+
+
+def refuses_system(render: Callable[[Sequence[ServedMessage]], object]) -> bool:
+    """Whether ``render`` raises where a system turn comes first, and not without it."""
+    user = {"role": "user", "content": STAND_IN}
+    try:
+        render([user])
+    except Exception:  # a template raises what it likes
+        return False
+    try:
+        render([{"role": "system", "content": STAND_IN}, user])
+    except Exception:
+        return True
+    return False
 
 
 def without_system(messages: Sequence[ServedMessage]) -> Sequence[ServedMessage]:

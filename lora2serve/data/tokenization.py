@@ -64,7 +64,6 @@ def _tokenize(
             progress.note(f"{error.message}: the other rows are tokenized by this process")
     if not batch.problem and batch.rows < len(rows):
         batch.add(render_rows(rows[batch.rows :], renderer, recipe, batch.rows, advance))
-    if key and not batch.problem:
-        for reason in sample_cache.store(key, batch):
-            progress.note(reason)
+    if key and not batch.problem and (reason := sample_cache.store(key, batch)):
+        progress.note(reason)
     return batch

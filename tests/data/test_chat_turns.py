@@ -304,3 +304,57 @@ def test_weight_0_in_a_whole_conversation() -> None:
     assert decoded == "".join(sample.learned)
     with pytest.raises(DataError, match=r"messages\[3\]: weight 0"):
         renderer(tokenizer_with(THINK)).render(ChatRow(skipped), completion_only=False)
+
+
+def test_an_assistant_who_speaks_first_in_every_template() -> None:
+    """Where transformers renders such a conversation, both answers are learned, the second as it is served."""
+    chat: list[Message] = [{"role": "assistant", "content": "Welcome."}, TURNS[0], TURNS[1]]
+    learning = 0
+    for name, template in chat_templates().items():
+        tokenizer = tokenizer_with(template)
+        try:
+            alone = tokenizer.apply_chat_template(chat[:1], tokenize=False)
+            expected = tokenizer.apply_chat_template(chat[:2], add_generation_prompt=True, return_dict=False)
+        except Exception:  # a template raises what it likes: many want a user first
+            continue
+        if "Welcome." not in alone:
+            continue
+        runs = learned(renderer(tokenizer, ENDS.get(name, "<|im_end|>")).render(ChatRow(chat)).samples)
+        texts = [tokenizer.decode(ids) for _, ids in runs]
+        assert len(runs) == 2 and "Welcome." in texts[0] and "ALPHA." in texts[1], name
+        assert runs[1][0] == list(expected), name
+        learning += 1
+    assert learning >= 20
+
+
+def test_tools_in_every_template() -> None:
+    """Every prompt of a conversation with a call, its result and an answer is what transformers renders of it."""
+    tool = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
+    call: dict[str, Any] = {
+        "id": "call12345",
+        "type": "function",
+        "function": {"name": "look", "arguments": {"at": "x"}},
+    }
+    chat: list[Message] = [
+        TURNS[0],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": '{"seen": 1}', "tool_call_id": "call12345", "name": "look"},
+        {"role": "assistant", "content": "ALPHA."},
+    ]
+    tools, shown, calls = [{"type": "function", "function": tool}], 0, set()
+    for name, template in chat_templates().items():
+        tokenizer = tokenizer_with(template)
+        try:
+            expected = served(tokenizer, chat, tools=tools)
+            tokenizer.apply_chat_template(chat, tools=tools, tokenize=False)
+        except Exception:  # a template raises what it likes
+            continue
+        rendered = renderer(tokenizer, ENDS.get(name, "<|im_end|>")).render(ChatRow(chat, tools=tools))
+        assert [before for before, _ in learned(rendered.samples)] == expected, name
+        shown += "Looks." in rendered.samples[0].text
+        if "look" in rendered.samples[0].learned[0]:
+            calls.add(name)
+        else:
+            assert "a call of a tool that is learned" in rendered.losses, name
+    assert shown >= 40 and len(calls) >= 45
+    assert "NVIDIA-Nemotron-Nano-v2" in calls, "which opens a thought before words, and none before a call"

@@ -26,12 +26,11 @@ CPU = Device("cpu", "float32")
 GPU = Device("cuda", "bfloat16")
 # a linear layer whose weight no preset may adapt: read past its module by a kernel, or refused by PEFT
 WITHOUT = {"falcon_h1": {"out_proj"}, "jamba": {"out_proj", "dt_proj"}, "mamba": {"out_proj", "dt_proj"}}
-BROKEN = ("rwkv",)  # transformers has no backward for it on a CPU
 
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=() if kind in HANDFUL else pytest.mark.slow) for kind in FAMILIES if kind not in BROKEN],
+    [pytest.param(kind, marks=() if kind in HANDFUL else pytest.mark.slow) for kind in FAMILIES],
 )
 def test_all_linear_learns_in_every_layer_it_adapts(kind: str) -> None:
     from peft import LoraConfig, get_peft_model
