@@ -97,7 +97,7 @@ def _question(references: References, rows: Sequence[ComparisonResult], ask: str
 
 
 WORST = 20  # tensors in the report
-UNASKED_LONG = "the long text in {}, which reads it as other tokens"
+UNASKED_LONG = "the long text in {}, which does not take it"
 
 
 class Comparator:

@@ -78,6 +78,7 @@ def test_a_deployment(server: str, demo_run: Run) -> None:
     origin = origin_of(demo_run)
     tuned, base = rows(demo_run, [of_url(origin, f"{server}/v1", "tuned"), of_url(origin, server, "base")])
     assert tuned.status == "met", tuned.gate
+    assert tuned.not_compared == ("the long text in openai, which does not take it",), "it has room for 256 tokens"
     kl = tuned.check("mean_kl")
     assert kl is not None
     assert kl.value < 1e-3

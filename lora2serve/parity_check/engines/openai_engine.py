@@ -82,9 +82,22 @@ class OpenAI:
     def score(self, sequences: Sequence[Ids], tail: int = 0) -> Iterator[Scores]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for ids in sequences:
+                if tail and not self._takes(list(ids[:-1])):
+                    yield _scores([{}] * tail, ids, len(self.tokenizer))
+                    continue
                 first = len(ids) - tail if tail else 1
                 likeliest = list(pool.map(self._next, [list(ids[:end]) for end in range(first, len(ids))]))
                 yield _scores(likeliest, ids, len(self.tokenizer))
+
+    def _takes(self, prefix: list[int]) -> bool:
+        """Whether the server has room for so long a text; it may be started with less than the model's context."""
+        try:
+            self._next(prefix)
+        except HttpStatus as error:
+            if error.status not in REFUSED:
+                raise
+            return False
+        return True
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
