@@ -26,7 +26,9 @@ WIDE: Mapping[str, Any] = {  # rows of 256 values, which is a block of the coars
     **SHAPE, "vocab_size": 1536, "hidden_size": 256, "intermediate_size": 512, "bos_token_id": None, "eos_token_id": 0,
 }  # fmt: skip
 EXPERTS: Mapping[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-CAPS: Mapping[str, Any] = {"head_dim": 64, "sliding_window": 32, "query_pre_attn_scalar": 64}
+CAPS: Mapping[str, Any] = {
+    "head_dim": 64, "sliding_window": 32, "query_pre_attn_scalar": 64, "tie_word_embeddings": True,
+}  # fmt: skip
 ATTENTION = ("q_proj", "v_proj", "o_proj")
 Exports = tuple[tuple[str, str], ...]
 
@@ -59,7 +61,7 @@ SOUND: Mapping[str, Sound] = {
         "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q3_K_M", "Q2_K"))),
     "hosts": Sound((("ollama", "Q4_K_M"), ("lmstudio", "Q8_0"), ("gguf-adapter", ""))),
     "float16": Sound((("vllm", ""), ("gguf", "F16")), dtype=torch.float16, often=True),
-    "tied": Sound((("vllm", ""), ("gguf", "Q8_0"), ("vllm", "w8a16")), "qwen2", {"tie_word_embeddings": True}, often=True),
+    "tied": Sound((("vllm", ""), ("gguf", "Q8_0"), ("vllm", "w8a16")), "qwen3", {"head_dim": 64, "tie_word_embeddings": True}, often=True),
     "qwen3": Sound((("gguf", "BF16"),), "qwen3", {"head_dim": 64}),
     "caps": Sound((("vllm", ""), ("gguf", "Q4_K_M")), "gemma2", CAPS, often=True),
     "gemma3": Sound((("vllm", ""), ("gguf", "Q8_0")), "gemma3_text", CAPS),
@@ -68,7 +70,7 @@ SOUND: Mapping[str, Sound] = {
         (("vllm", ""), ("gguf", "Q8_0")), "mixtral", EXPERTS, modules=ATTENTION, change=upcycled, often=True
     ),
     "padded": Sound((("vllm", ""), ("gguf", "Q8_0"), ("ollama", "Q6_K")), changes={"vocab_size": 1600}, often=True),
-    "fused": Sound((("vllm", ""), ("gguf", "Q5_K_M")), "phi3", modules=("qkv_proj", "down_proj")),
+    "fused": Sound((("vllm", ""), ("vllm", "fp8-block")), "phi3", modules=("qkv_proj", "down_proj")),
     "dora": Sound((("vllm", ""),), lora={"use_dora": True, "use_rslora": True}),
     "own sampling": Sound((("vllm", ""), ("ollama", "Q8_0")), allow=("generation_config.json:*", "Modelfile:num_predict")),
 }  # fmt: skip
@@ -119,7 +121,7 @@ def test_sound_exports_are_met(tmp_path: Path, name: str, seed: int) -> None:
     sound = SOUND[name]
     base = make_base(tmp_path / "base", sound, seed)
     adapter = make_adapter(
-        tmp_path / "adapter", base, seed=seed, std=0.02, target_modules=list(sound.modules), **sound.lora
+        tmp_path / "adapter", base, seed=seed, std=0.05, target_modules=list(sound.modules), **sound.lora
     )
     for target in dict.fromkeys(target for target, _ in sound.exports):
         quants = [quant for each, quant in sound.exports if each == target]
