@@ -68,13 +68,18 @@ def add(
     examples=[("lora2serve registry init --content s3://bucket/models", "of a Postgres in LORA2SERVE_REGISTRY")],
 )
 @click.option("--content", metavar="FOLDER|URL", default="", help="Where files lie (default: the registry's folder).")
-def init(content: str) -> None:
+@json_option
+def init(content: str, as_json: bool) -> None:
     """Make the registry that LORA2SERVE_REGISTRY names; where it is there, nothing happens."""
     from lora2serve import console
     from lora2serve.api.version_registry import Registry
 
     with Registry.create(content=content) as opened:
-        console.result(opened.location.shown)
+        place = opened.location.shown
+    if as_json:
+        console.result_json({"registry": place})
+    else:
+        console.result(place)
 
 
 @registry.command(
