@@ -90,7 +90,7 @@ def test_kills(location: str, runs: list[Path]) -> None:
 
 @pytest.mark.slow
 def test_200_kills(location: str, runs: list[Path]) -> None:
-    assert kill_at_random(location, runs, 200) == RUNS
+    assert kill_at_random(location, runs, 200) > RUNS // 2
 
 
 def test_8_processes_and_50_promotions(location: str, runs: list[Path]) -> None:
