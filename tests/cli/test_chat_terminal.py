@@ -87,3 +87,23 @@ def test_tokens_become_the_text_that_they_are(text: str) -> None:
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
     assert words.rest() == ""
     assert [words.add(byte) for byte in "é".encode()[:1]] == [""] and words.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown", "stopped"),
+    [
+        (["An answer", ".", "\nUs", "er:", " more"], "An answer.", True),
+        (["An answer\nUser: more"], "An answer", True),
+        (["A", "\nUs", "ed car", "\nU"], "A\nUsed car\nU", False),
+    ],
+)
+def test_a_stop_word_is_no_part_of_an_answer(tokens: list[str], shown: str, stopped: bool) -> None:
+    """Nor is its beginning shown before one knows that it is none."""
+    words = TokenText(lambda ids: "".join(tokens[number] for number in ids), ["\nUser:"])
+    pieces = []
+    for number in range(len(tokens)):
+        pieces.append(words.add(number))
+        if words.stopped:
+            break
+    assert "".join([*pieces, words.rest()]) == shown
+    assert words.stopped == stopped
