@@ -301,8 +301,10 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 @pytest.mark.skipif(BROWSER is None and "GITHUB_ACTIONS" not in os.environ, reason=NO_BROWSER)
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(390, "light"), (390, "dark"), (1000, "light"), (1040, "light"), (1280, "light"), (1280, "dark")],
+)
 def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
     """No console error, nothing wider than the window, pictures drawn, and the colors of the scheme."""
     assert BROWSER, NO_BROWSER  # GitHub's machines have one
