@@ -6,7 +6,6 @@ It can be made again at any time; what else is written into it is no part of the
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from sqlalchemy import Connection, select
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.run import RECORD
-from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.errors import RegistryError, UsageError, did_you_mean
 from lora2serve.registry.content_store import Blob, ContentStore, staged
 from lora2serve.registry.ledger import LATER
 from lora2serve.registry.tables import exports, files
@@ -107,8 +106,8 @@ def _make(views: Path, store: ContentStore, target: Path, blobs: Mapping[str, Bl
         for path, blob in blobs.items():
             store.get(blob, new / path, link=not path.startswith(LATER))
         write_marker(new, version.name, version.number, version.sha256)
-        if target.exists() and not (target / MARKER).is_file():  # somebody's own, or what a damaged disk left
-            shutil.rmtree(target)
+        if target.exists() and not (target / MARKER).is_file():
+            raise RegistryError(f"{target}: exists, and is not the directory of a version", "move it away")
         with suppress(OSError):  # another process was faster
             os.rename(new, target)
 

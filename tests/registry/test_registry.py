@@ -296,6 +296,12 @@ def test_a_directory_is_made_again(registry: Registry, tmp_path: Path) -> None:
     )
     shutil.rmtree(path)
     assert (registry.path("medical-qa@1/vllm")).is_dir()
+    shutil.rmtree(path)
+    path.mkdir()
+    (path / "mine").write_text("")
+    with pytest.raises(Lora2ServeError, match="not the directory of a version"):
+        registry.path("medical-qa@1")
+    assert (path / "mine").is_file(), "nobody's files are removed"
 
 
 def test_what_is_no_version(registry: Registry, tmp_path: Path) -> None:
