@@ -43,6 +43,9 @@ def preview_data(
     sets = data_sets.load(chosen.data, pin_data)
     base = fetch_base(chosen.model, progress, weights=False)
     template = base_template(base, chosen.data.chat_template)
+    note = sets.train.note_of_form(chosen.data.form, template.tokenizer.chat_template)
+    if note:
+        progress.note(note)
     found = preview(sets.in_form(chosen.data.form, template.tokenizer.chat_template), template, chosen.data, progress)
     if report is not None:
         Path(report).write_text(render_preview(found), encoding="utf-8")

@@ -12,7 +12,7 @@ from itertools import groupby, islice, zip_longest
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.rendering import IGNORE
-from lora2serve.data.samples import Sample
+from lora2serve.data.samples import Sample, row_faults
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.progress import Progress
@@ -195,15 +195,14 @@ def _findings(
         by_row[sample.row].append(sample)
     apart = {tuple(sample.input_ids) for sample in held_out}
     seen: set[tuple[tuple[int, ...], ...]] = set()
+    faults = row_faults(samples)
     cut, silent, partly, repeated, leaked = list[str](), list[str](), list[str](), list[str](), list[str]()
     first = {data.where(number): number for number in reversed(by_row)}  # a weight has rows stand there several times
     for where, number in sorted(first.items(), key=lambda item: item[1]):
-        own = by_row[number]
-        ids = tuple(tuple(sample.input_ids) for sample in own)
-        learned = [sample.learned for sample in own]
-        cut += [where] if any(sample.cut for sample in own) else []
-        silent += [where] if not any(learned) else []
-        partly += [where] if any(learned) and not all(learned) else []
+        ids = tuple(tuple(sample.input_ids) for sample in by_row[number])
+        cut += [where] if number in faults.cut else []
+        silent += [where] if number in faults.silent else []
+        partly += [where] if number in faults.partly else []
         repeated += [where] if ids in seen else []
         leaked += [where] if any(one in apart for one in ids) else []
         seen.add(ids)

@@ -6,6 +6,7 @@ import json
 import sys
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora2serve.config.schema import show
@@ -25,6 +26,22 @@ class Sample:
     def learned(self) -> bool:
         """Whether a loss is taken on any token: the first one has nothing before it to be predicted from."""
         return any(label != IGNORE for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class RowFaults:
+    """Rows by their index: cut; with nothing to learn, once cut; with some answers that are not learned."""
+
+    cut: set[int]
+    silent: set[int]
+    partly: set[int]
+
+
+def row_faults(samples: Sequence[Sample]) -> RowFaults:
+    """Of the rows that ``samples`` are of; a conversation may give several."""
+    learned = {sample.row for sample in samples if sample.learned}
+    silent = {sample.row for sample in samples if not sample.learned}
+    return RowFaults({sample.row for sample in samples if sample.cut}, silent - learned, silent & learned)
 
 
 @dataclass(frozen=True)

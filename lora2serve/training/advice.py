@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lora2serve.adapters.lint import lint
 from lora2serve.config.recipe import Recipe
-from lora2serve.data.samples import Sample
+from lora2serve.data.samples import Sample, row_faults
 from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.training.schedule import eval_interval, total_steps
 
@@ -44,18 +44,16 @@ def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool, checkpointi
 
 def _of_length(samples: Sequence[Sample], limit: int) -> list[str]:
     """By row, of which a conversation may give several samples."""
-    rows, learned = ({sample.row for sample in part} for part in (samples, [one for one in samples if one.learned]))
-    cut = {sample.row for sample in samples if sample.cut}
-    partly = learned & {sample.row for sample in samples if not sample.learned}
-    problems = []
-    if cut:
-        problems.append(f"{len(cut)} of {len(rows)} rows are longer than {limit} tokens and were cut (data.max_length)")
-    if rows - learned:
-        silent = len(rows - learned)
-        problems.append(f"{silent} of {len(rows)} rows have no token to learn from, once cut: they are left out")
-    if partly:
+    rows, faults, problems = len({sample.row for sample in samples}), row_faults(samples), []
+    if faults.cut:
         problems.append(
-            f"{len(partly)} of {len(rows)} rows have answers that are not learned: what stands before them is longer "
+            f"{len(faults.cut)} of {rows} rows are longer than {limit} tokens and were cut (data.max_length)"
+        )
+    if faults.silent:
+        problems.append(f"{len(faults.silent)} of {rows} rows have no token to learn from, once cut: they are left out")
+    if faults.partly:
+        problems.append(
+            f"{len(faults.partly)} of {rows} rows have answers that are not learned: what stands before them is longer "
             f"than {limit} tokens (data.max_length)"
         )
     return problems
