@@ -56,7 +56,7 @@ docs: $(READY)  ## Write the tables of docs/ that are made from code and tests.
 constraints: $(READY)  ## Write constraints.txt from the packages in .venv.
 	$(BIN)/python scripts/constraints.py
 
-bench-merge: $(READY)  ## Time the merge beside cp and PEFT.
+bench-merge: $(READY)  ## Time the merge beside a durable copy and PEFT.
 	$(BIN)/python -m benchmarks.merge
 
 bench-gguf: $(READY)  ## Time the GGUF export beside the usual chain.
