@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from converters.gguf import header
+from converters.gguf import expert_factors, header
+from converters.gguf.expert_factors import ExpertTargets
 from converters.gguf.gguf_settings import TENSORS, settings
 from converters.gguf.header import Keys
 from converters.gguf.row_map import RowMap, RowMaps
@@ -52,8 +54,13 @@ class GgufAdapterSink:
         with RowMaps(model) as row_maps:
             self._architecture = row_maps.architecture
             stored = {module: model.source.tensor_of(f"{module}.weight") for module in self._adapter.layers}
-            self._row_maps = {module: row_maps.of(name) if name else [] for module, name in stored.items()}
-        _refuse(self._adapter, self._row_maps, model)
+            self._experts = expert_factors.find_targets(model, row_maps)
+            self._row_maps = {
+                module: row_maps.of(name) if name else []
+                for module, name in stored.items()
+                if name not in self._experts.rows
+            }
+        _refuse(self._adapter, self._row_maps, self._experts, model)
         self._out, self.name = out, file_name(model)
         self._file = out.file(self.name, self._planned_size())
 
@@ -78,22 +85,26 @@ class GgufAdapterSink:
         with scratch.temporary_folder("adapter") as folder:
             path = Path(folder) / self.name
             writer, tensor_bytes = self._writer(path), 0
-            for target, parts in _by_target(self._row_maps).items():
-                for name, shape in self._shapes(target, parts).items():
-                    count = 4 * shape[0] * shape[1]
-                    writer.add_tensor_info(name, shape, np.dtype(np.float32), count)
-                    tensor_bytes += writer.ggml_pad(count, writer.data_alignment)
+            for name, shape in self._shapes().items():
+                count = 4 * prod(shape)
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), count)
+                tensor_bytes += writer.ggml_pad(count, writer.data_alignment)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             writer.close()
             return int(writer.ggml_pad(path.stat().st_size, writer.data_alignment)) + tensor_bytes
 
-    def _shapes(self, target: str, parts: Mapping[str, RowMap]) -> dict[str, tuple[int, int]]:
-        """Those of ``_factors``, by the names of the file's tensors."""
-        shapes = [self._adapter.layers[module].parts["lora_A"].shape for module in parts]
-        rank, rows = sum(shape[0] for shape in shapes), len(next(iter(parts.values())).outputs)
-        return {f"{target}.lora_a": (rank, shapes[0][1]), f"{target}.lora_b": (rows, rank)}
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the file's tensors, by their names."""
+        found: dict[str, tuple[int, ...]] = {}
+        for target, parts in _by_target(self._row_maps).items():
+            shapes = [self._adapter.layers[module].parts["lora_A"].shape for module in parts]
+            rank, rows = sum(shape[0] for shape in shapes), len(next(iter(parts.values())).outputs)
+            found |= {f"{target}.lora_a": (rank, shapes[0][1]), f"{target}.lora_b": (rows, rank)}
+        for target, (a, b) in self._experts.shapes().items():
+            found |= {f"{target}.lora_a": a, f"{target}.lora_b": b}
+        return found
 
     def _writer(self, path: Path) -> GGUFWriter:
         return header.open_writer(path, _keys(self._architecture))
@@ -102,6 +113,9 @@ class GgufAdapterSink:
         writer = self._writer(path)
         for target, parts in _by_target(self._row_maps).items():
             a, b = self._factors(parts)
+            writer.add_tensor(f"{target}.lora_a", a.numpy())
+            writer.add_tensor(f"{target}.lora_b", b.numpy())
+        for target, a, b in self._experts.factors():
             writer.add_tensor(f"{target}.lora_a", a.numpy())
             writer.add_tensor(f"{target}.lora_b", b.numpy())
         writer.write_header_to_file()
@@ -157,7 +171,9 @@ def _by_target(row_maps: Mapping[str, Sequence[RowMap]]) -> dict[str, dict[str, 
     return targets
 
 
-def _refuse(adapter: Adapter, row_maps: Mapping[str, Sequence[RowMap]], model: ExportModel) -> None:
+def _refuse(
+    adapter: Adapter, row_maps: Mapping[str, Sequence[RowMap]], experts: ExpertTargets, model: ExportModel
+) -> None:
     """Everything that the format cannot hold, at once."""
     problems = [f"{name} was trained in full" for name in adapter.full if not _is_copy(name, adapter, model)]
     if not adapter.is_lora:
@@ -168,7 +184,7 @@ def _refuse(adapter: Adapter, row_maps: Mapping[str, Sequence[RowMap]], model: E
         extra = sorted(set(layer.parts) - LORA_MATRICES)
         if extra:
             problems.append(f"{module}: {', '.join(extra)} does not fit into a GGUF adapter")
-        elif not row_maps[module]:
+        elif not row_maps.get(module) and not experts.hold(layer.parts["lora_A"].name):
             problems.append(f"{module}: no such tensor in the GGUF of this model, or none with its rows and columns")
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []

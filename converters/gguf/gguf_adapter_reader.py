@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.gguf.expert_factors import find_targets
 from converters.gguf.gguf_scan import scan
 from converters.gguf.row_map import RowMaps
 from lora2serve.artifacts.manifest import Manifest
@@ -32,19 +33,22 @@ class GgufAdapterReader:
         self._alpha = float(reader.fields[ALPHA_KEY].contents()) if ALPHA_KEY in reader.fields else 0.0
         source = model.source
         with RowMaps(model) as row_maps:
-            self._row_maps = {name: maps for name in source.changed() if (maps := row_maps.of(name))}
+            self._experts = find_targets(model, row_maps).rows
+            others = (name for name in source.changed() if name not in self._experts)
+            self._row_maps = {name: maps for name in others if (maps := row_maps.of(name))}
         self._source = source
-        planned = {
-            f"{row_map.target}.{part}"
-            for maps in self._row_maps.values()
-            for row_map in maps
-            for part in ("lora_a", "lora_b")
+        targets = {name: [part.target for part in parts] for name, parts in self._experts.items()}
+        targets |= {name: [row_map.target for row_map in maps] for name, maps in self._row_maps.items()}
+        names = {
+            name: [f"{target}.{part}" for target in own for part in ("lora_a", "lora_b")]
+            for name, own in targets.items()
         }
+        planned = {part for parts in names.values() for part in parts}
         rows = {spec.name: spec.rows for spec in source.specs()}
         self.wanted: Mapping[str, int] = {
             name: rows[name]  # its outputs may lie in any order: a tensor comes whole
-            for name, maps in self._row_maps.items()
-            if all(f"{row_map.target}.{part}" in self._tensors for row_map in maps for part in ("lora_a", "lora_b"))
+            for name, parts in names.items()
+            if all(part in self._tensors for part in parts)
         }
         self.differences = [f"{name}: missing" for name in sorted(planned - self._tensors.keys())]
         self.differences += [f"{name}: not planned" for name in sorted(self._tensors.keys() - planned)]
@@ -54,6 +58,8 @@ class GgufAdapterReader:
         import torch
 
         base = self._source.before(spec.name, rows).values.float()
+        if spec.name in self._experts:
+            return self._experts_pair(spec, base, block.float())
         sides: list[tuple[Tensor, Tensor]] = []
         for row_map in self._row_maps[spec.name]:
             a, b = self._factor(f"{row_map.target}.lora_a"), self._factor(f"{row_map.target}.lora_b")
@@ -70,6 +76,22 @@ class GgufAdapterReader:
         names = " and ".join(row_map.target for row_map in self._row_maps[spec.name])
         planned, stored = (torch.cat([values.flatten() for values in side]) for side in zip(*sides, strict=True))
         return names, planned, stored
+
+    def _experts_pair(self, spec: TensorSpec, base: Tensor, block: Tensor) -> tuple[str, Tensor, Tensor]:
+        import torch
+
+        planned, stored = [], []
+        for part in self._experts[spec.name]:
+            a, b = self._factor(f"{part.target}.lora_a"), self._factor(f"{part.target}.lora_b")
+            experts, out, into = part.shape
+            if a.shape != (experts, b.shape[-1], into) or b.shape[:2] != (experts, out):
+                raise ExportError(f"{part.target}: B {list(b.shape)} and A {list(a.shape)} for {list(part.shape)}")
+            scale = self._alpha / a.shape[1] if self._alpha else 1.0
+            planned += [values.flatten() for values in part.matrices(block)]
+            pairs = zip(part.experts, part.matrices(base), strict=True)
+            stored += [(before + scale * (b[expert] @ a[expert])).flatten() for expert, before in pairs]
+        names = " and ".join(part.target for part in self._experts[spec.name])
+        return names, torch.cat(planned), torch.cat(stored)
 
     def again(self, spec: TensorSpec, rows: slice, block: Tensor) -> Tensor | None:
         """Nothing is quantized."""

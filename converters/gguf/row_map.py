@@ -70,6 +70,10 @@ class RowMaps:
             return [_read_off(placement, spec) for placement in placements] or self._probed(spec)
         return []
 
+    def placed(self, name: str) -> Sequence[Placement]:
+        """Where a stored tensor goes, by our own tables; nothing where llama.cpp's converter computes it."""
+        return () if self._upstream is not None else self._placements.get(name, ())
+
     def _probed(self, spec: TensorSpec) -> list[RowMap]:
         """All of its maps, or none where an output is nowhere: half an adapter would answer, and wrongly."""
         row_maps = list(self._probe(spec))

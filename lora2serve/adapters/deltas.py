@@ -164,6 +164,11 @@ class ExpertLora:
             merged[position] += self._delta(expert, ALL)
         return merged
 
+    def factors(self, expert: int) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of one expert in the fused weight, without the scale."""
+        rank = self.a.shape[0] // self.experts
+        return self.a.read(slice(expert * rank, (expert + 1) * rank)), self.b.read()[:, expert :: self.experts]
+
     def _delta(self, expert: int, rows: slice) -> Tensor:
         rank = self.a.shape[0] // self.experts
         a = self.a.read(slice(expert * rank, (expert + 1) * rank))  # (r, in)

@@ -10,6 +10,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from lora2serve.adapters.deltas import Delta
 from lora2serve.artifacts.lineage import Lineage
 from lora2serve.artifacts.manifest import Manifest, TemplateRecord
 from lora2serve.errors import UsageError, did_you_mean
@@ -63,6 +64,10 @@ class ModelSource(Source, Protocol):
 
     def changed(self) -> list[str]:
         """The names of the tensors that an adapter changes."""
+        ...
+
+    def deltas(self, name: str) -> Sequence[Delta]:
+        """What the adapters do to one tensor, in order."""
         ...
 
     def tensor_of(self, parameter: str) -> str | None:

@@ -57,6 +57,10 @@ class Merged:
         """The names of the tensors that an adapter changes."""
         return [name for name, tensor in self._tensors.items() if tensor.deltas]
 
+    def deltas(self, name: str) -> Sequence[Delta]:
+        """What the adapters do to one tensor, in order."""
+        return self._tensors[name].deltas
+
     def tensor_of(self, parameter: str) -> str | None:
         """The merged tensor that a parameter of the trained model is; None where there is no such one."""
         return parameter if parameter in self._tensors else self._names.stored_name(parameter)

@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 
+from converters.gguf.gguf_adapter_reader import GgufAdapterReader
 from lora2serve.api.export_model import plan_export
 from lora2serve.api.export_request import ExportRequest
+from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.run import Run
+from lora2serve.exporting.sinks import ExportModel
 from lora2serve.exporting.stream import PlannedOutput
 from tests.conftest import lora2serve
+from tests.support.folding import fold
+from tests.support.runs import DEMO
 
 IDS = list(range(20, 90))
 
@@ -95,6 +101,50 @@ def test_equals_peft(
     tuned.unload()
     assert nmse(by_llama_cpp(base_gguf, file), expected) < 1e-5
     assert nmse(by_base, expected) > 1e-3
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "original_max_position_embeddings": 128}
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 64, "sliding_window": 32, "rope_parameters": YARN},
+}
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_on_experts(kind: str, tmp_path: Path) -> None:
+    """LoRA on the experts of each family that stores them otherwise: in llama.cpp it is PEFT's."""
+    from peft import PeftModel
+
+    from tests.support.tiny import load_model, make_adapter, make_model
+
+    base = make_model(tmp_path / "base", kind, vocab_size=1536, num_experts_per_tok=2, seed=4, **MOE[kind])
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (base / name).write_bytes((DEMO / "base" / name).read_bytes())
+    weights = {n: t * 4 if t.dim() > 1 else t for n, t in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})  # large enough for every expert to matter
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], target_parameters=experts, std=0.2)
+    file = exported(tmp_path / "out", adapter, "--base", base, "-t", "gguf-adapter")
+    request = ExportRequest((adapter,), ("gguf-adapter",), base=base, out=tmp_path / "planned")
+    assert list(plan_export(request).outputs.values()) == [PlannedOutput(1, file.stat().st_size)]
+    names = {tensor.name for tensor in GGUFReader(file).tensors}
+    assert {f"blk.0.ffn_{part}_exps.weight.lora_{side}" for part in ("gate", "up", "down") for side in "ab"} <= names
+    base_gguf = exported(tmp_path / "base-gguf", base, "-t", "gguf", "-q", "F32")
+    with torch.no_grad():
+        tuned = PeftModel.from_pretrained(load_model(base), adapter)
+        expected = tuned(torch.tensor([IDS])).logits[0].double().numpy()
+    merged = exported(tmp_path / "merged", adapter, "--base", base, "-t", "gguf", "-q", "F32")
+    beside, folded, alone = by_llama_cpp(base_gguf, file), by_llama_cpp(merged), by_llama_cpp(base_gguf)
+    assert nmse(beside, folded) < 1e-3, "as the merged model"
+    assert nmse(beside, expected) < 1e-3, "as PEFT"
+    assert nmse(alone, expected) > 1e-2, "the control"
+    model = ExportModel(fold(base, (adapter,)), {}, "adapter", str(base), adapter)
+    reader = GgufAdapterReader(tmp_path / "out" / "gguf-adapter", Manifest(), model)
+    assert reader.differences == [] and len(reader.wanted) == len(model.source.changed())
+    for spec in (spec for spec in model.source.specs() if spec.name in reader.wanted):
+        _, planned, stored = reader.pair(spec, slice(0, spec.rows), model.source.read(spec.name).values)
+        assert torch.allclose(planned, stored, atol=1e-4, rtol=1e-4), spec.name
 
 
 @pytest.mark.parametrize(
