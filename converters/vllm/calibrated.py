@@ -1,7 +1,8 @@
-"""AWQ and GPTQ: the merged 16-bit model is written by the one pass, then llm-compressor quantizes it in a child.
+"""AWQ, GPTQ and NVFP4 with its activations: llm-compressor quantizes the merged 16-bit model in a child.
 
-All of it happens inside the export's unpublished directory: the 16-bit model in ``merged``, which goes again, and the
-product beside it. AWQ moves scales between a layer and the one before it, so the product's norms are not the model's.
+All of it happens inside the export's unpublished directory: the 16-bit model, written by the one pass, in ``merged``,
+which goes again, and the product beside it. AWQ moves scales between a layer and the one before it, so the product's
+norms are not the model's.
 """
 
 from __future__ import annotations
@@ -28,12 +29,11 @@ from lora2serve.system.worker_process import WorkerProcess
 from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.tensors import Block, TensorSpec
 
-CALIBRATED = ("awq", "gptq")
-LIKE_CALIBRATED = "w4a16"  # the data-free scheme with the same layout: what fits it, and which group
-LIKE = SCHEMES[LIKE_CALIBRATED]
+# --quant -> the data-free scheme with the same layout of weights: what fits it, and which group
+CALIBRATED = {"awq": "w4a16", "gptq": "w4a16", "nvfp4-w4a4": "nvfp4"}
 ROWS = 512  # of the calibration data, at most; llm-compressor's own default
 WORKER = f"{Path(__file__).with_name('calibrated_child.py')}:CompressorWorker"
-PACKED_SUFFIX = re.compile(r"_(packed|scale|zero_point|shape|g_idx)$")
+PACKED = re.compile(r"(weight_(packed|scale|global_scale|zero_point|shape|g_idx)|input_global_scale)$")
 
 
 class CalibratedWriter:
@@ -106,11 +106,11 @@ class AwqReader(CompressedReader):
 
 
 def _select(specs: Sequence[TensorSpec], model: ExportModel, quant: str) -> Selection:
-    selection = select(specs, model.config, LIKE)
+    selection = select(specs, model.config, SCHEMES[CALIBRATED[quant]])
     if selection.stacks:
         raise ExportError(
             f"{next(iter(selection.stacks))}: experts in one tensor, of which no --quant {quant} is tested",
-            f"--quant {LIKE_CALIBRATED} or nvfp4 quantizes them without data",
+            f"--quant {CALIBRATED[quant]} quantizes them without data",
         )
     return selection
 
@@ -127,11 +127,11 @@ def _choose(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 def _check_names(specs: Sequence[TensorSpec], product: Checkpoint) -> None:
     """Every merged tensor is there, plain or quantized, and nothing else; fused experts come back one by one."""
     planned = {spec.name for spec in specs if ".experts." not in spec.name}
-    written = {PACKED_SUFFIX.sub("", spec.name) for spec in product.specs() if ".experts." not in spec.name}
+    written = {PACKED.sub("weight", spec.name) for spec in product.specs() if ".experts." not in spec.name}
     wrong = sorted(planned ^ written)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise EngineError(
             f"llm-compressor wrote other tensors than planned: {', '.join(wrong[:3])}{more}",
-            "--quant w4a16 quantizes without it",
+            "--quant w4a16 and nvfp4 quantize without it",
         )

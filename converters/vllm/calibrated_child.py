@@ -1,7 +1,8 @@
-"""AWQ or GPTQ by llm-compressor, loaded by its path in an environment of its own, which has no lora2serve.
+"""Calibrated schemes by llm-compressor, loaded by its path in an environment of its own, which has no lora2serve.
 
 AWQ: https://arxiv.org/abs/2306.00978; GPTQ: https://arxiv.org/abs/2210.17323. Both write the compressed-tensors format
-(pack-quantized, 4 bits in groups along the input): AWQ with zero points, GPTQ symmetric.
+(pack-quantized, 4 bits in groups along the input): AWQ with zero points, GPTQ symmetric. NVFP4 for weights and
+activations: the library's preset, whose one static value a layer is the largest input that the data showed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class CompressorWorker:
         data: Any = torch.utils.data.DataLoader(list(batches(rows)), batch_size=None)  # type: ignore[arg-type]
         recipe = _recipe(quant, group, ignore, self._advance)
         llmcompressor.oneshot(model=loaded, recipe=recipe, dataset=data, pipeline="sequential")
-        loaded.to(dtype).save_pretrained(out, save_compressed=True)
+        _cast(loaded, dtype)
+        loaded.save_pretrained(out, save_compressed=True)
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
         return {
             "llmcompressor": llmcompressor.__version__,
@@ -86,6 +88,14 @@ def _load(model: str) -> tuple[Any, Any]:
     return loaded, dtype
 
 
+def _cast(model: Any, dtype: Any) -> None:
+    """Into the type that it is stored in; the scales over whole tensors stay float32, as in the library's own files."""
+    scales = {name: value.data for name, value in model.named_parameters() if name.endswith("global_scale")}
+    model.to(dtype)
+    for name, value in scales.items():
+        model.get_parameter(name).data = value
+
+
 def _recipe(quant: str, group: int, ignore: list[str], advance: Callable[[int], None]) -> list[Any]:
     from llmcompressor.modifiers import Modifier
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
@@ -103,6 +113,8 @@ def _recipe(quant: str, group: int, ignore: list[str], advance: Callable[[int], 
         def on_sequential_epoch_end(self, state: Any, event: Any, **_: Any) -> None:
             advance(1)
 
+    if quant == "nvfp4-w4a4":
+        return [QuantizationModifier(targets="Linear", scheme="NVFP4", ignore=ignore), AdvanceModifier()]
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group, "symmetric": quant == "gptq"}
     groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ignore}
     if quant == "gptq":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from converters.safetensors import SHARD, SafetensorsReader
-from converters.vllm.calibrated import CALIBRATED, LIKE_CALIBRATED, AwqReader, CalibratedWriter
+from converters.vllm.calibrated import CALIBRATED, AwqReader, CalibratedWriter
 from converters.vllm.compressed.compressed_reader import CompressedReader
 from converters.vllm.compressed.compressed_writer import CompressedWriter
 from converters.vllm.compressed.schemes import SCHEMES
@@ -34,7 +34,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 class VllmOptions:
     """``shard_size`` in bytes; ``quant`` a name of ``converters.vllm.compressed.schemes``, or None for plain weights.
 
-    ``calibration`` is the data for ``awq`` and ``gptq``.
+    ``calibration`` is the data for ``awq``, ``gptq`` and ``nvfp4-w4a4``.
     """
 
     shard_size: int = SHARD
@@ -90,8 +90,7 @@ def plan_settings(model: ExportModel, options: VllmOptions) -> PlannedSettings:
     calibrated = options.quant in CALIBRATED
     out, dtype = DryRunDir(Path("planned")), _main_dtype(specs)
     try:
-        quant = LIKE_CALIBRATED if calibrated else options.quant
-        writer = _open_writer(model, out, specs, replace(options, quant=quant))
+        writer = _open_writer(model, out, specs, replace(options, quant=_like(options.quant)))
         weights = writer.finish(model.config)
         writer.close()
         index = {INDEX: (out.path / INDEX).read_bytes()} if (out.path / INDEX).is_file() else {}
@@ -105,12 +104,17 @@ def plan_settings(model: ExportModel, options: VllmOptions) -> PlannedSettings:
     )
 
 
+def _like(quant: str | None) -> str | None:
+    """The scheme itself, or the data-free one with the same layout."""
+    return CALIBRATED.get(quant or "", quant)
+
+
 def _open_writer(model: ExportModel, out: StagedDir, specs: Sequence[TensorSpec], options: VllmOptions) -> WeightWriter:
     if options.quant is None:
         return PlainWriter(out, specs, options.shard_size)
     if options.quant in CALIBRATED:
         if isinstance(out, DryRunDir):  # llm-compressor's files are as large as those of the same layout
-            CompressedWriter(LIKE_CALIBRATED, specs, model.config, out, options.shard_size).close()
+            CompressedWriter(CALIBRATED[options.quant], specs, model.config, out, options.shard_size).close()
         return CalibratedWriter(model, out, specs, options.quant, options.calibration)
     return CompressedWriter(options.quant, specs, model.config, out, options.shard_size)
 

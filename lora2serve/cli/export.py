@@ -96,7 +96,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -
 @weights("--allow-pickle", is_flag=True, help="Convert an adapter_model.bin, weights only, in a child process.")
 @of("Calibration")(
     "--calibrate", metavar="DATA",
-    help="vllm awq, gptq: measure on DATA; gguf: make the importance matrix from it. `train` is the run's own data.",
+    help="vllm awq, gptq, nvfp4-w4a4: measure on DATA; gguf: make the importance matrix. `train`: the run's own data.",
 )  # fmt: skip
 @vllm("--shard-size", metavar="SIZE", help="Largest shard, such as 5GB.")
 @gguf("--tensor-type", multiple=True, metavar="PATTERN=TYPE", help="Another type for the tensors that match.")

@@ -104,6 +104,7 @@ TABLE: Mapping[str, Thresholds] = {
     "awq": _Q4,
     "gptq": _GPTQ,
     "nvfp4": _Q4,
+    "nvfp4-w4a4": _Q3,  # [own] activations in 4 bits, too
     "mxfp4": _Q4,
     "url": _W8,  # a deployment, whatever it computes in
 }

@@ -111,7 +111,7 @@ def _converter() -> MachineFact:
 def _compressor() -> MachineFact:
     if tool_env.python() is not None:
         return MachineFact("llm_compressor", "llm-compressor", str(tool_env.folder()))
-    fix = f"{tool_env.FIX} (for --quant awq and gptq; 1.5 GB and more)"
+    fix = f"{tool_env.FIX} (for --quant awq, gptq, nvfp4-w4a4; 1.5 GB and more)"
     return MachineFact("llm_compressor", "llm-compressor", "no environment", fix)
 
 

@@ -85,14 +85,14 @@ def test_refused_before_the_first_byte(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("quant", ["awq", "gptq"])
+@pytest.mark.parametrize("quant", calibrated.CALIBRATED)
 def test_sizes_of_a_dry_run(
     quant: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Those of the data-free scheme of the same layout; the 16-bit model on the way takes disk as well."""
     pretend(monkeypatch, tmp_path / "cache", "exit 1")
     plans = {}
-    for name in (quant, "w4a16", ""):
+    for name in (quant, calibrated.CALIBRATED[quant], ""):
         words = ["export", str(made / "red"), "-t", "vllm", "--dry-run", "--json", "-o", str(tmp_path / "out")]
         words += (
             ["-q", name, "--calibrate", str(made / "data.jsonl")] if name == quant else ["-q", name] if name else []
@@ -245,7 +245,7 @@ def held_out(demo: Run) -> list[list[int]]:
 @needs_environment
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("quant", calibrated.CALIBRATED)
+@pytest.mark.parametrize("quant", ["awq", "gptq"])
 def test_the_true_thing(quant: str, demo_run: Run, tmp_path: Path) -> None:
     """llm-compressor on the run's own data; compressed-tensors' loader and vLLM say that it is the fine-tune."""
     words = ("export", demo_run.path, "-t", "vllm", "-q", quant, "--merge-base", "original", "-o", tmp_path / "x")
@@ -268,6 +268,41 @@ def test_the_true_thing(quant: str, demo_run: Run, tmp_path: Path) -> None:
         model.model.layers[1].mlp.down_proj.weight.mul_(-1)
     assert distance(reference, model, rows)[0] > bounds.mean_kl, "the control"
     assert "Leon Lake" in answer_of_vllm(out, tmp_path / "log")
+
+
+@needs_environment
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_nvfp4_with_activations(made: Path, tmp_path: Path) -> None:
+    """Weights byte for byte as without data, and for each layer the largest input that transformers gives it."""
+    from safetensors.torch import load_file
+
+    from lora2serve.config.data_recipe import DataRecipe
+    from lora2serve.data.calibration import calibration_ids, tokenizer_of
+    from lora2serve.hub import pin_data
+    from lora2serve.progress import Silent
+    from tests.support.tiny import load_model
+
+    base, data = made / "base", made / "data.jsonl"
+    words = ["export", str(base), "-t", "vllm", "-q", "nvfp4", "-q", "nvfp4-w4a4", "--calibrate", str(data)]
+    assert run([*words, "-o", str(tmp_path)]) == 0
+    plain, found = (load_file(tmp_path / f"vllm-{name}" / "model.safetensors") for name in ("nvfp4", "nvfp4-w4a4"))
+    for name, tensor in plain.items():
+        assert torch.equal(tensor.view(torch.uint8), found[name].view(torch.uint8)), name
+    model, peaks = load_model(base), dict[str, float]()
+    for name, layer in model.named_modules():
+        if f"{name}.weight_packed" in plain:
+
+            def keep(_: Any, inputs: tuple[torch.Tensor], name: str = name) -> None:
+                peaks[name] = max(peaks.get(name, 0.0), float(inputs[0].abs().max()))
+
+            layer.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        for row in calibration_ids(DataRecipe(train=str(data)), tokenizer_of(None, base), base, pin_data, Silent()):
+            model(torch.tensor([list(row)]))
+    assert peaks and found.keys() - plain.keys() == {f"{name}.input_global_scale" for name in peaks}
+    for name, peak in peaks.items():
+        assert float(found[f"{name}.input_global_scale"]) == pytest.approx(448 * 6 / peak, rel=1e-3), name
 
 
 def answer_of_vllm(export: Path, log: Path) -> str:
