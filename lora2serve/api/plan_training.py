@@ -18,6 +18,7 @@ from lora2serve.planning.disk_space import disk_bytes, host_bytes
 from lora2serve.planning.gpus import GpuModel, find_gpu, gpu_of_driver
 from lora2serve.planning.measured_memory import measured_ratio
 from lora2serve.planning.memory_plan import (
+    PlannedBytes,
     PlannedTraining,
     fitting_gpus,
     largest_batch,
@@ -66,44 +67,76 @@ def plan(
     batch, length: rows that go through the model at once, and tokens of each; by default the recipe's.
     exact: run the model's own code on fake tensors, which takes a minute, instead of the closed form.
     overrides: fields of the recipe, as for ``train``.
-
-    Raises UsageError for what is not known, CheckpointError for a model that no plan can be made of, HubError for what
-    the Hub does not give, and EngineError for a model that does not run on fake tensors.
+    Raises UsageError, CheckpointError for a model that no plan can be made of, HubError, and EngineError where
+    ``exact`` does not run.
     """
     progress = progress or default_progress()
     chosen = find_gpu(gpu) if gpu else _gpu_here()
     subject = _subject(model, overrides)
     path = fetch_base(subject.model, progress, weights=False)
-    shape = _shape_at(path, progress)
+    shape = _known_shape(path, exact, progress)
     ways = list(_ways(subject, chosen, methods, ranks, targets, batch, length))
     ratio, runs = measured_ratio(chosen.name) if chosen else (1.0, 0)
+    size: ModelShape | ExactMemory
     if exact:
-        progress.note(f"running {subject.model.path} on fake tensors")
-        with exact_planner() as planner:
-            trainings = tuple(planned(shape, way, chosen, ratio, planner.measure(path, way, ratio)) for way in ways)
+        trainings, size = _exact_trainings(path, ways, shape, chosen, ratio)
     else:
-        trainings = tuple(planned(shape, way, chosen, ratio) for way in ways)
+        assert shape is not None
+        trainings, size = tuple(planned(shape, way, chosen, ratio) for way in ways), shape
     return TrainingPlan(
         model=subject.model.path,
-        parameters=shape.parameters,
-        layers=shape.layers,
+        parameters=size.parameters,
+        layers=size.layers,
         gpu=chosen.name if chosen else None,
         trainings=trainings,
-        shares=dict(_shares(shape, ways[0])),
+        shares=dict(_shares(shape, ways[0])) if shape else {},
         host_memory=max(host_bytes(training, ways[0].on_cpu) for training in trainings),
-        disk=disk_bytes(shape, trainings[0]),
+        disk=disk_bytes(size.parameters, shape.stored_bytes if shape else None, trainings[0]),
         time="not measured",
         notes=tuple(_notes(ways, exact, ratio, runs)),
     )
 
 
-def planned(
-    shape: ModelShape, way: PlanSettings, gpu: GpuModel | None, ratio: float = 1.0, exact: ExactMemory | None = None
-) -> PlannedTraining:
-    """One way to train a model of that shape."""
-    size = exact.bytes if exact else planned_bytes(shape, way, ratio)
+def _known_shape(path: Path, exact: bool, progress: Progress) -> ModelShape | None:
+    """The shape of a model; None where it is not known and need not be."""
+    try:
+        return _shape_at(path, progress)
+    except CheckpointError:
+        if not exact:
+            raise
+        return None
+
+
+def _exact_trainings(
+    path: Path, ways: Sequence[PlanSettings], shape: ModelShape | None, gpu: GpuModel | None, ratio: float
+) -> tuple[tuple[PlannedTraining, ...], ExactMemory]:
+    """By the real code, and what it knows of the model; levers and the largest batch are of the closed form."""
+    with exact_planner() as planner:
+        measured = [planner.measure(path, way, ratio) for way in ways]
+    parts = [_Parts(memory.bytes, memory.trainable, memory.parameters, exact=True) for memory in measured]
+    trainings = tuple(_planned(part, way, shape, gpu, ratio) for part, way in zip(parts, ways, strict=True))
+    return trainings, measured[0]
+
+
+def planned(shape: ModelShape, way: PlanSettings, gpu: GpuModel | None, ratio: float = 1.0) -> PlannedTraining:
+    """One way to train a model of that shape, by the closed form."""
     count = shape.parameters if way.method == "full" else trainable(shape, way)
-    count = exact.trainable if exact else count
+    return _planned(_Parts(planned_bytes(shape, way, ratio), count, shape.parameters), way, shape, gpu, ratio)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What either way finds."""
+
+    bytes: PlannedBytes
+    trainable: int
+    parameters: int
+    exact: bool = False
+
+
+def _planned(
+    parts: _Parts, way: PlanSettings, shape: ModelShape | None, gpu: GpuModel | None, ratio: float
+) -> PlannedTraining:
     return PlannedTraining(
         method=way.method,
         rank=None if way.method == "full" else way.rank,
@@ -111,13 +144,13 @@ def planned(
         batch=way.batch,
         length=way.length,
         checkpointing=way.checkpointing,
-        bytes=size,
-        trainable=count,
-        share=count / shape.parameters,
-        exact=exact is not None,
-        fits=() if way.on_cpu else fitting_gpus(size.total),
-        largest_batch=largest_batch(shape, way, gpu, ratio) if gpu else None,
-        levers=levers(shape, way, ratio),
+        bytes=parts.bytes,
+        trainable=parts.trainable,
+        share=parts.trainable / parts.parameters,
+        exact=parts.exact,
+        fits=() if way.on_cpu else fitting_gpus(parts.bytes.total),
+        largest_batch=largest_batch(shape, way, gpu, ratio) if gpu and shape else None,
+        levers=levers(shape, way, ratio) if shape else (),
     )
 
 
@@ -188,7 +221,7 @@ def _ways(
 ) -> Iterator[PlanSettings]:  # fmt: skip
     """One for each combination."""
     base = settings_of(subject.train, length or subject.length, "float16" if gpu and not gpu.bfloat16 else "bfloat16")
-    base = replace(base, batch=batch or base.batch)
+    base = replace(base, batch=batch or base.batch, rank=ranks[0] if ranks else base.rank)
     for method in dict.fromkeys([_method(name) for name in methods] or subject.methods):
         way = replace(base, method=method, checkpointing=checkpoints(subject.train, method))
         if method == "full":

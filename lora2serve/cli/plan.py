@@ -91,8 +91,10 @@ def plan_lines(plan: TrainingPlan) -> Iterator[str]:
     yield ""
     yield from _table([["", *(_heading(training) for training in plan.trainings)], *_rows(plan)])
     yield ""
-    learned = ", ".join(f"{preset} {_percent(share)}" for preset, share in plan.shares.items())
-    yield f"learned at rank {first.rank or 16}: {learned}"
+    rank = next((training.rank for training in plan.trainings if training.rank), None)
+    if plan.shares and rank:
+        learned = ", ".join(f"{preset} {_percent(share)}" for preset, share in plan.shares.items())
+        yield f"learned at rank {rank}: {learned}"
     yield from _levers(plan)
     yield f"host memory: {_size(plan.host_memory)}"
     yield "disk: " + ", ".join(f"{name} {_size(size)}" for name, size in plan.disk.items())
@@ -144,6 +146,8 @@ def _size(count: int) -> str:
 
 
 def _count(values: int) -> str:
+    if values < 1_000_000:
+        return f"{values:,}"
     return f"{values / 1e9:,.2f} B" if values >= 1_000_000_000 else f"{values / 1e6:,.1f} M"
 
 

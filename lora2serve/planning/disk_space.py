@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from lora2serve.planning.memory_plan import PlannedTraining
-from lora2serve.planning.model_shape import ModelShape
 
 LIBRARIES = 3_000_000_000  # bytes of the host's memory that torch and its neighbors take
 CHECKPOINTS = 3  # two are kept, and a third is being written: each with the adapter and both moments of AdamW
 EXPORTS = {"vllm": 16.0, "gguf F16": 16.0, "gguf Q8_0": 8.5, "gguf Q4_K_M": 4.9}  # bits a value
 
 
-def disk_bytes(shape: ModelShape, training: PlannedTraining) -> dict[str, int]:
-    """Bytes of the base as it is fetched (in 16 bits where it is not quantized), of the run, and of its exports."""
-    base = shape.stored_bytes or 2 * shape.parameters
+def disk_bytes(parameters: int, stored: int | None, training: PlannedTraining) -> dict[str, int]:
+    """Bytes of the base as it is fetched, of the run, and of its exports.
+
+    stored: of the base, where it is known; otherwise it is taken for one of 16 bits.
+    """
+    base = stored or 2 * parameters
     trained = 4 * training.trainable
     sizes = {"base": base, "run": trained + CHECKPOINTS * 3 * trained, "adapter": trained}
-    return sizes | {name: round(shape.parameters * bits / 8) for name, bits in EXPORTS.items()}
+    return sizes | {name: round(parameters * bits / 8) for name, bits in EXPORTS.items()}
 
 
 def host_bytes(training: PlannedTraining, on_cpu: bool) -> int:

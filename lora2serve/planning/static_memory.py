@@ -16,7 +16,7 @@ from lora2serve.planning.model_shape import LinearShape, ModelShape
 from lora2serve.planning.plan_settings import PlanSettings
 
 BLOCK, STATE_BLOCK = 64, 256
-CODES, STATE_CODES = 4 * 16, 4 * 256  # bytes of the tables of values; one of the latter is shared by all weights
+CODES, STATE_CODES = 4 * 16, 4 * 256  # bytes of the tables of values, which each weight has for itself
 STATES = 2  # of AdamW: both moments
 
 
@@ -51,14 +51,13 @@ def _weights(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
     if settings.method != "qlora":
         return others + sum(linear.numel for linear in shape.linears) * settings.itemsize, 0
     states = [_state_bytes(linear.numel, settings.double_quant) for linear in shape.linears]
-    shared = STATE_CODES if settings.double_quant and states else 0
-    return others + sum((linear.numel + 1) // 2 for linear in shape.linears), sum(states) + shared
+    return others + sum((linear.numel + 1) // 2 for linear in shape.linears), sum(states)
 
 
 def _state_bytes(numel: int, double_quant: bool) -> int:
     """Beside the codes of one weight: its scales, the table of its codes, and with double quantization an offset."""
     blocks = -(-numel // BLOCK)
-    return CODES + (blocks + 4 * -(-blocks // STATE_BLOCK) + 4 if double_quant else 4 * blocks)
+    return CODES + (blocks + 4 * -(-blocks // STATE_BLOCK) + 4 + STATE_CODES if double_quant else 4 * blocks)
 
 
 def optimizer_bytes(count: int, settings: PlanSettings) -> int:

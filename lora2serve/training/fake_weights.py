@@ -37,14 +37,15 @@ def materialize(model: PreTrainedModel, settings: PlanSettings) -> None:
     import bitsandbytes
 
     dtype = getattr(torch, settings.dtype)
-    codes = torch.empty(256) if settings.double_quant else None  # one table for all weights
     for module in model.modules():
         packed = isinstance(module, bitsandbytes.nn.Linear4bit)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if packed and name == "weight":
-                module._parameters[name] = _packed(module.out_features, module.in_features, dtype, codes)
+                module._parameters[name] = _packed(
+                    module.out_features, module.in_features, dtype, settings.double_quant
+                )
             else:
                 wide = settings.kept_bytes == 4 and parameter.is_floating_point()
                 kept = torch.float32 if wide else parameter.dtype
@@ -55,7 +56,7 @@ def materialize(model: PreTrainedModel, settings: PlanSettings) -> None:
     model.tie_weights()
 
 
-def _packed(outputs: int, inputs: int, dtype: torch.dtype, codes: torch.Tensor | None) -> Parameter:
+def _packed(outputs: int, inputs: int, dtype: torch.dtype, double_quant: bool) -> Parameter:
     """A 4-bit weight with its state."""
     from bitsandbytes.functional import QuantState
 
@@ -63,9 +64,9 @@ def _packed(outputs: int, inputs: int, dtype: torch.dtype, codes: torch.Tensor |
     weight = Parameter(torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
     nested: QuantState | None = None
     blocks = -(-numel // BLOCK)
-    if codes is not None:
+    if double_quant:
         scales = torch.empty(-(-blocks // STATE_BLOCK))
-        nested = QuantState(absmax=scales, code=codes, blocksize=STATE_BLOCK, dtype=torch.float32)
+        nested = QuantState(absmax=scales, code=torch.empty(256), blocksize=STATE_BLOCK, dtype=torch.float32)
     state = QuantState(
         absmax=torch.empty(blocks, dtype=torch.float32 if nested is None else torch.uint8),
         shape=torch.Size((outputs, inputs)), code=torch.empty(16), blocksize=BLOCK, quant_type="nf4", dtype=dtype,
