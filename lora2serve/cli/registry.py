@@ -169,7 +169,7 @@ def diff(first: str, second: str, as_json: bool) -> None:
 @click.option("--last", metavar="PERIOD", default="", help="The last whole day, week, month, quarter or year; or 30d.")
 @click.option("--since", metavar="DATE", default="", help="From that date on: measured, with --metric; else trained.")
 @click.option("--until", metavar="DATE", default="", help="Before that date.")
-@click.option("--where", metavar="CONDITION", default="", help="Such as 'rank <= 16 and not medqa.acc < 0.7'.")
+@click.option("--where", metavar="CONDITION", default="", help="Such as 'rank <= 16 and medqa.acc >= 0.7'.")
 @click.option("--best", is_flag=True, help="The best alone.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="N at most.")
 @json_option

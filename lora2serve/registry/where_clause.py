@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import ColumnElement, Numeric, and_, not_, or_, select, true
+from sqlalchemy import ColumnElement, Numeric, and_, func, not_, or_, select, true, tuple_
 from sqlalchemy.types import Float, Integer
 
 from lora2serve.config.schema import show
@@ -101,7 +101,7 @@ class _WhereParser:
 
     def _comparison(self) -> ColumnElement[bool]:
         name = self._next("word", "a field")
-        column = _column(name, self.source)
+        _refuse_unknown_field(name, self.source)
         sign = self._next("mark", "an operator (=, !=, <, <=, >, >=)")
         if sign not in OPERATORS:
             self.position -= 1
@@ -109,7 +109,7 @@ class _WhereParser:
         if self.position >= len(self.tokens) or self.tokens[self.position].kind == "mark":
             raise self.error("a value")
         value = self._value(numeric=name in NUMBERS or "." in name)
-        return column.bool_op(sign)(value)
+        return versions.c[name].bool_op(sign)(value) if name in FIELDS else _measured(name, sign, value)
 
     def _value(self, *, numeric: bool) -> object:
         text = self.tokens[self.position].text
@@ -153,22 +153,22 @@ def _tokens(text: str) -> list[Token]:
     return tokens
 
 
-def _column(name: str, source: str) -> ColumnElement[object]:
-    if name in FIELDS:
-        return versions.c[name]
-    suite, dot, metric = name.partition(".")
-    if not dot:
+def _refuse_unknown_field(name: str, source: str) -> None:
+    suite, _, metric = name.partition(".")
+    if name not in FIELDS and not (suite and metric):
         raise UsageError(
             f"--where {show(source)}: unknown field {show(name)}{did_you_mean(name, FIELDS)}",
             f"fields: {', '.join(FIELDS)}, or SUITE.METRIC",
         )
-    newest = (
-        select(scores.c.value)
-        .where(
-            scores.c.name == versions.c.name, scores.c.number == versions.c.number, scores.c.suite == suite,
-            scores.c.metric == metric,
-        )
-        .order_by(scores.c.created.desc(), scores.c.id.desc())
-        .limit(1)
-    )  # fmt: skip
-    return newest.correlate(versions).scalar_subquery()
+
+
+def _measured(name: str, sign: str, value: object) -> ColumnElement[bool]:
+    """The newest score of that name fits; never so for a version that was not measured."""
+    suite, _, metric = name.partition(".")
+    place = func.row_number().over(
+        partition_by=(scores.c.name, scores.c.number), order_by=(scores.c.created.desc(), scores.c.id.desc())
+    )
+    own = (scores.c.suite == suite, scores.c.metric == metric)
+    ranked = select(scores.c.name, scores.c.number, scores.c.value, place.label("place")).where(*own).subquery()
+    fits = select(ranked.c.name, ranked.c.number).where(ranked.c.place == 1, ranked.c.value.bool_op(sign)(value))
+    return tuple_(versions.c.name, versions.c.number).in_(fits)
