@@ -61,15 +61,15 @@ SOUND: Mapping[str, Sound] = {
         "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q3_K_M", "Q2_K"))),
     "hosts": Sound((("ollama", "Q4_K_M"), ("lmstudio", "Q8_0"), ("gguf-adapter", ""))),
     "float16": Sound((("vllm", ""), ("gguf", "F16")), dtype=torch.float16, often=True),
-    "tied": Sound((("vllm", ""), ("gguf", "Q8_0"), ("vllm", "w8a16")), "qwen3", {"head_dim": 64, "tie_word_embeddings": True}, often=True),
+    "tied": Sound((("vllm", ""), ("gguf", "Q8_0"), ("vllm", "w8a16")), "qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
     "qwen3": Sound((("gguf", "BF16"),), "qwen3", {"head_dim": 64}),
-    "caps": Sound((("vllm", ""), ("gguf", "Q4_K_M")), "gemma2", CAPS, often=True),
-    "gemma3": Sound((("vllm", ""), ("gguf", "Q8_0")), "gemma3_text", CAPS),
+    "caps": Sound((("vllm", ""), ("vllm", "w8a16")), "gemma2", CAPS),
+    "gemma3": Sound((("vllm", ""), ("vllm", "fp8")), "gemma3_text", CAPS),
     "experts": Sound((("vllm", ""), ("gguf", "Q8_0")), "mixtral", EXPERTS, modules=ATTENTION),
     "upcycled": Sound(
-        (("vllm", ""), ("gguf", "Q8_0")), "mixtral", EXPERTS, modules=ATTENTION, change=upcycled, often=True
+        (("vllm", ""), ("gguf", "Q8_0")), "mixtral", EXPERTS, modules=ATTENTION, change=upcycled
     ),
-    "padded": Sound((("vllm", ""), ("gguf", "Q8_0"), ("ollama", "Q6_K")), changes={"vocab_size": 1600}, often=True),
+    "padded": Sound((("vllm", ""), ("gguf", "Q8_0"), ("ollama", "Q6_K")), changes={"vocab_size": 1600}),
     "fused": Sound((("vllm", ""), ("vllm", "fp8-block")), "phi3", modules=("qkv_proj", "down_proj")),
     "dora": Sound((("vllm", ""),), lora={"use_dora": True, "use_rslora": True}),
     "own sampling": Sound((("vllm", ""), ("ollama", "Q8_0")), allow=("generation_config.json:*", "Modelfile:num_predict")),
@@ -105,7 +105,7 @@ def set_own_sampling(export: Path) -> None:
 
 def test_there_are_forty() -> None:
     assert sum(len(sound.exports) for sound in SOUND.values()) >= 40
-    assert sum(len(sound.exports) for sound in SOUND.values() if sound.often) == 12
+    assert sum(len(sound.exports) for sound in SOUND.values() if sound.often) == 2
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,8 @@ def test_sound_exports_are_met(tmp_path: Path, name: str, seed: int) -> None:
             set_own_sampling(export)
     origin = of_parts("matrix", base, (adapter,), tmp_path / "parity")
     engines = ("transformers", "peft", "llama.cpp")
-    settings = replace(origin.settings, tokens=300, window=96, prompts=4, engines=engines, allow=sound.allow)
+    settings = replace(origin.settings, tokens=2048, window=128, prompts=4, engines=engines, allow=sound.allow)
     origin = replace(origin, settings=settings)
     for row in check(origin, of_exports(origin, exports), progress=Silent()).rows:
-        assert [gate.status for gate in row.gates] == ["met"] * 4, (row.export, row.gate)
+        missed = [check for gate in row.gates for check in gate.checks if check.met is False]
+        assert [gate.status for gate in row.gates] == ["met"] * 4, (row.export, missed, row.gate)
