@@ -41,7 +41,7 @@ SHAPES = [
     (PHI3, PlanSettings(batch=2)),
 ]
 SLOW = pytest.mark.slow
-CASES = [pytest.param(*case, marks=() if number in (0, 11) else SLOW) for number, case in enumerate(SHAPES)]
+CASES = [pytest.param(*case, marks=SLOW if number else ()) for number, case in enumerate(SHAPES)]
 
 
 @pytest.mark.parametrize(("config", "settings"), CASES)
