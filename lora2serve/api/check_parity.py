@@ -110,11 +110,11 @@ def _compare(
 
     place = plain_path(Path(report_dir)) if report_dir else trained.home
     earlier = read_baseline(Path(baseline)) if baseline else None
-    writers.require_writable(place)  # before minutes of work
-    report = check(trained, compared, progress=progress, ask=ask)
-    if earlier:
-        report = replace(report, regressions=regressions(report, earlier, str(baseline)))
-    page = writers.write(report, place)
+    with writers.reserved(place):
+        report = check(trained, compared, progress=progress, ask=ask)
+        if earlier:
+            report = replace(report, regressions=regressions(report, earlier, str(baseline)))
+        page = writers.write(report, place)
     record_parity(trained.run, [each.path for each in compared if each.path])
     return report, page
 
@@ -127,9 +127,9 @@ def _compare_settings(
     from lora2serve.parity_check.report import writers
 
     place = plain_path(Path(report_dir)) if report_dir else trained.home / "settings"
-    writers.require_writable(place)
-    report = settings_check.report(trained, paths, progress)
-    return report, writers.write(report, place)
+    with writers.reserved(place):
+        report = settings_check.report(trained, paths, progress)
+        return report, writers.write(report, place)
 
 
 def _refuse_unasked(gate: str | None, **options: object) -> None:

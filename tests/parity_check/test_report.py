@@ -290,13 +290,17 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
         writers.write(report(row()), tmp_path / "file" / "parity")
-    with pytest.raises(InputError, match="file"):
-        writers.require_writable(tmp_path / "file" / "parity")
+    with pytest.raises(InputError, match="file"), writers.reserved(tmp_path / "file" / "parity"):
+        pytest.fail("it could not be written")
     (tmp_path / "there" / "report.html").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"report\.html: Is a directory"):
-        writers.require_writable(tmp_path / "there")
-    writers.require_writable(tmp_path / "new" / "parity")
-    assert not [*(tmp_path / "new" / "parity").iterdir()]
+    with pytest.raises(InputError, match=r"report\.html: Is a directory"), writers.reserved(tmp_path / "there"):
+        pytest.fail("it could not be written")
+    with writers.reserved(tmp_path / "new" / "parity"):
+        assert [*(tmp_path / "new" / "parity").iterdir()] == []
+    assert not (tmp_path / "new").exists()
+    with writers.reserved(tmp_path / "new" / "parity"):
+        page = writers.write(report(row()), tmp_path / "new" / "parity")
+    assert page.is_file()
 
 
 @pytest.mark.engine

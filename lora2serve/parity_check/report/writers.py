@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from errno import EISDIR
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from lora2serve.artifacts.parity_report import ParityReport
 from lora2serve.errors import InputError
 from lora2serve.parity_check.report import html_page, junit, markdown_summary
+from lora2serve.system import scratch
 
 PAGE = "report.html"
 RENDERERS: Mapping[str, Callable[[ParityReport], str]] = {
@@ -23,15 +24,18 @@ RENDERERS: Mapping[str, Callable[[ParityReport], str]] = {
 }
 
 
-def require_writable(directory: Path) -> None:
-    """InputError where a report could not be written; what is made for it stays as a folder only."""
-    with _refused(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in RENDERERS:
-            if (directory / name).is_dir():
-                raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(directory / name))
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+@contextmanager
+def reserved(directory: Path) -> Iterator[None]:
+    """The folder of a report, while it is worked for; InputError where none could be written. Left empty, it goes."""
+    with ExitStack() as stack:
+        with _refused(directory):
+            stack.enter_context(scratch.filled(directory))
+            for name in RENDERERS:
+                if (directory / name).is_dir():
+                    raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(directory / name))
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        yield
 
 
 def write(report: ParityReport, directory: Path) -> Path:
