@@ -17,6 +17,7 @@ from lora2serve.serving import server
 from lora2serve.serving.server import ServeOptions
 from lora2serve.system import scratch
 from tests.support.manifests import write_export
+from tests.support.runs import make_chat_model
 from tests.support.tiny import make_adapter, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -94,9 +95,7 @@ def test_a_model_an_adapter_and_their_exports(tmp_path: Path, trace: Path) -> No
 @pytest.mark.engine
 def test_parity(tmp_path: Path, trace: Path) -> None:
     """With its engines and their workers, started in every folder that it is given."""
-    base, out = make_model(tmp_path / "base", vocab_size=1536), tmp_path / "out"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (base / name).write_bytes((ROOT / "recipes" / "demo" / "base" / name).read_bytes())
+    base, out = make_chat_model(tmp_path / "base"), tmp_path / "out"
     run(["export", base, "-t", "vllm", "-t", "gguf", "-q", "F16", "-o", out], tmp_path)
     exports = {"transformers": out / "vllm", "llama.cpp": out / "gguf-F16"}
     plant(tmp_path, base, out)
