@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -48,9 +49,14 @@ def set_tag(repo_id: str, tag: str, commit: str, progress: Progress) -> None:
 def set_branch(repo_id: str, branch: str, commit: str, before: str | None, progress: Progress) -> None:
     """A branch at a commit. The Hub moves none: one that is elsewhere is removed, and made again."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    def remove() -> None:
+        with suppress(RevisionNotFoundError):  # an answer that was lost on its way
+            HfApi().delete_branch(repo_id, branch=branch)
 
     with hub_errors(repo_id, branch, PUSHING):
         if before is not None:
-            with_retries(partial(HfApi().delete_branch, repo_id, branch=branch), progress, repo_id)
-        create = partial(HfApi().create_branch, repo_id, branch=branch, revision=commit)
+            with_retries(remove, progress, repo_id)
+        create = partial(HfApi().create_branch, repo_id, branch=branch, revision=commit, exist_ok=True)
         with_retries(create, progress, repo_id)

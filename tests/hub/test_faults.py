@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve import Registry
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import HubError
 from lora2serve.hub import fetch, pull_check, push
+from lora2serve.progress import Silent
 from tests.hub.conftest import TOKEN, client_env, connect, export, same
 from tests.support.hub_handler import ROUTES
 from tests.support.hub_server import Fault, HubServer
+from tests.support.registries import add_export, make_run
 
 pytestmark = pytest.mark.engine
 
@@ -24,6 +27,7 @@ STEPS = ["create", "validate", "preupload", "batch", "put", "verify", "commit", 
 PULL_REQUEST = ["whoami", "discussions", "commit", "preupload", "tree"]  # of a push with --create-pr
 MULTIPART = ["part", "complete"]
 PULL = ["tree", "resolve", "storage"]
+SYNC = ["refs", "tag", "branch", "remove_branch"]  # of a registry
 GIVES_UP = 200  # more failures than any of the tries lasts
 
 
@@ -55,7 +59,7 @@ def failing(hub: HubServer, step: str, status: int, times: int = 2) -> Fault:
 def test_every_endpoint_is_made_to_fail() -> None:
     """What the server answers, and what the tests below let fail: the same list."""
     answered = {endpoint for _, _, endpoint in ROUTES}
-    assert answered == {*STEPS, *PULL_REQUEST, *MULTIPART, *PULL, "branch", "refs", "xet", "delete"}
+    assert answered == {*STEPS, *PULL_REQUEST, *MULTIPART, *PULL, *SYNC, "xet", "delete"}
 
 
 @pytest.mark.parametrize("status", [503, 429])
@@ -66,6 +70,28 @@ def test_two_failures_are_survived(hub: HubServer, tmp_path: Path, step: str, st
     push([path], repo_id=REPO)
     assert fault.times == 0, "the fault was met"
     settle(hub, path)
+
+
+@pytest.mark.parametrize("kind", ["status", "lost"])
+@pytest.mark.parametrize("step", SYNC)
+def test_a_registry_is_sent_all_the_same(hub: HubServer, tmp_path: Path, step: str, kind: str) -> None:
+    """An alias that moves: its branch is removed and made again, whatever is lost on the way."""
+    with Registry(tmp_path / "registry") as registry:
+
+        def add(seed: int) -> None:
+            run = make_run(tmp_path / f"run-{seed}", seed)
+            add_export(run)
+            registry.add(run.path, name="demo", unproven=True)
+
+        add(0)
+        registry.promote("demo@1")
+        registry.sync("demo", to=f"hub:{REPO}", progress=Silent())
+        add(1)
+        registry.promote("demo@2")
+        fault = hub.fail(step, kind)
+        registry.sync("demo", to=f"hub:{REPO}", progress=Silent())
+        assert hub.repos[REPO].refs["champion"] == hub.repos[REPO].refs["v2"]
+        assert fault.times == 0, "the fault was met"
 
 
 @pytest.mark.parametrize("status", [503, 429])
