@@ -64,14 +64,15 @@ def _train(recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None,
     from lora2serve.data import data_sets
     from lora2serve.hub import pin_data
     from lora2serve.training.finetune import train as fine_tune
-    from lora2serve.training.requirements import check_libraries
+    from lora2serve.training.requirements import check_libraries, translated
 
     check_libraries(recipe.train.quantize)
     sets = data_sets.load(recipe.data, pin_data)  # before a base of many gigabytes is fetched
     if resumed and resumed.record.base.id:
         base, _ = base_of_run(resumed.record.base, None, progress)  # at its first commit, wherever the branch is now
     else:
-        refuse_too_large(recipe, gpu, progress)
+        with translated():  # it loads the first of the libraries
+            refuse_too_large(recipe, gpu, progress)
         base = fetch_base(recipe.model, progress)
     with scratch.filled(runs.ROOT):
         run = resumed or runs.create(name)
