@@ -41,7 +41,7 @@ from lora2serve.training.model import (
 )
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
-from lora2serve.training.sample_log import sample_prompts
+from lora2serve.training.sample_prompts import sample_prompts
 from lora2serve.training.weightless import check_adapter
 from lora2serve.weights.checkpoint import identity, read_config
 

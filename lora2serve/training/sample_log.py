@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
-from lora2serve.data.rows import ChatRow, Row
-from lora2serve.data.served_template import ChatTemplate
-from lora2serve.data.tokenizer import Tokenizer, encode
-from lora2serve.errors import TrainError, first_line
+from lora2serve.data.tokenizer import Tokenizer
+from lora2serve.errors import TrainError
 from lora2serve.progress import Progress
 from lora2serve.training.generation import greedy, stop_ids
+from lora2serve.training.sample_prompts import SamplePrompt
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,33 +21,6 @@ if TYPE_CHECKING:
 
 LONGEST = 128  # tokens of an answer
 SHOWN = 200  # characters of it in a note
-
-
-@dataclass(frozen=True)
-class SamplePrompt:
-    """A prompt of the recipe, and the ids that the model is fed."""
-
-    text: str
-    ids: Sequence[int]
-
-
-def sample_prompts(texts: Sequence[str], rows: Sequence[Row], template: ChatTemplate) -> list[SamplePrompt]:
-    """As ``rows`` are trained: opening turns of the user where there are conversations, else as they stand.
-
-    TrainError for one that the chat template refuses.
-    """
-    tokenizer = template.tokenizer
-    if not any(isinstance(row, ChatRow) for row in rows):
-        return [SamplePrompt(text, encode(tokenizer, text)) for text in texts]
-    prompts = []
-    for number, text in enumerate(texts):
-        chat = template.serve(ChatRow([{"role": "user", "content": text}]))
-        try:
-            rendered = chat.render(generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
-            raise TrainError(f"train.samples[{number}]: the chat template refuses it: {first_line(error)}") from error
-        prompts.append(SamplePrompt(text, encode(tokenizer, rendered, special=False)))
-    return prompts
 
 
 class SampleLog(TrainerCallback):  # type: ignore[misc]

@@ -18,7 +18,8 @@ from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_
 from lora2serve.training.metric_logging import MetricLog
 from lora2serve.training.model import Device
 from lora2serve.training.packing import keep_apart
-from lora2serve.training.sample_log import SampleLog, SamplePrompt
+from lora2serve.training.sample_log import SampleLog
+from lora2serve.training.sample_prompts import SamplePrompt
 from lora2serve.training.schedule import eval_interval, total_steps
 
 if TYPE_CHECKING:
