@@ -14,8 +14,7 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.parity_report import GATES, GateName, ReferenceName
 from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.exporting import bundle
-from lora2serve.parity_check import thresholds
-from lora2serve.parity_check.engines import own_sampling
+from lora2serve.parity_check import own_sampling, thresholds
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.serving import serve_settings
 from lora2serve.system.http import check_address, without_credentials

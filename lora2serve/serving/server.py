@@ -189,10 +189,10 @@ def _bundle(export: Export, options: ServeOptions) -> ServerCommand:
     served = export.manifest.served_base or ""
     elsewhere = served.startswith("/") and not Path(served).is_dir()  # a path on the machine it was exported for
     base = options.base or (export.manifest.base.path if elsewhere else None)
-    file = export.path / bundle.CONFIG
-    flags = ["--config", str(file.resolve())]
+    file = export.path.resolve() / bundle.CONFIG
+    flags = ["--config", str(file)]
     if not options.trust_export:
-        flags += ["--lora-modules", *serve_settings.modules(serve_settings.read(file), export.path.resolve())]
+        flags += ["--lora-modules", *serve_settings.modules(serve_settings.read(file), file.parent)]
     command = _vllm(base, (bundle.BASE, *export.members), flags, options)
     if options.allow_updates:
         resolver = {RESOLVER: str((export.path / bundle.ADAPTERS).resolve())}
@@ -202,10 +202,10 @@ def _bundle(export: Export, options: ServeOptions) -> ServerCommand:
 
 def _config(export: Export, options: ServeOptions) -> list[str]:
     """``--config`` with the export's file, which is looked through before."""
-    file = export.path / bundle.CONFIG
+    file = export.path.resolve() / bundle.CONFIG
     if file.is_file() and not options.trust_export:
         serve_settings.read(file)
-    return ["--config", str(file.resolve())] if file.is_file() else []
+    return ["--config", str(file)] if file.is_file() else []
 
 
 def _vllm(model: str | None, names: tuple[str, ...], flags: Sequence[str], options: ServeOptions) -> ServerCommand:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora2serve.parity_check.engines import own_sampling
+from lora2serve.parity_check import own_sampling
 from lora2serve.parity_check.engines.llama_cpp_engine import LlamaCpp
 from lora2serve.parity_check.engines.transformers_engine import Transformers
 from tests.conftest import lora2serve

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora2serve.errors import EngineError
-from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools, own_sampling
+from lora2serve.parity_check import own_sampling
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 from lora2serve.parity_check.engines.chat_engine import LONGEST_ANSWER, AnswerOptions, End, Say, TokenText, prompt
 
 TEMPLATE = "tokenizer.chat_template"

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import EngineError
+from lora2serve.parity_check import own_sampling
 from lora2serve.parity_check.engine_process import EngineMissing
-from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools, own_sampling
+from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 from lora2serve.progress import Silent
 from lora2serve.serving import ollama
 from lora2serve.system.json_values import Json, JsonValue, at, objects
