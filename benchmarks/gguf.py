@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.measure import ROOT, Cost, cost, machine, repeat
+from benchmarks.measure import ROOT, Cost, cost, machine, repeat, size
 from benchmarks.merge import PEFT
 
 LAYERS = 22
@@ -50,12 +50,11 @@ class Way:
 
     @classmethod
     def of(cls, steps: Sequence[Cost], *paths: Path) -> Way:
-        files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
         return cls(
             sum(step.wall for step in steps),
             sum(step.cpu for step in steps),
             max(step.peak for step in steps),
-            sum(file.stat().st_size for file in files),
+            sum(map(size, paths)),
         )
 
 

@@ -65,6 +65,12 @@ def repeat(command: Sequence[str], times: int, before: Callable[[], None]) -> Co
     return median(runs[1:])
 
 
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def machine() -> dict[str, str | int]:
     """What the figures were measured on."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

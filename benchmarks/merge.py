@@ -75,8 +75,7 @@ def beside_copy(root: Path) -> BesideCopy:
     shutil.rmtree(out)
     copies, exports = zip(*rounds, strict=True)
     ratio = median(export.wall / copy.wall for copy, export in rounds)
-    size = sum(file.stat().st_size for file in base.iterdir())
-    return BesideCopy(size, measure.median(copies), measure.median(exports), round(ratio, 2))
+    return BesideCopy(measure.size(base), measure.median(copies), measure.median(exports), round(ratio, 2))
 
 
 def drop_cached(folder: Path) -> None:

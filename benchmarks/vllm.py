@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.measure import ROOT, Cost, cost, machine, median
+from benchmarks.measure import ROOT, Cost, cost, machine, median, size
 from benchmarks.merge import ours
 
 LAYERS = 22
@@ -32,11 +32,6 @@ def commands(root: Path) -> dict[str, list[str]]:
     plain = ours(root, "base", root / "out")
     found = {PLAIN: plain} | {quant: [*plain, "--quant", quant] for quant in QUANTS}
     return found | {ALL: [*plain, *(word for quant in QUANTS for word in ("--quant", quant))]}
-
-
-def size(path: Path) -> int:
-    """Bytes of all files below."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def run_all(root: Path) -> tuple[dict[str, list[Cost]], dict[str, int]]:
