@@ -28,7 +28,7 @@ from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import FileEntry, Manifest
 from lora2serve.errors import ExportError
 from lora2serve.system import file_lock, scratch
-from lora2serve.system.small_files import digest, plain_path
+from lora2serve.system.small_files import digest, plain_path, sync_to_disk
 
 READ_BYTES = 4 << 20  # bytes read back at a time while hashing
 UNHASHED_BYTES = 4 << 20  # bytes of one file that wait in memory to be hashed
@@ -171,19 +171,19 @@ class StagedDir:
         for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
             name = path.relative_to(self.path).as_posix()
             if name not in sums and path.name != manifest.NAME:
-                _sync(path)
+                sync_to_disk(path)
                 sums[name] = FileEntry.from_json(digest(path), name)
         sealed = replace(record, files=dict(sorted(sums.items())))
         sealed.write(self.path)
-        _sync(self.path / manifest.NAME)
+        sync_to_disk(self.path / manifest.NAME)
         for folder in [*(p for p in self.path.rglob("*") if p.is_dir()), self.path]:
-            _sync(folder)
+            sync_to_disk(folder)
         return sealed
 
     def swap(self) -> Path:
         """Rename the sealed directory into its place."""
         _swap(self.path, self.target)
-        _sync(self.target.parent)
+        sync_to_disk(self.target.parent)
         return self.target
 
     def discard(self) -> None:
@@ -320,14 +320,6 @@ def _start_writing(fd: int, offset: int, count: int) -> None:
     begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if begin:
         begin(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _swap(new: Path, target: Path) -> None:

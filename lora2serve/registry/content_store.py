@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from lora2serve.errors import RegistryError, UsageError, first_line
 from lora2serve.system import scratch
-from lora2serve.system.small_files import digest, file_mode
+from lora2serve.system.small_files import digest, file_mode, sync_to_disk
 
 BLOBS, PARTIAL = "blobs", "partial"
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -83,7 +83,7 @@ class FolderStore:
                 self.mended.add(blob.sha256)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.rename(new, path)
-            _sync(path.parent)
+            sync_to_disk(path.parent)
             return blob
 
     def get(self, blob: Blob, target: Path, *, link: bool = True) -> None:
@@ -209,15 +209,7 @@ def _link_or_copy(source: Path, target: Path, link: bool) -> None:
                 raise
     shutil.copyfile(source, target)
     target.chmod(file_mode() & 0o444)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_to_disk(target)
 
 
 def _damaged(blob: Blob, reason: str) -> RegistryError:

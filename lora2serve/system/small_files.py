@@ -100,6 +100,15 @@ def let_umask_decide(folder: Path) -> None:
             path.chmod(file_mode())
 
 
+def sync_to_disk(path: Path) -> None:
+    """What is written of a file, or the names in a folder, survives a power cut from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def digest(path: Path) -> dict[str, Any]:
     """``{"sha256": hex, "size": bytes}`` of a file."""
     with path.open("rb") as file:
