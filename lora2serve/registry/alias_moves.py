@@ -12,7 +12,7 @@ from lora2serve.registry.promotion_gates import GateRecipe, not_met
 from lora2serve.registry.tables import events
 from lora2serve.registry.version_record import Version
 from lora2serve.registry.version_reference import VersionReference, refuse_alias
-from lora2serve.registry.version_rows import aliases_of, find_version, refuse_unknown_name
+from lora2serve.registry.version_rows import aliases_of, find_version
 
 
 def promote(
@@ -39,7 +39,6 @@ def rollback(ledger: Ledger, name: str, alias: str, number: int | None, *, why: 
 
     UsageError where there is none to go back to.
     """
-    refuse_unknown_name(ledger.connection, name)
     pointed = find_version(ledger.connection, VersionReference(name, alias=alias))
     if number is not None:
         version = find_version(ledger.connection, VersionReference(name, number))
