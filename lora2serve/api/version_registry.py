@@ -150,13 +150,10 @@ class Registry:
         where: such as ``rank <= 16 and base = org/model``.
         best: the best alone.
         """
-        from lora2serve.registry.periods import last_period, time_of
+        from lora2serve.registry.periods import period
         from lora2serve.registry.queries import VersionQuery, find_versions
 
-        if last and (since or until):
-            raise UsageError("--last with --since or --until: one says it all")
-        first, after = last_period(last) if last else ("", "")
-        first, after = (time_of(since, "--since") if since else first), (time_of(until, "--until") if until else after)
+        first, after = period(since, until, last)
         rows = str(digest(Path(data))["sha256"]) if data and Path(data).is_file() else str(data)
         question = VersionQuery(
             name, domain, task, author, alias, rows, metric, suite, first, after, where, best, limit

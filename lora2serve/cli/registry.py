@@ -175,8 +175,14 @@ def diff(first: str, second: str, as_json: bool) -> None:
 @json_option
 def find(*, as_json: bool, **question: str) -> None:
     """Print the versions for which all of that holds."""
+    from lora2serve.registry.periods import period
+
     with open_registry() as opened:
-        print_versions(opened.find(**question), as_json, question["metric"])  # type: ignore[arg-type]
+        found = opened.find(**question)  # type: ignore[arg-type]
+    measured = period(question["since"], question["until"], question["last"])
+    print_versions(
+        found, as_json, lambda version: version.score(question["metric"], question["suite"].lower(), *measured)
+    )
 
 
 @registry.command(

@@ -12,7 +12,7 @@ from lora2serve.cli.options import F
 
 if TYPE_CHECKING:
     from lora2serve.api.version_registry import Registry
-    from lora2serve.registry.version_record import Version
+    from lora2serve.registry.version_record import Version, VersionScore
 
 
 def open_registry() -> Registry:
@@ -53,8 +53,10 @@ def print_version(version: Version, as_json: bool) -> None:
         console.result(version.reference)
 
 
-def print_versions(versions: list[Version], as_json: bool, metric: str = "") -> None:
-    """A line each, or all of them as JSON."""
+def print_versions(
+    versions: list[Version], as_json: bool, score_of: Callable[[Version], VersionScore | None] | None = None
+) -> None:
+    """A line each with the score that was asked for, or all of them as JSON."""
     from lora2serve import console
 
     if as_json:
@@ -63,7 +65,7 @@ def print_versions(versions: list[Version], as_json: bool, metric: str = "") -> 
     for version in versions:
         words = [version.reference, *version.aliases]
         words += [version.state] if version.state != "active" else []
-        found = version.score(metric) if metric else None
+        found = score_of(version) if score_of else None
         words += [f"{found.name}={found.value:g}"] if found else []
         words += [f"rank={version.rank}"] if version.rank else []
         console.result(" ".join([*words, version.base, version.created[:10], version.author]))

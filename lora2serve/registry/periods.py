@@ -21,6 +21,15 @@ def time_of(text: str, option: str) -> str:
     return utc(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
 
+def period(since: str, until: str, last: str) -> tuple[str, str]:
+    """First moment, and the first one after it, of what was asked for; empty where nothing was."""
+    if not last:
+        return time_of(since, "--since") if since else "", time_of(until, "--until") if until else ""
+    if since or until:
+        raise UsageError("--last with --since or --until: one says it all")
+    return last_period(last)
+
+
 def last_period(text: str, today: date | None = None) -> tuple[str, str]:
     """First moment, and the first one after it: of the calendar quarter before this one, or of the last 30 days."""
     today = today or datetime.now(UTC).date()
@@ -48,4 +57,4 @@ def _month(number: int) -> date:
 
 
 def _moments(first: date, after: date) -> tuple[str, str]:
-    return tuple(f"{day.isoformat()}T00:00:00Z" for day in (first, after))  # type: ignore[return-value]
+    return f"{first.isoformat()}T00:00:00Z", f"{after.isoformat()}T00:00:00Z"

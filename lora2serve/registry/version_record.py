@@ -98,10 +98,17 @@ class Version(JsonRecord):
         """Whether it has exports, and parity is met for all of them."""
         return bool(self.exports) and not any(export.unproven for export in self.exports)
 
-    def score(self, metric: str) -> VersionScore | None:
-        """The newest figure of that name, such as ``medqa.acc``."""
-        named = [score for score in self.scores if score.name == metric]
-        return max(named, key=lambda score: score.created, default=None)
+    def score(self, metric: str, suite_sha256: str = "", since: str = "", until: str = "") -> VersionScore | None:
+        """The newest of that name, such as ``medqa.acc``: on the suite whose sha256 begins so, in that period."""
+        fitting = [
+            score
+            for score in self.scores
+            if score.name == metric
+            and score.suite_sha256.startswith(suite_sha256)
+            and since <= score.created
+            and (score.created < until or not until)
+        ]
+        return max(reversed(fitting), key=lambda score: score.created, default=None)  # of two, what was written last
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ def read_versions(connection: Connection, keys: Sequence[Key]) -> list[Version]:
 def complete(connection: Connection, rows: Sequence[Mapping[str, object]]) -> list[Version]:
     """Rows of ``version``, in their order, with what the other tables have on them."""
     keys = [_key(row) for row in rows]
-    named = _grouped(connection, keys, aliases, {"alias": "alias"})
-    exported = _grouped(connection, keys, exports, EXPORT)
-    measured = _grouped(connection, keys, scores, SCORE)
+    named = _grouped(connection, keys, aliases, {"alias": "alias"}, ("alias",))
+    exported = _grouped(connection, keys, exports, EXPORT, ("label",))
+    measured = _grouped(connection, keys, scores, SCORE, ("suite", "metric", "created", "id"))
     return [
         _version(
             row,
@@ -108,14 +108,14 @@ def _key(row: Mapping[str, object]) -> Key:
 
 
 def _grouped(
-    connection: Connection, keys: Sequence[Key], table: Table, columns: Mapping[str, str]
+    connection: Connection, keys: Sequence[Key], table: Table, columns: Mapping[str, str], order: Sequence[str]
 ) -> Mapping[Key, list[dict[str, object]]]:
     """The rows of one table by their version, the columns under their names in the result."""
     found: dict[Key, list[dict[str, object]]] = defaultdict(list)
     name, number = table.c.name, table.c.number
-    chosen = [table.c[column] for column in columns.values()]
+    chosen, ordered = ([table.c[column] for column in some] for some in (columns.values(), order))
     for wanted in _conditions(keys, table):
-        for row in connection.execute(select(name, number, *chosen).where(wanted).order_by(*chosen)):
+        for row in connection.execute(select(name, number, *chosen).where(wanted).order_by(*ordered)):
             found[row[0], row[1]].append(dict(zip(columns, row[2:], strict=True)))
     return found
 

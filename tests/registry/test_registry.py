@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve import Lora2ServeError, Registry
+from lora2serve.cli import run as command_line
 from lora2serve.errors import GateNotMet, InputError, ParityNotMet, UsageError
 from lora2serve.system.small_files import digest
 from tests.support.manifests import change_manifest
@@ -219,6 +220,31 @@ def test_questions(registry: Registry, tmp_path: Path) -> None:
     assert found(domain="medical", metric="medqa.acc", suite="777") == ["medical-qa@3"]
     with pytest.raises(UsageError, match=r"did you mean 'medqa.acc'"):
         found(metric="medqa.ac")
+
+
+def test_the_printed_score_is_the_one_that_was_asked_for(
+    registry: Registry,
+    location: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the period, of the suite, and of two at one time what was written down last, by which they are ranked too."""
+    monkeypatch.setenv("LORA2SERVE_REGISTRY", location)
+    versions(registry, tmp_path, 1)
+    for value, day, suite in ((0.7, "08-15", "5"), (0.9, "10-15", "5"), (0.8, "10-15", "5"), (0.6, "10-16", "7")):
+        made = scores(tmp_path, value, created=f"2026-{day}T00:00:00Z", suite_sha256=suite * 64)
+        made.write_text(made.read_text().replace("vllm 0.32.0", f"engine of {value}"))
+        registry.score("medical-qa@1", made)
+    for options, value in {
+        ("--since", "2026-07-01", "--until", "2026-10-01"): "0.7", ("--suite", "555"): "0.8",
+        ("--since", "2026-10-15", "--suite", "777"): "0.6", ("--until", "2026-10-16", "--suite", "5"): "0.8",
+    }.items():  # fmt: skip
+        assert command_line(["registry", "find", "--metric", "medqa.acc", *options]) == 0
+        assert f"medical-qa@1 medqa.acc={value} " in capsys.readouterr().out
+    where = "medqa.acc = 0.6"
+    assert command_line(["registry", "find", "--where", where]) == 0 and "acc=" not in capsys.readouterr().out
+    assert registry.get("medical-qa@1").score("medqa.acc", "5" * 64) == registry.find(where=where)[0].scores[-2]
 
 
 def test_sql_only_reads(registry: Registry, tmp_path: Path) -> None:
