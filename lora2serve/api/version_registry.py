@@ -162,7 +162,7 @@ class Registry:
             return find_versions(connection, question)
 
     def sql(self, query: str) -> tuple[Sequence[str], list[list[object]]]:
-        """The columns and the rows of a SELECT; UsageError for what would write."""
+        """The columns and the rows of a SELECT; UsageError for what would write, and for over 100,000 rows."""
         from lora2serve.registry.queries import run_sql
 
         return run_sql(self._open().database, query)

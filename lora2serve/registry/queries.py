@@ -113,7 +113,7 @@ def _refuse_unknown_metric(connection: Connection, question: VersionQuery) -> No
 
 
 def run_sql(database: Database, statement: str) -> tuple[Sequence[str], list[list[object]]]:
-    """Columns and rows of a query; UsageError for what it refuses, and for whatever would write."""
+    """Columns and rows of a query; UsageError for what it refuses, for whatever would write, and for too many rows."""
     with database.reading() as connection:
         if isinstance(own := connection.connection.dbapi_connection, sqlite3.Connection):
             own.set_authorizer(_reads_only)
@@ -124,7 +124,10 @@ def run_sql(database: Database, statement: str) -> tuple[Sequence[str], list[lis
             result = connection.execution_options(stream_results=True).exec_driver_sql(text)
             if not result.returns_rows:
                 raise UsageError("sql: expected a SELECT", READING)
-            return list(result.keys()), [list(row) for row in result.fetchmany(MOST_ROWS)]
+            rows = result.fetchmany(MOST_ROWS + 1)
+            if len(rows) > MOST_ROWS:
+                raise UsageError(f"sql: more than {MOST_ROWS} rows", "LIMIT, WHERE or GROUP BY makes fewer of them")
+            return list(result.keys()), [list(row) for row in rows]
         except DBAPIError as error:
             raise UsageError(f"sql: {first_line(error.orig or error)}", READING) from None
         finally:

@@ -259,6 +259,10 @@ def test_sql_only_reads(registry: Registry, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="sql: "):
             registry.sql(statement)
     assert registry.verify() == 2 and len(registry.versions()) == 2
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) SELECT i FROM n"
+    assert len(registry.sql(numbers.format(100_000))[1]) == 100_000
+    with pytest.raises(UsageError, match="sql: more than 100000 rows"):
+        registry.sql(numbers.format(100_001))
 
 
 def test_events_are_never_changed(registry: Registry, tmp_path: Path) -> None:
