@@ -15,7 +15,7 @@ from lora2serve.config.bounds import NotEmpty, Positive, Range, Removed
 from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
 from lora2serve.config.model_name import run_name_problem
 from lora2serve.config.other_names import OTHER_NAMES
-from lora2serve.config.schema import build, repeated_keys, show
+from lora2serve.config.schema import build, read_keys, show
 from lora2serve.errors import RecipeError, UsageError, did_you_mean
 
 FILE = "lora2serve.yaml"
@@ -132,7 +132,7 @@ def built_in() -> dict[str, Path]:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe; RecipeError names every problem in it."""
-    content, problems = _read(path)
+    content, problems = read_keys(path, EVERY_KEY)
     for override in overrides:
         _override(content, override, problems)
     recipe = build(Recipe, content, problems, OTHER_NAMES)
@@ -145,7 +145,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_section(path: Path, kind: type[Section]) -> Section:
     """One section of a run's recipe, whatever an earlier release wrote into the others."""
-    content, problems = _read(path)
+    content, problems = read_keys(path, EVERY_KEY)
     key = {ModelRecipe: "model", DataRecipe: "data", ParityRecipe: "parity"}[kind]
     problems = []
     section = build(kind, content.get(key), problems, path=key)
@@ -165,27 +165,6 @@ def _raise(path: Path, problems: Sequence[str], overridden: Sequence[str] = ()) 
 
     if problems:
         raise RecipeError("\n".join(f"{source(problem)}{problem}" for problem in problems), EVERY_KEY)
-
-
-def _read(path: Path) -> tuple[dict[str, object], list[str]]:
-    """The keys of a YAML file, and a problem for each that is there twice."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        problems = repeated_keys(yaml.compose(text, yaml.SafeLoader))
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # dates and numbers out of range, too
-        raise RecipeError(f"{path}: {' '.join(str(error).split())[:300]}", EVERY_KEY) from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: {show(content)}, expected keys and values", EVERY_KEY)
-    return content, problems
 
 
 def template() -> str:

@@ -6,10 +6,11 @@ import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast, get_args, get_origin
 
 from lora2serve.config.bounds import Bound, Removed
-from lora2serve.errors import did_you_mean
+from lora2serve.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from yaml import Node
@@ -38,6 +39,30 @@ def show(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of over 4300 digits has no decimal form
         text = f"<{type(value).__name__}>"
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def read_keys(path: Path, hint: str) -> tuple[dict[str, object], list[str]]:
+    """The keys of a YAML file, and a problem for each that is there twice.
+
+    Raises RecipeError, with the hint, for what is no YAML or holds no keys.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        problems = repeated_keys(yaml.compose(text, yaml.SafeLoader))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # dates and numbers out of range, too
+        raise RecipeError(f"{path}: {' '.join(str(error).split())[:300]}", hint) from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: {show(content)}, expected keys and values", hint)
+    return content, problems
 
 
 def repeated_keys(node: Node | None, path: str = "", seen: set[int] | None = None) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from lora2serve.config.bounds import Range
-from lora2serve.config.schema import build, repeated_keys, show
+from lora2serve.config.schema import build, read_keys, show
 from lora2serve.errors import RecipeError
 from lora2serve.registry.version_record import Version
 
@@ -25,18 +25,8 @@ class GateRecipe:
 
 def read_gates(path: Path) -> GateRecipe:
     """The gates in a YAML file; RecipeError names every problem in it."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        content, problems = yaml.safe_load(text), repeated_keys(yaml.compose(text, yaml.SafeLoader))
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: {' '.join(str(error).split())[:300]}", EXAMPLE) from None
-    if content is not None and not isinstance(content, dict):
-        raise RecipeError(f"{path}: {show(content)}, expected keys and values", EXAMPLE)
-    gates = build(GateRecipe, content or {}, problems)
+    content, problems = read_keys(path, EXAMPLE)
+    gates = build(GateRecipe, content, problems)
     problems += [
         f"suites: {show(name)}, expected SUITE.METRIC" for name in gates.suites if not all(name.partition(".")[::2])
     ]
@@ -79,8 +69,3 @@ def _worse(name: str, version: Version, champion: Version, gates: GateRecipe) ->
     if loss <= margin + 1e-12 * max(abs(old.value), abs(new.value)):  # 0.75 - 0.74 is a little more than 0.01
         return ""
     return f"{name}: {new.value:g}, {champion.reference} has {old.value:g} (margin {margin:g})"
-
-
-def shown(problems: Sequence[str]) -> str:
-    """The gates in one line, as an event keeps them."""
-    return "; ".join(problems)
