@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -111,20 +112,16 @@ def read_scores(run: Run | None, created: str) -> list[SuiteScores]:
 
 
 def read_recipe(path: Path) -> Mapping[str, object]:
-    """A run's recipe as it is; empty where there is none."""
+    """A run's recipe as JSON can have it, a date as its text; empty where there is none."""
     import yaml
 
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        content = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), default=str))
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:200]}", "the file is damaged") from None
     return content if isinstance(content, dict) else {}
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def data_sums(facts: VersionFacts) -> str:

@@ -61,6 +61,21 @@ def test_a_run_becomes_a_version(registry: Registry, tmp_path: Path) -> None:
     assert registry.verify() == 1
 
 
+def test_a_date_in_a_recipe_is_text(registry: Registry, tmp_path: Path) -> None:
+    """YAML has dates, among the arguments of a chat template too; JSON has none. What is no key there is refused."""
+    run = make_run(tmp_path / "run")
+    (run.path / "recipe.yaml").write_text(
+        "train: {learning_rate: 0.0001}\ndata: {arguments: {day: 2026-11-28, n: 1}}\n"
+    )
+    version = registry.add(run.path, name="a", unproven=True)
+    assert version.recipe == {"train": {"learning_rate": 1e-4}, "data": {"arguments": {"day": "2026-11-28", "n": 1}}}
+    assert version.learning_rate == 1e-4
+    other = make_run(tmp_path / "other", 1)
+    (other.path / "recipe.yaml").write_text("2026-11-28: 1\n")
+    with pytest.raises(InputError, match=r"recipe.yaml: keys must be"):
+        registry.add(other.path, name="a", unproven=True)
+
+
 def test_twice_is_one_version(registry: Registry, tmp_path: Path) -> None:
     """Whatever its base is called, and wherever it lies. The control: other weights are another version."""
     run = proven(tmp_path / "run")
