@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -147,6 +146,6 @@ def test_the_control() -> None:
     machine.rollback("champion")
     machine.all_is_as_it_must_be()
     machine.stacks["champion"].append(2)
-    with suppress(UsageError), pytest.raises(AssertionError):
+    with pytest.raises(AssertionError):
         machine.all_is_as_it_must_be()
     machine.teardown()
