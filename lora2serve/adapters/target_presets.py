@@ -14,10 +14,11 @@ def preset_modules(preset: str, paths: Sequence[str], attention: Sequence[str] =
     """
     attention = [path for path in paths if "attn" in path or "attention" in path] or list(attention)
     qv = [path for path in paths if path.rsplit(".", 1)[-1] in QV]
+    in_attention = set(attention)
     return {
         "qv": qv,
         "attention": attention,
-        "qv-mlp": qv + [path for path in paths if path not in set(attention)],
+        "qv-mlp": qv + [path for path in paths if path not in in_attention],
         "all-linear": list(paths),
     }[preset]
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora2serve.planning.model_shape import ModelShape
+from lora2serve.planning.model_shape import LinearShape, ModelShape
 from lora2serve.planning.plan_settings import PlanSettings
 from lora2serve.planning.static_memory import target_layers, trainable
 
 FLOAT = 4  # bytes
-TILE_TOKENS, TILE_LOGITS = (
-    4096,
-    32768,
-)  # of TRL's head, which makes logits by tiles of that size, in a buffer of its own
+TILE_TOKENS, TILE_LOGITS = 4096, 32768  # of TRL's head: tiles of logits of that size, in a buffer of its own
 PLAIN_TILE = 29  # bytes a logit while such a tile is turned into its gradient without Triton, on a CPU
 
 
@@ -60,8 +57,8 @@ def _lora_inputs(shape: ModelShape, settings: PlanSettings) -> _LoraInputs:
     layers = max(1, shape.layers)
     chosen = target_layers(shape, settings.targets)
     ranks = size * settings.rank * len(chosen) // layers
-    down = [item for item in chosen if item.inputs == shape.mlp and not item.in_attention]
-    others = [item for item in chosen if item not in set(down)]
+    down = [item for item in chosen if _is_down(item, shape)]
+    others = [item for item in chosen if not _is_down(item, shape)]
     mask = settings.mask_bytes if settings.dropout else 0
     if settings.casts or settings.dropout:
         each = size + mask
@@ -72,6 +69,11 @@ def _lora_inputs(shape: ModelShape, settings: PlanSettings) -> _LoraInputs:
     return _LoraInputs(
         settings.kept_bytes * shape.hidden * len(groups), size * shape.mlp if down else 0, 0, False, ranks
     )
+
+
+def _is_down(linear: LinearShape, shape: ModelShape) -> bool:
+    """Whether it leads from the width of the MLP back to the model's."""
+    return linear.inputs == shape.mlp and not linear.in_attention
 
 
 def _saved(shape: ModelShape, settings: PlanSettings, inputs: _LoraInputs) -> int:

@@ -132,13 +132,13 @@ def largest_batch(shape: ModelShape, settings: PlanSettings, gpu: GpuModel, rati
 
 def levers(shape: ModelShape, settings: PlanSettings, ratio: float = 1.0) -> tuple[Lever, ...]:
     """Each change alone that saves memory, with its price, in the order in which one would try them."""
-    before = planned_bytes(shape, settings, ratio).total
+    before = planned_bytes(shape, settings, ratio)
     tried = [
         Lever(change, planned_bytes(shape, changed, ratio).total, price)
         for change, price, changed in _changes(settings)
     ]
-    tried += [_two_gpus(shape, settings, ratio)]
-    return tuple(lever for lever in tried if lever.total < WORTHWHILE * before)
+    tried += [_two_gpus(before, shape.layers)]
+    return tuple(lever for lever in tried if lever.total < WORTHWHILE * before.total)
 
 
 def _changes(settings: PlanSettings) -> Iterator[tuple[str, str, PlanSettings]]:
@@ -164,11 +164,10 @@ def _changes(settings: PlanSettings) -> Iterator[tuple[str, str, PlanSettings]]:
         yield change, "no setting of a recipe; its moments are rounded", replace(settings, optimizer_bits=8)
 
 
-def _two_gpus(shape: ModelShape, settings: PlanSettings, ratio: float) -> Lever:
+def _two_gpus(plan: PlannedBytes, layers: int) -> Lever:
     """On each of two: half of what lies there all the time, and two layers that are put together for use."""
-    plan = planned_bytes(shape, settings, ratio)
     whole = plan.weights + plan.quantization_state + plan.adapter + plan.gradients + plan.optimizer
-    gathered = 2 * (plan.weights + plan.quantization_state) // shape.layers
+    gathered = 2 * (plan.weights + plan.quantization_state) // layers
     total = plan.total - whole // 2 + gathered
     return Lever("two GPUs, the model cut in two (FSDP)", total, "a second GPU; on each, not run on several GPUs yet")
 

@@ -79,10 +79,10 @@ def target_layers(shape: ModelShape, targets: str | Sequence[str]) -> list[Linea
     paths = [linear.path for linear in shape.linears]
     names = (targets,) if isinstance(targets, str) else tuple(targets)
     chosen: set[str] = set()
-    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
     for name in names:
         matches = preset_modules(name, paths) if name in PRESETS else named(paths, [name])
         if not matches:
+            leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
             near = did_you_mean(name, [*PRESETS, *leaves])
             hint = f"presets: {', '.join(PRESETS)}; linear layers: {', '.join(leaves)}"
             raise UsageError(f"targets {name!r}: no linear layer of this model{near}", hint)
