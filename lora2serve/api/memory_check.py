@@ -7,7 +7,7 @@ from typing import Literal
 
 from lora2serve.api.plan_training import shape_of
 from lora2serve.config.recipe import Recipe
-from lora2serve.errors import HubError, InputError, TrainError
+from lora2serve.errors import HubError, InputError, TrainError, UsageError
 from lora2serve.planning.gpus import GpuModel, find_gpu
 from lora2serve.planning.measured_memory import measured_ratio
 from lora2serve.planning.memory_plan import (
@@ -27,17 +27,18 @@ from lora2serve.system.hardware import memory_bytes
 def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> None:
     """TrainError where the recipe's training does not fit into ``gpu``, or the one that it would run on.
 
-    Without a GPU it is the main memory. A model that no plan can be made of passes, after a note.
+    Without a GPU it is the main memory. What no plan can be made of passes, after a note: a model, or modules to adapt
+    (embeddings) that the closed form does not know.
     """
     target, dtype = _named(gpu) if gpu else _here()
-    try:
-        shape = shape_of(recipe.model, progress)
-    except (HubError, InputError) as error:
-        progress.note(f"memory not planned: {error.message.splitlines()[0]}")
-        return
     settings = settings_of(recipe.train, recipe.data.max_length, dtype)
     ratio, _ = measured_ratio(target.name)
-    planned = planned_bytes(shape, settings, ratio)
+    try:
+        shape = shape_of(recipe.model, progress)
+        planned = planned_bytes(shape, settings, ratio)
+    except (HubError, InputError, UsageError) as error:
+        progress.note(f"memory not planned: {error.message.splitlines()[0]}")
+        return
     if not fits(planned.total, target):
         raise _too_large(recipe, shape, settings, planned, target, ratio)
 

@@ -16,12 +16,16 @@ def measured_file() -> Path:
     return cache_folder() / "measured_memory.jsonl"
 
 
-def record_measured(gpu: str, planned: int, measured: int) -> None:
-    """Keep what a run took, in bytes of torch's allocator."""
+def record_measured(gpu: str, planned: int, measured: int) -> str:
+    """Keep what a run took, in bytes of torch's allocator. The reason where it cannot be, else nothing."""
     path = measured_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"gpu": gpu, "planned": planned, "measured": measured}) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"gpu": gpu, "planned": planned, "measured": measured}) + "\n")
+    except OSError as error:
+        return f"{path}: {error.strerror}, so the next plan does not count what this run took"
+    return ""
 
 
 def measured_ratio(gpu: str) -> tuple[float, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import MemoryRecord
 from lora2serve.config.recipe import Recipe
-from lora2serve.errors import InputError
+from lora2serve.errors import InputError, UsageError
 from lora2serve.planning.measured_memory import record_measured
 from lora2serve.planning.memory_plan import WORKSPACE, planned_bytes
 from lora2serve.planning.model_shape import model_shape
@@ -35,16 +35,17 @@ def keep_measured(run: Run, recipe: Recipe, base: Path, device: Device, progress
         return
     measured, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).name
     planned = None
-    with suppress(InputError):  # no plan can be made of this model
+    with suppress(InputError, UsageError):  # no plan can be made of this model, or of the modules that it adapts
         planned = planned_allocation(recipe, base, device)
-        record_measured(name, planned, measured)
+        if reason := record_measured(name, planned, measured):
+            progress.note(reason)  # the trained adapter is not saved yet: nothing here may end the run
     run.save(replace(run.record, memory=MemoryRecord(device=name, planned_bytes=planned, peak_bytes=measured)))
     beside = f", planned {planned / 1e9:.2f} GB" if planned else ""
     progress.note(f"peak memory {measured / 1e9:.2f} GB{beside}")
 
 
 def planned_allocation(recipe: Recipe, base: Path, device: Device) -> int:
-    """Bytes of torch's allocator that the closed form expects; CheckpointError for a model that it does not know."""
+    """Bytes of torch's allocator, by the closed form; CheckpointError or UsageError for what it does not know."""
     checkpoint = Checkpoint(base)
     settings = settings_of(recipe.train, recipe.data.max_length, device.dtype)
     planned = planned_bytes(model_shape(checkpoint.config, checkpoint.specs()), settings)

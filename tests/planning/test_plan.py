@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import lora2serve
+from lora2serve.api.memory_check import refuse_too_large
 from lora2serve.cli import run
+from lora2serve.config.recipe import find, load
 from lora2serve.errors import CheckpointError, TrainError, UsageError
 from lora2serve.planning.gpus import find_gpu, gpu_of_driver
 from lora2serve.planning.measured_memory import measured_file, measured_ratio, record_measured
@@ -16,6 +18,7 @@ from lora2serve.planning.memory_plan import fits, planned_bytes
 from lora2serve.planning.model_shape import model_shape
 from lora2serve.planning.plan_settings import PlanSettings
 from tests.planning.conftest import LLAMA3_8B, LLAMA3_70B, write_config
+from tests.support.runs import Told
 
 GIB = 1 << 30
 
@@ -120,6 +123,26 @@ def test_a_training_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(TrainError, match="no tokenizer that transformers can load"):  # the control: it got that far
         lora2serve.train(gpu="80")
     assert not (tmp_path / "runs").exists()
+
+
+def test_targets_that_the_plan_does_not_know_stop_no_training(llama_8b: Path) -> None:
+    """PEFT adapts embeddings, too: such a training passes, after a note. The control: without them it is too large."""
+    values = [f"model.path={llama_8b}", 'train.lora.targets=["q_proj","embed_tokens"]']
+    told = Told()
+    refuse_too_large(load(find("demo"), values), "4", told)
+    assert told.notes == ["memory not planned: targets 'embed_tokens': no linear layer of this model"]
+    with pytest.raises(TrainError, match="4 GiB has"):
+        refuse_too_large(load(find("demo"), [*values, 'train.lora.targets=["q_proj"]']), "4", told)
+
+
+def test_a_cache_folder_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert record_measured("T4", 100, 101).endswith(
+        "Not a directory, so the next plan does not count what this run took"
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert record_measured("T4", 100, 101) == "" and measured_ratio("T4") == (1.01, 1)
 
 
 def test_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
