@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from lora2serve.api.plan_training import shape_of
 from lora2serve.config.recipe import Recipe
@@ -30,8 +29,8 @@ def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> Non
     Without a GPU it is the main memory. What no plan can be made of passes, after a note: a model, or modules to adapt
     (embeddings) that the closed form does not know.
     """
-    target, dtype = _named(gpu) if gpu else _here()
-    settings = settings_of(recipe.train, recipe.data.max_length, dtype)
+    target = find_gpu(gpu) if gpu else _here()
+    settings = settings_of(recipe.train, recipe.data.max_length, target.dtype)
     ratio, _ = measured_ratio(target.name)
     try:
         shape = shape_of(recipe.model, progress)
@@ -43,22 +42,17 @@ def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> Non
         raise _too_large(recipe, shape, settings, planned, target, ratio)
 
 
-def _named(gpu: str) -> tuple[GpuModel, Literal["bfloat16", "float16", "float32"]]:
-    target = find_gpu(gpu)
-    return target, "bfloat16" if target.bfloat16 else "float16"
-
-
-def _here() -> tuple[GpuModel, Literal["bfloat16", "float16", "float32"]]:
+def _here() -> GpuModel:
     """What training would compute on."""
     from lora2serve.training.model import device
 
     found = device()
     if not found.on_gpu:
-        return GpuModel("the main memory", memory_bytes()), "float32"
+        return GpuModel("the main memory", memory_bytes(), found.dtype)
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    return GpuModel(properties.name, properties.total_memory, found.dtype == "bfloat16"), found.dtype
+    return GpuModel(properties.name, properties.total_memory, found.dtype)
 
 
 def _too_large(

@@ -220,7 +220,7 @@ def _ways(
     batch: int | None, length: int | None,
 ) -> Iterator[PlanSettings]:  # fmt: skip
     """One for each combination."""
-    base = settings_of(subject.train, length or subject.length, "float16" if gpu and not gpu.bfloat16 else "bfloat16")
+    base = settings_of(subject.train, length or subject.length, gpu.dtype if gpu else "bfloat16")
     base = replace(base, batch=batch or base.batch, rank=ranks[0] if ranks else base.rank)
     for method in dict.fromkeys([_method(name) for name in methods] or subject.methods):
         way = replace(base, method=method, checkpointing=checkpoints(subject.train, method))

@@ -6,17 +6,18 @@ import re
 from dataclasses import dataclass
 
 from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.planning.plan_settings import ComputeType
 
 MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
 class GpuModel:
-    """A kind of GPU."""
+    """A kind of GPU, or what is computed on instead."""
 
     name: str
     memory: int  # bytes, as nvidia-smi shows them
-    bfloat16: bool = True  # whether it computes in it: otherwise in float16
+    dtype: ComputeType = "bfloat16"
 
 
 # Name, MiB in nvidia-smi, other names of it and of cards with the same memory.
@@ -38,14 +39,19 @@ _TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("H200", 143771, ()),
     ("B200", 183359, ()),
 )
-_OLD = ("T4", "V100 16GB", "V100 32GB")
+_OLD = ("T4", "V100")  # without bfloat16
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia"))
 
 
-GPUS = tuple(GpuModel(name, mib * MIB, name not in _OLD) for name, mib, _ in _TABLE)
+def _dtype(name: str) -> ComputeType:
+    """What a GPU of that name computes in."""
+    return "float16" if any(_plain(old) in _plain(name) for old in _OLD) else "bfloat16"
+
+
+GPUS = tuple(GpuModel(name, mib * MIB, _dtype(name)) for name, mib, _ in _TABLE)
 _NAMED = {
     _plain(alias): gpu
     for gpu, (name, _, aliases) in zip(GPUS, _TABLE, strict=True)
@@ -72,6 +78,5 @@ def find_gpu(text: str) -> GpuModel:
 
 def gpu_of_driver(name: str, memory: str) -> GpuModel:
     """What nvidia-smi says of a GPU of this machine: its name, and ``"81559 MiB"``."""
-    known = next((gpu for gpu in GPUS if _plain(gpu.name) in _plain(name)), None)
     mib = re.match(r"\d+", memory)
-    return GpuModel(name, int(mib[0]) * MIB if mib else 0, known.bfloat16 if known else True)
+    return GpuModel(name, int(mib[0]) * MIB if mib else 0, _dtype(name))

@@ -8,6 +8,7 @@ from typing import Literal
 from lora2serve.config.recipe import TrainRecipe
 
 Method = Literal["full", "lora", "qlora"]
+ComputeType = Literal["bfloat16", "float16", "float32"]  # a GPU takes the first that it has; a CPU float32
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
 
@@ -27,7 +28,7 @@ class PlanSettings:
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     optimizer_bits: Literal[8, 32] = 32
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what is computed in; a CPU takes float32
+    dtype: ComputeType = "bfloat16"
     trained_bytes: int = 4  # of one trained value of an adapter
     padded: bool = True  # whether rows of several lengths go through at once, so that attention gets a mask
 
@@ -63,7 +64,7 @@ class PlanSettings:
         return self.batch * self.length
 
 
-def settings_of(train: TrainRecipe, length: int, dtype: Literal["bfloat16", "float16", "float32"]) -> PlanSettings:
+def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSettings:
     """What a recipe asks for, with rows of ``length`` tokens, on a device that computes in ``dtype``."""
     lora = train.lora
     method: Method = "lora" if train.quantize == "none" else "qlora"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.errors import TrainError, first_line
+from lora2serve.planning.plan_settings import ComputeType
 from lora2serve.training.lora_targets import other_towers, refuse_unknown, targets
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.library import import_quietly
@@ -24,9 +25,7 @@ class Device:
     """Where and in which type it computes."""
 
     name: str  # cuda or cpu
-    dtype: Literal[
-        "bfloat16", "float16", "float32"
-    ]  # bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU
+    dtype: ComputeType
 
     @property
     def on_gpu(self) -> bool:

@@ -70,7 +70,9 @@ def test_gpus_by_name(text: str, gib: int) -> None:
 def test_unknown_gpus_and_drivers() -> None:
     with pytest.raises(UsageError, match=r"--gpu 4900: unknown.*did you mean '4090'"):
         find_gpu("4900")
-    assert gpu_of_driver("Tesla T4", "15360 MiB").bfloat16 is False
+    assert gpu_of_driver("Tesla T4", "15360 MiB").dtype == "float16"
+    assert gpu_of_driver("Tesla V100-SXM2-16GB", "16384 MiB").dtype == find_gpu("v100").dtype == "float16"
+    assert gpu_of_driver("NVIDIA A100-SXM4-40GB", "40960 MiB").dtype == find_gpu("a100").dtype == "bfloat16"
     assert gpu_of_driver("NVIDIA H100 80GB HBM3", "81559 MiB").memory == 81559 << 20
 
 
