@@ -26,7 +26,7 @@ from lora2serve.planning.memory_plan import (
     planned_bytes,
 )
 from lora2serve.planning.model_shape import ModelShape, model_shape
-from lora2serve.planning.plan_settings import METHODS, Method, PlanSettings, checkpoints, settings_of
+from lora2serve.planning.plan_settings import METHODS, Method, PlanSettings, checkpoints, method_of, settings_of
 from lora2serve.planning.static_memory import target_layers, trainable
 from lora2serve.progress import Progress
 from lora2serve.system.hardware import nvidia_gpus
@@ -206,8 +206,7 @@ def _subject(model: str | Path | None, overrides: Mapping[str, object] | Sequenc
     path = Path(name or recipes.FILE).expanduser()
     if name is None or path.is_file() or (not path.exists() and name in recipes.built_in()):
         recipe = recipes.load(recipes.find(name), settings(overrides))
-        method: Method = "lora" if recipe.train.quantize == "none" else "qlora"
-        return _Subject(recipe.model, recipe.train, recipe.data.max_length, (method,))
+        return _Subject(recipe.model, recipe.train, recipe.data.max_length, (method_of(recipe.train),))
     if overrides:
         raise UsageError("--set changes a recipe, and a model was named", "use --rank, --targets, --batch and --length")
     repo, _, revision = name.partition("@")

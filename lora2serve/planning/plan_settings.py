@@ -67,7 +67,7 @@ class PlanSettings:
 def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSettings:
     """What a recipe asks for, with rows of ``length`` tokens, on a device that computes in ``dtype``."""
     lora = train.lora
-    method: Method = "lora" if train.quantize == "none" else "qlora"
+    method = method_of(train)
     return PlanSettings(
         method=method,
         rank=lora.rank,
@@ -83,6 +83,11 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
         modules_to_save=lora.modules_to_save,
         dtype=dtype,
     )
+
+
+def method_of(train: TrainRecipe) -> Method:
+    """What a recipe trains."""
+    return "lora" if train.quantize == "none" else "qlora"
 
 
 def checkpoints(train: TrainRecipe, method: Method) -> bool:

@@ -24,6 +24,7 @@ from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
+from lora2serve.planning.plan_settings import checkpoints, method_of
 from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.system.small_files import let_umask_decide
@@ -123,8 +124,7 @@ class FineTune:
     @property
     def checkpointing(self) -> bool:
         """Whether activations are computed twice to save memory."""
-        chosen = self.recipe.train.gradient_checkpointing
-        return self.recipe.train.quantize != "none" if chosen is None else chosen
+        return checkpoints(self.recipe.train, method_of(self.recipe.train))
 
     def announce(self) -> None:
         """What will be done and what will not, before the long silence of loading; TrainError for what cannot be."""
