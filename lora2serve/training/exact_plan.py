@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora2serve.config.recipe import LoraRecipe, Quantize, TrainRecipe
 from lora2serve.config.schema import build
-from lora2serve.planning.plan_settings import PlanSettings
+from lora2serve.planning.plan_settings import ComputeType, PlanSettings
 from lora2serve.system.worker_protocol import Link
 from lora2serve.training import fake_gpu
 from lora2serve.training.fake_weights import materialize, quantize
-from lora2serve.training.model import add_adapter, lora_config, prepare
+from lora2serve.training.model import add_adapter, four_bit, lora_config, prepare
 from lora2serve.training.storage_tracker import StorageTracker
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ class _FakeTraining:
         self.head = 0  # bytes at the peak before the backward of the layers
         self.config = _config(path, layers)
         recipe = _recipe(settings)
-        model = _skeleton(self.config, settings)
+        model = _skeleton(self.config, recipe, settings.dtype)
         with mode, self.tracker:
             materialize(model, settings)
             self.weights = self.tracker.now
-            self.parameters = _values(model, settings)
+            self.parameters = _values(model)
             self.model = self._adapted(model, recipe)
         self.adapter = sum(parameter.nbytes for parameter in self._trained())
         if settings.method == "full":
@@ -190,13 +190,13 @@ def _few_layers(config: PretrainedConfig) -> int:
     return min(MOST_KINDS, max(kinds.index(kind) for kind in set(kinds)) + 1)
 
 
-def _skeleton(config: PretrainedConfig, settings: PlanSettings) -> PreTrainedModel:
+def _skeleton(config: PretrainedConfig, recipe: TrainRecipe, dtype: ComputeType) -> PreTrainedModel:
     """The class that training loads, on the meta device, its linear layers replaced where it is quantized."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype), trust_remote_code=False)
-    return quantize(model, settings) if settings.method == "qlora" else model
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    return quantize(model, four_bit(recipe, dtype)) if recipe.quantize != "none" else model
 
 
 def _state_bytes(model: torch.nn.Module) -> int:
@@ -207,7 +207,7 @@ def _state_bytes(model: torch.nn.Module) -> int:
     return sum({id(part): int(part.nbytes) for part in parts}.values())
 
 
-def _values(model: PreTrainedModel, settings: PlanSettings) -> int:
+def _values(model: PreTrainedModel) -> int:
     """Of all parameters, a packed one counted by its shape."""
     return sum(
         parameter.quant_state.shape.numel() if hasattr(parameter, "quant_state") else parameter.numel()

@@ -12,21 +12,14 @@ from lora2serve.planning.static_memory import BLOCK, STATE_BLOCK
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def quantize(model: PreTrainedModel, settings: PlanSettings) -> PreTrainedModel:
+def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedModel:
     """With the linear layers that transformers would have bitsandbytes quantize replaced, by transformers itself."""
-    from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=settings.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
-    )
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
     model.is_loaded_in_4bit = model.is_quantized = True
     return model

@@ -17,7 +17,7 @@ from lora2serve.weights.checkpoint import read_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,13 @@ def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedMode
     """The causal language model at ``path``, quantized as the recipe says."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, device.dtype)
-    options: dict[str, object] = {"dtype": dtype}
+    options: dict[str, object] = {"dtype": getattr(torch, device.dtype)}
     if recipe.quantize != "none":
         import_quietly()
     if recipe.quantize != "none" and not read_config(path).get("quantization_config"):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=recipe.quantize,
-            bnb_4bit_use_double_quant=recipe.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        options["quantization_config"] = four_bit(recipe, device.dtype)
     if device.on_gpu:
         options["device_map"] = {"": 0}
     try:
@@ -70,6 +64,19 @@ def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedMode
         ) from error
     model.config.use_cache = False
     return use_plain_cpu_kernels(model) if recipe.quantize != "none" else model
+
+
+def four_bit(recipe: TrainRecipe, dtype: ComputeType) -> BitsAndBytesConfig:
+    """How bitsandbytes quantizes the base of a recipe that asks for it, to compute in ``dtype``."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.quantize,
+        bnb_4bit_use_double_quant=recipe.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def prepare(model: PreTrainedModel, *, checkpointing: bool) -> PreTrainedModel:
