@@ -70,7 +70,8 @@ def plan_files(model: ExportModel, options: GgufOptions, llama: Llama) -> tuple[
 
 def _uncounted(base: str, why: str) -> dict[str, str]:
     """Of a split file whose tensors have unknown sizes: how many files it is."""
-    patterns = (f"{base}*.gguf", f"{base}*.gguf:*", f"{MANIFEST}:file")
+    names = (f"{base}.gguf", f"{base}-[0-9]*-of-[0-9]*.gguf")
+    patterns = (*names, *(f"{name}:*" for name in names), f"{MANIFEST}:file")
     return dict.fromkeys(patterns, f"{why}, and so how many files there are")
 
 

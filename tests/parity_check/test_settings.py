@@ -36,7 +36,7 @@ from tests.support.settings import (
     signed_again,
     text,
 )
-from tests.support.tiny import make_adapter
+from tests.support.tiny import make_adapter, make_imatrix
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [3, 0]}
 
@@ -241,6 +241,29 @@ def test_what_was_chosen_at_the_export(exports: Exports, name: str, tmp_path: Pa
         assert checked(export, exports.base, exports.adapter).gate.status == "met"
     rewritten(export / MANIFEST, json.dumps(content | {"options": {}, "name": "other", "from": "other"}))
     assert checked(export, exports.base, exports.adapter).gate.status == "missed" or target == "adapter"
+
+
+def test_a_split_file_of_unknown_types(exports: Exports, tmp_path: Path) -> None:
+    """Types that an importance matrix decided are not planned again, nor how many files they fill, and that is said.
+
+    The controls: a file that is none of the split one's, and one that is missing where the types are known.
+    """
+    options = {"quants": "IQ2_XS", "imatrix": make_imatrix(tmp_path / "imatrix.gguf", exports.base)}
+    split = exported(exports.adapter, tmp_path / "out", "gguf", exports.base, **options, split_size="100KB")
+    result = checked(split, exports.base, exports.adapter)
+    assert (result.gate.status, result.differences) == ("met", ()), result.gate
+    assert any(note.endswith("and so how many files there are") for note in result.not_compared), "planned are others"
+
+    stem = f"{Manifest.read(split).name}-IQ2_XS"
+    for name in (f"{stem}-more.gguf", "another-00001-of-00002.gguf"):
+        export = damaged(split, tmp_path / name, lambda e, name=name: rewritten(e / name, b"GGUF"))  # type: ignore[misc]
+        result = checked(export, exports.base, exports.adapter)
+        assert [each.path for each in result.differences] == [name]
+
+    known = exported(exports.adapter, tmp_path / "known", "gguf", exports.base, quants="Q8_0", split_size="300KB")
+    last = max(path.name for path in known.glob("*.gguf"))
+    result = checked(damaged(known, tmp_path / "fewer", lost(last)), exports.base, exports.adapter)
+    assert [each.path for each in result.differences] == [last]
 
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -24,7 +24,7 @@ from lora2serve.weights import tensors as weights
 from tests.converters.test_gguf_families import FAMILIES, model_of
 from tests.support.manifests import change_manifest
 from tests.support.runs import make_chat_model
-from tests.support.tiny import make_adapter
+from tests.support.tiny import make_adapter, make_imatrix
 
 pytestmark = pytest.mark.engine
 
@@ -304,28 +304,10 @@ def test_the_strength_where_bytes_say_nothing(
         assert ("v_proj" in where or "attn_v" in where) == (adapter == "v-lost")
 
 
-def imatrix(path: Path, base: Path, seed: int) -> Path:
-    """Weights for the columns such as no data would give: a few count a hundred times as much as the rest."""
-    from converters.gguf import backends
-    from converters.gguf import imatrix as matrices
-    from converters.gguf.gguf_layout import LayoutOptions
-    from lora2serve.exporting.open_model import OpenOptions, open_plain
-
-    (backend,) = backends.open_backends(open_plain(base, "base", OpenOptions()), LayoutOptions())
-    generator = np.random.default_rng(seed)
-    sums = {
-        tensor.name: generator.lognormal(0, 1.5, (1, tensor.shape[-1])).astype(np.float32)
-        for tensor in backend.tensors
-        if len(tensor.shape) == 2
-    }
-    matrices.write(path, sums, {name: np.ones(1, np.float32) for name in sums}, "data", 512)
-    return path
-
-
 @pytest.fixture(scope="module", params=["IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q4_K_M"])
 def fitted(root: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
     """An export with an importance matrix, and the matrix."""
-    matrix = imatrix(root / f"{request.param}.gguf", root / "base", 0)
+    matrix = make_imatrix(root / f"{request.param}.gguf", root / "base", 0)
     source = {"source": root / "as-trained", "base": root / "base", "progress": Silent()}
     (done,) = export(
         **source, targets="gguf", quants=request.param, imatrix=matrix, out=root / f"fitted-{request.param}"

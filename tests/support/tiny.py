@@ -81,6 +81,25 @@ def make_adapter(
     return path
 
 
+def make_imatrix(path: Path, base: Path, seed: int = 0) -> Path:
+    """Weights for the columns such as no data would give: a few count a hundred times as much as the rest."""
+    import numpy as np
+
+    from converters.gguf import backends, imatrix
+    from converters.gguf.gguf_layout import LayoutOptions
+    from lora2serve.exporting.open_model import OpenOptions, open_plain
+
+    (backend,) = backends.open_backends(open_plain(base, "base", OpenOptions()), LayoutOptions())
+    generator = np.random.default_rng(seed)
+    sums = {
+        tensor.name: generator.lognormal(0, 1.5, (1, tensor.shape[-1])).astype(np.float32)
+        for tensor in backend.tensors
+        if len(tensor.shape) == 2
+    }
+    imatrix.write(path, sums, {name: np.ones(1, np.float32) for name in sums}, "data", 512)
+    return path
+
+
 def merged_by_peft(base: Path, *adapters: Path, resize: int | None = None) -> dict[str, torch.Tensor]:
     """The oracle: PEFT's own ``merge_and_unload`` in float32, as a state dict."""
     from peft import PeftModel
