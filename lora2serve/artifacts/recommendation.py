@@ -132,17 +132,21 @@ def _step_up(larger: Candidate) -> str:
 
 
 def _none(place: str, candidates: Sequence[Candidate]) -> Recommendation:
-    rows = [row for candidate in candidates for row in candidate.rows if row.gate]
+    rows = [row for candidate in candidates for row in candidate.rows]
     if all(row.status == "missing" for row in rows):
         reason = "none was measured: the engine is not here"
-        lines = [f"{row.title}: {_missing(row)}." for row in rows]
-        return Recommendation(place, reason=reason, details=tuple(dict.fromkeys(lines)))
+        return Recommendation(place, reason=reason, details=tuple(dict.fromkeys(map(_way_out, rows))))
+    red = [row for row in rows if row.red]
     reason = "none meets its bounds" if len(candidates) > 1 else "it does not meet its bounds"
-    return Recommendation(place, reason=reason, details=tuple(_way_out(row) for row in rows if row.red))
+    if all(row.status == "missing" for row in red):
+        reason = "a required engine is not here"
+    return Recommendation(place, reason=reason, details=tuple(_way_out(row) for row in red))
 
 
 def _way_out(row: ComparisonResult) -> str:
     """Why a row is red, and what to do."""
+    if row.status == "missing":
+        return f"{row.title}: {_missing(row)}."
     gate = row.gate
     assert gate is not None
     return f"{row.title}: {gate.cause or gate.first or gate.status}. Next: {_todo(row, gate)}."

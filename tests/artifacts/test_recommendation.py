@@ -54,7 +54,9 @@ def test_the_smallest_that_meets_its_bounds(drawn: list[ComparisonResult]) -> No
         assert item.export in proven and item.size == min(proven.values())
     else:
         assert item.export == "" and item.size == 0
-        assert any(words in item.reason for words in ("none meets", "does not meet", "none was measured"))
+        assert any(
+            words in item.reason for words in ("none meets", "does not meet", "none was measured", "required engine")
+        )
     assert recommend([replace(each, size=0) for each in drawn]) == (), "sizes of an earlier report are not known"
 
 
@@ -125,6 +127,19 @@ def test_what_was_not_measured_is_not_recommended() -> None:
         "None was measured: the engine is not here.",
         "gguf-Q8_0 in vllm: not installed (pip install vllm).",
     )
+
+
+def test_a_required_engine_that_is_not_here() -> None:
+    """What to do is to install it; the control: beside one that does not meet its bounds, both are said."""
+    missing = row("vllm", "vllm", status="missing", engine="vllm", required=True)
+    (item,) = recommend([row("vllm", "vllm"), missing])
+    assert item.export == "" and item.sentences == (
+        "A required engine is not here.",
+        "vllm in vllm: not installed (pip install vllm).",
+    )
+    (item,) = recommend([row("vllm", "vllm", status="missed"), missing])
+    assert item.sentences[0] == "It does not meet its bounds." and len(item.details) == 2
+    assert item.details[1] == "vllm in vllm: not installed (pip install vllm)."
 
 
 def test_it_is_in_the_report_and_not_read_back() -> None:
