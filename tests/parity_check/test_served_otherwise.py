@@ -46,3 +46,26 @@ def test_another_base_is_named(tmp_path: Path) -> None:
         comparison = Comparison("export", tmp_path, "adapter", "lora", "vllm", {}, "original")
         (tmp_path / "serve.yaml").write_text("dtype: auto")
         assert served_otherwise(comparison, "float32", Path("models/base"), 600) == expected
+
+
+@pytest.mark.parametrize(
+    ("serve", "base", "computed", "words"),
+    [
+        ("dtype: bfloat16\n", "float16", "float32", "computed in float32, served in bfloat16"),
+        ("dtype: float32\n", "float16", "float32", ""),
+        ("dtype: auto\n", "bfloat16", "float32", ""),  # the engine decides
+        (None, "bfloat16", "float32", "computed in float32, served in bfloat16"),  # an adapter: as its base
+        (None, "bfloat16", "bfloat16", ""),
+        (None, "float32", "float32", ""),
+        ("dtype: bfloat16\n", "bfloat16", None, ""),  # as it serves
+    ],
+)
+def test_another_type_is_named(tmp_path: Path, serve: str | None, base: str, computed: str | None, words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": base}))
+    export = tmp_path / "adapter"
+    export.mkdir()
+    if serve:
+        (export / "serve.yaml").write_text(serve)
+    Manifest(target="vllm", files=FILES).write(export)
+    comparison = Comparison("adapter", export, "adapter", "lora", "vllm", {}, "original")
+    assert served_otherwise(comparison, computed, tmp_path, 600) == words
