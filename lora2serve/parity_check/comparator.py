@@ -97,7 +97,6 @@ def _question(references: References, rows: Sequence[ComparisonResult], ask: str
 
 
 WORST = 20  # tensors in the report
-UNASKED_LONG = "the long text in {}, which does not take it"
 
 
 class Comparator:
@@ -163,17 +162,21 @@ class Comparator:
         row = replace(row, version=twin.version, computed=twin.computed, reply=twin.reply, same_files=twin.export)
         if passed[-1].status not in ("met", "skipped"):
             return _without_later(row, comparison, passed)
-        unasked = tuple(line for line in twin.not_compared if line == UNASKED_LONG.format(row.engine))
         return replace(
             row,
             gates=(*passed, by_name["behaviour"]),
-            not_compared=(*row.not_compared, *unasked),
+            not_compared=(*row.not_compared, *self._unasked(row, by_name["behaviour"])),
             beside=twin.beside,
             parts=twin.parts,
             prompts=twin.prompts,
             answers=twin.answers,
             speed=twin.speed,
         )
+
+    def _unasked(self, row: ComparisonResult, behavior: Gate) -> tuple[str, ...]:
+        """What the engine could not be asked for, in words."""
+        known = self.data.long is None or any(check.name == "long_kl" for check in behavior.checks)
+        return () if known else (f"the long text in {row.engine}, which does not take it",)
 
     def _options(self, comparison: Comparison) -> dict[str, object]:
         """What makes the engine: with room for the longest text, and the base as GGUF where an adapter needs it."""
@@ -257,9 +260,9 @@ class Comparator:
         end = len(known.sequences)  # behind them, those of the long text
         measured: dict[str, Behavior] = {
             name: Behavior(
-                positions[:end], known.base[name], known.sequences, known.task,
+                positions.take(slice(end)), known.base[name], known.sequences, known.task,
                 gates.greedy(known.greedy[name], answers.ids, self.data.stop),
-                positions[end:] if self.data.long else None,
+                positions.take(slice(end, None)) if self.data.long else None,
             )
             for name, positions in worker.load_positions(scored).items()
         }  # fmt: skip
@@ -269,12 +272,10 @@ class Comparator:
             bounds = replace(bounds, first_difference=None)
         name_of = partial(row_figures.position_name, known)
         gate = gates.behavior(main, main.measure(), bounds, name_of, thresholds.noise(row.kind))
-        unknown = main.long is not None and "long_kl" not in {check.name for check in gate.checks}
-        unasked = UNASKED_LONG.format(row.engine)
         return replace(
             row,
             gates=(*passed, gate),
-            not_compared=(*row.not_compared, unasked) if unknown else row.not_compared,
+            not_compared=(*row.not_compared, *self._unasked(row, gate)),
             beside={name: row_figures.shown(other) for name, other in measured.items() if name != row.reference},
             parts=row_figures.by_part(main),
             prompts=row_figures.by_text(main, known),

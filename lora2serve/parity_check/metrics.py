@@ -45,12 +45,9 @@ class Positions:
     def __len__(self) -> int:
         return len(self.kl)
 
-    def take(self, where: NDArray[np.bool_]) -> Positions:
-        """The positions where ``where`` holds."""
+    def take(self, where: NDArray[np.bool_] | slice) -> Positions:
+        """The positions where ``where`` holds, or those of a part."""
         return Positions(**{name: getattr(self, name)[where] for name in FIELDS})
-
-    def __getitem__(self, part: slice) -> Positions:
-        return Positions(**{name: getattr(self, name)[part] for name in FIELDS})
 
 
 FIELDS = ("kl", "same", "margin", "delta", "loss", "error", "power")
