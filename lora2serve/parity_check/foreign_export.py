@@ -17,9 +17,16 @@ from lora2serve.artifacts.parity_report import SettingDifference
 from lora2serve.errors import InputError
 from lora2serve.exporting import settings_plan
 from lora2serve.exporting.settings_plan import PlannedSettings
-from lora2serve.parity_check.setting_differences import ABSENT, MOST_SHOWN, compare_files, compare_headers, fits
+from lora2serve.parity_check.setting_differences import (
+    ABSENT,
+    MOST_SHOWN,
+    compare_files,
+    compare_headers,
+    compare_stored,
+    fits,
+)
 from lora2serve.system import scratch
-from lora2serve.system.small_files import MAX_SIZE, without_repeated
+from lora2serve.system.small_files import without_repeated
 from lora2serve.weights.chat_template import chat_templates
 
 # What our plan and another tool may say differently of one and the same model: not judged.
@@ -89,11 +96,7 @@ def compare(export: Path, planned: PlannedSettings) -> tuple[list[SettingDiffere
 def _differences(export: Path, planned: PlannedSettings) -> Iterator[SettingDifference]:
     for name, content in planned.files.items():
         if name in COMPARED and (export / name).is_file():
-            size = (export / name).stat().st_size
-            if size > MAX_SIZE:
-                yield SettingDifference(name, "", f"{len(content)} bytes", f"{size} bytes")
-                continue
-            yield from compare_files(name, _comparable(name, content), _comparable(name, (export / name).read_bytes()))
+            yield from compare_stored(name, content, export / name, _comparable)
     if "config.json" in planned.files:
         yield from _templates(export, planned)
     for path, header in zip(sorted(export.glob("*.gguf")), planned.headers.values(), strict=False):

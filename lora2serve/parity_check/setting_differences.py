@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from lora2serve.artifacts.parity_report import SettingDifference
 from lora2serve.exporting import settings_plan
 from lora2serve.exporting.settings_plan import Header
-from lora2serve.system.small_files import without_repeated
+from lora2serve.system.small_files import MAX_SIZE, without_repeated
 
 ABSENT = "nothing"
 MOST_SHOWN = 90  # characters of a value
@@ -29,6 +30,19 @@ def compare_files(name: str, planned: bytes, actual: bytes) -> list[SettingDiffe
     except (ValueError, RecursionError) as error:
         return [SettingDifference(name, "", "a file that can be read", " ".join(str(error).split())[:MOST_SHOWN])]
     return compare_values(name, expected, found)
+
+
+def compare_stored(
+    name: str, planned: bytes, path: Path, comparable: Callable[[str, bytes], bytes] = lambda name, content: content
+) -> list[SettingDifference]:
+    """The same for a file as it lies there, of which no more is read than a side file may be long.
+
+    ``comparable`` (name, content) takes out of both what makes no difference.
+    """
+    size = path.stat().st_size
+    if size > MAX_SIZE:
+        return [SettingDifference(name, "", f"{len(planned)} bytes", f"{size} bytes")]
+    return compare_files(name, comparable(name, planned), comparable(name, path.read_bytes()))
 
 
 def compare_headers(name: str, planned: Header, actual: Header) -> list[SettingDifference]:

@@ -24,13 +24,12 @@ from lora2serve.exporting.sinks import ExportFacts, ExportModel
 from lora2serve.parity_check import foreign_export
 from lora2serve.parity_check.setting_differences import (
     ABSENT,
-    compare_files,
     compare_headers,
+    compare_stored,
     compare_values,
     fits,
 )
 from lora2serve.parity_check.trained_model import open_model
-from lora2serve.system.small_files import MAX_SIZE
 
 MOST_OF_FILE = 40  # differences that are shown
 # Files that nobody serves from: a card, and what a copy from the Hub brings along.
@@ -116,18 +115,11 @@ def _compare(export: Path, manifest: Manifest, planned: PlannedSettings) -> Iter
         elif name in planned.headers:
             yield from _compare_header(export, name, planned)
         elif name in planned.files:
-            yield from _compare_file(export / name, name, planned.files[name])
+            yield from compare_stored(name, planned.files[name], export / name)
     for name in sorted(present - {*planned.files, *planned.weights, MANIFEST}):
         if not fits(name, BYSTANDERS):
             yield SettingDifference(name, "", ABSENT, f"a file of {(export / name).lstat().st_size} bytes")
     yield from compare_values(MANIFEST, *_facts(planned.facts, manifest))
-
-
-def _compare_file(path: Path, name: str, planned: bytes) -> list[SettingDifference]:
-    size = path.stat().st_size
-    if size > MAX_SIZE:
-        return [SettingDifference(name, "", f"{len(planned)} bytes", f"{size} bytes")]
-    return compare_files(name, planned, path.read_bytes())
 
 
 def _compare_header(export: Path, name: str, planned: PlannedSettings) -> list[SettingDifference]:
