@@ -81,7 +81,7 @@ if [ "$("$python" -c 'from importlib.metadata import version; print(version("lla
         pip wheel --quiet --no-cache-dir --no-deps --wheel-dir "$wheels" "$llama"  # pip's cache knows nothing of flags
     fi
 fi
-pip install ${constraints:+-c "$constraints"} --find-links "$wheels" --editable ".[train,gguf,registry,$engine,dev]"
+pip install ${constraints:+-c "$constraints"} --find-links "$wheels" --editable ".[train,gguf,registry,eval,sweep,gateway,ray,$engine,dev]"
 
 # vLLM pulls in the stock torchvision, torchaudio and torchcodec. They are built for CUDA: beside a CPU build of torch
 # their operators are missing, and importing classes of transformers then fails on torchvision::nms. Text models need

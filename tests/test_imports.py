@@ -32,7 +32,7 @@ CONVERTERS = LEVEL["exporting"]  # may import what export may, and export itself
 HEAVY = {
     "torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub",
     "datasets", "accelerate", "safetensors", "matplotlib", "httpx", "httpx2", "jinja2", "yaml", "sqlalchemy",
-    "fsspec",
+    "fsspec", "optuna", "lm_eval", "scipy", "ray", "starlette", "uvicorn", "aiohttp", "prometheus_client",
 }  # fmt: skip
 # Folders whose modules import heavy libraries inside functions only; yaml is light enough for recipes.
 LIGHT = set(LEVEL) - {"training", "parity_check", "registry"}

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lora2serve.system.hardware import nvidia_gpus
 
-Extra = Literal["train", "gguf", "vllm", "vllm-cpu", "registry"]
+Extra = Literal["train", "gguf", "vllm", "vllm-cpu", "registry", "eval", "sweep", "gateway", "ray"]
 # What a missing top-level package belongs to, where that is not "train".
 EXTRA_OF: dict[str, Extra] = {
     "gguf": "gguf",
@@ -17,6 +17,12 @@ EXTRA_OF: dict[str, Extra] = {
     "sqlalchemy": "registry",
     "psycopg": "registry",
     "fsspec": "registry",
+    "lm_eval": "eval",
+    "optuna": "sweep",
+    "starlette": "gateway",
+    "uvicorn": "gateway",
+    "prometheus_client": "gateway",
+    "ray": "ray",
 }
 
 
