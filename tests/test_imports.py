@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A module imports lower numbers or its own folder; siblings of one number never import each other.
-# Parity stands above serving, whose engines it starts; the public API above both, since one command joins several.
+# Parity stands above serving, whose engines it starts; evaluation above parity, whose engines it asks; the public API
+# above all of them, since one command joins several.
 LEVELS = (
     ("errors", "progress", "console"),
     ("system", "config"),
@@ -21,7 +22,8 @@ LEVELS = (
     ("merge", "planning"),
     ("exporting",),
     ("training", "serving", "hub", "registry"),
-    ("parity_check", "evaluation"),
+    ("parity_check",),
+    ("evaluation",),
     ("api",),
     ("sweep", "gateway"),
     ("cli",),
@@ -35,7 +37,7 @@ HEAVY = {
     "fsspec", "optuna", "lm_eval", "scipy", "ray", "starlette", "uvicorn", "aiohttp", "prometheus_client",
 }  # fmt: skip
 # Folders whose modules import heavy libraries inside functions only; yaml is light enough for recipes.
-LIGHT = set(LEVEL) - {"training", "parity_check", "registry"}
+LIGHT = set(LEVEL) - {"training", "parity_check", "evaluation", "registry"}
 PACKAGES = ("lora2serve", "converters")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -52,13 +52,13 @@ class RowLosses:
         if rows < FEWEST_ROWS:
             return LossDifference(mean, -math.inf, math.inf, rows)
         squares = float(((apart - mean * self.tokens) ** 2).sum())
-        half = _student_t(rows - 1) * math.sqrt(rows / (rows - 1) * squares) / tokens
+        half = student_t(rows - 1) * math.sqrt(rows / (rows - 1) * squares) / tokens
         return LossDifference(mean, mean - half, mean + half, rows)
 
 
-def _student_t(freedom: int) -> float:
-    """The 97.5 % point of Student's t, within 1 % from 3 degrees of freedom on (Abramowitz and Stegun, 26.7.5)."""
-    z = statistics.NormalDist().inv_cdf(0.975)
+def student_t(freedom: int, level: float = 0.975) -> float:
+    """A quantile of Student's t, within 1 % from 3 degrees of freedom on (Abramowitz and Stegun, 26.7.5)."""
+    z = statistics.NormalDist().inv_cdf(level)
     terms: tuple[float, ...] = (
         z,
         (z**3 + z) / 4,
