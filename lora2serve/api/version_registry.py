@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from lora2serve.registry.difference import VersionDifference
     from lora2serve.registry.open_registry import OpenRegistry
     from lora2serve.registry.promotion_gates import GateRecipe
+    from lora2serve.registry.trial_end import TrialOutcome
     from lora2serve.registry.upkeep import Collected
     from lora2serve.registry.version_record import RegistryEvent, Version
     from lora2serve.registry.version_source import VersionSource
 
-CHAMPION = "champion"
+CHAMPION, CHALLENGER = "champion", "challenger"
 KEEP = 5  # versions of each name that gc leaves
 
 
@@ -199,6 +200,22 @@ class Registry:
 
         with self._open().writing(self.author) as ledger:
             return alias_moves.rollback(ledger, name, alias, to, why=why)
+
+    def end_trial(
+        self, name: str, outcome: TrialOutcome, *, champion: int, challenger: int, why: str,
+        aliases: tuple[str, str] = (CHAMPION, CHALLENGER),
+    ) -> bool:  # fmt: skip
+        """Do what live traffic has decided between two versions; False, and nothing moves, where somebody was faster.
+
+        outcome: "promote" lets the champion's alias point to the challenger's version, if its gates are met
+            (GateNotMet); "rollback" and "stop-shadow" let the challenger's alias point to the champion's version.
+        champion, challenger: the numbers of the versions that were tested; ``aliases`` are what points to them.
+        """
+        from lora2serve.registry.trial_end import end_trial
+
+        gates, tested = self._gates(None), tuple(zip(aliases, (champion, challenger), strict=True))
+        with self._open().writing(self.author) as ledger:
+            return end_trial(ledger, name, outcome, tested[0], tested[1], gates, why)
 
     def retire(self, version: str, *, why: str = "") -> Version:
         """Mark a version as one that no alias may point to."""
