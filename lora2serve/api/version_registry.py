@@ -25,6 +25,7 @@ from lora2serve.system.small_files import digest
 if TYPE_CHECKING:
     from lora2serve.api.registry_sync import Synced
     from lora2serve.registry.difference import VersionDifference
+    from lora2serve.registry.live_aliases import LiveAliases
     from lora2serve.registry.open_registry import OpenRegistry
     from lora2serve.registry.promotion_gates import GateRecipe
     from lora2serve.registry.trial_end import TrialOutcome
@@ -129,6 +130,13 @@ class Registry:
             version_rows.refuse_unknown_name(connection, name)
             return version_rows.aliases_of(connection, name)
 
+    def live(self, since: int = -1) -> LiveAliases | None:
+        """Where all aliases point, and where a rollback of each would go; None if ``since`` is still the last event."""
+        from lora2serve.registry.live_aliases import last_event, read_live
+
+        with self._open().reading() as connection:
+            return None if last_event(connection) == since else read_live(connection)
+
     def diff(self, first: str, second: str) -> list[VersionDifference]:
         """Every field in which two versions differ: recipe, data, scores, exports."""
         from lora2serve.registry.difference import differences
@@ -216,6 +224,13 @@ class Registry:
         gates, tested = self._gates(None), tuple(zip(aliases, (champion, challenger), strict=True))
         with self._open().writing(self.author) as ledger:
             return end_trial(ledger, name, outcome, tested[0], tested[1], gates, why)
+
+    def unset(self, version: str, *, why: str = "") -> Version:
+        """Remove an alias, named as ``medical-qa@challenger``; the version that it pointed to."""
+        from lora2serve.registry import alias_moves
+
+        with self._open().writing(self.author) as ledger:
+            return alias_moves.unset(ledger, need_reference(version), why)
 
     def retire(self, version: str, *, why: str = "") -> Version:
         """Mark a version as one that no alias may point to."""

@@ -15,7 +15,7 @@ from lora2serve.cli.registry_output import (
     shown,
     version_argument,
 )  # fmt: skip
-from lora2serve.cli.registry_upkeep import gc, history, promote, retire, rollback, sync, verify
+from lora2serve.cli.registry_upkeep import gc, history, promote, retire, rollback, sync, unset, verify
 
 
 @click.group(
@@ -221,5 +221,5 @@ def score(version: str, file: Path, as_json: bool) -> None:
         print_version(opened.score(version, file), as_json)
 
 
-for command in (promote, rollback, retire, history, gc, verify, sync):
+for command in (promote, rollback, unset, retire, history, gc, verify, sync):
     registry.add_command(command)

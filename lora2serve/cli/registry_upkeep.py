@@ -56,6 +56,21 @@ def rollback(name: str, alias: str, number: int | None, why: str, as_json: bool)
 
 
 @click.command(
+    "unset",
+    cls=Command,
+    short_help="Remove an alias.",
+    examples=[("lora2serve registry unset medical-qa@challenger --why 'the trial is over'", "")],
+)
+@click.argument("version", metavar="NAME@ALIAS")
+@why_option
+@json_option
+def unset(version: str, why: str, as_json: bool) -> None:
+    """Remove an alias; the version that it pointed to stays. Prints that version."""
+    with open_registry() as opened:
+        print_version(opened.unset(version, why=why), as_json)
+
+
+@click.command(
     "retire",
     cls=Command,
     short_help="Mark a version as one that must not become live.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection, select
 
@@ -59,6 +59,15 @@ def rollback(ledger: Ledger, name: str, alias: str, number: int | None, *, why: 
     return find_version(ledger.connection, VersionReference(name, version.number))
 
 
+def unset(ledger: Ledger, reference: VersionReference, why: str) -> Version:
+    """Remove an alias; the version that it pointed to."""
+    if not reference.alias:
+        raise UsageError(f"{reference}: expected NAME@ALIAS", "such as medical-qa@challenger")
+    version = find_version(ledger.connection, reference)
+    ledger.unset(version.name, reference.alias, why=why)
+    return find_version(ledger.connection, VersionReference(version.name, version.number))
+
+
 def retire(ledger: Ledger, reference: VersionReference, why: str) -> Version:
     """Mark a version as one that no alias may point to; UsageError where one does."""
     version = find_version(ledger.connection, reference)
@@ -73,15 +82,22 @@ def retire(ledger: Ledger, reference: VersionReference, why: str) -> Version:
 
 
 def _before(connection: Connection, name: str, alias: str) -> Sequence[int]:
-    """What an alias pointed to, the last first, without what was rolled back: a second rollback goes one further."""
     query = select(events.c.kind, events.c.new).where(events.c.name == name, events.c.alias == alias)
+    return numbers_before([(row.kind, row.new) for row in connection.execute(query.order_by(events.c.id))])
+
+
+def numbers_before(moves: Iterable[tuple[str, int | None]]) -> Sequence[int]:
+    """What an alias pointed to, the last first, without what was rolled back: a second rollback goes one further.
+
+    moves: the kind and the new number of each of its events, in their order.
+    """
     stack: list[int] = []
-    for row in connection.execute(query.order_by(events.c.id)):
-        if row.kind == "rollback" and row.new in stack:
-            while stack[-1] != row.new:
+    for kind, new in moves:
+        if kind == "rollback" and new in stack:
+            while stack[-1] != new:
                 stack.pop()
-        elif not stack or stack[-1] != row.new:
-            stack.append(row.new)
+        elif new is not None and (not stack or stack[-1] != new):
+            stack.append(new)
     return stack[-2::-1] if len(stack) > 1 else []
 
 

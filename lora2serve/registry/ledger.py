@@ -99,6 +99,14 @@ class Ledger:
             self.connection.execute(aliases.update().where(row).values(number=number))
         self.record(kind, name, alias=alias, old=old, new=number, why=why, overridden=overridden)
 
+    def unset(self, name: str, alias: str, *, why: str) -> None:
+        """Remove an alias; nothing where it is not there."""
+        row = and_(aliases.c.name == name, aliases.c.alias == alias)
+        old = self.connection.scalar(select(aliases.c.number).where(row))
+        if old is not None:
+            self.connection.execute(aliases.delete().where(row))
+            self.record("unset", name, alias=alias, old=old, why=why)
+
     def retire(self, name: str, number: int, why: str) -> None:
         """A version that no alias may point to any more."""
         self._set_state(name, number, "retired", "retire", why)
@@ -204,7 +212,8 @@ class Ledger:
 
 def replayed(changes: Sequence[Mapping[str, object]]) -> dict[tuple[str, str], int]:
     """The aliases as events leave them: (name, alias) -> number."""
-    return {(str(row["name"]), str(row["alias"])): int(str(row["new"])) for row in changes if row["alias"]}
+    last = {(str(row["name"]), str(row["alias"])): row["new"] for row in changes if row["alias"]}
+    return {key: int(str(number)) for key, number in last.items() if number is not None}
 
 
 def now() -> str:

@@ -96,7 +96,7 @@ def remove_partial(*roots: Path) -> None:
 
 def _recent(connection: Connection) -> Mapping[tuple[str, str], list[tuple[str, int]]]:
     """(name, alias) -> the versions that it pointed to, each once, the last first."""
-    query = select(events.c.name, events.c.alias, events.c.new).where(events.c.alias != "")
+    query = select(events.c.name, events.c.alias, events.c.new).where(events.c.alias != "", events.c.new.is_not(None))
     recent: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
     for row in connection.execute(query.order_by(events.c.id.desc())):
         key = (row.name, row.new)

@@ -31,6 +31,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.states: dict[int, str] = {}
         self.retired: set[int] = set()
         self.stacks: dict[str, list[int]] = {}
+        self.removed: set[str] = set()  # aliases that are not there now
         self.pointed: dict[str, list[int]] = {}  # all that an alias ever pointed to, the last one last
         for seed in range(SEEDS):
             add_export(make_run(self.folder / f"run-{seed}", seed))
@@ -64,7 +65,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(alias=ALIASES)
     def rollback(self, alias: str) -> None:
-        stack = self.stacks.get(alias, [])
+        stack = self.stacks.get(alias, []) if alias in self.current() else []
         earlier = [number for number in reversed(stack[:-1]) if self.states[number] == "active"]
         if not earlier:
             with pytest.raises(UsageError):
@@ -75,12 +76,21 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(alias=ALIASES, number=NUMBERS)
     def rollback_to(self, alias: str, number: int) -> None:
-        if alias not in self.stacks or self.states.get(number) != "active":
+        if alias not in self.current() or self.states.get(number) != "active":
             with pytest.raises(UsageError):
                 self.registry.rollback("m", alias=alias, to=number)
             return
         self.registry.rollback("m", alias=alias, to=number)
         self.pop_to(alias, number)
+
+    @rule(alias=ALIASES)
+    def unset(self, alias: str) -> None:
+        if alias not in self.current():
+            with pytest.raises(UsageError):
+                self.registry.unset(f"m@{alias}")
+            return
+        assert self.registry.unset(f"m@{alias}").number == self.stacks[alias][-1]
+        self.removed.add(alias)
 
     @rule(number=NUMBERS)
     def retire(self, number: int) -> None:
@@ -108,13 +118,22 @@ class RegistryMachine(RuleBasedStateMachine):
     def all_is_as_it_must_be(self) -> None:
         if hasattr(self, "registry"):
             assert self.registry.aliases("m") == self.current()
+            live = self.registry.live()
+            assert live is not None and live.numbers == {"m": self.current()}
+            assert live.before.get("m", {}) == {
+                alias: earlier[0]
+                for alias in self.current()
+                if (earlier := [n for n in reversed(self.stacks[alias][:-1]) if self.states[n] == "active"])
+            }
+            assert self.registry.live(live.event) is None, "nothing was done since"
             assert {version.number: version.state for version in self.registry.versions("m")} == self.states
             self.registry.verify()
 
     def current(self) -> dict[str, int]:
-        return {alias: stack[-1] for alias, stack in self.stacks.items()}
+        return {alias: stack[-1] for alias, stack in self.stacks.items() if alias not in self.removed}
 
     def point(self, alias: str, number: int) -> None:
+        self.removed.discard(alias)
         stack = self.stacks.setdefault(alias, [])
         if not stack or stack[-1] != number:
             stack.append(number)

@@ -161,6 +161,25 @@ def test_aliases_and_history(registry: Registry, tmp_path: Path) -> None:
     assert registry.verify() == 4
 
 
+def test_an_alias_is_removed(registry: Registry, tmp_path: Path) -> None:
+    versions(registry, tmp_path, 2)
+    registry.promote("medical-qa@1")
+    registry.promote("medical-qa@2", "challenger")
+    before = registry.live()
+    assert before is not None and before.numbers == {"medical-qa": {"champion": 1, "challenger": 2}}
+    assert registry.live(before.event) is None
+    assert registry.unset("medical-qa@challenger", why="worse").aliases == ()
+    after = registry.live(before.event)
+    assert after is not None and after.numbers == {"medical-qa": {"champion": 1}}
+    last = registry.history("medical-qa")[-1]
+    assert (last.kind, last.alias, last.old, last.new, last.why) == ("unset", "challenger", 2, None, "worse")
+    for name in ("medical-qa@challenger", "medical-qa@2", "medical-qa"):
+        with pytest.raises(UsageError):
+            registry.unset(name)
+    registry.retire("medical-qa@2")
+    assert registry.verify() == 2
+
+
 def test_gates(registry: Registry, tmp_path: Path) -> None:
     """Each gate is named; forced, they are written down. The control: without its fault, each version passes."""
     good = proven(tmp_path / "good", 1)
