@@ -7,13 +7,15 @@ with the same ids as that tensor (``build_lora_mm_id`` in its src/llama-graph.cp
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from converters.gguf.native.native_layout import Placement
 from converters.gguf.row_map import RowMaps
-from lora2serve.adapters.deltas import Delta, ExpertLora, Lora
+from lora2serve.adapters.deltas import AdapterTensor, Delta, ExpertLora, Lora
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.merge.fused_experts import OneExpertLora
 from lora2serve.weights.tensors import ALL, TensorSpec
@@ -57,38 +59,44 @@ class ExpertTargets:
 
     def shapes(self) -> dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]]:
         """GGUF tensor -> the shapes of A and B."""
-        return {
-            target: ((experts, rank, into), (experts, out, rank))
-            for target, (experts, out, into), rank in self._targets()
-        }
+        shapes = {}
+        for target, parts in self._parts.items():
+            ranks: dict[int, int] = defaultdict(int)
+            for _, delta, expert in self._changes(target):
+                ranks[expert] += _rank(delta)
+            (experts, out, into), rank = parts[0].shape, max(ranks.values())
+            shapes[target] = (experts, rank, into), (experts, out, rank)
+        return shapes
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """GGUF tensor, A and B, the scale in B, float32."""
         import torch
 
+        read = lru_cache(maxsize=2)(AdapterTensor.read)  # all experts of a layer share one B
         for target, (a_shape, b_shape) in self.shapes().items():
             a, b = torch.zeros(a_shape), torch.zeros(b_shape)
             filled: dict[int, int] = defaultdict(int)
-            for part in self._parts(target):
-                for delta in self.deltas[part.spec.name]:
-                    for expert, own_a, own_b in _factors(delta, part):
-                        ranks = slice(filled[expert], filled[expert] + own_a.shape[0])
-                        filled[expert] = ranks.stop
-                        a[expert, ranks], b[expert, :, ranks] = own_a, own_b
+            for part, delta, expert in self._changes(target):
+                own_a, own_b = _factors(delta, expert, part, read)
+                ranks = slice(filled[expert], filled[expert] + own_a.shape[0])
+                filled[expert] = ranks.stop
+                a[expert, ranks], b[expert, :, ranks] = own_a, own_b
             yield target, a, b
 
-    def _targets(self) -> Iterator[tuple[str, tuple[int, int, int], int]]:
-        for target in dict.fromkeys(part.target for parts in self.rows.values() for part in parts):
-            parts = self._parts(target)
-            ranks: dict[int, int] = defaultdict(int)
-            for part in parts:
-                for delta in self.deltas[part.spec.name]:
-                    for expert in _experts_of(delta, part):
-                        ranks[expert] += _rank(delta)
-            yield target, parts[0].shape, max(ranks.values())
+    @cached_property
+    def _parts(self) -> Mapping[str, Sequence[ExpertRows]]:
+        """By GGUF tensor."""
+        parts: dict[str, list[ExpertRows]] = defaultdict(list)
+        for part in chain.from_iterable(self.rows.values()):
+            parts[part.target].append(part)
+        return parts
 
-    def _parts(self, target: str) -> list[ExpertRows]:
-        return [part for parts in self.rows.values() for part in parts if part.target == target]
+    def _changes(self, target: str) -> Iterator[tuple[ExpertRows, Delta, int]]:
+        """All that is done to a GGUF tensor, expert by expert."""
+        for part in self._parts[target]:
+            for delta in self.deltas[part.spec.name]:
+                for expert in _experts_of(delta, part):
+                    yield part, delta, expert
 
 
 def find_targets(model: ExportModel, row_maps: RowMaps) -> ExpertTargets:
@@ -138,19 +146,20 @@ def _experts_of(delta: Delta, part: ExpertRows) -> range:
     return range(delta.expert, delta.expert + 1) if isinstance(delta, OneExpertLora) else part.experts
 
 
-def _factors(delta: Delta, part: ExpertRows) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Expert, A (rank, in) and B (out, rank) with the scale, of those outputs."""
+def _factors(
+    delta: Delta, expert: int, part: ExpertRows, read: Callable[[AdapterTensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) with the scale, of those outputs of one expert."""
     import torch
 
-    for expert in _experts_of(delta, part):
-        if isinstance(delta, ExpertLora):
-            a, b = delta.factors(expert)
-            b = b[delta.first : delta.first + part.spec.rows] if delta.expert is not None else b
-        elif isinstance(delta, OneExpertLora):
-            own = delta.b.read()
-            b = torch.zeros(part.spec.shape[2 if delta.transposed else 1], own.shape[1])
-            a, b[delta.outputs] = delta.a.read(), own
-        else:
-            assert isinstance(delta, Lora)
-            a, b = delta.a.read(), delta.b.read()
-        yield expert, a, (b * delta.scale)[part.outputs]
+    if isinstance(delta, ExpertLora):
+        a, b = delta.factors(expert, read(delta.b))
+        b = b[delta.first : delta.first + part.spec.rows] if delta.expert is not None else b
+    elif isinstance(delta, OneExpertLora):
+        own = read(delta.b)
+        b = torch.zeros(part.spec.shape[2 if delta.transposed else 1], own.shape[1])
+        a, b[delta.outputs] = read(delta.a), own
+    else:
+        assert isinstance(delta, Lora)
+        a, b = read(delta.a), read(delta.b)
+    return a, (b * delta.scale)[part.outputs]

@@ -164,18 +164,16 @@ class ExpertLora:
             merged[position] += self._delta(expert, ALL)
         return merged
 
-    def factors(self, expert: int) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of one expert in the fused weight, without the scale."""
+    def factors(self, expert: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of one expert in the fused weight, without the scale; ``b``: rows of the whole B."""
         rank = self.a.shape[0] // self.experts
-        return self.a.read(slice(expert * rank, (expert + 1) * rank)), self.b.read()[:, expert :: self.experts]
+        return self.a.read(slice(expert * rank, (expert + 1) * rank)), b[:, expert :: self.experts]
 
     def _delta(self, expert: int, rows: slice) -> Tensor:
-        rank = self.a.shape[0] // self.experts
-        a = self.a.read(slice(expert * rank, (expert + 1) * rank))  # (r, in)
         if self.swapped:
-            b = self.b.read()[:, expert :: self.experts]
+            a, b = self.factors(expert, self.b.read())
             return (a.T[rows] @ b.T).mul_(self.scale)
-        b = self.b.read(rows)[:, expert :: self.experts]  # (out, r)
+        a, b = self.factors(expert, self.b.read(rows))
         return (b @ a).mul_(self.scale)
 
 
