@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from lora2serve.artifacts.run import Run
     from lora2serve.errors import Lora2ServeError
     from lora2serve.exporting.stream import ExportPlan
+    from lora2serve.gateway.drift.check_drift import drift
+    from lora2serve.gateway.drift.drift_report import DriftReport
     from lora2serve.parity_check.chat_session import Answer, ChatSession
     from lora2serve.progress import Progress
 
 __version__ = "0.1.0"
 __all__ = [
-    "Answer", "ChatSession", "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult", "Progress", "Registry",
-    "Run", "RunningServer", "TrainingPlan", "Verified", "chat", "deploy", "export", "init", "inspect", "parity", "plan",
-    "plan_export", "preview_data", "push", "serve", "train", "verify",
+    "Answer", "ChatSession", "DriftReport", "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult",
+    "Progress", "Registry", "Run", "RunningServer", "TrainingPlan", "Verified", "chat", "deploy", "drift", "export",
+    "init", "inspect", "parity", "plan", "plan_export", "preview_data", "push", "serve", "train", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
@@ -49,6 +51,8 @@ _MODULES = {
     "artifacts.run": ("Run",),
     "errors": ("Lora2ServeError",),
     "exporting.stream": ("ExportPlan",),
+    "gateway.drift.check_drift": ("drift",),
+    "gateway.drift.drift_report": ("DriftReport",),
     "parity_check.chat_session": ("Answer", "ChatSession"),
     "progress": ("Progress",),
 }

@@ -19,6 +19,7 @@ from lora2serve.cli.adapters import adapters
 from lora2serve.cli.chat import chat
 from lora2serve.cli.data import data
 from lora2serve.cli.doctor import doctor
+from lora2serve.cli.drift import drift
 from lora2serve.cli.export import export
 from lora2serve.cli.inspect import inspect
 from lora2serve.cli.leave import leave
@@ -67,8 +68,8 @@ def _sweep(quiet: bool) -> None:
 
 
 for command in (
-    init, data, plan, train, chat, export, parity, push, verify, pull_check, serve, deploy, adapters, registry, inspect,
-    doctor,
+    init, data, plan, train, chat, export, parity, push, verify, pull_check, serve, deploy, adapters, registry, drift,
+    inspect, doctor,
 ):  # fmt: skip
     cli.add_command(command)
 
@@ -93,8 +94,8 @@ def run(args: list[str]) -> int:
     from lora2serve import console
 
     try:
-        cli.main(_options_first(args), prog_name="lora2serve", standalone_mode=False)
-        return 0
+        code = cli.main(_options_first(args), prog_name="lora2serve", standalone_mode=False)
+        return code if isinstance(code, int) else 0  # of ``ctx.exit``
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as problem:

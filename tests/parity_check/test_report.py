@@ -5,10 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -38,11 +35,9 @@ from lora2serve.parity_check import baseline
 from lora2serve.parity_check.report import writers
 from lora2serve.parity_check.report.charts import by_position, by_text, heat
 from lora2serve.parity_check.report.html_page import verdict
+from tests.support.browser import look, needs_browser
 
 TEXT = 'a <b>text</b> & "more" \x00 ]]>'
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
-BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-NO_BROWSER = "THE PAGE WAS NOT LOOKED AT: no Chromium here (apt install chromium)"
 
 
 def row(export: str = "gguf-Q8_0", value: float = 1e-3, status: str = "met") -> ComparisonResult:
@@ -304,43 +299,23 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(BROWSER is None and "GITHUB_ACTIONS" not in os.environ, reason=NO_BROWSER)
+@needs_browser
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [(390, "light"), (390, "dark"), (1000, "light"), (1040, "light"), (1280, "light"), (1280, "dark")],
 )
 def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
-    """No console error, nothing wider than the window, pictures drawn, and the colors of the scheme."""
-    assert BROWSER, NO_BROWSER  # GitHub's machines have one
     page = writers.write(whole("a-name-without-an-end-" * 5), tmp_path)
-    probe = (
-        "<script>addEventListener('load', () => { const root = document.documentElement; document.querySelectorAll('details').forEach(d => d.open = true); document.title = JSON.stringify({"
+    measures = (
         "wide: root.scrollWidth - root.clientWidth, drawn: [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100),"
         "first: document.querySelector('.overview').getBoundingClientRect().top, said: document.querySelector('.ship .name').getBoundingClientRect().bottom,"
         "small: [...document.querySelectorAll('body *')].filter(e => e.innerText && parseFloat(getComputedStyle(e).fontSize) < 11).length,"
-        "paper: getComputedStyle(document.body).backgroundColor, width: innerWidth}) })</script>"
+        "paper: getComputedStyle(document.body).backgroundColor, width: innerWidth"
     )
-    # headless windows are at least 500 wide: a frame of the wanted width is not
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</head>", f"{probe}</head>"))
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f"<meta name='color-scheme' content='{scheme}'><iframe id=f style='width:{width}px;height:900px;border:0' src='probed.html'></iframe>"
-        "<script>f.onload = () => setTimeout(() => document.body.append(f.contentDocument.title), 100)</script>"
-    )
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-            "--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
-            "--virtual-time-budget=3000", "--window-size=1400,1000", "--dump-dom", frame.as_uri(),
-        ],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    seen = json.loads(re.search(r"\{\"wide.*?\}", done.stdout).group())  # type: ignore[union-attr]
+    seen = look(page, measures, width=width, scheme=scheme)
     assert seen["said"] < 400 and (width < 500 or seen["first"] < 750), "on the first screen"
     assert (seen["wide"], seen["drawn"], seen["small"], seen["width"]) == (0, True, 0, width)
     assert seen["paper"] == ("rgb(251, 252, 253)" if scheme == "light" else "rgb(14, 18, 23)")
-    assert "CONSOLE" not in done.stderr
 
 
 def test_baseline(tmp_path: Path) -> None:

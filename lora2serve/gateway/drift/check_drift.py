@@ -1,0 +1,68 @@
+"""``lora2serve.drift``: whether the traffic of a name is still like that which its champion was promoted on."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lora2serve.api.export_request import Named
+from lora2serve.api.version_registry import CHAMPION, Registry
+from lora2serve.console import default_progress
+from lora2serve.errors import UsageError
+from lora2serve.gateway.drift import windows
+from lora2serve.gateway.drift.drift_report import DriftReport, write_report
+from lora2serve.gateway.drift.drift_test import compare_windows
+from lora2serve.gateway.traffic_store import FILE, TrafficStore
+from lora2serve.progress import Progress
+from lora2serve.registry.version_facts import utc
+
+DEFAULT_FOLDER = "gateway"  # of a gateway's records
+WINDOW = re.compile(r"(\d{1,5})(h|d|w)")
+HOURS = {"h": 1, "d": 24, "w": 7 * 24}
+
+
+def drift(
+    name: str, *, window: str = "7d", folder: Named = DEFAULT_FOLDER, report: Named | None = None, renew: bool = False,
+    registry: Named | None = None, progress: Progress | None = None,
+) -> DriftReport:  # fmt: skip
+    """Compare the last requests to a name's champion with those that it was promoted on.
+
+    window: how long both windows are: "12h", "7d" or "2w". A whole week compares the same weekdays.
+    folder: where the gateway keeps its records. The reference is stored there when it is first needed.
+    report: a folder for report.html and report.json; by default ``drift/NAME`` in ``folder``.
+    renew: what comes now is right: store the last window as the reference, against which the next call compares.
+    registry: where it is, as for ``lora2serve.Registry``.
+    progress: where messages go. By default they are shown at a prompt or in a notebook only.
+
+    Raises UsageError for a name without a champion, and where a window has too few requests.
+    """
+    progress, seconds = progress or default_progress(), window_seconds(window)
+    with Registry(registry) as opened:
+        number = opened.get(f"{name}@{CHAMPION}").number
+        moves = [each for each in opened.history(name) if each.alias == CHAMPION and each.new == number]
+    promoted, now = datetime.fromisoformat(moves[-1].at).timestamp(), time.time()
+    store = TrafficStore(Path(folder))
+    if not store.path.is_file():
+        raise UsageError(f"{folder}: no {FILE} of a gateway", "--folder names the folder of its records")
+    try:
+        reference, new = windows.find_reference(store, name, number, promoted, seconds, now, renew=renew)
+        if new:
+            progress.note(f"reference of {name}@{number} stored: {reference.shown}")
+        current = reference if renew else windows.current_window(store, name, number, reference, seconds, now)
+    finally:
+        store.close()
+    features = tuple(compare_windows(reference.rows(), current.rows()))
+    made = DriftReport(1, name, number, utc(datetime.now(UTC)), reference.shown, current.shown, features)
+    page = write_report(made, Path(report) if report is not None else Path(folder) / windows.FOLDER / name)
+    progress.note(f"report: {page}")
+    return made
+
+
+def window_seconds(text: str) -> float:
+    """The length of ``7d``; UsageError for what is none."""
+    match = WINDOW.fullmatch(text)
+    if not match or int(match[1]) == 0:
+        raise UsageError(f"--window {text}: expected hours, days or weeks", "such as 12h, 7d or 2w")
+    return float(int(match[1]) * HOURS[match[2]] * 3600)
