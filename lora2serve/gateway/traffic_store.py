@@ -82,6 +82,11 @@ class TrafficStore:
                 return
             after = some[-1].sequence
 
+    def last_sequence(self) -> int:
+        """That of the newest entry; 0 without any."""
+        newest = self._rows("sequence = (SELECT max(sequence) FROM entry)", ())
+        return newest[-1].sequence if newest else 0
+
     def close(self) -> None:
         """End its connection."""
         if self._connection:

@@ -102,10 +102,12 @@ def test_a_bad_adapter_at_half_is_rolled_back_within_200_requests() -> None:
     assert "worse by truth: 0." in verdicts[0].why
 
 
-def test_an_equal_adapter_at_half_is_left_alone() -> None:
+@pytest.mark.parametrize(("runs", "requests"), [(20, 300), pytest.param(200, 2000, marks=pytest.mark.slow)])
+def test_an_equal_adapter_at_half_is_left_alone(runs: int, requests: int) -> None:
     """All three rules at once, a look after each request."""
-    stopped = [run(trial(), traffic(seed, 400, {"champion": GOOD, "challenger": GOOD})) for seed in range(100)]
-    assert sum(each is not None for each in stopped) <= 5
+    equal = {"champion": GOOD, "challenger": GOOD}
+    stopped = [run(trial(), traffic(seed, requests, equal)) for seed in range(runs)]
+    assert sum(each is not None for each in stopped) <= 0.05 * runs
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
@@ -116,7 +118,7 @@ def test_other_shares(share: float) -> None:
     ]
     assert sum(each is not None for each in bad) >= 19
     equal = {"champion": GOOD, "challenger": GOOD}
-    assert sum(run(trial(share=share), traffic(seed, 600, equal, share)) is not None for seed in range(20)) <= 1
+    assert sum(run(trial(share=share), traffic(seed, 600, equal, share)) is not None for seed in range(10)) <= 1
     rule = RuleTest(DecisionRule("truth"), share)
     for arm, value, _, _ in traffic(0, 1000, equal, share):
         rule.observe(arm, value)  # type: ignore[arg-type]
@@ -125,9 +127,9 @@ def test_other_shares(share: float) -> None:
 
 def test_slower_by_more_than_it_may() -> None:
     """Times are compared by their quantile, times what the rule lets pass; the control is a challenger within it."""
-    for factor, expected in ((1.0, 0), (1.2, 0), (2.0, 20)):
+    for factor, expected in ((1.0, 0), (1.2, 0), (2.0, 10)):
         found = 0
-        for seed in range(20):
+        for seed in range(10):
             made = trial((DecisionRule("latency", worse_by=0.25, quantile=0.5),))
             for number, (arm, _, _, seconds) in enumerate(traffic(seed, 1000, {"champion": 1, "challenger": 1})):
                 slow = factor if arm == "challenger" else 1.0
@@ -144,7 +146,7 @@ def test_margins() -> None:
     verdicts = [run(trial(rules), traffic(seed, 4000, right)) for seed in range(10)]
     assert [each[1].outcome for each in verdicts if each] == ["promote"] * 10
     strict = (DecisionRule("truth", worse_by=0.15, promote_within=0.0),)
-    assert not any(run(trial(strict), traffic(seed, 1000, right)) for seed in range(10))
+    assert not any(run(trial(strict), traffic(seed, 500, right)) for seed in range(10))
     both = (DecisionRule("truth", promote_within=0.1), DecisionRule("errors", promote_within=0.0))
     better = {"champion": 0.5, "challenger": 0.9}  # but no fewer errors: each rule that promotes must say so
     assert not any(run(trial(both), traffic(seed, 500, better)) for seed in range(10))

@@ -33,7 +33,8 @@ from tests.support.browser import look, needs_browser
 from tests.support.registries import add_export, make_run
 
 ROOT = Path(lora2serve.__file__).parents[1]
-WINDOWS, SIZE = 40, 400  # windows of each kind, requests in each
+SIZE = 500  # requests of a window
+MANY = pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])  # windows
 NAME = "medical-qa"
 
 
@@ -58,7 +59,7 @@ def request(chance: random.Random, number: int, domain: Sequence[str] = GENERAL,
     )  # fmt: skip
 
 
-def pool(seed: int, count: int = 3000, **changes: object) -> list[WindowRow]:
+def pool(seed: int, count: int = 1200, **changes: object) -> list[WindowRow]:
     chance = random.Random(seed)
     return [row_of(request(chance, number, **changes)) for number in range(count)]  # type: ignore[arg-type]
 
@@ -68,10 +69,10 @@ def usual() -> list[WindowRow]:
     return pool(0)
 
 
-def found(before: Sequence[WindowRow], now: Sequence[WindowRow]) -> list[set[str]]:
+def found(before: Sequence[WindowRow], now: Sequence[WindowRow], count: int) -> list[set[str]]:
     """What drifted, in many pairs of windows that have no request in common."""
     chance, drifted = random.Random(1), []
-    for _ in range(WINDOWS):
+    for _ in range(count):
         first, second = chance.sample(range(len(before)), SIZE), chance.sample(range(len(now)), SIZE)
         if before is now:
             both = chance.sample(range(len(now)), 2 * SIZE)
@@ -81,19 +82,21 @@ def found(before: Sequence[WindowRow], now: Sequence[WindowRow]) -> list[set[str
     return drifted
 
 
-def test_nothing_drifts_where_nothing_changed(usual: list[WindowRow]) -> None:
-    clean = sum(not each for each in found(usual, usual))
-    assert clean >= 0.95 * WINDOWS
+@MANY
+def test_nothing_drifts_where_nothing_changed(usual: list[WindowRow], count: int) -> None:
+    assert sum(not each for each in found(usual, usual, count)) >= 0.95 * count
 
 
-def test_longer_answers_are_found(usual: list[WindowRow]) -> None:
-    longer = found(usual, pool(1, 1500, longer=1.3))
-    assert sum("answer.length" in each for each in longer) >= 0.95 * WINDOWS
+@MANY
+def test_longer_answers_are_found(usual: list[WindowRow], count: int) -> None:
+    longer = found(usual, pool(1, 700, longer=1.3), count)
+    assert sum("answer.length" in each for each in longer) >= 0.95 * count
 
 
-def test_another_domain_is_found(usual: list[WindowRow]) -> None:
-    other = found(usual, pool(2, 1500, domain=TECHNICAL))
-    assert sum("prompt.unseen" in each for each in other) >= 0.95 * WINDOWS
+@MANY
+def test_another_domain_is_found(usual: list[WindowRow], count: int) -> None:
+    other = found(usual, pool(2, 700, domain=TECHNICAL), count)
+    assert sum("prompt.unseen" in each for each in other) >= 0.95 * count
 
 
 def rows(count: int, seed: int = 0, **parts: Callable[[random.Random], object]) -> list[WindowRow]:
@@ -145,10 +148,10 @@ def test_clients_that_ask_much_are_no_drift() -> None:
         return made
 
     alarms = [
-        sum(compare_windows(clients(seed, alone), clients(seed + 100, alone))[0].drifted for seed in range(20))
+        sum(compare_windows(clients(seed, alone), clients(seed + 100, alone))[0].drifted for seed in range(12))
         for alone in (False, True)
     ]
-    assert alarms[0] <= 3 and alarms[1] > 10
+    assert alarms[0] <= 1 and alarms[1] > 6
 
 
 def test_languages() -> None:
@@ -237,7 +240,7 @@ def test_the_command(served: Path, capsys: pytest.CaptureFixture[str], monkeypat
     page = served / "drift" / NAME / "report.html"
     assert page.is_file() and DriftReport.from_json(content, "x").verdict in page.read_text().replace("&gt;", ">")
     made = lora2serve.drift(NAME, window="12h", folder=served, renew=True)
-    assert not made.drifted
+    assert not made.features and made.verdict.startswith("The last window is the reference")
     clock[0] += HOUR
     fill(served, clock[0] - HOUR / 2, clock[0], 300, 4, domain=TECHNICAL, longer=1.5)
     assert not lora2serve.drift(NAME, window="12h", folder=served, report=served / "page").drifted
@@ -312,7 +315,7 @@ def test_the_page_is_whole() -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), pytest.param(1280, "light", marks=pytest.mark.slow)])
 def test_the_page_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
     page = tmp_path / "report.html"
     page.write_text(render_report(drift_report()))

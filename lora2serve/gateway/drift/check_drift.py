@@ -53,7 +53,7 @@ def drift(
         current = reference if renew else windows.current_window(store, name, number, reference, seconds, now)
     finally:
         store.close()
-    features = tuple(compare_windows(reference.rows(), current.rows()))
+    features = () if renew else tuple(compare_windows(reference.rows(), current.rows()))
     made = DriftReport(1, name, number, utc(datetime.now(UTC)), reference.shown, current.shown, features)
     page = write_report(made, Path(report) if report is not None else Path(folder) / windows.FOLDER / name)
     progress.note(f"report: {page}")

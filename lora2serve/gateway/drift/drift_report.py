@@ -48,6 +48,8 @@ class DriftReport(JsonRecord):
     @property
     def verdict(self) -> str:
         """In a sentence."""
+        if not self.features:
+            return "The last window is the reference from now on; there is nothing to compare with it yet."
         if not self.drifted:
             return f"Nothing drifted of {len(self.features)} features that were compared."
         return f"{len(self.drifted)} of {len(self.features)} features drifted: {', '.join(map(change, self.drifted))}."

@@ -18,16 +18,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lora2serve.artifacts.json_record import JsonRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     import numpy as np
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
 
 FeatureKind = Literal["number", "share", "category"]
-LEVEL = 0.05  # of all features together
-PERMUTATIONS = 1000
+LEVEL = 0.01  # of all features together: one false alarm in a hundred windows
+PERMUTATIONS = 2000
 SMALLEST: Mapping[FeatureKind, float] = {"number": 0.1, "share": 0.03, "category": 0.05}  # effect that is an alarm
 MOST_UNITS = 2000  # of each window that are compared
 UNSEEN = "prompt.unseen"  # share of a prompt's word pairs that are rare in the reference
@@ -141,15 +139,15 @@ class _Permutations:
     """Which of n units are in the current window, which has m: the same draws for features of the same sizes."""
 
     def __init__(self, seed: int) -> None:
-        self._seed, self._masks = seed, dict[tuple[int, int], "Floats"]()
+        self._seed, self._masks = seed, dict[tuple[int, int], "NDArray[np.float32]"]()
 
-    def masks(self, n: int, m: int) -> Floats:
+    def masks(self, n: int, m: int) -> NDArray[np.float32]:
         """(PERMUTATIONS, n): 1 where a unit is in the current window."""
         import numpy as np
 
         if (n, m) not in self._masks:
             places = np.random.default_rng(self._seed).random((PERMUTATIONS, n)).argpartition(m - 1, axis=1)[:, :m]
-            mask = np.zeros((PERMUTATIONS, n))
+            mask = np.zeros((PERMUTATIONS, n), dtype=np.float32)
             np.put_along_axis(mask, places, 1.0, axis=1)
             self._masks[n, m] = mask
         return self._masks[n, m]
@@ -192,7 +190,7 @@ def _means_of_units(columns: Floats, before: Column, now: Column) -> tuple[Float
     """(units, columns): the mean of each unit in each window, those of the current one last; how many those are."""
     import numpy as np
 
-    keys: list[Hashable] = [(0, unit) for unit, _ in before] + [(1, unit) for unit, _ in now]
+    keys = [(0, unit) for unit, _ in before] + [(1, unit) for unit, _ in now]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     places = np.array([numbers[key] for key in keys])
     sums = np.stack([np.bincount(places, column) for column in columns.T], axis=1)
