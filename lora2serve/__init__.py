@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora2serve.api.chat_with_model import chat
     from lora2serve.api.check_parity import ParityResult, parity
     from lora2serve.api.data_preview import preview_data
+    from lora2serve.api.evaluate_model import EvaluationResult, evaluate
     from lora2serve.api.export_model import export, plan_export
     from lora2serve.api.export_request import ExportRequest
     from lora2serve.api.inspect_path import inspect
@@ -31,14 +32,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Answer", "ChatSession", "DriftReport", "ExportPlan", "ExportRequest", "Lora2ServeError", "ParityResult",
-    "Progress", "Registry", "Run", "RunningServer", "TrainingPlan", "Verified", "chat", "deploy", "drift", "export",
-    "init", "inspect", "parity", "plan", "plan_export", "preview_data", "push", "serve", "train", "verify",
+    "Answer", "ChatSession", "DriftReport", "EvaluationResult", "ExportPlan", "ExportRequest", "Lora2ServeError",
+    "ParityResult", "Progress", "Registry", "Run", "RunningServer", "TrainingPlan", "Verified", "chat", "deploy",
+    "drift", "evaluate", "export", "init", "inspect", "parity", "plan", "plan_export", "preview_data", "push", "serve",
+    "train", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
     "api.check_parity": ("ParityResult", "parity"),
     "api.data_preview": ("preview_data",),
+    "api.evaluate_model": ("EvaluationResult", "evaluate"),
     "api.export_model": ("export", "plan_export"),
     "api.export_request": ("ExportRequest",),
     "api.inspect_path": ("inspect",),

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.api.check_parity import find_trained
 from lora2serve.api.export_request import Named
-from lora2serve.api.locate import base_of_run, fetch, find_run
+from lora2serve.api.model_finder import ADDRESS, ModelFinder
 from lora2serve.artifacts import run as runs
-from lora2serve.artifacts.export_dir import Export
-from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
 
 if TYPE_CHECKING:
-    from lora2serve.parity_check.chat_models import ChatModel
     from lora2serve.parity_check.chat_session import ChatSession
-
-ADDRESS = re.compile("https?://", re.IGNORECASE)
-HOST = re.compile(r"[\w.-]+:\d+(/\S*)?")
 
 
 def chat(
@@ -57,7 +48,7 @@ def chat(
     from lora2serve.parity_check.chat_session import ChatSession
     from lora2serve.parity_check.engines.chat_engine import AnswerOptions
 
-    finder = _Finder(base, url_model, progress, alone=against is None)
+    finder = ModelFinder(base, url_model, progress, alone=against is None)
     models = [finder.find(named), *([finder.opponent(named, str(against))] if against is not None else [])]
     if len({item.name for item in models}) < len(models):
         raise UsageError(f"--against {against}: the same as what it is asked beside")
@@ -69,53 +60,3 @@ def _refuse_unusable(max_tokens: int | None, temperature: float | None) -> None:
         raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
     if temperature is not None and not 0 <= temperature <= 100:
         raise UsageError(f"--temperature {temperature:g}: expected a number from 0, which takes the likeliest, to 100")
-
-
-class _Finder:
-    """From what a user named to the engine that answers for it."""
-
-    def __init__(self, base: Named | None, url_model: str | None, progress: Progress, *, alone: bool) -> None:
-        self._base, self._url_model, self._progress, self._alone = base, url_model, progress, alone
-
-    def find(self, named: str) -> ChatModel:
-        """A run, an export, an adapter, a model or a server."""
-        from lora2serve.parity_check import chat_models
-
-        if ADDRESS.match(named):
-            return chat_models.of_url(named, self._url_model)
-        if HOST.fullmatch(named) and not Path(named).exists():
-            raise UsageError(f"{named}: no run, export or model", f"an address is http://{named}")
-        export = self._export(named)
-        if export is None:
-            return chat_models.of_trained(find_trained(named, self._base, self._progress), named)
-        base = str(self._base_of(export)) if export.target == "adapter" else ""
-        return chat_models.of_export(export, base, named, alone=self._alone)
-
-    def opponent(self, named: str, against: str) -> ChatModel:
-        """What is asked beside it."""
-        from dataclasses import replace
-
-        from lora2serve.parity_check import chat_models, trained_model
-
-        here = Path(against).exists() or find_run(against) is not None
-        if ADDRESS.match(named) and not ADDRESS.match(against) and (against == chat_models.BASE or not here):
-            return chat_models.of_url(named, against)
-        if against != chat_models.BASE:
-            return self.find(against)
-        first, export = self.find(named), self._export(named)
-        if first.options.get("adapters"):
-            return replace(first, name=against, without_adapter=True, note="")
-        if export is None:
-            raise UsageError(f"--against base: {named} has no adapter", "name another run, export or address")
-        base = trained_model.of_parts(against, self._base_of(export), (), export.path)
-        return chat_models.of_trained(base, against)
-
-    def _export(self, named: str) -> Export | None:
-        """The export of that path or Hub id; None for anything else."""
-        if find_run(named):
-            return None
-        path = Path(named) if Path(named).is_dir() else fetch(named, self._progress)
-        return Export.open(path) if (path / MANIFEST).is_file() else None
-
-    def _base_of(self, export: Export) -> Path:
-        return base_of_run(export.manifest.base, self._base, self._progress)[0]

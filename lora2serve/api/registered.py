@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.suite_scores import SuiteScores
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.registry.location import find_location
 from lora2serve.registry.version_marker import is_of_version
@@ -74,6 +75,17 @@ def registered_version(name: Named) -> VersionReference | None:
 def exports_home(run: Run) -> Path:
     """Where new exports of a run go: into it, but for a version, which does not change: those lie here."""
     return Path("exports") / run.name if is_of_version(run.path) else run.exports
+
+
+def record_scores(name: Named, scores: SuiteScores) -> None:
+    """Write what a version reached on a suite into its registry; nothing for any other name, and for its exports."""
+    reference = registered_version(name)
+    if reference is None or reference.export:
+        return
+    from lora2serve.api.version_registry import Registry
+
+    with Registry() as registry:
+        registry.score(str(reference), scores)
 
 
 def record_parity(run: Run | None, exports: Sequence[Path]) -> None:

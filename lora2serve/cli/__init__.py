@@ -20,6 +20,7 @@ from lora2serve.cli.chat import chat
 from lora2serve.cli.data import data
 from lora2serve.cli.doctor import doctor
 from lora2serve.cli.drift import drift
+from lora2serve.cli.evaluate import evaluate
 from lora2serve.cli.export import export
 from lora2serve.cli.inspect import inspect
 from lora2serve.cli.leave import leave
@@ -68,8 +69,8 @@ def _sweep(quiet: bool) -> None:
 
 
 for command in (
-    init, data, plan, train, chat, export, parity, push, verify, pull_check, serve, deploy, adapters, registry, drift,
-    inspect, doctor,
+    init, data, plan, train, chat, evaluate, export, parity, push, verify, pull_check, serve, deploy, adapters,
+    registry, drift, inspect, doctor,
 ):  # fmt: skip
     cli.add_command(command)
 

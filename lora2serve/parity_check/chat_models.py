@@ -39,8 +39,11 @@ def of_trained(origin: TrainedModel, name: str) -> ChatModel:
     return ChatModel(name, "peft", {**origin.peft_options(origin.references[-1]), **ADDED["peft"]})
 
 
-def of_export(export: Export, base: str, name: str, *, alone: bool) -> ChatModel:
-    """An export; ``base`` is the directory of an adapter's. ``alone``: no other model shares the GPU."""
+def of_export(export: Export, base: str, name: str, *, alone: bool, engine: str = "") -> ChatModel:
+    """An export; ``base`` is the directory of an adapter's. ``alone``: no other model shares the GPU.
+
+    ``engine`` is the one that shall answer, by default the one that serves it.
+    """
     refuse_unopened(export)
     own_tokenizer = (export.path / TOKENIZER).is_file() or not base
     engines = dict(engines_of(export, base, str(export.path) if own_tokenizer else base, CONTEXT))
@@ -52,9 +55,12 @@ def of_export(export: Export, base: str, name: str, *, alone: bool) -> ChatModel
             note = f"{name}: vLLM is not installed here, so transformers answers: {install_hint('vllm')}"
             if "transformers" not in engines:
                 raise EngineError(f"{name}: nothing but vLLM opens these weights", install_hint("vllm"))
-    elif export.target == "adapter":
+    elif export.target == "adapter" and not engine:
         engines = {"peft": engines["peft"]}
-    engine = next(engine for engine in PREFERRED if engine in engines)
+    answering = [known for known in PREFERRED if known in engines]
+    if engine and engine not in answering:
+        raise UsageError(f"--engine {engine}: {name} is answered for by {', '.join(answering)}", note)
+    engine = engine or answering[0]
     return ChatModel(name, engine, {**engines[engine], **ADDED.get(engine, {})}, note=note)
 
 

@@ -18,6 +18,7 @@ EXTRA_OF: dict[str, Extra] = {
     "psycopg": "registry",
     "fsspec": "registry",
     "lm_eval": "eval",
+    "jsonschema": "eval",
     "optuna": "sweep",
     "starlette": "gateway",
     "uvicorn": "gateway",

@@ -142,16 +142,21 @@ def meter(check: Metric) -> float | None:
     return 100 * (min(1.0, used / room) if room > 0 and math.isfinite(used) else float(not check.met))
 
 
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def page_environment(*packages: str) -> Environment:
+    """For the pages of all reports: the templates of ``packages``, and the style and the tables of this one."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("lora2serve.parity_check.report"),
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "lora2serve.parity_check.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _environment() -> Environment:
+    environment = page_environment()
     environment.globals |= {
         "head": metric_table.head,
         "label": metric_table.label,

@@ -1,0 +1,133 @@
+"""``lora2serve.evaluate``: what models score on a suite, in the engines that serve them, and whether they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora2serve.api.evaluated_model import EvaluatedModel, find_models, heldout_rows, refuse_same
+from lora2serve.api.export_request import Named, several, words
+from lora2serve.api.registered import record_scores
+from lora2serve.artifacts import run as runs
+from lora2serve.console import default_progress
+from lora2serve.errors import InputError, UsageError
+from lora2serve.evaluation.eval_report import EvalReport
+from lora2serve.evaluation.score_gates import ScoreGate, parse_gate, refuse_unknown
+from lora2serve.evaluation.suite import HELD_OUT, Suite, SuiteRecipe, of_rows, read_suite
+from lora2serve.progress import Progress
+from lora2serve.system import scratch
+from lora2serve.system.small_files import plain_path
+
+REPORT = "report"  # the folder of the page, in that of the scores
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The report, and the page that shows it; report.json lies beside the page, ``records`` are the scores' files."""
+
+    report: EvalReport
+    page: Path
+    records: tuple[Path, ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether every gate is met; a gate for which there are not enough items is not."""
+        return self.report.met
+
+
+def evaluate(
+    model: Named | Sequence[Named] | None = None, *,
+    against: Named | None = None, suite: Named | None = None, limit: int | None = None,
+    gate: str | Sequence[str] = (), engine: str = "", base: Named | None = None, url_model: str | None = None,
+    allow_overlap: bool = False, out: Named | None = None, progress: Progress | None = None,
+) -> EvaluationResult:  # fmt: skip
+    """Put a suite to models and score their answers; each is asked in the engine that serves it.
+
+    model: a run, an export, an adapter, a version of a registry, a model's directory, a Hub id of one of these, or the
+        address of a server that speaks OpenAI's API; or several of them. ``runs/latest`` by default.
+    against: what they are compared with, item by item: "base" is the first without its adapter, whose answers are
+        kept for the next time. Without it, several models are compared with the first.
+    suite: a YAML file that names rows and a scorer, or a file of rows; by default the run's held-out rows.
+    limit: only so many items, the first.
+    gate: what must hold, such as ``"acc >= base - 0.01"`` or ``"answers.acc >= 0.9"``; see ``EvaluationResult.met``.
+    engine: which engine answers for exports: peft, transformers, vllm-server or llama.cpp.
+    base: for adapters, the base to load; the one trained on by default.
+    url_model: the model's name at an address; the first that it lists by default.
+    allow_overlap: evaluate on questions that were trained on, too.
+    out: the folder of the scores; the run's ``evals/``, or ``evals/NAME``, by default.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
+
+    Raises UsageError, RecipeError and DataError for what cannot be asked, InputError for a suite that was trained on,
+    EngineError for an engine that is not installed or ends, HubError for what cannot be fetched.
+    """
+    progress = progress or default_progress()
+    gates = [parse_gate(text) for text in words(gate, "gate")]
+    named = [str(name) for name in several(model, "model")] if model is not None else [str(runs.latest().path)]
+    if not named:
+        raise UsageError("model: an empty list, expected one at least")
+    opponent = str(against) if against is not None else None
+    models = find_models(named, opponent, base, url_model, engine, progress)
+    refuse_same(models)
+    asked = choose_suite(suite, models, limit, progress)
+    models = [replace(item, overlap=overlap_of(asked, item, progress, allow=allow_overlap)) for item in models]
+    refuse_impossible(gates, asked, compared=len(models) > 1)
+    return run_suite(models, asked, gates, out, progress, reference=-1 if against is not None else 0)
+
+
+def choose_suite(suite: Named | None, models: Sequence[EvaluatedModel], limit: int | None, progress: Progress) -> Suite:
+    """The one that is named, or the held-out rows of the first model's run."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: expected 1 at least")
+    if suite is not None:
+        asked = read_suite(Path(suite), limit)
+    else:
+        rows = heldout_rows(models)
+        asked = of_rows(rows, HELD_OUT, SuiteRecipe(str(rows)), rows.parent, limit)
+    for note in asked.notes:
+        progress.note(note)
+    return asked
+
+
+def overlap_of(suite: Suite, model: EvaluatedModel, progress: Progress, *, allow: bool) -> str:
+    """What of the suite a model was trained on, in words; InputError where questions were, unless that is allowed."""
+    from lora2serve.evaluation.overlap import with_training_rows
+
+    if model.is_base:
+        return ""
+    overlap = with_training_rows(suite, model.run)
+    if overlap.same and not allow:
+        raise InputError(f"{suite.source}: {model.name}: {overlap.text}", "--allow-overlap evaluates it all the same")
+    if overlap.text and model.run:
+        progress.note(f"{model.name}: overlap with its training rows: {overlap.text}")
+    return overlap.text
+
+
+def refuse_impossible(gates: Sequence[ScoreGate], suite: Suite, *, compared: bool) -> None:
+    """UsageError for a gate on what nobody measures."""
+    from lora2serve.evaluation.suite_evaluation import gated_figures
+
+    refuse_unknown(gates, suite.name, list(gated_figures(suite)), compared=compared)
+
+
+def run_suite(
+    models: Sequence[EvaluatedModel], suite: Suite, gates: Sequence[ScoreGate], out: Named | None, progress: Progress,
+    *, reference: int,
+) -> EvaluationResult:  # fmt: skip
+    """Ask, score, write down: also into the registry, of its versions."""
+    from lora2serve.evaluation.report import eval_page
+    from lora2serve.evaluation.suite_evaluation import evaluate_models
+
+    home = plain_path(Path(out)) if out else models[0].home
+    progress.note(f"{suite.name}: {len(suite.items)} items, {len(models)} models; loading the libraries")
+    with scratch.filled(home):
+        paths = [(home if out else model.home) / model.file_name(suite.name, shared=bool(out)) for model in models]
+        chats, overlaps = [model.chat for model in models], [model.overlap for model in models]
+        done = evaluate_models(chats, suite, gates, overlaps, reference, progress)
+        for path, model, measured, record in zip(paths, models, done.measured, done.evaluations, strict=True):
+            eval_page.write_record(path, record, measured)
+            record_scores(model.name, record)
+        rows = [replace(row, record=str(path)) for row, path in zip(done.report.subjects, paths, strict=True)]
+        report = replace(done.report, subjects=tuple(rows))
+        page = eval_page.write(report, home / REPORT / suite.name)
+    return EvaluationResult(report, page, tuple(paths))

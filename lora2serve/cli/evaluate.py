@@ -1,0 +1,115 @@
+"""``lora2serve evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora2serve.cli.options import Choice, Command, complete_exports, json_option, progress
+from lora2serve.errors import GateNotMet
+
+if TYPE_CHECKING:
+    from lora2serve.evaluation.eval_report import EvalReport
+
+EXAMPLES = [
+    ("lora2serve evaluate", "runs/latest on its held-out rows"),
+    ("lora2serve evaluate --against base", "and whether the training helped"),
+    ("lora2serve evaluate runs/demo/exports/gguf-Q4_K_M --against runs/demo", "what an export lost"),
+    ("lora2serve evaluate --suite medqa.yaml --gate 'medqa.acc >= 0.7'", "a suite of your own; exit code 3"),
+    ("lora2serve evaluate medical-qa@champion medical-qa@8 --suite medqa.yaml", "two versions side by side"),
+    ("lora2serve evaluate http://localhost:8000 --suite medqa.yaml", "a server that runs"),
+]
+ANSWERING = ("peft", "transformers", "vllm-server", "llama.cpp")
+
+
+@click.command(cls=Command, short_help="Score models on a suite, in the engines that serve them.", examples=EXAMPLES)
+@click.argument(
+    "models", metavar="[RUN | EXPORT | ADAPTER | NAME@ALIAS | URL]...", nargs=-1, shell_complete=complete_exports
+)
+@click.option(
+    "--against", metavar="MODEL", shell_complete=complete_exports,
+    help="Compare with it, item by item: base (the first model without its adapter), or any other model.",
+)  # fmt: skip
+@click.option(
+    "--suite", metavar="FILE", type=click.Path(path_type=Path),
+    help="YAML with rows and a scorer, or a file of rows (default: the run's held-out rows).",
+)  # fmt: skip
+@click.option("--limit", type=int, metavar="N", help="Only the first N items.")
+@click.option(
+    "--gate", "gates", multiple=True, metavar="GATE",
+    help="What must hold: 'acc >= 0.9', 'answers.acc >= base - 0.01'; else exit code 3.",
+)  # fmt: skip
+@click.option(
+    "--engine", type=Choice(ANSWERING), help="Ask exports in this engine (default: the one that serves them)."
+)
+@click.option("--base", metavar="MODEL", help="Adapters: the base to load (default: the one trained on).")
+@click.option("--url-model", metavar="NAME", help="The model's name at the URL (default: the first it lists).")
+@click.option("--allow-overlap", is_flag=True, help="Also on questions that were trained on.")
+@click.option("--out", metavar="FOLDER", help="Where the scores go (default: the run's evals/, or evals/NAME).")
+@json_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context, models: tuple[str, ...], against: str | None, suite: Path | None, limit: int | None,
+    gates: tuple[str, ...], engine: str | None, base: str | None, url_model: str | None, allow_overlap: bool,
+    out: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Put a suite to models (default: runs/latest), score their answers, and say whether they differ.
+
+    Runs and adapters are asked in transformers and PEFT, vllm exports in vLLM's own server, gguf, ollama and lmstudio
+    exports in llama.cpp, with the chat template as it is served. Differences are judged item by item; where there are
+    not enough items, that is the verdict. Prints the path of the report.
+    """
+    from lora2serve import console
+    from lora2serve.api import evaluate_model
+
+    result = evaluate_model.evaluate(
+        models or None, against=against, suite=suite, limit=limit, gate=gates, engine=engine or "", base=base,
+        url_model=url_model, allow_overlap=allow_overlap, out=out, progress=progress(ctx),
+    )  # fmt: skip
+    if as_json:
+        console.result_json(result.report.to_json())
+    else:
+        show(result.report)
+        console.result(str(result.page))
+    end_with_gates(result.report, result.page)
+
+
+def show(report: EvalReport) -> None:
+    """The tables."""
+    from lora2serve import console
+    from lora2serve.evaluation.report.eval_page import difference_text, label, shown, verdict
+
+    names = list(dict.fromkeys(name for row in report.subjects for name in row.figures))
+    heads = ["model", *(label(name) for name in names), "seconds", "engine"]
+    rows = [
+        [row.name, *(_cell(shown(row.figures[name]), row.figures[name].low, row.figures[name].high)
+                     if name in row.figures else "-" for name in names), f"{row.seconds:.3g}", row.engine]
+        for row in report.subjects
+    ]  # fmt: skip
+    console.table("", heads, rows)
+    if report.differences:
+        lines = [
+            [item.subject, label(item.metric), difference_text(item), f"{item.p_adjusted:.2g}",
+             f"{item.difference.won} / {item.difference.lost}", item.verdict]
+            for item in report.differences
+        ]  # fmt: skip
+        styles = {number: "red" for number, item in enumerate(report.differences) if item.verdict == "worse"}
+        against = report.differences[0].against
+        console.table("", [f"against {against}", "figure", "difference", "p", "won / lost", "verdict"], lines, styles)
+    for gate in report.gates:
+        console.Terminal().note(f"{gate.gate}: {gate.subject}: {gate.verdict}: {gate.reason}")
+    console.Terminal().note(verdict(report))
+
+
+def end_with_gates(report: EvalReport, page: Path) -> None:
+    """GateNotMet with each gate that is not."""
+    missed = [f"{gate.gate}: {gate.subject}: {gate.verdict}: {gate.reason}" for gate in report.gates if not gate.met]
+    if missed:
+        raise GateNotMet("\n".join(missed), f"{page} shows where")
+
+
+def _cell(value: str, low: float | None, high: float | None) -> str:
+    ends = f"\n{100 * low:.1f} to {100 * high:.1f}" if low is not None and high is not None else ""
+    return f"{value}{ends}"

@@ -1,0 +1,101 @@
+"""Gates on scores: ``answers.acc >= base - 0.01``, ``acc >= 0.9``, ``seconds <= base + 0.5``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora2serve.artifacts.json_record import JsonRecord
+from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.evaluation import stats
+from lora2serve.evaluation.stats import GateVerdict
+from lora2serve.evaluation.suite_run import Measured
+
+EXAMPLE = "such as 'acc >= base - 0.01' or 'answers.acc >= 0.9'"
+NUMBER = r"\d+(?:\.\d+)?|\.\d+"
+GATE = re.compile(
+    rf"\s*(?:(?P<suite>[\w-]+)\.)?(?P<metric>[\w-]+)\s*(?P<sign>>=|<=)\s*"
+    rf"(?:(?P<bound>{NUMBER})|(?P<other>base|other|against)(?:\s*(?P<margin_sign>[-+])\s*(?P<margin>{NUMBER}))?)\s*"
+)
+
+
+@dataclass(frozen=True)
+class ScoreGate:
+    """``bound`` is a number; or ``margin``, by how much it may be worse than the model that it is compared with."""
+
+    text: str
+    suite: str
+    metric: str
+    higher_is_better: bool
+    bound: float | None = None
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class GateResult(JsonRecord):
+    """What one gate came to, for one model, and why."""
+
+    gate: str
+    subject: str
+    verdict: GateVerdict
+    reason: str
+
+    @property
+    def met(self) -> bool:
+        """Not enough items are no proof."""
+        return self.verdict == "met"
+
+
+def parse_gate(text: str) -> ScoreGate:
+    """UsageError for what is no gate."""
+    match = GATE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--gate {text!r}: expected METRIC >= NUMBER or METRIC >= base - MARGIN", EXAMPLE)
+    higher = match["sign"] == ">="
+    if match["bound"]:
+        return ScoreGate(text.strip(), match["suite"] or "", match["metric"], higher, bound=float(match["bound"]))
+    margin = float(match["margin"] or 0)
+    if margin and (match["margin_sign"] == "-") != higher:
+        raise UsageError(f"--gate {text!r}: this margin asks for more than the other has", EXAMPLE)
+    return ScoreGate(text.strip(), match["suite"] or "", match["metric"], higher, margin=margin)
+
+
+def refuse_unknown(gates: Sequence[ScoreGate], suite: str, metrics: Sequence[str], *, compared: bool) -> None:
+    """UsageError for a gate that nothing here can meet, before a model is loaded."""
+    for gate in gates:
+        if gate.suite and gate.suite != suite:
+            raise UsageError(f"--gate {gate.text!r}: the suite is {suite}", EXAMPLE)
+        if gate.metric not in metrics:
+            raise UsageError(
+                f"--gate {gate.text!r}: no figure {gate.metric}{did_you_mean(gate.metric, metrics)}",
+                f"there are {', '.join(metrics)}",
+            )
+        if gate.margin is not None and not compared:
+            raise UsageError(f"--gate {gate.text!r}: nothing to compare with", "--against base, or any other model")
+
+
+def judge(
+    gate: ScoreGate, new: Measured, old: Measured | None, figures: Mapping[str, tuple[str, str | None]]
+) -> GateResult:
+    """``figures``: what each metric's name stands for: a field of the items, and a task."""
+    name, task = figures[gate.metric]
+    scores, groups = new.vector(name, task), new.groups(task)
+    if gate.bound is not None:
+        higher = gate.higher_is_better
+        verdict = stats.gate_of_mean(scores, gate.bound, groups, higher_is_better=higher)
+        estimate = stats.mean(scores, groups, level=stats.ONE_SIDED)
+        end = estimate.low if higher else estimate.high
+        reason = f"{estimate.value:.4g}, {'at least' if higher else 'at most'} {end:.4g} with 95 % confidence"
+        if verdict == "not enough items":
+            reason = f"{reason}: {len(scores)} items are not enough"
+        return GateResult(gate.text, new.name, verdict, reason)
+    assert old is not None and gate.margin is not None
+    difference = stats.paired(old.vector(name, task), scores, groups, higher_is_better=gate.higher_is_better)
+    verdict = difference.gate(gate.margin)
+    end = difference.lower if gate.higher_is_better else difference.upper
+    reason = f"differs by {difference.value:+.4g}, {end:+.4g} at worst with 95 % confidence"
+    if verdict == "not enough items":
+        needed = f"about {difference.items_needed(gate.margin):,} would be" if gate.margin else "a margin is"
+        reason = f"{reason}: {difference.items} items are not enough, {needed}"
+    return GateResult(gate.text, new.name, verdict, reason)

