@@ -51,6 +51,7 @@ lint: $(READY)  ## Check style (ruff) and types (mypy --strict).
 
 docs: $(READY)  ## Write the tables of docs/ that are made from code and tests.
 	$(BIN)/python scripts/model_table.py
+	$(BIN)/python scripts/method_table.py
 	$(BIN)/python -m lora2serve.cli.reference > docs/cli.md
 
 constraints: $(READY)  ## Write constraints.txt from the packages in .venv.

@@ -18,11 +18,12 @@ from pathlib import Path
 from converters.gguf.header import Keys, TypedValue, typed
 from converters.gguf.jinja_template import Jinja, Messages, Tools
 from lora2serve.data.rows import Message
-from lora2serve.weights.chat_template import special_tokens
+from lora2serve.weights.chat_template import read_settings, special_tokens
 
 DAY = date(2031, 11, 23)  # of the comparison: no template was written for it
 KEY = "tokenizer.chat_template"  # of another name: KEY.NAME
 ADD_BOS, MODEL = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.model"
+SUPPRESS = "tokenizer.ggml.suppress_tokens"
 PENALTY, PENALIZED = "general.sampling.penalty_repeat", "general.sampling.penalty_last_n"
 SERVED_TOKENS = ("bos_token", "eos_token")
 ALWAYS_THERE = ("tools", "documents")  # None in transformers, where there are none
@@ -84,9 +85,17 @@ def as_trained_keys(files: Mapping[str, Path], keys: Keys) -> dict[str, TypedVal
     if KEY in keys and adds_foreign_bos(Jinja(str(keys[KEY].value), variables), keys):
         changed |= typed({ADD_BOS: False})
     context = next((entry.value for key, entry in keys.items() if key.endswith(".context_length")), None)
+    if (never := suppressed(files)) and SUPPRESS not in keys:
+        changed |= typed({SUPPRESS: never})
     if PENALTY in keys and keys[PENALTY].value != 1 and isinstance(context, int):
         changed |= typed({PENALIZED: context})
     return changed
+
+
+def suppressed(files: Mapping[str, Path]) -> list[int]:
+    """The tokens that the generation config keeps out of every answer."""
+    tokens = read_settings(files, "generation_config.json").get("suppress_tokens")
+    return [token for token in tokens if isinstance(token, int)] if isinstance(tokens, list) else []
 
 
 def adds_foreign_bos(jinja: Jinja, keys: Keys) -> bool:

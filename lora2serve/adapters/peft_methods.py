@@ -26,6 +26,7 @@ PROMPT_METHODS = (
 )  # fmt: skip
 UNMERGEABLE_METHODS = {
     **dict.fromkeys(PROMPT_METHODS, "it has no weights that could be merged"),
+    **dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE"), "its keys and values stand in each layer, and no tokens make them"),
     "LILY": "PEFT has no merge for it",
     "POLY": "it mixes its skills anew for each task",
     "SHADOW": "what it adds depends on the input",

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from lora2serve.adapters.adapter import read_config
+from lora2serve.adapters.kind_targets import refuse_targets
 from lora2serve.api.export_request import ExportRequest, Named
 from lora2serve.api.locate import base_of_adapter, base_of_run, fetch, locate
 from lora2serve.api.registered import exports_home
@@ -36,6 +38,7 @@ def open_source(
     if source.run:
         home = exports_home(source.run)
         check(home)
+        _refuse_kinds([source.run.adapter], request)
         base, _ = base_of_run(source.run.record.base, request.base, progress)
         return models.open_run(source.run, base, request.open_options(), progress), home
     if source.is_adapter:
@@ -55,6 +58,7 @@ def _open_adapters(
         paths = [convert(path, _scratch(stack)) for path in paths]
     home = Path("exports") / short_name(paths[0])
     check(home)
+    _refuse_kinds(paths, request)
     base = base_of_adapter(paths[0], request.base)
     local = fetch(base, progress)
     _warn_of_quantized(local, base, progress)
@@ -66,6 +70,12 @@ def _open_adapters(
         checkpoint = Checkpoint(local)
         paths = [combine(paths, checkpoint, request.combine, weights, request.density, _scratch(stack))]
     return models.open_adapters(paths, local, base, request.open_options()), home
+
+
+def _refuse_kinds(adapters: Sequence[Path], request: ExportRequest) -> None:
+    """AdapterError for a kind of adapter that a target cannot hold, before its base is looked for."""
+    kinds = [(str(path), str(read_config(path).get("peft_type", "LORA")).upper()) for path in adapters]
+    refuse_targets(kinds, request.target_names(), as_lora=bool(request.as_lora_rank))
 
 
 def _scratch(stack: ExitStack) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora2serve.api.plan_training import shape_of
+from lora2serve.api.plan_training import shape_at
+from lora2serve.api.train_run import fetch_base
 from lora2serve.config.recipe import Recipe
 from lora2serve.errors import HubError, InputError, TrainError, UsageError
 from lora2serve.planning.gpus import GpuModel, find_gpu
@@ -18,7 +19,7 @@ from lora2serve.planning.memory_plan import (
     planned_bytes,
 )
 from lora2serve.planning.model_shape import ModelShape
-from lora2serve.planning.plan_settings import PlanSettings, settings_of
+from lora2serve.planning.plan_settings import PlanSettings
 from lora2serve.progress import Progress
 from lora2serve.system.hardware import memory_bytes
 
@@ -29,11 +30,14 @@ def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> Non
     Without a GPU it is the main memory. What no plan can be made of passes, after a note: a model, or modules to adapt
     (embeddings) that the closed form does not know.
     """
+    from lora2serve.training.method_outlook import plan_settings
+
     target = find_gpu(gpu) if gpu else _here()
-    settings = settings_of(recipe.train, recipe.data.max_length, target.dtype)
     ratio, _ = measured_ratio(target.name)
     try:
-        shape = shape_of(recipe.model, progress)
+        path = fetch_base(recipe.model, progress, weights=False)
+        shape = shape_at(path, progress)
+        settings = plan_settings(recipe.train, recipe.data.max_length, path, target.dtype)
         planned = planned_bytes(shape, settings, ratio)
     except (HubError, InputError, UsageError) as error:
         progress.note(f"memory not planned: {error.message.splitlines()[0]}")

@@ -12,6 +12,7 @@ from lora2serve.api.train_run import fetch_base, settings
 from lora2serve.config import recipe as recipes
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.config.recipe import PRESETS, ModelRecipe, TrainRecipe
+from lora2serve.config.train_methods import LORA
 from lora2serve.console import default_progress
 from lora2serve.errors import CheckpointError, UsageError, did_you_mean
 from lora2serve.planning.disk_space import disk_bytes, host_bytes
@@ -75,7 +76,7 @@ def plan(
     subject = _subject(model, overrides)
     path = fetch_base(subject.model, progress, weights=False)
     shape = _known_shape(path, exact, progress)
-    ways = list(_ways(subject, chosen, methods, ranks, targets, batch, length))
+    ways = list(_ways(subject, path, chosen, methods, ranks, targets, batch, length))
     ratio, runs = measured_ratio(chosen.name) if chosen else (1.0, 0)
     size: ModelShape | ExactMemory
     if exact:
@@ -89,7 +90,7 @@ def plan(
         layers=size.layers,
         gpu=chosen.name if chosen else None,
         trainings=trainings,
-        shares=dict(_shares(shape, ways[0])) if shape else {},
+        shares=dict(_shares(shape, ways[0])) if shape and ways[0].kind == LORA else {},
         host_memory=max(host_bytes(training, ways[0].on_cpu) for training in trainings),
         disk=disk_bytes(size.parameters, shape.stored_bytes if shape else None, trainings[0]),
         time="not measured",
@@ -100,7 +101,7 @@ def plan(
 def _known_shape(path: Path, exact: bool, progress: Progress) -> ModelShape | None:
     """The shape of a model; None where it is not known and need not be."""
     try:
-        return _shape_at(path, progress)
+        return shape_at(path, progress)
     except CheckpointError:
         if not exact:
             raise
@@ -137,10 +138,12 @@ class _Parts:
 def _planned(
     parts: _Parts, way: PlanSettings, shape: ModelShape | None, gpu: GpuModel | None, ratio: float
 ) -> PlannedTraining:
+    is_lora = way.method != "full" and way.kind == LORA
     return PlannedTraining(
         method=way.method,
-        rank=None if way.method == "full" else way.rank,
-        targets=None if way.method == "full" else way.targets,
+        kind=way.kind,
+        rank=way.rank if is_lora else None,
+        targets=way.targets if is_lora else None,
         batch=way.batch,
         length=way.length,
         checkpointing=way.checkpointing,
@@ -154,12 +157,8 @@ def _planned(
     )
 
 
-def shape_of(model: ModelRecipe, progress: Progress) -> ModelShape:
-    """The shape of a recipe's model, of which only small files and headers are fetched."""
-    return _shape_at(fetch_base(model, progress, weights=False), progress)
-
-
-def _shape_at(path: Path, progress: Progress) -> ModelShape:
+def shape_at(path: Path, progress: Progress) -> ModelShape:
+    """The shape of the model there, by its small files and headers, here or on the Hub."""
     return model_shape(read_config(path), stored_specs(path, progress))
 
 
@@ -171,6 +170,8 @@ def _gpu_here() -> GpuModel | None:
 def _notes(ways: Sequence[PlanSettings], exact: bool, ratio: float, runs: int) -> Iterator[str]:
     if runs:
         yield f"counted {ratio - 1:.1%} more: of the last {runs} runs on this GPU one took that much beyond its plan"
+    if not exact and any(way.kind != LORA for way in ways):
+        yield f"activations are counted as those of a LoRA: only --exact knows what {ways[0].kind} keeps"
     if not exact and any(way.dora for way in ways):
         yield "DoRA keeps more than a LoRA: only --exact knows how much"
 
@@ -215,10 +216,14 @@ def _subject(model: str | Path | None, overrides: Mapping[str, object] | Sequenc
 
 
 def _ways(
-    subject: _Subject, gpu: GpuModel | None, methods: Sequence[str], ranks: Sequence[int], targets: Sequence[str],
-    batch: int | None, length: int | None,
+    subject: _Subject, path: Path, gpu: GpuModel | None, methods: Sequence[str], ranks: Sequence[int],
+    targets: Sequence[str], batch: int | None, length: int | None,
 ) -> Iterator[PlanSettings]:  # fmt: skip
     """One for each combination."""
+    if subject.train.method != LORA:
+        of_lora = {"method": methods, "rank": ranks, "targets": targets}
+        yield _other_way(subject, path, gpu, of_lora, batch, length)
+        return
     base = settings_of(subject.train, length or subject.length, gpu.dtype if gpu else "bfloat16")
     base = replace(base, batch=batch or base.batch, rank=ranks[0] if ranks else base.rank)
     for method in dict.fromkeys([_method(name) for name in methods] or subject.methods):
@@ -229,6 +234,20 @@ def _ways(
         wanted = [_targets(text) for text in targets] or [base.targets]
         for rank, target in product(dict.fromkeys(ranks or [base.rank]), dict.fromkeys(wanted)):
             yield replace(way, rank=rank, targets=target)
+
+
+def _other_way(
+    subject: _Subject, path: Path, gpu: GpuModel | None, of_lora: Mapping[str, Sequence[object]], batch: int | None,
+    length: int | None,
+) -> PlanSettings:  # fmt: skip
+    """Of another adapter than a LoRA, whose own code says how much it learns."""
+    from lora2serve.training.method_outlook import plan_settings
+
+    train = subject.train
+    if named := [f"--{name}" for name, values in of_lora.items() if values]:
+        raise UsageError(f"{', '.join(named)}: of a LoRA, and train.method is {train.method}", "--set train.options...")
+    settings = plan_settings(train, length or subject.length, path, gpu.dtype if gpu else "bfloat16")
+    return replace(settings, batch=batch or settings.batch)
 
 
 def _method(name: str) -> Method:

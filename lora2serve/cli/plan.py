@@ -104,7 +104,7 @@ def plan_lines(plan: TrainingPlan) -> Iterator[str]:
 
 def _heading(training: PlannedTraining) -> str:
     if training.rank is None:
-        return "full"
+        return training.kind if training.method != "full" else "full"
     targets = training.targets if isinstance(training.targets, str) else "+".join(training.targets or ())
     return f"{training.method} r{training.rank} {targets}"
 

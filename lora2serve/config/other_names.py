@@ -17,6 +17,7 @@ OTHER_NAMES: Mapping[str, str] = {
         "data.max_length": "max_seq_length max_seq_len sequence_len seq_length cutoff_len model_max_length",
         "data.packing": "sample_packing pack",
         "data.completion_only": "completion_only_loss assistant_only_loss",
+        "train.method": "peft_type peft_method",
         "train.quantize": "load_in_4bit quantization quantise quant_type bnb_4bit_quant_type",
         "train.double_quant": "double_quantization bnb_4bit_use_double_quant",
         "train.epochs": "num_epochs num_train_epochs",

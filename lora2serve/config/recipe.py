@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from lora2serve.config import lora_inits
 from lora2serve.config.bounds import NotEmpty, Positive, Range, Removed
 from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
+from lora2serve.config.method_problems import problems_of_method
 from lora2serve.config.model_name import run_name_problem
 from lora2serve.config.other_names import OTHER_NAMES
 from lora2serve.config.schema import build, read_keys, show
@@ -50,8 +51,13 @@ class LoraRecipe:
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """How to train. Either ``steps`` or ``epochs``; ``steps`` wins."""
+    """How to train. Either ``steps`` or ``epochs``; ``steps`` wins.
 
+    ``options`` are those of another ``method`` than lora: the fields of its configuration in PEFT.
+    """
+
+    method: str = "lora"  # or another of PEFT's: ``train_methods``
+    options: Mapping[str, object] = field(default_factory=dict)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     quantize: Annotated[Quantize, Removed("fp4", NO_FP4)] = "nf4"
     double_quant: bool = True
@@ -209,16 +215,19 @@ def _check(recipe: Recipe, problems: list[str]) -> None:
     if problem := run_name_problem(recipe.name):
         problems.append(f"name: {problem}")
     problems += _problems_of_lora(recipe.train)
+    problems += problems_of_method(recipe)
     problems += _problems_of_data(recipe)
 
 
 def _problems_of_lora(train: TrainRecipe) -> list[str]:
     lora, problems = train.lora, []
-    if isinstance(lora.targets, str) and lora.targets not in PRESETS:
-        problems.append(
-            f"train.lora.targets: unknown preset {show(lora.targets)}{did_you_mean(lora.targets, PRESETS)}; "
-            f"presets: {', '.join(PRESETS)}, or a list of module names"
-        )
+    named = {"train.lora.targets": lora.targets, "train.options.target_modules": train.options.get("target_modules")}
+    for key, targets in named.items():
+        if isinstance(targets, str) and targets not in PRESETS:
+            problems.append(
+                f"{key}: unknown preset {show(targets)}{did_you_mean(targets, PRESETS)}; "
+                f"presets: {', '.join(PRESETS)}, or a list of module names"
+            )
     if lora.targets == ():
         problems.append("train.lora.targets: an empty list, expected a preset or module names")
     if not lora_inits.is_trainable(lora.init):

@@ -213,10 +213,12 @@ class _Builder:
 def _shape(kind: object) -> object:
     """The type of what YAML gives for a ``kind``."""
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    return list if get_origin(kind) is tuple else dict if is_dataclass(kind) else kind
+    return list if get_origin(kind) is tuple else dict if is_dataclass(kind) or get_origin(kind) is Mapping else kind
 
 
 def _type_name(kind: object) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(show, get_args(kind)))
     shape = _shape(kind)
     return "a list" if shape is list else "keys and values" if shape is dict else TYPE_NAMES[shape]
 

@@ -96,6 +96,12 @@ class PromptSet:
     window: int  # tokens of one sequence at most
     long: LongText | None = None
     note: str = ""  # how the rows were read, where that is a question
+    prefix: tuple[int, ...] = ()  # the tokens that stand for a soft prompt, in front of all that an export gets
+    prefix_text: str = ""
+
+    def exported(self, prompt: Conversation) -> Conversation:
+        """A prompt as an export must make it."""
+        return replace(prompt, text=self.prefix_text + prompt.text, ids=(*self.prefix, *prompt.ids))
 
     @property
     def positions(self) -> int:
@@ -107,7 +113,7 @@ class PromptSet:
         texts = [len(sequence.ids) + 1 for sequence in self.sequences]
         texts += [len(self.long.ids) + 1] if self.long else []
         answered = [len(prompt.ids) + new_tokens for prompt in (*self.conversations, *self.prompts)]
-        return max([*texts, *answered])
+        return len(self.prefix) + max([*texts, *answered])
 
     def save(self, path: Path) -> None:
         """As JSON, for a child process."""
@@ -124,7 +130,10 @@ def load_saved(path: Path) -> PromptSet:
     )
     long = LongText(tuple(raw["long"]["ids"]), raw["long"]["tail"], raw["long"]["context"]) if raw["long"] else None
     stop = tuple(raw["stop"])
-    return PromptSet(texts, conversations, prompts, stop, raw["bos"], raw["vocab"], raw["window"], long, raw["note"])
+    return PromptSet(
+        texts, conversations, prompts, stop, raw["bos"], raw["vocab"], raw["window"], long, raw["note"],
+        tuple(raw["prefix"]), raw["prefix_text"],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

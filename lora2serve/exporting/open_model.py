@@ -7,21 +7,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lora2serve.adapters import soft_prompt
 from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord, Lineage
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.config.model_name import refuse_name
 from lora2serve.errors import MergeError, UsageError
-from lora2serve.exporting.sinks import ExportModel
+from lora2serve.exporting.prompt_files import put_in_front
+from lora2serve.exporting.sinks import ExportModel, ModelSource
 from lora2serve.merge.binding import Binder
 from lora2serve.merge.merged import Merged
+from lora2serve.merge.prompted import Prompted
 from lora2serve.progress import Progress
 from lora2serve.system.hub_snapshot import hub_snapshot, short_name
+from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
 from lora2serve.weights.checkpoint import Checkpoint, content_hash, identity, model_dtype
 from lora2serve.weights.dequantize import Dequantized
-from lora2serve.weights.side_files import side_files
+from lora2serve.weights.side_files import SideFiles, side_files
 from lora2serve.weights.tensors import DType, Source
 
 MergeBase = Literal["auto", "trained", "original"]
@@ -142,17 +146,33 @@ def _model(
     dtype = DTYPES[choice.dtype] if choice.dtype else None
     if dtype is None and model_dtype(config) is None:
         config["dtype"] = {"BF16": "bfloat16", "F16": "float16"}.get(source.specs()[0].dtype, "float32")
-    merged = Merged(source, adapters, config, dtype)
     adapter = adapters[0].path if adapters else None
+    files = side_files(checkpoint.path, adapter)
     return ExportModel(
-        source=merged,
-        files=side_files(checkpoint.path, adapter),
+        source=_folded(source, adapters, config, dtype, files),
+        files=files,
         name=name,
         base=lineage.base.id or str(checkpoint.path),
         adapter=adapter,
         dtype=choice.dtype,
         lineage=replace(lineage, adapters=tuple(_adapter_record(adapter.path) for adapter in adapters)),
     )
+
+
+def _folded(
+    source: Source, adapters: Sequence[Adapter], config: JsonObject, dtype: DType | None, files: SideFiles
+) -> ModelSource:  # fmt: skip
+    """The base with its adapters; a soft prompt becomes tokens, in ``files``, too."""
+    soft = [adapter for adapter in adapters if adapter.method in soft_prompt.KINDS]
+    if not soft:
+        return Merged(source, adapters, config, dtype)
+    if len(adapters) > 1:
+        names = ", ".join(str(adapter.path) for adapter in adapters)
+        raise MergeError(f"{names}: a soft prompt and another adapter were not trained together", "export one of them")
+    prompt = soft_prompt.soft_prompt_of(soft[0])
+    prompted = Prompted(Merged(source, [], config, dtype), prompt)
+    put_in_front(files, prompt.tokens, prompted.first, prompted.config)
+    return prompted
 
 
 def _lineage(base: Path, name: str) -> Lineage:

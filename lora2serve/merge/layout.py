@@ -63,7 +63,7 @@ def settle_tie(base: Source, config: JsonObject) -> JsonObject:
         return config
     if _are_equal(base, embedding, head):
         return config
-    return _untied(config)
+    return untied(config)
 
 
 def is_tied(config: JsonObject) -> bool:
@@ -74,7 +74,7 @@ def is_tied(config: JsonObject) -> bool:
     return any(said) if said else ties_by_default(config)
 
 
-def _untied(config: JsonObject) -> JsonObject:
+def untied(config: JsonObject) -> JsonObject:
     """The config with a head of its own, wherever it speaks of that."""
     text, config = config.get("text_config"), {**config, "tie_word_embeddings": False}
     return {**config, "text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else config
@@ -163,7 +163,7 @@ def _untie(layout: ModelLayout, adapters: Sequence[Adapter], find: Callable[[str
     touched = [change for own in changes for change in own if change.parameter.endswith((*EMBEDDINGS, HEAD))]
     together = [_trained_together(adapter, own) for adapter, own in zip(adapters, changes, strict=True)]
     if touched and not all(together):
-        config = _untied(config)
+        config = untied(config)
         if head is None:
             head = MergedTensor(replace(embedding.spec, name=HEAD), embedding.stored)
             tensors.append(head)

@@ -47,7 +47,9 @@ class EngineAnswers(JsonRecord):
 def tokens(data: PromptSet, engine: EngineTokens) -> Gate:
     """Prompts byte for byte, ids one by one, BOS at most once, and the token that ends an answer."""
     count = {"prompts": 0, "ids": 0}
-    for conversation, rendered, ids in zip(data.conversations, engine.rendered, engine.ids, strict=True):
+    for conversation, rendered, ids in zip(
+        map(data.exported, data.conversations), engine.rendered, engine.ids, strict=True
+    ):
         difference = _bos_difference(data, conversation, ids)
         if difference:
             return _tokens_missed(*difference, count)

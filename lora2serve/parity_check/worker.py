@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,10 @@ class EngineWorker:
             engine.tokenizer, rows, general, engine.stop_ids(), PromptOptions(**amount), engine.positions(),
             Reading(**reading),
         )  # fmt: skip
-        prompts.save(Path(out))
-        return int(engine.vocab())
+        vocab, soft = int(engine.vocab()), engine.soft_prompt
+        ids = tuple(range(vocab, vocab + len(soft)))
+        replace(prompts, prefix=ids, prefix_text="".join(soft)).save(Path(out))
+        return vocab
 
     def write_reference(self, data: str, out: str, positions: str) -> dict[str, object]:
         """The tuned model's logits to ``out``, and how far its base is from it, by position, to ``positions``.
@@ -100,7 +103,8 @@ class EngineWorker:
         stop = engine.stop_ids()
         eos = engine.eos_id() if hasattr(engine, "eos_id") else None
         dtype = getattr(engine, "dtype", None)
-        for conversation in load_saved(Path(data)).conversations:
+        prompts = load_saved(Path(data))
+        for conversation in map(prompts.exported, prompts.conversations):
             text = engine.render(conversation.messages, conversation.tools) if conversation.messages else None
             rendered.append(text)
             ids.append(_prompt_ids(engine, conversation, as_planned=text in (None, conversation.text)))
@@ -127,6 +131,10 @@ class EngineWorker:
 
     def _scores(self, prompts: PromptSet) -> Iterator[Scores]:
         """Of every text, and of the long one's tail."""
+        if prompts.prefix:  # what predicts its tokens is no answer of the model
+            for ids, tail in _scored(prompts):
+                yield from self._engine.score([[*prompts.prefix, *ids]], tail)
+            return
         yield from self._engine.score([sequence.ids for sequence in prompts.sequences])
         if prompts.long:
             yield from self._engine.score([prompts.long.ids], prompts.long.tail)
@@ -143,7 +151,8 @@ class EngineWorker:
     def generate(self, data: str, new_tokens: int) -> dict[str, object]:
         """Greedy answers to every prompt, one at a time, and the engine's time for them."""
         answers, seconds = list[list[int]](), 0.0
-        for prompt in load_saved(Path(data)).prompts:
+        prompts = load_saved(Path(data))
+        for prompt in map(prompts.exported, prompts.prompts):
             started = time.perf_counter()
             answers += self._engine.generate([prompt.ids], new_tokens)
             seconds += time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lora2serve.config.train_methods import LORA, ON_FOUR_BITS, STATES
 from lora2serve.planning.activations import ActivationMemory, activation_memory
 from lora2serve.planning.gpus import GPUS, GpuModel
 from lora2serve.planning.model_shape import ModelShape
@@ -70,6 +71,7 @@ class PlannedTraining:
     fits: tuple[str, ...]  # names of GPUs
     largest_batch: int | None  # on the GPU that it is planned for; 0 where not even one row fits
     levers: tuple[Lever, ...]
+    kind: str = LORA  # of adapter
 
 
 def planned_bytes(shape: ModelShape, settings: PlanSettings, ratio: float = 1.0) -> PlannedBytes:
@@ -142,21 +144,21 @@ def levers(shape: ModelShape, settings: PlanSettings, ratio: float = 1.0) -> tup
 
 
 def _changes(settings: PlanSettings) -> Iterator[tuple[str, str, PlanSettings]]:
-    if not settings.checkpointing:
+    if not settings.checkpointing and settings.kind not in STATES:
         change, price = "train.gradient_checkpointing: true", "each layer is computed twice: about a third more time"
         yield change, price, replace(settings, checkpointing=True)
     if settings.batch > 1:
         rows = settings.batch
         change = f"train.batch_size: 1, train.accumulation: {rows} times what it was"
         yield change, "the same step, in smaller and slower pieces", replace(settings, batch=1, accumulates=True)
-    if settings.method != "qlora":
+    if settings.method != "qlora" and settings.kind in ON_FOUR_BITS:
         change = "train.quantize: nf4" if settings.method == "lora" else "QLoRA instead of a full fine-tune"
         price = "4-bit weights in training, unpacked at every use"
         yield change, price, replace(settings, method="qlora")
     if settings.length > 256:
         change = f"data.max_length: {settings.length // 2}"
         yield change, "longer rows are cut", replace(settings, length=settings.length // 2)
-    if settings.method != "full" and settings.rank > 8:
+    if settings.method != "full" and settings.kind == LORA and settings.rank > 8:
         change = f"train.lora.rank: {max(8, settings.rank // 2)}"
         yield change, "an adapter that can learn less", replace(settings, rank=max(8, settings.rank // 2))
     if settings.optimizer_bits == 32:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lora2serve.config.recipe import TrainRecipe
+from lora2serve.config.train_methods import LORA, STATES
 
 Method = Literal["full", "lora", "qlora"]
 ComputeType = Literal["bfloat16", "float16", "float32"]  # a GPU takes the first that it has; a CPU float32
@@ -31,6 +33,9 @@ class PlanSettings:
     dtype: ComputeType = "bfloat16"
     trained_bytes: int = 4  # of one trained value of an adapter
     padded: bool = True  # whether rows of several lengths go through at once, so that attention gets a mask
+    kind: str = LORA  # of adapter: ``train.method``
+    options: Mapping[str, object] = field(default_factory=dict)  # of another kind than lora
+    learned: int | None = None  # values of such an adapter, which its own code says
 
     @property
     def itemsize(self) -> int:
@@ -82,6 +87,8 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
         dora=lora.dora,
         modules_to_save=lora.modules_to_save,
         dtype=dtype,
+        kind=train.method,
+        options=train.options,
     )
 
 
@@ -92,4 +99,6 @@ def method_of(train: TrainRecipe) -> Method:
 
 def checkpoints(train: TrainRecipe, method: Method) -> bool:
     """Whether activations are computed twice to save memory: without a word in the recipe, with a 4-bit base."""
+    if train.method in STATES:
+        return False
     return method != "lora" if train.gradient_checkpointing is None else train.gradient_checkpointing

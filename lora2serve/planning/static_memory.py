@@ -68,6 +68,8 @@ def optimizer_bytes(count: int, settings: PlanSettings) -> int:
 
 def trainable(shape: ModelShape, settings: PlanSettings) -> int:
     """Values that the adapter learns."""
+    if settings.learned is not None:
+        return settings.learned
     chosen = target_layers(shape, settings.targets)
     count = sum(settings.rank * (linear.inputs + linear.outputs) for linear in chosen)
     count += sum(linear.outputs for linear in chosen) if settings.dora else 0

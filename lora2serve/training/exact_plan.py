@@ -20,7 +20,8 @@ from lora2serve.planning.plan_settings import ComputeType, PlanSettings
 from lora2serve.system.worker_protocol import Link
 from lora2serve.training import fake_gpu
 from lora2serve.training.fake_weights import materialize, quantize
-from lora2serve.training.model import add_adapter, four_bit, lora_config, prepare
+from lora2serve.training.method_config import adapter_config
+from lora2serve.training.model import add_adapter, four_bit, prepare
 from lora2serve.training.storage_tracker import StorageTracker
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class _FakeTraining:
     def __init__(self, path: Path, settings: PlanSettings, layers: int | None, mode: FakeTensorMode) -> None:
         self.settings, self.tracker, self.mode = settings, StorageTracker(), mode
         self.head = 0  # bytes at the peak before the backward of the layers
-        self.config = _config(path, layers)
+        self.path, self.config = path, _config(path, layers)
         recipe = _recipe(settings)
         model = _skeleton(self.config, recipe, settings.dtype)
         with mode, self.tracker:
@@ -83,7 +84,7 @@ class _FakeTraining:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model = prepare(model, checkpointing=self.settings.checkpointing)
-        tuned = add_adapter(model, lora_config(model, recipe))
+        tuned = add_adapter(model, adapter_config(model, recipe, self.path))
         dtype = torch.float32 if self.settings.trained_bytes == 4 else torch.bfloat16
         for module in tuned.modules():
             for name, parameter in module._parameters.items():
@@ -165,7 +166,9 @@ def _recipe(settings: PlanSettings) -> TrainRecipe:
         modules_to_save=settings.modules_to_save,
     )  # fmt: skip
     quantize: Quantize = "nf4" if settings.method == "qlora" else "none"
-    return TrainRecipe(lora=lora, quantize=quantize, double_quant=settings.double_quant)
+    return TrainRecipe(
+        settings.kind, settings.options, lora, quantize=quantize, double_quant=settings.double_quant
+    )  # fmt: skip
 
 
 def _config(path: Path, layers: int | None) -> PretrainedConfig:

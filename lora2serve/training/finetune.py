@@ -16,6 +16,7 @@ from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss, QuantizationRecord
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import Recipe, dump
+from lora2serve.config.train_methods import LORA
 from lora2serve.data.base_template import base_template
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.preview import first_lines
@@ -31,12 +32,13 @@ from lora2serve.system.small_files import let_umask_decide
 from lora2serve.training import advice, eval_loss
 from lora2serve.training.eval_loss import RowLosses
 from lora2serve.training.memory_record import begin_measuring, keep_measured
+from lora2serve.training.method_config import adapter_config
+from lora2serve.training.method_outlook import foretell, kind_of_training
 from lora2serve.training.model import (
     Device,
     add_adapter,
     device,
     load_base,
-    lora_config,
     prepare,
     quantized_modules,
 )
@@ -47,7 +49,7 @@ from lora2serve.training.weightless import check_adapter
 from lora2serve.weights.checkpoint import identity, read_config
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 MOST_EVAL_ROWS = 1000  # kept in eval.jsonl for parity
@@ -130,14 +132,14 @@ class FineTune:
         """What will be done and what will not, before the long silence of loading; TrainError for what cannot be."""
         rows, eval_rows = self.data_sets.train, self.data_sets.held_out
         held_out = f", {len(eval_rows.rows)} held out" if eval_rows else ""
-        quantize = self.recipe.train.quantize
-        kind = "LoRA" if quantize == "none" else f"QLoRA ({quantize})"
+        kind = kind_of_training(self.recipe.train)
         self.progress.note(f"{self.run.path}: {kind} of {self.recipe.model.path} on {len(rows.rows)} rows{held_out}")
         warning = "" if self.device.on_gpu else advice.idle_gpu()
         if warning:
             self.progress.warn(warning)
         for text in (*self.data_sets.warnings(), *check_adapter(self.base, self.recipe.train, self.device)):
             self.progress.warn(text)
+        foretell(self.recipe, self.base, self.device, self.progress)
 
     def in_form(self, tokenizer: Tokenizer) -> FineTune:
         """With prompts and completions as the recipe has them for this model, which is told."""
@@ -172,9 +174,11 @@ class FineTune:
             lines = [json.dumps(row.json(), ensure_ascii=False) for row in rows]
             self.run.eval_data.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def adapter_config(self, model: PreTrainedModel) -> LoraConfig:
-        """PEFT's configuration, after a warning where vLLM will not serve what it gives beside others."""
-        config = lora_config(model, self.recipe.train)
+    def adapter_config(self, model: PreTrainedModel) -> PeftConfig:
+        """PEFT's configuration, after a warning where vLLM will not serve a LoRA beside others."""
+        config = adapter_config(model, self.recipe.train, self.base)
+        if self.recipe.train.method != LORA:
+            return config
         init = True if lora_inits.changes_base(self.recipe.train.lora.init) else config.init_lora_weights  # as saved
         warning = advice.multi_lora({**config.to_dict(), "init_lora_weights": init}, read_config(self.base))
         if warning:

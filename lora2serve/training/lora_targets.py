@@ -26,35 +26,41 @@ def refuse_unknown(key: str, names: Sequence[str], paths: Sequence[str]) -> None
         )
 
 
-def targets(model: PreTrainedModel, preset: str | Sequence[str]) -> list[str]:
-    """Module names: a preset's, looked up in the real model, or those of the recipe, once each is known to be there."""
+def targets(model: PreTrainedModel, preset: str | Sequence[str], key: str = "train.lora.targets") -> list[str]:
+    """Module names: a preset's, looked up in the real model, or those of the recipe, once each is known to be there.
+
+    key: of the recipe, for messages.
+    """
     if not isinstance(preset, str):
-        refuse_unknown("train.lora.targets", preset, _adaptable(model))
-        _refuse_head(model, preset)
+        refuse_unknown(key, preset, _adaptable(model))
+        _refuse_head(model, preset, key)
         return list(preset)
     paths = linear_modules(model)
-    attention = [path for path in paths if "Attention" in type(_owner(model, path)).__name__]
-    chosen = preset_modules(preset, paths, attention)
+    chosen = preset_modules(preset, paths, attention_modules(model, paths))
     if not chosen:
         leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
-        raise TrainError(
-            f"train.lora.targets: preset {preset} finds no module in this model", f"name them: {', '.join(leaves)}"
-        )
-    return _suffixes(chosen, paths)
+        raise TrainError(f"{key}: preset {preset} finds no module in this model", f"name them: {', '.join(leaves)}")
+    return suffixes(chosen, paths)
 
 
-def _refuse_head(model: PreTrainedModel, names: Sequence[str]) -> None:
+def attention_modules(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
+    """Those of ``paths`` whose owner is of a class of attention."""
+    return [path for path in paths if "Attention" in type(_owner(model, path)).__name__]
+
+
+def _refuse_head(model: PreTrainedModel, names: Sequence[str], key: str) -> None:
     """TRL takes the loss from the weight of the head: a LoRA beside it would never be trained."""
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
         if module is head and named([path], names):
+            adapter, section = ("LoRA", "lora") if key.startswith("train.lora") else ("adapter", "options")
             raise TrainError(
-                f"train.lora.targets: {path} is the head of this model, which takes no LoRA in training",
-                "name it in train.lora.modules_to_save, which trains it in full, or leave it out",
+                f"{key}: {path} is the head of this model, which takes no {adapter} in training",
+                f"name it in train.{section}.modules_to_save, which trains it in full, or leave it out",
             )
 
 
-def _suffixes(chosen: Sequence[str], paths: Sequence[str]) -> list[str]:
+def suffixes(chosen: Sequence[str], paths: Sequence[str]) -> list[str]:
     """The shortest endings that name the chosen modules and no other: GPT-2 has two kinds of ``c_proj``."""
     others = set(paths) - set(chosen)
     suffixes = set()

@@ -13,8 +13,8 @@ from lora2serve.errors import InputError, UsageError
 from lora2serve.planning.measured_memory import record_measured
 from lora2serve.planning.memory_plan import WORKSPACE, planned_bytes
 from lora2serve.planning.model_shape import model_shape
-from lora2serve.planning.plan_settings import settings_of
 from lora2serve.progress import Progress
+from lora2serve.training.method_outlook import plan_settings
 from lora2serve.training.model import Device
 from lora2serve.weights.checkpoint import Checkpoint
 
@@ -47,6 +47,6 @@ def keep_measured(run: Run, recipe: Recipe, base: Path, device: Device, progress
 def planned_allocation(recipe: Recipe, base: Path, device: Device) -> int:
     """Bytes of torch's allocator, by the closed form; CheckpointError or UsageError for what it does not know."""
     checkpoint = Checkpoint(base)
-    settings = settings_of(recipe.train, recipe.data.max_length, device.dtype)
+    settings = plan_settings(recipe.train, recipe.data.max_length, base, device.dtype)
     planned = planned_bytes(model_shape(checkpoint.config, checkpoint.specs()), settings)
     return planned.tensors + (WORKSPACE if device.on_gpu else 0)

@@ -10,13 +10,14 @@ from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.errors import TrainError, first_line
 from lora2serve.planning.plan_settings import ComputeType
+from lora2serve.training.cpt_loss import leave_loss_to_trainer
 from lora2serve.training.lora_targets import other_towers, refuse_unknown, targets
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.checkpoint import read_config
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
@@ -125,14 +126,21 @@ def lora_config(model: PreTrainedModel, recipe: TrainRecipe) -> LoraConfig:
     )
 
 
-def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """A PEFT model with a fresh LoRA, ready to train; ``model`` comes from ``prepare``, ``config`` from above."""
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """A PEFT model with a fresh adapter, ready to train; ``model`` comes from ``prepare``."""
     from peft import get_peft_model
 
+    if config.peft_type == "CPT":
+        leave_loss_to_trainer()
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
-        raise TrainError(f"train.lora: {first_line(error)}") from error
+        raise TrainError(f"{section_of(config)}: {first_line(error)}") from error
+
+
+def section_of(config: PeftConfig) -> str:
+    """Where a recipe describes the adapter of that configuration."""
+    return "train.lora" if config.peft_type == "LORA" else "train.options"
 
 
 def quantized_modules(model: PreTrainedModel) -> list[str]:

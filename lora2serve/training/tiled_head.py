@@ -38,7 +38,7 @@ def token_losses(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor, 
     losses = [torch.empty(0, device=ids.device)]
     with torch.no_grad(), _states_before_head(inner) as states:
         model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
-        hidden = states.whole[:, :-1][labeled]
+        hidden = states.whole[:, -ids.shape[1] :][:, :-1][labeled]  # without a soft prompt's, which come before
         count = max(1, TILE // config.vocab_size)
         for start in range(0, len(targets), count):
             states.tile = hidden[None, start : start + count]

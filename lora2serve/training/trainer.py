@@ -18,6 +18,7 @@ from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_
 from lora2serve.training.metric_logging import MetricLog
 from lora2serve.training.model import Device
 from lora2serve.training.packing import keep_apart
+from lora2serve.training.rank_budget import rank_budget
 from lora2serve.training.sample_log import SampleLog
 from lora2serve.training.sample_prompts import SamplePrompt
 from lora2serve.training.schedule import eval_interval, total_steps
@@ -54,7 +55,7 @@ def fit(
     with progress.track("train", total, "steps") as advance:
         log = MetricLog(run.path / "metrics.jsonl", advance, progress)
         arguments = _arguments(recipe, run, device, total, bool(held_out), checkpointing)
-        callbacks = [log, *_early_stopping(recipe)]
+        callbacks = [log, *_early_stopping(recipe), *rank_budget(model, total)]
         if prompts:
             every, path = eval_interval(recipe, total), run.path / "samples.jsonl"
             callbacks.append(SampleLog(path, prompts, tokenizer, every, progress))
@@ -86,7 +87,8 @@ def _trainer(
     arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs without a launcher, the first, where the model is
     if not _name_experts(model):
         arguments.router_aux_loss_coef = 0.0
-    in_full = {name: weight.data for name, weight in model.named_parameters() if ".modules_to_save." in name}
+    learned = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    in_full = {name: value for name, value in learned.items() if ".lora_" not in name}
     trainer = RunTrainer(
         model=model,
         args=arguments,
@@ -102,7 +104,7 @@ def _trainer(
             callback.logging_dir = callback.logging_dir or str(Path(arguments.output_dir).parent / "tensorboard")
     # TRL casts what is trained of a 4-bit model to bfloat16, where late, small updates round to nothing; without
     # AVX512-BF16 it is 25 times as slow on a CPU, too. Autocast computes in the device's type all the same. Of a LoRA's
-    # random start nothing is lost by it, of whole modules of the base there would be.
+    # random start nothing is lost by it, of what comes from the base there would be.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = in_full.get(name, parameter.data).float()

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from lora2serve.adapters.target_presets import named
 from lora2serve.config.recipe import TrainRecipe
+from lora2serve.config.train_methods import LORA
 from lora2serve.errors import TrainError, first_line
 from lora2serve.training.lora_targets import linear_modules
-from lora2serve.training.model import Device, lora_config
+from lora2serve.training.method_config import adapter_config
+from lora2serve.training.model import Device, section_of
 from lora2serve.weights.checkpoint import read_config
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
@@ -24,7 +26,30 @@ def check_adapter(base: Path, recipe: TrainRecipe, device: Device) -> list[str]:
     model = weightless_model(base)
     if model is None:
         return []
-    config = lora_config(model, recipe)
+    config = adapter_config(model, recipe, base)
+    return _of_lora(model, base, recipe, config, device) if recipe.method == LORA else _of_others(model, config)
+
+
+def learned_values(base: Path, recipe: TrainRecipe) -> int | None:
+    """How many values the recipe's adapter learns on the model of ``base``; None where PEFT needs weights to say."""
+    model = weightless_model(base)
+    adapted = model and _put_on(model, adapter_config(model, recipe, base))
+    if adapted is None:
+        return None
+    return int(sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad))
+
+
+def _of_others(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """Of IA3, where the model has no linear layer that leads back from an MLP; TrainError where PEFT refuses it."""
+    _put_on(model, config)
+    if config.peft_type == "IA3" and not config.feedforward_modules:
+        return ["train.method: ia3 scales no way back from an MLP: this model has none that is a linear layer"]
+    return []
+
+
+def _of_lora(
+    model: PreTrainedModel, base: Path, recipe: TrainRecipe, config: LoraConfig, device: Device
+) -> list[str]:  # fmt: skip
     experts = _experts(model)
     wanted = {*named(linear_modules(model), list(config.target_modules)), *experts}
     warnings = []
@@ -45,17 +70,11 @@ def _adapted(model: PreTrainedModel, config: LoraConfig) -> set[str] | None:
 
     None where PEFT needs weights to say.
     """
-    from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    try:
-        adapted = get_peft_model(
-            model, replace(config, init_lora_weights=False, use_dora=False), low_cpu_mem_usage=True
-        )
-    except ValueError as error:
-        raise TrainError(f"train.lora: {first_line(error)}") from error
-    except (NotImplementedError, RuntimeError):
+    adapted = _put_on(model, replace(config, init_lora_weights=False, use_dora=False))
+    if adapted is None:
         return None
     found = set()
     for name, module in adapted.get_base_model().named_modules():
@@ -65,6 +84,18 @@ def _adapted(model: PreTrainedModel, config: LoraConfig) -> set[str] | None:
         elif isinstance(module, LoraLayer):
             found.add(name)
     return found
+
+
+def _put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel | None:
+    """The model with a fresh adapter that has no weights either; None where PEFT needs some to make it."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise TrainError(f"{section_of(config)}: {first_line(error)}") from error
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def weightless_model(base: Path) -> PreTrainedModel | None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora2serve.adapters.adapter import open_adapter
+from lora2serve.adapters.soft_prompt import KINDS, soft_prompt_of
 from lora2serve.errors import EngineError
 from lora2serve.merge.binding import Binder
 from lora2serve.parity_check.engines import Ids, Messages, Scores
@@ -28,8 +30,10 @@ class Peft(Transformers):
     Several ``adapters`` are active together: their changes add up. With none it is the base alone. The base is loaded
     in the type that training computed in, since bitsandbytes dequantizes to that; the arithmetic is float32. Where
     another device ``trained_on`` it (cuda or cpu), the 4-bit codes are those of that device, not of this one. One that
-    is ``as_served`` computes in the type of this device.
+    is ``as_served`` computes in the type of this device. ``soft_prompt``: the tokens that it is in an export.
     """
+
+    soft_prompt: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -83,6 +87,13 @@ class Peft(Transformers):
                 self.model.load_adapter(path, name)
         if len(self.adapters) > 1:
             self.model.base_model.set_adapter(self.adapters)
+        opened = [open_adapter(Path(path)) for path in adapters]
+        soft = [soft_prompt_of(adapter) for adapter in opened if adapter.method in KINDS]
+        self.soft_prompt = soft[0].tokens if soft else ()
+
+    def positions(self) -> int | None:
+        limit = super().positions()
+        return limit - len(self.soft_prompt) if limit else limit
 
     def pairs(self, sequences: Sequence[Ids]) -> Iterator[tuple[Scores, Scores | None]]:
         """The tuned model and its base (adapter off) on each sequence; None where there is no adapter."""

@@ -1,0 +1,27 @@
+"""What ``train.method`` may name: PEFT's methods, by its own names in small letters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+LORA = "lora"
+# Layers on or beside those of the base, which stays as it is.
+LAYERS = (
+    "adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora",
+    "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft",
+    "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera",
+    "waveft",
+)  # fmt: skip
+PROMPTS = ("prompt_tuning", "p_tuning", "cpt")  # learned vectors in front of the embedded row
+STATES = ("prefix_tuning", "cartridge")  # learned keys and values in front of those of the row, in every layer
+TRAINABLE = (LORA, *LAYERS, *PROMPTS, *STATES)
+UNTRAINABLE: Mapping[str, str] = {
+    "multitask_prompt_tuning": "each row would have to name its task by a number: train one prompt_tuning for each",
+    "poly": "each row would have to name its task by a number: train one lora for each",
+    "shadow": "it trains a second model beside the base",
+    "xlora": "it mixes LoRAs that are trained already: `lora2serve export --adapter A --adapter B --combine` does, too",
+}
+# Those whose layers compute with packed 4-bit weights; the others need the base in 16 or 32 bits.
+ON_FOUR_BITS = ("lora",)
+# Learning rates that their authors and PEFT's examples use: far above those of a LoRA.
+FAST = {"ia3": 3e-3, "ln_tuning": 1e-3, "prompt_tuning": 3e-2, "p_tuning": 1e-3, "cpt": 1e-3, "prefix_tuning": 1e-2}

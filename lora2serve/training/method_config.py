@@ -1,0 +1,136 @@
+"""PEFT's configuration of the recipe's adapter, with what the model must say: its projections, norms, embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora2serve.adapters.target_presets import QV, named
+from lora2serve.config.method_options import PATH, config_class, read_options
+from lora2serve.config.recipe import TrainRecipe
+from lora2serve.config.train_methods import LORA, PROMPTS, STATES
+from lora2serve.errors import TrainError, first_line
+from lora2serve.training.lora_targets import (
+    attention_modules,
+    linear_modules,
+    other_towers,
+    refuse_unknown,
+    suffixes,
+    targets,
+)
+from lora2serve.training.model import lora_config
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+VIRTUAL_TOKENS = 20  # as in PEFT's examples
+UNKNOWN_STEPS = 1 << 40  # of AdaLoRA, until the rows are counted: ``rank_budget``
+KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "kv_b_proj", "wk", "wv")
+FUSED = tuple(name for name in QV if name not in ("q_proj", "v_proj"))  # query, key and value in one
+
+
+def adapter_config(model: PreTrainedModel, recipe: TrainRecipe, base: Path) -> PeftConfig:
+    """Of the recipe's method, for ``model``, which is that of the directory ``base``.
+
+    TrainError for a module that the model does not have, and for options that PEFT does not put together.
+    """
+    if recipe.method == LORA:
+        return lora_config(model, recipe)
+    chosen = config_class(recipe.method)
+    options = read_options(recipe.method, recipe.options, [])
+    known = chosen.__dataclass_fields__
+    if recipe.method in (*PROMPTS, *STATES):
+        options = _in_front(recipe.method, options, base)
+    elif "target_modules" in known:
+        options = {**options, **_targets(model, recipe.method, options)}
+    if "exclude_modules" in known and "exclude_modules" not in options:
+        options["exclude_modules"] = other_towers(model)
+    if recipe.method == "adalora":
+        options["total_step"] = UNKNOWN_STEPS
+    saved = options.get("modules_to_save")
+    if isinstance(saved, Sequence):
+        refuse_unknown(f"{PATH}.modules_to_save", list(saved), [name for name, _ in model.named_modules()])
+    try:
+        made: PeftConfig = chosen(task_type="CAUSAL_LM", **options)
+    except (ValueError, TypeError) as error:
+        raise TrainError(f"{PATH}: {first_line(error)}") from error
+    return made
+
+
+def _in_front(method: str, options: Mapping[str, object], base: Path) -> dict[str, object]:
+    """Of what comes before a row: how long it is, and by which tokenizer its first text is read."""
+    counted = {} if method == "cpt" else {"num_virtual_tokens": VIRTUAL_TOKENS}
+    text = {"tokenizer_name_or_path": str(base)} if options.get("prompt_tuning_init") == "TEXT" else {}
+    return {**counted, **text, **options}
+
+
+def _targets(model: PreTrainedModel, method: str, options: Mapping[str, object]) -> dict[str, object]:
+    """``target_modules``, and what else follows from the model's modules."""
+    wanted, key = options.get("target_modules"), f"{PATH}.target_modules"
+    find: Mapping[str, Callable[[PreTrainedModel], dict[str, object]]] = {
+        "adaption_prompt": lambda _: {}, "ia3": ia3_modules, "ln_tuning": _norms, "trainable_tokens": _embedding,
+    }  # fmt: skip
+    if wanted is None and method in find:
+        return find[method](model)
+    if method in ("adaption_prompt", "ln_tuning"):  # modules that are no linear layers
+        names = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Sequence) else []
+        refuse_unknown(key, names, [name for name, _ in model.named_modules()])
+        return {}
+    preset = wanted if isinstance(wanted, str) else tuple(wanted) if isinstance(wanted, Sequence) else "all-linear"
+    names = targets(model, preset, key)
+    if method == "ia3" and "feedforward_modules" not in options:
+        paths = linear_modules(model)
+        back = set(_back_projections(model, paths))
+        return {
+            "target_modules": names,
+            "feedforward_modules": [n for n in names if back.issuperset(named(paths, [n]))],
+        }
+    return {"target_modules": names}
+
+
+def ia3_modules(model: PreTrainedModel) -> dict[str, object]:
+    """What IA3's paper scales: keys and values of the attention, and what goes into the way back from the MLP."""
+    paths = linear_modules(model)
+    attention = attention_modules(model, paths)
+    scaled = [path for path in attention if path.rsplit(".", 1)[-1] in (*KEYS_AND_VALUES, *FUSED)]
+    if not scaled:
+        leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        raise TrainError(
+            "train.method: ia3 finds no keys and values of an attention in this model",
+            f"name {PATH}.target_modules, and those that scale their input in {PATH}.feedforward_modules, "
+            f"of {', '.join(leaves)}",
+        )
+    back = suffixes(_back_projections(model, paths), paths)
+    return {"target_modules": [*suffixes(scaled, paths), *back], "feedforward_modules": back}
+
+
+def _back_projections(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
+    """Of linear layers beside the attention, the last one in each module, where it gives the model's width."""
+    attention = set(attention_modules(model, paths))
+    last = {path.rpartition(".")[0]: path for path in paths if path not in attention}
+    width = model.get_input_embeddings().weight.shape[-1]
+    modules = {path: model.get_submodule(path) for path in last.values()}
+    outputs = {path: getattr(module, "out_features", getattr(module, "nf", 0)) for path, module in modules.items()}
+    return [path for path, count in outputs.items() if count == width]
+
+
+def _norms(model: PreTrainedModel) -> dict[str, object]:
+    """Every norm of the language model."""
+    import re
+
+    towers = other_towers(model)
+    modules = dict(model.named_modules())
+    norms = [
+        name
+        for name, module in modules.items()
+        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
+        and not (towers and re.fullmatch(towers, name))
+    ]  # fmt: skip
+    return {"target_modules": suffixes(norms, [name for name in modules if name])}
+
+
+def _embedding(model: PreTrainedModel) -> dict[str, object]:
+    table = model.get_input_embeddings()
+    return {"target_modules": [next(name for name, module in model.named_modules() if module is table)]}
