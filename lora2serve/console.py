@@ -116,6 +116,48 @@ class Columns:
         self._live.stop()
 
 
+class LiveTable:
+    """A table in a terminal that is drawn again and again, for a ``with`` statement."""
+
+    def __init__(self, heads: Sequence[str]) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._heads = heads
+        self._live = Live(console=Console(), auto_refresh=False)
+
+    @staticmethod
+    def fits() -> bool:
+        """Whether stdout is a terminal."""
+        from rich.console import Console
+
+        console = Console()
+        return console.is_terminal and not console.is_dumb_terminal
+
+    def show(self, title: str, rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+        """Draw these rows, and the notes below, instead of what is there."""
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for number, head in enumerate(self._heads):
+            table.add_column(_escape(head), overflow="fold", justify="left" if number < 2 else "right")
+        for row in rows:
+            table.add_row(*map(_escape, row))
+        self._live.update(Group(table, *(Text(printable(note)) for note in notes)), refresh=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+
 def printable(text: str, line_ends: bool = True) -> str:
     """``text`` with escapes for what would move the cursor, turn the direction of writing, or is no character."""
     escaped = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from lora2serve.api.export_request import Named, several, words
 from lora2serve.api.registered import exports_of
+from lora2serve.api.served_room import registry_room
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.config.model_name import ollama_name
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError, did_you_mean
-from lora2serve.progress import Progress
+from lora2serve.progress import Progress, Silent
 from lora2serve.serving import server, server_process
 from lora2serve.serving.deploy import DeployKind, gather, render
 from lora2serve.serving.deploy.server_spec import STORE
@@ -86,7 +87,7 @@ def serve(
     progress = progress or default_progress()
     if engine == "ollama":
         return serve_in_ollama(paths, options, progress)
-    command = _plan(paths, options)
+    command = _plan(paths, options, progress)
     log = scratch.log_file("serve")
     progress.note(f"starting {command.engine}; its log: {log}")
     process = server_process.start(command, log)
@@ -99,16 +100,16 @@ def serve_until_stopped(exports: Sequence[Path], options: ServeOptions, progress
     if options.engine == "ollama":
         serve_in_ollama(exports, options, progress)
         return 0
-    command = _plan(exports, options)
+    command = _plan(exports, options, progress)
     if options.allow_updates:
         progress.warn("clients may load any adapter on this machine: vLLM calls that unsafe for untrusted clients")
     return server_process.run(command, progress)
 
 
-def serving_command(exports: Sequence[Path], options: ServeOptions) -> str:
+def serving_command(exports: Sequence[Path], options: ServeOptions, progress: Progress | None = None) -> str:
     """The shell command that starts the same server."""
     if options.engine != "ollama":
-        return _plan(exports, options).line
+        return _plan(exports, options, Silent() if progress is None else progress).line
     from lora2serve.serving import ollama
 
     path, name = _ollama_export(exports, options)
@@ -152,8 +153,12 @@ def deploy(
     return render(kind, gather(paths, options, store)).rstrip("\n")
 
 
-def _plan(exports: Sequence[Path], options: ServeOptions) -> ServerCommand:
-    return server.plan(_chosen(exports), options)
+def _plan(exports: Sequence[Path], options: ServeOptions, progress: Progress) -> ServerCommand:
+    """With ``allow_updates``, a vLLM has room for what the registry may bring."""
+    paths = _chosen(exports)
+    if options.allow_updates and options.engine in (None, "vllm"):
+        options = replace(options, room=registry_room(paths, progress))
+    return server.plan(paths, options)
 
 
 def _ollama_export(exports: Sequence[Path], options: ServeOptions) -> tuple[Path, str]:

@@ -30,6 +30,7 @@ from lora2serve.cli.plan import plan
 from lora2serve.cli.push import pull_check, push, verify
 from lora2serve.cli.registry import registry
 from lora2serve.cli.serve import deploy, serve
+from lora2serve.cli.top import top
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError
 from lora2serve.system import interruption, own_process, scratch
@@ -70,7 +71,7 @@ def _sweep(quiet: bool) -> None:
 
 for command in (
     init, data, plan, train, chat, evaluate, export, parity, push, verify, pull_check, serve, deploy, adapters,
-    registry, drift, inspect, doctor,
+    registry, drift, top, inspect, doctor,
 ):  # fmt: skip
     cli.add_command(command)
 

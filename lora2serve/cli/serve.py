@@ -58,6 +58,10 @@ class ServeCommand(EngineCommand):
         ("lora2serve serve", "an export of runs/latest, at http://localhost:8000"),
         ("lora2serve serve runs/demo/exports/vllm --port 9000", ""),
         ("lora2serve serve bundle -- --max-loras 4", "an argument for vLLM"),
+        (
+            "lora2serve serve medical-qa@champion/adapter --allow-updates",
+            "room for its registry",
+        ),
         ("lora2serve serve --engine ollama", "create it in the Ollama that runs"),
         ("lora2serve serve --dry-run", "print the command instead"),
     ],
@@ -112,7 +116,7 @@ def serve(
             tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
         )  # fmt: skip
     elif printed or dry_run:
-        console.result(serve_model.serving_command(exports, options))
+        console.result(serve_model.serving_command(exports, options, progress(ctx)))
     elif serve_model.serve_until_stopped(exports, options, progress(ctx)):
         ctx.exit(1)
 

@@ -15,6 +15,7 @@ from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import EngineError, InputError, UsageError
 from lora2serve.exporting import bundle
 from lora2serve.serving import llama_cpp_server, serve_settings
+from lora2serve.serving.lora_room import LoraRoom
 from lora2serve.system.extras import install_hint
 from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.system.worker_process import PYTHON
@@ -40,6 +41,7 @@ class ServeOptions:
     pipeline_parallel_size: int = 1  # groups of layers
     engine_arguments: tuple[str, ...] = ()  # behind those that the export needs
     trust_export: bool = False  # its serve.yaml reaches vLLM unread
+    room: LoraRoom | None = None  # for adapters that come later; None: for those that are given
 
     @property
     def arguments(self) -> list[str]:
@@ -168,7 +170,8 @@ def _adapters(adapters: Sequence[Export], options: ServeOptions) -> ServerComman
         for name, adapter in zip(names, adapters, strict=True)
     ]
     flags = ["--enable-lora", "--max-lora-rank", str(largest_rank(adapters))]
-    flags += ["--max-loras", str(len(modules)), "--lora-modules", *modules]
+    flags += ["--max-loras", str(len(modules)), *(options.room.flags if options.room else ())]
+    flags += ["--lora-modules", *modules]
     base = options.base or _base_of(adapters[0])
     return replace(_vllm(base, (bundle.BASE, *names), flags, options), base=base)
 
@@ -190,7 +193,7 @@ def _bundle(export: Export, options: ServeOptions) -> ServerCommand:
     elsewhere = served.startswith("/") and not Path(served).is_dir()  # a path on the machine it was exported for
     base = options.base or (export.manifest.base.path if elsewhere else None)
     file = export.path.resolve() / bundle.CONFIG
-    flags = ["--config", str(file)]
+    flags = ["--config", str(file), *(options.room.flags if options.room else ())]
     if not options.trust_export:
         flags += ["--lora-modules", *serve_settings.modules(serve_settings.read(file), file.parent)]
     command = _vllm(base, (bundle.BASE, *export.members), flags, options)

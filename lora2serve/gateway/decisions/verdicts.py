@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import threading
 import time
@@ -57,6 +58,7 @@ class TrialStatus:
     champion: int
     challenger: int
     outcome: str  # empty while it is undecided
+    log_bound: float  # what the logarithm of an e-value must reach
     log_e_worse: float
     evidence: tuple[RuleEvidence, ...]
 
@@ -75,6 +77,7 @@ class DecisionMaker:
         self._saved: dict[str, tuple[int, float]] = {}  # trial -> the sequence that its file has, and since when
         self._refused: set[str] = set()  # what the registry's gates do not let become champion
         self._said: dict[str, str] = {}  # trial -> its last trouble, which is said once
+        self._status: dict[str, TrialStatus] = {}
         self._turn = threading.RLock()
 
     def plan(self, plans: Sequence[TrialPlan]) -> None:
@@ -87,6 +90,7 @@ class DecisionMaker:
                     self._refused.discard(plan.key)
             for key in self._plans.keys() - {plan.key for plan in plans}:
                 del self._plans[key], self._observers[key]
+            self._show()
 
     def act(self) -> list[TrialVerdict]:
         """Take what is new in the store, do what the rules say, write the states down; the verdicts acted on.
@@ -98,6 +102,7 @@ class DecisionMaker:
             done: list[TrialVerdict] = []
             for key, observer in self._observers.items():
                 self._guarded(key, partial(self._decide, key, observer.trial, done))
+            self._show()
             return done
 
     def close(self) -> None:
@@ -107,13 +112,13 @@ class DecisionMaker:
                 self._guarded(key, partial(self._save, key, observer.trial, at_once=True))
 
     def status(self) -> list[TrialStatus]:
-        """The trials as they are."""
-        with self._turn:
-            trials = [observer.trial for observer in self._observers.values()]
-            return [
-                TrialStatus(t.name, t.mode, t.champion, t.challenger, t.outcome, t.log_e_worse, t.evidence())
-                for t in trials
-            ]
+        """The trials as they were after the last ``act``, and of each name and mode the last one that has ended."""
+        return list(self._status.values())
+
+    def _show(self) -> None:
+        running = {key: _status(observer.trial) for key, observer in self._observers.items()}
+        ended = {key: status for key, status in self._status.items() if key not in running and status.outcome}
+        self._status = ended | running
 
     def _read(self) -> None:
         """Each trial has what came since it was last written down, or since it began."""
@@ -204,6 +209,13 @@ def webhook_body(verdict: TrialVerdict) -> dict[str, object]:
         "challenger": verdict.challenger, "measure": verdict.measure, "why": verdict.why, "at": _now(),
         "log_e": verdict.log_e, "evidence": [asdict(each) for each in verdict.evidence],
     }  # fmt: skip
+
+
+def _status(trial: Trial) -> TrialStatus:
+    return TrialStatus(
+        trial.name, trial.mode, trial.champion, trial.challenger, trial.outcome, -math.log(trial.recipe.false_alarms),
+        trial.log_e_worse, trial.evidence(),
+    )  # fmt: skip
 
 
 def _now() -> str:
