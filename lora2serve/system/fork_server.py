@@ -27,7 +27,9 @@ from lora2serve.system.worker_protocol import Link, LinkClosed
 
 LIBRARIES = ("numpy", "torch", "safetensors.torch", "transformers.modeling_utils", "transformers.models.auto", "peft")
 DESCRIPTORS = 5  # stdin, stdout, stderr, the exit code's socket, a link: as many come with a request at most
-BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+WITHOUT_THREADS = {  # for those that start some as they are loaded: numpy's and scipy's BLAS, and Arrow (by pandas)
+    "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}  # fmt: skip
 LINK = "{link}"  # in a request's arguments: the number of the link's descriptor
 # what no library reads while it is loaded
 HARMLESS = ("PWD", "OLDPWD", "_", "SHLVL", "COLUMNS", "LINES", "PYTEST_", "PYTHONUNBUFFERED", "PYTHONSAFEPATH",
@@ -36,14 +38,15 @@ HARMLESS = ("PWD", "OLDPWD", "_", "SHLVL", "COLUMNS", "LINES", "PYTEST_", "PYTHO
 
 def load() -> str:
     """Import the libraries; why this process must not fork, or nothing."""
-    threads_of_blas = os.environ.get(BLAS_THREADS)
-    os.environ[BLAS_THREADS] = "1"  # numpy's library would start its threads as it is loaded; torch has its own
+    before = dict(os.environ)
+    os.environ.update(WITHOUT_THREADS)
     for library in LIBRARIES:
         with suppress(Exception):  # not installed, or broken: the worker that needs it says so
             import_module(library)
-    os.environ.pop(BLAS_THREADS)
-    if threads_of_blas is not None:
-        os.environ[BLAS_THREADS] = threads_of_blas
+    for name in WITHOUT_THREADS:
+        os.environ.pop(name)
+        if name in before:
+            os.environ[name] = before[name]
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads > 1:
         return f"{threads} threads are running"

@@ -276,6 +276,16 @@ def test_a_server_that_cannot_fork(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-P", "-c", program], check=True)
 
 
+def test_a_library_that_brings_threads_along() -> None:
+    """Arrow has one of its own as soon as it is loaded, by pandas say, which scikit-learn loads and transformers that."""
+    program = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from lora2serve.system import fork_server;"
+        "fork_server.LIBRARIES = ('numpy', 'pandas'); before = dict(os.environ);"
+        "assert fork_server.load() == '' and 'pyarrow' in sys.modules and os.environ == before"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
+
+
 @pytest.mark.engine
 def test_the_libraries_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch in a fork computes what it computes here, on as many threads, and draws other random numbers each time."""
