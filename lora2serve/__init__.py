@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from lora2serve.api.chat_with_model import chat
     from lora2serve.api.check_parity import ParityResult, parity
     from lora2serve.api.data_preview import preview_data
+    from lora2serve.api.deploy_server import deploy
     from lora2serve.api.evaluate_model import EvaluationResult, evaluate
     from lora2serve.api.export_model import export, plan_export
     from lora2serve.api.export_request import ExportRequest
     from lora2serve.api.inspect_path import inspect
     from lora2serve.api.plan_training import TrainingPlan, plan
     from lora2serve.api.push_to_hub import push
-    from lora2serve.api.serve_model import RunningServer, deploy, serve
+    from lora2serve.api.serve_model import RunningServer, serve
     from lora2serve.api.train_run import init, train
     from lora2serve.api.verify_copy import Verified, verify
     from lora2serve.api.version_registry import Registry
@@ -47,7 +48,7 @@ _MODULES = {
     "api.inspect_path": ("inspect",),
     "api.plan_training": ("TrainingPlan", "plan"),
     "api.push_to_hub": ("push",),
-    "api.serve_model": ("RunningServer", "deploy", "serve"),
+    "api.serve_model": ("RunningServer", "serve"),
     "api.train_run": ("init", "train"),
     "api.verify_copy": ("Verified", "verify"),
     "api.version_registry": ("Registry",),

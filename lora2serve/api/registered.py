@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.suite_scores import SuiteScores
+from lora2serve.artifacts.version_marker import is_of_version
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.registry.location import find_location
-from lora2serve.registry.version_marker import is_of_version
 from lora2serve.registry.version_reference import VersionReference, parse_reference
 
 Named = str | Path

@@ -1,4 +1,4 @@
-"""``lora2serve.serve``: the engine that an export is for, started; ``deploy``: files for other machines."""
+"""``lora2serve.serve``: the engine that an export is for, started."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.config.model_name import ollama_name
 from lora2serve.console import default_progress
-from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.errors import UsageError
 from lora2serve.progress import Progress, Silent
 from lora2serve.serving import server, server_process
-from lora2serve.serving.deploy import DeployKind, gather, render
-from lora2serve.serving.deploy.server_spec import STORE
 from lora2serve.serving.server import HOST, PORT, ServeOptions, ServerCommand
 from lora2serve.system import scratch
 
@@ -129,33 +127,9 @@ def serve_in_ollama(exports: Sequence[Path], options: ServeOptions, progress: Pr
     return RunningServer(client.address, (name,))
 
 
-def deploy(
-    kind: DeployKind, exports: Named | Sequence[Named] = (), *,
-    base: Named | None = None, host: str = HOST, port: int = PORT, tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int = 1, store: str = STORE, engine_arguments: str | Sequence[str] = (),
-) -> str:  # fmt: skip
-    """The YAML of a vLLM server for other machines: "compose", "k8s", "production-stack", "kserve" or "ray".
-
-    ``store`` is where a cluster finds ``base/`` and ``adapters/``: ``pvc://CLAIM``; for kserve and ray also ``s3://...``.
-    The other arguments are those of ``serve``. Raises UsageError for exports that vLLM does not serve.
-    """
-    from lora2serve.serving.deploy import KINDS
-
-    if kind not in KINDS:
-        raise UsageError(
-            f"deploy {kind}: unknown kind{did_you_mean(str(kind), KINDS)}", f"known kinds: {', '.join(KINDS)}"
-        )
-    options = ServeOptions(
-        None, str(base) if base else None, host, port, False, tensor_parallel_size, pipeline_parallel_size,
-        words(engine_arguments, "engine_arguments"),
-    )  # fmt: skip
-    paths = _chosen([Path(export) for export in several(exports, "exports")])
-    return render(kind, gather(paths, options, store)).rstrip("\n")
-
-
 def _plan(exports: Sequence[Path], options: ServeOptions, progress: Progress) -> ServerCommand:
     """With ``allow_updates``, a vLLM has room for what the registry may bring."""
-    paths = _chosen(exports)
+    paths = chosen_exports(exports)
     if options.allow_updates and options.engine in (None, "vllm"):
         options = replace(options, room=registry_room(paths, progress))
     return server.plan(paths, options)
@@ -171,19 +145,19 @@ def _ollama_export(exports: Sequence[Path], options: ServeOptions) -> tuple[Path
     for option, requested in unusable.items():
         if requested:
             raise UsageError(f"--engine ollama with {option}: its server runs already", "OLLAMA_HOST names it")
-    paths = _chosen(exports, ("ollama",))
+    paths = chosen_exports(exports, ("ollama",))
     export = Export.open(paths[0])
     if len(paths) > 1 or not export.target.startswith("ollama"):
         raise UsageError(
             f"--engine ollama: {len(paths)} exports for {export.target}, expected one for ollama",
             "`lora2serve export --target ollama` makes one",
         )
-    return export.path, ollama_name(export.manifest.name, export.target)
+    return export.path, ollama_name(export.served_name, export.target)
 
 
-def _chosen(exports: Sequence[Path], targets: Sequence[str] = PREFERRED) -> list[Path]:
-    """The exports that were named, or the default one."""
-    paths = exports_of(exports, targets)
+def chosen_exports(exports: Sequence[Path], targets: Sequence[str] = PREFERRED) -> list[Path]:
+    """The exports that were named, or the default one; several versions share a server by their adapters."""
+    paths = exports_of(exports, ("adapter", *targets) if len(exports) > 1 else targets)
     for path in paths:
         runs.refuse_cut_off(path)
     return paths or [_default_export(targets)]

@@ -269,12 +269,20 @@ class Registry:
         return count
 
     def sync(self, name: str, *, to: str, progress: Progress | None = None) -> Synced:
-        """Send the versions of a name to the Hub, one way: ``to="hub:user/repo"``, version 7 as the tag ``v7``, each
-        alias as a branch. What is there is not sent again; versions that are not proven are left out, and named.
+        """Send the versions of a name to another place, one way; the proven ones that are not there yet.
+
+        to: ``hub:USER/REPO``: version 7 as the tag ``v7``, each alias as a branch; or ``mlflow:http://HOST:PORT``: a
+            registered model with its versions, scores as metrics of their runs, aliases.
+
+        Raises HubError or HttpError for what is refused there.
         """
         from lora2serve.api.registry_sync import sync
 
         return sync(self, name, to, progress or default_progress())
+
+    def files(self, version: str) -> Mapping[str, Path]:
+        """Every file of a version by its path in it, as it lies here."""
+        return self._open().local_files(need_reference(version))
 
     def record_parity(self, directory: Path) -> None:
         """Write down what was measured in the directory of a version: the verdicts of parity, its report, scores."""

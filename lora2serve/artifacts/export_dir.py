@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from lora2serve.artifacts.manifest import Manifest, ParityVerdict
+from lora2serve.artifacts.version_marker import is_of_version, read_marker
 from lora2serve.errors import InputError
 
 MEMBERS = "adapters"  # folder of a bundle
@@ -36,6 +37,15 @@ class Export:
     def name(self) -> str:
         """``gguf-Q4_K_M``: the target and the type."""
         return self.manifest.export_name
+
+    @property
+    def served_name(self) -> str:
+        """What requests call it: of a version in a registry ``medical-qa-7``, else the name it was exported with."""
+        home = self.path.resolve().parent.parent
+        if is_of_version(home):
+            name, number = read_marker(home)
+            return f"{name}-{number}"
+        return self.manifest.name or self.path.name
 
     @property
     def bytes(self) -> int:

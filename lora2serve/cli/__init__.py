@@ -18,6 +18,7 @@ from lora2serve import __version__
 from lora2serve.cli.adapters import adapters
 from lora2serve.cli.chat import chat
 from lora2serve.cli.data import data
+from lora2serve.cli.deploy import deploy
 from lora2serve.cli.doctor import doctor
 from lora2serve.cli.drift import drift
 from lora2serve.cli.evaluate import evaluate
@@ -29,7 +30,7 @@ from lora2serve.cli.parity import parity
 from lora2serve.cli.plan import plan
 from lora2serve.cli.push import pull_check, push, verify
 from lora2serve.cli.registry import registry
-from lora2serve.cli.serve import deploy, serve
+from lora2serve.cli.serve import serve
 from lora2serve.cli.top import top
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from lora2serve.api.version_registry import Registry
     from lora2serve.registry.version_record import Version, VersionScore
 
+REFERENCES = """
+    SELECT name, number, '' AS alias FROM version UNION ALL SELECT name, number, alias FROM alias
+    ORDER BY name, number, alias
+"""
+
 
 def open_registry() -> Registry:
     """The one that is named by the environment, or lies here."""
@@ -28,10 +33,10 @@ def complete_versions(ctx: click.Context, parameter: click.Parameter, word: str)
 
     try:
         with open_registry() as registry:
-            versions = registry.versions()
+            _, rows = registry.sql(REFERENCES)
     except Lora2ServeError:
         return []
-    known = [f"{version.name}@{end}" for version in versions for end in (version.number, *version.aliases)]
+    known = [f"{name}@{alias or number}" for name, number, alias in rows]
     return [CompletionItem(name) for name in known if name.startswith(word)]
 
 

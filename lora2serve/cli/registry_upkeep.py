@@ -161,17 +161,21 @@ def verify(ctx: click.Context, as_json: bool) -> None:
 @click.command(
     "sync",
     cls=Command,
-    short_help="Send versions to the Hub, as tags and branches.",
-    examples=[("lora2serve registry sync medical-qa --to hub:you/medical-qa", "")],
+    short_help="Send versions to the Hub or to MLflow.",
+    examples=[
+        ("lora2serve registry sync medical-qa --to hub:you/medical-qa", ""),
+        ("lora2serve registry sync medical-qa --to mlflow:http://localhost:5000", ""),
+    ],
 )
 @click.argument("name")
-@click.option("--to", required=True, metavar="hub:USER/REPO", help="Where to.")
+@click.option("--to", required=True, metavar="PLACE", help="hub:USER/REPO or mlflow:http://HOST:PORT.")
 @json_option
 @click.pass_context
 def sync(ctx: click.Context, name: str, to: str, as_json: bool) -> None:
-    """Send the proven versions of NAME, one way: version 7 as the tag v7, each alias as a branch of its name.
+    """Send the proven versions of NAME, one way, and print what was sent; what is there already is not sent again.
 
-    Prints what was sent; what is there already is not sent again.
+    On the Hub version 7 is the tag v7, and each alias a branch of its name. In MLflow each is a version of the
+    registered model NAME whose tag lora2serve.version says which, with its scores as metrics; aliases are aliases.
     """
     from lora2serve import console
 

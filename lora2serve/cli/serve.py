@@ -1,4 +1,4 @@
-"""``lora2serve serve`` and ``lora2serve deploy``."""
+"""``lora2serve serve``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora2serve.cli.adapters import add_adapter, remove_adapter
+from lora2serve.cli.deploy import KINDS, STORE, deploy
 from lora2serve.cli.options import (
     ENGINE_ARGUMENTS,
     Choice,
@@ -18,25 +19,12 @@ from lora2serve.cli.options import (
     renamed,
     server_options,
 )  # fmt: skip
-from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.errors import UsageError
 
 if TYPE_CHECKING:
     from lora2serve.api.serve_model import Engine
-    from lora2serve.serving.deploy import DeployKind
 
-KINDS = ("compose", "k8s", "production-stack", "kserve", "ray")
-STORE = "pvc://models"
-
-
-class Kind(click.Choice[str]):
-    """A kind of deployment: a mistyped one is answered with the nearest."""
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in KINDS:
-            raise UsageError(
-                f"deploy {value}: unknown kind{did_you_mean(value, KINDS)}", f"known kinds: {', '.join(KINDS)}"
-            )
-        return value
+FORMER_KINDS = KINDS[:5]  # of --print
 
 
 class ServeCommand(EngineCommand):
@@ -46,7 +34,8 @@ class ServeCommand(EngineCommand):
         own = args[: args.index("--")] if "--" in args else args
         words = []
         for word, following in zip(own, [*own[1:], "-"], strict=False):
-            alone = following not in ("command", *KINDS) and (following.startswith("-") or Path(following).exists())
+            kind = following in ("command", *FORMER_KINDS)
+            alone = not kind and (following.startswith("-") or Path(following).exists())
             words.append("--print=command" if word == "--print" and alone else word)
         return super().parse_args(ctx, [*words, *args[len(own) :]])
 
@@ -78,7 +67,7 @@ class ServeCommand(EngineCommand):
     help="Pass the export's serve.yaml to vLLM as it is. Without it, only what `export` writes.",
 )  # fmt: skip
 @dry_run_option(help="Print the command instead of running it.")
-@click.option("--print", "printed", type=Choice(["command", *KINDS]), hidden=True)
+@click.option("--print", "printed", type=Choice(["command", *FORMER_KINDS]), hidden=True)
 @click.option("--store", default=STORE, hidden=True)
 @click.option("--add", "added", hidden=True)
 @click.option("--remove", "removed", hidden=True)
@@ -108,7 +97,7 @@ def serve(
     if printed:
         new = "serve --dry-run" if printed == "command" else f"deploy {printed}"
         renamed(ctx, "serve --print" if printed == "command" else f"serve --print {printed}", new)
-    if printed in KINDS:
+    if printed in FORMER_KINDS:
         if engine in ("llama.cpp", "ollama"):
             raise UsageError(f"--print {printed}: vLLM only", f"--print alone prints the command of {engine}")
         ctx.invoke(
@@ -119,41 +108,6 @@ def serve(
         console.result(serve_model.serving_command(exports, options, progress(ctx)))
     elif serve_model.serve_until_stopped(exports, options, progress(ctx)):
         ctx.exit(1)
-
-
-@click.command(
-    cls=EngineCommand,
-    short_help="Print what another machine needs to serve an export.",
-    examples=[
-        ("lora2serve deploy compose > compose.yaml", "an export of runs/latest"),
-        ("lora2serve deploy k8s bundle --store pvc://models > k8s.yaml", ""),
-        ("lora2serve deploy ray bundle --store s3://bucket/models -- --max-model-len 8192", ""),
-    ],
-)
-@click.argument("kind", type=Kind(KINDS))
-@exports_argument
-@server_options
-@click.option(
-    "--store", metavar="URL", default=STORE, show_default=True,
-    help="Where a cluster finds base/ and adapters/; s3://..., gs://... for kserve and ray.",
-)  # fmt: skip
-@click.pass_context
-def deploy(
-    ctx: click.Context, /, kind: DeployKind, exports: tuple[Path, ...], base: str | None, host: str,
-    port: int, tensor_parallel_size: int, pipeline_parallel_size: int, store: str,
-) -> None:  # fmt: skip
-    """Print the YAML of a vLLM server for EXPORT (default: one of runs/latest) on other machines.
-
-    KIND is compose (Docker), k8s (plain Kubernetes), production-stack, kserve or ray.
-    """
-    from lora2serve import console
-    from lora2serve.api import serve_model
-
-    text = serve_model.deploy(
-        kind, exports, base=base, host=host, port=port, tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size, store=store, engine_arguments=ctx.meta[ENGINE_ARGUMENTS],
-    )  # fmt: skip
-    console.result(text)
 
 
 def _former_updates(ctx: click.Context, added: str | None, removed: str | None, url: str) -> None:

@@ -79,7 +79,7 @@ def refuse_unopened(export: Export) -> None:
     if export.target == "gguf-adapter":
         raise UsageError(f"{path}: an adapter for llama.cpp, without its base", "ask the run, or a gguf export of it")
     if export.target == "ollama-adapter":
-        name = export.manifest.name
+        name = export.served_name
         raise UsageError(
             f"{path}: an adapter for Ollama, which no other engine opens",
             f"`lora2serve serve {path} --engine ollama`, then "

@@ -16,11 +16,11 @@ from sqlalchemy import Connection, select
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.run import RECORD
+from lora2serve.artifacts.version_marker import is_of_version, write_marker
 from lora2serve.errors import RegistryError, UsageError, did_you_mean
 from lora2serve.registry.content_store import Blob, ContentStore, staged
 from lora2serve.registry.ledger import LATER
 from lora2serve.registry.tables import exports, files
-from lora2serve.registry.version_marker import MARKER, write_marker
 from lora2serve.registry.version_record import Version
 from lora2serve.registry.version_source import ADAPTER, EXPORTS
 from lora2serve.system.small_files import digest
@@ -66,10 +66,10 @@ def read_files(connection: Connection, version: Version) -> VersionFiles:
 
 def check_out(views: Path, store: ContentStore, version: Version, content: VersionFiles, labels: Sequence[str]) -> Path:
     """The directory of a version below ``views``, with those of its exports; what is missing in it is made."""
-    target = views / version.folder
-    if not (target / MARKER).is_file():
-        _make(views, store, target, content.own(version), version)
-    for path, blob in content.own(version).items():
+    target, own = views / version.folder, content.own(version)
+    if not is_of_version(target):
+        _make(views, store, target, own, version)
+    for path, blob in own.items():
         if not _is_there(target / path, blob, measured=path.startswith(LATER)):
             _replace(views, store, target / path, blob, link=not path.startswith(LATER))
     for label in labels:
@@ -106,7 +106,7 @@ def _make(views: Path, store: ContentStore, target: Path, blobs: Mapping[str, Bl
         for path, blob in blobs.items():
             store.get(blob, new / path, link=not path.startswith(LATER))
         write_marker(new, version.name, version.number, version.sha256)
-        if target.exists() and not (target / MARKER).is_file():
+        if target.exists() and not is_of_version(target):
             raise RegistryError(f"{target}: exists, and is not the directory of a version", "move it away")
         with suppress(OSError):  # another process was faster
             os.rename(new, target)

@@ -21,11 +21,14 @@ from uuid import uuid4
 
 from lora2serve.errors import RegistryError, UsageError, first_line
 from lora2serve.system import scratch
+from lora2serve.system.http import without_credentials
 from lora2serve.system.small_files import digest, file_mode, sync_to_disk
 
 BLOBS, PARTIAL = "blobs", "partial"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 1 << 22
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NO_WRITE = (errno.EROFS, errno.EACCES)
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
 
 
@@ -127,21 +130,25 @@ class UrlStore:
             self._root = str(path).rstrip("/")
         except (ImportError, ValueError) as error:
             raise UsageError(
-                f"{url}: {first_line(error)}", "a folder, or a URL whose package of fsspec is installed"
+                f"{without_credentials(url)}: {first_line(error)}",
+                "a folder, or a URL whose package of fsspec is installed",
             ) from None
 
     def put(self, file: Path, *, link: bool) -> Blob:
         blob = Blob(**digest(file))
         path = self._path(blob.sha256)
-        if not (self._files.exists(path) and self._files.info(path)["size"] == blob.size):
-            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self._files.put_file(str(file), path)
+        with self._errors():
+            self._files.invalidate_cache()  # another process may have removed what was there
+            if not (self._files.exists(path) and self._files.info(path)["size"] == blob.size):
+                self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+                self._files.put_file(str(file), path)
         return blob
 
     def get(self, blob: Blob, target: Path, *, link: bool = True) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._files.get_file(self._path(blob.sha256), str(target))
+            with self._errors():
+                self._files.get_file(self._path(blob.sha256), str(target))
         except FileNotFoundError:
             raise _damaged(blob, "missing") from None
         if digest(target)["sha256"] != blob.sha256:
@@ -151,7 +158,7 @@ class UrlStore:
     def problem(self, blob: Blob) -> str:
         sha256 = hashlib.sha256()
         try:
-            with self._files.open(self._path(blob.sha256), "rb") as file:
+            with self._errors(), self._files.open(self._path(blob.sha256), "rb") as file:
                 while block := file.read(READ_BYTES):
                     sha256.update(block)
         except FileNotFoundError:
@@ -160,14 +167,28 @@ class UrlStore:
 
     def sizes(self) -> Mapping[str, int]:
         folder = f"{self._root}/{BLOBS}"
-        self._files.invalidate_cache()
-        there = self._files.find(folder, detail=True) if self._files.exists(folder) else {}
+        with self._errors():
+            self._files.invalidate_cache()
+            there = self._files.find(folder, detail=True) if self._files.exists(folder) else {}
         names = {path.rpartition("/")[2]: int(facts["size"]) for path, facts in there.items()}
         return {name: size for name, size in names.items() if SHA256.fullmatch(name)}
 
     def remove(self, sha256: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._errors():
             self._files.rm_file(self._path(sha256))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Each service has errors of its own, of any class; what is missing, or this disk full, is for the caller."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in NO_ROOM):
+                raise
+            raise RegistryError(
+                f"{without_credentials(self.url)}: {first_line(error)}",
+                "see that it can be reached, and that its keys are set",
+            ) from None
 
     def _path(self, sha256: str) -> str:
         return f"{self._root}/{BLOBS}/{sha256[:2]}/{sha256}"
@@ -189,9 +210,15 @@ def staged(root: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_lock(root: Path, name: str, *, alone: bool) -> Iterator[None]:
-    """The lock of that name in a folder; ``alone``: nobody else holds it."""
+    """The lock of that name in a folder; ``alone``: nobody else holds it, and the folder may be written to."""
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(root / name, flags | os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if alone or error.errno not in NO_WRITE:
+            raise
+        descriptor = os.open(root / name, flags | os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield

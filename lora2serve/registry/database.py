@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event, exc, pool, select
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -21,6 +23,7 @@ WRITING = ".writing"  # the lock of a sqlite file's writers
 CONTENT = "content"  # the setting that says where files lie; of sqlite, empty: beside the file
 HINTS = {
     "database is locked": "another process has been writing for a minute: see what it does",
+    "disk I/O error": "is the disk full, or damaged? make room, and run it again",
     "database or disk is full": "make room on that disk, and run it again",
     "attempt to write a readonly database": "use a registry that you may write to",
     "file is not a database": "the file is damaged: bring back a copy of it",
@@ -58,9 +61,17 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """One transaction that sees one state."""
-        with self.errors(), self.engine.connect() as connection, connection.begin():
-            yield connection
+        """One transaction that sees one state; also on a disk that is full or read-only."""
+        with self.errors(), ExitStack() as stack:
+            try:
+                connection = stack.enter_context(self.engine.connect())
+            except exc.OperationalError:
+                if not self.location.folder or _unmerged(self.location.file):
+                    raise
+                stack.enter_context(folder_lock(self.location.folder, WRITING, alone=False))
+                connection = stack.enter_context(_still_engine(self.location).connect())
+            with connection.begin():
+                yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -149,6 +160,17 @@ def _engine(location: Location) -> Engine:
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _still_engine(location: Location) -> Engine:
+    """Reads a sqlite file without the files that sqlite makes beside it; right while nobody writes."""
+    return create_engine(f"sqlite:///file:{quote(str(location.file))}?immutable=1&uri=true", poolclass=pool.NullPool)
+
+
+def _unmerged(file: Path) -> bool:
+    """Whether what was written last is not in the file yet."""
+    log = file.with_name(f"{file.name}-wal")
+    return log.is_file() and log.stat().st_size > 0
 
 
 def _set_up_sqlite(connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:

@@ -58,8 +58,8 @@ class Ledger:
         self._add_up(name, number)
         return number
 
-    def add_scores(self, name: str, number: int, suite: SuiteScores) -> int:
-        """Write down the scores of one suite; how many are new."""
+    def add_scores(self, name: str, number: int, suite: SuiteScores) -> None:
+        """Write down the scores of one suite that are new."""
         shared = {
             "name": name, "number": number, "suite": suite.suite, "suite_sha256": suite.suite_sha256,
             "engine": suite.engine, "created": suite.created,
@@ -77,7 +77,6 @@ class Ledger:
         if new:
             self.connection.execute(scores.insert(), new)
             self.record("score", name, new=number, why=suite.suite)
-        return len(new)
 
     def set_manifest(self, name: str, number: int, label: str, manifest: str, unproven: str) -> None:
         """The verdict of parity on an export, as its manifest has it now."""
@@ -130,12 +129,12 @@ class Ledger:
 
     def _insert(self, name: str, identity: str, source: VersionSource, labels: Labels) -> int:
         last = self.connection.scalar(select(func.max(versions.c.number)).where(versions.c.name == name))
-        number = (last or 0) + 1
+        number, facts = (last or 0) + 1, source.facts()
         values = {
             "name": name, "number": number, "sha256": identity, "state": "active", "domain": labels.domain,
             "task": labels.task, "note": labels.note, "author": labels.author or self.who, "bytes": 0,
-            "created": source.created(), "added": now(), "facts": source.facts().to_text(indent=1),
-            **source.settings().columns(),
+            "created": source.created(), "added": now(), "facts": facts.to_text(indent=1),
+            **source.settings(facts).columns(),
         }  # fmt: skip
         self.connection.execute(versions.insert(), values)
         self.record("add", name, new=number, why=labels.note)

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, func, select
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.run import Run, is_run
+from lora2serve.artifacts.version_marker import read_marker
 from lora2serve.errors import InputError, RegistryError
 from lora2serve.progress import Progress
 from lora2serve.registry import checkout, upkeep
@@ -21,7 +22,6 @@ from lora2serve.registry.ledger import LATER, Labels, Ledger
 from lora2serve.registry.location import Location
 from lora2serve.registry.tables import files, versions
 from lora2serve.registry.upkeep import Collected
-from lora2serve.registry.version_marker import read_marker
 from lora2serve.registry.version_record import Version
 from lora2serve.registry.version_reference import VersionReference
 from lora2serve.registry.version_rows import find_version
@@ -80,6 +80,16 @@ class OpenRegistry:
             with _disk_errors():
                 target = checkout.check_out(self.views, self.store, version, content, labels)
             return version, checkout.path_of(target, version, reference.export)
+
+    def local_files(self, reference: VersionReference) -> dict[str, Path]:
+        """Every file of a version by its path in it, with the manifests of its exports; in its directory here."""
+        version, _ = self.check_out(reference)
+        with self.reading() as connection:
+            content = checkout.read_files(connection, version)
+        target = self.views / version.folder
+        inside = [path for path in content.blobs if path.startswith(f"{EXPORTS}/")]
+        paths = [*content.own(version), *inside, *(f"{EXPORTS}/{label}/{MANIFEST}" for label in content.manifests)]
+        return {path: target / path for path in sorted(paths)}
 
     def record_measured(self, directory: Path, who: str) -> None:
         """Write down what lies in the directory of a version and was not there when it was added."""

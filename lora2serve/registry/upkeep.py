@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sqlalchemy import Connection, select
 
+from lora2serve.artifacts.version_marker import is_of_version
 from lora2serve.progress import Progress
 from lora2serve.registry.content_store import PARTIAL, Blob, ContentStore
 from lora2serve.registry.ledger import replayed
 from lora2serve.registry.tables import aliases, events, exports, files, versions
-from lora2serve.registry.version_marker import is_of_version
 
 
 @dataclass(frozen=True)

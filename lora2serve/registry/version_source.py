@@ -84,9 +84,9 @@ class VersionSource:
         """Its lineage."""
         return read_facts(self.run, self.adapter, self._manifests)
 
-    def settings(self) -> VersionSettings:
+    def settings(self, facts: VersionFacts) -> VersionSettings:
         """What it is found by."""
-        return read_settings(self.facts(), self.run, self.adapter, self._manifests)
+        return read_settings(facts, self.run, self.adapter, self._manifests)
 
     def scores(self) -> list[SuiteScores]:
         """What was measured of it."""

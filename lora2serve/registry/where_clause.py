@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Numeric, and_, func, not_, or_, select, true, tuple_
 from sqlalchemy.types import Float, Integer
@@ -65,7 +65,7 @@ class _WhereParser:
     source: str
     tokens: Sequence[Token]
     position: int = 0
-    depth: int = field(default=0)
+    depth: int = 0
 
     def condition(self) -> ColumnElement[bool]:
         clauses = [self._clause()]

@@ -108,7 +108,7 @@ def plan(exports: Sequence[Path], options: ServeOptions) -> ServerCommand:
     if engine == "llama.cpp":
         return _llama_cpp(first, options)
     if first.target == "vllm":
-        return _vllm(str(first.path), (first.manifest.name,), _config(first, options), options)
+        return _vllm(str(first.path), (first.served_name,), _config(first, options), options)
     if first.target == bundle.TARGET:
         return _bundle(first, options)
     if first.target == "adapter":
@@ -144,15 +144,10 @@ def open_exports(paths: Sequence[Path]) -> list[Export]:
         )
     if targets == {"adapter"}:
         bundle.refuse_other_bases({str(export.path): export.manifest.base for export in exports})
-        names = [bundle.BASE, *map(adapter_name, exports)]
+        names = [bundle.BASE, *(export.served_name for export in exports)]
         if len(set(names)) < len(names):
             raise UsageError(f"models share a name: {', '.join(names)}", "export the adapter again with --name")
     return exports
-
-
-def adapter_name(export: Export) -> str:
-    """What requests call the adapter."""
-    return export.manifest.name or export.path.name
 
 
 def largest_rank(adapters: Sequence[Export]) -> int | None:
@@ -164,7 +159,7 @@ def largest_rank(adapters: Sequence[Export]) -> int | None:
 
 
 def _adapters(adapters: Sequence[Export], options: ServeOptions) -> ServerCommand:
-    names = [adapter_name(adapter) for adapter in adapters]
+    names = [adapter.served_name for adapter in adapters]
     modules = [
         json.dumps({"name": name, "path": str(adapter.path.resolve())})
         for name, adapter in zip(names, adapters, strict=True)
@@ -249,7 +244,7 @@ def _llama_cpp(export: Export, options: ServeOptions) -> ServerCommand:
     missing = [name for name in LLAMA_CPP_SERVER if find_spec(name) is None]
     if missing:
         raise EngineError(f"llama-cpp-python's server needs {', '.join(missing)}", install_hint("gguf"))
-    name, host, port = export.manifest.name, options.host, options.port
+    name, host, port = export.served_name, options.host, options.port
     # a request that streams is not cut off by the next one, which waits
     settings = {"--model_alias": name, "--n_ctx": "0", "--interrupt_requests": "false"}
     command = [*PYTHON, "-m", llama_cpp_server.__name__, "--model", str(export.gguf.resolve()), "--host", host]

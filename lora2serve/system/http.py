@@ -152,11 +152,11 @@ class HttpClient:
             return False
         return True
 
-    def upload(self, path: str, file: Path, advance: Callable[[int], object]) -> None:
-        """POST a file in blocks, so that memory does not grow with it; ``advance`` hears of each that was sent."""
+    def upload(self, path: str, file: Path, advance: Callable[[int], object], *, method: str = "POST") -> None:
+        """Send a file in blocks, so that memory does not grow with it; ``advance`` hears of each that was sent."""
         size = file.stat().st_size
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
-        with self._response("POST", path, _blocks(file, size, advance), headers) as response:
+        with self._response(method, path, _blocks(file, size, advance), headers) as response:
             response.read()
 
     @contextmanager

@@ -80,11 +80,12 @@ def test_inspect_and_verify(registered: Registry) -> None:
 
 def test_serve_takes_the_export_that_is_served(registered: Registry, tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["serve", "--dry-run", "medical-qa@champion"], catch_exceptions=False)
-    assert str(tmp_path / "registry" / "versions" / "medical-qa-1" / "exports" / "vllm") in shlex.split(done.output)[
-        -1
-    ] or ("medical-qa-1/exports/vllm" in done.output)
+    command = shlex.split(done.output)
+    export = tmp_path / "registry" / "versions" / "medical-qa-1" / "exports" / "vllm"
+    assert command[command.index("--model") + 1] == str(export)
+    assert command[command.index("--served-model-name") + 1] == "medical-qa-1", "not first, as its run is called"
     done = CliRunner().invoke(cli, ["serve", "--dry-run", "medical-qa@champion/gguf-Q8_0"], catch_exceptions=False)
-    assert "medical-qa-1/exports/gguf-Q8_0/model.gguf" in done.output
+    assert "medical-qa-1/exports/gguf-Q8_0/model.gguf" in done.output and "--model_alias medical-qa-1" in done.output
 
 
 def test_push_shows_what_would_go(registered: Registry) -> None:

@@ -7,10 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
+import click
 import pytest
 
 from lora2serve import Lora2ServeError, Registry
 from lora2serve.cli import run as command_line
+from lora2serve.cli.registry import registry as registry_group
 from lora2serve.errors import GateNotMet, InputError, ParityNotMet, UsageError
 from lora2serve.system.small_files import digest
 from tests.support.manifests import change_manifest
@@ -441,3 +443,18 @@ def test_a_report_is_written_over_without_harm(registry: Registry, tmp_path: Pat
     assert registry.get("a@1").exports[0].unproven == "parity was not run"
     shutil.rmtree(path)
     assert (registry.path("a@1") / "parity" / "report.json").read_text() == "second" and registry.verify() == 1
+
+
+def test_names_are_completed(
+    registry: Registry, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA2SERVE_REGISTRY", location)
+    versions(registry, tmp_path, 2)
+    registry.promote("medical-qa@2")
+    registry.add(proven(tmp_path / "law"), name="law")
+    show = registry_group.commands["show"]
+    context = click.Context(show)
+    for word, known in {"": ["law@1", "medical-qa@1", "medical-qa@2", "medical-qa@champion"], "l": ["law@1"]}.items():
+        assert [item.value for item in show.params[0].shell_complete(context, word)] == known
+    monkeypatch.setenv("LORA2SERVE_REGISTRY", str(tmp_path / "none"))
+    assert show.params[0].shell_complete(context, "") == []

@@ -65,6 +65,7 @@ def validate(kind: str, documents: list[dict[str, Any]]) -> None:
         jsonschema.Draft202012Validator(schema).validate(document)
 
 
+SERVERS = tuple(kind for kind in deploy.KINDS if kind not in deploy.ROUTES)
 SCHEMED = ("compose", "k8s", "production-stack", "kserve")
 
 
@@ -209,14 +210,14 @@ def test_what_is_asked_of_the_machine() -> None:
     assert names == ["l", "l-a-b-c"], "names that Kubernetes takes"
 
 
-@pytest.mark.parametrize("kind", deploy.KINDS)
+@pytest.mark.parametrize("kind", SERVERS)
 def test_what_no_cluster_has_run_says_so(kind: deploy.DeployKind) -> None:
     first = deploy.render(kind, replace(DEMO, **CLOUD) if kind == "ray" else DEMO).splitlines()[0]
     assert first.startswith("# experimental: ") == (kind in ("production-stack", "kserve", "ray"))
 
 
-@pytest.mark.parametrize("kind", deploy.KINDS)
-def test_recipes_are_what_is_rendered(kind: str) -> None:
+@pytest.mark.parametrize("kind", SERVERS)
+def test_recipes_are_what_is_rendered(kind: deploy.DeployKind) -> None:
     spec = replace(DEMO, **CLOUD) if kind == "ray" else DEMO
     stored = (ROOT / "recipes" / "serve" / f"{kind}.yaml").read_text(encoding="utf-8")
     assert stored == deploy.render(kind, spec), (
@@ -277,7 +278,7 @@ def main() -> None:
     """Render recipes/serve again."""
     folder = ROOT / "recipes" / "serve"
     folder.mkdir(exist_ok=True)
-    for kind in deploy.KINDS:
+    for kind in SERVERS:
         spec = replace(DEMO, **CLOUD) if kind == "ray" else DEMO
         (folder / f"{kind}.yaml").write_text(deploy.render(kind, spec), encoding="utf-8")
 

@@ -1,6 +1,7 @@
-"""Servers on other machines, rendered from exports.
+"""Servers and routes on other machines, rendered from exports and from versions of a registry.
 
 One module per kind, each with ``header(spec)``, the comment on top, and ``documents(spec)``, what the YAML is made of.
+Kinds of ``ROUTES`` take a RouteSpec: they start no server, they say which of the versions that are served answers.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Literal, get_args
 
+from lora2serve.serving.deploy.route_spec import RouteSpec
 from lora2serve.serving.deploy.server_spec import ServerSpec, gather
 
-__all__ = ["EXPERIMENTAL", "KINDS", "DeployKind", "ServerSpec", "gather", "render"]
+__all__ = ["EXPERIMENTAL", "KINDS", "ROUTES", "DeployKind", "RouteSpec", "ServerSpec", "gather", "render"]
 
-DeployKind = Literal["compose", "k8s", "production-stack", "kserve", "ray"]
+DeployKind = Literal["compose", "k8s", "production-stack", "kserve", "ray", "llm-d", "argo", "litellm"]
 KINDS: tuple[DeployKind, ...] = get_args(DeployKind)
+ROUTES: tuple[DeployKind, ...] = ("llm-d", "argo", "litellm")
 EXPERIMENTAL: dict[DeployKind, str] = dict.fromkeys(
-    ("production-stack", "kserve", "ray"), "experimental: checked against its schema, never run on a cluster"
+    ("production-stack", "kserve", "ray", "llm-d", "argo"),
+    "experimental: checked against its schema, never run on a cluster",
 )
 
 
-def render(kind: DeployKind, spec: ServerSpec) -> str:
+def render(kind: DeployKind, *specs: ServerSpec | RouteSpec) -> str:
     """YAML documents of one kind, under a comment that says how they are used."""
     import yaml
 
@@ -31,6 +35,7 @@ def render(kind: DeployKind, spec: ServerSpec) -> str:
 
     module = import_module(f"lora2serve.serving.deploy.{kind.replace('-', '_')}")
     notes = [EXPERIMENTAL[kind]] if kind in EXPERIMENTAL else []
-    header = "".join(f"# {line}\n" for line in [*notes, *module.header(spec)])
-    documents = module.documents(spec)
+    lines = dict.fromkeys(line for spec in specs for line in module.header(spec))
+    header = "".join(f"# {line}\n" for line in [*notes, *lines])
+    documents = [document for spec in specs for document in module.documents(spec)]
     return header + yaml.dump_all(documents, Dumper=NoAliasDumper, sort_keys=False, width=120, allow_unicode=True)

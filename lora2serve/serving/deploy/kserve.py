@@ -6,7 +6,7 @@ import shlex
 
 from lora2serve.exporting import bundle
 from lora2serve.serving.deploy.k8s import stored
-from lora2serve.serving.deploy.server_spec import Document, ServerSpec
+from lora2serve.serving.deploy.server_spec import Document, ServerSpec, label
 
 
 def header(spec: ServerSpec) -> list[str]:
@@ -14,20 +14,26 @@ def header(spec: ServerSpec) -> list[str]:
 
 
 def documents(spec: ServerSpec) -> list[Document]:
-    adapters = [{"name": name, "uri": spec.in_store(spec.adapter_path(name))} for name in spec.adapters]
+    """Versions that share a name are services of one group, in each of which the name is that version's."""
+    adapters = [{"name": spec.route or name, "uri": spec.in_store(spec.adapter_path(name))} for name in spec.adapters]
     count = len(adapters)
     lora = {"lora": {"maxRank": spec.rank, "maxAdapters": count, "maxCpuAdapters": count, "adapters": adapters}}
+    name = spec.served if adapters else spec.route or spec.served
     pod = {"containers": [_container(spec)]}
     service = {
-        "model": {"uri": _address(spec), "name": spec.served, **(lora if adapters else {})},
+        "model": {"uri": _address(spec), "name": name, **(lora if adapters else {})},
         "replicas": 1,
         "parallelism": {"tensor": spec.tensor, **({"pipeline": spec.pipeline} if spec.pipeline > 1 else {})},
-        "router": {"route": {}, "gateway": {}, "scheduler": {}},
+        "router": {
+            "route": {"group": label(spec.route), "weight": spec.weight} if spec.route else {},
+            "gateway": {},
+            "scheduler": {},
+        },
         "template": pod,
         **({"worker": pod} if spec.pipeline > 1 else {}),  # each stage of the pipeline is a pod of its own
     }
     kind = {"apiVersion": "serving.kserve.io/v1alpha2", "kind": "LLMInferenceService"}
-    return [{**kind, "metadata": {"name": spec.name}, "spec": service}]
+    return [{**kind, "metadata": {"name": label(spec.name)}, "spec": service}]
 
 
 def _address(spec: ServerSpec) -> str:

@@ -45,6 +45,8 @@ class ServerSpec:
     host: str = "127.0.0.1"
     port: int = PORT
     store: str = STORE
+    route: str = ""  # what clients ask for where several servers share that name,
+    weight: int = 0  # each by its weight
 
     @property
     def gpus(self) -> int:
@@ -97,11 +99,11 @@ def gather(exports: Sequence[Path], options: ServeOptions, store: str = STORE) -
     if first.target == bundle.TARGET:
         adapters = first.members
     elif first.target == "adapter":
-        adapters = {server.adapter_name(adapter): adapter.path for adapter in opened}
+        adapters = {adapter.served_name: adapter.path for adapter in opened}
     model = _of_base(first, options.base) if adapters else _of_merged(first)
     return replace(
         model,
-        name=_object_name(list(adapters), first.manifest.name),
+        name=_object_name(list(adapters), first.served_name),
         adapters={name: shown(path) for name, path in adapters.items()},
         rank=server.largest_rank(opened) if adapters else None,
         size=model.size + sum(map(_bytes, adapters.values())),
@@ -132,7 +134,7 @@ def _of_base(adapter: Export, base: str | None) -> ServerSpec:
 
 
 def _of_merged(export: Export) -> ServerSpec:
-    name, file = export.manifest.name, export.path / bundle.CONFIG
+    name, file = export.served_name, export.path / bundle.CONFIG
     content = serve_settings.read(file) if file.is_file() else {}
     settings = {key.replace("-", "_"): value for key, value in content.items() if key != "served-model-name"}
     model = f"{MODELS}/{label(name)}"
