@@ -12,7 +12,7 @@ from lora2serve.api.serve_model import chosen_exports
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.registry.version_record import Version
 from lora2serve.serving.deploy import KINDS, ROUTES, DeployKind, RouteSpec, ServerSpec, gather, render
-from lora2serve.serving.deploy.route_spec import Backend, check_weights
+from lora2serve.serving.deploy.route_spec import RoutedVersion, check_weights
 from lora2serve.serving.deploy.server_spec import STORE
 from lora2serve.serving.server import HOST, PORT, ServeOptions
 
@@ -71,7 +71,7 @@ def _route(kind: str, names: Sequence[Named], weights: Sequence[int], pool: str,
     split = kind in READERS["--weights"]
     shares = check_weights(weights, len(versions)) if split else [1] * len(versions)
     backends = [
-        Backend(version.reference, version.folder, version.sha256, weight)
+        RoutedVersion(version.reference, version.folder, version.sha256, weight)
         for version, weight in zip(versions, shares, strict=True)
     ]
     return RouteSpec(versions[0].name, tuple(backends), pool, upstream)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve import hub
 from lora2serve.api.locate import find_run
-from lora2serve.api.registry_sync import HUB, Synced, unfit
+from lora2serve.api.registry_sync import HUB, Synced, unfit, unset_aliases
 from lora2serve.hub import refs
 from lora2serve.progress import Progress
 
@@ -48,8 +48,11 @@ def _push(registry: Registry, version: Version, repo_id: str, progress: Progress
 
 
 def _move(registry: Registry, name: str, repo_id: str, progress: Progress) -> list[str]:
-    """The aliases whose branches were elsewhere."""
+    """The aliases whose branches were elsewhere, and those that are none any more."""
     there, moved = refs.read_refs(repo_id, progress), []
+    for alias in sorted(unset_aliases(registry, name) & there.branches.keys() - {MAIN}):
+        refs.remove_branch(repo_id, alias, progress)
+        moved.append(f"{name}@{alias}")
     for alias, number in registry.aliases(name).items():
         commit, before = there.tags.get(f"v{number}"), there.branches.get(alias)
         if alias == MAIN:

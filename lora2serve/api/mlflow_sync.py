@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from lora2serve.api.registry_sync import MLFLOW, Synced, unfit
+from lora2serve.api.registry_sync import MLFLOW, Synced, unfit, unset_aliases
 from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
 from lora2serve.registry.mlflow_server import Measurement, MlflowServer, RemoteVersion
@@ -120,9 +120,12 @@ def _send_files(
 def _move(
     registry: Registry, server: MlflowServer, name: str, numbers: Mapping[int, str], progress: Progress
 ) -> Iterator[str]:
-    """The aliases that pointed elsewhere."""
+    """The aliases that pointed elsewhere, and those that are none any more."""
     model = server.model(name)
     before = model.aliases if model else {}
+    for alias in sorted(unset_aliases(registry, name) & before.keys()):
+        server.remove_alias(name, alias)
+        yield f"{name}@{alias}"
     for alias, number in registry.aliases(name).items():
         if not ALIAS.fullmatch(alias):
             progress.warn(f"{name}@{alias}: not sent: MLflow has no alias of that name")

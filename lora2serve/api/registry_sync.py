@@ -17,7 +17,7 @@ HUB, MLFLOW = "hub:", "mlflow:"
 
 @dataclass(frozen=True)
 class Synced:
-    """What was sent: versions that were new there, and aliases that were moved; versions left out, each with why."""
+    """What was sent: new versions, aliases that were moved or removed; and the versions left out, each with why."""
 
     to: str
     pushed: tuple[str, ...]
@@ -33,6 +33,11 @@ def sync(registry: Registry, name: str, to: str, progress: Progress) -> Synced:
         if to.startswith(kind) and to != kind:
             return send(registry, name, to.removeprefix(kind), progress)
     raise UsageError(f"--to {to}: unknown kind of place", "expected hub:USER/NAME or mlflow:http://HOST:PORT")
+
+
+def unset_aliases(registry: Registry, name: str) -> set[str]:
+    """Aliases that a name had, and has no longer."""
+    return {event.alias for event in registry.history(name) if event.alias} - registry.aliases(name).keys()
 
 
 def unfit(version: Version) -> str:

@@ -49,6 +49,17 @@ def set_tag(repo_id: str, tag: str, commit: str, progress: Progress) -> None:
 def set_branch(repo_id: str, branch: str, commit: str, before: str | None, progress: Progress) -> None:
     """A branch at a commit. The Hub moves none: one that is elsewhere is removed, and made again."""
     from huggingface_hub import HfApi
+
+    if before is not None:
+        remove_branch(repo_id, branch, progress)
+    with hub_errors(repo_id, branch, PUSHING):
+        create = partial(HfApi().create_branch, repo_id, branch=branch, revision=commit, exist_ok=True)
+        with_retries(create, progress, repo_id)
+
+
+def remove_branch(repo_id: str, branch: str, progress: Progress) -> None:
+    """Remove a branch; nothing where it is not there."""
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
     def remove() -> None:
@@ -56,7 +67,4 @@ def set_branch(repo_id: str, branch: str, commit: str, before: str | None, progr
             HfApi().delete_branch(repo_id, branch=branch)
 
     with hub_errors(repo_id, branch, PUSHING):
-        if before is not None:
-            with_retries(remove, progress, repo_id)
-        create = partial(HfApi().create_branch, repo_id, branch=branch, revision=commit, exist_ok=True)
-        with_retries(create, progress, repo_id)
+        with_retries(remove, progress, repo_id)

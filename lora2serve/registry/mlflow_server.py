@@ -101,6 +101,10 @@ class MlflowServer:
         """Let an alias point to a version."""
         self._post("registered-models/alias", {"name": name, "alias": alias, "version": number})
 
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Remove an alias."""
+        self._http.call("DELETE", f"{API}/registered-models/alias", {"name": name, "alias": alias})
+
     def experiment(self, name: str) -> str:
         """The id of the experiment of that name, which is made where there is none."""
         answer = self._find("experiments/get-by-name", experiment_name=name)

@@ -44,6 +44,12 @@ def test_versions_become_tags_and_aliases_branches(
         registry.rollback("medical-qa")
         registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent())
         assert refs["champion"] == refs["v1"]
+        registry.promote("medical-qa@3", "staging")
+        registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent())
+        assert refs["staging"] == refs["v3"]
+        registry.unset("medical-qa@staging")
+        assert registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent()).moved == ("medical-qa@staging",)
+        assert "staging" not in refs and "champion" in refs
         for to in ("user/x", "hub:", "s3://bucket"):
             with pytest.raises(UsageError, match="--to"):
                 registry.sync("medical-qa", to=to, progress=Silent())

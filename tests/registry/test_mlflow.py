@@ -112,6 +112,12 @@ def test_versions_become_versions(
     assert json.loads(capfd.readouterr().out)["moved"] == []
     after = {version.tags["lora2serve.version"]: version for version in server.versions("medical-qa")}
     assert after["medical-qa@3"].tags["lora2serve.exports"] == "vllm gguf-Q8_0"
+    registry.promote("medical-qa@1", "staging")
+    assert registry.sync("medical-qa", to=to, progress=Silent()).moved == ("medical-qa@staging",)
+    registry.unset("medical-qa@staging")
+    assert registry.sync("medical-qa", to=to, progress=Silent()).moved == ("medical-qa@staging",)
+    model = server.model("medical-qa")
+    assert model is not None and model.aliases == {"champion": there["medical-qa@3"].number}, "unset here, gone there"
     if "real" in request.node.name:
         as_mlflow_has_it(request.getfixturevalue("environment"), address, tmp_path / "run-2", tmp_path / "got")
 

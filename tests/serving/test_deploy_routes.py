@@ -20,14 +20,14 @@ from lora2serve.config.trial_gauge import PROMOTE, UNDECIDED, VERDICT, WORSE
 from lora2serve.errors import UsageError
 from lora2serve.serving import deploy
 from lora2serve.serving.deploy import RouteSpec
-from lora2serve.serving.deploy.route_spec import Backend, check_weights
+from lora2serve.serving.deploy.route_spec import RoutedVersion, check_weights
 from tests.serving.test_deploy import put, validate
 from tests.support.environments import make_environment
 from tests.support.registries import add_export, make_run
 
 ROUTE = RouteSpec(
     "Towns.1",
-    (Backend("Towns.1@1", "Towns.1-1", "0" * 64, 90), Backend("Towns.1@2", "Towns.1-2", "1" * 64, 10)),
+    (RoutedVersion("Towns.1@1", "Towns.1-1", "0" * 64, 90), RoutedVersion("Towns.1@2", "Towns.1-2", "1" * 64, 10)),
     pool="vllm",
     upstream="http://vllm:8000/v1/",
 )

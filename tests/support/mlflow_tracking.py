@@ -93,6 +93,10 @@ class SmallMlflow:
         aliases[:] = [one for one in aliases if one["alias"] != body["alias"]]
         aliases.append({"alias": body["alias"], "version": body["version"]})
 
+    def delete_registered_models_alias(self, body: dict[str, Any]) -> None:
+        aliases = self.model(body["name"])["aliases"]
+        aliases[:] = [one for one in aliases if one["alias"] != body["alias"]]
+
     def get_model_versions_search(self, body: dict[str, Any]) -> dict[str, Any]:
         (name,) = re.fullmatch(r"name='(.*)'", body["filter"]).groups()  # type: ignore[union-attr]
         versions = self.models.get(name, {"versions": []})["versions"]
@@ -155,6 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_PUT()
 
     def do_POST(self) -> None:
+        self.do_PUT()
+
+    def do_DELETE(self) -> None:
         self.do_PUT()
 
     def do_PUT(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora2serve.errors import UsageError
-from lora2serve.serving.deploy.route_spec import Backend, RouteSpec
+from lora2serve.serving.deploy.route_spec import RoutedVersion, RouteSpec
 from lora2serve.serving.deploy.server_spec import Document
 from lora2serve.system.http import check_address
 
@@ -26,7 +26,7 @@ def documents(route: RouteSpec) -> list[Document]:
     ]
 
 
-def _model(route: RouteSpec, backend: Backend) -> dict[str, object]:
+def _model(route: RouteSpec, backend: RoutedVersion) -> dict[str, object]:
     return {
         "model_name": route.name,
         "litellm_params": {

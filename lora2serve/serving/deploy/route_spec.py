@@ -11,7 +11,7 @@ MOST = 1_000_000  # the largest weight that Kubernetes' gateways take
 
 
 @dataclass(frozen=True)
-class Backend:
+class RoutedVersion:
     """``served`` is what vLLM calls the version, ``medical-qa-7``; ``weight`` is a share of the sum of all weights."""
 
     reference: str  # medical-qa@7
@@ -25,7 +25,7 @@ class RouteSpec:
     """``name`` is what clients ask for; ``pool`` and ``upstream`` are where the versions are served."""
 
     name: str
-    backends: tuple[Backend, ...]
+    backends: tuple[RoutedVersion, ...]
     pool: str = ""  # an InferencePool
     upstream: str = ""  # the OpenAI-compatible address of a server
 
