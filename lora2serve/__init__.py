@@ -42,6 +42,7 @@ _MODULES = {
     "api.chat_with_model": ("chat",),
     "api.check_parity": ("ParityResult", "parity"),
     "api.data_preview": ("preview_data",),
+    "api.deploy_server": ("deploy",),
     "api.evaluate_model": ("EvaluationResult", "evaluate"),
     "api.export_model": ("export", "plan_export"),
     "api.export_request": ("ExportRequest",),

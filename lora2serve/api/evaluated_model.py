@@ -14,9 +14,9 @@ from lora2serve.api.model_finder import ADDRESS, ModelFinder
 from lora2serve.api.registered import registered_version
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.suite_scores import FOLDER
+from lora2serve.artifacts.version_marker import is_of_version
 from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
-from lora2serve.registry.version_marker import is_of_version
 
 if TYPE_CHECKING:
     from lora2serve.parity_check.chat_models import ChatModel

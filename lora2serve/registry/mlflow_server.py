@@ -161,7 +161,7 @@ class MlflowServer:
         return self._http.call("GET", f"{API}/{path}?{urlencode(query)}")
 
     def _find(self, path: str, **query: str) -> Json | None:
-        """The answer; None where the server knows no such thing. Any other server's 404 is an error."""
+        """The answer; None where the server knows no such thing. Another server's 404 is an error."""
         try:
             return self._get(path, query)
         except HttpStatus as error:
