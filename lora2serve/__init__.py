@@ -28,15 +28,16 @@ if TYPE_CHECKING:
     from lora2serve.exporting.stream import ExportPlan
     from lora2serve.gateway.drift.check_drift import drift
     from lora2serve.gateway.drift.drift_report import DriftReport
+    from lora2serve.gateway.run_gateway import RunningGateway, start_gateway
     from lora2serve.parity_check.chat_session import Answer, ChatSession
     from lora2serve.progress import Progress
 
 __version__ = "0.1.0"
 __all__ = [
     "Answer", "ChatSession", "DriftReport", "EvaluationResult", "ExportPlan", "ExportRequest", "Lora2ServeError",
-    "ParityResult", "Progress", "Registry", "Run", "RunningServer", "TrainingPlan", "Verified", "chat", "deploy",
-    "drift", "evaluate", "export", "init", "inspect", "parity", "plan", "plan_export", "preview_data", "push", "serve",
-    "train", "verify",
+    "ParityResult", "Progress", "Registry", "Run", "RunningGateway", "RunningServer", "TrainingPlan", "Verified",
+    "chat", "deploy", "drift", "evaluate", "export", "init", "inspect", "parity", "plan", "plan_export",
+    "preview_data", "push", "serve", "start_gateway", "train", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
@@ -58,6 +59,7 @@ _MODULES = {
     "exporting.stream": ("ExportPlan",),
     "gateway.drift.check_drift": ("drift",),
     "gateway.drift.drift_report": ("DriftReport",),
+    "gateway.run_gateway": ("RunningGateway", "start_gateway"),
     "parity_check.chat_session": ("Answer", "ChatSession"),
     "progress": ("Progress",),
 }

@@ -23,6 +23,7 @@ from lora2serve.cli.doctor import doctor
 from lora2serve.cli.drift import drift
 from lora2serve.cli.evaluate import evaluate
 from lora2serve.cli.export import export
+from lora2serve.cli.gateway import gateway
 from lora2serve.cli.inspect import inspect
 from lora2serve.cli.leave import leave
 from lora2serve.cli.options import CommandGroup
@@ -72,7 +73,7 @@ def _sweep(quiet: bool) -> None:
 
 for command in (
     init, data, plan, train, chat, evaluate, export, parity, push, verify, pull_check, serve, deploy, adapters,
-    registry, drift, top, inspect, doctor,
+    registry, gateway, drift, top, inspect, doctor,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -104,6 +104,8 @@ class TrafficStore:
             raise InputError(f"{self.path}: {error}", "the file is damaged, or not one of a gateway") from None
 
     def _open(self) -> sqlite3.Connection:
+        if self._connection and not self.path.is_file():  # somebody has removed it
+            self.close()
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # it may hold texts: nobody else reads it

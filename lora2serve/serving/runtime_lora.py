@@ -20,6 +20,7 @@ from lora2serve.system.json_values import objects
 from lora2serve.system.small_files import digest
 
 PATIENCE = 300.0  # seconds that loading an adapter may take
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,35 @@ def list_adapters(address: str) -> list[ServedModel]:
 
 
 def add(address: str, name: str, adapter: Path, folder: Path | None = None) -> Path:
-    """Load an adapter export into a running vLLM; the immutable copy that it serves, in ``folder`` or the cache.
+    """Load an adapter export into a running vLLM; the immutable copy that it serves, in ``folder`` or the cache."""
+    refuse_name(name, "the adapter's name", "such as towns in towns=runs/towns/exports/adapter")
+    copy = immutable_copy(name, adapter, folder)
+    _post(address, LOAD, load_request(name, copy))
+    return copy
+
+
+def immutable_copy(name: str, adapter: Path, folder: Path | None = None) -> Path:
+    """A copy of an adapter export that stays as it is, in ``folder`` or the cache; the one that is there, if it is.
 
     vLLM keeps prefix-cache blocks by path: each version gets a path of its own, named by its content.
     """
-    refuse_name(name, "the adapter's name", "such as towns in towns=runs/towns/exports/adapter")
     export = Export.open(adapter)
     if export.target != "adapter":
         raise UsageError(f"{adapter}: not an adapter export", "`lora2serve export --target adapter` makes one, linted")
     problems = export.verify()
     if problems:
         raise EngineError(f"{adapter}: {problems[0]}", "export it again")
-    copy = _copied(adapter, name, folder or cache())
-    _post(address, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(copy.resolve())})
-    return copy
+    return _copied(adapter, name, folder or cache())
+
+
+def load_request(name: str, copy: Path) -> dict[str, str]:
+    """What vLLM is sent at ``LOAD``."""
+    return {"lora_name": name, "lora_path": str(copy.resolve())}
 
 
 def remove(address: str, name: str) -> None:
     """Unload an adapter from a running vLLM."""
-    _post(address, "/v1/unload_lora_adapter", {"lora_name": name})
+    _post(address, UNLOAD, {"lora_name": name})
 
 
 def _copied(adapter: Path, name: str, folder: Path) -> Path:

@@ -20,7 +20,7 @@ EXTRA_OF: dict[str, Extra] = {
     "lm_eval": "eval",
     "jsonschema": "eval",
     "optuna": "sweep",
-    "starlette": "gateway",
+    "aiohttp": "gateway",
     "uvicorn": "gateway",
     "prometheus_client": "gateway",
     "ray": "ray",

@@ -1,0 +1,22 @@
+"""What the tests of the gateway share: a registry that each copies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora2serve import Registry
+from tests.support.gateways import add_versions
+from tests.support.shared import once
+
+
+@pytest.fixture(scope="session")
+def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a registry with three versions of `towns`, to which no alias points."""
+
+    def make(folder: Path) -> None:
+        with Registry(folder / "registry") as registry:
+            add_versions(registry, folder, 3)
+
+    return once(tmp_path_factory, "gateway-registry", make)
