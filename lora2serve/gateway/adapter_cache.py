@@ -25,7 +25,7 @@ WARMING = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}  # the first re
 
 
 @dataclass(frozen=True)
-class Placement:
+class VersionPlacement:
     """A version at a server, and what it is called there; ``loaded``: by the gateway, as an adapter."""
 
     upstream: Upstream
@@ -78,21 +78,21 @@ class AdapterCache:
         """The versions that stay loaded from now on."""
         self._pinned = frozenset(keys)
 
-    def ready(self, key: Key) -> list[Placement]:
+    def ready(self, key: Key) -> list[VersionPlacement]:
         """Where a version answers at once: servers that were there a moment ago first."""
         found = [
-            Placement(self._upstreams[name], models[key], loaded=False)
+            VersionPlacement(self._upstreams[name], models[key], loaded=False)
             for name, models in self._served.items()
             if key in models
         ]
         found += [
-            Placement(self._upstreams[name], slots.loaded[key])
+            VersionPlacement(self._upstreams[name], slots.loaded[key])
             for name, slots in self._slots.items()
             if key in slots.loaded
         ]
         return sorted(found, key=lambda placement: placement.upstream.away)
 
-    async def ensure(self, key: Key) -> list[Placement]:
+    async def ensure(self, key: Key) -> list[VersionPlacement]:
         """Where a version answers, after it was loaded and warmed if it must be; EngineError where it cannot be."""
         found = self.ready(key)
         if found and not found[0].upstream.away:

@@ -58,7 +58,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Reply:
+class ReplyText:
     """What an answer says: the text of its first choice, why it ended, and how many tokens both sides had."""
 
     text: str = ""
@@ -112,7 +112,7 @@ def prompt_text(content: Json) -> str:
     return _content_text(content.get("prompt", content.get("input")))
 
 
-def read_reply(raw: bytes, *, stream: bool) -> Reply:
+def read_reply(raw: bytes, *, stream: bool) -> ReplyText:
     """What an answer says, in any of the forms of OpenAI's API and Ollama's."""
     parts, finish, usage = list[str](), "", dict[str, JsonValue]()
     for value in _stream_objects(raw) if stream else _whole(raw):
@@ -127,7 +127,7 @@ def read_reply(raw: bytes, *, stream: bool) -> Reply:
         finish = str(choice.get("finish_reason") or value.get("done_reason") or finish)
         counted = value.get("usage") or at(value, "response", "usage")
         usage = counted if isinstance(counted, dict) else usage
-    return Reply(
+    return ReplyText(
         "".join(parts), finish, _count(usage, "prompt_tokens", "input_tokens"),
         _count(usage, "completion_tokens", "output_tokens"),
     )  # fmt: skip
@@ -169,7 +169,7 @@ def _count(usage: Mapping[str, JsonValue], *keys: str) -> int | None:
     return next((value for key in keys if isinstance(value := usage.get(key), int)), None)
 
 
-def _token_seconds(exchange: Exchange, reply: Reply) -> float | None:
+def _token_seconds(exchange: Exchange, reply: ReplyText) -> float | None:
     steps = (reply.completion_tokens or exchange.events) - 1
     if not exchange.stream or not exchange.first or not exchange.last or steps < 1:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from lora2serve.errors import Lora2ServeError
-from lora2serve.gateway.adapter_cache import AdapterCache, Placement
+from lora2serve.gateway.adapter_cache import AdapterCache, VersionPlacement
 from lora2serve.gateway.client_side import ClientLeft, ClientWatch, send_error
 from lora2serve.gateway.exchange import Exchange, Recorder
 from lora2serve.gateway.gateway_config import GatewayConfig
@@ -16,7 +16,7 @@ from lora2serve.gateway.gateway_metrics import GatewayMetrics
 from lora2serve.gateway.model_names import EVENT_ENDS, LINE_ENDS, AnswerNames, counting_tokens, parse_object, with_model
 from lora2serve.gateway.record_writer import RecordWriter
 from lora2serve.gateway.request_record import unit_hash
-from lora2serve.gateway.routing import Choice, Routes
+from lora2serve.gateway.routing import RouteChoice, Routes
 from lora2serve.gateway.security import request_id
 from lora2serve.gateway.shadow import ShadowCopy, ShadowQueue
 from lora2serve.gateway.upstreams import (
@@ -100,7 +100,7 @@ class RoutedProxy:
         unit = unit_hash(self.secret, choice.name, request.unit)
         attempts = [choice]
         if choice.version != choice.champion:
-            attempts.append(Choice(choice.name, choice.champion, "champion", choice.champion))
+            attempts.append(RouteChoice(choice.name, choice.champion, "champion", choice.champion))
         for attempt in attempts:
             exchange = Exchange(
                 request_id=request.request_id, name=attempt.name, version=attempt.version, arm=attempt.arm, unit=unit,
@@ -148,7 +148,7 @@ class RoutedProxy:
                 self.cache.release(key, exchange.upstream)
 
     async def _through(
-        self, request: RoutedRequest, exchange: Exchange, client: _Client, placement: Placement, *, reload: bool
+        self, request: RoutedRequest, exchange: Exchange, client: _Client, placement: VersionPlacement, *, reload: bool
     ) -> bool:
         """Send it there, and the answer to the client; False where the server has lost the adapter."""
         body = with_model(request.body, request.content, placement.model)
@@ -183,7 +183,7 @@ class RoutedProxy:
         self.metrics.finished(record)
         self.writer.put(record)
 
-    def _copy(self, request: RoutedRequest, choice: Choice, answered: Exchange) -> None:
+    def _copy(self, request: RoutedRequest, choice: RouteChoice, answered: Exchange) -> None:
         """What the shadow gets: a request that the champion has answered."""
         if choice.shadow is None or answered.error:
             return

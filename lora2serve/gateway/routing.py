@@ -37,7 +37,7 @@ class RouteObserver(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class RouteChoice:
     """What answers: ``version`` in that arm, and a copy for ``shadow`` once it has."""
 
     name: str
@@ -85,12 +85,12 @@ class Routes:
         """Name -> alias -> the version that answers."""
         return {name: dict(route.numbers) for name, route in sorted(self._routes.items())}
 
-    def choose(self, model: str, unit: str) -> Choice:
+    def choose(self, model: str, unit: str) -> RouteChoice:
         """The version for a request that names this model, by whom it is from."""
         name, _, alias = model.partition("@")
         numbers = self._routes[name].numbers
         if alias:
-            return Choice(name, numbers[alias], "named", numbers[alias])
+            return RouteChoice(name, numbers[alias], "named", numbers[alias])
         split, champion = self._config.route(name), numbers[CHAMPION]
         shadow = numbers.get(split.shadow.alias)
         copied = shadow is not None and shadow != champion and self._random.random() < split.shadow.share
@@ -99,8 +99,8 @@ class Routes:
             challenger not in (None, champion)
             and self._bucket(name, challenger, unit) < split.challenger.share * BUCKETS
         ):
-            return Choice(name, challenger, "challenger", champion)
-        return Choice(name, champion, "champion", champion, shadow if copied else None)
+            return RouteChoice(name, challenger, "challenger", champion)
+        return RouteChoice(name, champion, "champion", champion, shadow if copied else None)
 
     def _bucket(self, name: str, challenger: int, unit: str) -> int:
         """0 to 9,999, the same for a unit as long as the trial lasts; another trial draws anew."""
