@@ -10,7 +10,7 @@ ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadscope
 
 LIGHT := not engine and not slow and not gpu and not hub and not ollama
 
-.PHONY: help setup demo check test test-slow test-gpu test-hub test-ollama lint docs constraints bench-merge bench-gguf bench-train bench-vllm wheel clean
+.PHONY: help setup demo check test test-slow test-gpu test-hub test-ollama lint docs constraints bench-merge bench-gguf bench-vllm gpu-slot wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,11 +63,11 @@ bench-merge: $(READY)  ## Time the merge beside a durable copy and PEFT.
 bench-gguf: $(READY)  ## Time the GGUF export beside the usual chain.
 	$(BIN)/python -m benchmarks.gguf
 
-bench-train: $(READY)  ## Time QLoRA on an NVIDIA GPU beside TRL by hand.
-	$(BIN)/python -m benchmarks.train
-
 bench-vllm: $(READY)  ## Time the quantized exports beside the 16-bit one.
 	$(BIN)/python -m benchmarks.vllm
+
+gpu-slot:  ## Measure on an NVIDIA GPU what is worth knowing, in nine minutes.
+	bash scripts/gpu_slot.sh $(ARGS)
 
 wheel: $(READY)  ## Build the wheel.
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -20,8 +20,8 @@ from lora2serve.planning.memory_plan import (
 )
 from lora2serve.planning.model_shape import ModelShape
 from lora2serve.planning.plan_settings import PlanSettings
+from lora2serve.planning.step_choice import choose_step
 from lora2serve.progress import Progress
-from lora2serve.system.hardware import memory_bytes
 
 
 def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> None:
@@ -31,32 +31,21 @@ def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> Non
     (embeddings) that the closed form does not know.
     """
     from lora2serve.training.method_outlook import plan_settings
+    from lora2serve.training.model import device, device_model
 
-    target = find_gpu(gpu) if gpu else _here()
+    target = find_gpu(gpu) if gpu else device_model(device())
     ratio, _ = measured_ratio(target.name)
     try:
         path = fetch_base(recipe.model, progress, weights=False)
         shape = shape_at(path, progress)
-        settings = plan_settings(recipe.train, recipe.data.max_length, path, target.dtype)
+        asked = plan_settings(recipe.train, recipe.data.max_length, path, target.dtype)
+        settings = choose_step(shape, asked, recipe.train, target, ratio).settings
         planned = planned_bytes(shape, settings, ratio)
     except (HubError, InputError, UsageError) as error:
         progress.note(f"memory not planned: {error.message.splitlines()[0]}")
         return
     if not fits(planned.total, target):
         raise _too_large(recipe, shape, settings, planned, target, ratio)
-
-
-def _here() -> GpuModel:
-    """What training would compute on."""
-    from lora2serve.training.model import device
-
-    found = device()
-    if not found.on_gpu:
-        return GpuModel("the main memory", memory_bytes(), found.dtype)
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    return GpuModel(properties.name, properties.total_memory, found.dtype)
 
 
 def _too_large(

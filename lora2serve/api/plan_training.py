@@ -29,6 +29,7 @@ from lora2serve.planning.memory_plan import (
 from lora2serve.planning.model_shape import ModelShape, model_shape
 from lora2serve.planning.plan_settings import METHODS, Method, PlanSettings, checkpoints, method_of, settings_of
 from lora2serve.planning.static_memory import target_layers, trainable
+from lora2serve.planning.step_choice import choose_step
 from lora2serve.progress import Progress
 from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.system.hub_snapshot import hub_snapshot
@@ -65,7 +66,8 @@ def plan(
     gpu: a GPU's name (``"4090"``) or GiB (``"24"``), for the largest micro-batch; by default that of this machine.
     methods: of ``full``, ``lora`` and ``qlora``; by default what the recipe trains, or all three of a model.
     ranks, targets: one plan for each; a target is a preset, or names of modules with ``+`` between.
-    batch, length: rows that go through the model at once, and tokens of each; by default the recipe's.
+    batch, length: rows that go through the model at once, and tokens of each; by default the recipe's, and of its rows
+        as many as ``train`` would take at once on that GPU.
     exact: run the model's own code on fake tensors, which takes a minute, instead of the closed form.
     overrides: fields of the recipe, as for ``train``.
     Raises UsageError, CheckpointError for a model that no plan can be made of, HubError, and EngineError where
@@ -78,6 +80,8 @@ def plan(
     shape = _known_shape(path, exact, progress)
     ways = list(_ways(subject, path, chosen, methods, ranks, targets, batch, length))
     ratio, runs = measured_ratio(chosen.name) if chosen else (1.0, 0)
+    if chosen and shape and subject.is_recipe and batch is None:
+        ways = [choose_step(shape, way, subject.train, chosen, ratio).settings for way in ways]
     size: ModelShape | ExactMemory
     if exact:
         trainings, size = _exact_trainings(path, ways, shape, chosen, ratio)
@@ -199,6 +203,7 @@ class _Subject:
     train: TrainRecipe
     length: int
     methods: tuple[Method, ...]
+    is_recipe: bool = False
 
 
 def _subject(model: str | Path | None, overrides: Mapping[str, object] | Sequence[str]) -> _Subject:
@@ -207,7 +212,7 @@ def _subject(model: str | Path | None, overrides: Mapping[str, object] | Sequenc
     path = Path(name or recipes.FILE).expanduser()
     if name is None or path.is_file() or (not path.exists() and name in recipes.built_in()):
         recipe = recipes.load(recipes.find(name), settings(overrides))
-        return _Subject(recipe.model, recipe.train, recipe.data.max_length, (method_of(recipe.train),))
+        return _Subject(recipe.model, recipe.train, recipe.data.max_length, (method_of(recipe.train),), is_recipe=True)
     if overrides:
         raise UsageError("--set changes a recipe, and a model was named", "use --rank, --targets, --batch and --length")
     repo, _, revision = name.partition("@")

@@ -96,6 +96,33 @@ class MemoryRecord(JsonRecord):
 
 
 @dataclass(frozen=True)
+class LoopRecord(JsonRecord):
+    """How an optimizer step is done, which --resume goes on with."""
+
+    WHOLE: ClassVar[bool] = True
+
+    optimizer: str
+    checkpointing: bool  # whether activations are computed twice
+    rows: int = 1  # that go through the model at once
+    accumulation: int = 1  # of them in a step
+    compiled: bool | None = None  # whether decoder layers are; None until the number of steps is known
+    varlen: bool | None = None  # whether rows are not padded, and attend by themselves; None until the model was asked
+
+
+@dataclass(frozen=True)
+class SpeedRecord(JsonRecord):
+    """Tokens that are no padding, over the seconds of optimizer steps; evaluations and the first step left out.
+
+    share_of_limit: 4 operations a parameter and token, over what a large product of matrices reached on that GPU.
+    """
+
+    WHOLE: ClassVar[bool] = True
+
+    tokens_per_second: float
+    share_of_limit: float | None = None  # None without a GPU
+
+
+@dataclass(frozen=True)
 class RunRecord(JsonRecord):
     """The whole file; empty before training has begun."""
 
@@ -107,6 +134,8 @@ class RunRecord(JsonRecord):
     day: str | None = None  # that the chat template printed, YYYY-MM-DD; None where it prints no date
     versions: Mapping[str, str] = field(default_factory=dict)
     metrics: RunMetrics = field(default_factory=RunMetrics)
+    loop: LoopRecord | None = None
     memory: MemoryRecord | None = None  # of a GPU
+    speed: SpeedRecord | None = None
     steps: int | None = None
     finished: bool = False

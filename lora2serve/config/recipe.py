@@ -70,7 +70,7 @@ class TrainRecipe:
     warmup: Annotated[float, Range(0.0, 1.0)] = 0.03  # share of the steps
     max_grad_norm: Annotated[float, Range(0.0, 1e9)] = 0.3
     weight_decay: Annotated[float, Range(0.0, 1.0)] = 0.0
-    gradient_checkpointing: bool | None = None  # default: on with a quantized base
+    gradient_checkpointing: bool | None = None  # default: on where activations would not fit
     seed: Annotated[int, Range(0, (1 << 32) - 1)] = 42  # what numpy takes
     early_stopping: Annotated[int | None, Range(1, 1 << 20)] = None  # evaluations without a better eval loss
     save_best: bool = False

@@ -33,10 +33,12 @@ def activation_memory(shape: ModelShape, settings: PlanSettings) -> ActivationMe
     working = _working(shape, settings, inputs)
     states = settings.tokens * settings.kept_bytes * shape.hidden  # what goes from layer to layer
     head = _head(shape, settings)
+    copies = settings.copied_bytes * trainable(shape, settings)
     if settings.checkpointing:
-        return ActivationMemory(states * shape.layers, saved + working, head)
-    casts = settings.itemsize * trainable(shape, settings) if settings.casts else 0  # of the adapter, by autocast
-    return ActivationMemory(saved * shape.layers + casts, working, head)
+        return ActivationMemory(states * shape.layers + copies, saved + working, head)
+    if settings.casts and not copies:
+        copies = settings.itemsize * trainable(shape, settings)  # by autocast
+    return ActivationMemory(saved * shape.layers + copies, working, head)
 
 
 @dataclass(frozen=True)

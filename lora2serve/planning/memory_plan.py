@@ -86,11 +86,16 @@ def assembled(
     """The parts at the fullest moment.
 
     In one backward activations are given back as gradients come: the fullest moment is at its begin, or at its end.
-    Where gradients of the batch before are there already, it is at its begin.
+    Where gradients of the batch before are there already, it is at its begin, unless all gradients come at once.
     """
     at_begin = activations.stored + max(activations.layer, activations.head)
-    at_end = static.gradients + activations.stored // layers + activations.layer
-    peak = static.gradients + at_begin if settings.accumulates else max(at_begin, at_end)
+    last = activations.stored // layers + activations.layer
+    copies = 2 * settings.copied_bytes * static.trainable  # of the adapter, and then of its gradients
+    at_end = max(copies + last, copies + static.gradients) if copies else static.gradients + last
+    if settings.accumulates:
+        peak = static.gradients + max(at_begin, at_end if copies else 0)
+    else:
+        peak = max(at_begin, at_end)
     logits = max(0, min(activations.head - activations.layer, peak - static.gradients))
     parts = PlannedBytes(
         weights=static.weights,

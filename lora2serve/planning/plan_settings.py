@@ -32,6 +32,7 @@ class PlanSettings:
     optimizer_bits: Literal[8, 32] = 32
     dtype: ComputeType = "bfloat16"
     trained_bytes: int = 4  # of one trained value of an adapter
+    hoisted: bool = True  # whether the adapter is cast to what is computed in once a batch, as training does here
     padded: bool = True  # whether rows of several lengths go through at once, so that attention gets a mask
     kind: str = LORA  # of adapter: ``train.method``
     options: Mapping[str, object] = field(default_factory=dict)  # of another kind than lora
@@ -50,8 +51,15 @@ class PlanSettings:
     @property
     def casts(self) -> bool:
         """Whether what goes into an adapter is cast for it: to its float32 by PEFT, and back by autocast."""
-        narrow = self.kept_bytes < self.trained_bytes and self.method == "lora"
+        narrow = self.kept_bytes < self.trained_bytes and self.method == "lora" and not self.copied_bytes
         return narrow or self.kept_bytes > self.itemsize
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of one trained value, in the copy of the adapter that is computed with."""
+        is_lora = self.method != "full" and self.kind == LORA and not self.dora
+        hoists = self.hoisted and is_lora and self.itemsize < self.trained_bytes
+        return self.itemsize if hoists else 0
 
     @property
     def mask_bytes(self) -> int:

@@ -16,7 +16,7 @@ PATIENCE = 3  # evaluations without a better eval loss, as is usual
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
-def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool, checkpointing: bool) -> list[str]:
+def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool) -> list[str]:
     """One line each, with what to do."""
     train, lora = recipe.train, recipe.train.lora
     problems = []
@@ -24,7 +24,7 @@ def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool, checkpointi
         problems.append(
             f"learning rate {train.learning_rate:g} is low for LoRA: 1e-4 to 4e-4 is usual (train.learning_rate)"
         )
-    if train.quantize != "none" and not checkpointing:
+    if train.quantize != "none" and train.gradient_checkpointing is False:
         problems.append("no gradient checkpointing with a 4-bit base: activations will take most of the memory")
     if not held_out:
         problems.append(

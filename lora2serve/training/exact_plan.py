@@ -19,6 +19,7 @@ from lora2serve.config.schema import build
 from lora2serve.planning.plan_settings import ComputeType, PlanSettings
 from lora2serve.system.worker_protocol import Link
 from lora2serve.training import fake_gpu
+from lora2serve.training.adapter_casts import AdapterCasts
 from lora2serve.training.fake_weights import materialize, quantize
 from lora2serve.training.method_config import adapter_config
 from lora2serve.training.model import add_adapter, four_bit, prepare
@@ -127,14 +128,16 @@ class _FakeTraining:
         for parameter in self._trained():
             parameter.register_post_accumulate_grad_hook(_give_away)  # type: ignore[no-untyped-call]
         autocast = nullcontext() if settings.on_cpu else torch.autocast("cpu", dtype=getattr(torch, settings.dtype))
+        hoisted = AdapterCasts(model, getattr(torch, settings.dtype)).on() if settings.copied_bytes else nullcontext()
         with self.mode, self.tracker:
             self.tracker.restart()
             before = self.tracker.now
             ids = torch.zeros(settings.batch, settings.length, dtype=torch.long)
             mask = torch.ones_like(ids) if settings.padded else None
-            with autocast:
-                loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
-            loss.backward()
+            with hoisted:
+                with autocast:
+                    loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
+                loss.backward()
         return self.head - before, self.tracker.peak - before
 
     def _watch_states(self, body: torch.nn.Module, inputs: object, output: ModelOutput) -> None:

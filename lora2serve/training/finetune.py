@@ -25,12 +25,12 @@ from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
-from lora2serve.planning.plan_settings import checkpoints, method_of
 from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.system.small_files import let_umask_decide
 from lora2serve.training import advice, eval_loss
 from lora2serve.training.eval_loss import RowLosses
+from lora2serve.training.loop_choice import choose_loop
 from lora2serve.training.memory_record import begin_measuring, keep_measured
 from lora2serve.training.method_config import adapter_config
 from lora2serve.training.method_outlook import foretell, kind_of_training
@@ -97,7 +97,8 @@ class FineTune:
         (self.run.path / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
         self.write_eval_rows()
         set_seed(self.recipe.train.seed)
-        model = prepare(load_base(self.base, self.recipe.train, self.device), checkpointing=self.checkpointing)
+        loop = choose_loop(self.recipe, self.run, self.base, self.device, resume=resume)
+        model = prepare(load_base(self.base, self.recipe.train, self.device), checkpointing=loop.checkpointing)
         config = self.adapter_config(model)
         self.record_start(model, template)
         # The base is measured before the adapter is there: some inits take a part of the base out.
@@ -108,8 +109,8 @@ class FineTune:
         initial = self.keep_initial(tuned)
         begin_measuring(self.device)
         steps = fit(
-            tuned, tokenizer, rows, held_out, self.recipe, self.run, self.device,
-            checkpointing=self.checkpointing, resume=resume, progress=self.progress,
+            tuned, tokenizer, rows, held_out, self.recipe, self.run, self.device, loop,
+            resume=resume, progress=self.progress,
             measure=lambda: self.losses(tuned, held_out, tokenizer, "", Silent()).mean(),
             prompts=prompts,
         )  # fmt: skip
@@ -122,11 +123,6 @@ class FineTune:
             self.measure_on_original(losses, held_out, tokenizer)
         plot(self.run)
         self.run.save(replace(self.run.record, finished=True))
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether activations are computed twice to save memory."""
-        return checkpoints(self.recipe.train, method_of(self.recipe.train))
 
     def announce(self) -> None:
         """What will be done and what will not, before the long silence of loading; TrainError for what cannot be."""
@@ -153,7 +149,7 @@ class FineTune:
         train_rows, eval_rows = self.data_sets.train, self.data_sets.held_out
         samples = tokenize_all(train_rows, template, self.recipe.data, self.progress)
         held_out = tokenize_all(eval_rows, template, self.recipe.data, self.progress) if eval_rows else []
-        for warning in advice.warnings(self.recipe, samples, bool(held_out), self.checkpointing):
+        for warning in advice.warnings(self.recipe, samples, bool(held_out)):
             self.progress.warn(warning)
         samples = [sample for sample in samples if sample.learned]
         if not samples:

@@ -16,8 +16,9 @@ from lora2serve.planning.memory_plan import planned_bytes
 from lora2serve.planning.model_shape import model_shape
 from lora2serve.planning.plan_settings import ComputeType, PlanSettings, settings_of
 from lora2serve.planning.static_memory import trainable
+from lora2serve.planning.step_choice import choose_step
 from lora2serve.progress import Progress
-from lora2serve.training.model import Device
+from lora2serve.training.model import Device, device_model
 from lora2serve.training.weightless import learned_values
 from lora2serve.weights.checkpoint import Checkpoint
 
@@ -32,6 +33,7 @@ def foretell(recipe: Recipe, base: Path, device: Device, progress: Progress) -> 
         checkpoint = Checkpoint(base)
         settings = plan_settings(recipe.train, recipe.data.max_length, base, device.dtype)
         shape = model_shape(checkpoint.config, checkpoint.specs())
+        settings = choose_step(shape, settings, recipe.train, device_model(device)).settings
         learned, total = trainable(shape, settings), planned_bytes(shape, settings).total
         progress.note(
             f"{recipe.train.method} learns {learned:,} of {shape.parameters:,} values "

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, path: Path, advance: Advance, progress: Progress) -> None:
         self.path, self.advance, self.progress = path, advance, progress
+        self.pace: Callable[[], str] = str  # what stands behind the figures beside the bar
         self.last: dict[str, tuple[int, float]] = {}  # figure -> step, value
         self.stopped, self.stopped_at = False, 0.0
 
@@ -62,7 +63,7 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
             self.last |= {key: (state.global_step, value) for key, value in figures.items()}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **figures}) + "\n")
-            self.advance(0, self._figures())
+            self.advance(0, ", ".join(filter(None, [self._figures(), self.pace()])))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """One line a checkpoint, so that a log file shows that something moves."""

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.errors import TrainError, first_line
+from lora2serve.planning.gpus import GpuModel
 from lora2serve.planning.plan_settings import ComputeType
+from lora2serve.system.hardware import memory_bytes
 from lora2serve.training.cpt_loss import leave_loss_to_trainer
 from lora2serve.training.lora_targets import other_towers, refuse_unknown, targets
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
@@ -41,6 +43,23 @@ def device() -> Device:
     if not torch.cuda.is_available():
         return Device("cpu", "float32")
     return Device("cuda", "bfloat16" if torch.cuda.is_bf16_supported() else "float16")
+
+
+def device_model(device: Device) -> GpuModel:
+    """The device as a plan knows one: without a GPU, the main memory."""
+    if not device.on_gpu:
+        return GpuModel("the main memory", memory_bytes(), device.dtype)
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return GpuModel(properties.name, properties.total_memory, device.dtype)
+
+
+def free_memory(device: Device) -> int:
+    """Bytes of it that no other program has."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if device.on_gpu else memory_bytes()
 
 
 def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
 from lora2serve.training.tiled_head import plain_model
+from lora2serve.training.varlen_attention import attend_apart, attend_together, can_attend
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,6 +46,23 @@ def keep_apart(model: PreTrainedModel | PeftModel, rows: Sequence[Sample], progr
     progress.warn(
         f"data.packing: rows that share a sequence would see each other in {type(inner).__name__}: they are not packed"
     )
+    return False
+
+
+def attend_by_document(model: PreTrainedModel | PeftModel, rows: Sequence[Sample]) -> bool:
+    """Whether rows of one sequence attend by themselves, without a mask, and are what they are alone; then they do."""
+    inner = plain_model(model)
+    if not can_attend(inner):
+        return False
+    was_training = model.training
+    model.eval()
+    attend_apart(inner)
+    try:
+        if _are_apart(inner, rows):
+            return True
+    finally:
+        model.train(was_training)
+    attend_together(inner)
     return False
 
 

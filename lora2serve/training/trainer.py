@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run_record import LoopRecord
 from lora2serve.config.recipe import Recipe
 from lora2serve.data.samples import Sample
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.progress import Progress
 from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_of, tokens_of
+from lora2serve.training.loop_choice import decided, packs, with_compiler
 from lora2serve.training.metric_logging import MetricLog
 from lora2serve.training.model import Device
-from lora2serve.training.packing import keep_apart
+from lora2serve.training.pace import Pace
 from lora2serve.training.rank_budget import rank_budget
 from lora2serve.training.sample_log import SampleLog
 from lora2serve.training.sample_prompts import SamplePrompt
 from lora2serve.training.schedule import eval_interval, total_steps
+from lora2serve.training.steps import prepare_steps
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 def fit(
     model: PeftModel, tokenizer: Tokenizer, rows: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe,
-    run: Run, device: Device, *, checkpointing: bool, resume: bool, measure: Measure, progress: Progress,
+    run: Run, device: Device, loop: LoopRecord, *, resume: bool, measure: Measure, progress: Progress,
     prompts: Sequence[SamplePrompt] = (),
 ) -> int:  # fmt: skip
     """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C.
@@ -42,10 +45,12 @@ def fit(
     measure: the eval loss of ``model`` as it is at that moment, on all of ``held_out``.
     prompts: what it is asked where it is evaluated, before and after.
     """
-    if recipe.data.packing and not keep_apart(model, rows, progress):
+    loop = decided(loop, model, rows, recipe, device)
+    if recipe.data.packing and not packs(recipe, loop, model, rows, progress):
         recipe = replace(recipe, data=replace(recipe.data, packing=False))
     data = _dataset(rows, recipe)
     total = total_steps(recipe, len(data))
+    loop = with_compiler(loop, total, device)
     checkpoint = last_checkpoint(run) if resume else None
     if checkpoint and step_of(checkpoint) >= total:  # killed after the last step: the trainer would add another
         load_adapter(model, checkpoint, best=_keeps_best(recipe, bool(held_out)))
@@ -54,20 +59,30 @@ def fit(
     progress.note(f"{total} steps on {device.name} in {device.dtype}; {learned:,} parameters to learn")
     with progress.track("train", total, "steps") as advance:
         log = MetricLog(run.path / "metrics.jsonl", advance, progress)
-        arguments = _arguments(recipe, run, device, total, bool(held_out), checkpointing)
+        arguments = _arguments(recipe, run, device, total, bool(held_out), loop)
         callbacks = [log, *_early_stopping(recipe), *rank_budget(model, total)]
-        if prompts:
-            every, path = eval_interval(recipe, total), run.path / "samples.jsonl"
-            callbacks.append(SampleLog(path, prompts, tokenizer, every, progress))
+        callbacks += _samples(recipe, run, total, prompts, tokenizer, progress)
         trainer = _trainer(model, tokenizer, data, held_out, arguments, callbacks)
+        prepare_steps(trainer, model, rows, run, loop, device, progress)
         trainer.measure = measure
         trainer.count_from(tokens_of(checkpoint) if checkpoint else 0)
+        pace = Pace(model, device, lambda: trainer.tokens)
+        trainer.add_callback(pace)
+        log.pace = pace.words
         with log.stop_on_interrupt():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    run.save(replace(run.record, speed=pace.record()))
     if log.stopped:
         progress.note(f"saved at step {trainer.state.global_step} of {total}")
         raise KeyboardInterrupt
     return int(trainer.state.global_step)
+
+
+def _samples(
+    recipe: Recipe, run: Run, total: int, prompts: Sequence[SamplePrompt], tokenizer: Tokenizer, progress: Progress
+) -> list[SampleLog]:
+    every, path = eval_interval(recipe, total), run.path / "samples.jsonl"
+    return [SampleLog(path, prompts, tokenizer, every, progress)] if prompts else []
 
 
 def _trainer(
@@ -137,7 +152,7 @@ def check_trackers(recipe: Recipe) -> None:
             raise TrainError(f"train.trackers: {name} is not installed", f"pip install {name.replace('_', '-')}")
 
 
-def _arguments(recipe: Recipe, run: Run, device: Device, total: int, held_out: bool, checkpointing: bool) -> SFTConfig:
+def _arguments(recipe: Recipe, run: Run, device: Device, total: int, held_out: bool, loop: LoopRecord) -> SFTConfig:
     from trl import SFTConfig
 
     train = recipe.train
@@ -145,27 +160,27 @@ def _arguments(recipe: Recipe, run: Run, device: Device, total: int, held_out: b
         return SFTConfig(
             output_dir=str(run.path / "checkpoints"),
             max_steps=total,
-            per_device_train_batch_size=train.batch_size,
+            per_device_train_batch_size=loop.rows,
             per_device_eval_batch_size=train.batch_size,
-            gradient_accumulation_steps=train.accumulation,
+            gradient_accumulation_steps=loop.accumulation,
             learning_rate=train.learning_rate,
             lr_scheduler_type=train.schedule,
             warmup_steps=math.ceil(train.warmup * total),
             max_grad_norm=train.max_grad_norm,
             weight_decay=train.weight_decay,
-            optim="paged_adamw_32bit" if device.on_gpu and train.quantize != "none" else "adamw_torch",
+            optim=loop.optimizer,
             bf16=device.dtype == "bfloat16",
             fp16=device.dtype == "float16",
             use_cpu=not device.on_gpu,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            gradient_checkpointing=loop.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if loop.checkpointing else None,
             seed=train.seed,
             data_seed=train.seed,
             logging_steps=train.log_interval,
             **_evaluations(recipe, total, held_out),
             report_to=list(train.trackers) or "none",
             run_name=run.name,
-            padding_free=recipe.data.packing,  # rows are cut and packed before; each keeps its own positions
+            padding_free=recipe.data.packing or bool(loop.varlen),  # rows are cut and packed before
             max_length=None,
             disable_tqdm=True,
             dataloader_pin_memory=device.on_gpu,

@@ -51,9 +51,9 @@ def test_speed_and_peak_memory(trained: tuple[Run, float], record_property: Call
     record_property("tokens_per_second", round(tokens))
     record_property("peak_gb", round(peak, 2))
     print(f"\n{torch.cuda.get_device_name()}: {tokens:,.0f} tokens/s, peak {peak:.2f} GB")
-    # 0.53 GB of 4-bit weights, 0.52 GB of float32 embeddings and head, 0.2 GB of adapter, gradients and AdamW;
-    # the rest are activations of one layer and the logits of 4 x 512 x 32000.
-    assert peak < 6
+    # 0.53 GB of 4-bit weights, 0.26 GB of embeddings and head, 0.2 GB of adapter, gradients and AdamW; the rest are
+    # activations of all layers: there is memory for them.
+    assert peak < 12
     memory = run.record.memory
     assert memory and memory.planned_bytes and 0.95 <= memory.planned_bytes / memory.peak_bytes <= 1.1
     assert tokens > 200
@@ -62,7 +62,7 @@ def test_speed_and_peak_memory(trained: tuple[Run, float], record_property: Call
 def test_four_bits_take_less_memory_than_sixteen(
     trained: tuple[Run, float], tmp_path: Path, billion: Path, prose: dict[str, str]
 ) -> None:
-    _, sixteen = measured(write(tmp_path, billion, prose, quantize="none", gradient_checkpointing=True))
+    _, sixteen = measured(write(tmp_path, billion, prose, quantize="none"))
     assert trained[1] < sixteen - 0.5, "the control: 1.1e9 weights of 2 bytes against 0.5"
 
 
@@ -77,7 +77,7 @@ def test_it_learns_and_the_adapter_is_float32(trained: tuple[Run, float]) -> Non
     assert len([name for name in tensors if "lora_B" in name]) == 22 * 7
 
 
-def test_types_and_paged_optimizer(trained: tuple[Run, float]) -> None:
+def test_types_and_optimizer(trained: tuple[Run, float]) -> None:
     run, _ = trained
     kept = run.record.quantization
     expected = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -85,13 +85,12 @@ def test_types_and_paged_optimizer(trained: tuple[Run, float]) -> None:
     checkpoint = last_checkpoint(run)
     assert checkpoint is not None
     arguments = torch.load(checkpoint / "training_args.bin", weights_only=False)
-    assert arguments.optim == "paged_adamw_32bit"
+    assert arguments.optim == "adamw_torch_fused", "there is memory for 1.1 billion parameters"
     assert (arguments.bf16, arguments.fp16) == (expected == "bfloat16", expected == "float16")
-    assert arguments.gradient_checkpointing
+    assert not arguments.gradient_checkpointing
     state = torch.load(checkpoint / "optimizer.pt", weights_only=False, map_location="cpu")["state"]
     assert len(state) == 22 * 7 * 2
-    assert all({"state1", "state2"} <= each.keys() for each in state.values()), "bitsandbytes' names, not torch's"
-    assert {each["state1"].dtype for each in state.values()} == {torch.float32}
+    assert {each["exp_avg"].dtype for each in state.values()} == {torch.float32}
 
 
 def test_the_optimizer_is_paged(tmp_path: Path) -> None:
@@ -111,9 +110,9 @@ def test_the_optimizer_is_paged(tmp_path: Path) -> None:
 def test_gradient_checkpointing_saves_memory_and_changes_no_loss(
     trained: tuple[Run, float], tmp_path: Path, billion: Path, prose: dict[str, str]
 ) -> None:
-    off, peak = measured(write(tmp_path, billion, prose, steps=2, gradient_checkpointing=False))
-    assert trained[1] < 0.8 * peak
-    assert logged(off)[1] == pytest.approx(logged(trained[0])[1], abs=0.02)
+    on, peak = measured(write(tmp_path, billion, prose, steps=2, gradient_checkpointing=True))
+    assert peak < 0.8 * trained[1]
+    assert logged(on)[1] == pytest.approx(logged(trained[0])[1], abs=0.02)
 
 
 def test_evaluated_on_both_bases(tmp_path: Path, billion: Path, prose: dict[str, str]) -> None:
@@ -148,7 +147,9 @@ def test_resume_goes_on_where_it_was(tmp_path: Path, billion: Path, prose: dict[
     cut.save(replace(cut.record, finished=False))
     resumed, _ = measured(file, into=cut.path, resume=True)
     assert list(logged(resumed)) == list(range(1, 11))
-    assert logged(resumed)[10] == pytest.approx(logged(whole)[10], abs=0.02)
+    assert logged(resumed)[10] == logged(whole)[10]
+    ones, others = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(ones[name], others[name]) for name in ones)
 
 
 def test_packing_on_the_gpu(tmp_path: Path, billion: Path, prose: dict[str, str]) -> None:

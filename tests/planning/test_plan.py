@@ -107,6 +107,17 @@ def test_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert (item["method"], item["rank"], item["batch"], item["length"]) == ("qlora", 8, 16, 128)
 
 
+def test_a_recipe_for_a_known_gpu(tmp_path: Path) -> None:
+    """What training would take at once there; a number of rows that is asked for stays."""
+    write_config(tmp_path / "base", LLAMA3_8B)
+    recipe = tmp_path / "lora2serve.yaml"
+    recipe.write_text(json.dumps({"model": {"path": "base"}, "data": {"train": "rows.jsonl", "eval_split": 0}}))
+    plans = {gpu: lora2serve.plan(recipe, gpu=gpu).trainings[0] for gpu in ("h100", "24", "10")}
+    found = {gpu: (plan.batch, plan.checkpointing) for gpu, plan in plans.items()}
+    assert found == {"h100": (8, False), "24": (8, True), "10": (4, True)}
+    assert lora2serve.plan(recipe, gpu="10", batch=8).trainings[0].batch == 8
+
+
 @pytest.mark.engine
 def test_a_training_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before its base is fetched, with the first change that would fit; a plan that cannot be made stops nothing."""
@@ -116,14 +127,15 @@ def test_a_training_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pyte
     write_config(tmp_path / "base", LLAMA3_8B)
     recipe = {"model": {"path": "base"}, "data": {"train": "rows.jsonl", "eval_split": 0}}
     (tmp_path / "lora2serve.yaml").write_text(json.dumps(recipe))
-    with pytest.raises(TrainError, match=r"base: this training takes 1\d\.\d GB, and 10 GiB has 10\.7 GB") as refused:
-        lora2serve.train(gpu="10")
-    assert "the first change that fits: train.batch_size: 1" in refused.value.hint
+    with pytest.raises(TrainError, match=r"base: this training takes 7\.\d GB, and 7 GiB has 7\.5 GB") as refused:
+        lora2serve.train(gpu="7")
+    assert "the first change that fits: train.lora.rank: 8" in refused.value.hint, "it is one row at once already"
     with pytest.raises(TrainError, match=r"and 4 GiB has 4\.3 GB") as refused:
         lora2serve.train(gpu="4")
     assert "no single change fits" in refused.value.hint and "RTX 4070" in refused.value.hint
-    with pytest.raises(TrainError, match="no tokenizer that transformers can load"):  # the control: it got that far
-        lora2serve.train(gpu="80")
+    for gpu in ("80", "10"):  # the control: it got that far, on the smaller one with less at once
+        with pytest.raises(TrainError, match="no tokenizer that transformers can load"):
+            lora2serve.train(gpu=gpu)
     assert not (tmp_path / "runs").exists()
 
 

@@ -21,18 +21,18 @@ def good(count: int) -> list[Sample]:
 
 LONG = [Sample([1, 2, 3], [-100, 2, 3], cut=True, row=row) for row in (298, 299)]
 EMPTY = Sample([1, 2, 3], [-100, -100, -100], cut=True, row=299)
-FINE: dict[str, Any] = {"rows": good(300), "held_out": True, "checkpointing": True}
+FINE: dict[str, Any] = {"rows": good(300), "held_out": True}
 
 
 def warned(tmp_path: Path, train: dict[str, Any], **seen: Any) -> list[str]:
     recipe = load(recipe_file(tmp_path, Path("m"), {"train": "t", "eval": "e"}, **train))
     given = {**FINE, **seen}
-    return advice.warnings(recipe, given["rows"], given["held_out"], given["checkpointing"])
+    return advice.warnings(recipe, given["rows"], given["held_out"])
 
 
 FAULTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"learning_rate": 9e-5}, {}, "learning rate 9e-05 is low for LoRA"),
-    ({}, {"checkpointing": False}, "no gradient checkpointing with a 4-bit base"),
+    ({"gradient_checkpointing": False}, {}, "no gradient checkpointing with a 4-bit base"),
     ({}, {"held_out": False}, "no eval data"),
     (
         {"steps": 60},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora2serve.artifacts.run_record import LoopRecord
 from lora2serve.config.recipe import Recipe, load
 from lora2serve.errors import TrainError
 from lora2serve.training import schedule, trainer
@@ -102,13 +103,16 @@ def test_weights_are_clipped_and_decayed_as_said(tmp_path: Path, small: Path) ->
     from lora2serve.artifacts.run import Run
 
     options: dict[str, Any] = {"max_grad_norm": 0.7, "weight_decay": 0.1, "eval_steps": 3, "save_best": True}
-    given = trainer._arguments(recipe(tmp_path, **options), Run(tmp_path), where, 10, True, True)
+    loop = LoopRecord("adamw_torch", True, rows=2, accumulation=3)
+    given = trainer._arguments(recipe(tmp_path, **options), Run(tmp_path), where, 10, True, loop)
     assert (given.max_grad_norm, given.weight_decay, given.save_steps, given.eval_steps) == (0.7, 0.1, 3, 3)
     assert (given.bf16, given.fp16, given.use_cpu, given.gradient_checkpointing) == (False, False, True, True)
     assert given.report_to in ([], ["none"], "none")
     assert given.optim == "adamw_torch"
-    on_gpu = trainer._arguments(recipe(tmp_path), Run(tmp_path), trainer.Device("cuda", "float32"), 10, True, True)
-    assert on_gpu.optim == "paged_adamw_32bit"
+    assert (given.per_device_train_batch_size, given.gradient_accumulation_steps) == (2, 3)
+    loop = LoopRecord("paged_adamw_32bit", False)
+    on_gpu = trainer._arguments(recipe(tmp_path), Run(tmp_path), trainer.Device("cuda", "float32"), 10, True, loop)
+    assert (on_gpu.optim, on_gpu.gradient_checkpointing) == ("paged_adamw_32bit", False)
 
 
 def test_clipping_and_decay_do_something(tmp_path: Path, small: Path, chats: dict[str, str]) -> None:
@@ -185,8 +189,11 @@ def test_without_save_best_the_last_state_is_kept(tmp_path: Path, harmful: dict[
 
 
 def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, chats: dict[str, str]) -> None:
-    on, _, _ = fit(recipe_file(tmp_path / "a", DEMO / "base", chats, steps=3))
-    off, _, _ = fit(recipe_file(tmp_path / "b", DEMO / "base", chats, steps=3, gradient_checkpointing=False))
+    on, _, _ = fit(recipe_file(tmp_path / "a", DEMO / "base", chats, steps=3, gradient_checkpointing=True))
+    off, _, _ = fit(recipe_file(tmp_path / "b", DEMO / "base", chats, steps=3))
+    assert on.record.loop == LoopRecord("adamw_torch", True, 4, 1, compiled=False, varlen=False)
+    assert off.record.loop == LoopRecord("adamw_torch", False, 4, 1, compiled=False, varlen=False), "they fit here"
+    assert off.record.speed and off.record.speed.tokens_per_second > 0 and off.record.speed.share_of_limit is None
     for step, loss in logged(on).items():
         assert logged(off)[step] == pytest.approx(loss, abs=1e-4)
 

@@ -1,0 +1,99 @@
+"""How a run does its steps: chosen when it begins, kept in run.json, and the same after --resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run_record import LoopRecord
+from lora2serve.config.recipe import Recipe
+from lora2serve.config.train_methods import PROMPTS, STATES
+from lora2serve.data.samples import Sample
+from lora2serve.errors import InputError, UsageError
+from lora2serve.planning.gpus import GpuModel
+from lora2serve.planning.measured_memory import measured_ratio
+from lora2serve.planning.model_shape import model_shape
+from lora2serve.planning.plan_settings import PlanSettings
+from lora2serve.planning.step_choice import StepChoice, choose_step, recipe_step
+from lora2serve.progress import Progress
+from lora2serve.training.layer_compilation import FEWEST_STEPS
+from lora2serve.training.method_outlook import plan_settings
+from lora2serve.training.model import Device, device_model, free_memory
+from lora2serve.training.packing import attend_by_document, keep_apart
+from lora2serve.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def choose_loop(recipe: Recipe, run: Run, base: Path, device: Device, *, resume: bool) -> LoopRecord:
+    """By the plan of memory, before the base is loaded; of a run that goes on, what it began with."""
+    gpu = device_model(device)
+    if resume:
+        return run.record.loop or _earlier_release(recipe, gpu)
+    gpu = replace(gpu, memory=free_memory(device))
+    with suppress(InputError, UsageError):  # a model, or modules to adapt, that the closed form does not know
+        return _record(_planned(recipe, base, gpu))
+    return _record(recipe_step(recipe.train, recipe.data.max_length, gpu))
+
+
+def _planned(recipe: Recipe, base: Path, gpu: GpuModel) -> StepChoice:
+    ratio, _ = measured_ratio(gpu.name)
+    checkpoint = Checkpoint(base)
+    settings = plan_settings(recipe.train, recipe.data.max_length, base, gpu.dtype)
+    return choose_step(model_shape(checkpoint.config, checkpoint.specs()), settings, recipe.train, gpu, ratio)
+
+
+def _record(choice: StepChoice) -> LoopRecord:
+    settings = choice.settings
+    return LoopRecord(choice.optimizer, settings.checkpointing, settings.batch, choice.accumulation)
+
+
+def _earlier_release(recipe: Recipe, gpu: GpuModel) -> LoopRecord:
+    """What a run does of which that is not on record."""
+    choice = recipe_step(recipe.train, recipe.data.max_length, gpu)
+    optimizer = "adamw_torch" if choice.optimizer == "adamw_torch_fused" else choice.optimizer
+    return replace(_record(choice), optimizer=optimizer, compiled=False, varlen=False)
+
+
+def decided(loop: LoopRecord, model: PeftModel, rows: Sequence[Sample], recipe: Recipe, device: Device) -> LoopRecord:
+    """With what the model itself has to say: where rows can attend by themselves, they do from now on.
+
+    On a CPU only packed rows do; never rows with a learned prompt in front of each.
+    """
+    varlen = loop.varlen
+    if recipe.train.method in (*PROMPTS, *STATES):
+        varlen = False
+    elif varlen is not False:
+        varlen = (device.on_gpu or recipe.data.packing) and attend_by_document(model, rows)
+    return replace(loop, varlen=varlen)
+
+
+def with_compiler(loop: LoopRecord, total: int, device: Device) -> LoopRecord:
+    """Compiled on a GPU where the steps are many enough to bring the time back."""
+    return replace(loop, compiled=device.on_gpu and total >= FEWEST_STEPS) if loop.compiled is None else loop
+
+
+def in_parts(loop: LoopRecord, count: int) -> LoopRecord:
+    """With batches in so many parts, or more, so that steps keep their rows."""
+    rows = loop.rows * loop.accumulation
+    most = -(-loop.rows // count)
+    at_once = next(size for size in range(most, 0, -1) if rows % size == 0)
+    return replace(loop, rows=at_once, accumulation=rows // at_once)
+
+
+def planned_settings(recipe: Recipe, loop: LoopRecord, base: Path, device: Device) -> PlanSettings:
+    """For the plan of a run that goes so."""
+    return replace(
+        plan_settings(recipe.train, recipe.data.max_length, base, device.dtype), batch=loop.rows,
+        checkpointing=loop.checkpointing, accumulates=loop.accumulation > 1, padded=loop.rows > 1 and not loop.varlen,
+    )  # fmt: skip
+
+
+def packs(recipe: Recipe, loop: LoopRecord, model: PeftModel, rows: Sequence[Sample], progress: Progress) -> bool:
+    """Whether rows share a sequence: the recipe asks for it, and they do not see each other."""
+    return recipe.data.packing and (bool(loop.varlen) or keep_apart(model, rows, progress))

@@ -1,0 +1,71 @@
+"""A trainer made ready for its steps: collator, compiled layers, casts, and what is done where memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora2serve.artifacts.run import Run
+from lora2serve.artifacts.run_record import LoopRecord
+from lora2serve.data.samples import Sample
+from lora2serve.progress import Progress
+from lora2serve.training.adapter_casts import AdapterCasts
+from lora2serve.training.layer_compilation import MULTIPLE, CompiledLayers
+from lora2serve.training.loop_choice import in_parts
+from lora2serve.training.model import Device
+from lora2serve.training.row_collator import RowCollator
+from lora2serve.training.step_attempts import StepAttempts
+from lora2serve.training.tiled_head import plain_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lora2serve.training.run_trainer import RunTrainer
+
+
+def prepare_steps(
+    trainer: RunTrainer, model: PeftModel, rows: Sequence[Sample], run: Run, loop: LoopRecord, device: Device,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Let ``trainer`` do its steps as ``loop`` says; run.json has it, and each change that memory makes necessary."""
+    inner = plain_model(model)
+    run.save(replace(run.record, loop=loop))
+
+    def smaller(count: int) -> None:
+        changed = in_parts(loop, count)
+        run.save(replace(run.record, loop=changed))
+        progress.warn(
+            f"out of memory with {loop.rows} rows at once: {changed.rows} from now on, in the same optimizer steps"
+        )
+
+    def recompute() -> None:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run.save(replace(run.record, loop=replace(run.record.loop or loop, checkpointing=True)))
+
+    sixteen = device.dtype != "float32"
+    trainer.data_collator = RowCollator(
+        pad_token_id=trainer.data_collator.pad_token_id,
+        padding_free=trainer.padding_free,
+        pad_to_multiple_of=MULTIPLE if loop.compiled else None,
+        longest=max(len(row.input_ids) for row in rows),
+    )
+    trainer.attempts = StepAttempts(
+        told=progress.warn,
+        smaller=smaller,
+        recompute=None if loop.checkpointing else recompute,
+        around=[AdapterCasts(model, getattr(torch, device.dtype)).on] if sixteen else [],
+        compiled=CompiledLayers(inner) if loop.compiled else None,
+    )
+    if device.on_gpu or loop.compiled:
+        trainer.fullest = _fullest(trainer, loop)
+
+
+def _fullest(trainer: RunTrainer, loop: LoopRecord) -> dict[str, object]:
+    """A batch of which every row, packed or not, is the longest."""
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    example = trainer.train_dataset[lengths.index(max(lengths))]
+    batch: dict[str, object] = trainer.data_collator([example] * loop.rows)
+    return batch
