@@ -80,14 +80,9 @@ def plan(
     shape = _known_shape(path, exact, progress)
     ways = list(_ways(subject, path, chosen, methods, ranks, targets, batch, length))
     ratio, runs = measured_ratio(chosen.name) if chosen else (1.0, 0)
-    if chosen and shape and subject.is_recipe and batch is None:
+    if chosen and shape and subject.is_recipe and batch is None:  # as training would choose
         ways = [choose_step(shape, way, subject.train, chosen, ratio).settings for way in ways]
-    size: ModelShape | ExactMemory
-    if exact:
-        trainings, size = _exact_trainings(path, ways, shape, chosen, ratio)
-    else:
-        assert shape is not None
-        trainings, size = tuple(planned(shape, way, chosen, ratio) for way in ways), shape
+    trainings, size = _trainings(path, ways, shape, chosen, ratio, exact=exact)
     return TrainingPlan(
         model=subject.model.path,
         parameters=size.parameters,
@@ -100,6 +95,17 @@ def plan(
         time="not measured",
         notes=tuple(_notes(ways, exact, ratio, runs)),
     )
+
+
+def _trainings(
+    path: Path, ways: Sequence[PlanSettings], shape: ModelShape | None, gpu: GpuModel | None, ratio: float, *,
+    exact: bool,
+) -> tuple[tuple[PlannedTraining, ...], ModelShape | ExactMemory]:  # fmt: skip
+    """In each of the ways, and what is known of the model's size."""
+    if exact:
+        return _exact_trainings(path, ways, shape, gpu, ratio)
+    assert shape is not None
+    return tuple(planned(shape, way, gpu, ratio) for way in ways), shape
 
 
 def _known_shape(path: Path, exact: bool, progress: Progress) -> ModelShape | None:

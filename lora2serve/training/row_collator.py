@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
@@ -19,19 +19,21 @@ class RowCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
 
     longest: int = 0
 
-    def torch_call(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def torch_call(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, object]:
         """As the trainer wants it."""
-        batch: dict[str, Any] = super().torch_call(list(examples))
+        batch: dict[str, object] = super().torch_call(list(examples))
         if not self.padding_free:
             return batch
         tokens = sum(len(example["input_ids"]) for example in examples)
-        padding = batch["input_ids"].size(1) - tokens
+        positions, longest = batch["position_ids"], batch["max_length_q"]
+        assert isinstance(positions, Tensor) and isinstance(longest, int)
+        padding = positions.size(1) - tokens
         if padding:
-            batch["position_ids"][0, tokens:] = torch.arange(padding)
-            starts = (batch["position_ids"][0] == 0).nonzero().flatten()
+            positions[0, tokens:] = torch.arange(padding)
+            starts = (positions[0] == 0).nonzero().flatten()
             borders = torch.cat([starts, torch.tensor([tokens + padding])]).to(torch.int32)
             batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = borders
             documents = torch.arange(len(borders) - 1, dtype=torch.int32)
             batch["seq_idx"] = torch.repeat_interleave(documents, borders.diff())[None]
-        longest = max(self.longest, padding, batch["max_length_q"])
+        longest = max(self.longest, padding, longest)
         return batch | {"max_length_q": longest, "max_length_k": longest, "padding": padding}

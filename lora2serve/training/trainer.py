@@ -66,9 +66,7 @@ def fit(
         prepare_steps(trainer, model, rows, run, loop, device, progress)
         trainer.measure = measure
         trainer.count_from(tokens_of(checkpoint) if checkpoint else 0)
-        pace = Pace(model, device, lambda: trainer.tokens)
-        trainer.add_callback(pace)
-        log.pace = pace.words
+        pace = _with_pace(trainer, model, device, log)
         with log.stop_on_interrupt():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     run.save(replace(run.record, speed=pace.record()))
@@ -76,6 +74,14 @@ def fit(
         progress.note(f"saved at step {trainer.state.global_step} of {total}")
         raise KeyboardInterrupt
     return int(trainer.state.global_step)
+
+
+def _with_pace(trainer: RunTrainer, model: PeftModel, device: Device, log: MetricLog) -> Pace:
+    """What measures the trainer's steps, shown by its log."""
+    pace = Pace(model, device, lambda: trainer.tokens)
+    trainer.add_callback(pace)
+    log.pace = pace.words
+    return pace
 
 
 def _samples(
