@@ -79,25 +79,33 @@ class WorkerProcess:
 
     def call(
         self, job: str, advance: Callable[[int], None] | None = None,
-        answer: Callable[[Any], object] | None = None, **arguments: Any,
+        answer: Callable[[Any], object] | None = None, **arguments: object,
     ) -> Any:  # fmt: skip
         """The result of one job; ``answer`` is what the job may ask. EngineError says what failed; the worker ends."""
+        self._busy = True
+        message = self._exchange({"job": job, "arguments": arguments})
+        while "result" not in message:
+            if "question" in message:
+                assert answer is not None, f"{self.name} asks {message['question']!r}"
+                message = self._exchange({"answer": answer(message["question"])})
+                continue
+            if "error" in message:
+                self._busy = False
+                self.close()
+                raise self.failed(message)
+            if advance:
+                advance(message["advance"])
+            message = self._exchange()
+        self._busy = False
+        return message["result"]
+
+    def _exchange(self, said: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """What the worker says next, once it was told ``said``."""
         try:
             self._link.socket.settimeout(self.limit)
-            self._busy = True
-            self._link.send({"job": job, "arguments": arguments})
-            while "result" not in (message := self._link.receive()):
-                if "question" in message:
-                    assert answer is not None, f"{self.name} asks {message['question']!r}"
-                    self._link.send({"answer": answer(message["question"])})
-                elif "error" in message:
-                    self._busy = False
-                    self.close()
-                    raise self.failed(message)
-                elif advance:
-                    advance(message["advance"])
-            self._busy = False
-            return message["result"]
+            if said is not None:
+                self._link.send(said)
+            return self._link.receive()
         except TimeoutError:
             raise self._silent() from None
         except (LinkClosed, OSError):

@@ -90,7 +90,7 @@ class Link:
         """Close this end. Safe twice."""
         self.socket.close()
 
-    def _decode(self, value: dict[str, Any]) -> Any:
+    def _decode(self, value: dict[str, Any]) -> object:
         if FEW in value:
             return bytearray(value[FEW], "latin-1")
         return self._read(value[BYTES]) if BYTES in value else value

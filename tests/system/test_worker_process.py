@@ -110,6 +110,18 @@ def test_results(worker: str, tmp_path: Path, fork: bool, monkeypatch: pytest.Mo
     assert gone(facts["pid"])
 
 
+def test_what_fails_here_is_not_the_worker(worker: str, tmp_path: Path) -> None:
+    """An answer that cannot be given, as of a pipe that nobody reads: the worker has not died, and ends by itself."""
+
+    def no_reader(_: object) -> str:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with start(worker, tmp_path, False) as process, pytest.raises(BrokenPipeError):
+        process.call("ask", answer=no_reader)
+    with start(worker, tmp_path, False) as process, pytest.raises(EngineError, match="died"):
+        process.call("exit")
+
+
 def test_nothing_is_imported_from_the_current_folder(
     worker: str, tmp_path: Path, fork: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
