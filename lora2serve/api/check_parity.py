@@ -184,7 +184,7 @@ def _of_manifest(exports: Sequence[Path], base: Named | None, progress: Progress
 
 def find_trained(name: str, base: Named | None, progress: Progress) -> TrainedModel:
     """What is measured against: a run, an adapter directory or a plain model, by path, name or Hub id."""
-    if find_run(name) is None and Path(name).is_dir():
+    if find_run(name) is None and Path(name).exists():
         here = Located(Path(name), name)
         if not here.is_adapter and not (here.path / "config.json").is_file():
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 import click
@@ -72,6 +73,8 @@ def chat(
 
 def _question(ask: str | None) -> str | None:
     """What is asked without a terminal; None where a person will type."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # ``clean`` shows a byte that is no text
     if ask is None and sys.stdin is not None and sys.stdin.isatty():
         return None
     from lora2serve.cli.chat_terminal import clean

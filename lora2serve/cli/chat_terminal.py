@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lora2serve import console
-from lora2serve.errors import did_you_mean
+from lora2serve.errors import EngineError, did_you_mean
 
 if TYPE_CHECKING:
     from lora2serve.parity_check.chat_session import Answer, ChatSession
@@ -72,7 +72,12 @@ def _show_in_turn(session: ChatSession, question: str) -> list[Answer]:
         speaker = model
         console.answer_piece(text, dim=thought)
 
-    answers = session.ask(question, show)
+    try:
+        answers = session.ask(question, show)
+    except EngineError:
+        if speaker:  # what was said of the answer stays, and the error has a line of its own
+            console.answer_piece("\n")
+        raise
     console.answer_piece("\n")
     return answers
 

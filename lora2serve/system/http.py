@@ -131,7 +131,8 @@ class HttpClient:
     def events(self, path: str, body: Mapping[str, object]) -> Iterator[Json]:
         """The objects of a stream of server-sent events up to ``[DONE]``, each as soon as it is there.
 
-        A server that does not stream gives its whole answer as the only one.
+        A server that does not stream gives its whole answer as the only one. ConnectionLost where the stream ends
+        before that word: HTTP does not tell of it where the server closes the connection to end an answer.
         """
         with self._response("POST", path, *_encoded(body)) as response:
             if "text/event-stream" not in response.headers.get("Content-Type", ""):
@@ -143,6 +144,7 @@ class HttpClient:
                     return
                 if name == b"data":
                     yield self._parsed(path, data)
+        raise ConnectionLost(f"{self.address}{path}: connection lost (the stream breaks off)", "see the server's log")
 
     def has(self, path: str) -> bool:
         """Whether the server knows that path, by its answer to HEAD."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,8 +14,13 @@ import pytest
 from lora2serve import console
 from lora2serve.cli import run
 from lora2serve.cli.chat_terminal import COMMAND, clean
-from lora2serve.parity_check.engines.chat_engine import TokenText
+from lora2serve.data.rows import Message
+from lora2serve.errors import EngineError
+from lora2serve.parity_check.engines.chat_engine import AnswerOptions, TokenText, prompt
+from lora2serve.parity_check.engines.openai_engine import OpenAI
+from lora2serve.system.http import ConnectionLost
 from tests.support.manifests import write_export
+from tests.support.raw_server import CLOSE, RawServer, Step, answer, head
 
 
 @pytest.mark.parametrize(
@@ -64,6 +74,7 @@ def test_commands(line: str, parts: tuple[str, str | None] | None) -> None:
         (["bundle", "--url-model", "x", "--ask", "x"], 2, "--url-model x: bundle is no address"),
         (["bundle", "--ask", "x"], 2, "a bundle of 1 adapters, expected one model"),
         (["ollama-adapter", "--ask", "x"], 2, "an adapter for Ollama, which no other engine opens"),
+        (["file.gguf", "--ask", "x"], 2, "file.gguf: not a run, export, adapter or model"),
         (["gguf-adapter", "--ask", "x"], 2, "an adapter for llama.cpp, without its base"),
     ],
 )
@@ -74,6 +85,7 @@ def test_words_and_codes(
     monkeypatch.chdir(tmp_path)
     for target in ("bundle", "ollama-adapter", "gguf-adapter"):
         write_export(tmp_path / target, target, bundle=("a",) if target == "bundle" else ())
+    (tmp_path / "file.gguf").write_bytes(b"GGUF")
     assert run(["chat", *args]) == code
     out, err = capfd.readouterr()
     assert said in err and not out and "Traceback" not in err
@@ -107,3 +119,64 @@ def test_a_stop_word_is_no_part_of_an_answer(tokens: list[str], shown: str, stop
             break
     assert "".join([*pieces, words.rest()]) == shown
     assert words.stopped == stopped
+
+
+def test_a_pipe_with_bytes_that_are_no_text(tmp_path: Path) -> None:
+    """They are asked about as a sign that stands for them; of an empty pipe, the control, there is no question."""
+    for piped, said in ((b"half \xff a byte", "no runs/latest here"), (b"", "nothing was piped in")):
+        command = [sys.executable, "-m", "lora2serve", "chat"]
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
+        done = subprocess.run(command, check=False, input=piped, capture_output=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 2 and said in done.stderr.decode()
+
+
+class _Wordless:
+    """An engine whose chat template writes nothing, as one may that knows no such role."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return self._text
+
+    def prompt_ids(self, messages: Sequence[Message], text: str) -> list[int]:
+        return list(self._text.encode())
+
+
+def test_a_template_that_writes_nothing_is_told() -> None:
+    question = [Message(role="user", content="Who?")]
+    assert prompt(_Wordless("a"), question, 8) == [97], "the control"
+    with pytest.raises(EngineError, match="no token"):
+        prompt(_Wordless(""), question, 8)
+
+
+PIECE = b'data: {"choices": [{"delta": {"content": "Leon"}, "finish_reason": %s}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("sent", "end"),
+    [
+        (PIECE % b"null" + PIECE % b'"stop"', "stop"),
+        (PIECE % b"null" + PIECE % b'"length"' + b"data: [DONE]\n\n", "length"),
+        (PIECE % b"null" + PIECE % b"null" + b"data: [DONE]\n\n", "stop"),
+        (PIECE % b"null" + PIECE % b"null", None),
+    ],
+)
+def test_a_server_whose_answer_breaks_off(sent: bytes, end: str | None) -> None:
+    """Half an answer is none, where the connection ends it without a word; with a reason or a last word it is whole."""
+
+    def steps(request: str, body: bytes) -> list[Step]:
+        if request.startswith("GET"):
+            return answer({"data": [{"id": "m"}]})
+        return [head(200, {"Content-Type": "text/event-stream"}), sent, CLOSE]
+
+    said: list[str] = []
+
+    def say(text: str, *, thought: bool = False) -> None:
+        said.append(text)
+
+    with RawServer(steps) as server:
+        engine = OpenAI(server.url, "")
+        with nullcontext() if end else pytest.raises(ConnectionLost):
+            assert engine.reply([Message(role="user", content="Who?")], AnswerOptions(), say) == end
+    assert said == ["Leon", "Leon"]

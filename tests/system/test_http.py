@@ -409,6 +409,12 @@ def test_a_stream_of_events_that_breaks_off() -> None:
         assert next(events) == {"n": 1}
         with pytest.raises(ConnectionLost):
             list(events)
+    for ending in (RESET, CLOSE):  # of the server, or of what stands between
+        with RawServer([head(200, {"Content-Type": "text/event-stream"}), b'data: {"n": 1}\n\n', ending]) as server:
+            events = client(server).events("/x", {})
+            assert next(events) == {"n": 1}
+            with pytest.raises(ConnectionLost):
+                next(events)
     no_json = [head(200, EVENTS), chunk(b"data: {no json\n\n"), chunk(b"")]
     with RawServer(no_json) as server, pytest.raises(InvalidAnswer):
         list(client(server).events("/x", {}))

@@ -48,13 +48,16 @@ class PromptEngine(Protocol):
 def prompt(engine: PromptEngine, messages: Sequence[Message], most: int) -> list[int]:
     """The ids of a conversation with the opening of an answer; without a template, those of its last turn alone.
 
-    EngineError where the template refuses it, or where it leaves no room for an answer in ``most`` tokens.
+    EngineError where the template refuses it or writes nothing, or where it leaves no room for an answer in ``most``
+    tokens.
     """
     try:
         chat = messages if has_template(engine) else []
         ids = engine.prompt_ids(chat, str(messages[-1]["content"])) or []
     except Exception as error:  # a template raises what it likes to refuse a role
         raise EngineError(f"the chat template refuses this conversation: {first_line(error)}") from error
+    if not ids:
+        raise EngineError("the conversation has no token, once its chat template has written it")
     if len(ids) >= most:
         raise EngineError(f"the conversation has {len(ids)} tokens, the model takes {most}", "begin a new one")
     return ids

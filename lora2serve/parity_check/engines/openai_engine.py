@@ -108,7 +108,6 @@ class OpenAI:
         settings = {"max_tokens": options.max_tokens, "temperature": options.temperature}
         body: dict[str, object] = {"model": self.model, "messages": list(messages), "stream": True}
         body |= {name: value for name, value in settings.items() if value is not None}
-        end: End = "stop"
         for event in self._http.events("/v1/chat/completions", body):
             if event.get("error"):
                 raise EngineError(f"{self.root}: {at(event, 'error', 'message') or event['error']}")
@@ -120,9 +119,9 @@ class OpenAI:
                     break
             if isinstance(text := at(part, "content"), str):
                 say(text)
-            if at(choice, "finish_reason") == "length":
-                end = "length"
-        return end
+            if reason := at(choice, "finish_reason"):
+                return "length" if reason == "length" else "stop"
+        return "stop"
 
     def _next(self, prefix: list[int]) -> dict[int, float]:
         """The likeliest next tokens with their log-probabilities."""
