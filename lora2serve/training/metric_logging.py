@@ -36,10 +36,7 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """After --resume the bar starts where the run is, and steps beyond the checkpoint leave the log."""
         self.advance(state.global_step)
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            done = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
+        drop_later(self.path, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Move the bar; after Ctrl-C, save and stop."""
@@ -61,8 +58,7 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
         }
         if {"loss", "eval_loss", "train_runtime"} & figures.keys():  # the last one once, at the end
             self.last |= {key: (state.global_step, value) for key, value in figures.items()}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **figures}) + "\n")
+            add_line(self.path, {"step": state.global_step, **figures})
             self.advance(0, ", ".join(filter(None, [self._figures(), self.pace()])))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -99,3 +95,17 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
             yield
         finally:
             restore()
+
+
+def add_line(path: Path, content: Mapping[str, object]) -> None:
+    """One JSON object behind those that a file has, one a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def drop_later(path: Path, step: int) -> None:
+    """Take the lines of steps beyond ``step`` out of a file of these, if there is one."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        done = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")

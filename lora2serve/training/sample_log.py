@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import TrainError
 from lora2serve.progress import Progress
 from lora2serve.training.generation import greedy, stop_ids
+from lora2serve.training.metric_logging import add_line, drop_later
 from lora2serve.training.sample_prompts import SamplePrompt
 
 if TYPE_CHECKING:
@@ -36,11 +36,9 @@ class SampleLog(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: PeftModel, **_: object
     ) -> None:
         """The answers before training; after --resume, those of steps beyond the checkpoint go."""
-        if state.global_step and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            done = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self._path.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
-        elif not state.global_step:
+        if state.global_step:
+            drop_later(self._path, state.global_step)
+        else:
             self._path.write_text("", encoding="utf-8")
             self._ask(model, args, 0)
 
@@ -57,23 +55,22 @@ class SampleLog(TrainerCallback):  # type: ignore[misc]
         was_training, dtype = model.training, torch.float16 if args.fp16 else torch.bfloat16
         model.eval()
         try:
+            stop = stop_ids(model, self._tokenizer)
             for prompt in self._prompts:
                 with torch.autocast(model.device.type, dtype=dtype, enabled=args.fp16 or args.bf16):
-                    answer = self._answer(model, prompt)
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, "prompt": prompt.text, "answer": answer}) + "\n")
+                    answer = self._answer(model, prompt, stop)
+                add_line(self._path, {"step": step, "prompt": prompt.text, "answer": answer})
                 self._progress.note(f"step {step}: {_shown(prompt.text)} -> {_shown(answer)}")
         finally:
             model.train(was_training)
 
-    def _answer(self, model: PeftModel, prompt: SamplePrompt) -> str:
+    def _answer(self, model: PeftModel, prompt: SamplePrompt, stop: Sequence[int]) -> str:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         room = min(LONGEST, positions - len(prompt.ids)) if positions else LONGEST
         if room < 1:
             raise TrainError(
                 f"train.samples: a prompt of {len(prompt.ids)} tokens, the model takes {positions}", "shorten it"
             )
-        stop = stop_ids(model, self._tokenizer)
         tokens, _ = greedy(model, self._tokenizer, prompt.ids, room, stop)
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,32 @@ def test_resumed(sampled: tuple[Run, list[str]], tmp_path: Path) -> None:
     resumed, _, _ = fit(run.path.parent / "lora2serve.yaml", into=copy.path, resume=True)
     assert samples(resumed) == samples(run)
     assert logged(resumed) == logged(run)
+
+
+def test_the_day_of_the_run_is_printed_on_resume(tmp_path: Path, small: Path, chats: dict[str, str]) -> None:
+    """Of a template that prints the date, by what run.json has pinned. Today, the control, gives what was there."""
+    model = Path(shutil.copytree(small, tmp_path / "model"))
+    template = model / "chat_template.jinja"
+    template.write_text("{{ 'Today is ' + strftime_now('%Y-%m-%d') + '.\\n' }}" + template.read_text())
+    begun = date.today()
+    run, told, _ = fit(write_recipe(tmp_path, model, chats, steps=2, samples=PROMPTS[:1]))
+    today = str(run.record.day)
+    assert begun.isoformat() <= today <= date.today().isoformat()
+
+    def resumed(day: str) -> tuple[Run, str]:
+        copy = Run(Path(shutil.copytree(run.path, tmp_path / day)))
+        shutil.rmtree(copy.path / "checkpoints" / "checkpoint-2")
+        copy.save(replace(copy.record, finished=False, day=day))
+        again, told, _ = fit(tmp_path / "lora2serve.yaml", into=copy.path, resume=True)
+        assert again.record.day == day
+        return again, "\n".join(told.notes)
+
+    same, shown = resumed(today)
+    other, shown_other = resumed("2020-02-03")
+    assert f"prints the date: {today}," in shown and f"prints the date: {today}," in "\n".join(told.notes)
+    assert "prints the date: 2020-02-03," in shown_other and today not in shown_other
+    assert logged(same) == logged(run) and samples(same) == samples(run)
+    assert logged(other)[1] == logged(run)[1] and logged(other)[2] != logged(run)[2]
 
 
 def test_rows_that_are_no_conversations(tmp_path: Path, small: Path) -> None:
