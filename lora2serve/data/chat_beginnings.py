@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from jinja2 import nodes
+    from jinja2 import Template, nodes
 
 NEXT_IN_LOOP = ("root", "__next__")  # what takes the next item of a loop, and not to see whether there is one
 
@@ -41,16 +41,21 @@ def beginnings(source: str, messages: Sequence[object], variables: Mapping[str, 
     """
     if not writes_in_turn(source):
         return None
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
     trace, pieces = _Trace(), list[str]()
-    for piece in _compile_jinja_template(source).generate(**variables, messages=_Watched(messages, trace)):
+    for piece in compiled(source).generate(**variables, messages=_Watched(messages, trace)):
         pieces.append(piece)
         trace.written += len(piece)
     loop_end = trace.ends.get(len(messages))
     if trace.loops != 1 or loop_end is None or trace.taken_otherwise:
         return None
     return Beginnings("".join(pieces), trace.ends, loop_end)
+
+
+def compiled(source: str) -> Template:
+    """A chat template as transformers has it; jinja2.TemplateSyntaxError for what is none."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return cast("Template", _compile_jinja_template(source))
 
 
 @dataclass
@@ -114,9 +119,8 @@ class _Watched(Sequence[object]):
 def writes_in_turn(source: str) -> bool:
     """Whether a template has one loop over messages, and behind it nothing that depends on them."""
     from jinja2 import nodes
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    tree = _compile_jinja_template(source).environment.parse(source)
+    tree = compiled(source).environment.parse(source)
     held = _holding_messages(tree)
     loops = [loop for loop in tree.find_all(nodes.For) if _loaded([loop.iter]) & held]
     if len(loops) != 1 or loops[0].recursive or loops[0].test or loops[0].else_:

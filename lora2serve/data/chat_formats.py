@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora2serve.data.chat_beginnings import compiled
 from lora2serve.data.tokenizer import Tokenizer
-from lora2serve.errors import DataError, did_you_mean
+from lora2serve.errors import DataError, did_you_mean, first_line
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def set_chat_template(tokenizer: Tokenizer, name: str) -> None:
     DataError for a name that is neither, and for a format whose tokens the vocabulary has not.
     """
     if Path(name).is_file():
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+        tokenizer.chat_template = _template_of(Path(name))
         return
     if name not in CHAT_FORMATS:
         near = did_you_mean(name, CHAT_FORMATS)
@@ -82,3 +83,21 @@ def set_chat_template(tokenizer: Tokenizer, name: str) -> None:
             f"it has the tokens of {', '.join(fitting)}",
         )
     tokenizer.chat_template = CHAT_FORMATS[name].template
+
+
+def _template_of(path: Path) -> str:
+    """The text of a file; DataError for one that holds no template."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        compiled(text)
+    except OSError as error:
+        raise DataError(f"data.chat_template: {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.chat_template: {path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except TemplateSyntaxError as error:
+        raise DataError(f"data.chat_template: {path}:{error.lineno}: no template ({first_line(error)})") from None
+    if not text.strip():
+        raise DataError(f"data.chat_template: {path}: empty")
+    return text

@@ -12,7 +12,7 @@ from pathlib import Path
 from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
 from lora2serve.config.schema import show
 from lora2serve.data.message_forms import RowProblem
-from lora2serve.data.readers import SUFFIXES, Pin, file_digest, read_hub_set, read_values
+from lora2serve.data.readers import SUFFIXES, TABLES, Pin, file_digest, read_hub_set, read_values
 from lora2serve.data.row_forms import FORMS, RowReader, as_conversation
 from lora2serve.data.rows import CompletionRow, Row
 from lora2serve.data.text_readers import Numbered, Unreadable
@@ -164,19 +164,19 @@ class _Gate:
         if not _has_splits(source.path):
             return self.read_file(Path(source.path))
         values, fingerprint, commit = read_hub_set(source.path, source.split or "train", self.pin, source.subset)
-        return self._rows(values, DataSet([], source.path, fingerprint, [], commit))
+        return self._rows(values, DataSet([], source.path, fingerprint, [], commit), filled=True)
 
     def read_file(self, path: Path, *, plain_text: bool = False) -> DataSet:
         """A file, without its bad rows; DataError where it has none at all."""
         empty, before = DataSet([], str(path), file_digest(path), []), self.count
-        data = self._rows(read_values(path, plain_text=plain_text), empty)
+        data = self._rows(read_values(path, plain_text=plain_text), empty, filled=path.suffix in TABLES)
         if self.count == before:
             raise DataError(f"{path}: no rows", "expected one JSON object a line, or a table")
         return data
 
-    def _rows(self, values: Numbered, empty: DataSet) -> DataSet:
-        """``empty`` with the rows that ``values`` are."""
-        rows, numbers, reader = [], [], RowReader(self.columns)
+    def _rows(self, values: Numbered, empty: DataSet, *, filled: bool) -> DataSet:
+        """``empty`` with the rows that ``values`` are; ``filled`` up with nulls, as tables are."""
+        rows, numbers, reader = [], [], RowReader(self.columns, filled)
         for number, value in values:
             self.count += 1
             try:

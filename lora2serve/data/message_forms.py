@@ -13,9 +13,14 @@ from typing import cast
 
 from lora2serve.config.schema import show
 from lora2serve.data.rows import ROLES, THOUGHT_KEYS, Message
+from lora2serve.data.text_readers import without_half_pairs
 
 DEEPEST = 100  # lists and objects inside each other
 TEXT_KEYS = ("name", "tool_call_id", *THOUGHT_KEYS)
+OF_THE_SERVER = (  # what it says itself when it calls a template, or refuses in a request
+    "messages", "conversation", "conversations", "tools", "chat_template", "tokenize", "add_generation_prompt",
+    "continue_final_message", "strftime_now", "raise_exception",
+)  # fmt: skip
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "system": "system", "function_call": "assistant",
@@ -39,8 +44,13 @@ def read_messages(key: str, value: object, names: Mapping[str, str]) -> list[Mes
 
 
 def read_tools(value: object) -> list[dict[str, object]] | None:
-    """OpenAI's ``{"type": "function", "function": {...}}`` each; a bare function gets that around it."""
-    tools = from_json("tools", value)
+    """OpenAI's ``{"type": "function", "function": {...}}`` each; a bare function gets that around it.
+
+    Nulls inside a text stay: a default may be one.
+    """
+    tools = (
+        _checked("tools", _parsed("tools", value), nulls=True) if isinstance(value, str) else from_json("tools", value)
+    )
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowProblem(f"tools is {show(tools)}, expected a list of objects")
     return [_tool(tool, number) for number, tool in enumerate(tools)] or None
@@ -51,27 +61,47 @@ def read_template_arguments(value: object) -> dict[str, object]:
     arguments = from_json("chat_template_kwargs", value)
     if not isinstance(arguments, dict):
         raise RowProblem(f"chat_template_kwargs is {show(arguments)}, expected an object")
+    if taken := [name for name in OF_THE_SERVER if name in arguments]:
+        raise RowProblem(f"chat_template_kwargs.{taken[0]}: a server sets it, expected variables of the template")
     return arguments
 
 
 def from_json(key: str, value: object) -> object:
     """``value`` without nulls, read as JSON first where it is a text."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowProblem(f"{key} is {show(value)}, not JSON ({error})") from None
-    return _without_nulls(key, value)
+        value = _parsed(key, value)
+    return _checked(key, value)
 
 
-def _without_nulls(key: str, value: object, depth: int = 0) -> object:
+def drops_nulls(value: Mapping[str, object], key: str) -> bool:
+    """Whether a row has nulls in its tools, or in what the turns under ``key`` call them with, that are left out."""
+    turns = value.get(key)
+    calls = [turn.get("tool_calls") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return any(_holds_null(part) for part in (value.get("tools"), *calls))
+
+
+def _holds_null(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(item is None or _holds_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(_holds_null, value))
+
+
+def _parsed(key: str, text: str) -> object:
+    try:
+        return without_half_pairs(json.loads(text), text)
+    except (ValueError, RecursionError) as error:
+        raise RowProblem(f"{key} is {show(text)}, not JSON ({error})") from None
+
+
+def _checked(key: str, value: object, depth: int = 0, *, nulls: bool = False) -> object:
+    """``value`` as JSON has it, with its ``nulls`` or without; RowProblem where it is too deep."""
     if depth > DEEPEST:
         raise RowProblem(f"{key} is nested more than {DEEPEST} deep")
     if isinstance(value, dict):
-        texts = {str(name): item for name, item in value.items() if item is not None}
-        return {name: _without_nulls(key, item, depth + 1) for name, item in texts.items()}
+        texts = {str(name): item for name, item in value.items() if nulls or item is not None}
+        return {name: _checked(key, item, depth + 1, nulls=nulls) for name, item in texts.items()}
     if isinstance(value, list | tuple):
-        return [_without_nulls(key, item, depth + 1) for item in value]
+        return [_checked(key, item, depth + 1, nulls=nulls) for item in value]
     is_json = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
     return value if is_json or value is None else str(value)  # Arrow knows times, too
 
@@ -141,9 +171,17 @@ def _from_sharegpt(place: str, turn: Mapping[str, object]) -> dict[str, object]:
         raise RowProblem(f"{place}.from is {show(origin)}, expected one of {', '.join(SHAREGPT_ROLES)}")
     rest = {key: item for key, item in turn.items() if key not in ("from", "value", "content")}
     if origin == "function_call":
-        calls = from_json(f"{place}.value", value)
-        return {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
+        calls = _parsed(f"{place}.value", value) if isinstance(value, str) else value
+        calls = [_with_arguments_as_text(call) for call in (calls if isinstance(calls, list) else [calls])]
+        return {"role": role, "tool_calls": calls, **rest}
     return {"role": role, "content": value, **rest}
+
+
+def _with_arguments_as_text(call: object) -> object:
+    """In which nulls stay."""
+    if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
+        return call
+    return {**call, "arguments": json.dumps(call["arguments"])}
 
 
 def _tool_calls(place: str, turn: Mapping[str, object]) -> list[dict[str, object]]:
@@ -161,10 +199,7 @@ def _tool_call(place: str, call: object) -> dict[str, object]:
         raise RowProblem(f"{place} is {show(call)}, expected {{function: {{name, arguments}}}}")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)  # nulls inside a text stay
-        except (ValueError, RecursionError) as error:
-            raise RowProblem(f"{place}.function.arguments is {show(arguments)}, not JSON ({error})") from None
+        arguments = _parsed(f"{place}.function.arguments", arguments)  # nulls inside a text stay
     if not isinstance(arguments, dict):
         raise RowProblem(f"{place}.function.arguments is {show(arguments)}, expected an object")
     whole: dict[str, object] = {} if function is call else call

@@ -25,6 +25,7 @@ TEXTS: dict[str, Reader] = {
 TABLES = (".parquet", ".arrow")
 PACKED = {".gz": "gzip", ".zst": "zstd"}  # as Arrow calls them
 SUFFIXES = (*TEXTS, *TABLES, *PACKED)
+ROWS_AT_ONCE = 4096  # of a table
 COMMIT = r"[0-9a-f]{40}"
 Pin = Callable[[str], tuple[str, str | None]]  # org/name[@revision] -> id and commit
 
@@ -47,6 +48,8 @@ def read_values(path: Path, *, plain_text: bool = False) -> Numbered:
 
 def file_digest(path: Path) -> str:
     """The sha256 of a file."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: a pipe or a device, expected a file, which is read twice", "write the rows to a file")
     try:
         return str(digest(path)["sha256"])
     except OSError as error:
@@ -77,8 +80,7 @@ class Unpacked(io.RawIOBase):
             raise DataError(f"{self.path}: cannot be unpacked ({first_line(error)})") from None
         self.count += count
         if self.count > self.most:
-            size = f"{self.most >> 20:,} MiB"
-            raise DataError(f"{self.path}: unpacks to more than {size}, half of the memory", "use a machine with more")
+            raise _too_large(self.path, self.most)
         return count
 
 
@@ -92,6 +94,11 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         yield cast("io.BufferedReader", file)
 
 
+def _too_large(path: Path, most: int) -> DataError:
+    size = f"{most >> 20:,} MiB"
+    return DataError(f"{path}: unpacks to more than {size}, half of the memory", "use a machine with more")
+
+
 def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: {error.strerror or first_line(error)}", "data paths are relative to the recipe's file")
 
@@ -99,9 +106,10 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 def _table_rows(path: Path, suffix: str) -> Numbered:
     import pyarrow
 
-    number = 0
+    number, most = 0, memory_bytes() // 2
     try:
-        for batch in _parquet_batches(path) if suffix == ".parquet" else _arrow_batches(path):
+        batches = parquet_batches(path, most) if suffix == ".parquet" else _arrow_batches(path)
+        for batch in within(path, batches, most):
             for row in _plain_rows(batch):
                 number += 1
                 yield number, row
@@ -121,11 +129,27 @@ def _plain_rows(batch: pyarrow.RecordBatch) -> Iterable[dict[str, object]]:
     return cast("Iterable[dict[str, object]]", datasets.Dataset(pyarrow.Table.from_batches([batch])))
 
 
-def _parquet_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+def within(path: Path, batches: Iterable[pyarrow.RecordBatch], most: int) -> Iterator[pyarrow.RecordBatch]:
+    """Batches of a table up to ``most`` bytes in all; DataError beyond them."""
+    count = 0
+    for batch in batches:
+        count += batch.nbytes
+        if count > most:
+            raise _too_large(path, most)
+        yield batch
+
+
+def parquet_batches(path: Path, most: int) -> Iterator[pyarrow.RecordBatch]:
+    """The rows of a file, as many at once as fit into ``most`` bytes.
+
+    A value that is there often is stored once: a batch may be many times as large as the file.
+    """
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        yield from file.iter_batches()
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        longest = max([1, *(group.total_byte_size for group in groups)])  # no row is longer than what is stored of all
+        yield from file.iter_batches(batch_size=max(1, min(ROWS_AT_ONCE, most // longest)))
 
 
 def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:

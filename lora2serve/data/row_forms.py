@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from lora2serve.config.schema import show
 from lora2serve.data.message_forms import (
     RowProblem,
+    drops_nulls,
     learned,
     read_messages,
     read_template_arguments,
@@ -22,6 +23,7 @@ FORMS = (
 )
 CONVERSATIONS = ("messages", "conversations")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+NULLS = "nulls of tools and their arguments that are no JSON text"
 BESIDE = ("system", "tools", "chat_template_kwargs")  # what only a conversation has
 BY_RANK: tuple[tuple[str, ...], ...] = (*((key,) for key in CONVERSATIONS), *PAIRS, ("text",))
 
@@ -38,10 +40,12 @@ def parse_row(value: object) -> Row | str:
 class RowReader:
     """Reads values as rows. ``columns`` are other names of keys (``data.columns``): ours -> the one in the data.
 
-    ``unread`` counts the rows that hold a key which nobody reads; ``present`` are the columns that any row has.
+    ``filled``: the values are of a table, which fills rows up with nulls. ``unread`` counts the rows that hold a key
+    which nobody reads; ``present`` are the columns that any row has.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
+    filled: bool = False
     unread: Counter[str] = field(default_factory=Counter)
     present: set[str] = field(default_factory=set)
 
@@ -60,6 +64,8 @@ class RowReader:
             row, names = replace(row, task=task), (*names, "task")
         beside = () if isinstance(row, TextRow) else (*BESIDE, *(["input"] if "instruction" in names else []))
         self.unread.update(filled.keys() - {*names, *beside})
+        if beside and not self.filled and any(drops_nulls(filled, key) for key in names):
+            self.unread[NULLS] += 1
         return row
 
     def _renamed(self, value: Mapping[str, object]) -> Mapping[str, object]:

@@ -44,7 +44,11 @@ class ChatRow:
 
     def json(self) -> dict[str, object]:
         """As it is written to a file."""
-        optional = {"tools": self.tools, "chat_template_kwargs": self.chat_template_kwargs, "task": self.task}
+        optional = {
+            "tools": _written_tools(self.tools),
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "task": self.task,
+        }
         messages = [_written(message) for message in self.messages]
         return {"messages": messages, **{key: value for key, value in optional.items() if value}}
 
@@ -75,6 +79,12 @@ class TextRow:
     def json(self) -> dict[str, object]:
         """As it is written to a file."""
         return {"text": self.text, "task": self.task} if self.task else {"text": self.text}
+
+
+def _written_tools(tools: Sequence[Mapping[str, object]] | None) -> object:
+    """As text where a null is in them, which is kept there."""
+    text = json.dumps(tools)
+    return text if "null" in text and tools else tools
 
 
 def _written(message: Message) -> Mapping[str, object]:

@@ -9,7 +9,7 @@ from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data.rendering import RenderedSample, Renderer
 from lora2serve.data.rows import Row
 from lora2serve.data.samples import RowProblemAt, Sample, SampleBatch
-from lora2serve.errors import DataError
+from lora2serve.errors import DataError, first_line
 
 
 def render_rows(
@@ -28,7 +28,7 @@ def render_rows(
             batch.problem = RowProblemAt(index, error.message, error.hint)
             break
         except Exception as error:  # a template raises what it likes
-            batch.problem = RowProblemAt(index, f"the chat template refuses it: {error}", "")
+            batch.problem = RowProblemAt(index, f"the chat template refuses it: {first_line(error)}", "")
             break
         batch.samples += cut(rendered.samples, recipe.max_length, index)
         batch.losses.update(rendered.losses)

@@ -50,7 +50,7 @@ def _json_lines(file: BufferedReader) -> Numbered:
             yield number, line
         elif line.strip():
             try:
-                yield number, _checked(decoder.decode(line), line)
+                yield number, without_half_pairs(decoder.decode(line), line)
             except (ValueError, RecursionError) as error:
                 yield number, Unreadable(_not_json(error))
 
@@ -73,7 +73,7 @@ def _array_items(file: BufferedReader) -> Numbered:
         number += 1
         try:
             value, place = decoder.raw_decode(text, start)
-            yield number, _checked(value, text[start:place])
+            yield number, without_half_pairs(value, text[start:place])
         except (ValueError, RecursionError) as error:
             yield number, Unreadable(_not_json(error))
             return
@@ -160,7 +160,7 @@ def _no_number(word: str) -> object:
     raise ValueError(f"{word} is no number of JSON")
 
 
-def _checked(value: object, text: str) -> object:
+def without_half_pairs(value: object, text: str) -> object:
     """``value`` of a JSON ``text``; ValueError where it holds half of a surrogate pair."""
     if HALF_PAIR.search(text):
         try:

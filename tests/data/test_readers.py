@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora2serve.data import data_sets
-from lora2serve.data.readers import Unpacked, read_values
+from lora2serve.data.readers import Unpacked, file_digest, parquet_batches, read_values, within
 from lora2serve.data.text_readers import LONGEST_LINE, Unreadable
 from lora2serve.errors import DataError
 from tests.support.runs import plain
@@ -185,6 +186,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("a.csv", b"text\na\n\xff\n", ":3: not UTF-8 (byte 0 of the line)"),
     ("a.csv", b"prompt;completion\na;b\n", ":2: keys prompt;completion, expected messages"),
     ("a.csv", b"messages\n[1\n", ":2: messages is '[1', not JSON"),
+    ("a.csv", b'messages\n"[{""role"": ""user"", ""content"": ""\\ud83d""}]"\n', ":2: messages is "),
     ("a.tsv", b"prompt\tcompletion\na\t\n", ":2: completion is None, expected text"),
 ]
 
@@ -237,6 +239,26 @@ def test_what_unpacks_to_more_than_the_memory(tmp_path: Path) -> None:
         pytest.raises(DataError, match="unpacks to more than 1 MiB"),
     ):
         file.read()
+
+
+def test_a_table_that_unpacks_to_more_than_the_memory(tmp_path: Path) -> None:
+    """A text that is there a thousand times is stored once; what is read of it at once stays within the bound, too."""
+    rows = pyarrow.table({"text": pyarrow.array(["x" * 100_000] * 1000)})
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000, "the control"
+    batches = list(parquet_batches(tmp_path / "a.parquet", 10_000_000))
+    assert sum(batch.num_rows for batch in batches) == 1000 and max(batch.nbytes for batch in batches) < 10_000_000
+    assert len(list(within(tmp_path, batches, 101_000_000))) == len(batches), "the control: just fits"
+    with pytest.raises(DataError, match="unpacks to more than 95 MiB, half of the memory"):
+        list(within(tmp_path, batches, 100_000_000))
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl: a pipe or a device, expected a file"):
+        file_digest(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="No such file"):
+        file_digest(tmp_path / "b.jsonl")
 
 
 def test_lines_are_read_as_a_stream(tmp_path: Path) -> None:

@@ -56,6 +56,27 @@ def test_a_turn_that_is_not_learned() -> None:
     assert list(row.messages) == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
 
 
+def test_nulls_of_tools_and_arguments() -> None:
+    """Those of a JSON text stay; others may be what Arrow filled in: they go, which is told where it was not Arrow."""
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"default": None, "x": 1}}}
+    call = {"type": "function", "function": {"name": "now", "arguments": {"at": None}}}
+    objects = {"messages": [USER, {**ANSWER, "tool_calls": [call]}], "tools": [tool]}
+    as_text = {**call, "function": {"name": "now", "arguments": json.dumps({"at": None})}}
+    texts = {"messages": [USER, {**ANSWER, "tool_calls": [as_text]}], "tools": json.dumps([tool])}
+    shared = [{"from": "function_call", "value": json.dumps({"name": "now", "arguments": {"at": None}})}]
+    kept = chat(texts)
+    assert kept.tools == [tool] and kept.messages[1]["tool_calls"][0]["function"] == call["function"]
+    assert chat({"conversations": shared}).messages[0]["tool_calls"] == kept.messages[1]["tool_calls"]
+    assert parse_row(json.loads(json.dumps(kept.json()))) == kept, "as they are written, too"
+    dropped = chat(objects)
+    assert dropped.tools == [{"type": "function", "function": {"name": "now", "parameters": {"x": 1}}}]
+    assert dropped.messages[1]["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
+    for value, filled, count in ((objects, False, 1), (objects, True, 0), (texts, False, 0)):
+        reader = RowReader(filled=filled)
+        reader.read(value)
+        assert reader.unread.total() == count
+
+
 REFUSED = [
     ({"text": None, "txet": "a typo"}, "keys txet, expected messages, prompt + completion, or text"),
     ({"text": None}, "text is None, expected text"),
@@ -67,6 +88,14 @@ REFUSED = [
     ({"messages": [USER, ANSWER], "tools": [{"name": None}]}, "tools[0] is {}, expected"),
     ({"messages": [USER, ANSWER], "tools": "[{"}, "tools is '[{', not JSON"),
     ({"messages": [USER, ANSWER], "chat_template_kwargs": [1]}, "chat_template_kwargs is [1], expected an object"),
+    (
+        {"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1, "chat_template": "b"}},
+        "chat_template_kwargs.chat_template: a server sets it",
+    ),
+    (
+        {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "a", "arguments": '{"b": "\\ud83d"}'}]}]},
+        'messages[1].tool_calls[0].function.arguments is \'{"b": "\\\\ud83d"}\', not JSON (half of a surrogate pair',
+    ),
 ]
 
 

@@ -56,6 +56,19 @@ def result(text: str, number: int = 0) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": f"call{number:05}", "name": "get_weather", "content": text}
 
 
+OPTIONAL = {  # as pydantic writes what may be left out
+    "type": "function",
+    "function": {
+        "name": "at",
+        "description": None,
+        "parameters": {
+            "type": "object",
+            "properties": {"hour": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None}},
+        },
+    },
+}
+
+
 OSLO, BERGEN = {"city": "Oslo"}, {"city": "Bergen"}
 ASK, RAIN = user("Weather in Oslo?"), result('{"sky": "rain"}')
 CONVERSATIONS: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
@@ -80,6 +93,7 @@ CONVERSATIONS: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
     ([user([{"type": "text", "text": "One"}, {"type": "text", "text": "two"}]), calls(OSLO), RAIN, says("x")], [WEATHER]),  # type: ignore[arg-type]
     ([ASK, says("Not this one.", weight=0), user("Again"), calls(OSLO), RAIN, says("Rain.")], [WEATHER]),
     ([ASK, calls(OSLO), RAIN, says("Rain."), user("Bye"), says("Bye.")], [STRICT]),
+    ([user("When?"), calls({"hour": None}, name="at"), result("now"), says("Now.")], [OPTIONAL]),
 ]  # fmt: skip
 
 
@@ -96,7 +110,7 @@ def test_prompts_are_those_of_vllm(name: str, vllm: Any) -> None:
     server, writer = vllm(tokenizer), renderer(tokenizer, ENDS.get(name, TEMPLATES[name]))
     refused = 0
     for messages, tools in [([dict(turn) for turn in TURNS], None), *CONVERSATIONS]:
-        row = parse_row({"messages": messages, **({"tools": tools} if tools else {})})
+        row = parse_row({"messages": messages, **({"tools": json.dumps(tools)} if tools else {})})
         assert isinstance(row, ChatRow)
         answers = [n for n, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight", 1)]
         try:
@@ -128,3 +142,7 @@ def test_the_control(vllm: Any) -> None:
     assert before != server.prompt_ids(messages[:1], tools)
     plain = tokenizer.apply_chat_template(messages[:1], tools=[STRICT], add_generation_prompt=True, return_dict=False)
     assert list(plain) != server.prompt_ids(messages[:1], [STRICT])
+    row = parse_row({"messages": messages, "tools": [OPTIONAL]})
+    assert isinstance(row, ChatRow), "whose nulls might be those of a table"
+    ((before, _),) = learned(writer.render(row).samples)
+    assert before != server.prompt_ids(messages[:1], [OPTIONAL])
