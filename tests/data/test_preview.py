@@ -18,7 +18,7 @@ from lora2serve.data.base_template import base_template
 from lora2serve.data.preview import preview
 from lora2serve.progress import Silent
 from tests.data.test_chat_turns import THINK, TURNS
-from tests.support.runs import DEMO, write_jsonl
+from tests.support.runs import DEMO, Told, write_jsonl
 
 LONG = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "ALPHA."}]}
 ROWS: list[dict[str, Any]] = [
@@ -51,10 +51,10 @@ def test_the_samples_are_those_of_the_trainer(recipe: Path, capfd: pytest.Captur
 
     assert command(["data", str(recipe), "--json"]) == 0
     shown = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    chosen = load(recipe)
+    chosen, told = load(recipe), Told()
     template = base_template(Path(chosen.model.path))
     base = Path(chosen.model.path)
-    fine_tune = FineTune(chosen, Run(recipe.parent), data_sets.load(chosen.data), base, device(), Silent())
+    fine_tune = FineTune(chosen, Run(recipe.parent), data_sets.load(chosen.data), base, device(), told)
     rows, _ = fine_tune.in_form(template.tokenizer).tokenize(template)
     trained = _dataset(rows)
     assert [sample["ids"] for sample in shown] == list(trained["input_ids"])
@@ -66,6 +66,10 @@ def test_the_samples_are_those_of_the_trainer(recipe: Path, capfd: pytest.Captur
         "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n" + shown[1]["learned"][0]
     )
     assert all("".join(sample["learned"]) in sample["text"] for sample in shown)
+    assert command(["data", str(recipe)]) == 0
+    amount, first = told.notes[-2:]
+    assert f"\n{amount}\n" in capfd.readouterr().out, "a training begins with the same words"
+    assert first == 'the first answer that is learned: "<think> </think> ALPHA.<|im_end|>"'
 
 
 def test_in_words(recipe: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
