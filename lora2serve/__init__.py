@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from lora2serve.gateway.run_gateway import RunningGateway, start_gateway
     from lora2serve.parity_check.chat_session import Answer, ChatSession
     from lora2serve.progress import Progress
+    from lora2serve.sweeping.sweep_recipe import SweepResult, sweep
 
 __version__ = "0.1.0"
 __all__ = [
     "Answer", "ChatSession", "DriftReport", "EvaluationResult", "ExportPlan", "ExportRequest", "Lora2ServeError",
-    "ParityResult", "Progress", "Registry", "Run", "RunningGateway", "RunningServer", "TrainingPlan", "Verified",
-    "chat", "deploy", "drift", "evaluate", "export", "init", "inspect", "parity", "plan", "plan_export",
-    "preview_data", "push", "serve", "start_gateway", "train", "verify",
+    "ParityResult", "Progress", "Registry", "Run", "RunningGateway", "RunningServer", "SweepResult", "TrainingPlan",
+    "Verified", "chat", "deploy", "drift", "evaluate", "export", "init", "inspect", "parity", "plan", "plan_export",
+    "preview_data", "push", "serve", "start_gateway", "sweep", "train", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
@@ -62,6 +63,7 @@ _MODULES = {
     "gateway.run_gateway": ("RunningGateway", "start_gateway"),
     "parity_check.chat_session": ("Answer", "ChatSession"),
     "progress": ("Progress",),
+    "sweeping.sweep_recipe": ("SweepResult", "sweep"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

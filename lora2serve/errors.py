@@ -13,6 +13,7 @@ Lora2ServeError           exit 1, unless a class below says otherwise
 ├── TrainError            training cannot start or go on
 ├── HubError              the Hub, the network or its cache
 ├── RegistryError         a registry cannot be read or written
+├── SweepError            a sweep's storage cannot be read or written, or none of its trials gives a loss
 ├── ParityNotMet          exit 3: an export does not answer like the trained model
 └── GateNotMet            exit 3: a version may not become what it was to be
 
@@ -84,6 +85,10 @@ class HubError(Lora2ServeError):
 
 class RegistryError(Lora2ServeError):
     """A registry cannot be read or written."""
+
+
+class SweepError(Lora2ServeError):
+    """A sweep's storage cannot be read or written, or none of its trials gives a loss."""
 
 
 class ParityNotMet(Lora2ServeError):

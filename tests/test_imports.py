@@ -25,7 +25,7 @@ LEVELS = (
     ("parity_check",),
     ("evaluation",),
     ("api",),
-    ("sweep", "gateway"),
+    ("sweeping", "gateway"),
     ("cli",),
     ("__main__",),
 )

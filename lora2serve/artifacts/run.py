@@ -4,6 +4,7 @@ runs/<name>/recipe.yaml     the recipe, fully resolved
             run.json        base identity, data hashes, versions, quantization, metrics
             adapter/        the PEFT adapter as trained, with its tokenizer
             eval.jsonl      the held-out rows, in normal form
+            row_losses.jsonl  the loss of each of them after the training
             metrics.jsonl   one line per logged step
             samples.jsonl   answers to train.samples at each evaluation
             loss.png
@@ -57,6 +58,10 @@ class Run:
     @property
     def eval_data(self) -> Path:
         return self.path / "eval.jsonl"
+
+    @property
+    def row_losses(self) -> Path:
+        return self.path / "row_losses.jsonl"
 
     @property
     def exports(self) -> Path:

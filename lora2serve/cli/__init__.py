@@ -32,6 +32,7 @@ from lora2serve.cli.plan import plan
 from lora2serve.cli.push import pull_check, push, verify
 from lora2serve.cli.registry import registry
 from lora2serve.cli.serve import serve
+from lora2serve.cli.sweep import sweep
 from lora2serve.cli.top import top
 from lora2serve.cli.train import init, train
 from lora2serve.errors import Lora2ServeError
@@ -72,7 +73,7 @@ def _sweep(quiet: bool) -> None:
 
 
 for command in (
-    init, data, plan, train, chat, evaluate, export, parity, push, verify, pull_check, serve, deploy, adapters,
+    init, data, plan, train, sweep, chat, evaluate, export, parity, push, verify, pull_check, serve, deploy, adapters,
     registry, gateway, drift, top, inspect, doctor,
 ):  # fmt: skip
     cli.add_command(command)

@@ -40,6 +40,13 @@ class RowLosses:
         loss = float(self.sums.sum()) / max(1, count)
         return EvalLoss(eval_loss=loss, perplexity=math.exp(min(loss, 700.0)), tokens=count)
 
+    def write(self, path: Path) -> None:
+        """A line of JSON for each row, in their order: the sum of its losses, and its labeled tokens."""
+        pairs = zip(self.sums.tolist(), self.tokens.tolist(), strict=True)
+        path.write_text(
+            "".join(f'{{"loss": {loss!r}, "tokens": {tokens}}}\n' for loss, tokens in pairs), encoding="utf-8"
+        )
+
     def less(self, other: RowLosses) -> LossDifference:
         """The mean of these less that of ``other`` over the same rows, and where it lies if rows like them were drawn.
 

@@ -56,10 +56,12 @@ MOST_EVAL_ROWS = 1000  # kept in eval.jsonl for parity
 
 
 def train(
-    recipe: Recipe, run: Run, data_sets: DataSets, *, base: Path, resume: bool = False, progress: Progress
-) -> Run:
+    recipe: Recipe, run: Run, data_sets: DataSets, *, base: Path, resume: bool = False, quick: bool = False,
+    progress: Progress,
+) -> Run:  # fmt: skip
     """Fine-tune ``base`` (a local directory) on ``data_sets`` (``data_sets.load``); the run, with all that it keeps.
 
+    quick: leave out what only an export and people need: the adapter on the original base, the picture.
     DataError and TrainError for what cannot be trained; KeyboardInterrupt once Ctrl-C has saved a checkpoint.
     """
     with translated():
@@ -67,7 +69,7 @@ def train(
 
         _quiet()
         check_trackers(recipe)
-        fine_tune = FineTune(recipe, run, data_sets, base, device(), progress)
+        fine_tune = FineTune(recipe, run, data_sets, base, device(), progress, quick)
         fine_tune.announce()
         template = base_template(base, recipe.data.chat_template, run.record.day or date.today().isoformat())
         fine_tune.in_form(template.tokenizer).run_all(template, resume=resume)
@@ -84,6 +86,7 @@ class FineTune:
     base: Path
     device: Device
     progress: Progress
+    quick: bool = False
 
     def run_all(self, template: ChatTemplate, *, resume: bool) -> None:
         """From the tokens to the picture."""
@@ -119,9 +122,12 @@ class FineTune:
         self.save(tuned, tokenizer, initial)
         if held_out:
             losses = self.measure("tuned", tuned, held_out, tokenizer)
+            losses.write(self.run.row_losses)
             del tuned
-            self.measure_on_original(losses, held_out, tokenizer)
-        plot(self.run)
+            if not self.quick:
+                self.measure_on_original(losses, held_out, tokenizer)
+        if not self.quick:
+            plot(self.run)
         self.run.save(replace(self.run.record, finished=True))
 
     def announce(self) -> None:

@@ -1,0 +1,145 @@
+"""``lora2serve sweep``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from lora2serve.cli.options import Choice, Command, GroupedOption, complete_runs, json_option, progress
+
+if TYPE_CHECKING:
+    from lora2serve.sweeping.sweep_recipe import SweepResult
+    from lora2serve.sweeping.sweep_report import FinalLine
+
+EXAMPLES = [
+    ("lora2serve sweep", "lora2serve.yaml here: six rates, all presets, ranks 8 to 64"),
+    ("lora2serve sweep demo --fraction 0.3", "search on 30 % of the rows; the front again on all"),
+    ("lora2serve sweep --budget 6h --constraint memory", "six hours, and the least memory that is good enough"),
+    ("lora2serve sweep --space space.yaml --jobs 2", "your own lists of values; two trials at a time"),
+    ("lora2serve sweep --storage postgresql://db/sweeps", "other machines may join"),
+    ("lora2serve sweep --join sweeps/demo/sweep.db", "one more worker of that sweep"),
+    ("lora2serve sweep --on ray", "one task for each trial, with a GPU each"),
+]
+
+
+@click.command(cls=Command, short_help="Search learning rate, layers and rank.", examples=EXAMPLES)
+@click.argument("recipe", required=False, shell_complete=complete_runs)
+@click.option(
+    "--constraint",
+    type=Choice(["quality", "memory", "time"]),
+    default="quality",
+    show_default=True,
+    help="What is scarce, and so what to recommend.",
+)
+@click.option("--budget", metavar="TRIALS|TIME", help="At most so many trials (40), or so long (90m, 6h, 2d).")
+@click.option(
+    "--fraction",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Of the training rows, for the search; its best are trained again on all.",
+)
+@click.option(
+    "--space",
+    type=click.Path(dir_okay=False, exists=True),
+    metavar="FILE",
+    help="YAML: fields of the recipe with lists of values.",
+)
+@click.option(
+    "--margin", type=float, default=0.01, show_default=True, help="A change of the loss that is none, as a share."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field: train.steps=100.")
+@click.option("--name", help="Of the folder under sweeps/ (default: the recipe's name).")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Trials at a time (default: one for each GPU, or one).",
+    cls=GroupedOption,
+    group="Machine",
+)
+@click.option(
+    "--gpu",
+    metavar="NAME|GIB",
+    default="",
+    help="Trials must fit into this GPU, instead of this machine's.",
+    cls=GroupedOption,
+    group="Machine",
+)
+@click.option(
+    "--storage",
+    metavar="FILE|URL",
+    help="sqlite, a journal (*.journal) or postgresql:// (default: sqlite in the folder).",
+    cls=GroupedOption,
+    group="Machine",
+)
+@click.option(
+    "--join",
+    metavar="FILE|URL",
+    help="Work on the sweep in that storage, which was begun elsewhere.",
+    cls=GroupedOption,
+    group="Machine",
+)
+@click.option(
+    "--on",
+    type=Choice(["ray"]),
+    help="Run trials as tasks of the Ray cluster at RAY_ADDRESS, or of the one here.",
+    cls=GroupedOption,
+    group="Machine",
+)
+@json_option
+@click.pass_context
+def sweep(
+    ctx: click.Context, recipe: str | None, constraint: str, budget: str | None, fraction: float, space: str | None,
+    margin: float, overrides: tuple[str, ...], name: str | None, jobs: int | None, gpu: str, storage: str | None,
+    join: str | None, on: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Find the learning rate, the layers and the rank for RECIPE by short trainings, and recommend a recipe.
+
+    Each trial is a run in a process of its own, under sweeps/<name>/runs/. First rates and layers at one rank, the
+    best for longer; then ranks, until a larger one brings nothing; then the front again, by three seeds, on rows that
+    no trial has seen. The same command goes on with a sweep that was ended. Prints the recommended recipe.
+    """
+    from lora2serve import console
+    from lora2serve.sweeping.sweep_recipe import sweep as run
+
+    result = run(
+        recipe, space=space, budget=budget, fraction=fraction, jobs=jobs, constraint=constraint, margin=margin,  # type: ignore[arg-type]
+        name=name, storage=storage, join=join, gpu=gpu, on=on or "", overrides=overrides, progress=progress(ctx),
+    )  # fmt: skip
+    if as_json:
+        console.result_json(result.report.to_json())
+        return
+    show(result)
+    console.result(str(result.recommended))
+
+
+def show(result: SweepResult) -> None:
+    """The front as a table, why what is recommended is, and what to do next."""
+    from lora2serve import console
+
+    report = result.report
+    columns = ("Configuration", "Loss", "From the best", "Memory", "Time", "Parameters")
+    best = [line.words == report.recommended.words for line in report.finals]
+    styles = {number: "bold" for number, chosen in enumerate(best) if chosen}
+    console.table(f"The front of {report.name}", columns, _rows(report.finals), styles)
+    console.table(
+        "", (f"For {report.constraint}: {report.recommended.words}",), [[line] for line in report.recommended.reason]
+    )
+    console.table("", ("Next",), [
+        [report.explored_words], [f"its run: {result.best.path}"], [f"the page: {result.page}"],
+        [f"`lora2serve train {result.recommended}`"],
+    ])  # fmt: skip
+
+
+def _rows(finals: Sequence[FinalLine]) -> list[list[str]]:
+    from lora2serve.console import size
+
+    return [
+        [
+            line.words, f"{line.objectives.loss:.4f}", line.change.words if line.change else "best",
+            size(line.objectives.memory), f"{line.objectives.seconds:.3g} s", f"{line.objectives.parameters:,}",
+        ]
+        for line in finals
+    ]  # fmt: skip

@@ -1,0 +1,48 @@
+"""One GPU for one trial, also where several sweeps and joined workers share a machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from lora2serve.system import file_lock
+from lora2serve.system.hardware import nvidia_gpus
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+WAIT = 1.0  # seconds between two looks for a free one
+
+
+def usable_gpus() -> tuple[str, ...]:
+    """Their numbers or names, those that this process may use; empty where there is none."""
+    gpus = nvidia_gpus()
+    if not gpus:
+        return ()
+    visible = os.environ.get(VISIBLE)
+    if visible is None:
+        return tuple(str(number) for number in range(len(gpus)))
+    return tuple(name.strip() for name in visible.split(",") if name.strip())
+
+
+@contextmanager
+def leased_gpu(gpus: tuple[str, ...]) -> Iterator[str | None]:
+    """One of them for a while, once one is free; None where there are none."""
+    if not gpus:
+        yield None
+        return
+    with ExitStack() as stack:
+        while True:
+            for gpu in gpus:
+                with suppress(BlockingIOError):
+                    stack.enter_context(file_lock.locked(lease_file(gpu)))
+                    yield gpu
+                    return
+            time.sleep(WAIT)
+
+
+def lease_file(gpu: str) -> Path:
+    """Whoever holds its lock has the GPU; one name for all processes of a user on this machine."""
+    return Path(tempfile.gettempdir()) / f"lora2serve-gpu-{os.getuid()}-{gpu.replace('/', '-')}.lock"

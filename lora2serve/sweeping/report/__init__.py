@@ -1,0 +1,1 @@
+"""The page of a sweep, with the style of parity's."""

@@ -1,0 +1,122 @@
+"""The charts of a sweep's page as values; the template draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora2serve.console import size
+from lora2serve.sweeping.sweep_report import SweepReport, TrialLine
+
+WIDTH, HEIGHT = 1000, 100  # of the drawing; the page stretches it
+LINES = 4  # of a grid
+EDGE = 0.06  # of the chart's width, beside the outermost points
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A line of the grid, or a word below the chart."""
+
+    percent: float
+    label: str
+
+
+@dataclass(frozen=True)
+class FrontChart:
+    """Each configuration by what it takes and its loss: dots of the front, and the others."""
+
+    title: str
+    grid: Sequence[Tick]
+    below: Sequence[Tick]
+    front: str  # dots as an SVG path
+    others: str
+    line: str  # through the front
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The eval loss of one trial by step, as an SVG path."""
+
+    path: str
+    on_front: bool
+
+
+@dataclass(frozen=True)
+class CurveChart:
+    """The trials of all of the search's steps."""
+
+    grid: Sequence[Tick]
+    last: int
+    curves: Sequence[Curve]
+
+
+def front_charts(report: SweepReport) -> list[FrontChart]:
+    """The loss beside memory, time and parameters, of the trials with all steps of the search."""
+    lines = _whole(report)
+    if len(lines) < 2:
+        return []
+    axes = {
+        "memory": ([float(o.memory) for line in lines if (o := line.objectives)], size),
+        "training time": ([o.seconds for line in lines if (o := line.objectives)], lambda value: f"{value:.3g} s"),
+        "parameters learned": ([float(o.parameters) for line in lines if (o := line.objectives)], _count),
+    }
+    charts = []
+    for title, (values, shown) in axes.items():
+        if max(values) > min(values):
+            charts.append(_front_chart(title, lines, values, [shown(min(values)), shown(max(values))]))
+    return charts
+
+
+def curve_chart(report: SweepReport) -> CurveChart | None:
+    """Eval losses by step; None where no trial was evaluated more than once."""
+    lines = [line for line in _whole(report) if len(line.curve) > 1]
+    if not lines:
+        return None
+    values = [report.base_loss, *(loss for line in lines for _, loss in line.curve)]
+    low, high, last = min(values), max(values), max(step for line in lines for step, _ in line.curve)
+
+    def point(step: int, loss: float) -> str:
+        return f"{WIDTH * step / last:.0f} {HEIGHT * (1 - _share(loss, low, high)):.1f}"
+
+    curves = [
+        Curve("M" + "L".join(point(*pair) for pair in [(0, report.base_loss), *line.curve]), line.on_front)
+        for line in sorted(lines, key=lambda line: line.on_front)
+    ]
+    return CurveChart(_grid(low, high), last, curves)
+
+
+def _whole(report: SweepReport) -> list[TrialLine]:
+    return [line for line in report.trials if line.level >= 0 and line.share == 1.0 and line.objectives]
+
+
+def _front_chart(title: str, lines: Sequence[TrialLine], values: Sequence[float], ends: Sequence[str]) -> FrontChart:
+    losses = [o.loss for line in lines if (o := line.objectives)]
+    low, high = min(losses), max(losses)
+    places = [EDGE + (1 - 2 * EDGE) * _share(math.log(v), math.log(min(values)), math.log(max(values))) for v in values]
+    heights = [_share(loss, low, high) for loss in losses]
+    placed = zip(lines, places, heights, strict=True)
+    dots = [(line.on_front, f"{WIDTH * x:.0f} {HEIGHT * (1 - y):.1f}") for line, x, y in placed]
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(zip(places, heights, strict=True)):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    return FrontChart(
+        title=title, grid=_grid(low, high), below=[Tick(100 * EDGE, ends[0]), Tick(100 * (1 - EDGE), ends[1])],
+        front="".join(f"M{at}h0" for is_front, at in dots if is_front),
+        others="".join(f"M{at}h0" for is_front, at in dots if not is_front),
+        line="M" + "L".join(f"{WIDTH * x:.0f} {HEIGHT * (1 - y):.1f}" for x, y in best),
+    )  # fmt: skip
+
+
+def _grid(low: float, high: float) -> list[Tick]:
+    marks = [low + (high - low) * n / LINES for n in range(LINES + 1)]
+    return [Tick(100 * n / LINES, f"{mark:.3g}") for n, mark in enumerate(marks)]
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return (value - low) / (high - low) if high > low else 0.5
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:.2g} M" if value >= 1e6 else f"{value / 1e3:.3g} k"

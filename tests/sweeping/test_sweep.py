@@ -1,0 +1,188 @@
+"""Sweeps whose trials are trained: a small model with a few rows, and the demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora2serve.artifacts.run import Run, is_run
+from lora2serve.errors import SweepError
+from lora2serve.sweeping.trial_ledger import open_ledger
+from lora2serve.sweeping.trial_process import ChildTrials, TrialOrder
+from lora2serve.system.small_files import digest
+from tests.conftest import lora2serve
+from tests.support.commands import ROOT
+from tests.support.runs import DEMO, make_chat_model, recipe_file, rows, write_jsonl
+from tests.support.shared import once
+
+pytestmark = pytest.mark.engine
+
+SPACE = {"train.learning_rate": [1e-3, 4e-3], "train.lora.targets": ["qv"], "train.lora.rank": [4, 8]}
+
+
+def prepare(folder: Path, count: int = 12, held_out: int = 24, **train: Any) -> None:
+    """lora2serve.yaml and space.yaml for a small random model."""
+    base = make_chat_model(folder / "base")
+    data = {
+        "train": str(write_jsonl(folder / "train.jsonl", rows("train.jsonl", count))),
+        "eval": str(write_jsonl(folder / "eval.jsonl", rows("eval.jsonl", held_out))),
+    }
+    recipe_file(folder, base, data, **{"steps": 4, "quantize": "none", **train})
+    (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished sweep."""
+
+    def make(folder: Path) -> None:
+        prepare(folder)
+        lora2serve("sweep", "--space", "space.yaml", "--name", "small", cwd=folder)
+
+    return once(tmp_path_factory, "sweep", make) / "sweeps" / "small"
+
+
+def front(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "front.json").read_text())
+    return content
+
+
+def test_every_trial_is_a_run(swept: Path) -> None:
+    content = front(swept)
+    assert all(line["status"] == "finished" and is_run(Path(line["run"])) for line in content["trials"])
+    assert {Path(line["run"]).name for line in content["trials"]} == {path.name for path in (swept / "runs").iterdir()}
+    keys = [line["key"] for line in content["trials"]]
+    assert len(keys) == len(set(keys)) and sum("-full-seed" in key for key in keys) % 3 == 0
+    run = Run(Path(content["recommended"]["run"]))
+    losses = [json.loads(line) for line in run.row_losses.read_text().splitlines()]
+    mean = sum(line["loss"] for line in losses) / sum(line["tokens"] for line in losses)
+    assert run.record.metrics.tuned and mean == pytest.approx(run.record.metrics.tuned.eval_loss)
+    assert not (run.path / "checkpoints").exists()
+
+
+def test_the_recommended_recipe_gives_the_recommended_run(swept: Path, tmp_path: Path) -> None:
+    """Byte for byte: a process that trained other trials before, and a new one, train the same."""
+    lora2serve("train", swept / "recommended.yaml", "--name", "again", cwd=tmp_path)
+    again, best = tmp_path / "runs" / "again", Path(front(swept)["recommended"]["run"])
+    name = "adapter_model.safetensors"
+    assert digest(again / "adapter" / name) == digest(best / "adapter" / name)
+    other = next(path for path in (swept / "runs").iterdir() if "seed43" in path.name)
+    assert digest(other / "adapter" / name) != digest(best / "adapter" / name), "the control"
+
+
+def test_the_same_command_goes_on(swept: Path) -> None:
+    """A finished sweep has nothing left to do; another question of that name is refused."""
+    before = (swept / "front.json").read_bytes()
+    out = lora2serve("sweep", "--space", "space.yaml", "--name", "small", cwd=swept.parents[1])
+    assert out == f"{swept}/recommended.yaml\n" and (swept / "front.json").read_bytes() == before
+    lora2serve("sweep", "--space", "space.yaml", "--name", "small", "--budget", "9", cwd=swept.parents[1], code=2)
+
+
+def test_a_trial_that_is_killed_is_an_outcome(swept: Path, tmp_path: Path) -> None:
+    """Its child ends by SIGKILL, or cannot read the base: the others do not see it, and no folder is left."""
+    trials = ChildTrials()
+
+    def order(name: str, *overrides: str, base: Path = swept.parents[1] / "base") -> TrialOrder:
+        return TrialOrder(
+            recipe=str(swept / "recipe.yaml"), overrides=[*overrides], run=str(tmp_path / name), base=str(base),
+            base_loss=None, quick=True, final_rows=None,
+        )  # fmt: skip
+
+    def kill() -> None:
+        while not (tmp_path / "a" / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        trials._running[0].send_signal(signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    killed = trials.run(order("a", "train.steps=100000"))
+    assert killed.status == "failed" and "SIGKILL" in killed.problem and not (tmp_path / "a").exists()
+    failed = trials.run(order("b", base=tmp_path))
+    assert failed.status == "failed" and "config.json" in failed.problem and not (tmp_path / "b").exists()
+    good = trials.run(order("c", "train.steps=1"))
+    assert good.finished and is_run(tmp_path / "c"), "the control"
+    with pytest.raises(SweepError, match="the base cannot be measured"):
+        trials.measure(swept / "recipe.yaml", tmp_path, [swept / "rows" / "final.jsonl"])
+    trials.close()
+
+
+@pytest.mark.slow
+def test_the_demo_in_six_minutes(tmp_path: Path) -> None:
+    """3 rates x 2 presets x 2 ranks on 60 rows. SIGKILL in the fourth trial; a second worker; the front is brute force."""
+    write_jsonl(tmp_path / "train.jsonl", rows("train.jsonl", 60))
+    write_jsonl(tmp_path / "eval.jsonl", rows("eval.jsonl", 40))
+    data = {"train": "train.jsonl", "eval": "eval.jsonl"}
+    recipe_file(tmp_path, DEMO / "base", data, steps=18, batch_size=8)
+    space = {
+        "train.learning_rate": [1e-3, 2e-3, 4e-3],
+        "train.lora.targets": ["qv", "all-linear"],
+        "train.lora.rank": [8, 16],
+    }
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "lora2serve", "sweep", *words], cwd=tmp_path, env=environment)
+
+    begin = time.monotonic()
+    storage = tmp_path / "sweeps" / "demo" / "sweep.db"
+    first = start("--space", "space.yaml", "--name", "demo")
+    while not storage.exists() or len(open_ledger(str(storage)).read().tried) < 4:
+        assert first.poll() is None
+        time.sleep(0.5)
+    first.kill()
+    first.wait()
+    before = {key: outcome.run for key, outcome in open_ledger(str(storage)).read().results.items()}
+    assert len(before) == 3
+    workers = [start("--space", "space.yaml", "--name", "demo")]
+    time.sleep(1)
+    workers.append(start("--join", str(storage)))
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert time.monotonic() - begin < 360 or os.getloadavg()[0] > 3
+    trials = open_ledger(str(storage)).study.trials
+    done = [trial.user_attrs["spec"] for trial in trials if "outcome" in trial.user_attrs]
+    assert len(done) == len(set(done)) and len(done) >= 12
+    content = front(tmp_path / "sweeps" / "demo")
+    assert before.keys() <= {line["key"] for line in content["trials"]}
+    whole = [line for line in content["trials"] if line["level"] >= 0 and line["share"] == 1.0]
+    values = {line["key"]: tuple(line["objectives"].values()) for line in whole}
+    brute = {
+        key for key, own in values.items()
+        if not any(all(a <= b for a, b in zip(o, own, strict=True)) and o != own for o in values.values())
+    }  # fmt: skip
+    assert {line["key"] for line in whole if line["on_front"]} == brute
+    assert content["recommended"]["reason"] and all(line["objectives"]["loss"] < content["base_loss"] for line in whole)
+
+
+@pytest.mark.slow
+def test_on_rays_test_cluster(tmp_path: Path) -> None:
+    """Two nodes of one core each: both train, and the sweep ends as it does without Ray."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    prepare(tmp_path)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False},
+    )
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    try:
+        os.environ["RAY_ADDRESS"] = cluster.address
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        words = [sys.executable, "-m", "lora2serve", "sweep", "--space", "space.yaml", "--name", "small", "--on", "ray"]
+        subprocess.run(words, cwd=tmp_path, env=environment, check=True)
+    finally:
+        os.environ.pop("RAY_ADDRESS")
+        ray.shutdown()
+        cluster.shutdown()
+    content = front(tmp_path / "sweeps" / "small")
+    assert all(line["status"] == "finished" for line in content["trials"]) and content["recommended"]["words"]
