@@ -13,6 +13,7 @@ from lora2serve.api.version_registry import Registry
 from lora2serve.errors import EngineError
 from lora2serve.gateway.adapter_cache import AdapterCache
 from lora2serve.gateway.client_side import ClientLeft, TooLarge, read_body, replayed, send_error, send_json
+from lora2serve.gateway.drift.text_features import describe
 from lora2serve.gateway.exchange import Exchange, Recorder
 from lora2serve.gateway.feedback_requests import take_feedback
 from lora2serve.gateway.gateway_config import GatewayConfig
@@ -24,6 +25,7 @@ from lora2serve.gateway.routing import Routes
 from lora2serve.gateway.security import header_bytes, is_authorized, is_closed, read_secret
 from lora2serve.gateway.shadow import ShadowQueue
 from lora2serve.gateway.traffic_store import TrafficStore
+from lora2serve.gateway.trial_loop import TrialLoop, TrialMetrics
 from lora2serve.gateway.upstreams import (
     AsgiApp,
     Headers,
@@ -62,26 +64,27 @@ class Gateway:
         cache = AdapterCache(upstreams, lambda name, number: adapter_directory(registry, name, number), metrics)
         self._shadows = ShadowQueue(shadows, cache, self._copied, metrics.shadow_dropped)
         self.cache, self.routes = cache, Routes(config, cache, registry.live, secret, metrics, progress)
-        self._proxy = RoutedProxy(
-            config, self.routes, cache, Recorder(config.capture), self._writer, self._shadows, metrics, secret
-        )
-        self._task: asyncio.Task[None] | None = None
+        recorder = Recorder(config.capture, describe)
+        self._proxy = RoutedProxy(config, self.routes, cache, recorder, self._writer, self._shadows, metrics, secret)
+        self._trials = TrialLoop(config, registry, self.routes, TrialMetrics(metrics.registry), progress)
+        self._tasks: list[asyncio.Task[None]] = []
         self._requests = 0
 
     async def start(self) -> None:
         """Begin its background work; the routes are those of the registry from then on."""
         self._writer.start()
         await self.routes.look()
-        self._task = asyncio.ensure_future(self.routes.run())
+        self._tasks = [asyncio.ensure_future(self.routes.run()), asyncio.ensure_future(self._trials.run())]
 
     async def close(self) -> None:
         """End it: what was recorded is stored, copies that wait are dropped."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.routes.close()
         await self._shadows.close()
         await asyncio.to_thread(self._writer.close)
+        await self._trials.close()
         for upstream in self._all:
             await upstream.close()
 

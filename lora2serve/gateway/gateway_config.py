@@ -10,6 +10,7 @@ from typing import Annotated
 from lora2serve.config.bounds import Range
 from lora2serve.config.schema import build, read_keys, show
 from lora2serve.errors import RecipeError, UsageError
+from lora2serve.gateway.decisions.decision_rules import DecisionRecipe
 from lora2serve.registry.version_reference import parse_reference, refuse_alias
 from lora2serve.system.http import check_address
 
@@ -56,6 +57,7 @@ class RouteConfig:
 
     challenger: ChallengerConfig = ChallengerConfig()
     shadow: ShadowConfig = ShadowConfig()
+    decisions: DecisionRecipe = field(default_factory=DecisionRecipe)  # when either is stopped or promoted by itself
     unit_header: str = "x-session-id"  # says whom a request is from; else the body's `user`, else how the chat begins
 
 
@@ -148,6 +150,7 @@ def _problems(config: GatewayConfig, inside: str) -> list[str]:
                 refuse_alias(alias)
             except UsageError as error:
                 problems.append(f"routes.{name}.{role}.alias: {error.message}")
+        problems += route.decisions.problems(f"routes.{name}.decisions")
         if not route.unit_header.isascii() or not route.unit_header.strip():
             problems.append(f"routes.{name}.unit_header: {show(route.unit_header)}, expected the name of a header")
     return problems

@@ -18,6 +18,7 @@ from lora2serve.gateway.gateway_app import Gateway
 from lora2serve.gateway.gateway_config import GatewayConfig, load
 from lora2serve.gateway.gateway_metrics import GatewayMetrics
 from lora2serve.gateway.middleware import GatewayMiddleware
+from lora2serve.gateway.monitoring.otel_metrics import otel_observer
 from lora2serve.gateway.pass_through import PassThrough
 from lora2serve.gateway.request_record import TrafficObserver
 from lora2serve.gateway.upstreams import HttpUpstream, Upstream
@@ -113,7 +114,8 @@ def _server(
         items = config.upstreams.items()
         return {name: HttpUpstream(name, upstream, connections=connections) for name, upstream in items}
 
-    upstreams, metrics = servers(0), GatewayMetrics()
+    upstreams, metrics, otel = servers(0), GatewayMetrics(), otel_observer(progress)
+    observers = [*observers, *([otel] if otel else [])]
     inner = PassThrough(next(iter(upstreams.values())), metrics)
     gateway = Gateway(config, registry, upstreams, servers(SHADOW_CONNECTIONS), inner, metrics, progress, observers)
     settings = uvicorn.Config(

@@ -238,3 +238,50 @@ def test_a_locked_registry_and_a_full_disk(tmp_path: Path, seed: Path) -> None:
         assert chat(bed.url).status == 200
         lost = "lora2serve_records_dropped_total"
         wait_for(lambda: total(metrics(bed.url), lost, reason="disk") > 0, "it is counted")
+
+
+RULES = {"decisions": {"rules": [{"measure": "errors", "worse_by": 0.0}, {"measure": "truth", "worse_by": 0.0}]}}
+
+
+@pytest.mark.parametrize("worse", ["errors", "truth", "nothing"])
+def test_a_challenger_that_is_worse_is_stopped(
+    tmp_path: Path, seed: Path, worse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, within 200 requests; one that is not worse stays. Each answer is of one of the two."""
+    monkeypatch.setenv("LORA2SERVE_FEEDBACK_KEY", "secret")
+    stubs = {"prod": StubUpstream(models=("merged",), takes_adapters=False), "staging": StubUpstream()}
+    upstreams = {"prod": {"serves": {"towns@1": "merged"}}}
+    routes = {"towns": {"challenger": {"share": 0.5}, **RULES}}
+    verdict = "lora2serve_trial_verdict"
+    with test_bed(tmp_path, seed, stubs=stubs, upstreams=upstreams, aliases=TRIAL, routes=routes) as bed:
+        wait_for(
+            lambda: total(metrics(bed.url), verdict, outcome="none") == 0 and stubs["staging"].adapters, "it begins"
+        )
+        wait_for(lambda: any(name == verdict for name, _ in metrics(bed.url)), "the trial is there")
+        stubs["staging"].faults.status = 500 if worse == "errors" else 0
+        stopped = 0
+        for number in range(200):
+            got = chat(
+                bed.url, f"question {number}", headers={"x-session-id": f"u{number}", "x-request-id": f"r{number}"}
+            )
+            assert got.version in ("towns@1", "towns@2") and got.status == (
+                500 if worse == "errors" and got.version == "towns@2" else 200
+            )
+            if worse != "errors":
+                score = 0.0 if worse == "truth" and got.version == "towns@2" else 1.0
+                sent = {"request_id": f"r{number}", "score": score}
+                assert call(bed.url, "/v1/feedback", sent, {"Authorization": "Bearer secret"}).status == 200
+            if number % 20 == 19:
+                time.sleep(1.0)  # a look takes half a second
+                if bed.registry.aliases("towns")["challenger"] == 1:
+                    stopped = number + 1
+                    break
+        if worse == "nothing":
+            assert not stopped and bed.registry.aliases("towns") == TRIAL
+            return
+        assert stopped, bed.told.notes
+        bed.becomes(1, "challenger")
+        assert {chat(bed.url, headers={"x-session-id": f"v{number}"}).version for number in range(20)} == {"towns@1"}
+        event = bed.registry.history("towns")[-1]
+        assert (event.kind, event.alias, event.old, event.new, event.who) == ("rollback", "challenger", 2, 1, "gateway")
+        wait_for(lambda: total(metrics(bed.url), verdict, outcome="rollback", mode="split") == 1, "the metrics say so")
