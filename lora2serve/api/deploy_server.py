@@ -70,11 +70,11 @@ def _route(kind: str, names: Sequence[Named], weights: Sequence[int], pool: str,
     versions = _versions(names)
     split = kind in READERS["--weights"]
     shares = check_weights(weights, len(versions)) if split else [1] * len(versions)
-    backends = [
+    routed = [
         RoutedVersion(version.reference, version.folder, version.sha256, weight)
         for version, weight in zip(versions, shares, strict=True)
     ]
-    return RouteSpec(versions[0].name, tuple(backends), pool, upstream)
+    return RouteSpec(versions[0].name, tuple(routed), pool, upstream)
 
 
 def _shared_name(names: Sequence[Named], weights: Sequence[int], options: ServeOptions, store: str) -> list[ServerSpec]:

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import yaml
 
 from lora2serve import Registry
 from lora2serve.cli import run
-from lora2serve.config.trial_gauge import PROMOTE, UNDECIDED, VERDICT, WORSE
 from lora2serve.errors import UsageError
+from lora2serve.gateway.monitoring.metric_samples import parse_scrape
 from lora2serve.serving import deploy
 from lora2serve.serving.deploy import RouteSpec
+from lora2serve.serving.deploy.argo import AGAINST, VERDICT
 from lora2serve.serving.deploy.route_spec import RoutedVersion, check_weights
 from tests.serving.test_deploy import put, validate
 from tests.support.environments import make_environment
@@ -48,8 +50,11 @@ print(json.dumps(asyncio.run(picks())))
 """
 
 
-def rendered(kind: deploy.DeployKind, spec: RouteSpec = ROUTE) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(deploy.render(kind, spec)))
+CHALLENGER = replace(ROUTE, versions=ROUTE.versions[1:])
+
+
+def rendered(kind: deploy.DeployKind) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(deploy.render(kind, CHALLENGER if kind == "argo" else ROUTE)))
 
 
 FAULTS: list[tuple[deploy.DeployKind, Callable[[list[dict[str, Any]]], None]]] = [
@@ -89,15 +94,20 @@ def test_what_routes_say() -> None:
         config["general_settings"]["master_key"]
     }
     assert all(key.startswith("os.environ/") for key in keys), "no key stands in the file"
-    (template,) = rendered("argo")
-    metric = template["spec"]["metrics"][0]
-    assert metric["provider"]["prometheus"]["query"] == f'min({VERDICT}{{name="Towns.1"}})'
     assert deploy.render("llm-d", ROUTE).splitlines()[1].startswith("# Towns.1@1 90, Towns.1@2 10; ")
 
 
 def test_argo_waits_until_the_trial_is_decided() -> None:
-    """Its conditions on what Prometheus gives: a vector, empty where no gateway runs."""
+    """Its conditions on what Prometheus gives: a vector, empty while nothing is decided, or where no gateway runs."""
     metric = rendered("argo")[0]["spec"]["metrics"][0]
+    trial = 'adapter="Towns.1", challenger="2"'
+    query = metric["provider"]["prometheus"]["query"]
+    assert query == (
+        f'-max({VERDICT}{{{trial}, outcome=~"{AGAINST}"}} == 1) or max({VERDICT}{{{trial}, outcome="promote"}} == 1)'
+    )
+    gauge = f'{VERDICT}{{adapter="Towns.1",mode="split",champion="1",challenger="2",outcome="rollback"}} 1\n'
+    (seen,) = parse_scrape(gauge).trials
+    assert (seen.name, seen.challenger, seen.outcome) == ("Towns.1", "2", "rollback"), "the gauge that a gateway has"
 
     def phase(result: list[float]) -> str:
         for key, word in (("failureCondition", "failed"), ("successCondition", "successful")):
@@ -105,11 +115,11 @@ def test_argo_waits_until_the_trial_is_decided() -> None:
                 return word
         return "inconclusive"
 
-    assert [phase(result) for result in ([], [UNDECIDED], [PROMOTE], [WORSE])] == [
-        "inconclusive", "inconclusive", "successful", "failed",
-    ]  # fmt: skip
+    assert [phase(result) for result in ([], [1.0], [-1.0])] == ["inconclusive", "successful", "failed"]
     assert metric["inconclusiveLimit"] > 1000, "Argo's own limit of 0 ends the analysis at the first look"
     assert "count" not in metric and metric["consecutiveSuccessLimit"] == 1 and metric["failureLimit"] == 0
+    with pytest.raises(UsageError, match="argo: 2 versions"):
+        deploy.render("argo", ROUTE)
 
 
 def test_weights() -> None:
@@ -158,7 +168,9 @@ def test_from_a_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert len({one["metadata"]["name"] for one in services}) == 2
     (ray,) = printed("ray", *both, "--store", "s3://bucket/models")
     assert ray["applications"][0]["args"]["llm_configs"][0]["lora_config"]["max_num_adapters_per_replica"] == 2
-    printed("argo", "Towns@staging")
+    (template,) = printed("argo", "Towns@staging")
+    validate("argo", [template])
+    assert 'challenger="2"' in template["spec"]["metrics"][0]["provider"]["prometheus"]["query"]
 
     with Registry(tmp_path / "registry") as registry:
         registry.promote("Towns@2")

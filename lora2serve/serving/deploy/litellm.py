@@ -19,21 +19,21 @@ def documents(route: RouteSpec) -> list[Document]:
         raise UsageError("--upstream with a password: it would stand in the file", "the key goes into VLLM_API_KEY")
     return [
         {
-            "model_list": [_model(route, backend) for backend in route.backends],
+            "model_list": [_model(route, version) for version in route.versions],
             "router_settings": {"routing_strategy": "simple-shuffle"},  # the one that goes by weight
             "general_settings": {"master_key": "os.environ/LITELLM_MASTER_KEY"},
         }
     ]
 
 
-def _model(route: RouteSpec, backend: RoutedVersion) -> dict[str, object]:
+def _model(route: RouteSpec, version: RoutedVersion) -> dict[str, object]:
     return {
         "model_name": route.name,
         "litellm_params": {
-            "model": f"hosted_vllm/{backend.served}",
+            "model": f"hosted_vllm/{version.served}",
             "api_base": f"{route.upstream.rstrip('/').removesuffix('/v1')}/v1",
             "api_key": "os.environ/VLLM_API_KEY",
-            "weight": backend.weight,
+            "weight": version.weight,
         },
-        "model_info": {"id": backend.reference},
+        "model_info": {"id": version.reference},
     }

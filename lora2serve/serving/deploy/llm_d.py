@@ -19,7 +19,7 @@ def documents(route: RouteSpec) -> list[Document]:
         raise UsageError("--pool is missing", "`kubectl get inferencepools` names the one that serves the versions")
     rule = {
         "matches": [{"model": {"type": "Exact", "value": route.name}}],
-        "targets": [{"modelRewrite": backend.served, "weight": backend.weight} for backend in route.backends],
+        "targets": [{"modelRewrite": version.served, "weight": version.weight} for version in route.versions],
     }
     spec = {"poolRef": {"group": POOLS, "kind": "InferencePool", "name": route.pool}, "rules": [rule]}
     kind = {"apiVersion": f"{GROUP}/v1alpha2", "kind": "InferenceModelRewrite"}

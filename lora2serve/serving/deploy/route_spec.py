@@ -25,14 +25,14 @@ class RouteSpec:
     """``name`` is what clients ask for; ``pool`` and ``upstream`` are where the versions are served."""
 
     name: str
-    backends: tuple[RoutedVersion, ...]
+    versions: tuple[RoutedVersion, ...]
     pool: str = ""  # an InferencePool
     upstream: str = ""  # the OpenAI-compatible address of a server
 
     @property
     def shares(self) -> str:
         """``medical-qa@7 90, medical-qa@9 10``"""
-        return ", ".join(f"{backend.reference} {backend.weight}" for backend in self.backends)
+        return ", ".join(f"{version.reference} {version.weight}" for version in self.versions)
 
 
 def check_weights(weights: Sequence[int], count: int) -> Sequence[int]:
