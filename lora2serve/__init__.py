@@ -11,6 +11,7 @@ TYPE_CHECKING = False  # not from typing: `python -m lora2serve` would take one 
 if TYPE_CHECKING:
     from lora2serve.api.chat_with_model import chat
     from lora2serve.api.check_parity import ParityResult, parity
+    from lora2serve.api.compare_models import compare
     from lora2serve.api.data_preview import preview_data
     from lora2serve.api.deploy_server import deploy
     from lora2serve.api.evaluate_model import EvaluationResult, evaluate
@@ -37,12 +38,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer", "ChatSession", "DriftReport", "EvaluationResult", "ExportPlan", "ExportRequest", "Lora2ServeError",
     "ParityResult", "Progress", "Registry", "Run", "RunningGateway", "RunningServer", "SweepResult", "TrainingPlan",
-    "Verified", "chat", "deploy", "drift", "evaluate", "export", "init", "inspect", "parity", "plan", "plan_export",
-    "preview_data", "push", "serve", "start_gateway", "sweep", "train", "verify",
+    "Verified", "chat", "compare", "deploy", "drift", "evaluate", "export", "init", "inspect", "parity", "plan",
+    "plan_export", "preview_data", "push", "serve", "start_gateway", "sweep", "train", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
     "api.check_parity": ("ParityResult", "parity"),
+    "api.compare_models": ("compare",),
     "api.data_preview": ("preview_data",),
     "api.deploy_server": ("deploy",),
     "api.evaluate_model": ("EvaluationResult", "evaluate"),

@@ -75,12 +75,14 @@ def evaluate(
     return run_suite(models, asked, gates, out, progress, reference=-1 if against is not None else 0)
 
 
-def choose_suite(suite: Named | None, models: Sequence[EvaluatedModel], limit: int | None, progress: Progress) -> Suite:
-    """The one that is named, or the held-out rows of the first model's run."""
+def choose_suite(
+    suite: Named | None, models: Sequence[EvaluatedModel], limit: int | None, progress: Progress, *, truth: bool = True
+) -> Suite:
+    """The one that is named, or the held-out rows of the first model's run; ``truth``: something must be expected."""
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: expected 1 at least")
     if suite is not None:
-        asked = read_suite(Path(suite), limit)
+        asked = read_suite(Path(suite), limit, truth=truth)
     else:
         rows = heldout_rows(models)
         asked = of_rows(rows, HELD_OUT, SuiteRecipe(str(rows)), rows.parent, limit)

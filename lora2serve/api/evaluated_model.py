@@ -37,7 +37,7 @@ class EvaluatedModel:
 
     def file_name(self, suite: str, *, shared: bool) -> str:
         """Of its scores; ``shared``: those of other models lie in the same folder."""
-        return f"{suite}.{_slug(self.name)}.json" if shared else f"{suite}.json"
+        return f"{suite}.{slug(self.name)}.json" if shared else f"{suite}.json"
 
 
 def find_models(
@@ -70,7 +70,7 @@ def home_of(name: str, finder: ModelFinder) -> Path:
         home = finder.run(name) if export else None
         if export and home and not is_of_version(home.path):
             return home.path / FOLDER / export.path.resolve().name
-    return Path(FOLDER) / _slug(name)
+    return Path(FOLDER) / slug(name)
 
 
 def heldout_rows(models: Sequence[EvaluatedModel]) -> Path:
@@ -88,6 +88,7 @@ def refuse_same(models: Sequence[EvaluatedModel]) -> None:
         raise UsageError(f"{repeated}: named twice", "one that is compared with itself says nothing")
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A model's name as that of a folder or a file."""
     short = name if ADDRESS.match(name) or "@" in name else Path(name).name
     return re.sub(r"[^A-Za-z0-9._@-]+", "-", short).strip("-.") or "model"

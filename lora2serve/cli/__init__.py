@@ -17,6 +17,7 @@ import click
 from lora2serve import __version__
 from lora2serve.cli.adapters import adapters
 from lora2serve.cli.chat import chat
+from lora2serve.cli.compare import compare
 from lora2serve.cli.data import data
 from lora2serve.cli.deploy import deploy
 from lora2serve.cli.doctor import doctor
@@ -73,8 +74,8 @@ def _sweep(quiet: bool) -> None:
 
 
 for command in (
-    init, data, plan, train, sweep, chat, evaluate, export, parity, push, verify, pull_check, serve, deploy, adapters,
-    registry, gateway, drift, top, inspect, doctor,
+    init, data, plan, train, sweep, chat, evaluate, compare, export, parity, push, verify, pull_check, serve, deploy,
+    adapters, registry, gateway, drift, top, inspect, doctor,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -16,7 +16,7 @@ from lora2serve.parity_check.engines import Engine, Ids, Scores
 from lora2serve.parity_check.engines.chat_engine import AnswerOptions, End, Say
 from lora2serve.parity_check.metrics import log_softmax
 
-FIRST = 64  # likeliest first tokens that are told
+FIRST = 20  # likeliest first tokens that are told
 
 
 class Reply(Protocol):
@@ -66,20 +66,22 @@ class AnswerWorker(ChatWorker):
             return {"error": error.message, "hint": error.hint}
         return {"values": values, "seconds": time.perf_counter() - started}
 
-    def first_tokens(self, messages: Sequence[Mapping[str, object]], base: bool) -> list[tuple[int, float]]:
+    def first_tokens(self, messages: Sequence[Mapping[str, object]], base: bool) -> dict[str, float]:
         """The likeliest first tokens of an answer with their log-probabilities; empty where the engine shows none."""
+        if getattr(self._engine, "_tokenizer", None) == "":
+            return {}
         try:
             prompt, _ = self._prompt(cast("Sequence[Message]", messages))
             scores = self._score([*prompt, prompt[-1]], 1, base=base)
         except EngineError:
-            return []
-        if scores.ids is not None:
-            known = scores.ids[0] >= 0
-            pairs = zip(scores.ids[0][known].tolist(), scores.values[0][known].tolist(), strict=True)
-            return sorted(pairs, key=lambda pair: -pair[1])[:FIRST]
-        values = log_softmax(scores.values)[0]
-        best = np.argsort(-values)[:FIRST]
-        return [(int(token), float(values[token])) for token in best]
+            return {}
+        if scores.ids is None:
+            values = log_softmax(scores.values)[0]
+            best = np.argsort(-values)[:FIRST]
+            return {self._piece(int(token)): float(values[token]) for token in best}
+        known = scores.ids[0] >= 0
+        pairs = zip(scores.ids[0][known].tolist(), scores.values[0][known].tolist(), strict=True)
+        return {self._piece(token): value for token, value in sorted(pairs, key=lambda pair: -pair[1])[:FIRST]}
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], str | None]:
         """The ids of a conversation with the opening of an answer, and its text where the engine shows it."""
@@ -142,6 +144,13 @@ class AnswerWorker(ChatWorker):
         if getattr(self._engine, "_tokenizer", None) == "":
             raise EngineError(f"{self._engine.version}: its tokenizer is not here", "evaluate an export: it has one")
         return list(getattr(self._engine, "tokenizer")(text, add_special_tokens=False)["input_ids"])  # noqa: B009
+
+    def _piece(self, token: int) -> str:
+        """A token as the vocabulary has it, whatever the engine calls it."""
+        llama_cpp = getattr(self._engine, "llm", None)
+        if llama_cpp is not None:
+            return str(llama_cpp._model.token_get_text(token))
+        return str(getattr(self._engine, "tokenizer").convert_ids_to_tokens(token))  # noqa: B009
 
     def _count(self, text: str) -> int | None:
         """Tokens of an answer; None where the engine has no tokenizer here."""

@@ -38,6 +38,7 @@ class ItemResult(JsonRecord):
     error: str = ""
     question: str = ""
     expected: tuple[str, ...] = ()
+    first_tokens: Mapping[str, float] = field(default_factory=dict)  # the likeliest, with their log-probabilities
 
 
 @dataclass(frozen=True, kw_only=True)

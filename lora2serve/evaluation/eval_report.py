@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from lora2serve.artifacts.json_record import JsonRecord
@@ -12,11 +12,12 @@ from lora2serve.artifacts.suite_scores import SuiteFigure
 from lora2serve.evaluation import stats
 from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
 from lora2serve.evaluation.score_gates import GateResult
-from lora2serve.evaluation.stats import PairedDifference, Verdict
+from lora2serve.evaluation.stats import PairedDifference
 from lora2serve.evaluation.suite_run import Measured
 
 MOST_CHANGES = 40  # items of one pair that the page shows; all of them stand in the lines
 LONGEST = 2000  # characters of an answer on the page
+Finding = Literal["better", "worse", "different", "no difference", "not enough items"]
 Figures = Mapping[str, tuple[str, str | None]]  # a metric's name -> the field of the items that it is of, and the task
 
 
@@ -49,13 +50,13 @@ class FigureDifference(JsonRecord):
     metric: str
     difference: PairedDifference
     p_adjusted: float
-    verdict: Verdict
+    verdict: Finding
     kind: Literal["score", "behavior"] = "score"
 
 
 @dataclass(frozen=True)
 class ItemChange(JsonRecord):
-    """An item that one of two models won."""
+    """An item that one of two models won, or that they answer otherwise, where no score says which is better."""
 
     subject: str
     against: str
@@ -64,7 +65,7 @@ class ItemChange(JsonRecord):
     expected: str
     before: str
     after: str
-    won: bool
+    won: bool | None
     task: str = ""
 
 
@@ -93,9 +94,11 @@ class EvalReport(JsonRecord):
         """Whether every gate is."""
         return all(gate.met for gate in self.gates)
 
-    def verdict(self, subject: str) -> str:
-        """Of a model's main figure in words; empty for the one that it is compared with."""
-        return next((item.verdict for item in self.differences if item.subject == subject), "")
+    @property
+    def title(self) -> str:
+        """What was done, in a few words."""
+        first, *_, last = [row.name for row in self.subjects] * 2
+        return f"{last} beside {first}, {self.suite}" if self.command == "compare" else f"{self.suite}: {first}"
 
 
 def subject_row(measured: Measured, evaluation: SuiteEvaluation, record: str, *, cached: bool) -> SubjectRow:
@@ -124,26 +127,26 @@ def differences(new: Measured, old: Measured, metrics: Mapping[str, str | None])
 def changes(new: Measured, old: Measured) -> list[ItemChange]:
     """The items whose score differs, those that were lost first."""
     changed = [
-        ItemChange(
-            new.name, old.name, after.id, after.question, " | ".join(after.expected), _shown(before), _shown(after),
-            after.score > before.score, after.task,
-        )
+        item_change(new, old, before, after, won=after.score > before.score)
         for before, after in zip(old.items, new.items, strict=True)
         if after.score != before.score
-    ]  # fmt: skip
+    ]
     lost, won = ([item for item in changed if item.won == kind] for kind in (False, True))
     return [*lost[:MOST_CHANGES], *won[:MOST_CHANGES]]
+
+
+def item_change(new: Measured, old: Measured, before: ItemResult, after: ItemResult, *, won: bool | None) -> ItemChange:
+    """One item as both answered it."""
+    expected = " | ".join(after.expected)
+    return ItemChange(
+        new.name, old.name, after.id, after.question, expected, _shown(before), _shown(after), won, after.task
+    )
 
 
 def median(values: Sequence[float]) -> float | None:
     """Of what is known."""
     known = sorted(value for value in values if math.isfinite(value) and value > 0)
     return known[len(known) // 2] if known else None
-
-
-def with_gates(report: EvalReport, results: Sequence[GateResult]) -> EvalReport:
-    """The report and what its gates came to."""
-    return replace(report, gates=tuple(results))
 
 
 def _shown(item: ItemResult) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.evaluation import stats
-from lora2serve.evaluation.stats import GateVerdict
-from lora2serve.evaluation.suite_run import Measured
+from lora2serve.evaluation.stats import GateVerdict, Groups
 
 EXAMPLE = "such as 'acc >= base - 0.01' or 'answers.acc >= 0.9'"
 NUMBER = r"\d+(?:\.\d+)?|\.\d+"
@@ -76,11 +75,9 @@ def refuse_unknown(gates: Sequence[ScoreGate], suite: str, metrics: Sequence[str
 
 
 def judge(
-    gate: ScoreGate, new: Measured, old: Measured | None, figures: Mapping[str, tuple[str, str | None]]
+    gate: ScoreGate, subject: str, scores: Sequence[float], old: Sequence[float] | None, groups: Groups | None
 ) -> GateResult:
-    """``figures``: what each metric's name stands for: a field of the items, and a task."""
-    name, task = figures[gate.metric]
-    scores, groups = new.vector(name, task), new.groups(task)
+    """``scores`` are what a model has of the gate's figure on each item, ``old`` those of the other one."""
     if gate.bound is not None:
         higher = gate.higher_is_better
         verdict = stats.gate_of_mean(scores, gate.bound, groups, higher_is_better=higher)
@@ -89,13 +86,13 @@ def judge(
         reason = f"{estimate.value:.4g}, {'at least' if higher else 'at most'} {end:.4g} with 95 % confidence"
         if verdict == "not enough items":
             reason = f"{reason}: {len(scores)} items are not enough"
-        return GateResult(gate.text, new.name, verdict, reason)
+        return GateResult(gate.text, subject, verdict, reason)
     assert old is not None and gate.margin is not None
-    difference = stats.paired(old.vector(name, task), scores, groups, higher_is_better=gate.higher_is_better)
+    difference = stats.paired(old, scores, groups, higher_is_better=gate.higher_is_better)
     verdict = difference.gate(gate.margin)
     end = difference.lower if gate.higher_is_better else difference.upper
     reason = f"differs by {difference.value:+.4g}, {end:+.4g} at worst with 95 % confidence"
     if verdict == "not enough items":
         needed = f"about {difference.items_needed(gate.margin):,} would be" if gate.margin else "a margin is"
         reason = f"{reason}: {difference.items} items are not enough, {needed}"
-    return GateResult(gate.text, new.name, verdict, reason)
+    return GateResult(gate.text, subject, verdict, reason)

@@ -93,10 +93,9 @@ class Suite:
         """That of its task, or the suite's."""
         return self.scorers.get(item.task, self.scorer)
 
-    @property
-    def needs_likelihoods(self) -> bool:
-        """Whether some item asks which of several texts is the likeliest."""
-        return any(self.scorer_of(item).by_likelihood for item in self.items)
+    def has_truth(self, item: SuiteItem) -> bool:
+        """Whether an answer to it can be scored."""
+        return not self.scorer_of(item).lacks(item)
 
     @property
     def sha256(self) -> str:
@@ -109,13 +108,15 @@ class Suite:
         return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
-def read_suite(path: Path, most: int | None = None) -> Suite:
+def read_suite(path: Path, most: int | None = None, *, truth: bool = True) -> Suite:
     """A YAML file, or a file of rows alone; ``most``: only so many of its first items.
+
+    Without ``truth`` rows need nothing that is expected: captured requests, say.
 
     RecipeError names every problem of the one, DataError every bad row of the other.
     """
     if path.suffix not in (".yaml", ".yml"):
-        return of_rows(path, _plain_name(path.stem), SuiteRecipe(str(path)), path.resolve().parent, most)
+        return of_rows(path, _plain_name(path.stem), SuiteRecipe(str(path)), path.resolve().parent, most, truth=truth)
     content, problems = read_keys(path, EXAMPLE)
     recipe = build(SuiteRecipe, content, problems)
     name = recipe.name or _plain_name(path.stem)
@@ -123,17 +124,19 @@ def read_suite(path: Path, most: int | None = None) -> Suite:
         problems.append(f"name: {show(name)}, expected letters, digits, '_' and '-'")
     if problems:
         raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems), EXAMPLE)
-    return of_rows(path.parent / recipe.rows, name, recipe, path.resolve().parent, most)
+    return of_rows(path.parent / recipe.rows, name, recipe, path.resolve().parent, most, truth=truth)
 
 
-def of_rows(path: Path, name: str, recipe: SuiteRecipe, home: Path, most: int | None = None) -> Suite:
+def of_rows(
+    path: Path, name: str, recipe: SuiteRecipe, home: Path, most: int | None = None, *, truth: bool = True
+) -> Suite:
     """The suite of a file of rows; what its scorers name lies relative to ``home``."""
     problems: list[str] = []
     scorer = make_scorer(recipe.scorer, home, "scorer", problems)
     scorers = {task: make_scorer(given, home, f"tasks.{task}", problems) for task, given in recipe.tasks.items()}
     if problems:
         raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems), EXAMPLE)
-    reader = _Reader(path, recipe)
+    reader = _Reader(path, recipe, truth=truth)
     items = tuple(reader.items())[:most]
     if unknown := [task for task in recipe.tasks if task not in {item.task for item in items}]:
         raise RecipeError(f"{path}: tasks.{unknown[0]}: no row has that task", EXAMPLE)
@@ -141,7 +144,7 @@ def of_rows(path: Path, name: str, recipe: SuiteRecipe, home: Path, most: int | 
         name, items, scorer, scorers, Decoding(recipe.max_tokens, recipe.temperature), str(path), reader.notes()
     )
     lacking = [f"{path}: {item.name}: {reason}" for item in items if (reason := suite.scorer_of(item).lacks(item))]
-    if lacking:
+    if lacking and truth:
         count = f"{len(lacking)} of {len(items)} items cannot be scored:"
         raise DataError("\n".join([count, *lacking[:LISTED]]), FORMS)
     return suite
@@ -150,8 +153,9 @@ def of_rows(path: Path, name: str, recipe: SuiteRecipe, home: Path, most: int | 
 class _Reader:
     """Rows to items; every bad row is named, and what is left out is counted."""
 
-    def __init__(self, path: Path, recipe: SuiteRecipe) -> None:
+    def __init__(self, path: Path, recipe: SuiteRecipe, *, truth: bool) -> None:
         self._path, self._recipe, self._rows = path, recipe, RowReader(recipe.columns)
+        self._truth = truth
         self._left_out: dict[str, int] = {}
 
     def items(self) -> list[SuiteItem]:
@@ -181,6 +185,11 @@ class _Reader:
     def _item(self, value: object, number: int) -> SuiteItem | None:
         if isinstance(value, dict) and any(value.get(self._recipe.columns.get(key, key)) is not None for key in OWN):
             return self._own({str(key): item for key, item in value.items()}, number)
+        if not self._truth and isinstance(value, dict) and (asked := _captured(value)) is not None:
+            if not asked:
+                self._leave_out("captured without their text")
+                return None
+            return self._own(asked, number)
         row = self._rows.read(value)
         if isinstance(row, TextRow):
             self._leave_out("a text, without a question")
@@ -217,6 +226,21 @@ class _Reader:
 
     def _leave_out(self, reason: str) -> None:
         self._left_out[reason] = self._left_out.get(reason, 0) + 1
+
+
+def _captured(row: Mapping[object, object]) -> dict[str, object] | None:
+    """The question of a row that has no answer to expect: what a gateway wrote down, or turns that end with a user's.
+
+    None for any other row; empty where the text was not kept.
+    """
+    if "request_id" in row:
+        prompt = row.get("prompt")
+        return {"prompt": prompt, "id": f"{row['request_id']}-{row.get('arm', '')}"} if prompt else {}
+    messages = row.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    asked = isinstance(last, dict) and last.get("role") == "user"
+    alone = isinstance(row.get("prompt"), str) and not row.keys() & {"completion", "response"}
+    return {str(key): item for key, item in row.items()} if asked or alone else None
 
 
 def _asked(content: Mapping[str, object]) -> list[Message]:

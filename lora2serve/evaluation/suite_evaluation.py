@@ -65,7 +65,12 @@ def gate_results(
     gates: Sequence[ScoreGate], models: Sequence[Measured], reference: Measured | None, figures: Figures
 ) -> list[GateResult]:
     """Of each gate for each model."""
-    return [judge(gate, model, reference, figures) for gate in gates for model in models]
+    results = []
+    for gate in gates:
+        metric, task = figures[gate.metric]
+        old = reference.vector(metric, task) if reference else None
+        results += [judge(gate, new.name, new.vector(metric, task), old, new.groups(task)) for new in models]
+    return results
 
 
 def _answers(host: EngineHost, model: ChatModel, suite: Suite, progress: Progress) -> tuple[Measured, bool]:

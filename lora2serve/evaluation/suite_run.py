@@ -23,7 +23,6 @@ from lora2serve.system import scratch
 
 WORKER = "lora2serve.evaluation.answer_worker:AnswerWorker"
 LIMIT = 1800.0  # seconds without a word: a long prompt on a slow machine
-SCORED_WINDOW = 2048  # tokens of llama.cpp where the logits of all positions are held in memory
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,20 @@ class EngineHost:
         self.close()
 
 
-def measurable(model: ChatModel, suite: Suite) -> ChatModel:
-    """The model with an engine that says how likely texts are, where the suite asks that."""
-    if suite.needs_likelihoods and model.engine == "llama.cpp":
-        return replace(model, options={**model.options, "scores": True, "window": SCORED_WINDOW})
-    return model
-
-
-def measure(host: EngineHost, model: ChatModel, suite: Suite, progress: Progress) -> Measured:
-    """Ask every item. EngineError where the engine ends, or refuses all items."""
-    process, version = host.process(measurable(model, suite))
+def measure(
+    host: EngineHost, model: ChatModel, suite: Suite, progress: Progress, *, first_tokens: bool = False
+) -> Measured:
+    """Ask every item, with the likeliest ``first_tokens`` too. EngineError where the engine ends, or refuses all."""
+    process, version = host.process(model)
     items: list[ItemResult] = []
     with progress.track(f"{model.name}: {suite.name}", len(suite.items)) as advance:
         for item in suite.items:
-            items.append(_ask(process, model, suite, item))
+            result = _ask(process, model, suite, item)
+            if first_tokens and not result.error:
+                messages = list(item.messages)
+                likeliest = process.call("first_tokens", messages=messages, base=model.without_adapter)
+                result = replace(result, first_tokens=likeliest)
+            items.append(result)
             advance(1)
     failed = [item for item in items if item.error]
     if len(failed) == len(items):
@@ -130,7 +129,7 @@ def _ask(process: EngineProcess, model: ChatModel, suite: Suite, item: SuiteItem
             result, seconds=round(said["seconds"], 4), first_seconds=round(said["first"], 4), tokens=said["tokens"],
             end=said["end"],
         )  # fmt: skip
-    return replace(result, answer=answer, score=scorer.score(answer, item))
+    return replace(result, answer=answer, score=scorer.score(answer, item) if suite.has_truth(item) else 0.0)
 
 
 def rescored(items: Sequence[ItemResult], suite: Suite) -> list[ItemResult]:

@@ -114,7 +114,7 @@ def compare_top(reference: Array, ids: Ints, top: Array, target: Array, targets:
             figures.append((np.inf, False, np.inf, np.nan, -ref[targets[row]]))
             continue
         names, got = ids[row][known], top[row][known].astype(np.float64)
-        kl = _lumped(ref[names], got)
+        kl = lumped_kl(ref[names], got)
         best, chosen = int(ref.argmax()), int(names[got.argmax()])
         figures.append(
             (kl, best == chosen, ref[best] - ref[chosen], target[row] - ref[targets[row]], -ref[targets[row]])
@@ -124,7 +124,8 @@ def compare_top(reference: Array, ids: Ints, top: Array, target: Array, targets:
     return Positions(kls, same.astype(bool), margin, delta, loss, unknown, unknown)
 
 
-def _lumped(ref: Floats, got: Floats) -> float:
+def lumped_kl(ref: Floats, got: Floats) -> float:
+    """KL of two distributions in nats from the log-probabilities of some tokens, all others being one."""
     p, q = np.exp(ref), np.exp(got)
     rest_p, rest_q = max(1.0 - float(p.sum()), 0.0), max(1.0 - float(q.sum()), 1e-9)
     rest = rest_p * np.log(rest_p / rest_q) if rest_p > 1e-9 else 0.0

@@ -47,13 +47,12 @@ def report(new: float = 0.9, old: float = 0.5, name: str = "runs/demo", count: i
     asked = suite(count)
     metrics = metric_names(asked)
     records = [evaluation(item, asked, "3 of 200 questions were trained on") for item in both]
-    figures = {metric: ("score", task) for metric, task in metrics.items()}
     rows = [eval_report.subject_row(item, record, "", cached=False) for item, record in zip(both, records, strict=True)]
     return EvalReport(
         suite="qa", suite_sha256=asked.sha256, items=count, scorer="exact", created=records[0].created,
         subjects=tuple(rows), differences=tuple(eval_report.differences(*both, metrics)),
         changes=tuple(eval_report.changes(*both)), notes=("qa.jsonl: 2 rows left out",),
-        gates=(judge(parse_gate("acc >= base - 0.01"), both[0], both[1], figures),),
+        gates=(judge(parse_gate("acc >= base - 0.01"), name, both[0].vector("score"), both[1].vector("score"), None),),
     )  # fmt: skip
 
 

@@ -103,3 +103,15 @@ def test_a_version_of_a_registry(evaluated_demo: Path, tmp_path: Path, monkeypat
         assert registry.verify() == 1
     with pytest.raises(UsageError):
         api.evaluate("island@9", limit=3)
+
+
+def test_compare_with_its_base(evaluated_demo: Path) -> None:
+    """Asked twice the run answers the same; its base does not, from the first token on."""
+    result = api.compare(evaluated_demo / "runs/demo", "base", limit=8, gate="changed <= 0.9", out=evaluated_demo / "c")
+    first, again, second = (read_items(path.with_suffix(".jsonl")) for path in result.records)
+    assert [item.answer for item in first] == [item.answer for item in again] != [item.answer for item in second]
+    found = {item.metric: item for item in result.report.differences}
+    assert found["acc"].verdict == "worse" and found["changed"].verdict == "different"
+    assert 0 < found["kl"].difference.value < 1 and all(len(item.first_tokens) == 20 for item in first)
+    assert result.report.subjects[1].figures["changed"].value == 0 and not result.met
+    assert "base beside" in result.page.read_text()

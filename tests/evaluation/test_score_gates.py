@@ -21,8 +21,10 @@ def measured(scores: list[int], seconds: float = 1.0, name: str = "new") -> Meas
 
 
 def verdict(text: str, new: list[int], old: list[int] | None = None, **times: float) -> str:
-    other = measured(old, times.get("before", 1.0), "old") if old is not None else None
-    return judge(parse_gate(text), measured(new, times.get("after", 1.0)), other, FIGURES).verdict
+    gate = parse_gate(text)
+    metric, task = FIGURES[gate.metric]
+    other = measured(old, times.get("before", 1.0), "old").vector(metric, task) if old is not None else None
+    return judge(gate, "new", measured(new, times.get("after", 1.0)).vector(metric, task), other, None).verdict
 
 
 def test_gates() -> None:
@@ -38,7 +40,7 @@ def test_gates() -> None:
 
 
 def test_a_reason_says_how_many_are_needed() -> None:
-    result = judge(parse_gate("acc >= base - 0.01"), measured([1] * 20), measured([1] * 20, name="old"), FIGURES)
+    result = judge(parse_gate("acc >= base - 0.01"), "new", [1.0] * 20, [1.0] * 20, None)
     assert "20 items are not enough, about" in result.reason and not result.met
 
 

@@ -42,7 +42,7 @@ def test_the_forms_of_rows(tmp_path: Path) -> None:
     assert third.expected == ("green",) and third.choices == ("red", "green") and third.name == "3"
     assert (fourth.question, fourth.expected) == ("Who wrote Faust?", ("Goethe",))
     assert (fifth.question, fifth.expected, fifth.task) == ("Hi", ("Hello",), "talk")
-    assert suite.name == "qa" and suite.scorer.kind == "normalized" and not suite.needs_likelihoods
+    assert suite.name == "qa" and suite.scorer.kind == "normalized"
     assert len(read_suite(tmp_path / "qa.jsonl", 2).items) == 2
 
 

@@ -18,7 +18,7 @@ from lora2serve.evaluation.suite_run import Measured
 from lora2serve.parity_check.report.html_page import page_environment
 
 PAGE, DATA = "report.html", "report.json"
-SHARES = ("acc", "f1", "judge", "score")  # figures from 0 to 1, which are drawn
+SHARES = ("acc", "f1", "judge", "score", "changed")  # figures from 0 to 1, which are drawn
 FACTORS = ("seconds", "first_seconds", "length")  # whose differences are of logarithms: times so much
 LABELS = {
     "acc": "accuracy", "f1": "F1", "judge": "judge", "score": "score", "changed": "answers changed",
@@ -71,6 +71,7 @@ def verdict(report: EvalReport) -> str:
     first = [item for item in report.differences if item.kind == "score"]
     by_subject = {item.subject: item for item in reversed(first)}
     sentences = [_sentence(item) for item in reversed(by_subject.values())]
+    sentences += [_changed(report, item) for item in report.differences if item.metric == "changed"]
     if not sentences and report.subjects:
         row = report.subjects[0]
         figures = [f"{label(name)} {shown(figure)}" for name, figure in row.figures.items()][:1]
@@ -91,6 +92,16 @@ def _sentence(item: FigureDifference) -> str:
     return (
         f"{found.items} items are not enough to tell {item.subject} and {item.against} apart: {ends}; "
         f"they show a difference of {found.smallest:.2g} at least."
+    )
+
+
+def _changed(report: EvalReport, item: FigureDifference) -> str:
+    """How many answers are others, beside how many are where the first model is asked again."""
+    _, again, new = report.subjects
+    found = {"different": "more than it differs from itself", "no difference": "no more than it differs from itself"}
+    return (
+        f"{shown(new.figures['changed'])} of the answers are not those of {item.against}, "
+        f"{shown(again.figures['changed'])} where that is asked again: {found.get(item.verdict, item.verdict)}."
     )
 
 

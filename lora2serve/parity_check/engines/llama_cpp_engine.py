@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lora2serve.errors import EngineError
 from lora2serve.parity_check import own_sampling
 from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
@@ -23,7 +26,7 @@ CHANCE: Mapping[str, float] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0
 class LlamaCpp:
     """``model`` is a GGUF file, the first one where it is split; answers are as its ``modelfile`` sets them, if any.
 
-    Without ``scores`` it answers only, in less memory.
+    Without ``scores`` it holds the logits of no text, to answer in less memory.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class LlamaCpp:
         from llama_cpp import Llama
 
         batch = BATCH if scores else CHAT_BATCH
+        self._holds_all = scores
         try:
             self.llm: Any = Llama(
                 model, n_ctx=window, n_batch=batch, logits_all=scores, lora_path=adapter, n_threads=threads,
@@ -79,10 +83,27 @@ class LlamaCpp:
 
     def score(self, sequences: Sequence[Ids], tail: int = 0) -> Iterator[Scores]:
         for ids in sequences:
+            if not self._holds_all:
+                yield Scores(self._score_stepwise(list(ids), tail or len(ids) - 1))
+                continue
             self.llm.reset()
             self.llm.eval(list(ids))
             first, last = (len(ids) - 1 - tail if tail else 0), len(ids) - 1
             yield Scores(self.llm.scores[first:last])  # seen, not copied: the next text writes over them
+
+    def _score_stepwise(self, ids: list[int], tail: int) -> NDArray[np.float32]:
+        """(tail, V) logits of the last positions, one token after the other."""
+        import llama_cpp
+
+        begun, rows = ids[: len(ids) - tail], list[NDArray[np.float32]]()
+        self._forget_all_but(begun)
+        self.llm.eval(begun[self.llm.n_tokens :])
+        for token in [*ids[len(begun) : -1], None]:
+            logits = llama_cpp.llama_get_logits_ith(self.llm.ctx, -1)
+            rows.append(np.ctypeslib.as_array(logits, shape=(self.llm.n_vocab(),)).astype(np.float32))
+            if token is not None:
+                self.llm.eval([token])
+        return np.stack(rows)
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         return [self._answer(list(ids), self._own.most(new_tokens)) for ids in prompts]
