@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from lora2serve.api.locate import base_of_run, fetch
+from lora2serve.api.run_evaluation import evaluate_run, read_suites
 from lora2serve.artifacts import run as runs
 from lora2serve.config import recipe as recipes
 from lora2serve.config.model_name import refuse_run_name
@@ -56,7 +57,10 @@ def train(
     if not run:
         _check_parity(chosen.parity)
     progress.note(f"training {run.name if run else name or chosen.name}: loading the libraries")
-    return _train(chosen, name or chosen.name, run, gpu, progress)
+    suites = read_suites(chosen.evaluate)
+    trained = _train(chosen, name or chosen.name, run, gpu, progress)
+    evaluate_run(trained, suites, chosen.evaluate.limit, progress)
+    return trained
 
 
 def _train(recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None, progress: Progress) -> runs.Run:

@@ -21,6 +21,7 @@ from lora2serve.errors import RecipeError, UsageError, did_you_mean
 
 FILE = "lora2serve.yaml"
 EVERY_KEY = "see `lora2serve init` for every key"
+HELD_OUT_ROWS = "held-out"  # instead of a suite
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
 NO_FP4 = "expected nf4 or none: fp4 is no longer trained, and nf4 loses less in the same memory"
 Quantize = Literal["nf4", "none"]
@@ -98,6 +99,16 @@ class ParityRecipe:
 
 
 @dataclass(frozen=True)
+class EvaluateRecipe:
+    """What the trained model is scored on beside its base, once it is trained: suites, and ``held-out`` for the run's
+    own held-out rows.
+    """
+
+    suites: tuple[str, ...] = ()
+    limit: Annotated[int | None, Range(1, 1 << 30)] = None  # only so many items of each
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One fine-tune, from data to proof."""
 
@@ -105,10 +116,11 @@ class Recipe:
     data: DataRecipe
     name: str = "run"
     train: TrainRecipe = field(default_factory=TrainRecipe)
+    evaluate: EvaluateRecipe = field(default_factory=EvaluateRecipe)
     parity: ParityRecipe = field(default_factory=ParityRecipe)
 
 
-Section = TypeVar("Section", ModelRecipe, DataRecipe, ParityRecipe)  # those that name paths
+Section = TypeVar("Section", ModelRecipe, DataRecipe, EvaluateRecipe, ParityRecipe)  # those that name paths
 
 
 def find(name: str | None) -> Path:
@@ -146,13 +158,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     _raise(path, problems, [override.partition("=")[0].strip() for override in overrides])
     home = path.resolve().parent
     model, data, parity = _absolute(recipe.model, home), _absolute(recipe.data, home), _absolute(recipe.parity, home)
-    return replace(recipe, model=model, data=data, parity=parity)
+    return replace(recipe, model=model, data=data, evaluate=_absolute(recipe.evaluate, home), parity=parity)
 
 
 def load_section(path: Path, kind: type[Section]) -> Section:
     """One section of a run's recipe, whatever an earlier release wrote into the others."""
     content, problems = read_keys(path, EVERY_KEY)
-    key = {ModelRecipe: "model", DataRecipe: "data", ParityRecipe: "parity"}[kind]
+    key = {ModelRecipe: "model", DataRecipe: "data", EvaluateRecipe: "evaluate", ParityRecipe: "parity"}[kind]
     problems = []
     section = build(kind, content.get(key), problems, path=key)
     _raise(path, problems)
@@ -245,12 +257,15 @@ def _problems_of_data(recipe: Recipe) -> list[str]:
     if data.eval is None and not data.eval_split:
         wanted = {"early_stopping": recipe.train.early_stopping, "save_best": recipe.train.save_best}
         problems += [f"train.{key}: needs eval data (data.eval or data.eval_split)" for key, on in wanted.items() if on]
+        if HELD_OUT_ROWS in recipe.evaluate.suites:
+            problems.append(f"evaluate.suites: {HELD_OUT_ROWS} needs eval data (data.eval or data.eval_split)")
     return problems
 
 
 PATHS: Mapping[type[object], Sequence[str]] = {
     ModelRecipe: ("path",),
     DataRecipe: ("train", "eval", "chat_template"),
+    EvaluateRecipe: ("suites",),
     ParityRecipe: ("general",),
 }
 

@@ -408,3 +408,13 @@ def test_several_data_sets(write: Any, tmp_path: Path) -> None:
 )
 def test_bad_data_sets(write: Any, train: Any, said: str) -> None:
     assert problems(write(put(LEAST, "data.train", train))) == [f"r.yaml: {said}"]
+
+
+def test_what_is_evaluated(write: Any) -> None:
+    """Suites beside the recipe, and held-out rows only where there are some."""
+    recipe = {**LEAST, "evaluate": {"suites": ["held-out", "medqa.yaml"], "limit": 5}}
+    with pytest.raises(RecipeError, match=r"evaluate\.suites: held-out needs eval data"):
+        load(write(recipe))
+    path = write(put(recipe, "data", {"train": "train.jsonl", "eval_split": 0.1}))
+    (path.parent / "medqa.yaml").write_text("")
+    assert load(path).evaluate.suites == ("held-out", str(path.parent / "medqa.yaml"))

@@ -115,3 +115,14 @@ def test_compare_with_its_base(evaluated_demo: Path) -> None:
     assert 0 < found["kl"].difference.value < 1 and all(len(item.first_tokens) == 20 for item in first)
     assert result.report.subjects[1].figures["changed"].value == 0 and not result.met
     assert "base beside" in result.page.read_text()
+
+
+def test_train_evaluates(tmp_path: Path) -> None:
+    """As the recipe says; a suite that is wrong is refused before the training."""
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
+    words = ("train", "demo", "--set", "train.steps=2", "--set", "evaluate.limit=4")
+    lora2serve(*words, "--set", f"evaluate.suites=[held-out, {tmp_path / 'bad.jsonl'}]", cwd=tmp_path, code=1)
+    assert not (tmp_path / "runs").exists()
+    lora2serve(*words, "--set", "evaluate.suites=[held-out]", cwd=tmp_path)
+    record = SuiteScores.read(tmp_path / EVALS / "answers.json")
+    assert record.metrics["acc"].n == 4 and (tmp_path / EVALS / "base/answers.json").is_file()
