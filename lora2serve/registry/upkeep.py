@@ -41,7 +41,7 @@ def verify_records(connection: Connection) -> list[str]:
     for (name, alias), number in actual.items():
         if states.get((name, number), "collected") == "collected":
             problems.append(f"{name}@{alias}: points to {number}, which has no files")
-    return [*problems, *_broken_chains(rows), *_without_files(connection, states)]
+    return [*_damage(connection), *problems, *_broken_chains(rows), *_without_files(connection, states)]
 
 
 def verify_content(connection: Connection, store: ContentStore, progress: Progress) -> list[str]:
@@ -103,6 +103,18 @@ def _recent(connection: Connection) -> Mapping[tuple[str, str], list[tuple[str, 
         if key not in recent[row.name, row.alias]:
             recent[row.name, row.alias].append(key)
     return recent
+
+
+def _damage(connection: Connection) -> list[str]:
+    """What sqlite finds in its own file: pages that do not fit each other, indexes that miss rows, stray rows."""
+    if connection.dialect.name != "sqlite":
+        return []
+    lines = [str(line) for line in connection.exec_driver_sql("PRAGMA integrity_check(20)").scalars()]
+    strays = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+    return [
+        *(f"database: {first_line}" for line in lines if line != "ok" for first_line in line.splitlines()[:1]),
+        *(f"database: a row of {row[0]} is of no version" for row in strays[:20]),
+    ]
 
 
 def _broken_chains(rows: Sequence[Mapping[str, object]]) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve import Lora2ServeError, Registry
+from lora2serve.errors import UsageError
 from tests.support.registries import add_export, make_run
 
 RUNS = 12
@@ -117,6 +118,29 @@ def test_8_processes_and_50_promotions(location: str, runs: list[Path]) -> None:
             own = [event.why for event in moves if event.why.startswith(f"{first}: ")]
             assert own == [f"{first}: {turn}" for turn in range(50)]
         assert registry.verify() == 16 and registry.aliases("m") == {"champion": moves[-1].new}
+
+
+def test_adding_and_collecting_at_once(location: str, runs: list[Path]) -> None:
+    """What one process adds while others collect has its files; what is collected is added again."""
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        with Registry(location) as own:
+            for _ in range(12):
+                if chance.random() < 0.3:
+                    own.gc(keep=1)
+                else:
+                    version = own.add(chance.choice(runs[:5]), name="m")
+                    with suppress(UsageError):  # collected since
+                        file = own.path(version.reference) / "adapter" / "adapter_model.safetensors"
+                        assert file.is_file() or own.get(version.reference).state == "collected"
+
+    with Registry(location) as registry:
+        registry.add(runs[0], name="m")
+    children = [forked(lambda seed=seed: work(seed)) for seed in range(4)]  # type: ignore[misc]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    with Registry(location) as registry:
+        assert registry.verify() == len(registry.versions("m")) <= 5, "the same content is one version, whoever adds it"
 
 
 def test_the_control_of_verify(location: str, runs: list[Path]) -> None:

@@ -41,7 +41,8 @@ def test_the_life_of_a_version(demo_run: Run, tmp_path: Path, monkeypatch: pytes
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with lora2serve.serve("towns@champion", port=port) as server:
-        adapter = next(model for model in server.models if model != "base")
+        base, adapter = server.models
+        assert (base, adapter) == ("base", "towns-1")
         body = {
             "model": adapter,
             "messages": [{"role": "user", "content": QUESTION}],

@@ -136,6 +136,31 @@ def test_what_cannot_be_a_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_location().folder == tmp_path / "other"
 
 
+def test_a_database_that_is_damaged(tmp_path: Path) -> None:
+    """Whatever page of it is lost: one line, or nothing that it held is missed; ``verify`` sees what others read past."""
+    folder = tmp_path / "registry"
+    with Registry(folder) as registry:
+        for seed in range(3):
+            registry.add(proven(tmp_path / f"run-{seed}", seed), name="m")
+            registry.promote(f"m@{seed + 1}")
+        registry.verify()
+    whole = (folder / "registry.db").read_bytes()
+    seen = []
+    for start in range(0, len(whole), 4096):
+        (folder / "registry.db").write_bytes(whole[:start] + bytes(4096) + whole[start + 4096 :])
+        with Registry(folder) as registry:
+            for work in (registry.verify, registry.versions, registry.history, lambda own=registry: own.rollback("m")):
+                try:
+                    work()
+                except Lora2ServeError as error:
+                    seen += [start] if work == registry.verify else []
+                    assert "\n" not in error.message or work == registry.verify
+    assert len(set(seen)) == len(whole) // 4096, "no page is lost unseen"
+    (folder / "registry.db").write_bytes(whole)
+    with Registry(folder) as registry:
+        assert registry.verify() == 3, "the control"
+
+
 def test_files_at_a_url(tmp_path: Path) -> None:
     """Of fsspec; what is served is fetched into the registry's folder, and checked."""
     url = f"file://{tmp_path}/bucket"

@@ -182,6 +182,18 @@ def test_an_alias_is_removed(registry: Registry, tmp_path: Path) -> None:
     assert registry.verify() == 2
 
 
+def test_a_clock_that_goes_back(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came first is what was written first: the order of events is not that of their times."""
+    versions(registry, tmp_path, 3)
+    for number, day in ((1, "2026-11-28"), (2, "2026-11-27"), (3, "2020-01-01")):
+        monkeypatch.setattr("lora2serve.registry.ledger.now", lambda day=day: f"{day}T00:00:00Z")
+        registry.promote(f"medical-qa@{number}")
+    assert [event.new for event in registry.history("medical-qa") if event.alias] == [1, 2, 3]
+    assert [registry.rollback("medical-qa").number for _ in range(2)] == [2, 1]
+    assert registry.gc(keep=1).versions == () or registry.get("medical-qa@champion").number == 1
+    assert registry.verify() == 3
+
+
 def test_gates(registry: Registry, tmp_path: Path) -> None:
     """Each gate is named; forced, they are written down. The control: without its fault, each version passes."""
     good = proven(tmp_path / "good", 1)
