@@ -65,6 +65,7 @@ class ReplyText:
     finish: str = ""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    logprob: float | None = None  # mean of its tokens, where the client asked for it
 
 
 class Recorder:
@@ -81,6 +82,9 @@ class Recorder:
         prompt, reply = prompt_text(exchange.content), read_reply(b"".join(exchange.answer), stream=exchange.stream)
         end = exchange.last or time.perf_counter()
         whole = exchange.answer_size <= MOST_ANSWER and not exchange.error
+        features = dict(self._describe(prompt, reply.text)) if self._describe and whole else {}
+        if features and reply.logprob is not None:
+            features["answer.logprob"] = reply.logprob
         texts = self._config.texts > 0 and self._random.random() < self._config.texts
         return RequestRecord(
             request_id=exchange.request_id, at=exchange.at, name=exchange.name, version=exchange.version,
@@ -93,7 +97,7 @@ class Recorder:
             prompt_length=len(prompt), answer_length=len(reply.text),
             prompt_hash=text_hash(prompt), answer_hash=text_hash(reply.text) if whole else "",
             prompt=self._shown(prompt) if texts else None, answer=self._shown(reply.text) if texts else None,
-            features=self._describe(prompt, reply.text) if self._describe and whole else {},
+            features=features,
         )  # fmt: skip
 
     def _shown(self, text: str) -> str | None:
@@ -114,7 +118,7 @@ def prompt_text(content: Json) -> str:
 
 def read_reply(raw: bytes, *, stream: bool) -> ReplyText:
     """What an answer says, in any of the forms of OpenAI's API and Ollama's."""
-    parts, finish, usage = list[str](), "", dict[str, JsonValue]()
+    parts, finish, usage, logprobs = list[str](), "", dict[str, JsonValue](), list[float]()
     for value in _stream_objects(raw) if stream else _whole(raw):
         choice = next((item for item in objects(value.get("choices")) if item.get("index", 0) == 0), {})
         message = choice.get("delta") or choice.get("message") or value.get("message") or {}
@@ -124,12 +128,13 @@ def read_reply(raw: bytes, *, stream: bool) -> ReplyText:
             parts.append(_content_text(value.get("delta")))
         for item in objects(value.get("output")) if not stream else ():
             parts += [_content_text(part.get("text")) for part in objects(item.get("content"))]
+        logprobs += _logprobs(choice.get("logprobs"))
         finish = str(choice.get("finish_reason") or value.get("done_reason") or finish)
         counted = value.get("usage") or at(value, "response", "usage")
         usage = counted if isinstance(counted, dict) else usage
     return ReplyText(
         "".join(parts), finish, _count(usage, "prompt_tokens", "input_tokens"),
-        _count(usage, "completion_tokens", "output_tokens"),
+        _count(usage, "completion_tokens", "output_tokens"), sum(logprobs) / len(logprobs) if logprobs else None,
     )  # fmt: skip
 
 
@@ -163,6 +168,13 @@ def _content_text(content: JsonValue) -> str:
 def _tool_calls(calls: JsonValue) -> str:
     parts = [(at(call, "function", "name"), at(call, "function", "arguments")) for call in objects(calls)]
     return "".join(part if isinstance(part, str) else json.dumps(part) for pair in parts for part in pair if part)
+
+
+def _logprobs(value: JsonValue) -> list[float]:
+    """Of the tokens of an answer, as chats have them, or completions."""
+    of_tokens = [token.get("logprob") for token in objects(at(value, "content"))]
+    listed = at(value, "token_logprobs")
+    return [each for each in (of_tokens or (listed if isinstance(listed, list) else [])) if isinstance(each, float)]
 
 
 def _count(usage: Mapping[str, JsonValue], *keys: str) -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora2serve.api.version_registry import Registry
-from lora2serve.errors import Lora2ServeError
+from lora2serve.errors import Lora2ServeError, first_line
 from lora2serve.gateway.decisions.trial import TrialMode
 from lora2serve.gateway.decisions.trial_store import TrialStore
 from lora2serve.gateway.decisions.verdicts import DecisionMaker, TrialPlan, TrialStatus
@@ -29,6 +31,8 @@ PAUSE = 0.5  # seconds between two looks at what came
 TRIAL = ("adapter", "mode", "champion", "challenger")
 FEATURE = ("adapter", "version", "feature")
 UNDECIDED = "none"
+LARGEST = 700.0  # logarithm of an e-value that is a number of a float
+DRIFT_PAUSE = 30.0  # seconds between two looks at reports of drift
 
 
 class TrialMetrics:
@@ -41,6 +45,10 @@ class TrialMetrics:
             "lora2serve_trial_evidence", "That the challenger is worse, as a part of what decides.",
             [*TRIAL, "measure"], registry=registry,
         )  # fmt: skip
+        self._value = Gauge(
+            "lora2serve_trial_e_value", "The same as a number of times: 20 is 20 to 1.", [*TRIAL, "measure"],
+            registry=registry,
+        )  # fmt: skip
         self._verdict = Gauge("lora2serve_trial_verdict", "1 once decided.", [*TRIAL, "outcome"], registry=registry)
         self._effect = Gauge("lora2serve_drift_effect", "How far a feature is off.", FEATURE, registry=registry)
         self._drifted = Gauge("lora2serve_drifted", "Whether a feature drifted.", FEATURE, registry=registry)
@@ -48,12 +56,14 @@ class TrialMetrics:
     def show_trials(self, trials: list[TrialStatus]) -> None:
         """All trials that there are."""
         self._evidence.clear()
+        self._value.clear()
         self._verdict.clear()
         for trial in trials:
             labels = (trial.name, trial.mode, str(trial.champion), str(trial.challenger))
-            self._evidence.labels(*labels, "all").set(trial.log_e_worse / trial.log_bound)
-            for rule in trial.evidence:
-                self._evidence.labels(*labels, rule.measure).set(rule.log_e_worse / trial.log_bound)
+            of_rules = [(rule.measure, rule.log_e_worse) for rule in trial.evidence]
+            for measure, log_e in [("all", trial.log_e_worse), *of_rules]:
+                self._evidence.labels(*labels, measure).set(log_e / trial.log_bound)
+                self._value.labels(*labels, measure).set(math.exp(min(log_e, LARGEST)))
             self._verdict.labels(*labels, trial.outcome or UNDECIDED).set(bool(trial.outcome))
 
     def show_drift(self, reports: list[DriftReport]) -> None:
@@ -74,7 +84,8 @@ class TrialLoop:
         self, config: GatewayConfig, registry: Registry, routes: Routes, metrics: TrialMetrics, progress: Progress
     ) -> None:
         self._config, self._routes, self._metrics = config, routes, metrics
-        self._folder = Path(config.capture.folder)
+        self._folder, self._progress = Path(config.capture.folder), progress
+        self._failed, self._drift_seen = "", -math.inf
         location = registry.location.folder or registry.location.url
         self._maker = DecisionMaker(
             partial(Registry, location, author="gateway"), TrafficStore(self._folder),
@@ -89,7 +100,14 @@ class TrialLoop:
 
     async def look(self) -> None:
         """What came since the last look."""
-        await asyncio.to_thread(self._judge, list(plans_of(self._config, self._routes.table())))
+        plans = list(plans_of(self._config, self._routes.table()))
+        try:
+            await asyncio.to_thread(self._judge, plans)
+            self._failed = ""
+        except Exception as error:  # whatever it is, requests go on, and the next look may be better
+            if self._failed != first_line(error):
+                self._failed = first_line(error)
+                self._progress.warn(f"trials: {type(error).__name__}: {self._failed}")
 
     async def close(self) -> None:
         """Judge what is left, and write every state down."""
@@ -100,7 +118,9 @@ class TrialLoop:
         self._maker.plan(plans)
         self._maker.act()
         self._metrics.show_trials(self._maker.status())
-        self._metrics.show_drift(last_reports(self._folder))
+        if time.monotonic() >= self._drift_seen + DRIFT_PAUSE:
+            self._drift_seen = time.monotonic()
+            self._metrics.show_drift(last_reports(self._folder))
 
 
 def plans_of(config: GatewayConfig, table: Mapping[str, Mapping[str, int]]) -> Iterator[TrialPlan]:

@@ -27,6 +27,7 @@ from lora2serve.gateway.drift.drift_test import FeatureDrift, WindowRow, compare
 from lora2serve.gateway.drift.languages import language
 from lora2serve.gateway.drift.text_features import describe, pairs
 from lora2serve.gateway.drift.windows import row_of
+from lora2serve.gateway.exchange import read_reply
 from lora2serve.gateway.request_record import RequestRecord
 from lora2serve.gateway.traffic_store import TrafficStore
 from tests.support.browser import look, needs_browser
@@ -190,6 +191,23 @@ def test_features_of_texts() -> None:
     assert pairs("one two three four five six") == pairs("ONE two, three four five six!")
     assert len(pairs(" ".join(GENERAL))) == 24 and pairs("日本の首都はどこですか")
     assert describe("\ud800 a b", "\ud800")["answer.json:none"] == 1  # half a character
+
+
+def test_the_log_probability_of_an_answer() -> None:
+    """As chats and completions have it, whole and in a stream; without it there is none."""
+    tokens = [{"token": "a", "logprob": -1.0}, {"token": "b", "logprob": -3.0}]
+    chat = {"choices": [{"index": 0, "message": {"content": "ab"}, "logprobs": {"content": tokens}}]}
+    completion = {"choices": [{"index": 0, "text": "ab", "logprobs": {"token_logprobs": [None, -2.0]}}]}
+    events = [
+        {"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [each]}}]} for each in tokens
+    ]
+    stream = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+    assert read_reply(json.dumps(chat).encode(), stream=False).logprob == -2.0
+    assert read_reply(json.dumps(completion).encode(), stream=False).logprob == -2.0
+    assert read_reply(stream, stream=True).logprob == -2.0
+    assert (
+        read_reply(json.dumps({"choices": [{"text": "ab", "logprobs": None}]}).encode(), stream=False).logprob is None
+    )
 
 
 @pytest.fixture

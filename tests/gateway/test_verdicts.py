@@ -269,6 +269,17 @@ def test_a_registry_and_a_disk_that_refuse(place: Path) -> None:
     assert json.loads((place / "states" / f"{NAME}@split.json").read_text())["outcome"] == "rollback"
 
 
+def test_a_store_that_cannot_be_read(place: Path) -> None:
+    """The trial begins once it can."""
+    heard = Heard()
+    (place / "traffic.db").write_text("not a database")
+    made = maker(place, plan(), heard)
+    assert made.status() == made.act() == [] and len(heard.lines) == 1 and "traffic.db" in heard.lines[0]
+    (place / "traffic.db").unlink()
+    made.plan(plan())
+    assert [each.outcome for each in made.status()] == [""]
+
+
 def listening(bodies: list[object], statuses: list[int]) -> HTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -85,9 +85,7 @@ class DecisionMaker:
         with self._turn:
             for plan in plans:
                 if self._plans.get(plan.key) != plan:
-                    self._plans[plan.key] = plan
-                    self._observers[plan.key] = TrialObserver(self._begin(plan), self._traffic.of_request)
-                    self._refused.discard(plan.key)
+                    self._guarded(plan.key, partial(self._take, plan))
             for key in self._plans.keys() - {plan.key for plan in plans}:
                 del self._plans[key], self._observers[key]
             self._show()
@@ -127,6 +125,11 @@ class DecisionMaker:
             for entry in self._traffic.entries(min(observer.trial.sequence for observer in observers)):
                 for observer in observers:
                     observer.take(entry)
+
+    def _take(self, plan: TrialPlan) -> None:
+        observer = TrialObserver(self._begin(plan), self._traffic.of_request)
+        self._plans[plan.key], self._observers[plan.key] = plan, observer
+        self._refused.discard(plan.key)
 
     def _begin(self, plan: TrialPlan) -> Trial:
         record: TrialRecord | None = None
