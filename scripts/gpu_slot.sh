@@ -16,9 +16,10 @@ if [ -d "$wheels" ]; then
     }
     install "$wheels" "$place/packages"
     if [ -d "$wheels/unsloth" ]; then
-        # beside the packages above go those that it wants otherwise
+        cp "$wheels"/bitsandbytes-*.whl "$place"  # the rest it takes from the machine, not from the versions above
         install "$wheels/unsloth" "$place/unsloth"
-        export LORA2SERVE_UNSLOTH=$place/unsloth:$place/packages
+        install "$place" "$place/unsloth"
+        export LORA2SERVE_UNSLOTH=$place/unsloth
     fi
     export PYTHONPATH=$place/packages${PYTHONPATH:+:$PYTHONPATH}
 fi

@@ -15,7 +15,7 @@ most=64000000
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 ours=(click anyio idna transformers tokenizers huggingface-hub hf-xet httpx2 httpcore2 truststore trl peft accelerate datasets dill multiprocess xxhash bitsandbytes)
-unsloth=${UNSLOTH-unsloth==2026.11.* unsloth_zoo==2026.11.* trl==1.15.* datasets==4.8.5 cut_cross_entropy tyro msgspec hf_transfer torchao transformers==5.17.* dill multiprocess xxhash}
+unsloth=${UNSLOTH-unsloth==2026.10.* unsloth_zoo==2026.10.* trl==1.15.* datasets==4.8.5 cut_cross_entropy tyro msgspec hf_transfer torchao transformers==5.17.* dill multiprocess xxhash}
 platforms=(--platform any)
 for glibc in 17 24 27 28 31 34; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
