@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# gpu_wheels.sh [FOLDER]: what scripts/gpu_slot.sh needs on a GPU machine that reaches no index, in at most 64 MB.
+# gpu_wheels.sh [FOLDER]: what scripts/gpu_slot.sh needs on a GPU machine that reaches no index, in at most 57 MB: with a clone under 64 MiB.
 # FOLDER (default: .wheels) gets the wheels of constraints.txt, and in unsloth/ those of Unsloth, which wants other versions.
 # The machine brings torch for CUDA, numpy, pandas, pyarrow, rich, PyYAML, regex, Jinja2 and pytest.
 #   PYTHON_VERSION  of that machine (default: 3.12)
@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { echo "gpu_wheels: $*" >&2; }
 folder=${1:-.wheels}
 cuda=${CUDA:-130}
-most=64000000
+most=57000000  # with a clone beside it under 64 MiB
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 ours=(click anyio idna transformers tokenizers huggingface-hub hf-xet httpx2 httpcore2 truststore trl peft accelerate datasets dill multiprocess xxhash bitsandbytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ print(json.dumps(tracker.peak))
 """
 
 
-def test_two_real_steps_of_the_demo(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_two_real_steps_of_the_demo(tmp_path: Path, checkpointing: bool) -> None:
     """On real tensors, by every storage that is alive: the plan is within 3 % of its peak."""
     rows = [json.dumps({"text": "word " * 400}) for _ in range(32)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
@@ -99,7 +101,7 @@ def test_two_real_steps_of_the_demo(tmp_path: Path) -> None:
     recipe = {
         "model": {"path": str(base)},
         "data": {"train": "rows.jsonl", "max_length": 128},
-        "train": {"steps": 2, "batch_size": 16},
+        "train": {"steps": 2, "batch_size": 16, "gradient_checkpointing": checkpointing},
     }
     (tmp_path / "two.yaml").write_text(json.dumps(recipe))
     done = subprocess.run(
@@ -110,6 +112,6 @@ def test_two_real_steps_of_the_demo(tmp_path: Path) -> None:
 
     checkpoint = Checkpoint(base)
     shape = model_shape(checkpoint.config, checkpoint.specs())
-    settings = PlanSettings(batch=16, length=128, dtype="float32", padded=False)
+    settings = PlanSettings(batch=16, length=128, dtype="float32", padded=False, checkpointing=checkpointing)
     assert planned_bytes(shape, settings).tensors == pytest.approx(peak, rel=0.03)
-    assert planned_bytes(shape, PlanSettings(batch=12, length=128, dtype="float32")).tensors < 0.9 * peak
+    assert planned_bytes(shape, replace(settings, batch=12)).tensors < 0.9 * peak, "the control: fewer rows"

@@ -70,7 +70,7 @@ def planned(name: str, quantization: str, rank: int, rows: int, length: int) -> 
     targets = ("q_proj", "k_proj", "v_proj", "o_proj")
     settings = PlanSettings(
         "qlora" if quantization == "nf4" else "lora", rank, targets, batch=rows, length=length, double_quant=False,
-        dtype="float16", padded=False,
+        dtype="float16", padded=False, hoisted=False,
     )  # fmt: skip
     shape = model_shape(dict(zip(KEYS, MODELS[name], strict=True)), None)
     held = static_memory(shape, settings)
