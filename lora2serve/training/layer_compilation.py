@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import Module
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FEWEST_STEPS = 200  # below, compiling takes longer than it saves
 MULTIPLE = 64  # of tokens, to which lengths are padded: fewer shapes, and full tiles
@@ -20,7 +23,8 @@ class CompiledLayers:
     ``is_refusal`` knows.
     """
 
-    def __init__(self, model: Module, backend: str = "inductor") -> None:
+    def __init__(self, model: PreTrainedModel, backend: str = "inductor") -> None:
+        model.enable_input_require_grads()  # the input of the first layer, too: else it would be a graph of its own
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._calls = []
         for layer in self._layers:
