@@ -74,7 +74,8 @@ def _quality(chosen: Finalist, best: Finalist, change: LossChange | None, margin
             f"instead of {best.objectives.parameters:,}."
         )
     if count == 1:
-        return "No other point of the front is as good in anything."
+        gain = f"{KEPT_GAIN:.0%} of its gain over the base"
+        return f"It has the smallest loss, and no other point of the front keeps {gain}."
     return (
         f"It has the smallest loss of {count}, and none with fewer parameters is shown to be within {100 * margin:g} %."
     )

@@ -127,7 +127,7 @@ class SearchPlan:
     @cached_property
     def widened(self) -> tuple[float, ...]:
         """Rates that were tried beyond the range."""
-        rates = {self.tried[key].point.rate for key in self.results}
+        rates = {spec.point.rate for spec in self.tried.values()}
         low, high = self.space.rates[0], self.space.rates[-1]
         return tuple(sorted(rate for rate in rates if rate < low or rate > high))
 

@@ -166,7 +166,8 @@ def _created(prepared: _Prepared, place: TrialPlace, base: Path, progress: Progr
     """A new one: rows are written, and the base is measured on them."""
     request, recipe, files = prepared.request, prepared.recipe, prepared.files
     sums = files.write(recipe, prepared.sets, request.fraction)
-    progress.note(f"sweep {prepared.name}: measuring the base")
+    shown = without_credentials(prepared.location)
+    progress.note(f"sweep {prepared.name}: measuring the base; others may work on it, too, by --join {shown}")
     search, final = place.measure(files.recipe, base, [files.search_rows, files.final_rows])
     if len(search.sums) < FEW_ROWS:
         progress.warn(f"{len(search.sums)} held-out rows for the search: few intervals will be narrow enough to end it")

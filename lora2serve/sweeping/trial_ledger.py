@@ -220,7 +220,7 @@ def open_ledger(location: str, name: str | None = None) -> TrialLedger:
 
     with _errors(location):
         if "://" not in location and not Path(location).is_file():
-            raise UsageError(f"{location}: no storage of a sweep", "name the one that `lora2serve sweep` printed")
+            raise UsageError(f"{location}: no storage of a sweep", "such as sweeps/demo/sweep.db")
         storage = _storage(location)
         names = optuna.get_all_study_names(storage)
         chosen = name or (names[0] if len(names) == 1 else None)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +15,8 @@ from lora2serve.sweeping.sweep_report import SweepReport, report
 from lora2serve.sweeping.sweep_writers import write_result
 from lora2serve.sweeping.trial_files import TrialFiles
 from lora2serve.sweeping.trial_record import TrialOutcome, TrialSpec
-from tests.parity_check.test_report import BROWSER, NO_BROWSER, Tags
+from tests.parity_check.test_report import Tags
+from tests.support.browser import look, needs_browser
 from tests.sweeping.planted_sweep import BASE, SPACE, begin
 from tests.sweeping.simulated_search import PlantedLoss, searched
 
@@ -94,36 +92,22 @@ def test_the_page_is_whole_and_alone(facts: SweepFacts) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(BROWSER is None and "GITHUB_ACTIONS" not in os.environ, reason=NO_BROWSER)
-@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")])
 def test_in_a_browser(facts: SweepFacts, tmp_path: Path, width: int, scheme: str) -> None:
     """No console error, nothing wider than the window, pictures drawn, and the colors of the scheme."""
-    assert BROWSER, NO_BROWSER
-    probe = (
-        "<script>addEventListener('load', () => { const root = document.documentElement; document.querySelectorAll('details').forEach(d => d.open = true); document.title = JSON.stringify({"
-        "wide: root.scrollWidth - root.clientWidth, drawn: [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height > 100),"
+    page = tmp_path / "report.html"
+    page.write_text(render(made(facts, "a-name-without-an-end-" * 9)))
+    seen = look(
+        page,
+        "wide: root.scrollWidth - root.clientWidth,"
+        "drawn: [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height > 100),"
         "said: document.querySelector('.ship .name').getBoundingClientRect().bottom,"
         "small: [...document.querySelectorAll('body *')].filter(e => e.innerText && parseFloat(getComputedStyle(e).fontSize) < 11).length,"
-        "paper: getComputedStyle(document.body).backgroundColor, width: innerWidth}) })</script>"
-    )
-    probed = tmp_path / "probed.html"
-    probed.write_text(render(made(facts, "a-name-without-an-end-" * 9)).replace("</head>", f"{probe}</head>"))
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f"<meta name='color-scheme' content='{scheme}'><iframe id=f style='width:{width}px;height:900px;border:0' src='probed.html'></iframe>"
-        "<script>f.onload = () => setTimeout(() => document.body.append(f.contentDocument.title), 100)</script>"
-    )
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-            "--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
-            "--virtual-time-budget=3000", "--window-size=1400,1000", "--dump-dom", frame.as_uri(),
-        ],
-        capture_output=True, text=True, check=True, timeout=120,
+        "paper: getComputedStyle(document.body).backgroundColor, width: innerWidth",
+        width=width, scheme=scheme,
     )  # fmt: skip
-    seen = json.loads(re.search(r"\{\"wide.*?\}", done.stdout).group())  # type: ignore[union-attr]
     assert seen["said"] < 500, "on the first screen"
     assert len(seen["drawn"]) >= 3 and all(seen["drawn"])
     assert (seen["wide"], seen["small"], seen["width"]) == (0, 0, width)
     assert seen["paper"] == ("rgb(251, 252, 253)" if scheme == "light" else "rgb(14, 18, 23)")
-    assert "CONSOLE" not in done.stderr

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.console import size
 from lora2serve.sweeping.report.sweep_charts import curve_chart, front_charts
+from lora2serve.sweeping.search_plan import KEPT_GAIN
 from lora2serve.sweeping.sweep_report import SweepReport
 
 if TYPE_CHECKING:
@@ -38,5 +39,5 @@ def _environment() -> Environment:
         loader=ChoiceLoader([own, style]), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals |= {"size": size, "titles": TITLES}
+    environment.globals |= {"size": size, "titles": TITLES, "kept_gain": KEPT_GAIN}
     return environment
