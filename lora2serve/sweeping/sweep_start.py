@@ -19,6 +19,7 @@ from lora2serve.data.data_sets import DataSets
 from lora2serve.errors import Lora2ServeError, UsageError, did_you_mean
 from lora2serve.hub import pin_data
 from lora2serve.progress import Progress
+from lora2serve.registry.location import MOUNTS, SHARED, file_system
 from lora2serve.sweeping.data_likeness import DataFigures, data_figures
 from lora2serve.sweeping.earlier_runs import EarlierRun, earlier_runs, first_points
 from lora2serve.sweeping.gpu_leases import usable_gpus
@@ -102,7 +103,7 @@ def started(request: SweepRequest, progress: Progress) -> SweepLoop:
     planner = trial_planner(recipe, request.gpu, jobs, progress)
     space = replace(space, targets=usable_targets(space, planner.shape, progress))
     files = TrialFiles((ROOT / (request.name or recipe.name)).absolute())
-    location = request.storage or str(files.folder / "sweep.db")
+    location = request.storage or str(_own_storage(files.folder))
     location = location if "://" in location else str(Path(location).absolute())
     prepared = _Prepared(request, recipe, sets, space, planner, jobs, files, location)
     base = fetch_base(recipe.model, progress)
@@ -143,6 +144,12 @@ def place_of(on: str, jobs: int | None) -> tuple[TrialPlace, int]:
     gpus = usable_gpus()
     count = jobs or len(gpus) or 1
     return ChildTrials(gpus, max(1, cores() // count) if count > 1 and not gpus else 0), count
+
+
+def _own_storage(folder: Path) -> Path:
+    """A file of sqlite; a journal where the file system is one of several machines, whose locks sqlite cannot trust."""
+    mounts = MOUNTS.read_text(encoding="utf-8", errors="replace") if MOUNTS.is_file() else ""
+    return folder / ("sweep.journal" if file_system(folder, mounts) in SHARED else "sweep.db")
 
 
 def _continued(prepared: _Prepared, progress: Progress) -> TrialLedger | None:

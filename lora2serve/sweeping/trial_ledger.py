@@ -22,7 +22,7 @@ from lora2serve.sweeping.optuna_points import distributions_of, params_of, quiet
 from lora2serve.sweeping.search_space import SearchPoint, Value
 from lora2serve.sweeping.sweep_facts import SweepFacts
 from lora2serve.sweeping.trial_record import Objectives, TrialOutcome, TrialSpec
-from lora2serve.system.extras import install_hint
+from lora2serve.system.extras import EXTRA_OF, install_hint
 from lora2serve.system.http import without_credentials
 
 if TYPE_CHECKING:
@@ -288,7 +288,10 @@ def _errors(location: str) -> Iterator[None]:
         yield
     except Lora2ServeError:
         raise
-    except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, OSError, ImportError) as error:
+    except ImportError as error:  # the driver of a database
+        package = (error.name or "").split(".")[0]
+        raise SweepError(f"{package} is not installed", install_hint(EXTRA_OF.get(package, "sweep"))) from None
+    except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
         raise SweepError(
             f"{without_credentials(location)}: {first_line(error)}", "look whether it is there, and may be written"
         ) from error
