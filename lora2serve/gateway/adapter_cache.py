@@ -106,6 +106,8 @@ class AdapterCache:
                 return self.ready(key)
             except Lora2ServeError as error:
                 problems.append(f"{name}: {error.message.removeprefix(f'{name}: ')}")
+            except OSError as error:  # a folder that cannot be written
+                problems.append(f"{name}: {error.filename}: {error.strerror}")
         if found:
             return found
         reason = "; ".join(problems) or "no server has it, and none takes adapters"

@@ -15,6 +15,7 @@ from lora2serve.gateway.model_names import parse_object
 from lora2serve.gateway.request_record import Arm, RequestRecord, text_hash
 from lora2serve.system.json_values import Json, JsonValue, at, objects
 
+MOST_DESCRIBED = 50  # requests a second whose texts figures are taken of: enough for any window
 MOST_ANSWER = 8 << 20  # bytes of an answer that are looked at
 Redact = Callable[[str], str]
 Describe = Callable[[str, str], Mapping[str, float]]
@@ -76,15 +77,14 @@ class Recorder:
         self._config, self._describe = config, describe
         self._redact = _function(config.redact) if config.redact else None
         self._random = random.Random()
+        self._described = 0.0  # when figures were taken last
 
     def record(self, exchange: Exchange) -> RequestRecord:
         """The record of an exchange that is over."""
         prompt, reply = prompt_text(exchange.content), read_reply(b"".join(exchange.answer), stream=exchange.stream)
         end = exchange.last or time.perf_counter()
         whole = exchange.answer_size <= MOST_ANSWER and not exchange.error
-        features = dict(self._describe(prompt, reply.text)) if self._describe and whole else {}
-        if features and reply.logprob is not None:
-            features["answer.logprob"] = reply.logprob
+        features = self._features(prompt, reply) if whole else {}
         texts = self._config.texts > 0 and self._random.random() < self._config.texts
         return RequestRecord(
             request_id=exchange.request_id, at=exchange.at, name=exchange.name, version=exchange.version,
@@ -99,6 +99,14 @@ class Recorder:
             prompt=self._shown(prompt) if texts else None, answer=self._shown(reply.text) if texts else None,
             features=features,
         )  # fmt: skip
+
+    def _features(self, prompt: str, reply: ReplyText) -> Mapping[str, float]:
+        now = time.monotonic()
+        if self._describe is None or now - self._described < 1 / MOST_DESCRIBED:
+            return {}
+        self._described = now
+        known = {} if reply.logprob is None else {"answer.logprob": reply.logprob}
+        return {**self._describe(prompt, reply.text), **known}
 
     def _shown(self, text: str) -> str | None:
         """A text as it may be kept; None where what redacts it fails: nothing is kept unredacted."""

@@ -27,6 +27,7 @@ from lora2serve.gateway.shadow import ShadowQueue
 from lora2serve.gateway.traffic_store import TrafficStore
 from lora2serve.gateway.trial_loop import TrialLoop, TrialMetrics
 from lora2serve.gateway.upstreams import (
+    AppUpstream,
     AsgiApp,
     Headers,
     Receive,
@@ -130,7 +131,7 @@ class Gateway:
     async def _own(self, method: str, path: str, headers: Headers, receive: Receive, send: Send) -> bool:
         """Answer what is the gateway's own; whether it was."""
         if (method, path) == ("GET", "/metrics"):
-            text = self.metrics.text()
+            text = self.metrics.text() + await self._inside_metrics()
             head = [
                 (b"content-type", b"text/plain; version=1.0.0; charset=utf-8"),
                 (b"content-length", b"%d" % len(text)),
@@ -152,6 +153,17 @@ class Gateway:
         else:
             return False
         return True
+
+    async def _inside_metrics(self) -> bytes:
+        """Those of the server whose process this is: they have no other address."""
+        inside = next((each for each in self._upstreams.values() if isinstance(each, AppUpstream)), None)
+        if inside is None:
+            return b""
+        try:
+            answer = await inside.send("GET", "/metrics", [], None)
+            return await answer.body() if answer.status == HTTPStatus.OK else b""
+        except UpstreamError:
+            return b""
 
     async def _models(self, headers: Headers, send: Send) -> None:
         """The aliases, behind the models of the first server that are none of the registry."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from lora2serve.gateway.adapter_cache import Key
@@ -15,11 +17,24 @@ if TYPE_CHECKING:
     Labelled: TypeAlias = Counter | Gauge | Histogram
 
 OTHER = ("other", "", "")  # the labels of all requests that no route is for
-MOST_VERSIONS = 20  # of a name that have figures; then those of the one that was asked longest ago go
+MOST_VERSIONS = 20  # of a name that have figures; then those of the one that came first go
 WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds of an answer
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # to its first byte
 STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)  # between two tokens
 ARM = ("adapter", "version", "arm")
+
+
+@dataclass(frozen=True)
+class _ArmSeries:
+    """The figures of a version in one arm."""
+
+    requests: Callable[[str, str], Counter]  # by upstream and code
+    seconds: Histogram
+    first: Histogram
+    step: Histogram
+    prompt: Counter
+    completion: Counter
+    in_flight: Gauge
 
 
 class GatewayMetrics:
@@ -56,6 +71,7 @@ class GatewayMetrics:
         self._lost = counter("records_dropped", "Records that were not stored.", "reason")
         self._registry_up = gauge("registry_up", "Whether the registry could be read.")
         self._versions: dict[str, OrderedDict[str, None]] = {}
+        self._arms: dict[tuple[str, str, str], _ArmSeries] = {}
 
     def text(self) -> bytes:
         """What a scrape gets."""
@@ -65,25 +81,37 @@ class GatewayMetrics:
 
     def begun(self, name: str, version: int, arm: str) -> None:
         """A request to a version."""
-        self._in_flight.labels(name, str(version), arm).inc()
-        self._seen(name, str(version))
+        self._arm(name, str(version), arm).in_flight.inc()
 
     def finished(self, record: RequestRecord) -> None:
         """It is over."""
         labels = (record.name, str(record.version), record.arm)
-        self._in_flight.labels(*labels).dec()
-        self._requests.labels(*labels, record.upstream, str(record.status)).inc()
-        self._seconds.labels(*labels).observe(record.seconds)
+        arm = self._arm(*labels)
+        arm.in_flight.dec()
+        arm.requests(record.upstream, str(record.status)).inc()
+        arm.seconds.observe(record.seconds)
         if record.error:
             self._errors.labels(*labels, record.error).inc()
         if record.first_token_seconds is not None:
-            self._first.labels(*labels).observe(record.first_token_seconds)
+            arm.first.observe(record.first_token_seconds)
         if record.token_seconds is not None:
-            self._step.labels(*labels).observe(record.token_seconds)
+            arm.step.observe(record.token_seconds)
         if record.prompt_tokens is not None:
-            self._tokens.labels(*labels, "prompt").inc(record.prompt_tokens)
+            arm.prompt.inc(record.prompt_tokens)
         if record.completion_tokens is not None:
-            self._tokens.labels(*labels, "completion").inc(record.completion_tokens)
+            arm.completion.inc(record.completion_tokens)
+
+    def _arm(self, name: str, version: str, arm: str) -> _ArmSeries:
+        """The series of one arm, looked up once."""
+        key = (name, version, arm)
+        if key not in self._arms:
+            self._seen(name, version)
+            self._arms[key] = _ArmSeries(
+                cache(partial(self._requests.labels, *key)), self._seconds.labels(*key), self._first.labels(*key),
+                self._step.labels(*key), self._tokens.labels(*key, "prompt"), self._tokens.labels(*key, "completion"),
+                self._in_flight.labels(*key),
+            )  # fmt: skip
+        return self._arms[key]
 
     def other(self, upstream: str, status: int, seconds: float) -> None:
         """A request that no route is for is over."""
@@ -141,8 +169,9 @@ class GatewayMetrics:
         """Bound how many versions have figures, however long the gateway runs."""
         versions = self._versions.setdefault(name, OrderedDict())
         versions[version] = None
-        versions.move_to_end(version)
         if len(versions) > MOST_VERSIONS:
+            gone = next(iter(versions))
+            self._arms = {key: series for key, series in self._arms.items() if key[:2] != (name, gone)}
             oldest = {"adapter": name, "version": versions.popitem(last=False)[0]}
             for family in (
                 self._requests, self._errors, self._seconds, self._first, self._step, self._tokens, self._in_flight,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from lora2serve.system.json_values import Json, JsonValue
 
@@ -54,6 +55,11 @@ def counting_tokens(body: bytes, content: Json, path: str) -> tuple[bytes, bool]
     return body[:end] + b"," + ASKED + body[end:], True
 
 
+@lru_cache(maxsize=1000)
+def _pattern(model: str) -> re.Pattern[bytes]:
+    return re.compile(b"(" + KEY + b")" + re.escape(json.dumps(model).encode()))
+
+
 class AnswerNames:
     """Puts the client's name for a model where the server has its own.
 
@@ -61,8 +67,7 @@ class AnswerNames:
     """
 
     def __init__(self, model: str, shown: str, *, usage: bool = False) -> None:
-        # answers are written by json libraries, with or without escapes for what is not ASCII: names here are ASCII
-        self._pattern = re.compile(b"(" + KEY + b")" + re.escape(json.dumps(model).encode()))
+        self._pattern = _pattern(model)
         self._shown = json.dumps(shown).encode()
         self._usage = usage
         self._rest = b""

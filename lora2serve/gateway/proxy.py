@@ -187,9 +187,11 @@ class RoutedProxy:
         """What the shadow gets: a request that the champion has answered."""
         if choice.shadow is None or answered.error:
             return
+        content = {key: value for key, value in request.content.items() if key != "stream_options"}
+        content |= {"stream": False} if request.stream else {}  # nobody reads along
         copy = Exchange(
             request_id=request.request_id, name=choice.name, version=choice.shadow, arm="shadow", unit=answered.unit,
-            path=request.path, content=request.content, stream=False,
+            path=request.path, content=content, stream=False,
         )  # fmt: skip
         headers = [item for item in request.headers if item[0] != b"x-request-id"]
         named = [*headers, (b"x-request-id", f"{request.request_id}-shadow".encode())]

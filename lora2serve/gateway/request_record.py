@@ -48,7 +48,7 @@ class RequestRecord:
     answer_hash: str = ""
     prompt: str | None = None
     answer: str | None = None
-    features: Mapping[str, float] = field(default_factory=dict)  # figures of the two texts, taken before they go
+    features: Mapping[str, float] = field(default_factory=dict)  # figures of both texts, of many records
     sequence: int = 0
 
     @property

@@ -117,11 +117,11 @@ class Routes:
         """See what was moved. A registry that cannot be read leaves everything as it is."""
         try:
             live = await asyncio.to_thread(self._follow, self._event)
-        except Lora2ServeError as error:
+        except Exception as error:  # whatever it is, the next look may see it again
             self._observer.registry_seen(False)
-            if self._failed != error.message:
-                self._failed = error.message
-                self._progress.warn(f"{error.message}: versions stay as they are until it can be read")
+            if self._failed != first_line(error):
+                self._failed = first_line(error)
+                self._progress.warn(f"{self._failed}: versions stay as they are until the registry can be read")
             return
         self._failed = ""
         self._observer.registry_seen(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ FILE = Path("gateway.yaml")
 BACKLOG = 2048
 DRAIN = 600  # seconds that streams under way get when the gateway is ended
 SHADOW_CONNECTIONS = 100
+SWITCH = 0.0005  # seconds until the thread that stores records lets the one that answers go on
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def run_gateway(
         for name, upstream in settings.upstreams.items():
             progress.note(f"{name}: {without_credentials(upstream.url)}")
         interruption.handle(server.handle_exit)  # uvicorn raises a signal once more when it has ended in order
+        sys.setswitchinterval(SWITCH)
         server.run([listener])
         progress.note("ended")
 

@@ -20,7 +20,6 @@ from lora2serve.gateway.upstreams import Headers, Upstream, UpstreamError, own_h
 MOST_BYTES = 64 << 20  # of the copies that wait
 LOOK = 1.0  # seconds for which it is known whether a server has requests that wait
 WAITING = re.compile(rb"^vllm:num_requests_waiting(?:\{[^}]*\})? ([0-9.e+]+)", re.MULTILINE)
-STREAMING = ("stream", "stream_options")  # nobody reads along
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ class ShadowQueue:
 
     async def _send(self, copy: ShadowCopy, model: str) -> None:
         exchange, key = copy.exchange, (copy.exchange.name, copy.exchange.version)
-        content = {name: value for name, value in exchange.content.items() if name not in STREAMING}
-        body = json.dumps({**content, "model": model}).encode()
+        body = json.dumps({**exchange.content, "model": model}).encode()
         self._cache.hold(key, exchange.upstream)
         exchange.begin()
         try:

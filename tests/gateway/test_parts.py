@@ -262,6 +262,7 @@ def test_inside_another_application(tmp_path: Path, seed: Path, monkeypatch: pyt
         assert got.text == "towns-1 says a b" and got.version == "towns@1" and b'"model":"towns"' in got.body
         assert chat(url, model="base").text == "base says hi"
         assert call(url, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y"}).status == 403
+        assert total(metrics(url), "vllm:num_requests_waiting") == 0 and b"vllm:" in call(url, "/metrics").body
         assert stub.calls == ["load towns-1"]
         stub.faults.gate = threading.Event()
         place = urlsplit(url)
