@@ -17,6 +17,7 @@ from lora2serve.gateway.decisions.trial import TrialMode
 from lora2serve.gateway.decisions.trial_store import TrialStore
 from lora2serve.gateway.decisions.verdicts import DecisionMaker, TrialPlan, TrialStatus
 from lora2serve.gateway.drift import windows
+from lora2serve.gateway.drift.check_drift import keep_references
 from lora2serve.gateway.drift.drift_report import RECORD, DriftReport
 from lora2serve.gateway.gateway_config import GatewayConfig
 from lora2serve.gateway.routing import CHAMPION, Routes
@@ -33,6 +34,7 @@ FEATURE = ("adapter", "version", "feature")
 UNDECIDED = "none"
 LARGEST = 700.0  # logarithm of an e-value that is a number of a float
 DRIFT_PAUSE = 30.0  # seconds between two looks at reports of drift
+REFERENCE_PAUSE = 600.0  # seconds between two looks for champions without a reference
 
 
 class TrialMetrics:
@@ -85,12 +87,10 @@ class TrialLoop:
     ) -> None:
         self._config, self._routes, self._metrics = config, routes, metrics
         self._folder, self._progress = Path(config.capture.folder), progress
-        self._failed, self._drift_seen = "", -math.inf
-        location = registry.location.folder or registry.location.url
-        self._maker = DecisionMaker(
-            partial(Registry, location, author="gateway"), TrafficStore(self._folder),
-            TrialStore(self._folder / TRIALS), progress,
-        )  # fmt: skip
+        self._failed, self._drift_seen, self._references_seen = "", -math.inf, -math.inf
+        self._open = partial(Registry, registry.location.folder or registry.location.url, author="gateway")
+        states = TrialStore(self._folder / TRIALS)
+        self._maker = DecisionMaker(self._open, TrafficStore(self._folder), states, progress)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -103,6 +103,9 @@ class TrialLoop:
         plans = list(plans_of(self._config, self._routes.table()))
         try:
             await asyncio.to_thread(self._judge, plans)
+            if time.monotonic() >= self._references_seen + REFERENCE_PAUSE:
+                self._references_seen = time.monotonic()
+                await asyncio.to_thread(self._keep_references, self._routes.table())
             self._failed = ""
         except Exception as error:  # whatever it is, requests go on, and the next look may be better
             if self._failed != first_line(error):
@@ -121,6 +124,13 @@ class TrialLoop:
         if time.monotonic() >= self._drift_seen + DRIFT_PAUSE:
             self._drift_seen = time.monotonic()
             self._metrics.show_drift(last_reports(self._folder))
+
+    def _keep_references(self, table: Mapping[str, Mapping[str, int]]) -> None:
+        store = TrafficStore(self._folder)
+        champions = {name: numbers[CHAMPION] for name, numbers in table.items() if CHAMPION in numbers}
+        with self._open() as registry:
+            keep_references(registry, store, champions)
+        store.close()
 
 
 def plans_of(config: GatewayConfig, table: Mapping[str, Mapping[str, int]]) -> Iterator[TrialPlan]:

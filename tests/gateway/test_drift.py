@@ -22,6 +22,7 @@ from lora2serve import Registry
 from lora2serve.cli import run as command_line
 from lora2serve.errors import InputError, UsageError
 from lora2serve.gateway.drift import windows
+from lora2serve.gateway.drift.check_drift import keep_references
 from lora2serve.gateway.drift.drift_report import DriftReport, render_report
 from lora2serve.gateway.drift.drift_test import FeatureDrift, WindowRow, compare_windows
 from lora2serve.gateway.drift.languages import language
@@ -286,6 +287,22 @@ def test_what_it_refuses(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         stored.write_text(text)
         with pytest.raises(InputError, match="not a stored window"):
             lora2serve.drift(NAME, folder=served)
+
+
+def test_the_gateway_keeps_the_reference(served: Path) -> None:
+    """Of a champion that was tried before; of one that nobody has asked yet, later."""
+    store, now = TrafficStore(served), time.time()
+    stored = served / "drift" / f"{NAME}@1.jsonl"
+    with Registry("registry") as registry:
+        fill(served, now - 2 * HOUR, now - HOUR, 50, 1, arm="shadow")
+        keep_references(registry, store, {NAME: 1})
+        assert not stored.exists()
+        fill(served, now - HOUR, now - 60, 100, 2, arm="challenger")
+        keep_references(registry, store, {NAME: 1})
+        first = stored.read_text()
+        assert len(first.splitlines()) == 151
+        keep_references(registry, store, {NAME: 1})
+    assert stored.read_text() == first
 
 
 def test_windows_do_not_overlap(served: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,18 +21,19 @@ from lora2serve.progress import Progress
 from lora2serve.registry.version_facts import utc
 
 DEFAULT_FOLDER = "gateway"  # of a gateway's records
+DEFAULT_WINDOW = "7d"
 WINDOW = re.compile(r"(\d{1,5})(h|d|w)")
 HOURS = {"h": 1, "d": 24, "w": 7 * 24}
 
 
 def drift(
-    name: str, *, window: str = "7d", folder: Named = DEFAULT_FOLDER, report: Named | None = None, renew: bool = False,
-    registry: Named | None = None, progress: Progress | None = None,
+    name: str, *, window: str = DEFAULT_WINDOW, folder: Named = DEFAULT_FOLDER, report: Named | None = None,
+    renew: bool = False, registry: Named | None = None, progress: Progress | None = None,
 ) -> DriftReport:  # fmt: skip
     """Compare the last requests to a name's champion with those that it was promoted on.
 
     window: how long both windows are: "12h", "7d" or "2w". A whole week compares the same weekdays.
-    folder: where the gateway keeps its records. The reference is stored there when it is first needed.
+    folder: where the gateway keeps its records. The reference is stored there, by the gateway or by the first call.
     report: a folder for report.html and report.json; by default ``drift/NAME`` in ``folder``.
     renew: what comes now is right: store the last window as the reference, against which the next call compares.
     registry: where it is, as for ``lora2serve.Registry``.
@@ -38,11 +41,10 @@ def drift(
 
     Raises UsageError for a name without a champion, and where a window has too few requests.
     """
-    progress, seconds = progress or default_progress(), window_seconds(window)
+    progress, seconds, now = progress or default_progress(), window_seconds(window), time.time()
     with Registry(registry) as opened:
         number = opened.get(f"{name}@{CHAMPION}").number
-        moves = [each for each in opened.history(name) if each.alias == CHAMPION and each.new == number]
-    promoted, now = datetime.fromisoformat(moves[-1].at).timestamp(), time.time()
+        promoted = _promoted(opened, name, number)
     store = TrafficStore(Path(folder))
     if not store.path.is_file():
         raise UsageError(f"{folder}: no {FILE} of a gateway", "--folder names the folder of its records")
@@ -58,6 +60,24 @@ def drift(
     page = write_report(made, Path(report) if report is not None else Path(folder) / windows.FOLDER / name)
     progress.note(f"report: {page}")
     return made
+
+
+def keep_references(registry: Registry, store: TrafficStore, champions: Mapping[str, int]) -> None:
+    """Store the references of champions that have none, before the records of that time go; name -> number.
+
+    Where there are too few requests yet, a later call does.
+    """
+    for name, number in champions.items():
+        if not windows.reference_file(store, name, number).is_file():
+            promoted = _promoted(registry, name, number)
+            with suppress(UsageError):
+                windows.find_reference(store, name, number, promoted, window_seconds(DEFAULT_WINDOW), time.time())
+
+
+def _promoted(registry: Registry, name: str, number: int) -> float:
+    """When the champion's alias came to that version, in seconds since 1970."""
+    moves = [each for each in registry.history(name) if each.alias == CHAMPION and each.new == number]
+    return datetime.fromisoformat(moves[-1].at).timestamp()
 
 
 def window_seconds(text: str) -> float:

@@ -63,6 +63,11 @@ def row_of(record: RequestRecord) -> WindowRow:
     return WindowRow(record.unit or record.request_id, numbers, shares, categories, tuple(pairs))
 
 
+def reference_file(store: TrafficStore, name: str, number: int) -> Path:
+    """Where the reference of a version is stored."""
+    return store.path.parent / FOLDER / f"{name}@{number}.jsonl"
+
+
 def find_reference(
     store: TrafficStore, name: str, number: int, promoted: float, seconds: float, now: float, *, renew: bool = False
 ) -> tuple[RequestWindow, bool]:
@@ -71,7 +76,7 @@ def find_reference(
     ``promoted`` is when it became champion, ``seconds`` the length of a window. UsageError where there are too few
     requests yet, InputError for a damaged file.
     """
-    path = store.path.parent / FOLDER / f"{name}@{number}.jsonl"
+    path = reference_file(store, name, number)
     if path.is_file() and not renew:
         return _read(path), False
     before = _answered(store, name, number, promoted - seconds, promoted)
