@@ -109,6 +109,7 @@ def test_rungs_scale_steps_and_evaluations(recipe: Path, tmp_path: Path) -> None
     assert loaded(FULL).data.train == str(files.all_rows) and loaded(0).name == "lr1e-4-qv-r8-rung0-seed42"
 
 
+@pytest.mark.engine
 def test_what_the_plan_refuses_never_starts(tmp_path: Path, recipe: Path) -> None:
     """Memory for rank 8 alone: rank 16 is an outcome that no process began, and rank 8 is recommended."""
     loaded = recipes.load(recipe)
@@ -186,7 +187,9 @@ def test_distance_of_data() -> None:
     [
         ({"constraint": "speed"}, "constraint speed: unknown"), ({"jobs": 0}, "--jobs 0"), ({"fraction": 0.0}, "--fraction 0"),
         ({"margin": 1.0}, "--margin 1"), ({"on": "rayy"}, "--on rayy: unknown"), ({"name": "a/b"}, "--name"),
-        ({"overrides": ["train.method=ia3", "train.quantize=none"]}, "train.method: ia3"), ({"join": "x.db", "space": "y"}, "--join takes"),
+        pytest.param(
+            {"overrides": ["train.method=ia3", "train.quantize=none"]}, "train.method: ia3", marks=pytest.mark.engine
+        ), ({"join": "x.db", "space": "y"}, "--join takes"),
         ({"overrides": ["data.eval=null"]}, "holds no rows out"), ({"join": "x.db"}, "no storage of a sweep"),
     ],
 )  # fmt: skip

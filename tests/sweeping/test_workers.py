@@ -50,6 +50,7 @@ def finished(location: str) -> set[str]:
     return set(open_ledger(location).read().results)
 
 
+@pytest.mark.engine  # starts processes
 def test_a_killed_sweep_goes_on(location: str, tmp_path: Path) -> None:
     """SIGKILL in the fourth trial: afterwards the same trials are finished as without it, and only that one twice."""
     begin(tmp_path / "whole", str(tmp_path / "whole.db"))
@@ -68,6 +69,7 @@ def test_a_killed_sweep_goes_on(location: str, tmp_path: Path) -> None:
     assert len(finished(location)) > 8, "the control: there was more to do"
 
 
+@pytest.mark.engine
 def test_two_workers_never_run_one_trial_twice(location: str, tmp_path: Path) -> None:
     """Both do some, together all, and what they find is what one finds."""
     begin(tmp_path / "alone", str(tmp_path / "alone.db"))
@@ -76,7 +78,7 @@ def test_two_workers_never_run_one_trial_twice(location: str, tmp_path: Path) ->
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
     children = [process(location, log, 0.05, jobs) for log, jobs in zip(logs, (1, 2), strict=True)]
     for child in children:
-        child.join(120)
+        child.join()
         assert child.exitcode == 0
     done = [begun(log) for log in logs]
     assert all(done), "each did some"
