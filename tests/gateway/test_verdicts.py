@@ -191,7 +191,7 @@ def test_shadow(place: Path) -> None:
 
 def test_a_challenger_and_a_shadow_at_once(place: Path) -> None:
     """Each has its own trial, on its own part of the traffic."""
-    plans = [*plan(DecisionRule("errors")), replace(plan(DecisionRule("errors"), mode="shadow", challenger=3)[0])]
+    plans = [*plan(DecisionRule("errors")), *plan(DecisionRule("errors"), mode="shadow", challenger=3)]
     made, writer = maker(place, plans), TrafficStore(place)
     for number in range(40):
         writer.append([request(3 * number, "champion", 1), request(3 * number + 1, "challenger", 2)])
@@ -199,8 +199,10 @@ def test_a_challenger_and_a_shadow_at_once(place: Path) -> None:
     assert {each.mode: each.evidence[0].bets for each in made.status()} == {"split": 0, "shadow": 0}
     made.act()
     assert {each.mode: each.evidence[0].bets for each in made.status()} == {"split": 40, "shadow": 40}
-    with Registry(place / "registry") as registry:  # no alias of that name is the shadow's here: nothing moved
-        assert registry.aliases(NAME) == {"champion": 1, "challenger": 2}
+    same = maker(place, plan(DecisionRule("errors")), states="same")  # one version is both
+    writer.append([request(500, "champion", 1), request(500, "shadow", 2)])
+    same.act()
+    assert same.status()[0].evidence[0].bets == 0
 
 
 def test_what_counts_for_nothing(place: Path) -> None:
@@ -224,6 +226,23 @@ def test_what_counts_for_nothing(place: Path) -> None:
     writer.append([request(1001, "champion", 1)])
     made.act()
     assert [each.bets for each in made.status()[0].evidence] == [1, 0]
+
+
+def test_where_the_challenger_could_not_answer(place: Path) -> None:
+    """The champion did: its answer is none of its own part of the traffic, nor feedback on it one on the challenger."""
+    rules = (DecisionRule("errors"), DecisionRule("truth"), DecisionRule("latency"))
+    made, writer = maker(place, plan(*rules)), TrafficStore(place)
+    for number in range(30):
+        writer.append([
+            request(number, "challenger", 2, error="upstream_gone"), request(number, "champion", 1),
+            Feedback(request_id=f"r{number}", at=0.0, score=1.0),
+        ])  # fmt: skip
+    made.act()
+    assert [each.bets for each in made.status()[0].evidence] == [0, 0, 0]
+    writer.append([request(100 + number, "champion", 1) for number in range(30)])
+    made.act()
+    assert [each.bets for each in made.status()[0].evidence][:2] == [30, 0] or made.status()[0].outcome == "rollback"
+    assert moves(place) == [("rollback", "challenger", 1)]
 
 
 def test_what_the_gates_forbid_is_not_promoted(place: Path) -> None:

@@ -2,21 +2,23 @@
 
 Split traffic: each request has one arm, which the route chose by chance. A shadow copy: the champion's answer and the
 challenger's to the same request are one pair. Requests that name a version themselves were not divided by chance, and
-count for nothing.
+count for nothing; nor does what the champion answers where the challenger could not.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from lora2serve.gateway.decisions.trial import Trial
 from lora2serve.gateway.request_record import Feedback, RequestRecord
 
-MOST_EARLY = 1000  # feedback that came before the shadow's answer
+MOST_REMEMBERED = 1000  # feedback that came before the shadow's answer; requests that the challenger could not answer
 PREFERENCES = {"challenger": 1.0, "champion": -1.0, "tie": 0.0}  # labels of feedback that compares two answers
 
 OfRequest = Callable[[str], Sequence[RequestRecord]]
+T = TypeVar("T")
 
 
 class TrialObserver:
@@ -25,6 +27,7 @@ class TrialObserver:
     def __init__(self, trial: Trial, of_request: OfRequest) -> None:
         self.trial, self._of_request = trial, of_request
         self._early: OrderedDict[str, Feedback] = OrderedDict()
+        self._failed: OrderedDict[str, None] = OrderedDict()
 
     def take(self, entry: RequestRecord | Feedback) -> None:
         """One entry; those that the trial has had are passed over."""
@@ -51,6 +54,10 @@ class TrialObserver:
         arm = trial.arm(record.version)
         if arm is None or record.arm not in ("champion", "challenger") or trial.mode == "shadow":
             return
+        if record.request_id in self._failed:
+            return
+        if arm == "challenger" and not record.ok:
+            _remember(self._failed, record.request_id, None)
         trial.observe("errors", arm, float(not record.ok), unit=_unit(record), at=record.at)
         if record.ok:
             trial.observe("latency", arm, record.seconds, unit=_unit(record), at=record.at)
@@ -60,9 +67,7 @@ class TrialObserver:
     def _take_feedback(self, feedback: Feedback) -> None:
         records = [record for record in self._of_request(feedback.request_id) if record.name == self.trial.name]
         if records and self.trial.mode == "shadow" and not _pair(self.trial, records):
-            self._early[feedback.request_id] = feedback  # the copy is answered after the user
-            if len(self._early) > MOST_EARLY:
-                self._early.popitem(last=False)
+            _remember(self._early, feedback.request_id, feedback)  # the copy is answered after the user
             return
         self._judge(feedback, records)
 
@@ -76,14 +81,26 @@ class TrialObserver:
             if feedback.label in PREFERENCES:
                 trial.observe_preference(PREFERENCES[feedback.label], unit=unit, at=at)
             return
-        for record in records:
+        divided = sorted(
+            (each for each in records if each.arm in ("champion", "challenger")), key=lambda each: each.sequence
+        )
+        if divided and trial.mode == "split" and divided[0].ok:
+            record = divided[0]  # behind it is the champion's, where the challenger could not answer
             arm, outcome = trial.arm(record.version), feedback.outcome(record)
-            if arm and outcome is not None and record.arm in ("champion", "challenger") and trial.mode == "split":
+            if arm and outcome is not None:
                 trial.observe("truth", arm, outcome, unit=_unit(record), at=record.at)
 
 
+def _remember(known: OrderedDict[str, T], key: str, value: T) -> None:
+    known[key] = value
+    if len(known) > MOST_REMEMBERED:
+        known.popitem(last=False)
+
+
 def _pair(trial: Trial, records: Sequence[RequestRecord]) -> tuple[RequestRecord, RequestRecord] | None:
-    """The champion's record and the shadow's, of the versions that are tested."""
+    """The champion's record and the shadow's, of the versions that are tested by copies."""
+    if trial.mode != "shadow":
+        return None
     champion = next((each for each in records if each.arm == "champion" and each.version == trial.champion), None)
     shadow = next((each for each in records if each.arm == "shadow" and each.version == trial.challenger), None)
     return (champion, shadow) if champion and shadow else None
