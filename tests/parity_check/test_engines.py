@@ -21,7 +21,7 @@ from lora2serve.artifacts.parity_report import ComparisonResult
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.comparator import check
-from lora2serve.parity_check.comparisons import Comparison, of_exports, of_url
+from lora2serve.parity_check.comparisons import of_exports, of_url
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.engines.openai_engine import OpenAI
 from lora2serve.parity_check.trained_model import TrainedModel, of_run
@@ -69,47 +69,6 @@ def origin_of(run: Run) -> TrainedModel:
     return replace(origin, settings=replace(origin.settings, tokens=400, window=64, prompts=3))
 
 
-def rows(run: Run, subjects: list[Comparison]) -> list[ComparisonResult]:
-    return list(check(origin_of(run), subjects, progress=Silent()).rows)
-
-
-def test_a_deployment(server: str, demo_run: Run) -> None:
-    """The adapter by name is met; the control, the base under the same address, is red because the adapter is not there."""
-    origin = origin_of(demo_run)
-    tuned, base = rows(demo_run, [of_url(origin, f"{server}/v1", "tuned"), of_url(origin, server, "base")])
-    assert tuned.status == "met", tuned.gate
-    assert tuned.not_compared == ("the long text in openai, which does not take it",), "it has room for 256 tokens"
-    kl = tuned.check("mean_kl")
-    assert kl is not None
-    assert kl.value < 1e-3
-    assert base.status == "missed"
-    assert base.gate is not None
-    assert base.gate.cause.startswith("adapter: not applied")
-
-
-def test_a_model_it_does_not_serve(server: str, demo_run: Run) -> None:
-    (row,) = rows(demo_run, [of_url(origin_of(demo_run), server, "tunde")])
-    assert row.status == "failed"
-    assert row.gate is not None
-    assert "it serves: base, tuned" in row.gate.cause
-
-
-def test_nobody_there(demo_run: Run) -> None:
-    """A missing server is a row, red only where the engine is required."""
-    with pytest.raises(EngineMissing, match="no answer"):
-        OpenAI("http://127.0.0.1:9", str(demo_run.adapter))
-    (row,) = rows(demo_run, [of_url(origin_of(demo_run), "http://127.0.0.1:9", None)])
-    assert row.status == "missing"
-    assert row.not_compared == ("prompts and answers in openai, which was not asked",)
-
-
-def test_credentials_in_an_address_are_in_no_report(demo_run: Run) -> None:
-    subject = of_url(origin_of(demo_run), "http://me:secret@127.0.0.1:9/v1", None)
-    assert subject.name == "http://127.0.0.1:9/v1"
-    (row,) = rows(demo_run, [subject])
-    assert row.gate is not None and "secret" not in f"{row.gate}{row.export}{row.version}"
-
-
 class Hit(Silent):
     """Sends a signal to the engine's process while it scores the first export."""
 
@@ -126,23 +85,78 @@ class Hit(Silent):
         yield advance
 
 
-def test_a_file_that_the_engine_does_not_load(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
-    """Its row fails and says how; the others go on."""
-    sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
-    broken = tmp_path / "broken.gguf"
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def rows(
+    server: str, demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, ComparisonResult]:
+    """What is sound and what is not, in one comparison: the trained model is measured once for all."""
+    origin = origin_of(demo_run)
+    sound = replace(next(s for s in of_exports(origin, [demo_exports["gguf-F16"]])), path=None)
+    broken = tmp_path_factory.mktemp("broken") / "broken.gguf"
     broken.write_bytes(Path(str(sound.options["model"])).read_bytes()[:4000])
-    bad = replace(sound, name="broken", path=None, options={**sound.options, "model": str(broken)})
-    first, second = rows(demo_run, [bad, replace(sound, path=None)])
+    subjects = {
+        "tuned": of_url(origin, f"{server}/v1", "tuned"),
+        "base": of_url(origin, server, "base"),
+        "tunde": of_url(origin, server, "tunde"),
+        "nobody": of_url(origin, NOBODY, None),
+        "secret": of_url(origin, "http://me:secret@127.0.0.1:9/v1", None),
+        "broken": replace(sound, name="broken", options={**sound.options, "model": str(broken)}),
+        "hit": replace(sound, name="hit"),
+        "sound": sound,
+    }
+    report = check(origin, list(subjects.values()), progress=Hit(signal.SIGSEGV))
+    return dict(zip(subjects, report.rows, strict=True))
+
+
+def test_a_deployment(rows: dict[str, ComparisonResult]) -> None:
+    """The adapter by name is met; the control, the base under the same address, is red because the adapter is not there."""
+    tuned, base = rows["tuned"], rows["base"]
+    assert tuned.status == "met", tuned.gate
+    assert tuned.not_compared == ("the long text in openai, which does not take it",), "it has room for 256 tokens"
+    kl = tuned.check("mean_kl")
+    assert kl is not None
+    assert kl.value < 1e-3
+    assert base.status == "missed"
+    assert base.gate is not None
+    assert base.gate.cause.startswith("adapter: not applied")
+
+
+def test_a_model_it_does_not_serve(rows: dict[str, ComparisonResult]) -> None:
+    row = rows["tunde"]
+    assert row.status == "failed"
+    assert row.gate is not None
+    assert "it serves: base, tuned" in row.gate.cause
+
+
+def test_nobody_there(rows: dict[str, ComparisonResult], demo_run: Run) -> None:
+    """A missing server is a row, red only where the engine is required."""
+    with pytest.raises(EngineMissing, match="no answer"):
+        OpenAI(NOBODY, str(demo_run.adapter))
+    row = rows["nobody"]
+    assert row.status == "missing"
+    assert row.not_compared == ("prompts and answers in openai, which was not asked",)
+
+
+def test_credentials_in_an_address_are_in_no_report(rows: dict[str, ComparisonResult]) -> None:
+    row = rows["secret"]
+    assert row.export == "http://127.0.0.1:9/v1"
+    assert row.gate is not None and "secret" not in f"{row.gate}{row.export}{row.version}"
+
+
+def test_a_file_that_the_engine_does_not_load(rows: dict[str, ComparisonResult]) -> None:
+    """Its row fails and says how; the others go on."""
+    first, second = rows["broken"], rows["sound"]
     assert (first.status, second.status) == ("failed", "met")
     assert first.gate is not None
     assert "llama.cpp" in first.gate.first
 
 
-def test_an_engine_that_dies(demo_run: Run, demo_exports: dict[str, Path]) -> None:
+def test_an_engine_that_dies(rows: dict[str, ComparisonResult]) -> None:
     """A segmentation fault in the middle of scoring is a failed row that says so; the next row goes on."""
-    sound = next(s for s in of_exports(origin_of(demo_run), [demo_exports["gguf-F16"]]))
-    subjects = [replace(sound, name="hit", path=None), replace(sound, path=None)]
-    first, second = check(origin_of(demo_run), subjects, progress=Hit(signal.SIGSEGV)).rows
+    first, second = rows["hit"], rows["sound"]
     assert (first.status, second.status) == ("failed", "met")
     assert first.gate is not None
     assert first.gate.name == "behaviour"
