@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LONGEST_VALUE = 60  # characters of it in a message
 TYPE_NAMES: Mapping[object, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, as an escape may write it
 UNKNOWN = "?"  # instead of a text that is missing or wrong
 
 
@@ -204,6 +206,8 @@ class _Builder:
             except (ValueError, OverflowError):
                 pass
         if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            if isinstance(value, str) and SURROGATE.search(value):
+                self.problems.append(f"{path}: {show(value)}, which has half of a surrogate pair: no text")
             return value
         quotes = ", so put it in quotes" if kind is str and isinstance(value, bool | int | float) else ""
         self.problems.append(f"{path}: {show(value)}, expected {TYPE_NAMES[kind]}{quotes}")

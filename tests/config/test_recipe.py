@@ -400,6 +400,7 @@ def test_several_data_sets(write: Any, tmp_path: Path) -> None:
         ([], "data.train: empty, expected a path or a Hub id"),
         ([""], "data.train[0]: empty, expected a path or a Hub id"),
         ([3], "data.train[0]: 3, expected text or keys and values"),
+        (["a\ud83d"], "data.train[0]: 'a\\ud83d', which has half of a surrogate pair: no text"),
         (3, "data.train: 3, expected text or a list"),
         ([{"weight": 1}], "data.train[0].path: missing"),
         ([{"path": "a", "wieght": 1}], "data.train[0].wieght: unknown key (did you mean 'data.train[0].weight'?)"),
