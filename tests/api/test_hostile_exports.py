@@ -27,7 +27,7 @@ TEXTS = {
     "empty": "",
     "a list": "[]",
     "null": "null",
-    "deep": '{"a":' + "[" * 100_000,
+    "deep": '{"a":' + "[" * 20_000,
     "no numbers": '{"architectures": NaN, "quantization_config": NaN, "r": NaN, "lora_alpha": Infinity, "files": NaN}',
     "other types": json.dumps(WRONG),
     "negative": '{"architectures": [-1], "quantization_config": {"quant_method": [1]}, "r": -4, "peft_type": "LORA"}',
