@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lora2serve.artifacts.parity_report import ComparisonResult
+from lora2serve.artifacts.parity_report import ComparisonResult, ParityReport
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.comparator import check
@@ -27,7 +27,7 @@ from lora2serve.parity_check.engines.openai_engine import OpenAI
 from lora2serve.parity_check.trained_model import TrainedModel, of_run
 from lora2serve.progress import Silent, Unit
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]  # the one fixture asks nine
 
 RANK = 16
 
@@ -66,21 +66,26 @@ def server(demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytes
 
 def origin_of(run: Run) -> TrainedModel:
     origin = of_run(run, Path(run.record.base.path))
-    return replace(origin, settings=replace(origin.settings, tokens=400, window=64, prompts=3))
+    settings = replace(origin.settings, tokens=400, window=64, prompts=3, require=("llama.cpp",))
+    return replace(origin, settings=settings)
 
 
 class Hit(Silent):
-    """Sends a signal to the engine's process while it scores the first export."""
+    """Ends the engine's process while it scores the export "hit"; once "sound" was compared, there is no llama_cpp."""
 
-    def __init__(self, number: signal.Signals) -> None:
-        self.number = number
+    def __init__(self, patch: pytest.MonkeyPatch, without: Path) -> None:
+        self._patch, self._without = patch, without
+
+    def note(self, text: str) -> None:
+        if text.startswith("sound in llama.cpp: met"):
+            self._patch.setenv("PYTHONPATH", f"{self._without}:{Path(__file__).parents[2]}")
 
     @contextmanager
     def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
         def advance(amount: int) -> None:
             if label == "hit in llama.cpp" and unit == "tokens":
                 (engine,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "llama.cpp"]
-                engine.send_signal(self.number)
+                engine.send_signal(signal.SIGSEGV)
 
         yield advance
 
@@ -88,27 +93,35 @@ class Hit(Silent):
 NOBODY = "http://127.0.0.1:9"
 
 
+SUBJECTS = ("tuned", "base", "tunde", "nobody", "secret", "broken", "hit", "sound", "missing")
+
+
 @pytest.fixture(scope="module")
-def rows(
+def report(
     server: str, demo_run: Run, demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, ComparisonResult]:
+) -> ParityReport:
     """What is sound and what is not, in one comparison: the trained model is measured once for all."""
     origin = origin_of(demo_run)
     sound = replace(next(s for s in of_exports(origin, [demo_exports["gguf-F16"]])), path=None)
     broken = tmp_path_factory.mktemp("broken") / "broken.gguf"
     broken.write_bytes(Path(str(sound.options["model"])).read_bytes()[:4000])
-    subjects = {
-        "tuned": of_url(origin, f"{server}/v1", "tuned"),
-        "base": of_url(origin, server, "base"),
-        "tunde": of_url(origin, server, "tunde"),
-        "nobody": of_url(origin, NOBODY, None),
-        "secret": of_url(origin, "http://me:secret@127.0.0.1:9/v1", None),
-        "broken": replace(sound, name="broken", options={**sound.options, "model": str(broken)}),
-        "hit": replace(sound, name="hit"),
-        "sound": sound,
-    }
-    report = check(origin, list(subjects.values()), progress=Hit(signal.SIGSEGV))
-    return dict(zip(subjects, report.rows, strict=True))
+    (broken.parent / "llama_cpp").mkdir()
+    (broken.parent / "llama_cpp" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'llama_cpp'\")"
+    )
+    subjects = [
+        of_url(origin, f"{server}/v1", "tuned"), of_url(origin, server, "base"), of_url(origin, server, "tunde"),
+        of_url(origin, NOBODY, None), of_url(origin, "http://me:secret@127.0.0.1:9/v1", None),
+        replace(sound, name="broken", options={**sound.options, "model": str(broken)}),
+        replace(sound, name="hit"), replace(sound, name="sound"), replace(sound, name="missing"),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        return check(origin, subjects, progress=Hit(patch, broken.parent))
+
+
+@pytest.fixture(scope="module")
+def rows(report: ParityReport) -> dict[str, ComparisonResult]:
+    return dict(zip(SUBJECTS, report.rows, strict=True))
 
 
 def test_a_deployment(rows: dict[str, ComparisonResult]) -> None:
@@ -176,18 +189,9 @@ def test_an_engine_that_hangs(demo_run: Run, demo_exports: dict[str, Path], tmp_
         assert not engine.is_running()
 
 
-def test_an_engine_that_is_not_installed(
-    demo_run: Run, demo_exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_engine_that_is_not_installed(report: ParityReport, rows: dict[str, ComparisonResult]) -> None:
     """A row that says how to install it; red only where it is required."""
-    (tmp_path / "llama_cpp").mkdir()
-    (tmp_path / "llama_cpp" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'llama_cpp'\")")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
-    origin = origin_of(demo_run)
-    (sound,) = of_exports(origin, [demo_exports["gguf-F16"]])
-    asked = replace(origin, settings=replace(origin.settings, require=("llama.cpp",)))
-    report = check(asked, [replace(sound, path=None)], progress=Silent())
-    (row,) = report.rows
+    row = rows["missing"]
     assert (row.status, row.red) == ("missing", True)
     assert row.gate is not None
     assert "not installed" in row.gate.first
