@@ -21,6 +21,7 @@ PATIENCE = 60.0  # seconds to wait for another process that writes
 LOCK = 0x6C327372  # of Postgres' advisory locks, ours
 WRITING = ".writing"  # the lock of a sqlite file's writers
 CONTENT = "content"  # the setting that says where files lie; of sqlite, empty: beside the file
+UNWRITABLE = ("unable to open database file", "disk I/O error", "readonly database", "disk is full")  # what sqlite says
 HINTS = {
     "database is locked": "another process has been writing for a minute: see what it does",
     "disk I/O error": "is the disk full, or damaged? make room, and run it again",
@@ -65,8 +66,9 @@ class Database:
         with self.errors(), ExitStack() as stack:
             try:
                 connection = stack.enter_context(self.engine.connect())
-            except exc.OperationalError:
-                if not self.location.folder or _unmerged(self.location.file):
+            except exc.OperationalError as error:
+                unwritable = any(text in str(error.orig) for text in UNWRITABLE)
+                if not self.location.folder or not unwritable or _unmerged(self.location.file):
                     raise
                 stack.enter_context(folder_lock(self.location.folder, WRITING, alone=False))
                 connection = stack.enter_context(_still_engine(self.location).connect())

@@ -20,7 +20,7 @@ API = "/api/2.0/mlflow"
 FILES = "/api/2.0/mlflow-artifacts/artifacts"
 PROXIED = "mlflow-artifacts"  # the scheme of files that the server itself takes
 KEY = "MLFLOW_TRACKING_TOKEN"
-PATIENCE = 120.0  # seconds: a server answers an upload once the file is in its own store
+PATIENCE = 600.0  # seconds: a server answers an upload once the file is in its own store, which may be far away
 PAGE = 200  # versions in one answer
 NOT_FOUND = 404
 
