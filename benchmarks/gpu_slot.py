@@ -117,8 +117,8 @@ def run_case(case: Case, folder: Path, seconds: float) -> Result:
     return Result(case.name, "ok", spent, json.loads(output.splitlines()[-1]))
 
 
-def run_slot(cases: Sequence[Case], seconds: float) -> Iterator[Result]:
-    """One after the other, in at most that time altogether."""
+def run_slot(cases: Sequence[Case], seconds: float, longest: float = LONGEST) -> Iterator[Result]:
+    """One after the other, in at most that time altogether, and at most ``longest`` seconds of it for each."""
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="gpu-slot-") as folder:
         for case in cases:
@@ -126,7 +126,7 @@ def run_slot(cases: Sequence[Case], seconds: float) -> Iterator[Result]:
             if left < LEAST:
                 yield Result(case.name, "not run", 0.0, {}, f"{left:.0f} s were left")
             else:
-                yield run_case(case, Path(folder), min(left, LONGEST))
+                yield run_case(case, Path(folder), min(left, longest))
 
 
 def commit() -> str:
@@ -167,7 +167,8 @@ def main(arguments: Sequence[str]) -> None:
     cases = [known[name].tiny() if options.rehearse else known[name] for name in names]
     facts: dict[str, object] = {"commit": commit(), "rehearsal": options.rehearse, "host": machine()}
     flops = 0.0
-    for result in run_slot(cases, 60 * options.minutes):
+    longest = 60 * options.minutes if options.rehearse else LONGEST  # a CPU is slow
+    for result in run_slot(cases, 60 * options.minutes, longest):
         with options.out.open("a", encoding="utf-8") as file:
             file.write(result.line(facts) + "\n")
         flops = float(str(result.figures.get("flops", flops)))
@@ -175,4 +176,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the case in hand would go on without us
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("gpu_slot: stopped; what is done is on record", file=sys.stderr)
+        sys.exit(130)

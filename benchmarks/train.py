@@ -39,6 +39,7 @@ SIZES: dict[str, dict[str, int]] = {
 SIZES["8B, 8 layers"] = {**SIZES["8B"], "num_hidden_layers": 8}
 SIZES["152k words"] = {**SIZES["1.1B"], "num_hidden_layers": 2, "vocab_size": 151936}
 RANK = 16
+SHORT_TESTS = ("test_speed.py", "test_dequantize.py")  # of tests/gpu
 SHORT = 200  # tokens of a short row, on average
 
 
@@ -67,9 +68,9 @@ class Case:
         return self.warm + self.timed + 1
 
     def tiny(self) -> Case:
-        """The same for a rehearsal."""
-        size = "tiny" if self.size else ""
-        return replace(self, size=size, rows=min(self.rows, 4), length=64, warm=1, timed=1)
+        """The same for a rehearsal, which has not the time to compile."""
+        size, step = "tiny" if self.size else "", {**self.step, "compiled": False}
+        return replace(self, size=size, rows=min(self.rows, 4), length=64, warm=1, timed=1, step=step)
 
 
 def model(root: Path, size: str) -> Path:
@@ -290,7 +291,7 @@ def tests(root: Path, case: Case) -> dict[str, object]:
     """The short tests that need a GPU; an error names those that failed."""
     import pytest
 
-    folder = str(ROOT / "tests" / "gpu")
+    files = [str(ROOT / "tests" / "gpu" / name) for name in SHORT_TESTS]
     counts: dict[str, list[str]] = {}
 
     class Results:
@@ -300,7 +301,7 @@ def tests(root: Path, case: Case) -> dict[str, object]:
             if report.when == "call" or report.outcome != "passed":
                 counts.setdefault(report.outcome, []).append(report.nodeid.rpartition("/")[2])
 
-    pytest.main(["-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", folder], plugins=[Results()])
+    pytest.main(["-q", "-p", "no:cacheprovider", "-m", "gpu", *files], plugins=[Results()])
     if "failed" in counts:
         raise RuntimeError(f"{len(counts['failed'])} failed: {', '.join(counts['failed'])}")
     return {outcome: len(names) for outcome, names in counts.items()}

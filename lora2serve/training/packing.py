@@ -7,12 +7,13 @@ What runs along a sequence (Mamba, linear attention, convolutions) sees a border
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
 from lora2serve.training.tiled_head import plain_model
-from lora2serve.training.varlen_attention import attend_apart, attend_together, can_attend
+from lora2serve.training.varlen_attention import apart, attend_apart, attend_together, can_attend
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -97,7 +98,7 @@ def _log_probabilities(model: PreTrainedModel, inputs: Mapping[str, object]) -> 
 
     device = next(model.parameters()).device
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    with torch.no_grad():
+    with torch.no_grad(), apart() if "cu_seq_lens_q" in moved else nullcontext():
         states = model.base_model(**moved, use_cache=False).last_hidden_state
         logits: Tensor = model.get_output_embeddings()(states)[0]
     return logits.float().log_softmax(-1)

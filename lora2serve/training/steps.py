@@ -17,8 +17,9 @@ from lora2serve.training.layer_compilation import MULTIPLE, CompiledLayers
 from lora2serve.training.loop_choice import in_parts
 from lora2serve.training.model import Device
 from lora2serve.training.row_collator import RowCollator
-from lora2serve.training.step_attempts import StepAttempts
+from lora2serve.training.step_attempts import Around, StepAttempts
 from lora2serve.training.tiled_head import plain_model
+from lora2serve.training.varlen_attention import apart
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,7 +46,9 @@ def prepare_steps(
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         run.save(replace(run.record, loop=replace(run.record.loop or loop, checkpointing=True)))
 
-    sixteen = device.dtype != "float32"
+    around: list[Around] = [apart] if loop.varlen else []
+    if device.dtype != "float32":
+        around.append(AdapterCasts(model, getattr(torch, device.dtype)).on)
     trainer.data_collator = RowCollator(
         pad_token_id=trainer.data_collator.pad_token_id,
         padding_free=trainer.padding_free,
@@ -56,7 +59,7 @@ def prepare_steps(
         told=progress.warn,
         smaller=smaller,
         recompute=None if loop.checkpointing else recompute,
-        around=[AdapterCasts(model, getattr(torch, device.dtype)).on] if sixteen else [],
+        around=around,
         compiled=CompiledLayers(inner) if loop.compiled else None,
     )
     if device.on_gpu or loop.compiled:

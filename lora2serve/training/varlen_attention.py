@@ -7,6 +7,9 @@ evaluation or while answering, goes transformers' own way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 NAME = "varlen"  # among transformers' implementations of attention
 KINDS = {"full_attention", "sliding_attention"}  # of layers
 WIDEST = 256  # head of FlashAttention
+_APART: ContextVar[bool] = ContextVar("apart", default=False)
 
 
 def can_attend(model: PreTrainedModel) -> bool:
@@ -64,11 +68,18 @@ def attend_together(model: PreTrainedModel) -> None:
     model.set_attn_implementation("sdpa")
 
 
-def _mask(*values: object, attention_mask: Tensor | None = None, **options: object) -> Tensor | None:
-    """None for rows with borders, of which transformers knows nothing; its own mask of padded ones."""
-    if attention_mask is None:
-        return None
-    mask: Tensor | None = sdpa_mask(*values, attention_mask=attention_mask, **options)
+@contextmanager
+def apart() -> Iterator[None]:
+    """While it lasts, rows with borders get no mask; in an evaluation or an answer each gets its own, as ever."""
+    before = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(before)
+
+
+def _mask(*values: object, **options: object) -> Tensor | None:
+    mask: Tensor | None = None if _APART.get() else sdpa_mask(*values, **options)
     return mask
 
 
