@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 import lora2serve
 from lora2serve import Registry, RunningServer
 from lora2serve.artifacts.manifest import FileEntry, Manifest
+from lora2serve.artifacts.run import Run
 from lora2serve.gateway.run_gateway import RunningGateway
 from lora2serve.gateway.traffic_store import TrafficStore
 from lora2serve.system.small_files import digest
+from tests.conftest import lora2serve as command
 from tests.support.gateways import CHAT, Answer, call, metrics, total, wait_for
 
 pytestmark = pytest.mark.engine
@@ -54,12 +56,13 @@ def ask(url: str, model: str, text: str = QUESTION, **more: Any) -> Answer:
 
 
 @pytest.fixture(scope="module")
-def place(demo_exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry: towns@1 is the demo, 2 and 3 are weaker ones."""
     folder = tmp_path_factory.mktemp("gateway")
+    adapter = Path(command("export", demo_run.path, "-t", "adapter", "-o", "exports", cwd=folder).strip())
     with Registry(folder / "registry") as registry:
         for number, factor in enumerate((1.0, 0.0, 0.3), start=1):
-            export = other_version(demo_exports["adapter"], folder / f"export-{number}", factor)
+            export = other_version(folder / adapter, folder / f"export-{number}", factor)
             assert registry.add(export, name="towns", unproven=True).number == number
         registry.promote("towns@1", force=True, why="a test")
         for number, alias in ((2, "second"), (3, "third")):
