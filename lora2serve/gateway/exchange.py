@@ -8,11 +8,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 from lora2serve.errors import UsageError, first_line
 from lora2serve.gateway.gateway_config import CaptureConfig
 from lora2serve.gateway.model_names import parse_object
-from lora2serve.gateway.request_record import Arm, RequestRecord, text_hash
+from lora2serve.gateway.request_record import REFUSED, Arm, RequestRecord, text_hash
 from lora2serve.system.json_values import Json, JsonValue, at, objects
 
 MOST_DESCRIBED = 50  # requests a second whose texts figures are taken of: enough for any window
@@ -115,6 +116,13 @@ class Recorder:
         except Exception:
             return None
         return shown[: self._config.longest_text] if isinstance(shown, str) else None
+
+
+def error_of(status: int) -> str:
+    """What an HTTP status says of the version: a request that is refused is the client's fault."""
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return "http"
+    return REFUSED if status >= HTTPStatus.BAD_REQUEST else ""
 
 
 def prompt_text(content: Json) -> str:

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from lora2serve.gateway.adapter_cache import Key
-from lora2serve.gateway.request_record import Feedback, RequestRecord
+from lora2serve.gateway.request_record import REFUSED, Feedback, RequestRecord
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge, Histogram
@@ -90,7 +90,7 @@ class GatewayMetrics:
         arm.in_flight.dec()
         arm.requests(record.upstream, str(record.status)).inc()
         arm.seconds.observe(record.seconds)
-        if record.error:
+        if record.error not in ("", REFUSED):
             self._errors.labels(*labels, record.error).inc()
         if record.first_token_seconds is not None:
             arm.first.observe(record.first_token_seconds)

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from lora2serve.errors import Lora2ServeError
 from lora2serve.gateway.adapter_cache import AdapterCache, VersionPlacement
 from lora2serve.gateway.client_side import ClientLeft, ClientWatch, send_error
-from lora2serve.gateway.exchange import Exchange, Recorder
+from lora2serve.gateway.exchange import Exchange, Recorder, error_of
 from lora2serve.gateway.gateway_config import GatewayConfig
 from lora2serve.gateway.gateway_metrics import GatewayMetrics
 from lora2serve.gateway.model_names import EVENT_ENDS, LINE_ENDS, AnswerNames, counting_tokens, parse_object, with_model
@@ -92,7 +92,8 @@ class RoutedProxy:
             return sent or keys[0]
         messages = objects(content.get("messages"))
         first = next((number for number, message in enumerate(messages) if message.get("role") == "user"), 0)
-        return json.dumps(messages[: first + 1] or content.get("prompt") or "", sort_keys=True) if messages else ""
+        beginning = messages[: first + 1] or content.get("prompt") or content.get("input")
+        return json.dumps(beginning, sort_keys=True) if beginning else ""
 
     async def answer(self, request: RoutedRequest, receive: Receive, send: Send) -> None:
         """Let a version answer; the champion where that of the challenger is gone."""
@@ -132,6 +133,8 @@ class RoutedProxy:
         key, reload, tried = (exchange.name, exchange.version), True, set[str]()
         while True:
             placements = [each for each in await self.cache.ensure(key) if each.upstream.name not in tried]
+            if not placements:
+                raise UpstreamError("upstream_gone", f"{exchange.name}@{exchange.version}: no server is left")
             placement = placements[0]
             exchange.upstream = placement.upstream.name
             self.cache.hold(key, exchange.upstream)
@@ -156,7 +159,7 @@ class RoutedProxy:
         answer = await placement.upstream.send("POST", request.target, request.headers, body)
         try:
             exchange.status = answer.status
-            exchange.error = "http" if answer.status >= HTTPStatus.BAD_REQUEST else ""
+            exchange.error = error_of(answer.status)
             names = AnswerNames(placement.model, request.model, usage=counted)
             kind = header(answer.headers, b"content-type").partition(b";")[0].strip().lower()
             if kind == b"text/event-stream" or kind in LINES:

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 
 Arm: TypeAlias = Literal["champion", "challenger", "shadow", "named"]  # named: a client chose the alias itself
 R = TypeVar("R", bound="RequestRecord | Feedback")
+REFUSED, CLIENT_LEFT = "refused", "client_left"  # errors that are not the version's
 HASH_LENGTH = 16  # hexadecimal digits: 64 bits tell answers apart
 
 
@@ -34,7 +35,7 @@ class RequestRecord:
     unit: str  # keyed hash of whom it is from: the requests of one unit depend on each other
     path: str  # /v1/chat/completions
     status: int  # of HTTP; 0 where no answer began
-    error: str = ""  # "", "http", "upstream_gone", "timeout", "cut_off" (by the upstream), "client_left"
+    error: str = ""  # http (500 and over), upstream_gone, timeout, cut_off, refused (400 to 499), client_left
     finish: str = ""  # why the first choice ended: stop, length, tool_calls, ...
     stream: bool = False
     seconds: float = 0.0  # from the request's last byte to the answer's
@@ -53,8 +54,8 @@ class RequestRecord:
 
     @property
     def ok(self) -> bool:
-        """Whether the version answered; a client that left says nothing about it."""
-        return self.error in ("", "client_left")
+        """Whether the version did its part: a client that left or was refused says nothing about it."""
+        return self.error in ("", REFUSED, CLIENT_LEFT)
 
 
 @dataclass(frozen=True, kw_only=True)

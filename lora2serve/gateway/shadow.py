@@ -9,11 +9,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from http import HTTPStatus
 
 from lora2serve.errors import Lora2ServeError
 from lora2serve.gateway.adapter_cache import AdapterCache
-from lora2serve.gateway.exchange import Exchange
+from lora2serve.gateway.exchange import Exchange, error_of
 from lora2serve.gateway.gateway_config import ShadowConfig
 from lora2serve.gateway.upstreams import Headers, Upstream, UpstreamError, own_headers
 
@@ -115,8 +114,7 @@ class ShadowQueue:
                 answer.close()
         finally:
             self._cache.release(key, exchange.upstream)
-        if exchange.status >= HTTPStatus.BAD_REQUEST:
-            exchange.error = "http"
+        exchange.error = error_of(exchange.status)
 
     async def _busy(self, name: str) -> bool:
         """Whether requests wait at a vLLM: a copy would make them wait longer."""

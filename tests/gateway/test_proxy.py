@@ -152,7 +152,13 @@ def test_a_server_that_breaks_off(bed: TestBed) -> None:
     bed.stub.faults.status = 503
     broken = chat(bed.url)
     assert broken.status == 503 and broken.json["error"]["message"] == "broken", "its own words"
-    assert [(record.status, record.error) for record in bed.records(3)] == [(200, ""), (200, "cut_off"), (503, "http")]
+    bed.stub.faults.status = 422
+    assert chat(bed.url).status == 422
+    records = bed.records(4)
+    assert [(record.status, record.error, record.ok) for record in records] == [
+        (200, "", True), (200, "cut_off", False), (503, "http", False), (422, "refused", True),
+    ]  # fmt: skip
+    assert total(metrics(bed.url), "lora2serve_errors_total") == 2, "what is refused is the client's fault"
 
 
 def test_a_server_that_is_gone(tmp_path: Path, seed: Path) -> None:
