@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -48,15 +48,17 @@ def propose(
     losses: Mapping[SearchPoint, Objectives],
     infeasible: Mapping[SearchPoint, Objectives],
     seed: int,
+    running: Collection[SearchPoint] = (),
 ) -> SearchPoint | None:
     """A point of the first phase's grid that was not tried, by a tree-structured Parzen estimator over all figures.
 
-    infeasible: points that memory does not hold, with what they would take. None where the whole grid was tried.
+    infeasible: points that memory does not hold, with what they would take. running: those whose figures are not known
+    yet. None where the whole grid was tried.
     """
     optuna = quiet_optuna()
-    left = [point for point in space.grid() if point not in losses and point not in infeasible]
-    if not left:
-        return None
+    left = [point for point in space.grid() if not any(point in known for known in (losses, infeasible, running))]
+    if not left or not losses:
+        return left[0] if left else None
     sampler = optuna.samplers.TPESampler(seed=seed + len(losses), n_startup_trials=0, multivariate=True)
     study = optuna.create_study(directions=["minimize"] * 5, sampler=sampler)
     spans = distributions_of(space)
@@ -65,7 +67,7 @@ def propose(
     for known, violation in ((losses, -1.0), (infeasible, 1.0)):
         for point, objectives in known.items():
             params = {key: value for key, value in params_of(point).items() if key in spans}
-            if spans[RATE]._contains(point.rate):
+            if space.rates[0] <= point.rate <= space.rates[-1]:
                 study.add_trial(
                     optuna.create_trial(
                         params=params, distributions=spans, values=list(objectives.values),

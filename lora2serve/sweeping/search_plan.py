@@ -87,10 +87,9 @@ class SearchPlan:
         last = self.settings.last_level
         level = 0
         while True:
-            if missing := self._missing([self.spec(point, level) for point in points]):
-                return Step("rank", missing)
-            if wanted:
-                return Step("rank", to_choose=wanted)
+            missing = self._missing([self.spec(point, level) for point in points])
+            if missing or wanted:
+                return Step("rank", missing, wanted)
             if level == last:
                 return Step("rank")
             ranked = self.ranked(level, points)

@@ -157,7 +157,8 @@ class SweepLoop:
             for spec, outcome in pairs
             if not outcome.finished
         }
-        return propose(self.ledger.facts.space, losses, infeasible, settings.seed)
+        running = {spec.point for key, spec in plan.tried.items() if spec.level == 0 and key not in plan.results}
+        return propose(self.ledger.facts.space, losses, infeasible, settings.seed, running)
 
     def _tell(self, plan: SearchPlan, step: Step) -> None:
         """A new phase, a wider range, a rank that is flat: once each."""

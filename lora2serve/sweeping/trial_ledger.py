@@ -1,7 +1,7 @@
 """The trials of a sweep in Optuna's storage, where several processes and machines see each other's.
 
 A trial is claimed by adding it: of two with the same key the one with the lower number counts, which all see the same
-way, as a storage numbers trials one after another. A claim whose worker has ended is given up by whoever sees it.
+way, as a storage numbers trials one after another. A claim whose worker has ended does not count.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ class TrialLedger:
         """Whether it is done, or somebody is at it."""
         if trial.number in set(self._attribute(RETRIED) or ()):
             return False
-        return OUTCOME in trial.user_attrs or not (trial.state.is_finished() or self._has_ended(trial))
+        finished = trial.state.is_finished()
+        return OUTCOME in trial.user_attrs if finished else not self._has_ended(trial)
 
     def _withdraw(self, claim: str) -> None:
         import optuna

@@ -88,6 +88,8 @@ def test_two_workers_never_run_one_trial_twice(location: str, tmp_path: Path) ->
 
 def test_claims(location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim holds against others, ends with its worker, with silence on another machine, and with Ctrl-C."""
+    import optuna
+
     begin(tmp_path / "sweep", location, space=WIDE)
     first, second = open_ledger(location), open_ledger(location)
     assert first.claim(SPEC) and not second.claim(SPEC)
@@ -98,6 +100,9 @@ def test_claims(location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trial_ledger, "own_worker", lambda: f"{os.uname().nodename}:{os.getpid()}:1")
     assert first.claim(SPEC)
     assert SPEC.key not in second.read().running, "a process of that number began at another time"
+    begun_trial = optuna.trial.Trial(first.study, first._trial_id(first._claims.pop(SPEC.key)))
+    begun_trial.set_user_attr(trial_ledger.OUTCOME, TrialOutcome().to_text())  # and it was killed before it said so
+    assert SPEC.key not in second.read().results and second.claim(SPEC)
     monkeypatch.setattr(trial_ledger, "own_worker", lambda: "elsewhere:1:1")
     other = replace(SPEC, seed=43)
     assert first.claim(other) and other.key in second.read().running
