@@ -58,7 +58,7 @@ def prepare_steps(
     trainer.attempts = StepAttempts(
         told=progress.warn,
         smaller=smaller,
-        recompute=None if loop.checkpointing else recompute,
+        recompute=None if loop.checkpointing or model.active_peft_config.is_prompt_learning else recompute,
         around=around,
         compiled=CompiledLayers(inner) if loop.compiled else None,
     )
