@@ -16,10 +16,12 @@ CELLS = {"merged": "merged", "adapter": "as it is", "lora": "nearest LoRA", "pro
 
 def rows() -> list[str]:
     """A row for each kind that trains: how it trains, how each target holds it, and why some do not."""
-    from lora2serve.adapters.kind_targets import TARGETS, serving_targets, way, why_not
+    from lora2serve.adapters.kind_targets import TARGETS, as_named, serving_targets, way, why_not
     from lora2serve.config.train_methods import ON_FOUR_BITS, TRAINABLE
 
-    lines = ["| `train.method` | on 4 bits | " + " | ".join(f"`{target}`" for target in TARGETS) + " | otherwise |"]
+    lines = [
+        "| `train.method` | on 4 bits | " + " | ".join(f"`{as_named(target)}`" for target in TARGETS) + " | otherwise |"
+    ]
     lines.append("|---" * (len(TARGETS) + 3) + "|")
     for method in TRAINABLE:
         kind = method.upper()

@@ -57,6 +57,11 @@ def serving_targets(kind: str) -> dict[Way, list[str]]:
     return ways
 
 
+def as_named(target: str) -> str:
+    """A target as a user names it behind --target."""
+    return "ollama --as adapter" if target == "ollama-adapter" else target
+
+
 def refuse_targets(kinds: Sequence[tuple[str, str]], targets: Sequence[str], *, as_lora: bool) -> None:
     """AdapterError for each target that cannot hold an adapter: pairs of what it is called and its ``peft_type``.
 
@@ -66,7 +71,7 @@ def refuse_targets(kinds: Sequence[tuple[str, str]], targets: Sequence[str], *, 
     for name, kind in kinds:
         for target in targets:
             if target in TARGETS and not _holds(kind, target, as_lora=as_lora):
-                problems.append(f"{name}: {kind} cannot become --target {target}: {why_not(kind, target)}")
+                problems.append(f"{name}: {kind} cannot become --target {as_named(target)}: {why_not(kind, target)}")
                 nearest = "--as-lora-rank R makes an approximate LoRA of it; " if way(kind, target) == "lora" else ""
                 hints.append(nearest + way_out(kind, target))
     raise_all(problems, lambda text: AdapterError(text, "; ".join(dict.fromkeys(hints))))

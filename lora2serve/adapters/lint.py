@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lora2serve.adapters.kind_targets import Way, way
 from lora2serve.adapters.vllm_support import lora_class
 from lora2serve.config import lora_inits
 from lora2serve.system.small_files import JsonObject
@@ -22,13 +23,15 @@ HEAD_LIMIT = 258048  # tokens that the LoRA kernel of the head can hold
 
 CLASSIFIER = re.compile(r"(?:^|\.)(score|classifier)\.(weight|bias)$")  # the only modules that may be trained in full
 
-# What gets the adapter served: `export --target adapter` by itself, the same with --as-lora-rank, only a merge, or
-# nothing before PEFT has made a plain LoRA of it.
-Fix = Literal["export", "extract", "merge", "convert"]
+# What gets the adapter served: `export --target adapter` by itself, the same with --as-lora-rank, only a merge,
+# tokens of the vocabulary, nothing before PEFT has made a plain LoRA of it, or PEFT alone.
+Fix = Literal["export", "extract", "merge", "prompt", "convert", "peft"]
 WAY_OUT: dict[Fix, str] = {
     "export": "export --target adapter rewrites it, without loss",
     "extract": "export --target vllm merges it; --target adapter --as-lora-rank R makes an approximate plain LoRA",
     "merge": "export --target vllm merges it",
+    "prompt": "export --target vllm holds it as tokens in front of every prompt",
+    "peft": "no target can hold it: serve it with PEFT itself",
     "convert": "no export can hold it: save it as a plain LoRA by PEFT's "
     "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)",
 }
@@ -50,14 +53,23 @@ class Finding:
 
 def lint(config: JsonObject, tensors: Sequence[TensorSpec], base: JsonObject) -> list[Finding]:
     """Every broken rule. ``tensors`` may be empty, before training; ``base`` is the base's config.json."""
-    if config.get("peft_type", "LORA") != "LORA":
-        return [Finding("method", f"{config['peft_type']} is not LoRA", "extract")]
+    kind = str(config.get("peft_type", "LORA"))
+    if kind != "LORA":
+        return [Finding("method", f"{kind} is not LoRA", _fix_of(kind))]
     return [
         *_config_rules(config),
         *_rank_rules(config),
         *_tensor_rules(tensors, base),
         *_model_rules(config, tensors, base),
     ]
+
+
+def _fix_of(kind: str) -> Fix:
+    """Of another kind than LoRA, by the table of kinds and targets."""
+    if way(kind, "adapter") == "lora":
+        return "extract"
+    fixes: dict[Way, Fix] = {"merged": "merge", "prompt": "prompt"}
+    return fixes.get(way(kind, "vllm"), "peft")
 
 
 def next_rank(rank: int) -> int | None:

@@ -22,6 +22,10 @@ UNTRAINABLE: Mapping[str, str] = {
     "xlora": "it mixes LoRAs that are trained already: `lora2serve export --adapter A --adapter B --combine` does, too",
 }
 # Those whose layers compute with packed 4-bit weights; the others need the base in 16 or 32 bits.
-ON_FOUR_BITS = ("lora",)
+ON_FOUR_BITS = (
+    LORA, "adalora", "adaption_prompt", "beft", "boft", "c3a", "fourierft", "gralora", "hira", "ia3", "lily",
+    "ln_tuning", "miss", "oft", "pvera", "randlora", "road", "shira", "trainable_tokens", "vblora", "vera", "waveft",
+    *PROMPTS, *STATES,
+)  # fmt: skip
 # Learning rates that their authors and PEFT's examples use: far above those of a LoRA.
 FAST = {"ia3": 3e-3, "ln_tuning": 1e-3, "prompt_tuning": 3e-2, "p_tuning": 1e-3, "cpt": 1e-3, "prefix_tuning": 1e-2}

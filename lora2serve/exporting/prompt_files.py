@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from lora2serve.errors import ExportError
+from lora2serve.system import scratch
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.chat_template import EXTRA, JINJA, TOKENIZER, chat_templates, read_settings
 from lora2serve.weights.side_files import SideFiles
@@ -18,6 +20,7 @@ ENDS = (
     "eos_token_id",
     "pad_token_id",
 )  # that a model without a generation config takes from its config
+REPLACE_PROCESSOR = ("add_bos_token", "add_eos_token")  # with one of them transformers makes another post-processor
 BY_NUMBER = ("Unigram",)  # a vocabulary that is a list: a token's id is its place
 
 
@@ -28,13 +31,13 @@ def put_in_front(files: SideFiles, tokens: Sequence[str], first: int, config: Js
     tokens. ``config`` is the model's. ExportError for a tokenizer that cannot hold them.
     """
     ids = list(range(first, first + len(tokens)))
-    _add_to_tokenizer(files, tokens, ids)
+    _add_to_tokenizer(files, tokens, ids, config)
     for name, template in chat_templates(files).items():
         files.write(JINJA if name == "default" else f"{EXTRA}{name}.jinja", "".join(tokens) + template)
     settings = read_settings(files, TOKENIZER)
     known = dict(settings.get("added_tokens_decoder") or {})
     marked = {str(number): _marked(token) for number, token in zip(ids, tokens, strict=True)}
-    changed = {key: value for key, value in settings.items() if key != "chat_template"}
+    changed = {key: value for key, value in settings.items() if key not in ("chat_template", *REPLACE_PROCESSOR)}
     listed = known or SENTENCEPIECE in files  # whose readers find added tokens there alone
     files.set(TOKENIZER, {**changed, **({"added_tokens_decoder": known | marked} if listed else {})})
     text = config.get("text_config") or config
@@ -42,7 +45,7 @@ def put_in_front(files: SideFiles, tokens: Sequence[str], first: int, config: Js
     files.set(GENERATION, {**generation, "suppress_tokens": [*(generation.get("suppress_tokens") or []), *ids]})
 
 
-def _add_to_tokenizer(files: SideFiles, tokens: Sequence[str], ids: Sequence[int]) -> None:
+def _add_to_tokenizer(files: SideFiles, tokens: Sequence[str], ids: Sequence[int], config: JsonObject) -> None:
     if FAST not in files:
         raise ExportError(
             f"no {FAST}: a soft prompt becomes tokens of a tokenizer in that form only",
@@ -62,8 +65,22 @@ def _add_to_tokenizer(files: SideFiles, tokens: Sequence[str], ids: Sequence[int
             )
         model["vocab"] |= dict(zip(tokens, ids, strict=True))
     added += [{"id": number, **_marked(token)} for number, token in zip(ids, tokens, strict=True)]
-    content["post_processor"] = _behind(content.get("post_processor"), tokens, ids)
+    content["post_processor"] = _behind(_post_processor(files, config), tokens, ids)
     files.write(FAST, json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def _post_processor(files: SideFiles, config: JsonObject) -> JsonObject | None:
+    """What puts special tokens around a text, as transformers loads it: settings may replace the file's."""
+    from transformers import AutoTokenizer
+
+    with scratch.temporary_folder("tokenizer") as folder:
+        for name, path in files.items():
+            if "/" not in name:
+                (Path(folder) / name).symlink_to(path.resolve())
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": config.get("model_type")}))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor: JsonObject | None = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
+    return processor
 
 
 def _own_ids(model: JsonObject) -> Sequence[int]:

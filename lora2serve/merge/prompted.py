@@ -26,6 +26,8 @@ from lora2serve.weights.tensors import ALL, Block, TensorSpec, row_blocks
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Whose engines take the head from the embedding, whatever the config says (vLLM 0.32: gemma2.py, commandr.py).
+HEAD_IS_EMBEDDING = ("gemma2", "cohere", "cohere2")
 NEVER = -1e4  # of a head's bias, where it has one: no probability is left
 
 
@@ -43,6 +45,11 @@ class Prompted:
 
     def __init__(self, model: Merged, prompt: SoftPrompt) -> None:
         self._model, self._prompt = model, prompt
+        if model.config.get("model_type") in HEAD_IS_EMBEDDING:
+            raise MergeError(
+                f"{model.config['model_type']} has no head of its own in vLLM and llama.cpp, which a soft prompt needs",
+                "serve the adapter with PEFT itself",
+            )
         embedding, head, self._scale = _tables_of(model)
         width = embedding.shape[-1]
         if prompt.vectors.shape[-1] != width:

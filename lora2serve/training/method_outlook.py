@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lora2serve.adapters.kind_targets import Way, serving_targets, way_out, why_not
+from lora2serve.adapters.kind_targets import Way, as_named, serving_targets, way_out, why_not
 from lora2serve.adapters.peft_methods import UNMERGEABLE_METHODS
 from lora2serve.config.recipe import Recipe, TrainRecipe
 from lora2serve.config.train_methods import LORA
@@ -67,8 +67,9 @@ def served_by(method: str) -> tuple[str, bool]:
     """One line, and whether it is a warning: nobody but PEFT serves some kinds. ``method`` as a recipe names it."""
     kind = method.upper()
     ways = serving_targets(kind)
-    parts = [f"{', '.join(ways[way])} ({words})" for way, words in WORDS.items() if way in ways]
+    parts = [f"{', '.join(map(as_named, ways[way]))} ({words})" for way, words in WORDS.items() if way in ways]
     if not parts:
         return f"{method}: {way_out(kind, 'vllm')} ({UNMERGEABLE_METHODS[kind]})", True
-    refused = f"; not by {', '.join(ways['no'])}: {why_not(kind, ways['no'][-1])}" if "no" in ways else ""
+    no = ways.get("no", [])
+    refused = f"; not by {', '.join(map(as_named, no))}: {why_not(kind, no[-1])}" if no else ""
     return f"{method} is served by --target {', '.join(parts)}{refused}", False

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lora2serve
-from lora2serve.adapters.kind_targets import TARGETS, way, why_not
+from lora2serve.adapters.kind_targets import TARGETS, as_named, way, why_not
 from lora2serve.config.train_methods import TRAINABLE
 from lora2serve.errors import AdapterError
 from lora2serve.exporting.sinks import BUILTIN
@@ -42,7 +42,7 @@ def test_what_cannot_be_is_refused_by_name_before_the_base_is_read(
     name, kwargs = ("ollama", {"as_kind": "adapter", "from_model": "x"}) if target == "ollama-adapter" else (target, {})
     with pytest.raises(AdapterError) as caught:
         lora2serve.export(other, targets=name, out=tmp_path / "out", **kwargs)
-    assert caught.value.message == f"{other}: {kind} cannot become --target {target}: {why_not(kind, target)}"
+    assert caught.value.message == f"{other}: {kind} cannot become --target {as_named(target)}: {why_not(kind, target)}"
     assert caught.value.hint
 
 

@@ -61,7 +61,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         {"method": "ia3", "lora": {"rank": 32}},
         ["train.lora.rank: 32, but train.method is ia3, whose options are in train.options"],
     ),
-    ({"method": "boft", "quantize": "nf4"}, ["train.quantize: nf4, but boft computes with the weights of the base"]),
+    ({"method": "loha", "quantize": "nf4"}, ["train.quantize: nf4, but loha computes with the weights of the base"]),
     ({"method": "prefix_tuning", "gradient_checkpointing": True}, ["train.gradient_checkpointing: true, but prefix"]),
     ({"method": "cpt"}, ["train.options.cpt_token_ids: missing"]),
     ({"method": "trainable_tokens"}, ["train.options.token_indices: missing"]),

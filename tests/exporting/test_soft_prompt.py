@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,21 @@ def test_they_begin_every_prompt_and_end_up_in_no_answer(bases: dict[str, Path],
     assert answers[:, len(virtual) + len(plain) :].max() < first
 
 
+@pytest.mark.parametrize("settings", [{"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}, {}])
+def test_behind_what_the_tokenizer_adds_itself(
+    bases: dict[str, Path], tmp_path: Path, settings: dict[str, object]
+) -> None:
+    """Settings by which transformers replaces the post-processor of the file."""
+    from transformers import AutoTokenizer
+
+    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": "<|im_start|>", **settings}))
+    out = exported(base, make_prompt(tmp_path / "adapter", base), tmp_path / "out", dtype="fp32")
+    before = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"]
+    assert AutoTokenizer.from_pretrained(out)(TEXT)["input_ids"] == [*range(1536, 1536 + COUNT), *before]
+
+
 def test_what_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -134,6 +150,9 @@ def test_what_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     lora = make_adapter(tmp_path / "lora", base)
     with pytest.raises(Lora2ServeError, match="a soft prompt and another adapter were not trained together"):
         lora2serve.export(adapters=[lora, prompt], base=str(base), targets="vllm", out=tmp_path / "out")
+    gemma = make_chat_model(tmp_path / "gemma", kind="gemma2", head_dim=16, tie_word_embeddings=True)
+    with pytest.raises(Lora2ServeError, match="gemma2 has no head of its own in vLLM"):
+        exported(gemma, make_prompt(tmp_path / "of-gemma", gemma), tmp_path / "out")
     out = exported(base, prompt, tmp_path / "first", dtype="fp32")
     with pytest.raises(ExportError, match=r"has a token <\|soft_prompt_0\|> already"):
         exported(out, make_prompt(tmp_path / "again", out), tmp_path / "second")

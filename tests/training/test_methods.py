@@ -22,6 +22,7 @@ from lora2serve.data.tokenizer import load_tokenizer
 from lora2serve.errors import TrainError
 from lora2serve.progress import Silent
 from lora2serve.training import eval_loss, method_config
+from lora2serve.training import model as models
 from tests.support.runs import fit, logged, recipe_file
 from tests.support.tiny import load_model, make_model
 
@@ -44,11 +45,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pvera": {"r": 8},
     "randlora": {"r": 8},
     "road": {"group_size": 8},
+    "shira": {"r": 4},
     "trainable_tokens": {"token_indices": [5, 7, 9]},
     "vblora": {"vector_length": 8, "num_vectors": 8, "topk": 2},
     "waveft": {"n_frequency": 50},
 }
-RATES = {"ia3": 3e-2, "ln_tuning": 1e-2, "prompt_tuning": 0.3, "prefix_tuning": 0.1, "cpt": 0.1, "cartridge": 0.1}
+RATES = {
+    "adaption_prompt": 0.3,
+    "pvera": 0.1,
+    "ia3": 3e-2,
+    "ln_tuning": 1e-2,
+    "prompt_tuning": 0.3,
+    "prefix_tuning": 0.1,
+    "cpt": 0.1,
+    "cartridge": 0.1,
+}
 QUICK = ("ia3", "prompt_tuning", "prefix_tuning")
 OTHERS = [
     pytest.param(method, marks=() if method in QUICK else pytest.mark.slow)
@@ -157,3 +168,42 @@ def test_a_soft_prompt_goes_on_after_a_stop(tmp_path: Path, small: Path, chats: 
     assert logged(again) == pytest.approx(logged(whole), abs=1e-6)
     first, second = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, again))
     assert torch.allclose(first["prompt_embeddings"], second["prompt_embeddings"], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [method for method in train_methods.TRAINABLE if method != "lora"])
+def test_on_four_bits(tmp_path: Path, method: str) -> None:
+    """What is said to compute with packed weights gives the logits of the same weights unpacked; the others break."""
+    import bitsandbytes as bnb
+    from peft import PeftModel
+
+    base = make_model(tmp_path / "m", hidden_size=128, intermediate_size=256)
+    recipe = TrainRecipe(method, OPTIONS.get(method, {}), quantize="nf4")
+    model, unpacked = models.load_base(base, recipe, models.device()), load_model(base)
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            unpacked.get_submodule(name).weight.data = weight.float()
+    ids = torch.arange(5, 25)[None]
+    if method not in train_methods.ON_FOUR_BITS:
+        with pytest.raises((RuntimeError, TrainError)):
+            learned_on(model, recipe, base, ids)
+        return
+    tuned = learned_on(model, recipe, base, ids)
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(unpacked, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(input_ids=ids).logits, again(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def learned_on(model: Any, recipe: TrainRecipe, base: Path, ids: torch.Tensor) -> Any:
+    """``model`` with an adapter after one step; RuntimeError where it has no gradient."""
+    config = method_config.adapter_config(model, recipe, base)
+    tuned = models.add_adapter(models.prepare(model, checkpointing=False), config)
+    learned = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    logits = tuned(input_ids=ids).logits[0, -ids.shape[1] :]
+    torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).backward()
+    if not any(parameter.grad is not None and parameter.grad.any() for parameter in learned):
+        raise RuntimeError("no gradient")
+    torch.optim.AdamW(learned, lr=1e-2).step()
+    return tuned.eval()
