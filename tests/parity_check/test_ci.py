@@ -57,9 +57,18 @@ def test_the_action_is_sound() -> None:
             assert set(re.findall(r"--[a-z-]+", options)) <= known
 
 
+def test_a_bound_that_cannot_be_met_is_exit_code_3(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Met without it, the control: see the next."""
+    assert command(["parity", str(exported), "--threshold", "Q4_K_M.mean_kl=1e-9"]) == 3
+    err = capfd.readouterr().err
+    assert "parity not met: 1 of 1 rows failed" in err
+    assert "gguf-Q4_K_M in llama.cpp: behaviour" in err
+
+
 def test_worse_than_before_is_red(place: Path, exported: Path) -> None:
-    words = ("parity", "runs/latest", "--require", "llama.cpp", "--report", "parity")
-    lora2serve(*words, cwd=place)
+    """Of an export, whose path alone finds its run, and of all that the run has, which is the same one."""
+    words = ("--require", "llama.cpp", "--report", "parity")
+    lora2serve("parity", exported, *words, cwd=place)
     assert "| gguf-Q4_K_M | llama.cpp | ✅ met |" in (place / "parity" / "summary.md").read_text()
     report = json.loads((place / "parity" / "report.json").read_text())
     (row,) = report["rows"]
@@ -67,7 +76,7 @@ def test_worse_than_before_is_red(place: Path, exported: Path) -> None:
         if check["name"] == "mean_kl":
             check |= {"value": 1e-9, "low": 1e-9, "high": 1e-9}
     (place / "better.json").write_text(json.dumps(report))
-    lora2serve(*words, "--baseline", "better.json", cwd=place, code=3)
+    lora2serve("parity", "runs/latest", *words, "--baseline", "better.json", cwd=place, code=3)
 
 
 def test_the_plugin(place: Path, exported: Path) -> None:
