@@ -25,7 +25,7 @@ from tests.support.commands import ROOT
 from tests.support.runs import DEMO, make_chat_model, recipe_file, rows, write_jsonl
 from tests.support.shared import once
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]  # what make test has of it is planted: test_workers.py
 
 SPACE = {"train.learning_rate": [1e-3, 4e-3], "train.lora.targets": ["qv"], "train.lora.rank": [4, 8]}
 
@@ -123,7 +123,6 @@ def tried(storage: Path) -> int:
         return 0
 
 
-@pytest.mark.slow
 def test_the_demo_killed_and_joined(tmp_path: Path) -> None:
     """3 rates x 2 presets x 2 ranks on 60 rows. SIGKILL in the fourth trial; a second worker; the front is brute force."""
     write_jsonl(tmp_path / "train.jsonl", rows("train.jsonl", 60))
@@ -169,7 +168,6 @@ def test_the_demo_killed_and_joined(tmp_path: Path) -> None:
     assert content["recommended"]["reason"] and all(line["objectives"]["loss"] < content["base_loss"] for line in whole)
 
 
-@pytest.mark.slow
 def test_on_rays_test_cluster(tmp_path: Path) -> None:
     """Two nodes of one core each: both train, and the sweep ends as it does without Ray."""
     ray = pytest.importorskip("ray")
