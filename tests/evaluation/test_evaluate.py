@@ -101,6 +101,9 @@ def test_a_version_of_a_registry(evaluated_demo: Path, tmp_path: Path, monkeypat
         score = registry.get("island@1").score("answers.acc")
         assert score is not None and score.value == 1.0 and score.suite_sha256 == result.report.suite_sha256
         assert registry.verify() == 1
+    compared = api.compare("island@champion", "base", limit=3, out=tmp_path / "compared")
+    version, again, base = (read_items(path.with_suffix(".jsonl")) for path in compared.records)
+    assert [item.answer for item in version] == [item.answer for item in again] != [item.answer for item in base]
     with pytest.raises(UsageError):
         api.evaluate("island@9", limit=3)
 
