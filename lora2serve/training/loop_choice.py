@@ -37,7 +37,8 @@ def choose_loop(recipe: Recipe, run: Run, base: Path, device: Device, *, resume:
         return run.record.loop or _earlier_release(recipe, gpu)
     gpu = replace(gpu, memory=free_memory(device))
     with suppress(InputError, UsageError):  # a model, or modules to adapt, that the closed form does not know
-        return _record(_planned(recipe, base, gpu))
+        if not recipe.train.lora.dora:  # of which it knows half
+            return _record(_planned(recipe, base, gpu))
     return _record(recipe_step(recipe.train, recipe.data.max_length, gpu))
 
 

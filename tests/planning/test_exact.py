@@ -58,6 +58,26 @@ def test_both_ways_agree(tmp_path: Path, config: dict[str, object], settings: Pl
     assert closed.adapter == exact.bytes.adapter and closed.quantization_state == exact.bytes.quantization_state
 
 
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "vocab_size": 151936, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_experts_and_dora(tmp_path: Path) -> None:
+    """What the closed form does not know: experts stay in 16 bits, and DoRA keeps whole weights for its norms."""
+    path, dora = write_config(tmp_path / "moe", QWEN3_30B), PlanSettings(batch=4, dora=True)
+    with exact_planner() as planner:
+        experts = planner.measure(path, PlanSettings(batch=2, targets="attention"), 1.0)
+        normed = planner.measure(write_config(tmp_path / "dora", TINYLLAMA), dora, 1.0)
+    assert experts.bytes.weights == pytest.approx(59.7e9, rel=0.01)
+    assert experts.trainable == 48 * 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    closed = planned_bytes(model_shape(TINYLLAMA, None), dora)
+    assert closed.adapter == normed.bytes.adapter and closed.activations < 0.5 * normed.bytes.activations
+
+
 TWO_STEPS = """
 import json, sys
 from pathlib import Path
