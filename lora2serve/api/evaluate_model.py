@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora2serve.api.evaluated_model import EvaluatedModel, find_models, heldout_rows, refuse_same
 from lora2serve.api.export_request import Named, several, words
@@ -13,11 +14,15 @@ from lora2serve.artifacts import run as runs
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, UsageError
 from lora2serve.evaluation.eval_report import EvalReport
+from lora2serve.evaluation.harness_options import HarnessOptions
 from lora2serve.evaluation.score_gates import ScoreGate, parse_gate, refuse_unknown
 from lora2serve.evaluation.suite import HELD_OUT, Suite, SuiteRecipe, of_rows, read_suite
 from lora2serve.progress import Progress
 from lora2serve.system import scratch
 from lora2serve.system.small_files import plain_path
+
+if TYPE_CHECKING:
+    from lora2serve.evaluation.suite_evaluation import Evaluated
 
 REPORT = "report"  # the folder of the page, in that of the scores
 
@@ -39,8 +44,10 @@ class EvaluationResult:
 def evaluate(
     model: Named | Sequence[Named] | None = None, *,
     against: Named | None = None, suite: Named | None = None, limit: int | None = None,
-    gate: str | Sequence[str] = (), engine: str = "", base: Named | None = None, url_model: str | None = None,
-    allow_overlap: bool = False, out: Named | None = None, progress: Progress | None = None,
+    gate: str | Sequence[str] = (), task: str | Sequence[str] = (), task_folder: Named | None = None,
+    shots: int | None = None, chat: bool = False, engine: str = "", base: Named | None = None,
+    url_model: str | None = None, allow_overlap: bool = False, out: Named | None = None,
+    progress: Progress | None = None,
 ) -> EvaluationResult:  # fmt: skip
     """Put a suite to models and score their answers; each is asked in the engine that serves it.
 
@@ -51,6 +58,10 @@ def evaluate(
     suite: a YAML file that names rows and a scorer, or a file of rows; by default the run's held-out rows.
     limit: only so many items, the first.
     gate: what must hold, such as ``"acc >= base - 0.01"`` or ``"answers.acc >= 0.9"``; see ``EvaluationResult.met``.
+    task: tasks of lm-evaluation-harness instead of a suite, such as ``"arc_easy"``; needs the extra ``eval``, and the
+        data sets of the tasks here or from the Hub.
+    task_folder, shots, chat: a folder of more tasks; examples before each question (default: the task's); whether
+        questions are written by the chat template, as served.
     engine: which engine answers for exports: peft, transformers, vllm-server or llama.cpp.
     base: for adapters, the base to load; the one trained on by default.
     url_model: the model's name at an address; the first that it lists by default.
@@ -66,13 +77,27 @@ def evaluate(
     named = [str(name) for name in several(model, "model")] if model is not None else [str(runs.latest().path)]
     if not named:
         raise UsageError("model: an empty list, expected one at least")
-    opponent = str(against) if against is not None else None
-    models = find_models(named, opponent, base, url_model, engine, progress)
+    models = find_models(named, str(against) if against is not None else None, base, url_model, engine, progress)
     refuse_same(models)
+    reference = -1 if against is not None else 0
+    if options := _harness(words(task, "task"), task_folder, shots, chat, limit, suite):
+        return run_harness(models, options, gates, reference, out, progress)
     asked = choose_suite(suite, models, limit, progress)
     models = [replace(item, overlap=overlap_of(asked, item, progress, allow=allow_overlap)) for item in models]
     refuse_impossible(gates, asked, compared=len(models) > 1)
-    return run_suite(models, asked, gates, out, progress, reference=-1 if against is not None else 0)
+    return run_suite(models, asked, gates, out, progress, reference=reference)
+
+
+def _harness(
+    tasks: tuple[str, ...], folder: Named | None, shots: int | None, chat: bool, limit: int | None, suite: Named | None
+) -> HarnessOptions | None:
+    """What is asked of lm-evaluation-harness, if anything."""
+    given = {"--task-folder": folder is not None, "--shots": shots is not None, "--chat": chat}
+    if not tasks and any(given.values()):
+        raise UsageError(f"{next(name for name, present in given.items() if present)}: for --task")
+    if tasks and suite is not None:
+        raise UsageError(f"--task {tasks[0]} with --suite {suite}: expected one of the two")
+    return HarnessOptions(tasks, Path(folder) if folder is not None else None, shots, chat, limit) if tasks else None
 
 
 def choose_suite(
@@ -116,20 +141,42 @@ def run_suite(
     models: Sequence[EvaluatedModel], suite: Suite, gates: Sequence[ScoreGate], out: Named | None, progress: Progress,
     *, reference: int,
 ) -> EvaluationResult:  # fmt: skip
-    """Ask, score, write down: also into the registry, of its versions."""
-    from lora2serve.evaluation.report import eval_page
+    """Ask and score."""
     from lora2serve.evaluation.suite_evaluation import evaluate_models
 
-    home = plain_path(Path(out)) if out else models[0].home
     progress.note(f"{suite.name}: {len(suite.items)} items, {len(models)} models; loading the libraries")
-    with scratch.filled(home):
-        paths = [(home if out else model.home) / model.file_name(suite.name, shared=bool(out)) for model in models]
-        chats, overlaps = [model.chat for model in models], [model.overlap for model in models]
+    chats, overlaps = [model.chat for model in models], [model.overlap for model in models]
+    with scratch.filled(home := _home(models, out)):
         done = evaluate_models(chats, suite, gates, overlaps, reference, progress)
-        for path, model, measured, record in zip(paths, models, done.measured, done.evaluations, strict=True):
-            eval_page.write_record(path, record, measured)
-            record_scores(model.name, record)
-        rows = [replace(row, record=str(path)) for row, path in zip(done.report.subjects, paths, strict=True)]
-        report = replace(done.report, subjects=tuple(rows))
-        page = eval_page.write(report, home / REPORT / suite.name)
-    return EvaluationResult(report, page, tuple(paths))
+        return _written(done, models, home, shared=bool(out))
+
+
+def run_harness(
+    models: Sequence[EvaluatedModel], options: HarnessOptions, gates: Sequence[ScoreGate], reference: int,
+    out: Named | None, progress: Progress,
+) -> EvaluationResult:  # fmt: skip
+    """Ask the tasks of lm-evaluation-harness."""
+    from lora2serve.evaluation.harness_tasks import evaluate_tasks
+
+    progress.note(f"{', '.join(options.tasks)}: {len(models)} models; loading the libraries")
+    with scratch.filled(home := _home(models, out)):
+        done = evaluate_tasks([model.chat for model in models], options, gates, reference, progress)
+        return _written(done, models, home, shared=bool(out))
+
+
+def _home(models: Sequence[EvaluatedModel], out: Named | None) -> Path:
+    return plain_path(Path(out)) if out else models[0].home
+
+
+def _written(done: Evaluated, models: Sequence[EvaluatedModel], home: Path, *, shared: bool) -> EvaluationResult:
+    """The files of each model, also into the registry where it is a version, and the page."""
+    from lora2serve.evaluation.report import eval_page
+
+    suite = done.report.suite
+    paths = [(home if shared else model.home) / model.file_name(suite, shared=shared) for model in models]
+    for path, model, measured, record in zip(paths, models, done.measured, done.evaluations, strict=True):
+        eval_page.write_record(path, record, measured)
+        record_scores(model.name, record)
+    rows = [replace(row, record=str(path)) for row, path in zip(done.report.subjects, paths, strict=True)]
+    report = replace(done.report, subjects=tuple(rows))
+    return EvaluationResult(report, eval_page.write(report, home / REPORT / suite), tuple(paths))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora2serve.cli.options import Choice, Command, complete_exports, json_option, progress
+from lora2serve.cli.options import Choice, Command, complete_exports, json_option, names, progress
 from lora2serve.errors import GateNotMet
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ EXAMPLES = [
     ("lora2serve evaluate runs/demo/exports/gguf-Q4_K_M --against runs/demo", "what an export lost"),
     ("lora2serve evaluate --suite medqa.yaml --gate 'medqa.acc >= 0.7'", "a suite of your own; exit code 3"),
     ("lora2serve evaluate medical-qa@champion medical-qa@8 --suite medqa.yaml", "two versions side by side"),
+    ("lora2serve evaluate --task arc_easy,medmcqa --against base", "tasks of lm-evaluation-harness"),
     ("lora2serve evaluate http://localhost:8000 --suite medqa.yaml", "a server that runs"),
 ]
 ANSWERING = ("peft", "transformers", "vllm-server", "llama.cpp")
@@ -36,6 +37,12 @@ ANSWERING = ("peft", "transformers", "vllm-server", "llama.cpp")
     "--suite", metavar="FILE", type=click.Path(path_type=Path),
     help="YAML with rows and a scorer, or a file of rows (default: the run's held-out rows).",
 )  # fmt: skip
+@click.option("--task", "tasks", metavar="NAMES", callback=names, help="Tasks of lm-evaluation-harness: arc_easy,mmlu.")
+@click.option(
+    "--task-folder", metavar="FOLDER", type=click.Path(path_type=Path), help="More tasks for --task, in YAML."
+)
+@click.option("--shots", type=click.IntRange(min=0), metavar="N", help="--task: examples before each question.")
+@click.option("--chat", is_flag=True, help="--task: write questions by the chat template, as it is served.")
 @click.option("--limit", type=int, metavar="N", help="Only the first N items.")
 @click.option(
     "--gate", "gates", multiple=True, metavar="GATE",
@@ -51,9 +58,9 @@ ANSWERING = ("peft", "transformers", "vllm-server", "llama.cpp")
 @json_option
 @click.pass_context
 def evaluate(
-    ctx: click.Context, models: tuple[str, ...], against: str | None, suite: Path | None, limit: int | None,
-    gates: tuple[str, ...], engine: str | None, base: str | None, url_model: str | None, allow_overlap: bool,
-    out: str | None, as_json: bool,
+    ctx: click.Context, models: tuple[str, ...], against: str | None, suite: Path | None, tasks: tuple[str, ...],
+    task_folder: Path | None, shots: int | None, chat: bool, limit: int | None, gates: tuple[str, ...],
+    engine: str | None, base: str | None, url_model: str | None, allow_overlap: bool, out: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Put a suite to models (default: runs/latest), score their answers, and say whether they differ.
 
@@ -65,7 +72,8 @@ def evaluate(
     from lora2serve.api import evaluate_model
 
     result = evaluate_model.evaluate(
-        models or None, against=against, suite=suite, limit=limit, gate=gates, engine=engine or "", base=base,
+        models or None, against=against, suite=suite, task=tasks, task_folder=task_folder, shots=shots, chat=chat,
+        limit=limit, gate=gates, engine=engine or "", base=base,
         url_model=url_model, allow_overlap=allow_overlap, out=out, progress=progress(ctx),
     )  # fmt: skip
     if as_json:

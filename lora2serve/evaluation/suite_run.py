@@ -52,14 +52,14 @@ class EngineHost:
         self._key, self._process = "", None  # type: tuple[str, EngineProcess | None]
         self._version = ""
 
-    def process(self, model: ChatModel) -> tuple[EngineProcess, str]:
+    def process(self, model: ChatModel, worker: str = WORKER) -> tuple[EngineProcess, str]:
         """The engine of a model, and what it is in words."""
-        key = json.dumps([model.engine, dict(model.options)], sort_keys=True, default=str)
+        key = json.dumps([model.engine, dict(model.options), worker], sort_keys=True, default=str)
         if self._process is None or key != self._key:
             self.close()
             log = scratch.log_file(f"evaluate-{model.engine}")
             self._process = EngineProcess(
-                model.engine, model.options, log, LIMIT, worker=WORKER, hint="", fork="if running"
+                model.engine, model.options, log, LIMIT, worker=worker, hint="", fork="if running"
             )
             self._key = key
             about: Mapping[str, str] = self._process.call("about")
@@ -155,8 +155,19 @@ def metric_names(suite: Suite) -> dict[str, str | None]:
 
 def evaluation(measured: Measured, suite: Suite, overlap: str = "") -> SuiteEvaluation:
     """The figures with their intervals, as they are stored."""
+    return SuiteEvaluation(
+        suite=suite.name, suite_sha256=suite.sha256, engine=measured.engine, subject=measured.name,
+        metrics=score_figures(measured, metric_names(suite)), created=now(), items=len(measured.items),
+        overlap=overlap, scorer=suite.scorer.kind, failed=sum(bool(item.error) for item in measured.items),
+        decoding={"max_tokens": suite.decoding.max_tokens, "temperature": suite.decoding.temperature},
+        versions=library_versions(),
+    )  # fmt: skip
+
+
+def score_figures(measured: Measured, metrics: Mapping[str, str | None]) -> dict[str, SuiteFigure]:
+    """The means of scores (name -> task), and the median of the seconds."""
     figures = {}
-    for name, task in metric_names(suite).items():
+    for name, task in metrics.items():
         scores = measured.vector("score", task)
         estimate = stats.mean(scores, measured.groups(task))
         low, high = (end if np.isfinite(end) else None for end in (estimate.low, estimate.high))
@@ -164,13 +175,12 @@ def evaluation(measured: Measured, suite: Suite, overlap: str = "") -> SuiteEval
     timed = [value for value in measured.vector("seconds") if value > 0]
     if timed:
         figures["seconds"] = SuiteFigure(value=float(np.median(timed)), n=len(timed), higher_is_better=False)
-    return SuiteEvaluation(
-        suite=suite.name, suite_sha256=suite.sha256, engine=measured.engine, metrics=figures, subject=measured.name,
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), items=len(measured.items), overlap=overlap,
-        scorer=suite.scorer.kind, failed=sum(bool(item.error) for item in measured.items),
-        decoding={"max_tokens": suite.decoding.max_tokens, "temperature": suite.decoding.temperature},
-        versions=library_versions(),
-    )  # fmt: skip
+    return figures
+
+
+def now() -> str:
+    """As records have it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def library_versions() -> dict[str, str]:

@@ -1,0 +1,165 @@
+"""Standard tasks (MMLU, ARC, GSM8K ...) as a suite: the harness asks our engines, and its samples become our items."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora2serve.errors import EngineError, UsageError, did_you_mean, first_line
+from lora2serve.evaluation import eval_report
+from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
+from lora2serve.evaluation.eval_report import EvalReport, Figures
+from lora2serve.evaluation.harness_options import HarnessOptions
+from lora2serve.evaluation.score_gates import ScoreGate, refuse_unknown
+from lora2serve.evaluation.suite_evaluation import Evaluated, gate_results
+from lora2serve.evaluation.suite_run import EngineHost, Measured, library_versions, now, score_figures
+from lora2serve.parity_check.chat_models import ChatModel
+from lora2serve.progress import Progress
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+WORKER = "lora2serve.evaluation.harness_worker:HarnessWorker"
+PREFERRED = ("acc", "exact_match", "f1", "mcc", "pass@1", "prompt_level_strict_acc")  # of a task with several figures
+LONGEST_NAME = 80  # characters
+HASHED = ("doc_hash", "prompt_hash", "target_hash")
+
+
+@dataclass(frozen=True)
+class HarnessRun:
+    """A model's items, each of its task; ``suite_sha256`` is the same for the same questions asked the same way."""
+
+    measured: Measured
+    suite_sha256: str
+    metrics: Mapping[str, str]  # task -> the figure that its score is
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The figures: the mean of all, where they are of one kind, and of each task where there are several."""
+        kinds = set(self.metrics.values())
+        names: dict[str, str | None] = {kinds.pop() if len(kinds) == 1 else "score": None}
+        if len(self.metrics) > 1:
+            names |= {f"{metric}-{task}": task for task, metric in self.metrics.items()}
+        return names
+
+
+def find_tasks(options: HarnessOptions) -> TaskManager:
+    """The harness's tasks; UsageError for one that it does not have."""
+    from lm_eval.tasks import TaskManager
+
+    if options.include and not options.include.is_dir():
+        raise UsageError(f"--task-folder {options.include}: no such folder")
+    manager = TaskManager(include_path=str(options.include) if options.include else None)
+    known = list(manager.all_tasks)
+    for task in options.tasks:
+        if task not in known:
+            raise UsageError(f"--task {task}: no such task{did_you_mean(task, known)}", "`lm-eval ls tasks` lists them")
+    return manager
+
+
+def run_tasks(
+    host: EngineHost, model: ChatModel, options: HarnessOptions, manager: TaskManager, progress: Progress
+) -> HarnessRun:
+    """Ask one model. EngineError for what the harness or the engine refuses."""
+    from lm_eval.evaluator import simple_evaluate
+
+    from lora2serve.evaluation.lm_eval_bridge import EngineLM
+
+    process, version = host.process(model, WORKER)
+    with progress.track(f"{model.name}: {', '.join(options.tasks)}", 0) as advance:
+        lm = EngineLM(process, base=model.without_adapter, advance=advance)
+        try:
+            results = simple_evaluate(
+                model=lm, tasks=list(options.tasks), num_fewshot=options.shots, limit=options.limit,
+                apply_chat_template=options.chat, task_manager=manager, bootstrap_iters=0, log_samples=True,
+            )  # fmt: skip
+        except EngineError:
+            raise
+        except Exception as error:  # its data sets come from the Hub, and raise what they like
+            hint = "its data set must be here: HF_HUB_OFFLINE, or no network" if "ffline" in str(error) else ""
+            raise EngineError(f"lm-eval: {type(error).__name__}: {first_line(error)}", hint) from error
+    samples: Mapping[str, Sequence[Mapping[str, object]]] = results["samples"]
+    metrics = {task: _metric(task, lines) for task, lines in samples.items()}
+    items = [_item(task, line, metrics[task]) for task, lines in samples.items() for line in _once(lines)]
+    content = {
+        "tasks": {task: [[line[key] for key in HASHED] for line in _once(lines)] for task, lines in samples.items()},
+        "versions": {task: str(number) for task, number in results["versions"].items()},
+        "shots": {task: str(number) for task, number in results["n-shot"].items()}, "metrics": metrics,
+    }  # fmt: skip
+    sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return HarnessRun(Measured(model.name, version, tuple(items)), sha256, metrics)
+
+
+def evaluate_tasks(
+    models: Sequence[ChatModel], options: HarnessOptions, gates: Sequence[ScoreGate], reference: int,
+    progress: Progress,
+) -> Evaluated:  # fmt: skip
+    """As ``suite_evaluation.evaluate_models``; what the tasks' figures are called is known once they are measured."""
+    manager = find_tasks(options)
+    with EngineHost(progress) as host:
+        runs = [run_tasks(host, model, options, manager, progress) for model in models]
+    name = "-".join(options.tasks)[:LONGEST_NAME]
+    if len({run.suite_sha256 for run in runs}) > 1:
+        raise EngineError(f"{name}: the models were not asked the same: their chat templates differ", "without --chat")
+    names, measured = runs[0].names, [run.measured for run in runs]
+    figures: Figures = {metric: ("score", task) for metric, task in names.items()}
+    refuse_unknown(gates, name, list(figures), compared=len(models) > 1)
+    evaluations = [
+        SuiteEvaluation(
+            suite=name, suite_sha256=runs[0].suite_sha256, engine=item.engine, created=now(), subject=item.name,
+            metrics=score_figures(item, names), items=len(item.items), scorer="lm-eval", versions=library_versions(),
+        )
+        for item in measured
+    ]  # fmt: skip
+    pairs = zip(measured, evaluations, strict=True)
+    old = measured[reference] if len(measured) > 1 else None
+    others = [item for item in measured if item is not old]
+    report = EvalReport(
+        suite=name, suite_sha256=runs[0].suite_sha256, items=len(measured[0].items), scorer="lm-eval",
+        created=evaluations[0].created, versions=evaluations[0].versions,
+        subjects=tuple(eval_report.subject_row(item, record, "", cached=False) for item, record in pairs),
+        differences=tuple(found for item in others if old for found in eval_report.differences(item, old, names)),
+        changes=tuple(change for item in others if old for change in eval_report.changes(item, old)),
+        gates=tuple(gate_results(gates, others, old, figures)),
+    )  # fmt: skip
+    return Evaluated(tuple(measured), tuple(evaluations), report)
+
+
+def _once(lines: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Of a task with several filters, the lines of the first."""
+    first = lines[0].get("filter") if lines else None
+    return [line for line in lines if line.get("filter") == first]
+
+
+def _metric(task: str, lines: Sequence[Mapping[str, object]]) -> str:
+    names = [str(name) for name in _listed(lines[0]["metrics"])]
+    known = [name for name in names if isinstance(lines[0].get(name), int | float)]
+    if not known:
+        raise EngineError(f"task {task}: none of {', '.join(names)} is a figure of each item", "take another task")
+    return next((name for name in PREFERRED if name in known), known[0])
+
+
+def _item(task: str, line: Mapping[str, object], metric: str) -> ItemResult:
+    score, answers = line[metric], _listed(line["filtered_resps"])
+    pairs = [_listed(answer) for answer in answers]
+    likelihoods = tuple(float(str(pair[0])) for pair in pairs if len(pair) == 2)
+    asked = line.get("arguments")
+    return ItemResult(
+        f"{task}-{line['doc_id']}", str(line["prompt_hash"]),
+        "" if likelihoods else str(answers[0]), float(score) if isinstance(score, int | float) else 0.0, 0.0,
+        task=task, likelihoods=likelihoods, question=_question(asked), expected=(str(line["target"]),),
+    )  # fmt: skip
+
+
+def _question(asked: object) -> str:
+    """The end of the context of the first request."""
+    while isinstance(asked, dict | list | tuple) and asked:
+        asked = next(iter(asked.values())) if isinstance(asked, dict) else asked[0]
+    return str(asked or "")[-500:]
+
+
+def _listed(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else [value]

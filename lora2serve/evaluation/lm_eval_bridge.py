@@ -1,0 +1,109 @@
+"""lm-evaluation-harness as a library of tasks: its questions and scores, our engines.
+
+Nothing of its own loading is used, which changes the vocabulary of a model to fit the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from lora2serve.errors import EngineError
+from lora2serve.parity_check.engine_process import EngineProcess
+from lora2serve.progress import Advance
+
+LONGEST = 2048  # tokens of a text, where the engine names no limit
+NEW_TOKENS = 256  # of an answer, where the task does not say how many
+
+Windows = Sequence[tuple[object, list[int], list[int]]]
+
+
+class TaskRequest(Protocol):
+    """What the harness asks: its ``args`` are a context and a continuation, a text, or a context and settings."""
+
+    args: tuple[object, ...]
+
+
+class EngineLM(TemplateLM):  # type: ignore[misc]
+    """The harness's model, answered for by an engine in a process of its own; ``base``: without its adapter."""
+
+    def __init__(self, process: EngineProcess, *, base: bool, advance: Advance) -> None:
+        super().__init__()
+        self._process, self._base, self._advance = process, base, advance
+        ends: dict[str, int | None] = process.call("special_tokens")
+        self._end, self._begin, self._longest = ends["eos"], ends["bos"], ends["longest"] or LONGEST
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        if self._end is None:
+            raise EngineError("its tokenizer has no token that ends a text")
+        return self._end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is scored behind."""
+        return self.eot_token_id if self._begin is None else self._begin
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: object) -> list[int]:
+        """By the engine's tokenizer; what is written by a chat template gets no second BOS."""
+        ids: list[int] = self._process.call("encode", text=string, special=add_special_tokens)
+        return ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """By the engine's template, as it is served."""
+        text: str | None = self._process.call("render", messages=chat_history, opening=add_generation_prompt)
+        if text is None:
+            raise EngineError("this engine shows no chat template", "evaluate without --chat, or an export")
+        return text
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The harness keys its caches by it; we have none."""
+        return "lora2serve"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """As the engine has it."""
+        return ""
+
+    def _loglikelihood_tokens(self, requests: Windows, **_options: object) -> list[tuple[float, bool]]:
+        found = []
+        for _, context, continuation in requests:
+            whole = [*context, *continuation][-(self._longest + 1) :]
+            begun = whole[: len(whole) - len(continuation)]
+            value, greedy = self._process.call("continuation", begun=begun, rest=continuation, base=self._base)
+            found.append((value, greedy))
+            self._advance(1)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[TaskRequest], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, in windows that do not overlap but for one token."""
+        sums = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(str(request.args[0])), prefix_token=self.prefix_token_id,
+                max_seq_len=self._longest, context_len=1,
+            )  # fmt: skip
+            parts = [(None, *make_disjoint_window(window)) for window in windows]
+            sums.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
+        return sums
+
+    def generate_until(self, requests: Sequence[TaskRequest], disable_tqdm: bool = False) -> list[str]:
+        """The likeliest continuation, cut at the first of the task's stop words."""
+        answers = []
+        for request in requests:
+            context, given = request.args
+            settings = given if isinstance(given, dict) else {}
+            if settings.get("do_sample") and settings.get("temperature"):
+                raise EngineError("this task draws answers by chance", "its generation_kwargs: do_sample: false")
+            until, new_tokens = settings.get("until") or [], int(settings.get("max_gen_toks") or NEW_TOKENS)
+            ids = self.tok_encode(str(context))[-max(1, self._longest - new_tokens) :]
+            text: str = self._process.call("continue_text", ids=ids, new_tokens=new_tokens, base=self._base)
+            for stop in [until] if isinstance(until, str) else until:
+                text = text.split(stop, maxsplit=1)[0] if stop else text
+            answers.append(text)
+            self._advance(1)
+        return answers

@@ -1,0 +1,153 @@
+"""lm-evaluation-harness over our engines, beside its own backend, on tasks that lie here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lora2serve as api
+from lora2serve.artifacts.run import Run
+from lora2serve.errors import UsageError
+from lora2serve.evaluation.eval_records import read_items
+from lora2serve.evaluation.harness_options import HarnessOptions
+from lora2serve.evaluation.harness_tasks import find_tasks, run_tasks
+from lora2serve.evaluation.suite_run import EngineHost
+from lora2serve.parity_check.chat_models import ChatModel
+from lora2serve.progress import Silent
+
+pytestmark = pytest.mark.engine
+lm_eval = pytest.importorskip("lm_eval")
+BASE = Path(__file__).parents[2] / "recipes" / "demo" / "base"
+TOWNS = ("Wexley", "Fenmark", "Kelheim", "Osbury", "Luthen", "Emberlin")
+NAMES = ("Leon Lake", "Boris Fisher", "Clara Marsh")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Multiple choice, free answers, and whole texts."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"question": f"The mayor of {town} is", "choices": list(NAMES), "label": number % 3, "answer": NAMES[number % 3]}
+        for number, town in enumerate(TOWNS)
+    ]  # fmt: skip
+    (folder / "rows.json").write_text(json.dumps(rows))
+    common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.json'}}}}}\ntest_split: test\n"
+    (folder / "island_choice.yaml").write_text(
+        f"task: island_choice\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\n"
+        "doc_to_choice: choices\ndoc_to_target: label\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    (folder / "island_answer.yaml").write_text(
+        f"task: island_answer\n{common}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
+        "doc_to_target: answer\ngeneration_kwargs: {until: ['.'], max_gen_toks: 12, do_sample: false}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    (folder / "island_text.yaml").write_text(
+        f"task: island_text\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+        "doc_to_target: '{{question}} {{answer}}.'\nmetric_list: [{metric: word_perplexity}]\n"
+    )
+    return folder
+
+
+def peft_model(adapter: Path | None = None) -> ChatModel:
+    tokenizer = adapter or BASE
+    options = {"base": str(BASE), "adapters": [str(adapter)] if adapter else [], "tokenizer": str(tokenizer)}
+    return ChatModel("ours", "peft", {**options, "quantization": None, "trained_on": None})
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[EngineHost]:
+    with EngineHost(Silent()) as engines:
+        yield engines
+
+
+def by_its_own_backend(tasks: Path, names: list[str], **options: Any) -> tuple[Any, Any]:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model = HFLM(pretrained=str(BASE), dtype="float32", device="cpu", batch_size=1, **options)
+    manager = TaskManager(include_path=str(tasks))
+    return simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0), model
+
+
+def test_the_same_figures_as_its_own_backend(tasks: Path, host: EngineHost) -> None:
+    """Where the vocabulary is left as it is: every log-likelihood and every answer."""
+    names = ("island_choice", "island_answer")
+    options = HarnessOptions(names, tasks)
+    run = run_tasks(host, peft_model(), options, find_tasks(options), Silent())
+    theirs, _ = by_its_own_backend(tasks, list(names))
+    assert run.metrics == {"island_choice": "acc", "island_answer": "exact_match"} and len(run.measured.items) == 12
+    for item in run.measured.items:
+        number = int(item.id.rpartition("-")[2])
+        sample = next(line for line in theirs["samples"][item.task] if line["doc_id"] == number)
+        assert item.score == sample[run.metrics[item.task]]
+        if item.task == "island_choice":
+            assert item.likelihoods == pytest.approx([pair[0] for pair in sample["filtered_resps"]], abs=1e-4)
+        else:
+            assert item.answer == sample["filtered_resps"][0]
+    again = run_tasks(host, peft_model(), options, find_tasks(options), Silent())
+    assert again.suite_sha256 == run.suite_sha256
+    other = HarnessOptions(names, tasks, shots=1)
+    assert run_tasks(host, peft_model(), other, find_tasks(other), Silent()).suite_sha256 != run.suite_sha256
+
+
+def test_whole_texts(tasks: Path, host: EngineHost) -> None:
+    """The sums of whole texts, in windows."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from lora2serve.evaluation.harness_tasks import WORKER
+    from lora2serve.evaluation.lm_eval_bridge import EngineLM
+
+    process, _ = host.process(peft_model(), WORKER)
+    ours = EngineLM(process, base=False, advance=lambda amount, status="": None)
+    theirs = HFLM(pretrained=str(BASE), dtype="float32", device="cpu", batch_size=1)
+    asked = [Instance("loglikelihood_rolling", {}, (f"The mayor of {town} is Leon Lake.",), 0) for town in TOWNS]
+    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_vocabulary_is_not_resized(tasks: Path, host: EngineHost, demo_run: Run) -> None:
+    """With an adapter the harness's own backend cuts the embeddings to the tokenizer; ours are those of the model."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = HarnessOptions(("island_choice",), tasks)
+    run = run_tasks(host, peft_model(demo_run.adapter), options, find_tasks(options), Silent())
+    _, theirs = by_its_own_backend(tasks, ["island_choice"], peft=str(demo_run.adapter))
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    rows = plain.get_input_embeddings().weight.shape[0]
+    assert theirs.model.get_input_embeddings().weight.shape[0] < rows, "the control: it does"
+    model, tokenizer = (
+        PeftModel.from_pretrained(plain, demo_run.adapter).eval(),
+        AutoTokenizer.from_pretrained(demo_run.adapter),
+    )
+    for item, town in zip(run.measured.items, TOWNS, strict=True):
+        for value, name in zip(item.likelihoods, NAMES, strict=True):
+            begun, whole = (
+                tokenizer.encode(text) for text in (f"The mayor of {town} is", f"The mayor of {town} is {name}")
+            )
+            with torch.no_grad():
+                logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            assert logits.shape[-1] == rows
+            steps = range(len(begun), len(whole))
+            assert value == pytest.approx(sum(float(logits[at - 1, whole[at]]) for at in steps), abs=1e-4)
+
+
+def test_tasks_by_name(tasks: Path, demo_run: Run, tmp_path: Path) -> None:
+    """Two models on two tasks: figures of each task, adjusted for both; lines, and what is refused."""
+    result = api.evaluate(
+        demo_run.path, against="base", task=["island_choice", "island_answer"], task_folder=tasks, limit=4, out=tmp_path
+    )
+    report = result.report
+    assert [item.metric for item in report.differences] == ["score", "acc-island_choice", "exact_match-island_answer"]
+    assert len(read_items(result.records[0].with_suffix(".jsonl"))) == 8
+    with pytest.raises(UsageError, match="no such task"):
+        api.evaluate(demo_run.path, task="island_choise", task_folder=tasks)
+    with pytest.raises(UsageError, match="--shots: for --task"):
+        api.evaluate(demo_run.path, shots=1)
