@@ -168,6 +168,43 @@ def test_a_promotion_and_back(gateway: RunningGateway, vllm: RunningServer, plac
     wait_for(lambda: len(list(TrafficStore(tmp_path / "records").entries())) == len(answers) + 4, "all is on record")
 
 
+def test_a_bad_version_is_rolled_back(
+    place: Path, vllm: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, by ground truth, within 200 requests: none is lost, or answered by neither version, on the way."""
+    monkeypatch.setenv("LORA2SERVE_FEEDBACK_KEY", "secret")
+    config = tmp_path / "gateway.yaml"
+    config.write_text(
+        f"upstreams: {{prod: {{url: '{vllm.address}', max_cpu_loras: 2, folder: {place}/copies}}}}\n"
+        f"capture: {{folder: {tmp_path}/records}}\n"
+        "routes: {towns: {challenger: {share: 0.5}, decisions: {rules: [{measure: truth}, {measure: errors}]}}}\n"
+    )
+    answers: list[Answer] = []
+    with Registry(place / "registry") as registry:
+        registry.promote("towns@2", "challenger", force=True, why="a trial")
+        with lora2serve.start_gateway(config, registry=place / "registry", port=0) as started:
+            url, alias = started.address, "lora2serve_alias_version"
+            wait_for(lambda: total(metrics(url), alias, alias="challenger") == 2, "the trial begins", 60)
+            expected = {number: ask(url, f"towns@{role}").text for number, role in ((1, "champion"), (2, "challenger"))}
+            assert "Leon Lake" in expected[1] and expected[2] != expected[1]
+            while registry.aliases("towns")["challenger"] == 2 and len(answers) < 200:
+                answers.append(ask(url, "towns", user=f"u{len(answers)}"))
+                truth = {"request_id": answers[-1].headers["x-request-id"], "expected": expected[1]}
+                assert call(url, "/v1/feedback", truth, {"Authorization": "Bearer secret"}).status == 200
+            assert registry.aliases("towns") == {"champion": 1, "challenger": 1, "second": 2, "third": 3}
+            wait_for(lambda: total(metrics(url), alias, alias="challenger") == 1, "the gateway has seen it")
+            answers += [ask(url, "towns", user=f"v{number}") for number in range(10)]
+        event = registry.history("towns")[-1]
+        registry.unset("towns@challenger")
+    assert (event.kind, event.old, event.new) == ("rollback", 2, 1) and "worse by truth: 0 against 1" in event.why
+    assert {answer.status for answer in answers} == {200}
+    assert all(answer.text == expected[int(answer.version[-1])] for answer in answers)
+    versions = [answer.version for answer in answers]
+    assert set(versions) == {"towns@1", "towns@2"} and set(versions[-10:]) == {"towns@1"}
+    entries = list(TrafficStore(tmp_path / "records").entries())
+    assert len(entries) == 2 + 2 * len(answers) - 10, "each request and each feedback is on record"
+
+
 def test_a_client_that_leaves(gateway: RunningGateway, vllm: RunningServer) -> None:
     assert ask(gateway.address, "towns").status == 200
     place = urlsplit(gateway.address)
