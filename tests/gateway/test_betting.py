@@ -102,7 +102,7 @@ def test_a_bad_adapter_at_half_is_rolled_back_within_200_requests() -> None:
     assert "worse by truth: 0." in verdicts[0].why
 
 
-@pytest.mark.parametrize(("runs", "requests"), [(20, 300), pytest.param(200, 2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("runs", "requests"), [(20, 300), pytest.param(100, 1000, marks=pytest.mark.slow)])
 def test_an_equal_adapter_at_half_is_left_alone(runs: int, requests: int) -> None:
     """All three rules at once, a look after each request."""
     equal = {"champion": GOOD, "challenger": GOOD}
