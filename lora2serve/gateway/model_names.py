@@ -13,6 +13,9 @@ KEY = rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*'  # inside a text the quotes would 
 USAGE_EVENT = re.compile(
     rb'data:[^\n]*?(?<!\\)"choices"\s*:\s*\[\][^\n]*(?<!\\)"usage"\s*:\s*\{[^\n]*\r?\n\r?\n'
 )  # what a server sends last, and only where it is asked for
+# The event that ends the only choice; vLLM has its fingerprint there, or in the event that tells tokens.
+FINISH_EVENT = re.compile(rb'data:[^\n]*(?<!\\)"finish_reason"\s*:\s*"[^\n]*(?=\}\r?\n\r?\n)')
+FINGERPRINT = re.compile(rb'(?<!\\)"system_fingerprint"\s*:\s*"[^"]*"')
 EVENT_ENDS, LINE_ENDS = (b"\n\n", b"\n\r\n"), (b"\n",)
 COUNTED = ("/v1/chat/completions", "/v1/completions")  # where a stream tells its tokens when it is asked to
 ASKED = b'"stream_options":{"include_usage":true}'
@@ -48,7 +51,8 @@ def with_model(body: bytes, content: Json, model: str) -> bytes:
 
 def counting_tokens(body: bytes, content: Json, path: str) -> tuple[bytes, bool]:
     """The body of a stream that tells its tokens at the end; whether that was added, and must be taken out again."""
-    asked = content.get("stream") is not True or "stream_options" in content or path not in COUNTED
+    several = content.get("n") not in (None, 1)  # choices that end one after another
+    asked = content.get("stream") is not True or "stream_options" in content or path not in COUNTED or several
     end = body.rfind(b"}")
     if asked or end < 0 or body[:1] in (b"\xff", b"\xfe", b"\0"):
         return body, False
@@ -80,6 +84,9 @@ class AnswerNames:
         """The events of a stream that are complete with this chunk; the beginning of the next one waits."""
         data = self._rest + chunk
         end = max((data.rfind(ending) + len(ending) for ending in endings if ending in data), default=0)
+        if self._usage and not USAGE_EVENT.search(data, 0, end):
+            finish = FINISH_EVENT.search(data, 0, end)
+            end = finish.start() if finish else end  # it waits for the tokens, which come at once
         self._rest = data[end:]
         return self._replaced(data[:end])
 
@@ -92,5 +99,8 @@ class AnswerNames:
         if b'"model"' in data:
             data = self.whole(data)
         if self._usage and b'"usage"' in data:
-            data = USAGE_EVENT.sub(b"", data)
+            told = USAGE_EVENT.search(data)
+            fingerprint, data = told and FINGERPRINT.search(told[0]), USAGE_EVENT.sub(b"", data)
+            if fingerprint and not FINGERPRINT.search(data):
+                data = FINISH_EVENT.sub(lambda match: match[0] + b"," + fingerprint[0], data)
         return data

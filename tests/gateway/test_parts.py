@@ -82,11 +82,34 @@ def test_events_in_any_pieces(cuts: list[int], newline: str) -> None:
     assert untouched.events(whole) + untouched.last() == whole
 
 
+@given(cuts=st.lists(st.integers(0, 400), max_size=4))
+@settings(max_examples=20)
+def test_a_fingerprint_stays(cuts: list[int]) -> None:
+    """vLLM has it in the event that tells tokens, or where that is not asked for in the one before."""
+    events = [
+        {"model": "m", "choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]},
+        {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+    ]  # fmt: skip
+    told = {"model": "m", "choices": [], "usage": {"prompt_tokens": 1}, "system_fingerprint": "vllm-1"}
+
+    def written(*content: object) -> bytes:
+        return b"".join(b"data: " + json.dumps(each).encode() + b"\n\n" for each in content)
+
+    whole = written(*events, told) + b"data: [DONE]\n\n"
+    places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    names = AnswerNames("m", "m", usage=True)
+    got = b"".join(names.events(whole[start:end]) for start, end in itertools.pairwise(places)) + names.last()
+    expected = written(events[0], {**events[1], "system_fingerprint": "vllm-1"}) + b"data: [DONE]\n\n"
+    assert got.replace(b'},"system', b'}, "system').replace(b'],"system', b'], "system') == expected
+    first = AnswerNames("m", "m", usage=True)
+    assert first.events(written(events[0])) == written(events[0]), "only the end waits"
+
+
 def test_tokens_are_asked_for_only_where_that_is_known() -> None:
     path = "/v1/chat/completions"
     for content, added in (
         ({"stream": True}, True), ({"stream": False}, False), ({}, False), ({"stream": 1}, False),
-        ({"stream": True, "stream_options": None}, False),
+        ({"stream": True, "stream_options": None}, False), ({"stream": True, "n": 2}, False),
     ):  # fmt: skip
         body = json.dumps({"model": "a", **content}).encode()
         changed, counted = counting_tokens(body, {"model": "a", **content}, path)
