@@ -7,7 +7,7 @@ from collections.abc import Mapping
 LORA = "lora"
 # Layers on or beside those of the base, which stays as it is.
 LAYERS = (
-    "adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora",
+    "adalora", "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora",
     "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft",
     "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera",
     "waveft",
@@ -16,6 +16,7 @@ PROMPTS = ("prompt_tuning", "p_tuning", "cpt")  # learned vectors in front of th
 STATES = ("prefix_tuning", "cartridge")  # learned keys and values in front of those of the row, in every layer
 TRAINABLE = (LORA, *LAYERS, *PROMPTS, *STATES)
 UNTRAINABLE: Mapping[str, str] = {
+    "adaption_prompt": "it takes the place of the model whose head the trainer takes the loss from",
     "multitask_prompt_tuning": "each row would have to name its task by a number: train one prompt_tuning for each",
     "poly": "each row would have to name its task by a number: train one lora for each",
     "shadow": "it trains a second model beside the base",
@@ -23,7 +24,7 @@ UNTRAINABLE: Mapping[str, str] = {
 }
 # Those whose layers compute with packed 4-bit weights; the others need the base in 16 or 32 bits.
 ON_FOUR_BITS = (
-    LORA, "adalora", "adaption_prompt", "beft", "boft", "c3a", "fourierft", "gralora", "hira", "ia3", "lily",
+    LORA, "adalora", "beft", "boft", "c3a", "fourierft", "gralora", "hira", "ia3", "lily",
     "ln_tuning", "miss", "oft", "pvera", "randlora", "road", "shira", "trainable_tokens", "vblora", "vera", "waveft",
     *PROMPTS, *STATES,
 )  # fmt: skip

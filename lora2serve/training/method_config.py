@@ -70,11 +70,11 @@ def _targets(model: PreTrainedModel, method: str, options: Mapping[str, object])
     """``target_modules``, and what else follows from the model's modules."""
     wanted, key = options.get("target_modules"), f"{PATH}.target_modules"
     find: Mapping[str, Callable[[PreTrainedModel], dict[str, object]]] = {
-        "adaption_prompt": lambda _: {}, "ia3": ia3_modules, "ln_tuning": _norms, "trainable_tokens": _embedding,
+        "ia3": ia3_modules, "ln_tuning": _norms, "trainable_tokens": _embedding,
     }  # fmt: skip
     if wanted is None and method in find:
         return find[method](model)
-    if method in ("adaption_prompt", "ln_tuning"):  # modules that are no linear layers
+    if method == "ln_tuning":  # modules that are no linear layers
         names = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Sequence) else []
         refuse_unknown(key, names, [name for name, _ in model.named_modules()])
         return {}

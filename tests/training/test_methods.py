@@ -32,7 +32,6 @@ pytestmark = pytest.mark.engine
 OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 6, "target_r": 4, "tinit": 2, "tfinal": 5, "deltaT": 2},
     "adamss": {"r": 16, "num_subspaces": 2, "subspace_rank": 2},
-    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
     "boft": {"boft_block_size": 8},
     "c3a": {"block_size": 8},
     "cpt": {
@@ -46,13 +45,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "randlora": {"r": 8},
     "road": {"group_size": 8},
     "shira": {"r": 4},
-    "trainable_tokens": {"token_indices": [5, 7, 9]},
+    "trainable_tokens": {"token_indices": list(range(64))},
     "vblora": {"vector_length": 8, "num_vectors": 8, "topk": 2},
     "waveft": {"n_frequency": 50},
 }
 RATES = {
-    "adaption_prompt": 0.3,
-    "pvera": 0.1,
+    "pvera": 0.3,
     "ia3": 3e-2,
     "ln_tuning": 1e-2,
     "prompt_tuning": 0.3,
@@ -80,7 +78,14 @@ def test_every_method_of_peft_is_known() -> None:
 def recipe_of(folder: Path, base: Path, chats: dict[str, str], method: str, **train: Any) -> Path:
     quantize = "nf4" if method in train_methods.ON_FOUR_BITS else "none"
     rate = RATES.get(method, 2e-2)
-    changes = {"steps": 20, "quantize": quantize, "learning_rate": rate, "options": OPTIONS.get(method, {}), **train}
+    changes = {
+        "steps": 20,
+        "batch_size": 24,
+        "quantize": quantize,
+        "learning_rate": rate,
+        "options": OPTIONS.get(method, {}),
+        **train,
+    }
     return recipe_file(folder, base, chats, method=method, **changes)
 
 
