@@ -182,7 +182,8 @@ class FineTune:
         if self.recipe.train.method != LORA:
             return config
         init = True if lora_inits.changes_base(self.recipe.train.lora.init) else config.init_lora_weights  # as saved
-        warning = advice.multi_lora({**config.to_dict(), "init_lora_weights": init}, read_config(self.base))
+        saved = {**config.to_dict(), "peft_type": config.peft_type.value, "init_lora_weights": init}
+        warning = advice.multi_lora(saved, read_config(self.base))
         if warning:
             self.progress.warn(warning)
         return config
