@@ -10,7 +10,7 @@ ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadscope
 
 LIGHT := not engine and not slow and not gpu and not hub and not ollama
 
-.PHONY: help setup demo check test test-slow test-gpu test-hub test-ollama lint docs constraints bench-merge bench-gguf bench-vllm gpu-slot wheel clean
+.PHONY: help setup demo lifecycle-demo check test test-slow test-gpu test-hub test-ollama lint docs constraints bench-merge bench-gguf bench-vllm bench-gateway gpu-slot wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ demo: $(READY)  ## Train the shipped model, export it, prove parity.
 	$(BIN)/lora2serve train demo
 	$(BIN)/lora2serve export --target vllm --target ollama --target adapter
 	$(BIN)/lora2serve parity --ask "$$(cat recipes/demo/question.txt)"
+
+lifecycle-demo: $(READY)  ## Train two versions, try one on live traffic, roll it back, promote the better.
+	$(BIN)/python -m scripts.lifecycle_demo
 
 check: lint  ## Check style, types and every test without an engine or a training.
 	$(PYTEST) -m "$(LIGHT)" $(ON_ALL_CORES) $(ARGS)
@@ -68,6 +71,9 @@ bench-vllm: $(READY)  ## Time the quantized exports beside the 16-bit one.
 
 gpu-slot:  ## Measure on an NVIDIA GPU what is worth knowing, in nine minutes.
 	bash scripts/gpu_slot.sh $(ARGS)
+
+bench-gateway: $(READY)  ## Time the gateway beside none and beside LiteLLM's proxy.
+	$(BIN)/python -m benchmarks.gateway
 
 wheel: $(READY)  ## Build the wheel.
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
