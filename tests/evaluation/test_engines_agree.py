@@ -1,0 +1,55 @@
+"""One suite through the engines that serve its exports: the same choices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lora2serve as api
+from lora2serve.artifacts.run import Run
+from lora2serve.evaluation.eval_records import read_items
+from tests.conftest import lora2serve
+from tests.evaluation.conftest import copy_of
+
+pytestmark = pytest.mark.engine
+COUNT = 100
+
+
+def choices_of(rows: Path, out: Path) -> Path:
+    """Each held-out question with its own answer and three of others, by log-likelihood."""
+    pairs = [[turn["content"] for turn in json.loads(line)["messages"][-2:]] for line in rows.read_text().splitlines()]
+    answers = list(dict.fromkeys(answer for _, answer in pairs))
+    lines = []
+    for number, (question, answer) in enumerate(pairs[:COUNT]):
+        at = answers.index(answer)
+        others = [answers[(at + step) % len(answers)] for step in (1, 2, 3)]
+        choices = [*others[: number % 4], answer, *others[number % 4 :]]
+        lines.append(json.dumps({"prompt": question, "choices": choices, "expected": answer}))
+    (out / "choice.jsonl").write_text("\n".join(lines))
+    (out / "choice.yaml").write_text("rows: choice.jsonl\nscorer: choice\n")
+    return out / "choice.yaml"
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [("transformers", "llama.cpp"), pytest.param(("transformers", "llama.cpp", "vllm-server"), marks=pytest.mark.slow)],
+)
+def test_the_same_choice_in_every_engine(demo_run: Run, tmp_path: Path, engines: tuple[str, ...]) -> None:
+    run = copy_of(demo_run, tmp_path)
+    targets = ("-t", "vllm", "-t", "gguf", "-q", "F32", "--dtype", "fp32")
+    lora2serve("export", run, *targets, cwd=tmp_path)
+    exports = {path.name: path for path in (run / "exports").iterdir()}
+    suite = choices_of(run / "eval.jsonl", tmp_path)
+    chosen = {}
+    for engine in engines:
+        export = next(path for name, path in exports.items() if name.startswith("gguf") == (engine == "llama.cpp"))
+        result = api.evaluate(export, suite=suite, engine=engine, allow_overlap=True, out=tmp_path / engine)
+        items = read_items(result.records[0].with_suffix(".jsonl"))
+        assert result.report.subjects[0].figures["acc"].value >= 0.9 and len(items) == COUNT
+        chosen[engine] = [item.answer for item in items]
+    first = chosen["transformers"]
+    for engine, answers in chosen.items():
+        assert sum(a == b for a, b in zip(first, answers, strict=True)) >= 0.99 * COUNT, engine
+    assert first != chosen["llama.cpp"][1:] + chosen["llama.cpp"][:1], "the control"
