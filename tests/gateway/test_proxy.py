@@ -161,7 +161,8 @@ def test_a_server_that_breaks_off(bed: TestBed) -> None:
     assert total(metrics(bed.url), "lora2serve_errors_total") == 2, "what is refused is the client's fault"
 
 
-def test_a_server_that_is_gone(tmp_path: Path, seed: Path) -> None:
+def test_a_server_that_is_gone(tmp_path: Path, seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a gateway without a configuration keeps its records in the current folder
     stub = StubUpstream()
     with test_bed(tmp_path, seed, stubs={"prod": stub}) as bed:
         chat(bed.url)
