@@ -134,6 +134,8 @@ def _as_ours(problem: Exception) -> Lora2ServeError:
     first = (str(problem).strip().splitlines() or ["no message"])[0]
     if isinstance(problem, Lora2ServeError):
         return problem
+    if isinstance(problem, ModuleNotFoundError) and not problem.name and isinstance(problem.__cause__, Exception):
+        return _as_ours(problem.__cause__)  # transformers' word for any error while it imports a part of itself
     if isinstance(problem, ModuleNotFoundError):
         package = (problem.name or "").split(".")[0]
         return Lora2ServeError(f"{package} is not installed", install_hint(EXTRA_OF.get(package, "train")))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lora2serve.cli import run
+from lora2serve.cli import _as_ours, run
 from tests.support.tiny import make_adapter, make_model
 
 
@@ -331,3 +331,12 @@ def test_inspect_of_a_run_that_was_cut_off(here: Path, capfd: pytest.CaptureFixt
         (run_dir / name).write_text("{}")
     assert run(["inspect", "mine"]) == 1
     assert "unfinished" not in capfd.readouterr().out
+
+
+def test_a_library_that_cannot_be_loaded() -> None:
+    """Where a part of it does not import, transformers names no module: its cause is told. The control: one that is missing."""
+    broken = ModuleNotFoundError("Could not import module 'AutoTokenizer'")
+    broken.__cause__ = RuntimeError("operator torchvision::nms does not exist")
+    assert str(_as_ours(broken)) == "RuntimeError: operator torchvision::nms does not exist"
+    missing = _as_ours(ModuleNotFoundError("No module named 'optuna'", name="optuna"))
+    assert str(missing) == "optuna is not installed" and "[sweep]" in missing.hint
