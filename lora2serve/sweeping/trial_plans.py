@@ -16,6 +16,7 @@ from lora2serve.planning.memory_plan import fits, planned_bytes
 from lora2serve.planning.model_shape import ModelShape
 from lora2serve.planning.plan_settings import settings_of
 from lora2serve.planning.static_memory import target_layers, trainable
+from lora2serve.planning.step_choice import choose_step
 from lora2serve.progress import Progress
 from lora2serve.sweeping.search_space import SearchSpace
 from lora2serve.system.hardware import memory_bytes, nvidia_gpus
@@ -39,12 +40,13 @@ class TrialPlanner:
     ratio: float
 
     def plan(self, recipe: Path, overrides: list[str]) -> TrialMemory:
-        """Of one trial."""
+        """Of one trial, in pieces as large as training takes them there."""
         if self.shape is None:
             return TrialMemory()
         loaded = recipes.load(recipe, overrides)
-        settings = settings_of(loaded.train, loaded.data.max_length, self.target.dtype)
+        asked = settings_of(loaded.train, loaded.data.max_length, self.target.dtype)
         try:
+            settings = choose_step(self.shape, asked, loaded.train, self.target, self.ratio).settings
             total = planned_bytes(self.shape, settings, self.ratio).total
             count = trainable(self.shape, settings)
         except UsageError as error:

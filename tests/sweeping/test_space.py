@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora2serve.api.memory_check import refuse_too_large
 from lora2serve.artifacts.lineage import BaseRecord, Fingerprint
 from lora2serve.artifacts.run_record import EvalLoss
 from lora2serve.config import recipe as recipes
@@ -26,6 +27,7 @@ from lora2serve.sweeping.trial_files import TrialFiles, trial_overrides
 from lora2serve.sweeping.trial_ledger import open_ledger
 from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner, usable_targets
 from lora2serve.sweeping.trial_record import FULL, TrialSpec
+from tests.planning.conftest import LLAMA3_8B, write_config
 from tests.support.runs import DEMO, Told, recipe_file, rows, write_jsonl
 from tests.sweeping.planted_sweep import PlantedPlace, begin, begun
 
@@ -112,7 +114,8 @@ def test_rungs_scale_steps_and_evaluations(recipe: Path, tmp_path: Path) -> None
 @pytest.mark.engine
 def test_what_the_plan_refuses_never_starts(tmp_path: Path, recipe: Path) -> None:
     """Memory for rank 8 alone: rank 16 is an outcome that no process began, and rank 8 is recommended."""
-    loaded = recipes.load(recipe)
+    least = ["train.batch_size=1", "train.accumulation=1", "train.gradient_checkpointing=true"]  # nothing takes less
+    loaded = recipes.load(recipe, least)
     shape = trial_planner(loaded, "", 1, Silent()).shape
     assert shape
 
@@ -136,6 +139,18 @@ def test_what_the_plan_refuses_never_starts(tmp_path: Path, recipe: Path) -> Non
     assert not refused & set(begun(tmp_path / "log")) and set(begun(tmp_path / "log")) == plan.results.keys() - refused
     assert "a small GPU has" in plan.results[next(iter(refused))].problem
     assert all(point.targets == "qv" or point.rank < 16 for point in plan.front)
+
+
+def test_what_training_does_in_pieces_is_not_refused(recipe: Path, tmp_path: Path) -> None:
+    """The eight rows of a step that do not fit at once go in halves, as `train` has them."""
+    path = write_config(tmp_path / "llama", LLAMA3_8B)
+    loaded = recipes.load(recipe, [f"model.path={path}", "train.batch_size=8", "data.max_length=1024"])
+    file = tmp_path / "llama.yaml"
+    file.write_text(recipes.dump(loaded))
+    refuse_too_large(loaded, "10", Silent())
+    small, large, tiny = (trial_planner(loaded, gpu, 1, Silent()).plan(file, []) for gpu in ("10", "24", "4"))
+    assert not small.misfit and small.memory < large.memory and not large.misfit
+    assert "and 4 GiB has 4.3 GB" in tiny.misfit, "the control"
 
 
 def run_on(folder: Path, texts: list[dict[str, object]], rate: float, base: BaseRecord) -> None:
