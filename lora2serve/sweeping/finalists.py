@@ -40,10 +40,8 @@ def _judged(plan: SearchPlan, point: SearchPoint) -> Finalist | None:
         return None
     seconds = sorted(outcome.seconds for outcome in outcomes)
     losses = _mean_of(outcomes)
-    objectives = Objectives(
-        loss=losses.mean, memory=max(outcome.memory for outcome in outcomes), seconds=seconds[len(seconds) // 2],
-        parameters=outcomes[0].parameters, unservable=int(not outcomes[0].servable),
-    )  # fmt: skip
+    memory, middle = max(outcome.memory for outcome in outcomes), seconds[len(seconds) // 2]
+    objectives = replace(outcomes[0].objectives, loss=losses.mean, memory=memory, seconds=middle)
     return Finalist(point, losses, tuple(o.losses.mean for o in outcomes), objectives, outcomes[0].run)
 
 

@@ -255,10 +255,7 @@ class SearchPlan:
         alike = sorted(
             other.seconds for spec, other in self.finished_at(level) if replace(spec.point, rate=point.rate) == point
         )
-        return Objectives(
-            loss=outcome.losses.mean, memory=outcome.memory, seconds=alike[len(alike) // 2],
-            parameters=outcome.parameters, unservable=int(not outcome.servable),
-        )  # fmt: skip
+        return replace(outcome.objectives, seconds=alike[len(alike) // 2])
 
     def _gain_share(self, loss: float, smallest: float) -> float:
         """How much of the smallest loss's gain over the base a loss has; 1 where nothing gained anything."""

@@ -20,7 +20,7 @@ from lora2serve.sweeping.trial_files import TrialFiles, trial_overrides
 from lora2serve.sweeping.trial_ledger import LedgerView, TrialLedger, spec_from_json
 from lora2serve.sweeping.trial_plans import TrialMemory, TrialPlanner
 from lora2serve.sweeping.trial_process import TrialOrder, TrialPlace
-from lora2serve.sweeping.trial_record import FULL, Objectives, TrialOutcome, TrialSpec
+from lora2serve.sweeping.trial_record import FULL, TrialOutcome, TrialSpec
 
 LOOK = 1.0  # seconds between two looks at what others have done
 HOPELESS = 3  # failures without one trial that gives a loss, after which a sweep ends
@@ -75,11 +75,10 @@ class SweepLoop:
         for spec in step.trials:
             if len(self._futures) < self.jobs and spec.key not in tried and not self._over_budget(len(tried)):
                 tried |= {spec.key} if self._begin(pool, spec) else set()
-        for _ in range(min(step.to_choose, self.jobs - len(self._futures))):
-            point = self._proposed(plan)
-            if point is not None and not self._over_budget(len(tried)):
+        if step.to_choose and len(self._futures) < self.jobs and not self._over_budget(len(tried)):
+            point = self._proposed(plan)  # one at a time: the next proposal knows of this one
+            if point is not None:
                 self._begin(pool, plan.spec(point, 0))
-                return  # the next proposal knows of this one
 
     def _over_budget(self, tried: int) -> bool:
         most = self.ledger.facts.settings.trials
@@ -126,13 +125,7 @@ class SweepLoop:
         outcome = replace(
             outcome, memory=memory, parameters=outcome.parameters or plan.parameters, host=socket.gethostname()
         )
-        objectives = None
-        if outcome.finished:
-            objectives = Objectives(
-                loss=outcome.losses.mean, memory=memory, seconds=outcome.seconds, parameters=outcome.parameters,
-                unservable=int(not outcome.servable),
-            )  # fmt: skip
-        self.ledger.finish(spec, outcome, objectives, plan.memory)
+        self.ledger.finish(spec, outcome)
         if outcome.finished:
             self.progress.note(f"{spec.key}: eval loss {outcome.losses.mean:.4f}, {outcome.seconds:.0f} s")
         else:
@@ -152,11 +145,7 @@ class SweepLoop:
         pairs = [(plan.tried[key], outcome) for key, outcome in plan.results.items() if plan.tried[key].level == 0]
         losses = {spec.point: plan.objectives(spec.point, 0) for spec, outcome in pairs if outcome.finished}
         settings = self.ledger.facts.settings
-        infeasible = {
-            spec.point: Objectives(settings.base_loss, outcome.memory, outcome.seconds, outcome.parameters, 1)
-            for spec, outcome in pairs
-            if not outcome.finished
-        }
+        infeasible = {spec.point: o.infeasible(settings.base_loss) for spec, o in pairs if not o.finished}
         running = {spec.point for key, spec in plan.tried.items() if spec.level == 0 and key not in plan.results}
         return propose(self.ledger.facts.space, losses, infeasible, settings.seed, running)
 

@@ -144,10 +144,7 @@ def _trial_lines(plan: SearchPlan) -> list[TrialLine]:
         spec = plan.tried[key]
         searched = spec.level != FULL
         share = plan.settings.shares[spec.level] if searched else 1.0
-        own = Objectives(
-            outcome.losses.mean, outcome.memory, outcome.seconds, outcome.parameters, int(not outcome.servable)
-        )
-        compared = plan.objectives(spec.point, spec.level) if searched and outcome.finished else own
+        compared = plan.objectives(spec.point, spec.level) if searched and outcome.finished else outcome.objectives
         lines.append(
             TrialLine(
                 key=key, words=spec.point.words, settings=settings_of_point(spec.point, plan), level=spec.level,

@@ -21,7 +21,7 @@ from lora2serve.errors import Lora2ServeError, SweepError, UsageError, first_lin
 from lora2serve.sweeping.optuna_points import distributions_of, params_of, quiet_optuna
 from lora2serve.sweeping.search_space import SearchPoint, Value
 from lora2serve.sweeping.sweep_facts import SweepFacts
-from lora2serve.sweeping.trial_record import Objectives, TrialOutcome, TrialSpec
+from lora2serve.sweeping.trial_record import TrialOutcome, TrialSpec
 from lora2serve.system.extras import EXTRA_OF, install_hint
 from lora2serve.system.http import without_credentials
 
@@ -102,8 +102,8 @@ class TrialLedger:
         self._claims[spec.key] = number
         return True
 
-    def finish(self, spec: TrialSpec, outcome: TrialOutcome, objectives: Objectives | None, planned: int) -> None:
-        """Keep what came of a trial of ours. What does not fit is told to Optuna as infeasible: ``planned`` bytes."""
+    def finish(self, spec: TrialSpec, outcome: TrialOutcome) -> None:
+        """Keep what came of a trial of ours. What does not fit is told to Optuna as infeasible."""
         import optuna
 
         states = optuna.trial.TrialState
@@ -113,11 +113,10 @@ class TrialLedger:
             trial.set_user_attr(OUTCOME, json.dumps(outcome.to_json()))
             too_large = outcome.status in ("out of memory", "does not fit")
             trial.set_constraint("memory", 1.0 if too_large else -1.0)
-            if objectives is not None:
+            base_loss = self.facts.settings.base_loss
+            objectives = outcome.objectives if outcome.finished else outcome.infeasible(base_loss)
+            if outcome.finished or too_large:
                 self.study.tell(number, list(objectives.values), state=states.COMPLETE)
-            elif too_large:
-                worst = (self.facts.settings.base_loss, float(planned), outcome.seconds, float(outcome.parameters), 1.0)
-                self.study.tell(number, list(worst), state=states.COMPLETE)
             else:
                 self.study.tell(number, state=states.FAIL)
 

@@ -70,6 +70,15 @@ class TrialOutcome(JsonRecord):
         """Whether it has a loss."""
         return self.status == "finished"
 
+    @property
+    def objectives(self) -> Objectives:
+        """What the sweep weighs of it."""
+        return Objectives(self.losses.mean, self.memory, self.seconds, self.parameters, int(not self.servable))
+
+    def infeasible(self, base_loss: float) -> Objectives:
+        """The same of a trial without a loss, as a sampler is told of it: no better than the base, and not servable."""
+        return Objectives(base_loss, self.memory, self.seconds, self.parameters, 1)
+
 
 @dataclass(frozen=True)
 class Objectives(JsonRecord):

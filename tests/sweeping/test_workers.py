@@ -130,7 +130,7 @@ def test_what_failed_is_tried_again_and_memory_is_told(location: str, tmp_path: 
     specs = {status: replace(SPEC, seed=n) for n, status in enumerate(("failed", "out of memory", "does not fit"))}
     for status, spec in specs.items():
         assert ledger.claim(spec)
-        ledger.finish(spec, TrialOutcome(status, "why"), None, 10**9)  # type: ignore[arg-type]
+        ledger.finish(spec, TrialOutcome(status, "why", memory=10**9))  # type: ignore[arg-type]
     states = {trial.number: trial.state for trial in ledger.study.trials}
     assert [*states.values()] == [optuna.trial.TrialState.FAIL, *[optuna.trial.TrialState.COMPLETE] * 2]
     assert [trial.constraints for trial in ledger.study.trials] == [{"memory": -1.0}, {"memory": 1.0}, {"memory": 1.0}]
