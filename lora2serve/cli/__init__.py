@@ -139,6 +139,8 @@ def _as_ours(problem: Exception) -> Lora2ServeError:
     if isinstance(problem, ModuleNotFoundError):
         package = (problem.name or "").split(".")[0]
         return Lora2ServeError(f"{package} is not installed", install_hint(EXTRA_OF.get(package, "train")))
+    if isinstance(problem, ImportError):
+        return Lora2ServeError(f"a library cannot be loaded: {first}", install_hint("train"))
     if isinstance(problem, OSError) and problem.strerror:  # a full disk, a folder that may not be written
         where = f"{problem.filename}: " if problem.filename else ""
         return Lora2ServeError(f"{where}{problem.strerror}", HINTS.get(problem.errno or 0, ""))

@@ -233,7 +233,12 @@ def test_a_session_at_a_terminal(rambling_gguf: Path, at_terminal: Callable[...,
     assert "cut off" not in terminal.wait("stopped.*>>> ")
     terminal.send("/reset\n")
     terminal.wait("forgotten.*>>> ")
-    terminal.send("half a line\x03")
+    terminal.send("half a line")
+    terminal.wait("half a line")
+    time.sleep(
+        0.5
+    )  # a person's pause: Python's readline sees a Ctrl-C that comes while it takes a key with the next key
+    terminal.send("\x03")
     terminal.wait("Ctrl-D ends.*>>> ")
     terminal.send("\x04")
     assert terminal.code() == 0

@@ -338,5 +338,8 @@ def test_a_library_that_cannot_be_loaded() -> None:
     broken = ModuleNotFoundError("Could not import module 'AutoTokenizer'")
     broken.__cause__ = RuntimeError("operator torchvision::nms does not exist")
     assert str(_as_ours(broken)) == "RuntimeError: operator torchvision::nms does not exist"
+    broken.__cause__ = ImportError("libfoo.so: no such file")
+    damaged = _as_ours(broken)
+    assert str(damaged) == "a library cannot be loaded: libfoo.so: no such file" and "[train]" in damaged.hint
     missing = _as_ours(ModuleNotFoundError("No module named 'optuna'", name="optuna"))
     assert str(missing) == "optuna is not installed" and "[sweep]" in missing.hint
