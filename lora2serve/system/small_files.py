@@ -109,6 +109,20 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a file in one step: it is whole or as it was, for readers and if this process dies. OSError as usual.
+
+    ``durable``: after a power cut, too.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary.write_text(text, encoding="utf-8")
+    if durable:
+        sync_to_disk(temporary)
+    os.replace(temporary, path)
+    if durable:
+        sync_to_disk(path.parent)
+
+
 def digest(path: Path) -> dict[str, Any]:
     """``{"sha256": hex, "size": bytes}`` of a file."""
     with path.open("rb") as file:

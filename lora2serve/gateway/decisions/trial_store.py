@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from lora2serve.artifacts.json_record import read_text
 from lora2serve.gateway.decisions.trial import TrialRecord
-from lora2serve.system.small_files import sync_to_disk
+from lora2serve.system.small_files import write_text
 
 
 class TrialStore:
@@ -24,12 +23,7 @@ class TrialStore:
     def write(self, key: str, record: TrialRecord) -> None:
         """Write it, so that a crash leaves this state or the one before. OSError where the disk refuses."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-        temporary.write_text(record.to_text(indent=0), encoding="utf-8")
-        sync_to_disk(temporary)
-        os.replace(temporary, path)
-        sync_to_disk(self.folder)
+        write_text(self._path(key), record.to_text(indent=0), durable=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.json"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.gateway.drift.drift_test import LEVEL, PERMUTATIONS, SMALLEST, FeatureDrift
+from lora2serve.system.small_files import write_text
 
 PAGE, RECORD = "report.html", "report.json"
 MEANINGS = {
@@ -69,9 +69,7 @@ def write_report(report: DriftReport, folder: Path) -> Path:
     """Write both files, each whole or not at all; the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in ((RECORD, report.to_text(indent=1)), (PAGE, render_report(report))):
-        temporary = folder / f".{name}.{os.getpid()}.new"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_text(folder / name, text)
     return folder / PAGE
 
 

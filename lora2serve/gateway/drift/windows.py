@@ -7,7 +7,6 @@ requests go when their file is full. Both windows are apart from each other.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from lora2serve.gateway.drift.text_features import PAIR
 from lora2serve.gateway.request_record import RequestRecord, from_text, to_text
 from lora2serve.gateway.traffic_store import TrafficStore
 from lora2serve.registry.version_facts import utc
+from lora2serve.system.small_files import write_text
 
 FOLDER = "drift"  # beside the records of requests
 FEWEST = 100  # requests of a window
@@ -143,6 +143,4 @@ def _write(path: Path, window: RequestWindow) -> None:
     step = max(1.0, len(window.records) / MOST_STORED)
     some = [window.records[int(number * step)] for number in range(min(len(window.records), MOST_STORED))]
     lines = [f"{window.since} {window.until}", *(to_text(replace(each, prompt=None, answer=None)) for each in some)]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "\n".join(lines) + "\n")
