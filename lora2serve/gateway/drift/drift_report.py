@@ -75,12 +75,9 @@ def write_report(report: DriftReport, folder: Path) -> Path:
 
 def render_report(report: DriftReport) -> str:
     """The page; ``templates/drift.html.j2`` is its form."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from lora2serve.parity_check.report.html_page import page_environment
 
-    environment = Environment(
-        loader=PackageLoader("lora2serve.gateway.drift"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = page_environment("lora2serve.gateway.drift")
     environment.globals |= {"change": change, "meanings": MEANINGS}
     page = environment.get_template("drift.html.j2")
     return page.render(report=report, level=LEVEL, permutations=PERMUTATIONS, smallest=SMALLEST)
