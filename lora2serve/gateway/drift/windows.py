@@ -79,39 +79,44 @@ def find_reference(
     path = reference_file(store, name, number)
     if path.is_file() and not renew:
         return _read(path), False
-    before = _answered(store, name, number, promoted - seconds, promoted)
-    after = promoted if renew or len(before) < FEWEST else None
     if renew:
-        window = RequestWindow(now - seconds, now, _answered(store, name, number, now - seconds, now))
-    elif after is None:
-        window = RequestWindow(promoted - seconds, promoted, before)
+        window = _window(store, name, number, now - seconds, now)
     else:
-        until = min(promoted + seconds, now)
-        window = RequestWindow(promoted, until, _answered(store, name, number, promoted, until))
-        if until == now:
-            end = utc(datetime.fromtimestamp(promoted + seconds, UTC))
-            raise UsageError(
-                f"{name}@{number}: champion for less than one window, and {len(before)} requests before that: its "
-                f"reference is complete at {end}", "a shorter --window, or wait",
-            )  # fmt: skip
+        window = _at_promotion(store, name, number, promoted, seconds, now)
     _refuse_few(name, number, window, "reference")
     _write(path, window)
     return window, True
+
+
+def _at_promotion(
+    store: TrafficStore, name: str, number: int, promoted: float, seconds: float, now: float
+) -> RequestWindow:
+    """The window before it became champion; where that has too few requests, the one after it, once it is over."""
+    before = _window(store, name, number, promoted - seconds, promoted)
+    if len(before.records) >= FEWEST:
+        return before
+    if promoted + seconds >= now:
+        end = utc(datetime.fromtimestamp(promoted + seconds, UTC))
+        raise UsageError(
+            f"{name}@{number}: champion for less than one window, and {len(before.records)} requests before that: its "
+            f"reference is complete at {end}", "a shorter --window, or wait",
+        )  # fmt: skip
+    return _window(store, name, number, promoted, promoted + seconds)
 
 
 def current_window(
     store: TrafficStore, name: str, number: int, reference: RequestWindow, seconds: float, now: float
 ) -> RequestWindow:
     """The last requests to a version, none of which is in its reference; UsageError where they are too few."""
-    since = max(now - seconds, reference.until)
-    window = RequestWindow(since, now, _answered(store, name, number, since, now))
+    window = _window(store, name, number, max(now - seconds, reference.until), now)
     _refuse_few(name, number, window, "current window")
     return window
 
 
-def _answered(store: TrafficStore, name: str, number: int, since: float, until: float) -> list[RequestRecord]:
+def _window(store: TrafficStore, name: str, number: int, since: float, until: float) -> RequestWindow:
     """Of whatever arm: what a request that named its version itself asked is traffic, too."""
-    return [record for record in store.requests(name, since, until) if record.version == number and record.ok]
+    records = [record for record in store.requests(name, since, until) if record.version == number and record.ok]
+    return RequestWindow(since, until, records)
 
 
 def _refuse_few(name: str, number: int, window: RequestWindow, what: str) -> None:
