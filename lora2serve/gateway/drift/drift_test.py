@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from lora2serve.artifacts.json_record import JsonRecord
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+T = TypeVar("T")
 FeatureKind = Literal["number", "share", "category"]
 LEVEL = 0.01  # of all features together: one false alarm in a hundred windows
 PERMUTATIONS = 2000
@@ -129,10 +130,12 @@ def _thinned(rows: Sequence[WindowRow]) -> list[WindowRow]:
     by_unit: dict[str, list[WindowRow]] = {}
     for row in rows:
         by_unit.setdefault(row.unit, []).append(row)
-    units = list(by_unit)
-    step = max(1.0, len(units) / MOST_UNITS)
-    chosen = units if step == 1 else [units[int(number * step)] for number in range(MOST_UNITS)]
-    return [row for unit in chosen for row in by_unit[unit]]
+    return [row for rows_of_unit in evenly(list(by_unit.values()), MOST_UNITS) for row in rows_of_unit]
+
+
+def evenly(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many, evenly over all, in their order."""
+    return items if len(items) <= most else [items[int(number * (len(items) / most))] for number in range(most)]
 
 
 class _Permutations:
@@ -172,7 +175,7 @@ def _tested(name: str, kind: FeatureKind, before: Column, now: Column, draws: _P
 
 
 def _encoded(kind: FeatureKind, values: Sequence[float | str]) -> tuple[Floats, list[str]]:
-    """(n, columns): ranks from -1 to 1, whose difference of means is Cliff's delta; 0 or 1; one column a category."""
+    """(n, columns): ranks from 0 to 2, whose difference of means is Cliff's delta; 0 or 1; one column a category."""
     import numpy as np
 
     if kind == "category":

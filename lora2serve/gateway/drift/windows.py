@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora2serve.errors import InputError, UsageError
-from lora2serve.gateway.drift.drift_test import WindowRow
+from lora2serve.gateway.drift.drift_test import WindowRow, evenly
 from lora2serve.gateway.drift.text_features import PAIR
 from lora2serve.gateway.request_record import RequestRecord, from_text, to_text
 from lora2serve.gateway.traffic_store import TrafficStore
@@ -145,7 +145,6 @@ def _parsed(lines: Iterable[str]) -> Iterator[RequestRecord]:
 def _write(path: Path, window: RequestWindow) -> None:
     """Without texts, whole or not at all; of many requests some, evenly."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    step = max(1.0, len(window.records) / MOST_STORED)
-    some = [window.records[int(number * step)] for number in range(min(len(window.records), MOST_STORED))]
+    some = evenly(window.records, MOST_STORED)
     lines = [f"{window.since} {window.until}", *(to_text(replace(each, prompt=None, answer=None)) for each in some)]
     write_text(path, "\n".join(lines) + "\n")
