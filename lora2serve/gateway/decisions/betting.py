@@ -35,5 +35,10 @@ class EProcess:
     @property
     def log_e(self) -> float:
         """The natural logarithm of the e-value: of the mean wealth."""
-        most = max(self.wealth)
-        return most + math.log(sum(math.exp(each - most) for each in self.wealth) / len(self.wealth))
+        return log_mean(self.wealth)
+
+
+def log_mean(logs: Sequence[float]) -> float:
+    """The natural logarithm of the mean of what ``logs`` are the logarithms of: the mean of e-values is one, too."""
+    most = max(logs)
+    return most + math.log(sum(math.exp(each - most) for each in logs) / len(logs))

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.gateway.decisions.betting import EProcess
-from lora2serve.gateway.decisions.decision_rules import TIMES, DecisionRule
+from lora2serve.gateway.decisions.decision_rules import TIMES, DecisionRule, Measure
 
 TestedArm = Literal["champion", "challenger"]
 ARMS: tuple[TestedArm, ...] = ("champion", "challenger")
@@ -54,7 +54,7 @@ class RuleRecord(JsonRecord):
 class RuleEvidence:
     """What a rule says now. Figures are means, or the rule's quantile in seconds; None where nothing was compared."""
 
-    measure: str
+    measure: Measure
     bets: int
     champion: float | None
     challenger: float | None

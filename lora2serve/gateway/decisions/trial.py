@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
 from lora2serve.artifacts.json_record import JsonRecord
+from lora2serve.gateway.decisions.betting import log_mean
 from lora2serve.gateway.decisions.decision_rules import TIMES, DecisionRecipe, Measure
 from lora2serve.gateway.decisions.rule_test import RuleEvidence, RuleRecord, RuleTest, TestedArm
 
@@ -84,7 +85,8 @@ class Trial:
 
     def arm(self, version: int) -> TestedArm | None:
         """Which arm a version is; None for one that is not tested."""
-        return {self.challenger: "challenger", self.champion: "champion"}.get(version)  # type: ignore[return-value]
+        arms: dict[int, TestedArm] = {self.challenger: "challenger", self.champion: "champion"}
+        return arms.get(version)
 
     def observe(self, measure: Measure, arm: TestedArm, value: float, *, unit: Unit, at: float) -> None:
         """An observation of split traffic, at ``at`` in seconds since 1970."""
@@ -108,9 +110,7 @@ class Trial:
     @property
     def log_e_worse(self) -> float:
         """The natural logarithm of the e-value that the challenger is worse by any rule."""
-        values = [rule.worse.log_e for rule in self.rules.values()]
-        most = max(values, default=0.0)
-        return most + math.log(sum(math.exp(each - most) for each in values) / len(values)) if values else 0.0
+        return log_mean([rule.worse.log_e for rule in self.rules.values()]) if self.rules else 0.0
 
     def verdict(self) -> TrialVerdict | None:
         """What to do; None while nothing is certain enough."""
@@ -138,8 +138,7 @@ class Trial:
     def _verdict(
         self, outcome: Outcome, rule: RuleEvidence, log_e: float, evidence: Sequence[RuleEvidence]
     ) -> TrialVerdict:
-        measure = next(name for name in self.rules if name == rule.measure)
-        return TrialVerdict(outcome, self.name, self.champion, self.challenger, measure, log_e, tuple(evidence))
+        return TrialVerdict(outcome, self.name, self.champion, self.challenger, rule.measure, log_e, tuple(evidence))
 
     def _counts(self, measure: Measure, unit: Unit, at: float) -> bool:
         """Whether a rule takes it: one observation of each unit in a while, or of each request."""
