@@ -37,10 +37,7 @@ def registry_room(paths: Sequence[Path], progress: Progress) -> LoraRoom | None:
         versions = {(each.name, each.number): each for each in registry.versions() if _fits(each, base)}
         live = registry.live()
     assert live is not None
-    answering = {(name, number) for name, numbers in live.numbers.items() for number in numbers.values()} & set(
-        versions
-    )
-    earlier = {(name, number) for name, numbers in live.before.items() for number in numbers.values()} & set(versions)
+    answering, earlier = (_pointed(aliases) & versions.keys() for aliases in (live.numbers, live.before))
     if not answering:
         return None
     ranks = [version.rank or 1 for version in versions.values()] + [export.manifest.rank or 1 for export in exports]

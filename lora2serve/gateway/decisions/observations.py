@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from lora2serve.gateway.decisions.trial import Trial
-from lora2serve.gateway.request_record import Feedback, RequestRecord
+from lora2serve.gateway.request_record import CLIENT_LEFT, Feedback, RequestRecord
 
 MOST_REMEMBERED = 1000  # feedback that came before the shadow's answer; requests that the challenger could not answer
 PREFERENCES = {"challenger": 1.0, "champion": -1.0, "tie": 0.0}  # labels of feedback that compares two answers
@@ -36,7 +36,7 @@ class TrialObserver:
         self.trial.sequence = entry.sequence
         if isinstance(entry, Feedback):
             self._take_feedback(entry)
-        elif entry.name == self.trial.name and entry.error != "client_left":
+        elif entry.name == self.trial.name and entry.error != CLIENT_LEFT:
             self._take_record(entry)
 
     def _take_record(self, record: RequestRecord) -> None:

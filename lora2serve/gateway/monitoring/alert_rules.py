@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lora2serve.gateway.request_record import CLIENT_LEFT
+
 BY = "adapter, version, arm"
 
 
@@ -22,7 +24,7 @@ class Alert:
 RECORDED: Mapping[str, str] = {
     "lora2serve:requests:rate5m": f"sum by ({BY}) (rate(lora2serve_requests_total[5m]))",
     "lora2serve:errors:ratio5m": (
-        f"sum by ({BY}) (rate(lora2serve_errors_total{{kind!=\"client_left\"}}[5m])) / on ({BY}) "
+        f"sum by ({BY}) (rate(lora2serve_errors_total{{kind!=\"{CLIENT_LEFT}\"}}[5m])) / on ({BY}) "
         "lora2serve:requests:rate5m"
     ),
     "lora2serve:first_token_seconds:p95": (

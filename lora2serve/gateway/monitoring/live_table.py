@@ -18,7 +18,6 @@ from lora2serve.gateway.monitoring.metric_samples import (
 )
 from lora2serve.system.http import HttpClient
 
-URL = "http://localhost:9000"
 PATIENCE = 10.0  # seconds for an answer
 HEADS = ("Version", "Arm", "Requests/s", "Under way", "Failed", "First p95", "Whole p95", "Tokens/s", "Right", "Slot")
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lora2serve.gateway.request_record import CLIENT_LEFT
+
 ArmKey = tuple[str, str, str]  # adapter, version, arm
 Buckets = Mapping[float, float]  # upper bound in seconds -> how many at most so long
 
@@ -106,7 +108,7 @@ def quantile_of(buckets: Buckets, which: float) -> float | None:
 def _add(figures: ArmFigures, name: str, labels: Mapping[str, str], value: float) -> None:
     if name == "lora2serve_requests_total":
         figures.requests += value
-    elif name == "lora2serve_errors_total" and labels["kind"] != "client_left":
+    elif name == "lora2serve_errors_total" and labels["kind"] != CLIENT_LEFT:
         figures.failed += value
     elif name == "lora2serve_in_flight":
         figures.in_flight += value
