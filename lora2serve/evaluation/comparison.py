@@ -65,17 +65,18 @@ def compare_models(
         again = measure(host, replace(first, name=f"{first.name}{AGAIN}", note=""), suite, progress, first_tokens=True)
         new = measure(host, second, suite, progress, first_tokens=True)
     measured = (old, again, new)
-    known = with_truth(suite)
     pairs = {**score_pairs(old, new, suite), **behavior_pairs(old, again, new)}
     floors = {name: _shift(_BEHAVIORS[name](old), _BEHAVIORS[name](again)) for name in TIMES}
     evaluations = tuple(evaluation(item, suite) for item in measured)
     rows = [
-        replace(eval_report.subject_row(item, record, "", cached=False), figures=_figures(item, old, known))
+        eval_report.subject_row(item, record, "", cached=False)
         for item, record in zip(measured, evaluations, strict=True)
     ]
+    rows = [replace(row, figures={**row.figures, **_shares(m, old)}) for row, m in zip(rows, measured, strict=True)]
     report = EvalReport(
         command="compare", suite=suite.name, suite_sha256=suite.sha256, items=len(suite.items),
-        scorer=suite.scorer.kind if known else "", created=evaluations[0].created, versions=evaluations[0].versions,
+        scorer=suite.scorer.kind if any(map(suite.has_truth, suite.items)) else "",
+        created=evaluations[0].created, versions=evaluations[0].versions,
         subjects=tuple(rows), differences=tuple(differences(old.name, new.name, pairs, floors)),
         changes=tuple(eval_report.changes(new, old) or changed_answers(new, old)), notes=suite.notes,
         gates=tuple(_gate(gate, new.name, {**pairs, **_plain_times(old, new)}) for gate in gates),
@@ -85,23 +86,16 @@ def compare_models(
 
 def compared_figures(suite: Suite) -> list[str]:
     """What a gate may name."""
-    scores = list(metric_names(with_truth(suite) or suite)) if with_truth(suite) else []
-    return [*scores, *_BEHAVIORS, *BEYOND_FLOOR]
-
-
-def with_truth(suite: Suite) -> Suite | None:
-    """The items that can be scored; None where there are none."""
-    items = tuple(item for item in suite.items if suite.has_truth(item))
-    return replace(suite, items=items) if items else None
+    known = suite.with_truth()
+    return [*(metric_names(known) if known else ()), *_BEHAVIORS, *BEYOND_FLOOR]
 
 
 def score_pairs(old: Measured, new: Measured, suite: Suite) -> dict[str, Pair]:
     """Scores of the items that have a truth."""
-    known = with_truth(suite)
+    known = suite.with_truth()
     if known is None:
         return {}
-    names = {item.name for item in known.items}
-    before, after = (replace(m, items=tuple(i for i in m.items if i.id in names)) for m in (old, new))
+    before, after = old.of(known), new.of(known)
     return {
         name: Pair(before.vector("score", task), after.vector("score", task), after.groups(task))
         for name, task in metric_names(known).items()
@@ -178,13 +172,9 @@ def _plain_times(old: Measured, new: Measured) -> dict[str, Pair]:
     return {name: pair for name, pair in times.items() if np.isfinite([*pair.old, *pair.new]).all()}
 
 
-def _figures(measured: Measured, first: Measured, known: Suite | None) -> dict[str, SuiteFigure]:
-    """What the table shows of one of the three: scores, and shares beside the first."""
-    figures: dict[str, SuiteFigure] = {}
-    if known:
-        names = {item.name for item in known.items}
-        scored = replace(measured, items=tuple(item for item in measured.items if item.id in names))
-        figures |= {name: f for name, f in evaluation(scored, known).metrics.items() if name != "seconds"}
+def _shares(measured: Measured, first: Measured) -> dict[str, SuiteFigure]:
+    """What the table shows of one of the three beside its scores."""
+    figures = {}
     shares = {"refusals": _refusals(measured)}
     if measured is not first:
         shares = {"changed": _changed(first, measured), **shares}

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -96,6 +96,11 @@ class Suite:
     def has_truth(self, item: SuiteItem) -> bool:
         """Whether an answer to it can be scored."""
         return not self.scorer_of(item).lacks(item)
+
+    def with_truth(self) -> Suite | None:
+        """The items that can be scored; None where there are none."""
+        items = tuple(item for item in self.items if self.has_truth(item))
+        return replace(self, items=items) if items else None
 
     @property
     def sha256(self) -> str:

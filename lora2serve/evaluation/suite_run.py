@@ -43,6 +43,11 @@ class Measured:
         items = [item for item in self.items if task is None or item.task == task]
         return [item.group or f"\0{item.id}" for item in items] if any(item.group for item in items) else None
 
+    def of(self, suite: Suite) -> Measured:
+        """The items of a suite alone."""
+        names = {item.name for item in suite.items}
+        return replace(self, items=tuple(item for item in self.items if item.id in names))
+
 
 class EngineHost:
     """Starts engines when they are asked for, one at a time; a model and its base without adapter share one."""
@@ -154,10 +159,15 @@ def metric_names(suite: Suite) -> dict[str, str | None]:
 
 
 def evaluation(measured: Measured, suite: Suite, overlap: str = "") -> SuiteEvaluation:
-    """The figures with their intervals, as they are stored."""
+    """The figures with their intervals, as they are stored; scores are of the items that can be scored."""
+    known = suite.with_truth()
+    figures = score_figures(measured.of(known), metric_names(known)) if known else {}
+    timed = [value for value in measured.vector("seconds") if value > 0]
+    if timed:
+        figures["seconds"] = SuiteFigure(value=float(np.median(timed)), n=len(timed), higher_is_better=False)
     return SuiteEvaluation(
         suite=suite.name, suite_sha256=suite.sha256, engine=measured.engine, subject=measured.name,
-        metrics=score_figures(measured, metric_names(suite)), created=now(), items=len(measured.items),
+        metrics=figures, created=now(), items=len(measured.items),
         overlap=overlap, scorer=suite.scorer.kind, failed=sum(bool(item.error) for item in measured.items),
         decoding={"max_tokens": suite.decoding.max_tokens, "temperature": suite.decoding.temperature},
         versions=library_versions(),
@@ -165,16 +175,13 @@ def evaluation(measured: Measured, suite: Suite, overlap: str = "") -> SuiteEval
 
 
 def score_figures(measured: Measured, metrics: Mapping[str, str | None]) -> dict[str, SuiteFigure]:
-    """The means of scores (name -> task), and the median of the seconds."""
+    """The means of scores (name -> task)."""
     figures = {}
     for name, task in metrics.items():
         scores = measured.vector("score", task)
         estimate = stats.mean(scores, measured.groups(task))
         low, high = (end if np.isfinite(end) else None for end in (estimate.low, estimate.high))
         figures[name] = SuiteFigure(value=estimate.value, low=low, high=high, n=len(scores))
-    timed = [value for value in measured.vector("seconds") if value > 0]
-    if timed:
-        figures["seconds"] = SuiteFigure(value=float(np.median(timed)), n=len(timed), higher_is_better=False)
     return figures
 
 

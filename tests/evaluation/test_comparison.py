@@ -21,7 +21,7 @@ from lora2serve.evaluation.comparison import (
 )
 from lora2serve.evaluation.eval_records import ItemResult
 from lora2serve.evaluation.suite import read_suite
-from lora2serve.evaluation.suite_run import Measured
+from lora2serve.evaluation.suite_run import Measured, evaluation
 from lora2serve.parity_check import metrics
 from tests.evaluation.test_suite import written
 
@@ -116,5 +116,9 @@ def test_prompts_without_truth(tmp_path: Path) -> None:
     wrong = replace(right, items=tuple(replace(item, answer="no", score=0.0) for item in items))
     (pair,) = score_pairs(wrong, right, suite).values()
     assert (pair.old, pair.new) == ([0.0], [1.0]), "of what can be scored alone"
+    scored = evaluation(right, suite).metrics
+    assert (scored["acc"].value, scored["acc"].n, scored["seconds"].n) == (1.0, 1, 4)
+    nothing = replace(suite, items=suite.items[:3])
+    assert list(evaluation(right.of(nothing), nothing).metrics) == ["seconds"], "no accuracy of what has no truth"
     assert len(changed_answers(right, wrong)) == 4 and changed_answers(right, right) == []
     assert json.dumps(changed_answers(right, wrong)[0].to_json())
