@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -135,15 +135,6 @@ def _ask(process: EngineProcess, model: ChatModel, suite: Suite, item: SuiteItem
             end=said["end"],
         )  # fmt: skip
     return replace(result, answer=answer, score=scorer.score(answer, item) if suite.has_truth(item) else 0.0)
-
-
-def rescored(items: Sequence[ItemResult], suite: Suite) -> list[ItemResult]:
-    """Stored items with the scores that the suite gives their answers: what every figure can be recomputed from."""
-    scored = []
-    for item, asked in zip(items, suite.items, strict=True):
-        score = 0.0 if item.error else suite.scorer_of(asked).score(item.answer, asked)
-        scored.append(replace(item, score=score))
-    return scored
 
 
 def metric_names(suite: Suite) -> dict[str, str | None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,8 @@ import lora2serve as api
 from lora2serve.artifacts.suite_scores import SuiteScores
 from lora2serve.errors import InputError, UsageError
 from lora2serve.evaluation import stats
-from lora2serve.evaluation.eval_records import read_items
-from lora2serve.evaluation.suite import HELD_OUT, SuiteRecipe, of_rows
-from lora2serve.evaluation.suite_run import rescored
+from lora2serve.evaluation.eval_records import ItemResult, read_items
+from lora2serve.evaluation.suite import HELD_OUT, Suite, SuiteRecipe, of_rows
 from tests.conftest import lora2serve
 
 pytestmark = pytest.mark.engine
@@ -32,6 +33,10 @@ def test_before_and_after(evaluated_demo: Path) -> None:
     assert "runs/latest is better than base" in page.read_text() or "runs/demo is better than base" in page.read_text()
 
 
+def rescored(items: Sequence[ItemResult], suite: Suite) -> list[float]:
+    return [suite.scorer_of(q).score(item.answer, q) for item, q in zip(items, suite.items, strict=True)]
+
+
 def test_every_figure_follows_from_the_lines(evaluated_demo: Path) -> None:
     suite_rows = evaluated_demo / "runs/demo/eval.jsonl"
     suite = of_rows(suite_rows, HELD_OUT, SuiteRecipe(str(suite_rows)), suite_rows.parent, 40)
@@ -40,14 +45,14 @@ def test_every_figure_follows_from_the_lines(evaluated_demo: Path) -> None:
         items = read_items(evaluated_demo / place / "answers.jsonl")
         assert record.suite_sha256 == suite.sha256 and len(items) == 40
         again = rescored(items, suite)
-        assert [item.score for item in again] == [item.score for item in items]
-        estimate = stats.mean([item.score for item in again])
+        assert again == [item.score for item in items]
+        estimate = stats.mean(again)
         figure = record.metrics["acc"]
         assert (figure.value, figure.low, figure.high, figure.n) == (estimate.value, estimate.low, estimate.high, 40)
         assert [item.prompt_sha256 for item in items] == [item.prompt_sha256 for item in suite.items]
         assert all(item.seconds > 0 and item.tokens and item.end == "stop" for item in items)
-    changed = rescored([items[0].__class__(**{**vars(items[0]), "answer": "x"}), *items[1:]], suite)
-    assert changed[0].score == 0, "the control"
+    changed = rescored([replace(items[0], answer="x"), *items[1:]], suite)
+    assert changed[0] == 0, "the control"
 
 
 def test_a_base_is_asked_once(evaluated_demo: Path) -> None:
