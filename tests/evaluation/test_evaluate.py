@@ -55,8 +55,9 @@ def test_every_figure_follows_from_the_lines(evaluated_demo: Path) -> None:
     assert changed[0] == 0, "the control"
 
 
-def test_a_base_is_asked_once(evaluated_demo: Path) -> None:
+def test_a_base_is_asked_once(evaluated_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time its answers are known; other items are another suite."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nor from an earlier run of this test
     done = api.evaluate(evaluated_demo / "runs/demo", against="base", limit=3, out=evaluated_demo / "a")
     again = api.evaluate(evaluated_demo / "runs/demo", against="base", limit=3, out=evaluated_demo / "b")
     assert [row.cached for row in done.report.subjects] == [False, False]
