@@ -87,7 +87,7 @@ def evaluate(
 def show(report: EvalReport) -> None:
     """The tables."""
     from lora2serve import console
-    from lora2serve.evaluation.report.eval_page import difference_text, label, shown, verdict
+    from lora2serve.evaluation.report.eval_page import counted, difference_text, label, shown, verdict
 
     names = list(dict.fromkeys(name for row in report.subjects for name in row.figures))
     heads = ["model", *(label(name) for name in names), "seconds", "engine"]
@@ -105,7 +105,12 @@ def show(report: EvalReport) -> None:
         ]  # fmt: skip
         styles = {number: "red" for number, item in enumerate(report.differences) if item.verdict == "worse"}
         against = report.differences[0].against
-        console.table("", [f"against {against}", "figure", "difference", "p", "won / lost", "verdict"], lines, styles)
+        console.table(
+            "",
+            [f"against {against}", "figure", "difference", "p", " / ".join(counted(report)), "verdict"],
+            lines,
+            styles,
+        )
     for gate in report.gates:
         console.Terminal().note(f"{gate.gate}: {gate.subject}: {gate.verdict}: {gate.reason}")
     console.Terminal().note(verdict(report))

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora2serve.artifacts.suite_scores import SuiteFigure
 from lora2serve.evaluation import eval_report
+from lora2serve.evaluation.comparison import behavior_pairs, differences, score_pairs
 from lora2serve.evaluation.eval_records import ItemResult
 from lora2serve.evaluation.eval_report import EvalReport
 from lora2serve.evaluation.report import eval_page
@@ -54,6 +56,32 @@ def report(new: float = 0.9, old: float = 0.5, name: str = "runs/demo", count: i
         changes=tuple(eval_report.changes(*both)), notes=("qa.jsonl: 2 rows left out",),
         gates=(judge(parse_gate("acc >= base - 0.01"), name, both[0].vector("score"), both[1].vector("score"), None),),
     )  # fmt: skip
+
+
+def compared() -> EvalReport:
+    """As ``compare`` makes it: the first model twice, and figures that are no scores."""
+    whole = report()
+    new, old = measured("runs/demo", 0.9, 0), measured("base", 0.5, 1)
+    again, (row, first) = replace(old, name="base, again"), whole.subjects
+    pairs = {**score_pairs(old, new, suite()), **behavior_pairs(old, again, new)}
+    shares = {name: SuiteFigure(value) for name, value in (("base, again", 0.0), ("runs/demo", 0.5))}
+    others = [replace(first, name="base, again"), row]
+    return replace(
+        whole, command="compare", differences=tuple(differences("base", "runs/demo", pairs, {})), gates=(),
+        subjects=(first, *(replace(r, figures={**r.figures, "changed": shares[r.name]}) for r in others)),
+    )  # fmt: skip
+
+
+def test_what_the_page_of_compare_says(tmp_path: Path) -> None:
+    """Each figure in its unit; p as it is judged, adjusted for all figures; a rise of what is no score is not won."""
+    both = compared()
+    text = eval_page.write(both, tmp_path).read_text()
+    found = {item.metric: item for item in both.differences}
+    assert f"p {found['acc'].p_adjusted:.2g}." in text and found["acc"].p_adjusted > found["acc"].difference.p
+    assert ">Higher</th>" in text and ">Won</th>" not in text and "is the floor" in text
+    assert ">Won</th>" in eval_page.render(report()) and "is the floor" not in eval_page.render(report()), "the control"
+    shown = [eval_page.smallest_text(found[name]) for name in ("acc", "length")]
+    assert shown[0].endswith(" points") and float(shown[0].split()[0]) > 1 and shown[1].startswith("times 1.")
 
 
 def test_what_the_page_says(tmp_path: Path) -> None:
@@ -101,3 +129,16 @@ def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
     assert (seen["wide"], seen["small"], seen["width"], seen["bands"], seen["count"]) == (0, 0, width, True, 6)
     assert seen["said"] < 500
     assert seen["paper"] == ("rgb(251, 252, 253)" if scheme == "light" else "rgb(14, 18, 23)")
+
+
+@pytest.mark.engine
+@needs_browser
+def test_compare_on_a_phone(tmp_path: Path) -> None:
+    """Every verdict is seen without moving the table."""
+    page = eval_page.write(compared(), tmp_path)
+    measures = (
+        "wide: root.scrollWidth - root.clientWidth,"
+        "ends: [...document.querySelectorAll('td .pill')].map(p => p.getBoundingClientRect().right)"
+    )
+    seen = look(page, measures, width=390)
+    assert seen["wide"] == 0 and len(seen["ends"]) == len(compared().differences) and max(seen["ends"]) < 390

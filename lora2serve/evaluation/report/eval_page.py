@@ -55,11 +55,14 @@ def write(report: EvalReport, directory: Path) -> Path:
 def render(report: EvalReport) -> str:
     """The page."""
     environment = page_environment("lora2serve.evaluation.report")
-    environment.globals |= {"shown": shown, "label": label, "difference": difference_text, "most": MOST_CHANGES}
+    environment.globals |= {
+        "shown": shown, "label": label, "difference": difference_text, "smallest": smallest_text, "most": MOST_CHANGES,
+    }  # fmt: skip
     names = list(dict.fromkeys(name for row in report.subjects for name in row.figures))
     return environment.get_template("evaluation.html.j2").render(
         report=report,
         verdict=verdict(report),
+        counted=counted(report),
         metrics=names,
         charts={name: _bars(report, name) for name in names},
         pairs=list(dict.fromkeys((change.subject, change.against) for change in report.changes)),
@@ -84,14 +87,14 @@ def verdict(report: EvalReport) -> str:
 
 def _sentence(item: FigureDifference) -> str:
     found = item.difference
-    ends = f"{difference_text(item)}, p {found.p:.2g}"
+    ends = f"{difference_text(item)}, p {item.p_adjusted:.2g}"
     if item.verdict in ("better", "worse"):
         return f"{item.subject} is {item.verdict} than {item.against}: {ends}."
     if item.verdict == "no difference":
         return f"{item.subject} and {item.against} do not differ: {ends}."
     return (
         f"{found.items} items are not enough to tell {item.subject} and {item.against} apart: {ends}; "
-        f"they show a difference of {found.smallest:.2g} at least."
+        f"they show a difference of {smallest_text(item)} at least."
     )
 
 
@@ -122,9 +125,28 @@ def difference_text(item: FigureDifference) -> str:
     if metric in FACTORS:
         ends = [f"{math.exp(end):.2f}" if math.isfinite(end) else "?" for end in (found.low, found.high)]
         return f"times {math.exp(found.value):.2f} ({ends[0]} to {ends[1]})"
-    scale, unit = (100, " points") if metric != "kl" else (1, " nats")
+    scale, unit = _unit(metric)
     ends = [f"{scale * end:+.3g}" if math.isfinite(end) else "?" for end in (found.low, found.high)]
     return f"{scale * found.value:+.3g}{unit} ({ends[0]} to {ends[1]})"
+
+
+def smallest_text(item: FigureDifference) -> str:
+    """What so many items show, as ``difference_text`` has it."""
+    smallest, metric = item.difference.smallest, item.metric.partition("-")[0]
+    if not math.isfinite(smallest):
+        return "?"
+    scale, unit = _unit(metric)
+    return f"times {math.exp(smallest):.2f}" if metric in FACTORS else f"{scale * smallest:.2g}{unit}"
+
+
+def counted(report: EvalReport) -> tuple[str, str]:
+    """What items are whose figure rose and fell: of seconds, say, a rise is nothing won."""
+    scores = all(item.kind == "score" for item in report.differences)
+    return ("won", "lost") if scores else ("higher", "lower")
+
+
+def _unit(metric: str) -> tuple[int, str]:
+    return (100, " points") if metric != "kl" else (1, " nats")
 
 
 def _bars(report: EvalReport, metric: str) -> Sequence[ScoreBar]:
