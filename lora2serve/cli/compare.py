@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora2serve.cli.evaluate import ANSWERING, end_with_gates, show
+from lora2serve.cli.evaluate import ANSWERING, finish
 from lora2serve.cli.options import Choice, Command, complete_exports, json_option, progress
 
 EXAMPLES = [
@@ -47,16 +47,10 @@ def compare(
     The first is asked twice: what changes between its answers is the floor. Scores where something is expected; answers
     that changed, KL of the first token, length, refusals, valid JSON, seconds for all. Prints the path of the report.
     """
-    from lora2serve import console
     from lora2serve.api import compare_models
 
     result = compare_models.compare(
         first, second, suite=suite, limit=limit, gate=gates, engine=engine or "", base=base, url_model=url_model,
         out=out, progress=progress(ctx),
     )  # fmt: skip
-    if as_json:
-        console.result_json(result.report.to_json())
-    else:
-        show(result.report)
-        console.result(str(result.page))
-    end_with_gates(result.report, result.page)
+    finish(result, as_json=as_json)

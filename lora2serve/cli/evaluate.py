@@ -11,6 +11,7 @@ from lora2serve.cli.options import Choice, Command, complete_exports, json_optio
 from lora2serve.errors import GateNotMet
 
 if TYPE_CHECKING:
+    from lora2serve.api.evaluate_model import EvaluationResult
     from lora2serve.evaluation.eval_report import EvalReport
 
 EXAMPLES = [
@@ -68,7 +69,6 @@ def evaluate(
     exports in llama.cpp, with the chat template as it is served. Differences are judged item by item; where there are
     not enough items, that is the verdict. Prints the path of the report.
     """
-    from lora2serve import console
     from lora2serve.api import evaluate_model
 
     result = evaluate_model.evaluate(
@@ -76,12 +76,22 @@ def evaluate(
         limit=limit, gate=gates, engine=engine or "", base=base,
         url_model=url_model, allow_overlap=allow_overlap, out=out, progress=progress(ctx),
     )  # fmt: skip
+    finish(result, as_json=as_json)
+
+
+def finish(result: EvaluationResult, *, as_json: bool) -> None:
+    """Print what came out; GateNotMet with each gate that is not."""
+    from lora2serve import console
+
+    report = result.report
     if as_json:
-        console.result_json(result.report.to_json())
+        console.result_json(report.to_json())
     else:
-        show(result.report)
+        show(report)
         console.result(str(result.page))
-    end_with_gates(result.report, result.page)
+    missed = [f"{gate.gate}: {gate.subject}: {gate.verdict}: {gate.reason}" for gate in report.gates if not gate.met]
+    if missed:
+        raise GateNotMet("\n".join(missed), f"{result.page} shows where")
 
 
 def show(report: EvalReport) -> None:
@@ -114,13 +124,6 @@ def show(report: EvalReport) -> None:
     for gate in report.gates:
         console.Terminal().note(f"{gate.gate}: {gate.subject}: {gate.verdict}: {gate.reason}")
     console.Terminal().note(verdict(report))
-
-
-def end_with_gates(report: EvalReport, page: Path) -> None:
-    """GateNotMet with each gate that is not."""
-    missed = [f"{gate.gate}: {gate.subject}: {gate.verdict}: {gate.reason}" for gate in report.gates if not gate.met]
-    if missed:
-        raise GateNotMet("\n".join(missed), f"{page} shows where")
 
 
 def _cell(value: str, low: float | None, high: float | None) -> str:
