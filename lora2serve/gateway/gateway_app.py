@@ -169,9 +169,8 @@ class Gateway:
         """The aliases, behind the models of the first server that are none of the registry."""
         entries: list[Json] = []
         upstream = next(iter(self._upstreams.values()))
-        kept = [item for item in forwarded(headers) if item[0].lower() not in (b"host", b"accept-encoding")]
         try:
-            answer = await upstream.send("GET", MODELS, kept, None)
+            answer = await upstream.send("GET", MODELS, forwarded(headers, {b"host", b"accept-encoding"}), None)
             body = await answer.body()
             if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
                 await send_error(send, answer.status, "the server wants its key")

@@ -33,14 +33,14 @@ class PassThrough:
         start, status, headers = perf_counter(), 0, scope["headers"]
         assert isinstance(headers, list)
         body = await read_body(receive, 1 << 62)
-        kept = [item for item in forwarded(headers) if item[0].lower() not in OWN]
+        kept = forwarded(headers, OWN)
         watch, started = ClientWatch(receive), False
         try:
             async with watch:
                 answer = await self._upstream.send(str(scope["method"]), target_of(scope), kept, body or None)
                 try:
                     status, started = answer.status, True
-                    head = [item for item in forwarded(answer.headers) if item[0].lower() not in (b"date", b"server")]
+                    head = forwarded(answer.headers, {b"date", b"server"})
                     await send({"type": "http.response.start", "status": status, "headers": head})
                     async for chunk in answer.chunks:
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})

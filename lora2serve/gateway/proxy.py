@@ -76,8 +76,7 @@ class RoutedProxy:
         if not content or not isinstance(model, str) or model not in self.routes:
             return None
         identity = request_id(headers)
-        dropped = {b"host", b"content-length", b"accept-encoding", b"x-request-id", b"expect"}
-        kept = [item for item in forwarded(headers) if item[0].lower() not in dropped]
+        kept = forwarded(headers, {b"host", b"content-length", b"accept-encoding", b"x-request-id", b"expect"})
         return RoutedRequest(
             identity, str(scope["path"]), target_of(scope),
             [*kept, (b"x-request-id", identity.encode())], body, content, model,
@@ -181,10 +180,8 @@ class RoutedProxy:
 
     def copied(self, exchange: Exchange) -> None:
         """A shadow's copy is over."""
-        record = self.recorder.record(exchange)
         self.metrics.begun(exchange.name, exchange.version, exchange.arm)
-        self.metrics.finished(record)
-        self.writer.put(record)
+        self._over(exchange)
 
     def _copy(self, request: RoutedRequest, choice: RouteChoice, answered: Exchange) -> None:
         """What the shadow gets: a request that the champion has answered."""
@@ -240,8 +237,7 @@ class _Client:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _start(self, status: int, headers: Headers, length: int | None) -> None:
-        dropped = {b"content-length", b"x-request-id", b"date", b"server"}
-        kept: list[tuple[bytes, bytes]] = [item for item in forwarded(headers) if item[0].lower() not in dropped]
+        kept = forwarded(headers, {b"content-length", b"x-request-id", b"date", b"server"})
         if length is not None:
             kept.append((b"content-length", str(length).encode()))
         self.started = True

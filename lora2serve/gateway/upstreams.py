@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -86,12 +86,13 @@ def own_headers(config: UpstreamConfig) -> list[tuple[bytes, bytes]]:
     return [(b"content-type", b"application/json"), *authorization]
 
 
-def forwarded(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """The headers that are not of one connection."""
+def forwarded(headers: Headers, dropped: Set[bytes] = frozenset()) -> list[tuple[bytes, bytes]]:
+    """The headers that are not of one connection, without those in ``dropped``."""
     named = {
         word.strip().lower() for name, value in headers if name.lower() == b"connection" for word in value.split(b",")
     }
-    return [item for item in headers if item[0].lower() not in HOP_BY_HOP and item[0].lower() not in named]
+    gone = HOP_BY_HOP | named | dropped
+    return [item for item in headers if item[0].lower() not in gone]
 
 
 class HttpUpstream:
