@@ -322,7 +322,8 @@ def _find_source(name: Named) -> VersionSource:
     """A run, an adapter or an export; UsageError for anything else."""
     from lora2serve.registry import version_source
 
-    run, path = find_run(name), Path(directory_of(name)).expanduser()
+    directory = directory_of(name)
+    run, path = find_run(directory), Path(directory).expanduser()
     if run:
         return version_source.of_run(run)
     if (path / MANIFEST).is_file():

@@ -33,12 +33,11 @@ def read_live(connection: Connection) -> LiveAliases:
     for row in connection.execute(select(aliases)):
         numbers[row.name][row.alias] = row.number
     moves: dict[tuple[str, str], list[tuple[str, int | None]]] = defaultdict(list)
-    query = select(events.c.name, events.c.alias, events.c.kind, events.c.new).where(events.c.alias != "")
-    for row in connection.execute(query.order_by(events.c.id)):
+    moved = select(events.c.name, events.c.alias, events.c.kind, events.c.new).where(events.c.alias != "")
+    for row in connection.execute(moved.order_by(events.c.id)):
         moves[row.name, row.alias].append((row.kind, row.new))
-    active = {
-        (row.name, row.number) for row in connection.execute(select(versions).where(versions.c.state == "active"))
-    }
+    query = select(versions.c.name, versions.c.number).where(versions.c.state == "active")  # facts are long
+    active = {(row.name, row.number) for row in connection.execute(query)}
     before: dict[str, dict[str, int]] = defaultdict(dict)
     for (name, alias), own in moves.items():
         earlier = next((number for number in numbers_before(own) if (name, number) in active), None)

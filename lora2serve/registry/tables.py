@@ -123,7 +123,7 @@ events = Table(
     Column("id", Integer, primary_key=True),
     Column("at", Text, nullable=False),
     Column("who", Text, nullable=False),
-    # add, export, score, promote, rollback, unset, stop-shadow, retire, collect, parity
+    # add, export, score, promote, rollback, unset, stop-shadow, retire, collect, restore, parity
     Column("kind", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("alias", Text, nullable=False),

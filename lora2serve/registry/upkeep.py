@@ -37,7 +37,8 @@ def verify_records(connection: Connection) -> list[str]:
         new, number = expected.get((name, alias)), actual.get((name, alias))
         if new != number:
             problems.append(f"{name}@{alias}: points to {number}, and by the events to {new}")
-    states = {(row.name, row.number): row.state for row in connection.execute(select(versions))}
+    query = select(versions.c.name, versions.c.number, versions.c.state)
+    states = {(row.name, row.number): row.state for row in connection.execute(query)}
     for (name, alias), number in actual.items():
         if states.get((name, number), "collected") == "collected":
             problems.append(f"{name}@{alias}: points to {number}, which has no files")
