@@ -196,7 +196,7 @@ class RoutedProxy:
         headers = [item for item in request.headers if item[0] != b"x-request-id"]
         named = [*headers, (b"x-request-id", f"{request.request_id}-shadow".encode())]
         config = self.config.route(choice.name).shadow
-        self.shadows.put(ShadowCopy(copy, named, config, len(request.body) + 1000))
+        self.shadows.put(ShadowCopy(copy, request.target, named, config, len(request.body) + 1000))
 
 
 class _Client:

@@ -162,6 +162,7 @@ class Routes:
         """Load what answers from now on, then let it answer; the old one does until then."""
         for alias in [alias for alias in route.numbers if alias not in route.wanted]:
             del route.numbers[alias]
+        self._observer.moved(name, route.numbers)
         await asyncio.gather(*(self._go_alias(name, route, alias) for alias in route.wanted))
         if before is not None:
             with suppress(Lora2ServeError):  # it is loaded so that a rollback is at once, and no request waits for it

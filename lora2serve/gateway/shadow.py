@@ -26,6 +26,7 @@ class ShadowCopy:
     """A request that was answered, for another version."""
 
     exchange: Exchange  # of the copy; it begins when it is sent
+    target: str  # path and query
     headers: Headers
     config: ShadowConfig
     size: int  # bytes, about
@@ -105,7 +106,7 @@ class ShadowQueue:
         self._cache.hold(key, exchange.upstream)
         exchange.begin()
         try:
-            answer = await self._upstreams[exchange.upstream].send("POST", exchange.path, copy.headers, body)
+            answer = await self._upstreams[exchange.upstream].send("POST", copy.target, copy.headers, body)
             exchange.status = answer.status
             try:
                 async for chunk in answer.chunks:

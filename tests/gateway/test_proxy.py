@@ -126,6 +126,14 @@ def test_a_promotion_is_seen(bed: TestBed) -> None:
     assert chat(bed.url).version == "towns@1" and bed.stub.calls == loads, "it was kept"
 
 
+def test_an_alias_that_is_removed(bed: TestBed) -> None:
+    """Also the only one of its name: nothing answers for it, and no figure says so."""
+    chat(bed.url)
+    bed.registry.unset("towns@champion")
+    bed.becomes(None)
+    assert chat(bed.url).status == 404 and bed.version() is None
+
+
 def test_a_version_that_cannot_be_loaded_changes_nothing(bed: TestBed) -> None:
     chat(bed.url)
     bed.stub.faults.load_status = 500

@@ -14,7 +14,7 @@ import pytest
 
 from lora2serve.gateway.request_record import Feedback, RequestRecord, text_hash
 from lora2serve.registry.content_store import folder_lock
-from tests.support.gateways import TestBed, call, chat, metrics, test_bed, total, wait_for
+from tests.support.gateways import CHAT, TestBed, call, chat, metrics, test_bed, total, wait_for
 from tests.support.stub_upstream import StubUpstream
 
 pytestmark = pytest.mark.engine
@@ -138,6 +138,16 @@ def test_no_copies_while_requests_wait(tmp_path: Path, seed: Path) -> None:
         dropped = "lora2serve_shadow_dropped_total"
         wait_for(lambda: total(metrics(bed.url), dropped, reason="busy") == 1, "a copy was dropped")
         assert "towns-2" not in bed.stub.asked()
+
+
+def test_a_copy_goes_to_the_same_address(tmp_path: Path, seed: Path) -> None:
+    """With its query: a server that wants one would refuse the copy, and the shadow would look worse than it is."""
+    with test_bed(tmp_path, seed, aliases=SHADOW) as bed:
+        asked = {"model": "towns", "messages": [{"role": "user", "content": "x"}]}
+        assert call(bed.url, f"{CHAT}?api-version=7", asked).status == 200
+        wait_for(lambda: "towns-2" in bed.stub.asked(), "the copy")
+        sent = zip(bed.stub.asked(warm=True), bed.stub.queries, strict=True)
+        assert {name for name, query in sent if query == "api-version=7"} == {"towns-1", "towns-2"}
 
 
 def test_feedback_is_joined(tmp_path: Path, seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

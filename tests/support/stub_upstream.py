@@ -45,6 +45,7 @@ class StubUpstream:
     faults: Faults = field(default_factory=Faults)
     adapters: dict[str, str] = field(default_factory=dict)
     requests: list[tuple[str, Mapping[str, str], dict[str, Any]]] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)  # of these requests, behind the ? of their address
     calls: list[str] = field(default_factory=list)  # of loading and unloading
     left: list[str] = field(default_factory=list)  # models whose client left
     url: str = ""
@@ -75,6 +76,7 @@ class StubUpstream:
         elif path == "/echo":
             await answer(send, 201, body, kind=b"application/octet-stream", extra=[(b"x-echo", scope["query_string"])])
         else:
+            self.queries.append(scope["query_string"].decode())
             self.requests.append((path, headers, content))
             await self._complete(path, content, receive, send)
 
