@@ -16,9 +16,10 @@ from typing import Protocol, TypeAlias
 from lora2serve.adapters.lint import next_rank
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import EngineError, Lora2ServeError
+from lora2serve.gateway.model_names import parse_object
 from lora2serve.gateway.upstreams import Upstream, UpstreamError, own_headers
 from lora2serve.serving import runtime_lora
-from lora2serve.system.json_values import at, objects
+from lora2serve.system.json_values import objects
 
 Key: TypeAlias = tuple[str, int]  # the name and the number of a version
 WARMING = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}  # the first request pays for what loading leaves out
@@ -168,9 +169,10 @@ class AdapterCache:
             return
         answer = await upstream.send("GET", "/v1/models", own_headers(upstream.config), None)
         body = await answer.body()
-        if answer.status != HTTPStatus.OK:
+        content = parse_object(body)
+        if answer.status != HTTPStatus.OK or content is None:
             raise _refusal(upstream, "/v1/models", answer.status, body)
-        for entry in objects(at(json.loads(body), "data")):
+        for entry in objects(content.get("data")):
             name, root = str(entry.get("id")), str(entry.get("root"))
             match = re.fullmatch(r"(.+)-(\d+)", name)
             if match and entry.get("parent") and re.fullmatch(re.escape(name) + "-[0-9a-f]{16}", Path(root).name):

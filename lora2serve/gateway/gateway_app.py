@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -18,6 +17,7 @@ from lora2serve.gateway.exchange import Exchange, Recorder
 from lora2serve.gateway.feedback_requests import take_feedback
 from lora2serve.gateway.gateway_config import GatewayConfig
 from lora2serve.gateway.gateway_metrics import GatewayMetrics
+from lora2serve.gateway.model_names import parse_object
 from lora2serve.gateway.proxy import RoutedProxy
 from lora2serve.gateway.record_writer import RecordWriter
 from lora2serve.gateway.request_record import TrafficObserver
@@ -175,8 +175,8 @@ class Gateway:
             if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
                 await send_error(send, answer.status, "the server wants its key")
                 return
-            entries = objects(at(json.loads(body), "data"))
-        except (UpstreamError, ValueError):
+            entries = objects(at(parse_object(body), "data"))
+        except UpstreamError:
             pass  # the aliases are known without it
         versions = {f"{name}-" for name in self.routes.table()}
         own = [entry for entry in entries if not _is_version(str(entry.get("id")), versions)]

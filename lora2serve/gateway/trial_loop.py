@@ -102,7 +102,10 @@ class TrialLoop:
         """What came since the last look."""
         plans = list(plans_of(self._config, self._routes.table()))
         try:
-            await asyncio.to_thread(self._judge, plans)
+            trials, reports = await asyncio.to_thread(self._judge, plans)
+            self._metrics.show_trials(trials)  # here, where scrapes are answered: none sees half of them
+            if reports is not None:
+                self._metrics.show_drift(reports)
             if time.monotonic() >= self._references_seen + REFERENCE_PAUSE:
                 self._references_seen = time.monotonic()
                 await asyncio.to_thread(self._keep_references, self._routes.table())
@@ -117,13 +120,15 @@ class TrialLoop:
         await self.look()
         await asyncio.to_thread(self._maker.close)
 
-    def _judge(self, plans: list[TrialPlan]) -> None:
+    def _judge(self, plans: list[TrialPlan]) -> tuple[list[TrialStatus], list[DriftReport] | None]:
+        """The trials as they are now; and the last reports on drift, where it is time to look at them again."""
         self._maker.plan(plans)
         self._maker.act()
-        self._metrics.show_trials(self._maker.status())
-        if time.monotonic() >= self._drift_seen + DRIFT_PAUSE:
-            self._drift_seen = time.monotonic()
-            self._metrics.show_drift(last_reports(self._folder))
+        trials = self._maker.status()
+        if time.monotonic() < self._drift_seen + DRIFT_PAUSE:
+            return trials, None
+        self._drift_seen = time.monotonic()
+        return trials, last_reports(self._folder)
 
     def _keep_references(self, table: Mapping[str, Mapping[str, int]]) -> None:
         store = TrafficStore(self._folder)

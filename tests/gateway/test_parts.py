@@ -25,7 +25,7 @@ from lora2serve.gateway.middleware import GatewayMiddleware
 from lora2serve.gateway.model_names import AnswerNames, counting_tokens, parse_object, with_model
 from lora2serve.gateway.security import is_closed
 from tests.support.gateways import call, chat, metrics, test_bed, total, wait_for
-from tests.support.stub_upstream import StubUpstream, serving
+from tests.support.stub_upstream import StubUpstream, answer, serving
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.just("towns"),
@@ -224,6 +224,27 @@ def test_a_second_gateway_finds_what_is_there(tmp_path: Path, seed: Path) -> Non
             bed.registry.promote("towns@2")
             bed.becomes(2)
             wait_for(lambda: chat(second.address).version == "towns@2", "both see it")
+
+
+class WebPage(StubUpstream):
+    """What answers at a wrong address: its list of models is no JSON."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/v1/models":
+            await answer(send, 200, b"<html>", kind=b"text/html")
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def test_a_server_of_something_else(tmp_path: Path, seed: Path) -> None:
+    """It is said what it answers, to clients and where the gateway runs, and the next look may be better."""
+    with test_bed(tmp_path, seed, stubs={"prod": WebPage()}) as bed:
+        got = chat(bed.url)
+        assert (got.status, got.json["error"]["message"]) == (
+            502, "towns@1 cannot be served: prod: /v1/models answers 200: <html>",
+        )  # fmt: skip
+        wait_for(lambda: any("answers 200: <html>" in warning for warning in bed.told.warnings), "a warning")
+        assert [entry["id"] for entry in call(bed.url, "/v1/models").json["data"]] == ["towns", "towns@champion"]
 
 
 @pytest.mark.parametrize(
