@@ -17,6 +17,7 @@ CELLS = {"merged": "merged", "adapter": "as it is", "lora": "nearest LoRA", "pro
 def rows() -> list[str]:
     """A row for each kind that trains: how it trains, how each target holds it, and why some do not."""
     from lora2serve.adapters.kind_targets import TARGETS, as_named, serving_targets, way, why_not
+    from lora2serve.adapters.peft_methods import BIAS_ALONE
     from lora2serve.config.train_methods import ON_FOUR_BITS, TRAINABLE
 
     lines = [
@@ -25,7 +26,8 @@ def rows() -> list[str]:
     lines.append("|---" * (len(TARGETS) + 3) + "|")
     for method in TRAINABLE:
         kind = method.upper()
-        cells = [CELLS[way(kind, target)] for target in TARGETS]
+        where = " where there is a bias" if kind in BIAS_ALONE else ""
+        cells = [cell and f"{cell}{where}" for cell in (CELLS[way(kind, target)] for target in TARGETS)]
         refused = serving_targets(kind).get("no", [])
         reason = why_not(kind, refused[0]) if refused else ""
         lines.append(f"| `{method}` | {'yes' if method in ON_FOUR_BITS else ''} | {' | '.join(cells)} | {reason} |")

@@ -6,14 +6,14 @@ is put in, PEFT merges, the weight is taken out: PEFT stays the authority, and m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora2serve.adapters.adapter import PREFIX, Adapter, ParameterDelta
 from lora2serve.adapters.meta_model import meta_model_of, peft_config
-from lora2serve.adapters.peft_methods import changes_bias, rebases
+from lora2serve.adapters.peft_methods import BIAS_ALONE, changes_bias, has_bias, rebases
 from lora2serve.errors import AdapterError, raise_all
 from lora2serve.system.small_files import JsonObject
 
@@ -64,12 +64,24 @@ class PeftLayers:
     def changes(self) -> list[ParameterDelta]:
         """What was trained beside the wrapped modules first, then one change for each wrapped parameter."""
         changes, _ = self._adapter.beside(self._layers)
-        for name, layer in self._layers.items():
-            if self._adapter.method != "BEFT":
-                changes.append(ParameterDelta(f"{name}.weight", PeftDelta(self, name)))
-            if changes_bias(self._adapter) and getattr(layer.get_base_layer(), "bias", None) is not None:
-                changes.append(ParameterDelta(f"{name}.bias", PeftDelta(self, name, "bias")))
+        biased = [name for name, layer in self._layers.items() if has_bias(layer.get_base_layer())]
+        if self._adapter.method in BIAS_ALONE:
+            self._refuse_without_bias([name for name in self._layers if name not in biased])
+        else:
+            changes += [ParameterDelta(f"{name}.weight", PeftDelta(self, name)) for name in self._layers]
+        if changes_bias(self._adapter):
+            changes += [ParameterDelta(f"{name}.bias", PeftDelta(self, name, "bias")) for name in biased]
         return changes
+
+    def _refuse_without_bias(self, names: Sequence[str]) -> None:
+        """A bias that is trained alone has no place in a module of the base that has none."""
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise AdapterError(
+                f"{self._adapter.path}: {self._adapter.method} cannot be merged: no bias in "
+                f"{', '.join(names[:3])}{more} of the base",
+                "no target can hold it: serve it with PEFT itself",
+            )
 
     def base_shape(self, module: str, leaf: Leaf) -> tuple[int, ...]:
         """Shape of the base's parameter."""

@@ -34,8 +34,9 @@ UNMERGEABLE_METHODS = {
     "FROD": "it decomposed the layers of the base together, which cannot be repeated layer by layer",
     "ADAMSS": "it clustered the base's weights from a random start, which cannot be repeated",
 }
-# Their merge changes the bias too. BEFT changes nothing else; GLoRA's bias depends on the weight.
+# Their merge changes the bias too, or nothing else; GLoRA's bias depends on the weight.
 BIASED = ("BEFT", "GLORA", "IA3", "ROAD")
+BIAS_ALONE = ("BEFT",)
 
 # LoRA variants whose merge is PEFT's own; the rest of LoRA is folded natively.
 VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
@@ -58,6 +59,11 @@ def rebases(adapter: Adapter) -> bool:
     if adapter.method != "LORA":
         return adapter.method in ("OSF", "PSOFT")
     return lora_inits.changes_base(lora_inits.init_of(adapter.config)) or bool(adapter.config.get("kasa_config"))
+
+
+def has_bias(module: object) -> bool:
+    """Whether a module of a model adds one."""
+    return getattr(module, "bias", None) is not None
 
 
 def changes_bias(adapter: Adapter) -> bool:

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from lora2serve.api.exact_planning import ExactMemory, exact_planner
-from lora2serve.api.train_run import fetch_base, settings
+from lora2serve.api.train_run import fetch_base, settings, with_adapter
 from lora2serve.config import recipe as recipes
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.config.recipe import PRESETS, ModelRecipe, TrainRecipe
@@ -75,7 +75,7 @@ def plan(
     """
     progress = progress or default_progress()
     chosen = find_gpu(gpu) if gpu else _gpu_here()
-    subject = _subject(model, overrides)
+    subject = _subject(model, overrides, progress)
     path = fetch_base(subject.model, progress, weights=False)
     shape = _known_shape(path, exact, progress)
     ways = list(_ways(subject, path, chosen, methods, ranks, targets, batch, length))
@@ -212,12 +212,15 @@ class _Subject:
     is_recipe: bool = False
 
 
-def _subject(model: str | Path | None, overrides: Mapping[str, object] | Sequence[str]) -> _Subject:
+def _subject(
+    model: str | Path | None, overrides: Mapping[str, object] | Sequence[str], progress: Progress
+) -> _Subject:  # fmt: skip
     """The recipe that ``model`` names, or the model itself with the defaults of a recipe."""
     name = None if model is None else str(model)
     path = Path(name or recipes.FILE).expanduser()
     if name is None or path.is_file() or (not path.exists() and name in recipes.built_in()):
-        recipe = recipes.load(recipes.find(name), settings(overrides))
+        file, changes = recipes.find(name), settings(overrides)
+        recipe = with_adapter(recipes.load(file, changes, progress), recipes.named_keys(file, changes), progress)
         return _Subject(recipe.model, recipe.train, recipe.data.max_length, (method_of(recipe.train),), is_recipe=True)
     if overrides:
         raise UsageError("--set changes a recipe, and a model was named", "use --rank, --targets, --batch and --length")

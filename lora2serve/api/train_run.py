@@ -3,30 +3,64 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lora2serve.api.locate import base_of_run, fetch
+from lora2serve.api.locate import base_of_run, fetch, locate
 from lora2serve.api.run_evaluation import evaluate_run, read_suites
 from lora2serve.artifacts import run as runs
 from lora2serve.config import recipe as recipes
+from lora2serve.config.method_problems import problems_of_method
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.config.recipe import ModelRecipe, ParityRecipe, Recipe
 from lora2serve.console import default_progress
-from lora2serve.errors import RecipeError, UsageError
+from lora2serve.errors import RecipeError, UsageError, raise_all
 from lora2serve.progress import Progress
 from lora2serve.system import scratch
 
 
-def init(path: str | Path = recipes.FILE, *, overwrite: bool = False) -> Path:
-    """Write a commented recipe to ``path``, which is returned; UsageError where there is one already."""
-    path = Path(path)
+def init(
+    path: str | Path = recipes.FILE, *,
+    source: str | Path | None = None, overwrite: bool = False, progress: Progress | None = None,
+) -> Path:  # fmt: skip
+    """Write a commented recipe to ``path``, which is returned; UsageError where there is one already.
+
+    source: a config of Axolotl or LLaMA-Factory, which is translated, or a built-in recipe, which is copied. Each key
+        of the config that has no place in a recipe is a warning, and stands in the first lines of the file.
+    """
+    path, progress = Path(path), progress or default_progress()
+    text, warnings = (recipes.template(), []) if source is None else _recipe_of(str(source))
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: already exists", "--overwrite replaces it")
-    path.write_text(recipes.template(), encoding="utf-8")
+    for warning in warnings:
+        progress.warn(warning)
+    path.write_text(text, encoding="utf-8")
     return path
+
+
+def _recipe_of(source: str) -> tuple[str, Sequence[str]]:
+    """The text of a recipe, and what it does not hold of the config that it is translated from."""
+    from lora2serve.config.translation.translated_recipe import translate
+
+    file = recipes.find(source)
+    if file == recipes.built_in().get(source):
+        return _with_paths(file), []
+    translated = translate(file)
+    return translated.text, [f"without {item.line()}" for item in translated.left_out]
+
+
+def _with_paths(recipe: Path) -> str:
+    """A built-in recipe, with what lies beside it by its whole path."""
+
+    def whole(line: re.Match[str]) -> str:
+        beside = recipe.parent / line[2]
+        return f"{line[1]}{beside}" if beside.exists() else line[0]
+
+    return re.sub(r"(?m)^(\s*\w+: )(\S+/\S+)$", whole, recipe.read_text(encoding="utf-8"))
 
 
 def train(
@@ -53,14 +87,33 @@ def train(
     if name is not None:
         refuse_run_name(name, "--name")
     run = _unfinished(recipe) if resume else None
-    chosen = recipes.load(run.recipe if run else recipes.find(str(recipe) if recipe else None), settings(overrides))
+    file = run.recipe if run else recipes.find(str(recipe) if recipe else None)
+    chosen = recipes.load(file, settings(overrides), progress)
     if not run:
         _check_parity(chosen.parity)
+        chosen = with_adapter(chosen, recipes.named_keys(file, settings(overrides)), progress)
     progress.note(f"training {run.name if run else name or chosen.name}: loading the libraries")
     suites = read_suites(chosen.evaluate)
     trained = _train(chosen, name or chosen.name, run, gpu, progress)
     evaluate_run(trained, suites, chosen.evaluate.limit, progress)
     return trained
+
+
+def with_adapter(recipe: Recipe, named: Collection[str], progress: Progress) -> Recipe:
+    """With the settings of the adapter that the training is to go on from, if it is to.
+
+    named: paths of the recipe's own values; TrainError where one is not that of the adapter.
+    """
+    if not recipe.train.from_adapter:
+        return recipe
+    from lora2serve.training.starting_adapter import settings_in_words, starting_from
+
+    source = locate(recipe.train.from_adapter, progress)
+    path = source.run.adapter if source.run else source.path
+    recipe = replace(recipe, train=starting_from(recipe.train, path.resolve(), named))
+    raise_all(problems_of_method(recipe), lambda text: RecipeError(text, recipes.EVERY_KEY))
+    progress.note(f"goes on from {source.name}: {settings_in_words(recipe.train)}")
+    return recipe
 
 
 def _train(recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None, progress: Progress) -> runs.Run:

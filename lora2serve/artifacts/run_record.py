@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lora2serve.artifacts.json_record import JsonRecord
-from lora2serve.artifacts.lineage import BaseRecord
+from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class RunRecord(JsonRecord):
 
     name: str = ""
     base: BaseRecord = field(default_factory=BaseRecord)
+    from_adapter: AdapterRecord | None = None  # whose training went on
     data: DataRecord = field(default_factory=DataRecord)
     quantization: QuantizationRecord | None = None
     device: str | None = None  # cpu or cuda

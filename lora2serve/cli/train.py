@@ -12,15 +12,28 @@ from lora2serve.errors import UsageError
 @click.command(
     cls=Command,
     short_help="Write a commented lora2serve.yaml here.",
-    examples=[("lora2serve init", ""), ("lora2serve init --overwrite", "start again from the template")],
+    examples=[
+        ("lora2serve init", ""),
+        ("lora2serve init --from axolotl.yaml", "translate a config of Axolotl or LLaMA-Factory"),
+        ("lora2serve init --from qwen3-8b", "begin with a built-in recipe"),
+        ("lora2serve init --overwrite", "start again from the template"),
+    ],
+)
+@click.option(
+    "--from", "source", metavar="FILE|NAME", help="A config of Axolotl or LLaMA-Factory, or a built-in recipe."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing lora2serve.yaml.")
-def init(overwrite: bool) -> None:
-    """Write a commented lora2serve.yaml into this directory. Prints its path."""
+@click.pass_context
+def init(ctx: click.Context, source: str | None, overwrite: bool) -> None:
+    """Write a commented lora2serve.yaml into this directory. Prints its path.
+
+    With --from, a config of Axolotl or LLaMA-Factory becomes a recipe that trains the same; each key that has no place
+    in one is a warning, and stands in the first lines of the file.
+    """
     from lora2serve import console
     from lora2serve.api import train_run
 
-    console.result(str(train_run.init(overwrite=overwrite)))
+    console.result(str(train_run.init(source=source, overwrite=overwrite, progress=progress(ctx))))
 
 
 @click.command(

@@ -16,8 +16,10 @@ from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
 from lora2serve.config.method_problems import problems_of_method
 from lora2serve.config.model_name import run_name_problem
 from lora2serve.config.other_names import OTHER_NAMES
+from lora2serve.config.recipe_keys import recipe_keys
 from lora2serve.config.schema import build, read_keys, show
 from lora2serve.errors import RecipeError, UsageError, did_you_mean
+from lora2serve.progress import Progress
 
 FILE = "lora2serve.yaml"
 EVERY_KEY = "see `lora2serve init` for every key"
@@ -79,6 +81,7 @@ class TrainRecipe:
     samples: tuple[Annotated[str, NotEmpty("a prompt")], ...] = ()  # answered at each evaluation
     log_interval: Annotated[int, Range(1, 1 << 20)] = 1
     trackers: tuple[str, ...] = ()  # wandb, tensorboard, ...
+    from_adapter: Annotated[str | None, NotEmpty("a run, an adapter or a Hub id")] = None  # whose training goes on
 
 
 @dataclass(frozen=True)
@@ -148,17 +151,26 @@ def built_in() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_builtin().glob("*.yaml"))}
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; RecipeError names every problem in it."""
-    content, problems = read_keys(path, EVERY_KEY)
-    for override in overrides:
-        _override(content, override, problems)
-    recipe = build(Recipe, content, problems, OTHER_NAMES)
-    _check(recipe, problems)
+def load(path: Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Recipe:
+    """Read a recipe; RecipeError names every problem in it. ``progress`` hears what an override leaves out."""
+    keys = recipe_keys(path, overrides, EVERY_KEY)
+    problems = keys.problems
+    recipe = build(Recipe, keys.content, problems, OTHER_NAMES)
+    problems_of(recipe, problems)
     _raise(path, problems, [override.partition("=")[0].strip() for override in overrides])
     home = path.resolve().parent
+    if progress:
+        for text in keys.left_out:
+            progress.note(text)
     model, data, parity = _absolute(recipe.model, home), _absolute(recipe.data, home), _absolute(recipe.parity, home)
-    return replace(recipe, model=model, data=data, evaluate=_absolute(recipe.evaluate, home), parity=parity)
+    train = replace(recipe.train, from_adapter=_beside(home, recipe.train.from_adapter))
+    evaluate = _absolute(recipe.evaluate, home)
+    return replace(recipe, model=model, data=data, train=train, evaluate=evaluate, parity=parity)
+
+
+def named_keys(path: Path, overrides: Sequence[str] = ()) -> frozenset[str]:
+    """The paths of what the file and the overrides say themselves: all else is a default."""
+    return recipe_keys(path, overrides, EVERY_KEY).named()
 
 
 def load_section(path: Path, kind: type[Section]) -> Section:
@@ -197,33 +209,8 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
 
 
-def _override(content: dict[str, object], override: str, problems: list[str]) -> None:
-    """``train.lora.rank=32``, the value in YAML, goes in before the recipe is built."""
-    import yaml
-
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        problems.append(f"--set {override}: expected KEY=VALUE")
-        return
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
-        value = text
-    *parents, last = key.split(".")
-    section = content
-    for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
-        inner = section[parent]
-        if not isinstance(inner, dict):
-            problems.append(f"--set {override}: {parent} holds no keys")
-            return
-        section = inner
-    section[last] = value
-
-
-def _check(recipe: Recipe, problems: list[str]) -> None:
-    """What no type and no bound of a single field can rule out."""
+def problems_of(recipe: Recipe, problems: list[str]) -> None:
+    """Add what no type and no bound of a single field can rule out."""
     if problem := run_name_problem(recipe.name):
         problems.append(f"name: {problem}")
     problems += _problems_of_lora(recipe.train)

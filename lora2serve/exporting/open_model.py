@@ -155,7 +155,7 @@ def _model(
         base=lineage.base.id or str(checkpoint.path),
         adapter=adapter,
         dtype=choice.dtype,
-        lineage=replace(lineage, adapters=tuple(_adapter_record(adapter.path) for adapter in adapters)),
+        lineage=replace(lineage, adapters=tuple(adapter_record(adapter.path) for adapter in adapters)),
     )
 
 
@@ -180,7 +180,8 @@ def _lineage(base: Path, name: str) -> Lineage:
     return Lineage(BaseRecord.from_json(identity(base, name, content=False), "base"), merge_base="original")
 
 
-def _adapter_record(adapter: Path) -> AdapterRecord:
+def adapter_record(adapter: Path) -> AdapterRecord:
+    """Where that adapter lies, its repository if it is the Hub's, and by which sums it is known again."""
     pulled = hub_snapshot(adapter)
     sums = {name: content_hash(adapter / name) for name in (CONFIG, WEIGHTS)}
     path = str(adapter.resolve())

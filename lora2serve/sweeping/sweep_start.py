@@ -95,6 +95,11 @@ def started(request: SweepRequest, progress: Progress) -> SweepLoop:
     recipe = recipes.load(request.recipe, request.overrides)
     if recipe.train.method != "lora":
         raise UsageError(f"train.method: {recipe.train.method}, and a sweep searches the rank and layers of a lora")
+    if recipe.train.from_adapter:
+        raise UsageError(
+            f"train.from_adapter: {recipe.train.from_adapter}, whose rank and layers are as they are: a sweep searches "
+            "those", "leave it out: `lora2serve train` goes on from it",
+        )  # fmt: skip
     space = read_space(request.space, request.recipe, request.overrides)
     check_libraries(recipe.train.quantize)
     sets = data_sets.load(recipe.data, pin_data)

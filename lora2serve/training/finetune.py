@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora2serve.artifacts import manifest
-from lora2serve.artifacts.lineage import BaseRecord
+from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss, QuantizationRecord
 from lora2serve.config import lora_inits
@@ -25,10 +25,12 @@ from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
+from lora2serve.exporting.open_model import adapter_record
 from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.system.small_files import let_umask_decide
 from lora2serve.training import advice, eval_loss
+from lora2serve.training.checkpoints import last_checkpoint
 from lora2serve.training.eval_loss import RowLosses
 from lora2serve.training.loop_choice import choose_loop
 from lora2serve.training.memory_record import begin_measuring, keep_measured
@@ -45,6 +47,7 @@ from lora2serve.training.model import (
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
 from lora2serve.training.sample_prompts import sample_prompts
+from lora2serve.training.starting_adapter import load_weights, other_base
 from lora2serve.training.weightless import check_adapter
 from lora2serve.weights.checkpoint import identity, read_config
 
@@ -88,6 +91,11 @@ class FineTune:
     progress: Progress
     quick: bool = False
 
+    @property
+    def starting_adapter(self) -> Path | None:
+        """The directory of the adapter whose training goes on."""
+        return Path(self.recipe.train.from_adapter) if self.recipe.train.from_adapter else None
+
     def run_all(self, template: ChatTemplate, *, resume: bool) -> None:
         """From the tokens to the picture."""
         from transformers import set_seed
@@ -109,6 +117,8 @@ class FineTune:
             self.measure("base", model, held_out, tokenizer)
         tuned = add_adapter(model, config)
         del model
+        if (adapter := self.starting_adapter) and not (resume and last_checkpoint(self.run)):
+            load_weights(tuned, adapter)
         initial = self.keep_initial(tuned)
         begin_measuring(self.device)
         steps = fit(
@@ -139,7 +149,10 @@ class FineTune:
         warning = "" if self.device.on_gpu else advice.idle_gpu()
         if warning:
             self.progress.warn(warning)
-        for text in (*self.data_sets.warnings(), *check_adapter(self.base, self.recipe.train, self.device)):
+        warnings = [*self.data_sets.warnings(), *check_adapter(self.base, self.recipe.train, self.device)]
+        if self.starting_adapter and not self.run.record.from_adapter:
+            warnings += other_base(self.starting_adapter, self.base, self.recipe.model.path)
+        for text in warnings:
             self.progress.warn(text)
         foretell(self.recipe, self.base, self.device, self.progress)
 
@@ -208,6 +221,7 @@ class FineTune:
                 self.run.record,
                 name=self.run.name,
                 base=BaseRecord.from_json(base, "base"),
+                from_adapter=self.record_of_starting_adapter(),
                 data=DataRecord(train=_source(rows), eval=_source(eval_rows) if eval_rows else None),
                 quantization=quantization,
                 device=self.device.name,
@@ -215,6 +229,12 @@ class FineTune:
                 versions=manifest.versions(),
             )
         )
+
+    def record_of_starting_adapter(self) -> AdapterRecord | None:
+        """That of before --resume, when the adapter may be gone."""
+        if self.run.record.from_adapter or not self.starting_adapter:
+            return self.run.record.from_adapter
+        return adapter_record(self.starting_adapter)
 
     def keep_initial(self, model: PeftModel) -> Path | None:
         """An init that changes the base is saved at the start: the result can then be a plain LoRA."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora2serve.adapters.kind_targets import Way, as_named, serving_targets, way_out, why_not
-from lora2serve.adapters.peft_methods import UNMERGEABLE_METHODS
+from lora2serve.adapters.peft_methods import BIAS_ALONE, UNMERGEABLE_METHODS
 from lora2serve.config.recipe import Recipe, TrainRecipe
 from lora2serve.config.train_methods import LORA
 from lora2serve.errors import CheckpointError, InputError, UsageError
@@ -67,7 +67,8 @@ def served_by(method: str) -> tuple[str, bool]:
     """One line, and whether it is a warning: nobody but PEFT serves some kinds. ``method`` as a recipe names it."""
     kind = method.upper()
     ways = serving_targets(kind)
-    parts = [f"{', '.join(map(as_named, ways[way]))} ({words})" for way, words in WORDS.items() if way in ways]
+    biases = " into modules with a bias" if kind in BIAS_ALONE else ""
+    parts = [f"{', '.join(map(as_named, ways[way]))} ({words}{biases})" for way, words in WORDS.items() if way in ways]
     if not parts:
         return f"{method}: {way_out(kind, 'vllm')} ({UNMERGEABLE_METHODS[kind]})", True
     no = ways.get("no", [])

@@ -62,7 +62,8 @@ def fit(
         arguments = _arguments(recipe, run, device, total, bool(held_out), loop)
         callbacks = [log, *_early_stopping(recipe), *rank_budget(model, total)]
         callbacks += _samples(recipe, run, total, prompts, tokenizer, progress)
-        trainer = _trainer(model, tokenizer, data, held_out, arguments, callbacks)
+        trained_before = recipe.train.from_adapter is not None
+        trainer = _trainer(model, tokenizer, data, held_out, arguments, callbacks, trained_before=trained_before)
         prepare_steps(trainer, model, rows, run, loop, device, progress)
         trainer.measure = measure
         trainer.count_from(tokens_of(checkpoint) if checkpoint else 0)
@@ -98,6 +99,8 @@ def _trainer(
     held_out: Sequence[Sample],
     arguments: SFTConfig,
     callbacks: Sequence[TrainerCallback],
+    *,
+    trained_before: bool,
 ) -> RunTrainer:
     """TRL's trainer, with our words instead of its own and an adapter in float32."""
     from transformers import PrinterCallback, ProgressCallback
@@ -109,7 +112,7 @@ def _trainer(
     if not _name_experts(model):
         arguments.router_aux_loss_coef = 0.0
     learned = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-    in_full = {name: value for name, value in learned.items() if ".lora_" not in name}
+    in_full = {name: value for name, value in learned.items() if trained_before or ".lora_" not in name}
     trainer = RunTrainer(
         model=model,
         args=arguments,
@@ -125,7 +128,7 @@ def _trainer(
             callback.logging_dir = callback.logging_dir or str(Path(arguments.output_dir).parent / "tensorboard")
     # TRL casts what is trained of a 4-bit model to bfloat16, where late, small updates round to nothing; without
     # AVX512-BF16 it is 25 times as slow on a CPU, too. Autocast computes in the device's type all the same. Of a LoRA's
-    # random start nothing is lost by it, of what comes from the base there would be.
+    # random start nothing is lost by it, of what comes from the base, or was trained, there would be.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = in_full.get(name, parameter.data).float()

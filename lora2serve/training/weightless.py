@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora2serve.adapters.peft_methods import BIAS_ALONE, has_bias
 from lora2serve.adapters.target_presets import named
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import LORA
@@ -40,11 +42,23 @@ def learned_values(base: Path, recipe: TrainRecipe) -> int | None:
 
 
 def _of_others(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """Of IA3, where the model has no linear layer that leads back from an MLP; TrainError where PEFT refuses it."""
+    """What the model has no place for; TrainError where PEFT refuses it."""
+    targets = named(linear_modules(model), list(config.target_modules)) if config.peft_type in BIAS_ALONE else []
+    bare = [name for name in targets if not has_bias(model.get_submodule(name))]
     _put_on(model, config)
+    if bare:
+        return [
+            f"train.method: {config.peft_type.lower()} learns biases, and no target holds those of modules without "
+            f"one: {_in_all_layers(bare)}; name others in train.options.target_modules, or serve it with PEFT itself"
+        ]
     if config.peft_type == "IA3" and not config.feedforward_modules:
         return ["train.method: ia3 scales no way back from an MLP: this model has none that is a linear layer"]
     return []
+
+
+def _in_all_layers(modules: Collection[str]) -> str:
+    """Names of modules, those of all layers once."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in sorted(modules)))
 
 
 def _of_lora(
@@ -54,8 +68,9 @@ def _of_lora(
     wanted = {*named(linear_modules(model), list(config.target_modules)), *experts}
     warnings = []
     if left_out := wanted - (_adapted(model, config) or wanted):
-        names = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in sorted(left_out)))
-        warnings.append(f"no LoRA on {names}: of a mixture of experts PEFT adapts either these or the others")
+        warnings.append(
+            f"no LoRA on {_in_all_layers(left_out)}: of a mixture of experts PEFT adapts either these or the others"
+        )
     if experts and recipe.quantize != "none" and not read_config(base).get("quantization_config"):
         size = sum(experts.values()) * (4 if device.dtype == "float32" else 2) / 1e9
         warnings.append(

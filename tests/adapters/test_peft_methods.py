@@ -122,6 +122,27 @@ def test_equals_peft(qwen2: Path, tmp_path: Path, method: str) -> None:
     assert biased == peft_methods.changes_bias(open_adapter(adapter))
 
 
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma2"])
+def test_ia3_is_equal_to_the_last_bit(tmp_path: Path, shape: str) -> None:
+    """Rounded once, from PEFT's own product in float32."""
+    base = with_biases(make_model(tmp_path / "base", shape, **SHAPES.get(shape, {})))
+    adapter = make_adapter(tmp_path / "adapter", base, **given("IA3"))
+    got = load_model(export_merged(base, [adapter], tmp_path / "out"), torch.bfloat16).state_dict()
+    oracle, old = merged_by_peft(base, adapter), load_model(base, torch.bfloat16).state_dict()
+    assert all(torch.equal(got[name], oracle[name].bfloat16()) for name in got)
+    assert any(not torch.equal(got[name], old[name]) for name in got), "the control"
+
+
+def test_biases_alone_need_some(qwen2: Path, tmp_path: Path) -> None:
+    """BEFT changes nothing else: what it learned on a module without one would be lost."""
+    adapter = make_adapter(tmp_path / "adapter", qwen2, method="BEFT", target_modules=["v_proj", "o_proj"])
+    with pytest.raises(
+        AdapterError, match=r"BEFT cannot be merged: no bias in .*o_proj, .*o_proj of the base"
+    ) as caught:
+        export_merged(qwen2, [adapter], tmp_path / "out")
+    assert caught.value.hint == "no target can hold it: serve it with PEFT itself"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", [method for method in MERGED if method != "BEFT"])

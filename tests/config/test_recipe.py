@@ -14,10 +14,32 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora2serve.config.other_names import OTHER_NAMES
-from lora2serve.config.recipe import DataRecipe, ParityRecipe, Recipe, dump, find, load, load_section, template
+from lora2serve.config.recipe import (
+    DataRecipe,
+    LoraRecipe,
+    ParityRecipe,
+    Recipe,
+    dump,
+    find,
+    load,
+    load_section,
+    named_keys,
+    template,
+)
 from lora2serve.errors import RecipeError, UsageError
+from lora2serve.progress import Silent
 
 LEAST = {"model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
+
+
+class Notes(Silent):
+    """What is noted."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
 
 
 def key_paths(kind: Any = Recipe, prefix: str = "") -> dict[str, Any]:
@@ -267,6 +289,26 @@ def test_overrides(write: Any) -> None:
     both = problems(write({**LEAST, "train": {"batch_size": "x"}}), "train.steps=x")
     assert [problem.split(":")[0] for problem in both] == ["--set train.steps", "r.yaml"], "each where it comes from"
     assert "name holds no keys" in problems(write({**LEAST, "name": "x"}), "name.x=1")[0]
+
+
+def test_another_kind_of_adapter_by_set(write: Any) -> None:
+    """What the file says of its own kind is left out, and named; what --set itself says is not."""
+    path, told = write({**LEAST, "train": {"quantize": "none", "lora": {"rank": 8, "dropout": 0.05}}}), Notes()
+    train = load(path, ["train.method=loha", "train.options.r=4"], told).train
+    assert (train.method, train.lora, dict(train.options)) == ("loha", LoraRecipe(), {"r": 4})
+    assert told.texts == ["train.lora of r.yaml is left out: train.method is loha"]
+    assert problems(path, 'train.method="loha"', "train.lora.rank=4") == [
+        "--set train.lora.rank: 4, but train.method is loha, whose options are in train.options"
+    ]
+    assert load(path, ["train.method=lora"], told).train.lora.rank == 8, "its own kind: nothing is left out"
+    path = write({**LEAST, "train": {"method": "loha", "quantize": "none", "options": {"r": 4}}})
+    assert load(path, ["train.method=lora"], told).train.method == "lora"
+    assert told.texts[1:] == ["train.options of r.yaml is left out: train.method is lora"]
+
+
+def test_keys_that_are_named(write: Any) -> None:
+    path = write({**LEAST, "train": {"lora": {"rank": 16, "alpha": None}}})
+    assert named_keys(path, ["train.steps=5"]) == {"model.path", "data.train", "train.lora.rank", "train.steps"}
 
 
 def test_paths_are_relative_to_the_recipe(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from lora2serve.errors import TrainError
 from lora2serve.progress import Silent
 from lora2serve.training import eval_loss, method_config
 from lora2serve.training import model as models
+from lora2serve.training.method_outlook import served_by
+from lora2serve.training.weightless import check_adapter
 from tests.support.runs import fit, logged, recipe_file
 from tests.support.tiny import load_model, make_model
 
@@ -160,6 +162,21 @@ def test_what_a_model_cannot_carry(
     with pytest.raises(TrainError) as caught:
         fit(recipe_of(tmp_path, small, chats, method, options=options))
     assert caught.value.message.startswith(said), caught.value.message
+
+
+def test_biases_alone_need_some(small: Path) -> None:
+    """Before the first step: no export could hold what BEFT learns on a module without one."""
+    (warning,) = check_adapter(small, TrainRecipe("beft"), models.device())
+    assert "no target holds those of modules without one: model.layers.*.mlp.down_proj, " in warning
+    assert served_by("beft") == (SERVED, False)
+    biased = make_model(small.parent / "biased", attention_bias=True)
+    assert check_adapter(biased, TrainRecipe("beft", {"target_modules": ["q_proj"]}), models.device()) == []
+
+
+SERVED = (
+    "beft is served by --target vllm, gguf, ollama, lmstudio (merged into modules with a bias); not by adapter, "
+    "gguf-adapter, ollama --as adapter: BEFT changes no matrix, and such an adapter holds LoRAs of matrices"
+)
 
 
 def test_a_soft_prompt_goes_on_after_a_stop(tmp_path: Path, small: Path, chats: dict[str, str]) -> None:

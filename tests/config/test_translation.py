@@ -1,0 +1,145 @@
+"""Configs of Axolotl and LLaMA-Factory: each becomes a recipe that is one, and no key is lost without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lora2serve
+from lora2serve.config import recipe as recipes
+from lora2serve.config.recipe import Recipe, load
+from lora2serve.config.translation.translated_recipe import move_keys, translate
+from lora2serve.errors import RecipeError, UsageError
+
+CONFIGS = Path(__file__).parent / "other_trainers"
+EACH = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+def keys_of(value: Any) -> Iterator[str]:
+    """The first part of every key that says something, and is on."""
+    return (str(key) for key, item in value.items() if item not in (None, "", [], {}, False, 0))
+
+
+def translated(name: str, folder: Path) -> tuple[Recipe, dict[str, str]]:
+    """The recipe of a config, and what was left out of it, by key."""
+    result = translate(CONFIGS / f"{name}.yaml")
+    path = folder / "lora2serve.yaml"
+    path.write_text(result.text, encoding="utf-8")
+    return load(path), {item.key: item.why for item in result.left_out}
+
+
+@pytest.mark.parametrize("config", EACH, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_key_has_a_place_or_is_named(config: Path, tmp_path: Path) -> None:
+    """Without a key the recipe is another one, or its line among those left out is gone."""
+    (tmp_path / "r.yaml").write_text(translate(config).text, encoding="utf-8")
+    load(tmp_path / "r.yaml")
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    _, whole = move_keys(content, config)
+    silent = []
+    for key in keys_of(content):
+        try:
+            _, less = move_keys({name: value for name, value in content.items() if name != key}, config)
+        except RecipeError:
+            continue  # nothing without it: its place is the model or the data
+        unchanged = (less.recipe, less.left_out) == (whole.recipe, whole.left_out)
+        if unchanged and content[key] not in SAME.get(key, ()):
+            silent.append(key)
+    assert silent == []
+
+
+# Values that say what a recipe does anyway.
+SAME: Mapping[str, tuple[object, ...]] = {
+    "do_train": (True,), "stage": ("sft",), "finetuning_type": ("lora",), "report_to": ("none",),
+    "optimizer": ("adamw_torch", "adamw_torch_fused"), "evals_per_epoch": (1,), "chat_template": ("tokenizer_default",),
+    "eval_strategy": ("steps",), "evaluation_strategy": ("steps",), "quantization_method": ("bnb",),
+    "load_in_4bit": (True,), "pissa_convert": (True,), "dataset_dir": ("data",), "lora_rank": (8,),
+    "cutoff_len": (2048,), "num_train_epochs": (3.0,), "pissa_iter": (16,), "use_mlflow": (True,),
+}  # fmt: skip
+
+
+def test_what_an_axolotl_config_becomes(tmp_path: Path) -> None:
+    recipe, left_out = translated("axolotl/local-files", tmp_path)
+    data, train = recipe.data, recipe.train
+    assert (data.train, data.eval, data.max_length) == (("one.jsonl", "two.jsonl"), "eval.jsonl", 1024)
+    assert data.columns == {"instruction": "question", "output": "reply"} and not data.completion_only
+    assert (train.quantize, train.double_quant, train.lora.rank, train.lora.alpha) == ("nf4", False, 8, 16)
+    assert train.lora.targets == ("gate_proj", "up_proj", "down_proj")
+    assert (train.steps, train.warmup, train.batch_size, train.accumulation) == (400, 0.1, 4, 4)
+    assert (train.schedule, train.learning_rate, train.max_grad_norm, train.seed) == ("linear", 1e-4, 0.5, 7)
+    assert (train.eval_steps, train.early_stopping, train.trackers, recipe.name) == (100, 3, ("wandb",), "runs")
+    assert left_out.keys() == {
+        "datasets[0].type.format", "optimizer", "save_steps", "save_total_limit", "wandb_project", "wandb_entity",
+    }  # fmt: skip
+
+
+def test_what_a_llamafactory_config_becomes(tmp_path: Path) -> None:
+    """With what LLaMA-Factory does where nothing is said."""
+    recipe, left_out = translated("llamafactory/qlora-named", tmp_path)
+    data, train = recipe.data, recipe.train
+    (source,) = data.sources("train")
+    assert (source.path, source.split, data.eval_split, data.max_length) == ("some-user/turns", "train_sft", 0.1, 1024)
+    assert (train.quantize, train.double_quant, train.lora.targets) == ("nf4", False, ("q_proj", "v_proj"))
+    assert (train.lora.rank, train.lora.alpha, train.schedule, train.max_grad_norm) == (8, 16, "cosine", 1.0)
+    assert (train.batch_size, train.accumulation, train.epochs, train.eval_steps) == (1, 8, 3, 500)
+    assert left_out.keys() == {"template", "overwrite_cache", "fp16", "per_device_eval_batch_size"}
+    recipe, left_out = translated("llamafactory/pretrain", tmp_path)
+    assert recipe.data.train == str(CONFIGS / "llamafactory/data/plain.txt.jsonl") and not recipe.data.columns
+    assert (recipe.train.warmup, recipe.train.schedule, recipe.train.learning_rate) == (0.1, "linear", 1e-4)
+    recipe, _ = translated("llamafactory/pissa", tmp_path)
+    assert (recipe.train.lora.init, recipe.train.lora.rslora, recipe.name) == ("pissa_niter_16", True, "pissa-16")
+    assert recipe.train.lora.modules_to_save == ("embed_tokens", "lm_head")
+    recipe, _ = translated("llamafactory/kto-oft", tmp_path)
+    assert (recipe.train.method, dict(recipe.train.options)) == ("oft", {"oft_block_size": 32})
+
+
+WHY = [
+    ("axolotl/dpo-full", "rl", "supervised rows are trained, not preferences or rewards"),
+    ("axolotl/dpo-full", "adapter", "all weights are trained there; a LoRA is trained here"),
+    ("axolotl/dpo-full", "fsdp_config", "several GPUs or machines are not trained on"),
+    ("axolotl/lora-8bit", "load_in_8bit", "4 bits or none are trained: 16 are written, and nf4 takes less memory"),
+    ("axolotl/variants", "made_up_key", "unknown here: no key of a recipe does the same"),
+    ("axolotl/variants", "val_set_size", "data.eval_split is a share of the rows, and this is a number of them"),
+    ("axolotl/goes-on", "lora_r", "0, expected 1 to 16384"),
+    ("axolotl/goes-on", "lora_dropout", "1.5, expected 0.0 to 0.99"),
+    ("llamafactory/kto-oft", "lora_rank", "'eight', expected a whole number"),
+    ("llamafactory/kto-oft", "stage", "supervised rows are trained, not preferences or rewards"),
+    ("llamafactory/full-galore", "finetuning_type", "a LoRA is written; train.method names other kinds of adapters"),
+    ("llamafactory/vision", "freeze_vision_tower", "rows with images are not trained"),
+    ("llamafactory/gptq", "quantization_method", "bitsandbytes quantizes"),
+]
+
+
+@pytest.mark.parametrize(("config", "key", "why"), WHY)
+def test_why_a_key_has_no_place(config: str, key: str, why: str, tmp_path: Path) -> None:
+    _, left_out = translated(config, tmp_path)
+    assert left_out[key] == why
+
+
+def test_init_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = lora2serve.init(source=CONFIGS / "axolotl/ia3.yaml")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["# lora2serve train", "# from ia3.yaml of Axolotl"]
+    assert "#   relora_steps: 100: a merged LoRA is no start of another" in lines
+    assert load(path).train.method == "ia3"
+    with pytest.raises(UsageError, match="already exists"):
+        lora2serve.init(source=CONFIGS / "axolotl/ia3.yaml")
+    (tmp_path / "other.yaml").write_text("a: 1")
+    with pytest.raises(RecipeError, match=r"other.yaml: neither base_model nor model_name_or_path"):
+        lora2serve.init(source="other.yaml", overwrite=True)
+    (tmp_path / "no-data.yaml").write_text("base_model: x/y")
+    with pytest.raises(RecipeError, match=r"no recipe without it: data.train: missing"):
+        lora2serve.init(source="no-data.yaml", overwrite=True)
+    assert path.read_text(encoding="utf-8").splitlines() == lines, "an error leaves what is there"
+
+
+def test_init_from_a_built_in_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside it is found from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    assert load(lora2serve.init(source="demo")) == load(recipes.find("demo"))
+    with pytest.raises(UsageError, match=r"no such file or built-in recipe \(did you mean 'demo'\?\)"):
+        lora2serve.init(source="dmo", overwrite=True)
