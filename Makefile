@@ -52,9 +52,10 @@ lint: $(READY)  ## Check style (ruff) and types (mypy --strict).
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY)  ## Write the tables of docs/ that are made from code and tests.
+docs: $(READY)  ## Write the tables of docs/ and the plans of recipes/, which are made from code and tests.
 	$(BIN)/python scripts/model_table.py
 	$(BIN)/python scripts/method_table.py
+	$(BIN)/python scripts/recipe_plans.py
 	$(BIN)/python -m lora2serve.cli.reference > docs/cli.md
 
 constraints: $(READY)  ## Write constraints.txt from the packages in .venv.
