@@ -114,12 +114,13 @@ class OpenRegistry:
                 for name, number in gone:
                     ledger.collect(name, number)
                 unused = dict(upkeep.unused(ledger.connection, self.store))
+                collected = upkeep.collected(ledger.connection)  # some by a command that was killed
                 if dry_run:
                     ledger.connection.rollback()
             if not dry_run:
                 for sha256 in unused:
                     self.store.remove(sha256)
-                upkeep.remove_views(self.views, gone)
+                upkeep.remove_views(self.views, collected)
                 upkeep.remove_partial(*self._partial)
         return Collected(tuple(f"{name}@{number}" for name, number in gone), len(unused), sum(unused.values()), dry_run)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from sqlalchemy import Connection, select
 
 from lora2serve.artifacts.version_marker import is_of_version
 from lora2serve.progress import Progress
-from lora2serve.registry.content_store import PARTIAL, Blob, ContentStore
+from lora2serve.registry.content_store import PARTIAL, Blob, ContentStore, staged
 from lora2serve.registry.ledger import replayed
 from lora2serve.registry.tables import aliases, events, exports, files, versions
 
@@ -81,12 +83,19 @@ def unused(connection: Connection, store: ContentStore) -> Mapping[str, int]:
     return {sha256: size for sha256, size in store.sizes().items() if sha256 not in used}
 
 
-def remove_views(views: Path, gone: list[tuple[str, int]]) -> None:
-    """The directories of versions whose files are gone."""
+def collected(connection: Connection) -> list[tuple[str, int]]:
+    """The versions whose files are gone."""
+    query = select(versions.c.name, versions.c.number).where(versions.c.state == "collected")
+    return [(row.name, row.number) for row in connection.execute(query)]
+
+
+def remove_views(views: Path, gone: Iterable[tuple[str, int]]) -> None:
+    """Directories of versions. Each goes in one step: half of one, without its marker, would be nobody's for good."""
     for name, number in gone:
         folder = views / f"{name}-{number}"
         if is_of_version(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError), staged(views) as going:
+                os.rename(folder, going / folder.name)
 
 
 def remove_partial(*roots: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,40 @@ def test_kills(location: str, runs: list[Path]) -> None:
 @pytest.mark.slow
 def test_200_kills(location: str, runs: list[Path]) -> None:
     assert kill_at_random(location, runs, 200) > RUNS // 2
+
+
+@pytest.mark.parametrize("removed", [0, 8, 16])
+def test_a_gc_that_ends_amid_its_work(location: str, runs: list[Path], removed: int) -> None:
+    """After so many files are gone: what can be had is whole, and nothing of the rest is left by the next one."""
+
+    def collect() -> None:
+        left = [removed]
+        unlink = os.unlink
+
+        def counted(*words: Any, **options: Any) -> None:
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            unlink(*words, **options)
+
+        os.unlink = counted  # type: ignore[assignment]
+        with Registry(location) as registry:
+            registry.gc(keep=1)
+
+    with Registry(location) as registry:
+        for run in runs[:3]:
+            registry.path(registry.add(run, name="m").reference)
+        views = registry.path("m@1").parent
+    assert os.WTERMSIG(os.waitpid(forked(collect), 0)[1]) == signal.SIGKILL
+    with Registry(location) as registry:
+        registry.verify()
+        again = registry.path(registry.add(runs[0], name="m").reference)
+        assert (again / "adapter" / "adapter_model.safetensors").is_file()
+        registry.gc(keep=1)
+        states = {version.folder: version.state for version in registry.versions("m")}
+        assert {path.name for path in views.glob("m-*")} <= {
+            name for name, state in states.items() if state == "active"
+        }
 
 
 def test_8_processes_and_50_promotions(location: str, runs: list[Path]) -> None:
