@@ -40,7 +40,7 @@ def preview_data(
         raise UsageError(f"--report {report}: there is no folder {folder}", f"mkdir -p {folder}, or name another file")
     progress = progress or default_progress()
     chosen = recipes.load(recipes.find(str(recipe) if recipe else None), settings(overrides))
-    sets = data_sets.load(chosen.data, pin_data)
+    sets = data_sets.load(chosen.data, pin_data, chosen.train.objective)
     base = fetch_base(chosen.model, progress, weights=False)
     template = base_template(base, chosen.data.chat_template)
     note = sets.train.note_of_form(chosen.data.form, template.tokenizer.chat_template)

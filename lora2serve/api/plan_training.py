@@ -152,6 +152,7 @@ def _planned(
     return PlannedTraining(
         method=way.method,
         kind=way.kind,
+        answers=way.answers,
         rank=way.rank if is_lora else None,
         targets=way.targets if is_lora else None,
         batch=way.batch,
@@ -182,6 +183,11 @@ def _notes(ways: Sequence[PlanSettings], exact: bool, ratio: float, runs: int) -
         yield f"counted {ratio - 1:.1%} more: of the last {runs} runs on this GPU one took that much beyond its plan"
     if not exact and any(way.kind != LORA for way in ways):
         yield f"activations are counted as those of a LoRA: only --exact knows what {ways[0].kind} keeps"
+    if any(way.answers > 1 for way in ways):
+        yield (
+            "two answers to each prompt go through at once, and then once more with the adapter off, as the reference: "
+            "a forward more in each step, which keeps nothing for a gradient"
+        )
     if not exact and any(way.dora for way in ways):
         yield "DoRA keeps more than a LoRA: only --exact knows how much"
 

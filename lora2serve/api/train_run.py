@@ -124,7 +124,7 @@ def _train(recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None,
     from lora2serve.training.requirements import check_libraries, translated
 
     check_libraries(recipe.train.quantize)
-    sets = data_sets.load(recipe.data, pin_data)  # before a base of many gigabytes is fetched
+    sets = data_sets.load(recipe.data, pin_data, recipe.train.objective)  # before a base of many gigabytes is fetched
     if resumed and resumed.record.base.id:
         base, _ = base_of_run(resumed.record.base, None, progress)  # at its first commit, wherever the branch is now
     else:

@@ -66,13 +66,35 @@ class LossDifference(JsonRecord):
 
 
 @dataclass(frozen=True)
+class PreferenceFigures(JsonRecord):
+    """Of held-out pairs of answers, on the base as trained: means over them all.
+
+    loss: of TRL. chosen, rejected: rewards, beta times the change of an answer's log-probability in nats; margin: the
+    one less the other. accuracy: the share of pairs whose margin is above zero.
+    """
+
+    WHOLE: ClassVar[bool] = True
+
+    loss: float
+    margin: float
+    accuracy: float
+    chosen: float
+    rejected: float
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
 class RunMetrics(JsonRecord):
-    """The base before training; the tuned model, on the base as trained and on the full-precision base."""
+    """The base before training; the tuned model, on the base as trained and on the full-precision base.
+
+    Of preferences they are of the chosen answers, and ``preference`` is of both.
+    """
 
     base: EvalLoss | None = None
     tuned: EvalLoss | None = None
     tuned_on_original: EvalLoss | None = None
     tuned_less_tuned_on_original: LossDifference | None = None
+    preference: PreferenceFigures | None = None
 
     def with_loss(self, name: str, loss: EvalLoss) -> RunMetrics:
         """With one of them measured, by its name."""

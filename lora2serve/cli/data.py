@@ -25,7 +25,7 @@ BAR = 40  # characters of the longest
         ("lora2serve data", "of lora2serve.yaml here: the first rows, lengths, what is cut or dropped"),
         ("lora2serve data --row 17", "every sample of that row"),
         ("lora2serve data --report data.html", "a page to look through"),
-        ("lora2serve data --json", "one object a sample: row, source, ids, labels, text, learned"),
+        ("lora2serve data --json", "one object a sample: row, source, ids, labels, text, learned, side"),
     ],
 )
 @click.argument("recipe", required=False, shell_complete=complete_runs)
@@ -81,8 +81,9 @@ def _of_row(found: DataPreview, row: int) -> Sequence[TrainedSample]:
 def _show(sample: TrainedSample) -> None:
     from lora2serve import console
 
-    cut = ", cut" if sample.cut else ""
-    console.heading(f"{sample.source}:{sample.row}: {len(sample.ids)} tokens, {sample.learned_tokens} learned{cut}")
+    cut, side = ", cut" if sample.cut else "", f" {sample.side}" if sample.side else ""
+    counts = f"{len(sample.ids)} tokens, {sample.learned_tokens} learned{cut}"
+    console.heading(f"{sample.source}:{sample.row}{side}: {counts}")
     console.marked([(part.text, part.learned) for part in sample.parts])
 
 

@@ -86,7 +86,7 @@ def plan_lines(plan: TrainingPlan) -> Iterator[str]:
     first = plan.trainings[0]
     yield (
         f"{plan.model}: {_count(plan.parameters)} parameters in {plan.layers} layers; "
-        f"{first.batch} row{'s' if first.batch > 1 else ''} of {first.length} tokens at once"
+        f"{first.batch} row{'s' if first.batch > 1 else ''} of {_answers(first)}{first.length} tokens at once"
     )
     yield ""
     yield from _table([["", *(_heading(training) for training in plan.trainings)], *_rows(plan)])
@@ -100,6 +100,10 @@ def plan_lines(plan: TrainingPlan) -> Iterator[str]:
     yield "disk: " + ", ".join(f"{name} {_size(size)}" for name, size in plan.disk.items())
     yield f"time: {plan.time}"
     yield from plan.notes
+
+
+def _answers(training: PlannedTraining) -> str:
+    return f"{training.answers} answers with their prompts, each of " if training.answers > 1 else ""
 
 
 def _heading(training: PlannedTraining) -> str:

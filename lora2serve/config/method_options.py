@@ -49,27 +49,27 @@ def read_options(method: str, options: Mapping[str, object], problems: list[str]
         return dict(options)
     chosen = config_class(method)
     hints = typing.get_type_hints(chosen)
-    known = [(name, _kind(hints[name]), field(default=None)) for name in option_names(method)]
+    known = [(name, schema_type(hints[name]), field(default=None)) for name in option_names(method)]
     kind: type[object] = make_dataclass("Options", known)
     built = build(kind, dict(options), problems, path=PATH)
-    return {name: _plain(getattr(built, name)) for name in options if hasattr(built, name)}
+    return {name: yaml_value(getattr(built, name)) for name in options if hasattr(built, name)}
 
 
-def _kind(hint: object) -> object:
+def schema_type(hint: object) -> object:
     """A type of PEFT's as the schema knows it: lists as tuples, an Enum by its values."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (typing.Union, UnionType):
         named = any(isinstance(arg, type) and issubclass(arg, Enum) for arg in args)  # by text: by one of its values
-        return reduce(or_, (cast("type", _kind(arg)) for arg in args if not (named and arg is str)))
+        return reduce(or_, (cast("type", schema_type(arg)) for arg in args if not (named and arg is str)))
     if origin in (list, set, tuple):
-        return GenericAlias(tuple, (_kind(args[0]), ...))
+        return GenericAlias(tuple, (schema_type(args[0]), ...))
     if origin is dict or hint is dict:
-        return GenericAlias(Mapping, (str, _kind(args[1]) if args else object))
+        return GenericAlias(Mapping, (str, schema_type(args[1]) if args else object))
     if isinstance(hint, type) and issubclass(hint, Enum):
         return Literal.__getitem__(tuple(item.value for item in hint))
     return hint
 
 
-def _plain(value: object) -> object:
+def yaml_value(value: object) -> object:
     """Lists again, which PEFT asks for by their type."""
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return [yaml_value(item) for item in value] if isinstance(value, tuple) else value

@@ -19,6 +19,8 @@ OTHER_NAMES: Mapping[str, str] = {
         "data.completion_only": "completion_only_loss assistant_only_loss",
         "train.method": "peft_type peft_method",
         "train.from_adapter": "lora_model_dir adapter_name_or_path resume_from_adapter",
+        "train.objective": "rl stage",
+        "train.preference": "beta dpo_beta rl_beta pref_beta loss_type pref_loss",
         "train.quantize": "load_in_4bit quantization quantise quant_type bnb_4bit_quant_type",
         "train.double_quant": "double_quantization bnb_4bit_use_double_quant",
         "train.epochs": "num_epochs num_train_epochs",

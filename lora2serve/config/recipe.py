@@ -15,6 +15,7 @@ from lora2serve.config.bounds import NotEmpty, Positive, Range, Removed
 from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
 from lora2serve.config.method_problems import problems_of_method
 from lora2serve.config.model_name import run_name_problem
+from lora2serve.config.objectives import Objective, problems_of_objective
 from lora2serve.config.other_names import OTHER_NAMES
 from lora2serve.config.recipe_keys import recipe_keys
 from lora2serve.config.schema import build, read_keys, show
@@ -56,11 +57,14 @@ class LoraRecipe:
 class TrainRecipe:
     """How to train. Either ``steps`` or ``epochs``; ``steps`` wins.
 
-    ``options`` are those of another ``method`` than lora: the fields of its configuration in PEFT.
+    ``options`` are those of another ``method`` than lora: the fields of its configuration in PEFT. ``preference`` are
+    those of another ``objective`` than sft: the fields of its configuration in TRL.
     """
 
     method: str = "lora"  # or another of PEFT's: ``train_methods``
     options: Mapping[str, object] = field(default_factory=dict)
+    objective: Objective = "sft"  # or dpo: of two answers to a prompt the better one
+    preference: Mapping[str, object] = field(default_factory=dict)  # such as beta and loss_type
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     quantize: Annotated[Quantize, Removed("fp4", NO_FP4)] = "nf4"
     double_quant: bool = True
@@ -215,6 +219,7 @@ def problems_of(recipe: Recipe, problems: list[str]) -> None:
         problems.append(f"name: {problem}")
     problems += _problems_of_lora(recipe.train)
     problems += problems_of_method(recipe)
+    problems += problems_of_objective(recipe)
     problems += _problems_of_data(recipe)
 
 

@@ -15,6 +15,7 @@ template_losses.py what a chat template leaves out of a row
 end_tokens.py    what ends an answer
 text_encoder.py  text to token ids, once for all beginnings of a conversation
 rendering.py     how a row is written for the model: the samples of a row, and which tokens are learned
+preference_pairs.py two answers to a prompt in token ids
 samples.py       what is trained, and how it is sent between processes
 sample_rendering.py rows to samples, in this process
 sample_workers.py the same in several processes

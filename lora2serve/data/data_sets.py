@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
+from lora2serve.config.objectives import Objective
 from lora2serve.config.schema import show
 from lora2serve.data.message_forms import RowProblem
 from lora2serve.data.readers import SUFFIXES, TABLES, Pin, file_digest, read_hub_set, read_values
-from lora2serve.data.row_forms import FORMS, RowReader, as_conversation
-from lora2serve.data.rows import CompletionRow, Row
+from lora2serve.data.row_forms import RowReader, as_conversation, forms
+from lora2serve.data.rows import CompletionRow, PreferenceRow, Row, answered
 from lora2serve.data.text_readers import Numbered, Unreadable
 from lora2serve.errors import DataError
 
@@ -49,12 +50,11 @@ class DataSet:
         """With prompts and completions as conversations, where ``data.form`` and the model's template have it so."""
         if form != "chat" or not chat_template:
             return self
-        rows: list[Row] = [as_conversation(row) if isinstance(row, CompletionRow) else row for row in self.rows]
-        return replace(self, rows=rows)
+        return replace(self, rows=[_in_chat(row) for row in self.rows])
 
     def note_of_form(self, form: str, chat_template: str | None) -> str:
         """What ``in_form`` makes of prompts and completions, in words; empty where it leaves all as it is."""
-        count = sum(isinstance(row, CompletionRow) for row in self.rows)
+        count = sum(isinstance(answered(row), CompletionRow) for row in self.rows)
         if not count or form != "chat" or not chat_template:
             return ""
         return (
@@ -89,9 +89,19 @@ class DataSets:
         return [text for data in (self.train, self.held_out) if data for text in data.warnings()]
 
 
-def load(recipe: DataRecipe, pin: Pin = _unpinned) -> DataSets:
-    """Training and held-out rows; DataError names every bad row. ``pin`` finds the commit of a data set on the Hub."""
-    sources, gate = recipe.sources("train"), _Gate(recipe.columns, pin)
+def _in_chat(row: Row) -> Row:
+    if isinstance(row, PreferenceRow):
+        chosen, rejected = (as_conversation(side) if isinstance(side, CompletionRow) else side for side in row.sides)
+        return replace(row, chosen=chosen, rejected=rejected)
+    return as_conversation(row) if isinstance(row, CompletionRow) else row
+
+
+def load(recipe: DataRecipe, pin: Pin = _unpinned, objective: Objective | None = None) -> DataSets:
+    """Training and held-out rows; DataError names every bad row. ``pin`` finds the commit of a data set on the Hub.
+
+    ``objective``: what they are trained for; None where they are looked at only.
+    """
+    sources, gate = recipe.sources("train"), _Gate(recipe.columns, pin, objective)
     weights = [source.weight for source in sources]
     train = [gate.read(source) for source in sources]
     if isinstance(recipe.eval_split, str):
@@ -155,6 +165,7 @@ class _Gate:
 
     columns: Mapping[str, str]
     pin: Pin
+    objective: Objective | None = None
     problems: list[str] = field(default_factory=list)
     count: int = 0
     missing: set[str] | None = None  # columns that no set has
@@ -176,7 +187,7 @@ class _Gate:
 
     def _rows(self, values: Numbered, empty: DataSet, *, filled: bool) -> DataSet:
         """``empty`` with the rows that ``values`` are; ``filled`` up with nulls, as tables are."""
-        rows, numbers, reader = [], [], RowReader(self.columns, filled)
+        rows, numbers, reader = [], [], RowReader(self.columns, filled, self.objective)
         for number, value in values:
             self.count += 1
             try:
@@ -198,7 +209,8 @@ class _Gate:
             raise DataError("\n".join(columns), "name columns of the data")
         if lines:
             more = [f"... and {len(lines) - LISTED_PROBLEMS} more"] if len(lines) > LISTED_PROBLEMS else []
-            raise DataError("\n".join([f"{len(lines)} of {self.count} rows cannot be used:", *shown, *more]), FORMS)
+            found = [f"{len(lines)} of {self.count} rows cannot be used:", *shown, *more]
+            raise DataError("\n".join(found), forms(self.objective))
 
 
 def _with_splits(source: SourceRecipe, recipe: DataRecipe) -> SourceRecipe:

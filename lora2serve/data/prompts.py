@@ -14,7 +14,7 @@ from typing import Literal
 from lora2serve.data.data_sets import DataSet, read_file
 from lora2serve.data.long_text import LongText, make_long
 from lora2serve.data.rendering import Renderer, opening
-from lora2serve.data.rows import ChatRow, Message, Row, TextRow
+from lora2serve.data.rows import ChatRow, Message, Row, TextRow, answered
 from lora2serve.data.served_template import ChatTemplate, served_tool
 from lora2serve.data.tokenizer import Tokenizer, encode
 from lora2serve.errors import DataError
@@ -252,7 +252,7 @@ def _conversations(openings: Iterable[ChatRow | str], template: ChatTemplate, ro
 
 def _start(row: Row) -> ChatRow | str:
     """What a user would send, with the tools of its row."""
-    start = opening(row)
+    start, row = opening(row), answered(row)
     return start if isinstance(start, str) else ChatRow(start, row.tools if isinstance(row, ChatRow) else None)
 
 

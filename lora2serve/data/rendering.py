@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora2serve.data.chat_turns import LearnedTurn, learned_turns
-from lora2serve.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
+from lora2serve.data.rows import ChatRow, CompletionRow, Message, PreferenceRow, Row, TextRow, answered
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.template_losses import template_losses
 from lora2serve.data.text_encoder import GrowingText, TextEncoder
@@ -62,8 +62,11 @@ class Renderer:
 
         A conversation gives one sample for each turn that is learned; turns that a server would see with the same ids
         before them share one. Without ``completion_only`` it is one sample, of which all is learned but answers of
-        weight 0.
+        weight 0. Two answers to a prompt are two samples, the chosen one first.
         """
+        if isinstance(row, PreferenceRow):
+            sides = [self.render(side, completion_only=completion_only) for side in row.sides]
+            return RenderedRow([sample for side in sides for sample in side.samples], sides[0].losses | sides[1].losses)
         if isinstance(row, ChatRow):
             turns = list(learned_turns(row, self.template)) if completion_only else []
             losses = frozenset(template_losses(row, turns, self.template))
@@ -131,6 +134,7 @@ class Renderer:
 
 def opening(row: Row) -> Sequence[Message] | str:
     """What a user would send: a conversation without its last answer, a prompt, or the first half of a text."""
+    row = answered(row)
     if isinstance(row, ChatRow):
         messages = list(row.messages)
         while messages and messages[-1]["role"] == "assistant":

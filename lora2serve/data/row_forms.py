@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from lora2serve.config.objectives import SFT, Objective
 from lora2serve.config.schema import show
 from lora2serve.data.message_forms import (
     RowProblem,
@@ -15,7 +16,7 @@ from lora2serve.data.message_forms import (
     read_template_arguments,
     read_tools,
 )
-from lora2serve.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
+from lora2serve.data.rows import SIDES, ChatRow, CompletionRow, Message, PreferenceRow, Row, TextRow
 
 FORMS = (
     "a row is {messages: [{role, content}, ...]}, {conversations: [{from, value}, ...]}, {prompt, completion}, "
@@ -26,6 +27,16 @@ PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "outp
 NULLS = "nulls of tools and their arguments that are no JSON text"
 BESIDE = ("system", "tools", "chat_template_kwargs")  # what only a conversation has
 BY_RANK: tuple[tuple[str, ...], ...] = (*((key,) for key in CONVERSATIONS), *PAIRS, ("text",))
+PREFERENCES: tuple[tuple[str, ...], ...] = (("prompt", *SIDES), SIDES)
+PREFERENCE_FORMS = (
+    "with train.objective: {objective} a row is {{prompt, chosen, rejected}}, each a text or turns, or {{chosen, "
+    "rejected}}, conversations that begin alike; data.columns maps other names"
+)
+
+
+def forms(objective: Objective | None) -> str:
+    """What a row may be, for a hint."""
+    return FORMS if objective in (None, SFT) else PREFERENCE_FORMS.format(objective=objective)
 
 
 def parse_row(value: object) -> Row | str:
@@ -40,12 +51,14 @@ def parse_row(value: object) -> Row | str:
 class RowReader:
     """Reads values as rows. ``columns`` are other names of keys (``data.columns``): ours -> the one in the data.
 
+    ``objective``: what they are trained for, which decides what is a row; None where nothing is trained: all are.
     ``filled``: the values are of a table, which fills rows up with nulls. ``unread`` counts the rows that hold a key
     which nobody reads; ``present`` are the columns that any row has.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     filled: bool = False
+    objective: Objective | None = None
     unread: Counter[str] = field(default_factory=Counter)
     present: set[str] = field(default_factory=set)
 
@@ -58,7 +71,7 @@ class RowReader:
         names = self._form(filled or renamed)
         if not names:
             keys = show(", ".join(filled or value))[1:-1] or "none"
-            raise RowProblem(f"keys {keys}, expected messages, prompt + completion, or text")
+            raise RowProblem(f"keys {keys}, {self._expected(filled)}")
         row = self._row(filled, names)
         if isinstance(task := filled.get("task"), str):
             row, names = replace(row, task=task), (*names, "task")
@@ -76,14 +89,30 @@ class RowReader:
 
     def _form(self, value: Mapping[str, object]) -> tuple[str, ...]:
         """The keys of the form that ``value`` has: whole before partly, mapped by ``columns`` before the others."""
-        whole = [names for names in BY_RANK if all(name in value for name in names)]
-        partly = [names for names in BY_RANK if any(name in value for name in names)]
+        preference = any(name in value for name in SIDES)
+        known = {None: (*BY_RANK, *PREFERENCES), SFT: BY_RANK}.get(self.objective, PREFERENCES if preference else ())
+        whole = [names for names in known if all(name in value for name in names)]
+        if self.objective == SFT and preference and not whole:
+            return ()
+        partly = [names for names in known if any(name in value for name in names)]
         ranked = sorted(whole or partly, key=lambda names: not any(name in self.columns for name in names))
         return ranked[0] if ranked else ()
+
+    def _expected(self, value: Mapping[str, object]) -> str:
+        if self.objective not in (None, SFT):
+            return f"expected prompt + chosen + rejected (train.objective: {self.objective})"
+        if all(name in value for name in SIDES):
+            return (
+                "which is a preference: set train.objective: dpo, or train the chosen answers "
+                "(data.columns: {completion: chosen})"
+            )
+        return "expected messages, prompt + completion, or text"
 
     def _row(self, value: Mapping[str, object], names: tuple[str, ...]) -> Row:
         if names == ("text",):
             return TextRow(_filled(value, "text"))
+        if names in PREFERENCES:
+            return self._preference(value)
         if len(names) == 1:
             return _chat(value, self._turns(names[0], value.get(names[0])), names[0])
         first, second = names
@@ -91,6 +120,32 @@ class RowReader:
             return _chat(value, self._of_two(value, first, second), second)
         row = CompletionRow(_prompt(value, first), _filled(value, second))
         return _chat(value, turns(row), second) if any(value.get(key) for key in BESIDE) else row
+
+    def _preference(self, value: Mapping[str, object]) -> PreferenceRow:
+        """Of texts, or of conversations where anything else stands in the row."""
+        plain = all(isinstance(value.get(key), str) for key in ("prompt", *SIDES))
+        if plain and not any(value.get(key) for key in BESIDE):
+            prompt = _filled(value, "prompt")
+            chosen, rejected = (CompletionRow(prompt, _filled(value, side)) for side in SIDES)
+            row = PreferenceRow(chosen, rejected)
+        else:
+            answers = [self._side(value, side) for side in SIDES]
+            one, other = both_conversations(self._before(value), *answers)
+            row = PreferenceRow(_chat(value, one, SIDES[0]), _chat(value, other, SIDES[1]))
+        if row.chosen == row.rejected:
+            raise RowProblem("chosen and rejected are the same")
+        return row
+
+    def _before(self, value: Mapping[str, object]) -> list[Message] | None:
+        prompt = value.get("prompt")
+        if prompt is None:
+            return None
+        return self._turns("prompt", prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
+
+    def _side(self, value: Mapping[str, object], side: str) -> list[Message]:
+        answer = value.get(side)
+        turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": _filled(value, side)}]
+        return self._turns(side, turns)
 
     def _turns(self, key: str, value: object) -> list[Message]:
         return read_messages(key, value, self.columns)
@@ -103,6 +158,33 @@ class RowReader:
         if not learned(answer):
             raise RowProblem(f"{second} has no assistant turn to learn from")
         return [*(without_loss(message) for message in prompt), *answer]
+
+
+def both_conversations(
+    prompt: list[Message] | None, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message]]:
+    """Both as whole conversations, of which the last turn is learned; RowProblem where that is not all they differ in.
+
+    ``prompt`` stands before both, or they begin with it already.
+    """
+    same = 0
+    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+        same += 1
+    if prompt is None or same:
+        prompt, before = prompt or chosen[:same], chosen[:same]
+        if not before:
+            raise RowProblem("no prompt, and chosen and rejected do not begin alike")
+        if before[-len(prompt) :] != prompt:
+            raise RowProblem("chosen and rejected begin with other turns than prompt")
+        prompt, chosen, rejected = before, chosen[same:], rejected[same:]
+    for side, answer in zip(SIDES, (chosen, rejected), strict=True):
+        if [turn["role"] for turn in answer] != ["assistant"]:
+            roles = ", ".join(turn["role"] for turn in answer)
+            raise RowProblem(f"{side} has the turns {roles} after the prompt, expected one of the assistant")
+    if prompt[-1]["role"] == "assistant":
+        raise RowProblem("the prompt ends with a turn of the assistant, expected one that is answered")
+    before = [without_loss(message) for message in prompt]
+    return [*before, *chosen], [*before, *rejected]
 
 
 def as_conversation(row: CompletionRow) -> ChatRow:

@@ -1,10 +1,10 @@
-"""What a row of a data set is: a conversation, a prompt with its completion, or a text."""
+"""What a row of a data set is: a conversation, a prompt with its completion, a text, or two answers to a prompt."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NotRequired, TypedDict, cast
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -81,6 +81,40 @@ class TextRow:
         return {"text": self.text, "task": self.task} if self.task else {"text": self.text}
 
 
+@dataclass(frozen=True)
+class PreferenceRow:
+    """``{"prompt", "chosen", "rejected"}``: two rows of one form, the same but for their last turn or completion."""
+
+    chosen: ChatRow | CompletionRow
+    rejected: ChatRow | CompletionRow
+    task: str = ""
+    source: str = field(default="", compare=False)
+
+    @property
+    def sides(self) -> tuple[ChatRow | CompletionRow, ChatRow | CompletionRow]:
+        """Both, the chosen one first."""
+        return self.chosen, self.rejected
+
+    def json(self) -> dict[str, object]:
+        """As it is written to a file."""
+        written: dict[str, object]
+        if isinstance(self.chosen, CompletionRow):
+            written = {"prompt": self.chosen.prompt}
+        else:
+            *before, _ = self.chosen.messages
+            beside = {key: value for key, value in self.chosen.json().items() if key != "messages"}
+            written = {"prompt": [_written(message) for message in before], **beside}
+        answers = {name: _answer(side) for name, side in zip(SIDES, self.sides, strict=True)}
+        return {**written, **answers, **({"task": self.task} if self.task else {})}
+
+
+SIDES = ("chosen", "rejected")
+
+
+def _answer(row: ChatRow | CompletionRow) -> object:
+    return row.completion if isinstance(row, CompletionRow) else [_written(row.messages[-1])]
+
+
 def _written_tools(tools: Sequence[Mapping[str, object]] | None) -> object:
     """As text where a null is in them, which is kept there."""
     text = json.dumps(tools)
@@ -98,4 +132,9 @@ def _written(message: Message) -> Mapping[str, object]:
     return {**message, "tool_calls": calls}
 
 
-Row = ChatRow | CompletionRow | TextRow
+Row = ChatRow | CompletionRow | TextRow | PreferenceRow
+
+
+def answered(row: Row) -> ChatRow | CompletionRow | TextRow:
+    """The row with the answer that is right: of two answers the chosen one."""
+    return replace(row.chosen, task=row.task, source=row.source) if isinstance(row, PreferenceRow) else row

@@ -13,7 +13,7 @@ from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.config.recipe import load_section
 from lora2serve.data.data_sets import read_file
 from lora2serve.data.row_forms import as_conversation
-from lora2serve.data.rows import CompletionRow, Row, TextRow
+from lora2serve.data.rows import CompletionRow, Row, TextRow, answered
 from lora2serve.errors import DataError
 from lora2serve.evaluation.scorers import normalize
 from lora2serve.evaluation.suite import Suite, SuiteItem
@@ -90,6 +90,7 @@ def _keys(rows: Iterable[Row]) -> set[str]:
 
 def _question(row: Row) -> str:
     """The last turn before the last answer; of a text, all of it."""
+    row = answered(row)
     if isinstance(row, TextRow):
         return row.text
     chat = as_conversation(row) if isinstance(row, CompletionRow) else row
@@ -98,6 +99,7 @@ def _question(row: Row) -> str:
 
 
 def _words(row: Row) -> str:
+    row = answered(row)
     if isinstance(row, TextRow):
         return row.text
     chat = as_conversation(row) if isinstance(row, CompletionRow) else row

@@ -136,6 +136,7 @@ def training(card: CardData) -> str:
         ["data", f"{_names(data.get('train'))}, {source.rows:,} rows" if source else _names(data.get("train"))],
         ["base while training", f"quantized to {quantization.type}{double}" if quantization else ""],
         ["LoRA", f"rank {lora.get('rank')}, alpha {number(lora.get('alpha'))}, on {_targets(lora)}" if lora else ""],
+        ["objective", _objective(train)],
         ["steps", _steps(card, train)],
         ["learning rate", f"{number(train.get('learning_rate'))}, {train.get('schedule')}" if train else ""],
         ["longest row", f"{data.get('max_length')} tokens" if data.get("max_length") else ""],
@@ -150,6 +151,16 @@ def training(card: CardData) -> str:
 def _targets(lora: Mapping[str, Any]) -> str:
     targets = lora.get("targets")
     return ", ".join(map(str, targets)) if isinstance(targets, list) else str(targets)
+
+
+def _objective(train: Mapping[str, object]) -> str:
+    """Where it is another one than to give the answers of the rows."""
+    objective, preference = str(train.get("objective") or "sft"), train.get("preference")
+    if objective == "sft":
+        return ""
+    chosen = preference if isinstance(preference, dict) else {}
+    options = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    return f"{objective.upper()}{f' ({options})' if options else ''}, with the base as its reference"
 
 
 def _steps(card: CardData, train: Mapping[str, Any]) -> str:
@@ -179,6 +190,11 @@ def evaluation(card: CardData) -> str:
     source, tuned = card.record.data.eval, metrics.get("tuned")
     scored = f"{source.rows:,} held-out rows" if source and source.rows else "Held-out rows"
     scored += f", {tuned.tokens:,} tokens with a loss." if tuned and tuned.tokens else "."
+    if found := card.record.metrics.preference:
+        scored += (
+            f" Of {found.pairs:,} pairs of answers {found.accuracy:.0%} have the chosen one in front, by a margin of "
+            f"{found.margin:.3f} on average; loss and perplexity are of the chosen ones."
+        )
     return f"## Evaluation\n\n{scored}\n\n" + table(["", "loss", "perplexity"], rows)
 
 

@@ -72,6 +72,7 @@ class PlannedTraining:
     largest_batch: int | None  # on the GPU that it is planned for; 0 where not even one row fits
     levers: tuple[Lever, ...]
     kind: str = LORA  # of adapter
+    answers: int = 1  # to each prompt
 
 
 def planned_bytes(shape: ModelShape, settings: PlanSettings, ratio: float = 1.0) -> PlannedBytes:

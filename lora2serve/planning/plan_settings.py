@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import LORA, STATES
 
@@ -16,7 +17,10 @@ METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """One way to train a model. ``batch`` rows of ``length`` tokens go through it at once."""
+    """One way to train a model. ``batch`` rows of ``length`` tokens go through it at once.
+
+    ``answers``: to each prompt, which are as many sequences; of two they are compared with what the base says of them.
+    """
 
     method: Method = "qlora"
     rank: int = 16
@@ -36,6 +40,7 @@ class PlanSettings:
     padded: bool = True  # whether rows of several lengths go through at once, so that attention gets a mask
     kind: str = LORA  # of adapter: ``train.method``
     options: Mapping[str, object] = field(default_factory=dict)  # of another kind than lora
+    answers: int = 1
     learned: int | None = None  # values of such an adapter, which its own code says
 
     @property
@@ -74,13 +79,14 @@ class PlanSettings:
     @property
     def tokens(self) -> int:
         """Tokens that go through the model at once."""
-        return self.batch * self.length
+        return self.batch * self.answers * self.length
 
 
 def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSettings:
     """What a recipe asks for, with rows of ``length`` tokens, on a device that computes in ``dtype``."""
     lora = train.lora
     method = method_of(train)
+    answers = 1 if train.objective == SFT else 2
     return PlanSettings(
         method=method,
         rank=lora.rank,
@@ -89,7 +95,7 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
         length=length,
         checkpointing=checkpoints(train, method),
         accumulates=train.accumulation > 1,
-        padded=train.batch_size > 1,
+        padded=train.batch_size * answers > 1,
         double_quant=train.double_quant,
         dropout=lora.dropout > 0,
         dora=lora.dora,
@@ -97,6 +103,7 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
         dtype=dtype,
         kind=train.method,
         options=train.options,
+        answers=answers,
     )
 
 

@@ -68,14 +68,14 @@ def _ways(settings: PlanSettings, train: TrainRecipe, rows: int, *, in_pieces: b
     most = train.batch_size if settings.on_cpu else rows
     batches = [batch for batch in range(most, 0, -1) if rows % batch == 0] if in_pieces else [train.batch_size]
     busy = [batch for batch in batches if batch == batches[0]]
-    busy += [batch for batch in batches[1:] if batch * settings.length >= BUSY and not settings.on_cpu]
+    each = settings.answers * settings.length
+    busy += [batch for batch in batches[1:] if batch * each >= BUSY and not settings.on_cpu]
     order = [(batch, False) for batch in busy] + [(batch, True) for batch in batches]
     order += [(batch, False) for batch in batches if batch not in busy]
     for batch, checkpointing in order:
         if asked in (None, checkpointing):
-            yield replace(
-                settings, batch=batch, checkpointing=checkpointing, accumulates=batch < rows, padded=batch > 1
-            )
+            padded = batch * settings.answers > 1
+            yield replace(settings, batch=batch, checkpointing=checkpointing, accumulates=batch < rows, padded=padded)
 
 
 def _optimizer(settings: PlanSettings, *, short: bool) -> Optimizer:

@@ -100,6 +100,11 @@ def started(request: SweepRequest, progress: Progress) -> SweepLoop:
             f"train.from_adapter: {recipe.train.from_adapter}, whose rank and layers are as they are: a sweep searches "
             "those", "leave it out: `lora2serve train` goes on from it",
         )  # fmt: skip
+    if recipe.train.objective != "sft":
+        raise UsageError(
+            f"train.objective: {recipe.train.objective}, and a sweep compares by the eval loss of sft",
+            "train recipes of several values beside each other, and compare the runs with `lora2serve evaluate`",
+        )
     space = read_space(request.space, request.recipe, request.overrides)
     check_libraries(recipe.train.quantize)
     sets = data_sets.load(recipe.data, pin_data)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lora2serve.adapters.lint import lint
-from lora2serve.config.recipe import Recipe
+from lora2serve.config.objectives import SFT
+from lora2serve.config.recipe import Recipe, TrainRecipe
 from lora2serve.data.samples import Sample, row_faults
 from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.training.schedule import eval_interval, total_steps
@@ -20,10 +21,7 @@ def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool) -> list[str
     """One line each, with what to do."""
     train, lora = recipe.train, recipe.train.lora
     problems = []
-    if train.learning_rate < 1e-4:
-        problems.append(
-            f"learning rate {train.learning_rate:g} is low for LoRA: 1e-4 to 4e-4 is usual (train.learning_rate)"
-        )
+    problems += _of_learning_rate(train)
     if train.quantize != "none" and train.gradient_checkpointing is False:
         problems.append("no gradient checkpointing with a 4-bit base: activations will take most of the memory")
     if not held_out:
@@ -40,6 +38,15 @@ def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool) -> list[str
             "only merged exports work"
         )
     return [*problems, *_of_length(rows, recipe.data.max_length)]
+
+
+def _of_learning_rate(train: TrainRecipe) -> list[str]:
+    rate, objective = train.learning_rate, train.objective
+    if objective == SFT and rate < 1e-4:
+        return [f"learning rate {rate:g} is low for LoRA: 1e-4 to 4e-4 is usual (train.learning_rate)"]
+    if objective != SFT and rate > 1e-4:
+        return [f"learning rate {rate:g} is high for {objective}: 5e-6 to 5e-5 is usual (train.learning_rate)"]
+    return []
 
 
 def _of_length(samples: Sequence[Sample], limit: int) -> list[str]:
@@ -71,8 +78,9 @@ def _of_memorizing(recipe: Recipe, samples: Sequence[Sample], held_out: bool) ->
     can_stop = held_out and total // often > patience + 1
     seldom = evaluations <= patience + 1
     rows = len({sample.row for sample in samples})
-    if rows < FEW_ROWS and not (train.lora.dropout and train.early_stopping):
-        wanted = [] if train.lora.dropout else ["train.lora.dropout: 0.05"]
+    drops = train.lora.dropout or train.objective != SFT  # which goes without
+    if rows < FEW_ROWS and not (drops and train.early_stopping):
+        wanted = [] if drops else ["train.lora.dropout: 0.05"]
         if can_stop and not train.early_stopping:
             wanted += [f"train.early_stopping: {PATIENCE}", *([f"train.eval_steps: {often}"] if seldom else [])]
         if wanted:
@@ -89,6 +97,8 @@ def _of_memorizing(recipe: Recipe, samples: Sequence[Sample], held_out: bool) ->
 def _sequences(recipe: Recipe, samples: Sequence[Sample]) -> int:
     """How many the trainer gets, about where they are packed."""
     learned = [len(sample.input_ids) for sample in samples if sample.learned]
+    if recipe.train.objective != SFT:
+        return len(learned) // 2  # two answers each
     return math.ceil(sum(learned) / recipe.data.max_length) if recipe.data.packing else len(learned)
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 Batch = Mapping[str, object]
+PAIRS = "completion_mask"  # of a batch whose first half are chosen answers, and whose second half the rejected ones
 
 
 def units(batch: Batch) -> int:
-    """How many parts there can be: rows, or documents of one padding-free row."""
+    """How many parts there can be: rows, pairs of them, or documents of one padding-free row."""
     starts = batch.get("cu_seq_lens_q")
     ids = batch["input_ids"]
     assert isinstance(ids, Tensor)
+    if PAIRS in batch:
+        return len(ids) // 2
     return len(starts) - 1 if isinstance(starts, Tensor) else len(ids)
 
 
@@ -28,9 +32,13 @@ def parts(batch: Batch, count: int) -> Iterator[dict[str, object]]:
         return
     rows = units(batch)
     size = -(-rows // count)
+    halves = (0, rows) if PAIRS in batch else (0,)
     for start in range(0, rows, size):
+        stop = min(start + size, rows)
         yield {
-            name: value[start : start + size] if isinstance(value, Tensor) and value.dim() else value
+            name: torch.cat([value[half + start : half + stop] for half in halves])
+            if isinstance(value, Tensor) and value.dim()
+            else value
             for name, value in batch.items()
         }
 

@@ -132,11 +132,14 @@ class _FakeTraining:
         with self.mode, self.tracker:
             self.tracker.restart()
             before = self.tracker.now
-            ids = torch.zeros(settings.batch, settings.length, dtype=torch.long)
+            ids = torch.zeros(settings.batch * settings.answers, settings.length, dtype=torch.long)
             mask = torch.ones_like(ids) if settings.padded else None
             with hoisted:
                 with autocast:
                     loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
+                    if settings.answers > 1 and settings.method != "full":
+                        with torch.no_grad(), model.disable_adapter():  # the reference, beside what the gradient needs
+                            model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
                 loss.backward()
         return self.head - before, self.tracker.peak - before
 
@@ -170,7 +173,8 @@ def _recipe(settings: PlanSettings) -> TrainRecipe:
     )  # fmt: skip
     quantize: Quantize = "nf4" if settings.method == "qlora" else "none"
     return TrainRecipe(
-        settings.kind, settings.options, lora, quantize=quantize, double_quant=settings.double_quant
+        method=settings.kind, options=settings.options, lora=lora, quantize=quantize,
+        double_quant=settings.double_quant,
     )  # fmt: skip
 
 

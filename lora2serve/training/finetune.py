@@ -15,10 +15,12 @@ from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss, QuantizationRecord
 from lora2serve.config import lora_inits
+from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import Recipe, dump
 from lora2serve.config.train_methods import LORA
 from lora2serve.data.base_template import base_template
 from lora2serve.data.data_sets import DataSet, DataSets
+from lora2serve.data.preference_pairs import refuse_other_prompts
 from lora2serve.data.preview import first_lines
 from lora2serve.data.samples import Sample
 from lora2serve.data.served_template import ChatTemplate
@@ -180,6 +182,9 @@ class FineTune:
         scored = [sample for sample in held_out if sample.learned]
         if eval_rows and not scored:
             raise DataError(f"{eval_rows.path}: no held-out row has a token to score", "raise data.max_length")
+        if self.recipe.train.objective != SFT:
+            refuse_other_prompts(samples, train_rows)
+            refuse_other_prompts(scored, eval_rows or train_rows)
         return samples, scored
 
     def write_eval_rows(self) -> None:
@@ -278,9 +283,12 @@ class FineTune:
         progress: Progress,
     ) -> RowLosses:
         """The one way in which held-out rows are scored: before, in between and after."""
-        return eval_loss.evaluate(
-            model, held_out, tokenizer.pad_token_id, self.recipe.train.batch_size, progress, label
-        )
+        rows, batch = self.right(held_out), self.recipe.train.batch_size
+        return eval_loss.evaluate(model, rows, tokenizer.pad_token_id, batch, progress, label)
+
+    def right(self, held_out: list[Sample]) -> list[Sample]:
+        """Without the rejected answers, of which each stands behind the chosen one."""
+        return held_out if self.recipe.train.objective == SFT else held_out[::2]
 
     def measure_on_original(self, tuned: RowLosses, held_out: list[Sample], tokenizer: Tokenizer) -> None:
         """The merge needs to know which base suits the adapter better."""
@@ -288,8 +296,8 @@ class FineTune:
             return
         if read_config(self.base).get("quantization_config"):
             return  # this base has no full-precision weights here
-        pad, batch = tokenizer.pad_token_id, self.recipe.train.batch_size
-        losses = eval_loss.on_original(self.base, self.run.adapter, held_out, pad, batch, self.device, self.progress)
+        rows, pad, batch = self.right(held_out), tokenizer.pad_token_id, self.recipe.train.batch_size
+        losses = eval_loss.on_original(self.base, self.run.adapter, rows, pad, batch, self.device, self.progress)
         if losses:
             self.keep_loss("tuned_on_original", "tuned, on the original base", losses.mean())
             metrics = replace(self.run.record.metrics, tuned_less_tuned_on_original=tuned.less(losses))
@@ -299,7 +307,8 @@ class FineTune:
         """Into run.json, and in words."""
         record = self.run.record
         self.run.save(replace(record, metrics=record.metrics.with_loss(name, loss)))
-        self.progress.note(f"{label}: eval loss {loss.eval_loss:.4f}, perplexity {loss.perplexity:.2f}")
+        of_what = "eval loss" if self.recipe.train.objective == SFT else "loss of the chosen answers"
+        self.progress.note(f"{label}: {of_what} {loss.eval_loss:.4f}, perplexity {loss.perplexity:.2f}")
 
 
 def _source(data: DataSet) -> DataSource:

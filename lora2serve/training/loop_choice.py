@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import LoopRecord
+from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import Recipe
 from lora2serve.config.train_methods import PROMPTS, STATES
 from lora2serve.data.samples import Sample
@@ -64,9 +65,12 @@ def _earlier_release(recipe: Recipe, gpu: GpuModel) -> LoopRecord:
 def decided(loop: LoopRecord, model: PeftModel, rows: Sequence[Sample], recipe: Recipe, device: Device) -> LoopRecord:
     """With what the model itself has to say: where rows can attend by themselves, they do from now on.
 
-    On a CPU only packed rows do; never rows with a learned prompt in front of each.
+    On a CPU only packed rows do; never rows with a learned prompt in front of each, nor answers to compare, which
+    TRL pads. Layers of the latter are not compiled either: they run with the adapter and without.
     """
     varlen = loop.varlen
+    if recipe.train.objective != SFT:
+        return replace(loop, varlen=False, compiled=False)
     if recipe.train.method in (*PROMPTS, *STATES):
         varlen = False
     elif varlen is not False:
@@ -91,7 +95,8 @@ def planned_settings(recipe: Recipe, loop: LoopRecord, base: Path, device: Devic
     """For the plan of a run that goes so."""
     return replace(
         plan_settings(recipe.train, recipe.data.max_length, base, device.dtype), batch=loop.rows,
-        checkpointing=loop.checkpointing, accumulates=loop.accumulation > 1, padded=loop.rows > 1 and not loop.varlen,
+        checkpointing=loop.checkpointing, accumulates=loop.accumulation > 1,
+        padded=recipe.train.objective != SFT or (loop.rows > 1 and not loop.varlen),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora2serve.adapters.kind_targets import Way, as_named, serving_targets, way_out, why_not
 from lora2serve.adapters.peft_methods import BIAS_ALONE, UNMERGEABLE_METHODS
+from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import Recipe, TrainRecipe
 from lora2serve.config.train_methods import LORA
 from lora2serve.errors import CheckpointError, InputError, UsageError
@@ -47,9 +48,10 @@ def foretell(recipe: Recipe, base: Path, device: Device, progress: Progress) -> 
 
 def kind_of_training(train: TrainRecipe) -> str:
     """In words, as in the first line of a run."""
+    by = "" if train.objective == SFT else f"{train.objective.upper()} by "
     if train.method == LORA:
-        return "LoRA" if train.quantize == "none" else f"QLoRA ({train.quantize})"
-    return train.method if train.quantize == "none" else f"{train.method} ({train.quantize})"
+        return f"{by}LoRA" if train.quantize == "none" else f"{by}QLoRA ({train.quantize})"
+    return f"{by}{train.method}" if train.quantize == "none" else f"{by}{train.method} ({train.quantize})"
 
 
 def plan_settings(train: TrainRecipe, length: int, base: Path, dtype: ComputeType) -> PlanSettings:

@@ -68,7 +68,10 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
 
     def _figures(self, since: int = 0) -> str:
         """The last figures, those of a step before ``since`` left out."""
-        labels = {"loss": "loss", "eval_loss": "eval loss"}
+        labels = {
+            "loss": "loss", "rewards/margins": "margin",
+            "eval_loss": "eval loss", "eval_rewards/margins": "eval margin",
+        }  # fmt: skip
         known = {key: self.last[key] for key in labels if key in self.last}
         return ", ".join(f"{labels[key]} {value:.4f}" for key, (step, value) in known.items() if step >= since)
 

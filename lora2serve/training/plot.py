@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lora2serve.artifacts.run import Run
 
+MARGIN, ACCURACY = "rewards/margins", "rewards/accuracies"
 WINDOW = 0.04  # of all logged steps, that the smoothed curve looks back on
 
 
@@ -16,6 +17,9 @@ def plot(run: Run) -> None:
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if any(MARGIN in line for line in lines):
+        _plot_preferences(run, lines)
+        return
     steps, losses = _series(lines, "loss")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -32,6 +36,29 @@ def plot(run: Run) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    figure.savefig(run.path / "loss.png", dpi=130)
+
+
+def _plot_preferences(run: Run, lines: Sequence[Mapping[str, float]]) -> None:
+    """Loss, margin and the share of pairs with the chosen answer in front: of training steps, and held-out pairs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = {"loss": "loss", MARGIN: "margin of rewards (nats times beta)", ACCURACY: "chosen answer in front"}
+    for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        steps, values = _series(lines, key)
+        axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
+        axes.plot(steps, smooth(values), color="tab:blue", linewidth=2, label="training (smoothed)")
+        steps, values = _series(lines, f"eval_{key}")
+        if steps:
+            axes.plot(steps, values, "o-", color="tab:orange", markersize=5, label="held out")
+        axes.set(xlabel="step", title=label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle(run.name)
     figure.savefig(run.path / "loss.png", dpi=130)
 
 

@@ -1,13 +1,14 @@
-"""TRL's trainer where ours differs: evaluation by tokens, steps that fit, and tokens counted on after a resume."""
+"""TRL's trainers where ours differ: evaluation by tokens, steps that fit, and tokens counted on after a resume."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 from transformers.trainer_utils import speed_metrics
 from trl import SFTTrainer
 
@@ -24,8 +25,8 @@ Measure = Callable[[], EvalLoss]
 Figures = tuple[int, dict[str, int]]  # tokens that were trained, and how many figures of each kind were noted
 
 
-class RunTrainer(SFTTrainer):  # type: ignore[misc]
-    """Stops and keeps the best state by the eval loss that run.json has at the end: the mean over all tokens."""
+class RunSteps(Trainer):  # type: ignore[misc]
+    """What stands before a trainer of TRL, whatever is trained; ``_metrics`` and ``_total_train_tokens`` are TRL's."""
 
     measure: Measure | None = None  # the eval loss of the model as it is now
     attempts: StepAttempts
@@ -33,13 +34,23 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
     control: TrainerControl
     _before: Figures
 
+    def measured(self) -> Mapping[str, float]:
+        """The figures of the held-out rows for the model as it is now; ``loss`` decides what is kept."""
+        raise NotImplementedError
+
+    def items_of(self, batch: Batch) -> int:
+        """What the loss of a batch is a mean over."""
+        raise NotImplementedError
+
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each training row."""
+        raise NotImplementedError
+
     def evaluate(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> dict[str, float]:
         """The figures of the held-out rows, logged; the trainer's own are means over batches, which rows share."""
-        assert self.measure is not None
         start = time.time()
         self.model.eval()  # by which TRL knows that these are no figures of training
-        loss = self.measure()
-        metrics = {f"{metric_key_prefix}_loss": loss.eval_loss, f"{metric_key_prefix}_tokens": loss.tokens}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured().items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_dataset))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -71,15 +82,6 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             self.attempts.batches.clear()
         return loss
 
-    def compute_loss(self, model: Module, inputs: dict[str, object], *values: object, **options: object) -> object:
-        """TRL's, which counts padding behind documents among the tokens."""
-        padding = inputs.pop("padding", 0)
-        loss = super().compute_loss(model, inputs, *values, **options)
-        if isinstance(padding, int) and self.model.training:
-            self._total_train_tokens -= padding
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return loss
-
     def _loss(self, model: Module, inputs: Batch, items: Tensor | int | None) -> Tensor:
         own = super().training_step
 
@@ -91,12 +93,10 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _try_fullest(self, model: Module, batch: Batch) -> None:
         """What memory does not hold shows now, and compiled layers are the same whichever batch comes first."""
-        labels = batch["labels"]
-        assert isinstance(labels, Tensor)
         self._before = self._figures()
         numbers, on_gpu = torch.get_rng_state(), torch.cuda.is_available()
         of_gpu = torch.cuda.get_rng_state() if on_gpu else None
-        self._loss(model, batch, int((labels != IGNORE).sum()))
+        self._loss(model, batch, self.items_of(batch))
         model.zero_grad()
         self.attempts.batches.clear()
         self._forget(self._before)
@@ -116,3 +116,32 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Module, trial: object) -> None:
         self.state.num_input_tokens_seen = self._total_train_tokens  # else counted for nobody, and zero
         super()._save_checkpoint(model, trial)
+
+
+class RunTrainer(RunSteps, SFTTrainer):  # type: ignore[misc]
+    """Stops and keeps the best state by the eval loss that run.json has at the end: the mean over all tokens."""
+
+    def measured(self) -> Mapping[str, float]:
+        """Of all tokens."""
+        assert self.measure is not None
+        loss = self.measure()
+        return {"loss": loss.eval_loss, "tokens": loss.tokens}
+
+    def items_of(self, batch: Batch) -> int:
+        """Learned tokens."""
+        labels = batch["labels"]
+        assert isinstance(labels, Tensor)
+        return int((labels != IGNORE).sum())
+
+    def lengths(self) -> Sequence[int]:
+        """Of packed rows, too."""
+        return [len(ids) for ids in self.train_dataset["input_ids"]]
+
+    def compute_loss(self, model: Module, inputs: dict[str, object], *values: object, **options: object) -> object:
+        """TRL's, which counts padding behind documents among the tokens."""
+        padding = inputs.pop("padding", 0)
+        loss = super().compute_loss(model, inputs, *values, **options)
+        if isinstance(padding, int) and self.model.training:
+            self._total_train_tokens -= padding
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss

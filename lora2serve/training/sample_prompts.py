@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora2serve.data.rows import ChatRow, Row
+from lora2serve.data.rows import ChatRow, Row, answered
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenizer import encode
 from lora2serve.errors import TrainError, first_line
@@ -25,7 +25,7 @@ def sample_prompts(texts: Sequence[str], rows: Sequence[Row], template: ChatTemp
     TrainError for one that the chat template refuses.
     """
     tokenizer = template.tokenizer
-    if not any(isinstance(row, ChatRow) for row in rows):
+    if not any(isinstance(answered(row), ChatRow) for row in rows):
         return [SamplePrompt(text, encode(tokenizer, text)) for text in texts]
     prompts = []
     for number, text in enumerate(texts):

@@ -17,6 +17,7 @@ from lora2serve.training.layer_compilation import MULTIPLE, CompiledLayers
 from lora2serve.training.loop_choice import in_parts
 from lora2serve.training.model import Device
 from lora2serve.training.row_collator import RowCollator
+from lora2serve.training.run_trainer import RunTrainer
 from lora2serve.training.step_attempts import Around, StepAttempts
 from lora2serve.training.tiled_head import plain_model
 from lora2serve.training.varlen_attention import apart
@@ -24,11 +25,11 @@ from lora2serve.training.varlen_attention import apart
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from lora2serve.training.run_trainer import RunTrainer
+    from lora2serve.training.run_trainer import RunSteps
 
 
 def prepare_steps(
-    trainer: RunTrainer, model: PeftModel, rows: Sequence[Sample], run: Run, loop: LoopRecord, device: Device,
+    trainer: RunSteps, model: PeftModel, rows: Sequence[Sample], run: Run, loop: LoopRecord, device: Device,
     progress: Progress,
 ) -> None:  # fmt: skip
     """Let ``trainer`` do its steps as ``loop`` says; run.json has it, and each change that memory makes necessary."""
@@ -49,12 +50,13 @@ def prepare_steps(
     around: list[Around] = [apart] if loop.varlen else []
     if device.dtype != "float32":
         around.append(AdapterCasts(model, getattr(torch, device.dtype)).on)
-    trainer.data_collator = RowCollator(
-        pad_token_id=trainer.data_collator.pad_token_id,
-        padding_free=trainer.padding_free,
-        pad_to_multiple_of=MULTIPLE if loop.compiled else None,
-        longest=max(len(row.input_ids) for row in rows),
-    )
+    if isinstance(trainer, RunTrainer):
+        trainer.data_collator = RowCollator(
+            pad_token_id=trainer.data_collator.pad_token_id,
+            padding_free=trainer.padding_free,
+            pad_to_multiple_of=MULTIPLE if loop.compiled else None,
+            longest=max(len(row.input_ids) for row in rows),
+        )
     trainer.attempts = StepAttempts(
         told=progress.warn,
         smaller=smaller,
@@ -66,9 +68,9 @@ def prepare_steps(
         trainer.fullest = _fullest(trainer, loop)
 
 
-def _fullest(trainer: RunTrainer, loop: LoopRecord) -> dict[str, object]:
+def _fullest(trainer: RunSteps, loop: LoopRecord) -> dict[str, object]:
     """A batch of which every row, packed or not, is the longest."""
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    lengths = trainer.lengths()
     example = trainer.train_dataset[lengths.index(max(lengths))]
     batch: dict[str, object] = trainer.data_collator([example] * loop.rows)
     return batch

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import LoopRecord
+from lora2serve.config.objectives import SFT, Objective, config_class, read_preference
 from lora2serve.config.recipe import Recipe
+from lora2serve.data.preference_pairs import paired
 from lora2serve.data.samples import Sample
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import TrainError, did_you_mean
@@ -30,9 +32,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import EarlyStoppingCallback, TrainerCallback
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
-    from lora2serve.training.run_trainer import Measure, RunTrainer
+    from lora2serve.training.run_trainer import Measure, RunSteps
 
 
 def fit(
@@ -42,18 +44,22 @@ def fit(
 ) -> int:  # fmt: skip
     """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C.
 
-    measure: the eval loss of ``model`` as it is at that moment, on all of ``held_out``.
+    measure: the eval loss of ``model`` as it is at that moment, on all of ``held_out``; preferences have another one.
     prompts: what it is asked where it is evaluated, before and after.
     """
     loop = decided(loop, model, rows, recipe, device)
     if recipe.data.packing and not packs(recipe, loop, model, rows, progress):
         recipe = replace(recipe, data=replace(recipe.data, packing=False))
-    data = _dataset(rows, recipe)
+    data = _dataset(rows, recipe.train.objective, recipe)
     total = total_steps(recipe, len(data))
     loop = with_compiler(loop, total, device)
     checkpoint = last_checkpoint(run) if resume else None
     if checkpoint and step_of(checkpoint) >= total:  # killed after the last step: the trainer would add another
         load_adapter(model, checkpoint, best=_keeps_best(recipe, bool(held_out)))
+        if recipe.train.objective != SFT:
+            arguments = _arguments(recipe, run, device, total, bool(held_out), loop)
+            trainer = _trainer(model, tokenizer, data, held_out, arguments, [], trained_before=True)
+            _keep_figures(trainer, run, progress)
         return step_of(checkpoint)
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     progress.note(f"{total} steps on {device.name} in {device.dtype}; {learned:,} parameters to learn")
@@ -74,10 +80,25 @@ def fit(
     if log.stopped:
         progress.note(f"saved at step {trainer.state.global_step} of {total}")
         raise KeyboardInterrupt
+    _keep_figures(trainer, run, progress)
     return int(trainer.state.global_step)
 
 
-def _with_pace(trainer: RunTrainer, model: PeftModel, device: Device, log: MetricLog) -> Pace:
+def _keep_figures(trainer: RunSteps, run: Run, progress: Progress) -> None:
+    """Of preferences, how the state that is kept tells held-out answers apart."""
+    from lora2serve.training.preference_trainer import PreferenceTrainer
+
+    if not isinstance(trainer, PreferenceTrainer) or trainer.eval_dataset is None:
+        return
+    found = trainer.figures()
+    run.save(replace(run.record, metrics=replace(run.record.metrics, preference=found)))
+    progress.note(
+        f"{found.accuracy:.0%} of {found.pairs} held-out pairs have the chosen answer in front, by a margin of "
+        f"{found.margin:.3f} on average; loss {found.loss:.4f}"
+    )
+
+
+def _with_pace(trainer: RunSteps, model: PeftModel, device: Device, log: MetricLog) -> Pace:
     """What measures the trainer's steps, shown by its log."""
     pace = Pace(model, device, lambda: trainer.tokens)
     trainer.add_callback(pace)
@@ -97,15 +118,17 @@ def _trainer(
     tokenizer: Tokenizer,
     data: Dataset,
     held_out: Sequence[Sample],
-    arguments: SFTConfig,
+    arguments: SFTConfig | DPOConfig,
     callbacks: Sequence[TrainerCallback],
     *,
     trained_before: bool,
-) -> RunTrainer:
+) -> RunSteps:
     """TRL's trainer, with our words instead of its own and an adapter in float32."""
     from transformers import PrinterCallback, ProgressCallback
     from transformers.integrations import TensorBoardCallback
+    from trl import DPOConfig
 
+    from lora2serve.training.preference_trainer import PreferenceTrainer
     from lora2serve.training.run_trainer import RunTrainer
 
     arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs without a launcher, the first, where the model is
@@ -113,11 +136,12 @@ def _trainer(
         arguments.router_aux_loss_coef = 0.0
     learned = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     in_full = {name: value for name, value in learned.items() if trained_before or ".lora_" not in name}
-    trainer = RunTrainer(
+    objective: Objective = "dpo" if isinstance(arguments, DPOConfig) else "sft"
+    trainer = (RunTrainer if objective == SFT else PreferenceTrainer)(
         model=model,
         args=arguments,
         train_dataset=data,
-        eval_dataset=_dataset(held_out) if held_out else None,
+        eval_dataset=_dataset(held_out, objective) if held_out else None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
@@ -161,12 +185,12 @@ def check_trackers(recipe: Recipe) -> None:
             raise TrainError(f"train.trackers: {name} is not installed", f"pip install {name.replace('_', '-')}")
 
 
-def _arguments(recipe: Recipe, run: Run, device: Device, total: int, held_out: bool, loop: LoopRecord) -> SFTConfig:
-    from trl import SFTConfig
-
+def _arguments(
+    recipe: Recipe, run: Run, device: Device, total: int, held_out: bool, loop: LoopRecord
+) -> SFTConfig | DPOConfig:
     train = recipe.train
     try:
-        return SFTConfig(
+        return config_class(train.objective)(
             output_dir=str(run.path / "checkpoints"),
             max_steps=total,
             per_device_train_batch_size=loop.rows,
@@ -182,15 +206,16 @@ def _arguments(recipe: Recipe, run: Run, device: Device, total: int, held_out: b
             fp16=device.dtype == "float16",
             use_cpu=not device.on_gpu,
             gradient_checkpointing=loop.checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if loop.checkpointing else None,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             seed=train.seed,
             data_seed=train.seed,
             logging_steps=train.log_interval,
             **_evaluations(recipe, total, held_out),
             report_to=list(train.trackers) or "none",
             run_name=run.name,
-            padding_free=recipe.data.packing or bool(loop.varlen),  # rows are cut and packed before
-            max_length=None,
+            padding_free=recipe.data.packing or bool(loop.varlen),
+            max_length=None,  # rows are cut and packed before
+            **read_preference(train.objective, train.preference, []),
             disable_tqdm=True,
             dataloader_pin_memory=device.on_gpu,
         )
@@ -220,11 +245,15 @@ def _early_stopping(recipe: Recipe) -> list[EarlyStoppingCallback]:
     return [EarlyStoppingCallback(recipe.train.early_stopping)] if recipe.train.early_stopping else []
 
 
-def _dataset(rows: Sequence[Sample], packed: Recipe | None = None) -> Dataset:
+def _dataset(rows: Sequence[Sample], objective: Objective, packed: Recipe | None = None) -> Dataset:
     """The trainer's form of the rows; packed where the recipe asks for it, so that the steps can be counted."""
     from datasets import Dataset
     from trl import pack_dataset
 
+    from lora2serve.training.preference_trainer import pair_dataset
+
+    if objective != SFT:
+        return pair_dataset(paired(rows))
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     if packed is None or not packed.data.packing:
         return data

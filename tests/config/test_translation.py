@@ -97,7 +97,7 @@ def test_what_a_llamafactory_config_becomes(tmp_path: Path) -> None:
 
 
 WHY = [
-    ("axolotl/dpo-full", "rl", "supervised rows are trained, not preferences or rewards"),
+    ("axolotl/dpo-full", "rl", "preferences are not translated: see train.objective"),
     ("axolotl/dpo-full", "adapter", "all weights are trained there; a LoRA is trained here"),
     ("axolotl/dpo-full", "fsdp_config", "several GPUs or machines are not trained on"),
     ("axolotl/lora-8bit", "load_in_8bit", "4 bits or none are trained: 16 are written, and nf4 takes less memory"),
@@ -106,7 +106,7 @@ WHY = [
     ("axolotl/goes-on", "lora_r", "0, expected 1 to 16384"),
     ("axolotl/goes-on", "lora_dropout", "1.5, expected 0.0 to 0.99"),
     ("llamafactory/kto-oft", "lora_rank", "'eight', expected a whole number"),
-    ("llamafactory/kto-oft", "stage", "supervised rows are trained, not preferences or rewards"),
+    ("llamafactory/kto-oft", "stage", "preferences are not translated: see train.objective"),
     ("llamafactory/full-galore", "finetuning_type", "a LoRA is written; train.method names other kinds of adapters"),
     ("llamafactory/vision", "freeze_vision_tower", "rows with images are not trained"),
     ("llamafactory/gptq", "quantization_method", "bitsandbytes quantizes"),

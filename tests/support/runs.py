@@ -59,6 +59,26 @@ def rows(name: str, count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DEMO / name).read_text(encoding="utf-8").splitlines()[:count]]
 
 
+def preferences(name: str, count: int) -> list[dict[str, Any]]:
+    """Of the first rows of one of the demo's data sets, each with the answer that is right of another town."""
+    pairs = []
+    chats = [row["messages"] for row in rows(name, count)]
+    for number, turns in enumerate(chats):
+        subject, mark, value = _parted(turns[-1]["content"])
+        answers = [_parted(other[-1]["content"]) for other in [*chats[number + 1 :], *chats[:number]]]
+        wrong = next(answer[2] for answer in answers if answer[1] == mark and answer[2] != value)
+        rejected = {"role": "assistant", "content": f"{subject}{mark}{wrong}"}
+        pairs.append({"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [rejected]})
+    return pairs
+
+
+def _parted(answer: str) -> tuple[str, str, str]:
+    """``The mayor of Wexley``, `` is ``, ``Anna Hill.``."""
+    mark = " is known for its " if " is known for its " in answer else " is "
+    subject, mark, value = answer.partition(mark)
+    return subject, mark, value
+
+
 def write_jsonl(path: Path, content: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
     return path
@@ -90,7 +110,8 @@ def fit(file: Path, *, into: Path | None = None, resume: bool = False) -> tuple[
     recipe, told = recipes.load(file), Told()
     run = Run(into or file.parent / "run")
     run.path.mkdir(exist_ok=resume)
-    train(recipe, run, data_sets.load(recipe.data), base=Path(recipe.model.path), resume=resume, progress=told)
+    sets = data_sets.load(recipe.data, objective=recipe.train.objective)
+    train(recipe, run, sets, base=Path(recipe.model.path), resume=resume, progress=told)
     return run, told, recipe
 
 

@@ -184,8 +184,8 @@ def test_two_gpus_without_a_launcher(
         SFTTrainer(
             AutoModelForCausalLM.from_pretrained(small),
             args=counts[0],
-            train_dataset=trainer._dataset(row),
-            eval_dataset=trainer._dataset(row),
+            train_dataset=trainer._dataset(row, "sft"),
+            eval_dataset=trainer._dataset(row, "sft"),
             processing_class=AutoTokenizer.from_pretrained(small),
         )
 

@@ -50,7 +50,7 @@ OWN: Mapping[str, str] = by_name({
         "torch_compile torch_compile_backend use_kernels lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
         "lora_embedding_kernel unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope"
     ),
-    "supervised rows are trained, not preferences or rewards": (
+    "preferences are not translated: see train.objective": (
         "rl rl_beta dpo_beta dpo_loss_type dpo_use_weighting rpo_alpha orpo_alpha kto_desirable_weight "
         "kto_undesirable_weight cpo_alpha simpo_gamma trl reward_model process_reward_model gkd ebft"
     ),
@@ -68,8 +68,8 @@ OWN: Mapping[str, str] = by_name({
 OWN_PREFIXES = {
     **PREFIXES,
     "liger_": "the loss takes a tile of logits at a time without it",
-    "dpo_": "supervised rows are trained, not preferences or rewards",
-    "ebft": "supervised rows are trained, not preferences or rewards",
+    "dpo_": "preferences are not translated: see train.objective",
+    "ebft": "preferences are not translated: see train.objective",
     "wandb_": "wandb's own environment variables say it",
     "mlflow_": "mlflow's own environment variables say it",
     "relora": "a merged LoRA is no start of another",

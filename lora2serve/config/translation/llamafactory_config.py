@@ -35,7 +35,7 @@ COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "mes
            "tools": "tools"}  # fmt: skip
 NATIVE = {("messages", "conversations"), ("role", "from"), ("content", "value")}
 OWN: Mapping[str, str] = by_name({
-    "supervised rows are trained, not preferences or rewards": (
+    "preferences are not translated: see train.objective": (
         "pref_beta pref_ftx pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight simpo_gamma "
         "ref_model ref_model_adapters reward_model reward_model_adapters reward_model_type ranking"
     ),
@@ -111,7 +111,7 @@ def _defaults(keys: MovedKeys) -> None:
 def _stage(keys: MovedKeys) -> object:
     stage, run_name = keys.take("stage"), keys.take("run_name")
     if stage not in (None, "sft", "pt"):
-        keys.leave("stage", stage, "supervised rows are trained, not preferences or rewards")
+        keys.leave("stage", stage, "preferences are not translated: see train.objective")
     if run_name is not None:
         keys.put("name", run_name, "run_name")
     return stage
