@@ -11,6 +11,7 @@ Lora2ServeError           exit 1, unless a class below says otherwise
 ├── ExportError           a target refuses the model, or its files cannot be written
 ├── EngineError           an engine is missing, dies or hangs
 ├── TrainError            training cannot start or go on
+│   └── EndedTogether     another process of the same training has ended, and says why: not shown
 ├── HubError              the Hub, the network or its cache
 ├── RegistryError         a registry cannot be read or written
 ├── SweepError            a sweep's storage cannot be read or written, or none of its trials gives a loss
@@ -77,6 +78,14 @@ class EngineError(Lora2ServeError):
 
 class TrainError(Lora2ServeError):
     """Training cannot start or go on."""
+
+
+class EndedTogether(TrainError):
+    """Another process of the same training has ended, and says why: this one ends without a word."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this training has ended, and says why")
+        self.exit_code = exit_code
 
 
 class HubError(Lora2ServeError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from lora2serve.api.locate import base_of_run, fetch, locate
 from lora2serve.api.run_evaluation import evaluate_run, read_suites
+from lora2serve.api.run_processes import as_one_of, on_gpus, run_folder, same_run
 from lora2serve.artifacts import run as runs
 from lora2serve.config import recipe as recipes
 from lora2serve.config.method_problems import problems_of_method
@@ -20,7 +20,8 @@ from lora2serve.config.recipe import ModelRecipe, ParityRecipe, Recipe
 from lora2serve.console import default_progress
 from lora2serve.errors import RecipeError, UsageError, raise_all
 from lora2serve.progress import Progress
-from lora2serve.system import scratch
+from lora2serve.system import launcher
+from lora2serve.training import ranks
 
 
 def init(
@@ -66,7 +67,7 @@ def _with_paths(recipe: Path) -> str:
 def train(
     recipe: str | Path | None = None, *,
     overrides: Mapping[str, object] | Sequence[str] = (), name: str | None = None, resume: bool = False,
-    gpu: str | None = None, progress: Progress | None = None,
+    gpu: str | None = None, gpus: int | str | None = None, progress: Progress | None = None,
 ) -> runs.Run:  # fmt: skip
     """Fine-tune as ``recipe`` says, and return the run: ``runs/NAME``, to which ``runs/latest`` then points.
 
@@ -76,26 +77,47 @@ def train(
     name: name of the run directory; the recipe's by default.
     resume: continue the last checkpoint of a run that was interrupted, with its own recipe.
     gpu: a GPU's name or GiB: the training must fit into that, instead of what this machine has.
+    gpus: how many GPUs of this machine train it together, or "all": one process each, which speak on stderr.
     progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises RecipeError with every problem of the recipe, DataError and TrainError for what cannot be trained, HubError
     for what cannot be fetched, and KeyboardInterrupt once Ctrl-C has saved a checkpoint.
+
+    Under a launcher (torchrun and others that set RANK and WORLD_SIZE) it is one of several processes, which all call
+    this and all get the run; only the first one writes and speaks. EndedTogether where another one failed.
     """
     progress = progress or default_progress()
+    launched = launcher.launch()
+    if gpus is not None:
+        if launched:
+            raise UsageError("--gpus: a launcher has started this process already", "leave it out")
+        return on_gpus(gpus, recipe, settings(overrides), name, resume, gpu, progress)
+    if not launched:
+        return _trained(recipe, settings(overrides), name, resume, gpu, progress)
+    with as_one_of(launched, progress) as own_progress:
+        return _trained(recipe, settings(overrides), name, resume, gpu, own_progress)
+
+
+def _trained(
+    recipe: str | Path | None, overrides: Sequence[str], name: str | None, resume: bool, gpu: str | None,
+    progress: Progress,
+) -> runs.Run:  # fmt: skip
+    """By this process, or by all that were started with it."""
     if resume and (overrides or name):
         raise UsageError("--resume keeps the recipe as it was: no --set and no --name", "start a new run instead")
     if name is not None:
         refuse_run_name(name, "--name")
-    run = _unfinished(recipe) if resume else None
+    run = same_run(lambda: _unfinished(recipe)) if resume else None
     file = run.recipe if run else recipes.find(str(recipe) if recipe else None)
-    chosen = recipes.load(file, settings(overrides), progress)
+    chosen = recipes.load(file, overrides, progress)
     if not run:
         _check_parity(chosen.parity)
-        chosen = with_adapter(chosen, recipes.named_keys(file, settings(overrides)), progress)
+        chosen = with_adapter(chosen, recipes.named_keys(file, overrides), progress)
     progress.note(f"training {run.name if run else name or chosen.name}: loading the libraries")
     suites = read_suites(chosen.evaluate)
     trained = _train(chosen, name or chosen.name, run, gpu, progress)
-    evaluate_run(trained, suites, chosen.evaluate.limit, progress)
+    if ranks.rank() == 0:
+        evaluate_run(trained, suites, chosen.evaluate.limit, progress)
     return trained
 
 
@@ -121,21 +143,23 @@ def _train(recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None,
     from lora2serve.data import data_sets
     from lora2serve.hub import pin_data
     from lora2serve.training.finetune import train as fine_tune
+    from lora2serve.training.loop_choice import share
     from lora2serve.training.requirements import check_libraries, translated
 
     check_libraries(recipe.train.quantize)
-    sets = data_sets.load(recipe.data, pin_data, recipe.train.objective)  # before a base of many gigabytes is fetched
-    if resumed and resumed.record.base.id:
-        base, _ = base_of_run(resumed.record.base, None, progress)  # at its first commit, wherever the branch is now
-    else:
-        with translated():  # it loads the first of the libraries
-            refuse_too_large(recipe, gpu, progress)
-        base = fetch_base(recipe.model, progress)
-    with scratch.filled(runs.ROOT):
-        run = resumed or runs.create(name)
-        with runs.kept_once_started(run), _hint_to_resume(run, progress):
-            fine_tune(recipe, run, sets, base=base, resume=resumed is not None, progress=progress)
-    return run
+    own_share = replace(recipe, train=share(recipe.train))
+    with ranks.first_on_machine():
+        # Before a base of many gigabytes is fetched.
+        sets = data_sets.load(recipe.data, pin_data, recipe.train.objective)
+        if resumed and resumed.record.base.id:
+            base, _ = base_of_run(resumed.record.base, None, progress)  # its first commit, wherever the branch is now
+        else:
+            with translated():  # it loads the first of the libraries
+                refuse_too_large(own_share, gpu, progress)
+            base = fetch_base(recipe.model, progress)
+    with run_folder(name, resumed, progress) as run:
+        fine_tune(recipe, run.own, sets, base=base, resume=resumed is not None, progress=progress)
+    return run.shared
 
 
 def _check_parity(parity: ParityRecipe) -> None:
@@ -196,14 +220,3 @@ def _unfinished(name: str | Path | None) -> runs.Run:
     if run.record.finished:
         raise UsageError(f"{run.path}: finished at step {run.record.steps}", "train without --resume")
     return run
-
-
-@contextmanager
-def _hint_to_resume(run: runs.Run, progress: Progress) -> Iterator[None]:
-    """After Ctrl-C, at whatever stage: how to continue, where there is a checkpoint."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if run.has_checkpoint:
-            progress.note(f"{run.path} is kept: `lora2serve train --resume` continues from its last checkpoint")
-        raise

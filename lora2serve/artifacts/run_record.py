@@ -127,6 +127,7 @@ class LoopRecord(JsonRecord):
     checkpointing: bool  # whether activations are computed twice
     rows: int = 1  # that go through the model at once
     accumulation: int = 1  # of them in a step
+    processes: int = 1  # each of which does that
     compiled: bool | None = None  # whether decoder layers are; None until the number of steps is known
     varlen: bool | None = None  # whether rows are not padded, and attend by themselves; None until the model was asked
 

@@ -36,7 +36,7 @@ from lora2serve.cli.serve import serve
 from lora2serve.cli.sweep import sweep
 from lora2serve.cli.top import top
 from lora2serve.cli.train import init, train
-from lora2serve.errors import Lora2ServeError
+from lora2serve.errors import EndedTogether, Lora2ServeError
 from lora2serve.system import interruption, own_process, scratch
 from lora2serve.system.extras import EXTRA_OF, install_hint
 
@@ -111,6 +111,8 @@ def run(args: list[str]) -> int:
         scratch.forget_kept()
         console.Terminal().note("interrupted")
         return 130
+    except EndedTogether as end:
+        return end.exit_code
     except BrokenPipeError:
         sys.stdout = None  # the reader is gone: nothing more to flush
         return 1

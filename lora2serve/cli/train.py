@@ -7,6 +7,7 @@ import click
 from lora2serve.cli.options import Command, complete_runs, dry_run_option, progress
 from lora2serve.cli.plan import plan_lines
 from lora2serve.errors import UsageError
+from lora2serve.system import launcher
 
 
 @click.command(
@@ -45,18 +46,22 @@ def init(ctx: click.Context, source: str | None, overwrite: bool) -> None:
         ("lora2serve train --set train.lora.rank=32", "one field for one run"),
         ("lora2serve train --dry-run --gpu 24", "the memory that it takes, and what fits into 24 GiB"),
         ("lora2serve train --resume", "continue the last run"),
+        ("lora2serve train --gpus all", "one run by all GPUs of this machine"),
     ],
 )
 @click.argument("recipe", required=False, shell_complete=complete_runs)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field: train.lora.rank=32.")
 @click.option("--name", help="Name of the run directory (default: the recipe's name).")
 @click.option("--gpu", metavar="NAME|GIB", help="Refuse what does not fit into this GPU, instead of this machine's.")
+@click.option(
+    "--gpus", metavar="N|all", help="Train one run by so many GPUs of this machine (several machines: torchrun)."
+)
 @dry_run_option(help="Show the plan of `lora2serve plan`; fetch no weights, train nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last run, or the run named here, from its last checkpoint.")
 @click.pass_context
 def train(
     ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], name: str | None, gpu: str | None,
-    dry_run: bool, resume: bool,
+    gpus: str | None, dry_run: bool, resume: bool,
 ) -> None:  # fmt: skip
     """Fine-tune as RECIPE says: a path, a built-in name such as "demo", or lora2serve.yaml here.
 
@@ -70,11 +75,18 @@ def train(
     if dry_run:
         if resume:
             raise UsageError("--dry-run and --resume: a run that goes on needs no plan", "leave one of them out")
+        if gpus:
+            raise UsageError("--dry-run and --gpus: a plan is that of one GPU", "leave one of them out")
         for line in plan_lines(plan(recipes.find(recipe), gpu=gpu, overrides=overrides, progress=progress(ctx))):
             console.result(line)
         return
-    run = train_run.train(recipe, overrides=overrides, name=name, resume=resume, gpu=gpu, progress=progress(ctx))
-    progress(ctx).note(
-        "next: `lora2serve export --target ollama` (or vllm, gguf, lmstudio, adapter), then `lora2serve parity`"
+    first = launcher.is_first()
+    run = train_run.train(
+        recipe, overrides=overrides, name=name, resume=resume, gpu=gpu, gpus=gpus, progress=progress(ctx)
     )
-    console.result(str(run.path))
+    if first and not gpus:  # whose processes have said it
+        progress(ctx).note(
+            "next: `lora2serve export --target ollama` (or vllm, gguf, lmstudio, adapter), then `lora2serve parity`"
+        )
+    if first:
+        console.result(str(run.path))

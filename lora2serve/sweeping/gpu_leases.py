@@ -10,21 +10,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lora2serve.system import file_lock
-from lora2serve.system.hardware import nvidia_gpus
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 WAIT = 1.0  # seconds between two looks for a free one
-
-
-def usable_gpus() -> tuple[str, ...]:
-    """Their numbers or names, those that this process may use; empty where there is none."""
-    gpus = nvidia_gpus()
-    if not gpus:
-        return ()
-    visible = os.environ.get(VISIBLE)
-    if visible is None:
-        return tuple(str(number) for number in range(len(gpus)))
-    return tuple(name.strip() for name in visible.split(",") if name.strip())
 
 
 @contextmanager

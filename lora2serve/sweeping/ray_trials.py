@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora2serve.errors import SweepError, first_line
-from lora2serve.sweeping.gpu_leases import usable_gpus
 from lora2serve.sweeping.trial_process import ChildTrials, TrialOrder
 from lora2serve.sweeping.trial_record import RowLoss, TrialOutcome
 from lora2serve.system.extras import install_hint
+from lora2serve.system.hardware import usable_gpus
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

@@ -22,7 +22,6 @@ from lora2serve.progress import Progress
 from lora2serve.registry.location import MOUNTS, SHARED, file_system
 from lora2serve.sweeping.data_likeness import DataFigures, data_figures
 from lora2serve.sweeping.earlier_runs import EarlierRun, earlier_runs, first_points
-from lora2serve.sweeping.gpu_leases import usable_gpus
 from lora2serve.sweeping.ray_trials import ray_trials
 from lora2serve.sweeping.search_settings import SearchSettings, rungs
 from lora2serve.sweeping.search_space import SearchSpace, read_space
@@ -34,7 +33,7 @@ from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner, usable_
 from lora2serve.sweeping.trial_process import ChildTrials, TrialPlace
 from lora2serve.sweeping.trial_record import RowLoss, TrialSpec
 from lora2serve.system import file_lock, scratch
-from lora2serve.system.hardware import cores
+from lora2serve.system.hardware import cores, usable_gpus
 from lora2serve.system.http import without_credentials
 from lora2serve.weights.checkpoint import identity
 

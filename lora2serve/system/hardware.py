@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SECONDS = 20  # a driver that hangs is no GPU
 
 
@@ -30,6 +31,17 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
         return ()
     fields = [[field.strip() for field in line.rsplit(",", 2)] for line in lines if line.strip()]
     return tuple(Gpu(*values) for values in fields if len(values) == 3)
+
+
+def usable_gpus() -> tuple[str, ...]:
+    """Their numbers or names, those that this process may use; empty where there is none."""
+    gpus = nvidia_gpus()
+    if not gpus:
+        return ()
+    visible = os.environ.get(VISIBLE)
+    if visible is None:
+        return tuple(str(number) for number in range(len(gpus)))
+    return tuple(name.strip() for name in visible.split(",") if name.strip())
 
 
 def cores() -> int:

@@ -14,11 +14,11 @@ from lora2serve.artifacts.run_record import EvalLoss, LossDifference
 from lora2serve.data.rendering import IGNORE
 from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
+from lora2serve.training import ranks
 from lora2serve.training.model import Device
 from lora2serve.training.tiled_head import token_losses
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ def evaluate(
     device = next(model.parameters()).device
     places = {row: place for place, row in enumerate(dict.fromkeys(sample.row for sample in samples))}
     sums, tokens = torch.zeros(len(places), dtype=torch.float64), torch.zeros(len(places), dtype=torch.int64)
-    starts = range(0, len(samples), batch)[_rank() :: _processes()]
+    starts = range(0, len(samples), batch)[ranks.rank() :: ranks.processes()]
     with progress.track(label, sum(len(samples[start : start + batch]) for start in starts)) as advance:
         for start in starts:
             part = samples[start : start + batch]
@@ -106,30 +106,7 @@ def evaluate(
             tokens.index_add_(0, row_of, torch.ones_like(row_of))
             advance(len(part))
     model.train(was_training)
-    return RowLosses(_over_processes(sums, device), _over_processes(tokens, device))
-
-
-def _processes() -> int:
-    import torch
-
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    import torch
-
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _over_processes(values: Tensor, device: torch.device) -> Tensor:
-    """The sum over all processes."""
-    import torch
-
-    if _processes() == 1:
-        return values
-    total = values.to(device)
-    torch.distributed.all_reduce(total)
-    return total.cpu()
+    return RowLosses(ranks.summed(sums), ranks.summed(tokens))
 
 
 def pad_batch(rows: Sequence[Sample], pad: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +133,7 @@ def on_original(
     from transformers import AutoModelForCausalLM
 
     needed = sum(path.stat().st_size for path in base.glob("*.safetensors")) * (2 if device.dtype == "float32" else 1)
-    if needed * 1.2 > _free_memory(device):
+    if not ranks.all_agree(needed * 1.2 <= _free_memory(device)):
         progress.note(
             f"the full-precision base ({needed / 1e9:.1f} GB) does not fit: the adapter was not measured on it"
         )
@@ -178,5 +155,5 @@ def _free_memory(device: Device) -> float:
         return float(torch.cuda.mem_get_info()[0])
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
+            return float(line.split()[1]) * 1024 / ranks.local_processes()
     return math.inf

@@ -31,7 +31,7 @@ from lora2serve.exporting.open_model import adapter_record
 from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.system.small_files import let_umask_decide
-from lora2serve.training import advice, eval_loss
+from lora2serve.training import advice, eval_loss, ranks
 from lora2serve.training.checkpoints import last_checkpoint
 from lora2serve.training.eval_loss import RowLosses
 from lora2serve.training.loop_choice import choose_loop
@@ -105,12 +105,12 @@ class FineTune:
         from lora2serve.training.trainer import fit
 
         tokenizer = template.tokenizer
-        rows, held_out = self.tokenize(template)
+        with ranks.first_on_machine():
+            rows, held_out = self.tokenize(template)
         prompts = sample_prompts(self.recipe.train.samples, self.data_sets.train.rows, template)
-        (self.run.path / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
-        self.write_eval_rows()
+        self.write_inputs()
         set_seed(self.recipe.train.seed)
-        loop = choose_loop(self.recipe, self.run, self.base, self.device, resume=resume)
+        loop = choose_loop(self.recipe, self.run, self.base, self.device, self.progress, resume=resume)
         model = prepare(load_base(self.base, self.recipe.train, self.device), checkpointing=loop.checkpointing)
         config = self.adapter_config(model)
         self.record_start(model, template)
@@ -138,7 +138,7 @@ class FineTune:
             del tuned
             if not self.quick:
                 self.measure_on_original(losses, held_out, tokenizer)
-        if not self.quick:
+        if not self.quick and ranks.rank() == 0:
             plot(self.run)
         self.run.save(replace(self.run.record, finished=True))
 
@@ -187,8 +187,9 @@ class FineTune:
             refuse_other_prompts(scored, eval_rows or train_rows)
         return samples, scored
 
-    def write_eval_rows(self) -> None:
-        """The held-out rows, for parity."""
+    def write_inputs(self) -> None:
+        """The recipe, and the held-out rows for parity."""
+        self.run.recipe.write_text(dump(self.recipe), encoding="utf-8")
         if self.data_sets.held_out:
             rows = self.data_sets.held_out.rows[:MOST_EVAL_ROWS]
             lines = [json.dumps(row.json(), ensure_ascii=False) for row in rows]
@@ -247,7 +248,8 @@ class FineTune:
             return None
         initial = self.run.path / "checkpoints" / "initial"
         model.peft_config["default"].init_lora_weights = True
-        model.save_pretrained(str(initial))
+        if ranks.rank() == 0:
+            model.save_pretrained(str(initial))
         return initial
 
     def save(self, model: PeftModel, tokenizer: Tokenizer, initial: Path | None) -> None:

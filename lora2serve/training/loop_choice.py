@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import LoopRecord
 from lora2serve.config.objectives import SFT
-from lora2serve.config.recipe import Recipe
+from lora2serve.config.recipe import Recipe, TrainRecipe
 from lora2serve.config.train_methods import PROMPTS, STATES
 from lora2serve.data.samples import Sample
-from lora2serve.errors import InputError, UsageError
+from lora2serve.errors import InputError, TrainError, UsageError
 from lora2serve.planning.gpus import GpuModel
 from lora2serve.planning.measured_memory import measured_ratio
 from lora2serve.planning.model_shape import model_shape
 from lora2serve.planning.plan_settings import PlanSettings
 from lora2serve.planning.step_choice import StepChoice, choose_step, recipe_step
 from lora2serve.progress import Progress
+from lora2serve.training import ranks
 from lora2serve.training.layer_compilation import FEWEST_STEPS
 from lora2serve.training.method_outlook import plan_settings
 from lora2serve.training.model import Device, device_model, free_memory
@@ -31,8 +34,48 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def choose_loop(recipe: Recipe, run: Run, base: Path, device: Device, *, resume: bool) -> LoopRecord:
-    """By the plan of memory, before the base is loaded; of a run that goes on, what it began with."""
+def choose_loop(
+    recipe: Recipe, run: Run, base: Path, device: Device, progress: Progress, *, resume: bool
+) -> LoopRecord:
+    """By the plan of memory, before the base is loaded; of a run that goes on, what it began with.
+
+    Of several processes all do as the first one has chosen.
+    """
+    loop = _chosen(replace(recipe, train=share(recipe.train)), run, base, device, resume=resume)
+    if loop.processes != ranks.processes():
+        progress.warn(
+            f"{run.path}: begun by {loop.processes} processes, and {ranks.processes()} go on with it: a step has the "
+            "same rows, and sums round differently"
+        )
+        loop = _for_processes(loop, ranks.processes())
+    return LoopRecord.from_text(ranks.of_first(json.dumps(loop.to_json())), "loop")
+
+
+def share(train: TrainRecipe) -> TrainRecipe:
+    """What each process does of a step; TrainError where they cannot have the same number of rows, or cannot sum up."""
+    processes, rows = ranks.processes(), train.batch_size * train.accumulation
+    if processes > 1 and train.objective != SFT:
+        raise TrainError(f"train.objective: {train.objective} trains in one process, and {processes} were started")
+    if rows % processes:
+        near = sorted({rows // processes * processes, (rows // processes + 1) * processes} - {0})
+        raise TrainError(
+            f"train.batch_size times accumulation: {rows} rows a step, which {processes} processes cannot share evenly",
+            f"set them to {' or '.join(map(str, near))} rows in all",
+        )
+    common = gcd(train.batch_size, processes)
+    return replace(
+        train, batch_size=train.batch_size // common, accumulation=train.accumulation // (processes // common)
+    )
+
+
+def _for_processes(loop: LoopRecord, processes: int) -> LoopRecord:
+    """The same rows a step by another number of processes."""
+    rows = loop.rows * loop.accumulation * loop.processes // processes
+    at_once = next(size for size in range(min(loop.rows, rows), 0, -1) if rows % size == 0)
+    return replace(loop, rows=at_once, accumulation=rows // at_once, processes=processes)
+
+
+def _chosen(recipe: Recipe, run: Run, base: Path, device: Device, *, resume: bool) -> LoopRecord:
     gpu = device_model(device)
     if resume:
         return run.record.loop or _earlier_release(recipe, gpu)
@@ -52,7 +95,7 @@ def _planned(recipe: Recipe, base: Path, gpu: GpuModel) -> StepChoice:
 
 def _record(choice: StepChoice) -> LoopRecord:
     settings = choice.settings
-    return LoopRecord(choice.optimizer, settings.checkpointing, settings.batch, choice.accumulation)
+    return LoopRecord(choice.optimizer, settings.checkpointing, settings.batch, choice.accumulation, ranks.processes())
 
 
 def _earlier_release(recipe: Recipe, gpu: GpuModel) -> LoopRecord:

@@ -14,6 +14,7 @@ from lora2serve.planning.measured_memory import record_measured
 from lora2serve.planning.memory_plan import WORKSPACE, planned_bytes
 from lora2serve.planning.model_shape import model_shape
 from lora2serve.progress import Progress
+from lora2serve.training import ranks
 from lora2serve.training.loop_choice import planned_settings
 from lora2serve.training.model import Device
 from lora2serve.weights.checkpoint import Checkpoint
@@ -39,7 +40,7 @@ def keep_measured(run: Run, recipe: Recipe, base: Path, device: Device, progress
         return
     with suppress(InputError, UsageError):  # no plan can be made of this model, or of the modules that it adapts
         planned = planned_allocation(recipe, loop, base, device)
-        if reason := record_measured(name, planned, measured):
+        if ranks.rank() == 0 and (reason := record_measured(name, planned, measured)):
             progress.note(reason)  # the trained adapter is not saved yet: nothing here may end the run
     run.save(replace(run.record, memory=MemoryRecord(device=name, planned_bytes=planned, peak_bytes=measured)))
     beside = f", planned {planned / 1e9:.2f} GB" if planned else ""

@@ -30,6 +30,7 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
         self.pace: Callable[[], str] = str  # what stands behind the figures beside the bar
         self.last: dict[str, tuple[int, float]] = {}  # figure -> step, value
         self.stopped, self.stopped_at = False, 0.0
+        self.all_stop: bool | None = None  # of several processes: whether one of them was stopped when they agreed
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -41,7 +42,7 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Move the bar; after Ctrl-C, save and stop."""
         self.advance(1)
-        if self.stopped:
+        if self.stopped if self.all_stop is None else self.all_stop:
             control.should_save = control.should_training_stop = True
 
     def on_log(

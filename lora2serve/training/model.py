@@ -12,6 +12,7 @@ from lora2serve.errors import TrainError, first_line
 from lora2serve.planning.gpus import GpuModel
 from lora2serve.planning.plan_settings import ComputeType
 from lora2serve.system.hardware import memory_bytes
+from lora2serve.training import ranks
 from lora2serve.training.cpt_loss import leave_loss_to_trainer
 from lora2serve.training.lora_targets import other_towers, refuse_unknown, targets
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
@@ -48,7 +49,7 @@ def device() -> Device:
 def device_model(device: Device) -> GpuModel:
     """The device as a plan knows one: without a GPU, the main memory."""
     if not device.on_gpu:
-        return GpuModel("the main memory", memory_bytes(), device.dtype)
+        return GpuModel("the main memory", memory_bytes() // ranks.local_processes(), device.dtype)
     import torch
 
     properties = torch.cuda.get_device_properties(0)
@@ -59,7 +60,7 @@ def free_memory(device: Device) -> int:
     """Bytes of it that no other program has."""
     import torch
 
-    return int(torch.cuda.mem_get_info()[0]) if device.on_gpu else memory_bytes()
+    return int(torch.cuda.mem_get_info()[0]) if device.on_gpu else memory_bytes() // ranks.local_processes()
 
 
 def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from lora2serve.artifacts.run_record import SpeedRecord
+from lora2serve.training import ranks
 from lora2serve.training.model import Device
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Pace(TrainerCallback):  # type: ignore[misc]
         if not self._seconds:
             return None
         rate = self._trained / self._seconds
-        share = rate * self._operations / self._limit if self._limit else None
+        share = rate * self._operations / (self._limit * ranks.processes()) if self._limit else None
         return SpeedRecord(tokens_per_second=round(rate, 1), share_of_limit=share and round(share, 4))
 
     def words(self) -> str:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from lora2serve.data.rendering import IGNORE
+
 
 @dataclass
 class RowCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
@@ -18,6 +20,21 @@ class RowCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
     """
 
     longest: int = 0
+    share: tuple[int, int] = (0, 1)  # which of how many processes gets its part of each batch
+
+    def __call__(self, features: Sequence[Mapping[str, object]], return_tensors: str | None = None) -> object:
+        """The part of this process; where there are fewer rows than processes, a row to learn nothing from."""
+        number, processes = self.share
+        if processes == 1:
+            return super().__call__(list(features), return_tensors)
+        first, end = (len(features) * place // processes for place in (number, number + 1))
+        own = list(features[first:end])
+        if own:
+            return super().__call__(own, return_tensors)
+        labels = features[0]["labels"]
+        assert isinstance(labels, Sequence)
+        batch = super().__call__([{**features[0], "labels": [IGNORE] * len(labels)}], return_tensors)
+        return {**batch, "padding": batch.get("padding", 0) + len(labels)}
 
     def torch_call(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, object]:
         """As the trainer wants it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,12 @@ from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import LoopRecord
 from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
+from lora2serve.training import ranks
 from lora2serve.training.adapter_casts import AdapterCasts
 from lora2serve.training.layer_compilation import MULTIPLE, CompiledLayers
 from lora2serve.training.loop_choice import in_parts
 from lora2serve.training.model import Device
+from lora2serve.training.rank_trainer import RankTrainer
 from lora2serve.training.row_collator import RowCollator
 from lora2serve.training.run_trainer import RunTrainer
 from lora2serve.training.step_attempts import Around, StepAttempts
@@ -34,14 +37,13 @@ def prepare_steps(
 ) -> None:  # fmt: skip
     """Let ``trainer`` do its steps as ``loop`` says; run.json has it, and each change that memory makes necessary."""
     inner = plain_model(model)
+    tell = partial(ranks.warn_alone, progress)
     run.save(replace(run.record, loop=loop))
 
     def smaller(count: int) -> None:
         changed = in_parts(loop, count)
         run.save(replace(run.record, loop=changed))
-        progress.warn(
-            f"out of memory with {loop.rows} rows at once: {changed.rows} from now on, in the same optimizer steps"
-        )
+        tell(f"out of memory with {loop.rows} rows at once: {changed.rows} from now on, in the same optimizer steps")
 
     def recompute() -> None:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -56,14 +58,17 @@ def prepare_steps(
             padding_free=trainer.padding_free,
             pad_to_multiple_of=MULTIPLE if loop.compiled else None,
             longest=max(len(row.input_ids) for row in rows),
+            share=(ranks.rank(), ranks.processes()),
         )
     trainer.attempts = StepAttempts(
-        told=progress.warn,
+        told=tell,
         smaller=smaller,
         recompute=None if loop.checkpointing or model.active_peft_config.is_prompt_learning else recompute,
         around=around,
         compiled=CompiledLayers(inner) if loop.compiled else None,
     )
+    if isinstance(trainer, RankTrainer):
+        trainer.begin_together()
     if device.on_gpu or loop.compiled:
         trainer.fullest = _fullest(trainer, loop)
 
@@ -72,5 +77,5 @@ def _fullest(trainer: RunSteps, loop: LoopRecord) -> dict[str, object]:
     """A batch of which every row, packed or not, is the longest."""
     lengths = trainer.lengths()
     example = trainer.train_dataset[lengths.index(max(lengths))]
-    batch: dict[str, object] = trainer.data_collator([example] * loop.rows)
+    batch: dict[str, object] = trainer.data_collator([example] * loop.rows * ranks.processes())
     return batch

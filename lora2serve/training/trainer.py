@@ -17,6 +17,7 @@ from lora2serve.data.samples import Sample
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import TrainError, did_you_mean
 from lora2serve.progress import Progress
+from lora2serve.training import ranks
 from lora2serve.training.checkpoints import last_checkpoint, load_adapter, step_of, tokens_of
 from lora2serve.training.loop_choice import decided, packs, with_compiler
 from lora2serve.training.metric_logging import MetricLog
@@ -62,7 +63,7 @@ def fit(
             _keep_figures(trainer, run, progress)
         return step_of(checkpoint)
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    progress.note(f"{total} steps on {device.name} in {device.dtype}; {learned:,} parameters to learn")
+    progress.note(f"{total} steps on {_place(device)} in {device.dtype}; {learned:,} parameters to learn")
     with progress.track("train", total, "steps") as advance:
         log = MetricLog(run.path / "metrics.jsonl", advance, progress)
         arguments = _arguments(recipe, run, device, total, bool(held_out), loop)
@@ -77,7 +78,7 @@ def fit(
         with log.stop_on_interrupt():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     run.save(replace(run.record, speed=pace.record()))
-    if log.stopped:
+    if log.stopped or log.all_stop:
         progress.note(f"saved at step {trainer.state.global_step} of {total}")
         raise KeyboardInterrupt
     _keep_figures(trainer, run, progress)
@@ -110,7 +111,7 @@ def _samples(
     recipe: Recipe, run: Run, total: int, prompts: Sequence[SamplePrompt], tokenizer: Tokenizer, progress: Progress
 ) -> list[SampleLog]:
     every, path = eval_interval(recipe, total), run.path / "samples.jsonl"
-    return [SampleLog(path, prompts, tokenizer, every, progress)] if prompts else []
+    return [SampleLog(path, prompts, tokenizer, every, progress)] if prompts and ranks.rank() == 0 else []
 
 
 def _trainer(
@@ -128,16 +129,13 @@ def _trainer(
     from transformers.integrations import TensorBoardCallback
     from trl import DPOConfig
 
-    from lora2serve.training.preference_trainer import PreferenceTrainer
-    from lora2serve.training.run_trainer import RunTrainer
-
     arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs without a launcher, the first, where the model is
     if not _name_experts(model):
         arguments.router_aux_loss_coef = 0.0
     learned = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     in_full = {name: value for name, value in learned.items() if trained_before or ".lora_" not in name}
     objective: Objective = "dpo" if isinstance(arguments, DPOConfig) else "sft"
-    trainer = (RunTrainer if objective == SFT else PreferenceTrainer)(
+    trainer = _trainer_class(objective)(
         model=model,
         args=arguments,
         train_dataset=data,
@@ -157,6 +155,19 @@ def _trainer(
         if parameter.requires_grad:
             parameter.data = in_full.get(name, parameter.data).float()
     return trainer
+
+
+def _trainer_class(objective: Objective) -> type[RunSteps]:
+    from lora2serve.training.preference_trainer import PreferenceTrainer
+    from lora2serve.training.rank_trainer import RankTrainer
+    from lora2serve.training.run_trainer import RunTrainer
+
+    by_tokens = RunTrainer if ranks.processes() == 1 else RankTrainer
+    return by_tokens if objective == SFT else PreferenceTrainer
+
+
+def _place(device: Device) -> str:
+    return device.name if ranks.processes() == 1 else f"{device.name} by {ranks.processes()} processes"
 
 
 def _name_experts(model: PeftModel) -> bool:
@@ -193,7 +204,7 @@ def _arguments(
         return config_class(train.objective)(
             output_dir=str(run.path / "checkpoints"),
             max_steps=total,
-            per_device_train_batch_size=loop.rows,
+            per_device_train_batch_size=loop.rows * ranks.processes(),
             per_device_eval_batch_size=train.batch_size,
             gradient_accumulation_steps=loop.accumulation,
             learning_rate=train.learning_rate,
@@ -207,11 +218,11 @@ def _arguments(
             use_cpu=not device.on_gpu,
             gradient_checkpointing=loop.checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
-            seed=train.seed,
+            seed=train.seed + ranks.rank(),  # of dropout; the order of rows is the same in all processes
             data_seed=train.seed,
             logging_steps=train.log_interval,
             **_evaluations(recipe, total, held_out),
-            report_to=list(train.trackers) or "none",
+            report_to=(list(train.trackers) if ranks.rank() == 0 else []) or "none",
             run_name=run.name,
             padding_free=recipe.data.packing or bool(loop.varlen),
             max_length=None,  # rows are cut and packed before

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,15 +24,21 @@ from lora2serve.system.fork_server import HARMLESS
 ROOT = Path(__file__).parents[2]
 
 
-def run_command(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """``python -m lora2serve WORDS`` in ``folder``; by itself where the fork server refuses."""
+def run_command(
+    words: Sequence[str], folder: Path, changes: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python -m lora2serve WORDS`` in ``folder``; by itself where the fork server refuses.
+
+    changes: to the environment.
+    """
+    environment = {**os.environ, **(changes or {})}
     server = fork_client.client()
     if server is not None:
         os.environ[fork_client.VARIABLE] = server.path  # one for the whole session, also of what the command starts
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as nothing:
             process = server.start(
                 "runpy:run_module", ["lora2serve", None, "__main__", True],
-                [nothing.fileno(), out.fileno(), err.fileno()], dict(os.environ),
+                [nothing.fileno(), out.fileno(), err.fileno()], environment | {fork_client.VARIABLE: server.path},
                 argv=["", *words], folder=folder,
             )  # fmt: skip
             if process is not None:
@@ -40,7 +46,7 @@ def run_command(words: Sequence[str], folder: Path) -> subprocess.CompletedProce
                 texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
                 return subprocess.CompletedProcess(words, code, *texts)
     command = [sys.executable, "-m", "lora2serve", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @contextmanager

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -173,41 +168,3 @@ def test_the_loop_says_what_the_end_says(tmp_path: Path, lengths: dict[str, str]
     assert tuned is not None
     assert logged(run, "eval_loss")[2] == pytest.approx(tuned.eval_loss, abs=1e-5)
     assert logged(run, "eval_tokens")[2] == tuned.tokens
-
-
-TWO = """
-import os, sys
-from pathlib import Path
-from tests.support.runs import fit
-print(fit(Path(sys.argv[1]) / "lora2serve.yaml", into=Path(sys.argv[1]) / ("run" + os.environ["RANK"]))[0].name)
-"""
-
-
-def test_two_processes_say_what_one_says(tmp_path: Path, lengths: dict[str, str]) -> None:
-    """Each trains on four of the eight rows of a step; both have the loss of all held-out rows."""
-    whole, _, _ = fit(recipe_file(tmp_path / "one", DEMO / "base", lengths, **LAST, batch_size=8))
-    recipe_file(tmp_path / "two", DEMO / "base", lengths, **LAST, batch_size=4)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(tmp_path / "two")],
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for child in children:
-        _, err = child.communicate(timeout=240)
-        assert child.returncode == 0, err
-    for rank in (0, 1):
-        folder = tmp_path / "two" / f"run{rank}"
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        (found,) = [line for line in log if "eval_loss" in line]
-        final = json.loads((folder / "run.json").read_text())["metrics"]["tuned"]
-        assert found["eval_loss"] == pytest.approx(final["eval_loss"], abs=1e-5)
-        assert found["eval_loss"] == pytest.approx(logged(whole, "eval_loss")[2], abs=1e-5)
-        assert found["eval_tokens"] == final["tokens"]
