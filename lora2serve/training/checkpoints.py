@@ -30,9 +30,12 @@ def tokens_of(checkpoint: Path) -> int:
 
 def load_adapter(model: PeftModel, checkpoint: Path, *, best: bool) -> None:
     """The adapter of a checkpoint into ``model``, or of the best one before it."""
+    from lora2serve.training.rank_budget import restore_ranks
+
     path = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
     chosen = checkpoint.with_name(Path(path).name) if path and best else checkpoint
     model.load_adapter(str(chosen), "default", is_trainable=True)
+    restore_ranks(model, chosen)
 
 
 def _is_json(path: Path) -> bool:

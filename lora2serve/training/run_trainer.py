@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from trl import SFTTrainer
 from lora2serve.artifacts.run_record import EvalLoss
 from lora2serve.data.rendering import IGNORE
 from lora2serve.training.batch_parts import Batch
+from lora2serve.training.rank_budget import all_ranks, keep_ranks, restore_ranks
 from lora2serve.training.step_attempts import StepAttempts
 
 if TYPE_CHECKING:
@@ -112,6 +114,23 @@ class RunSteps(Trainer):  # type: ignore[misc]
         self._total_train_tokens, lengths = before
         for name, values in self._metrics["train"].items():
             del values[lengths.get(name, 0) :]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What --resume and the best state are read from."""
+        with all_ranks(self.model):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        keep_ranks(self.model, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restore_ranks(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        restore_ranks(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def _save_checkpoint(self, model: Module, trial: object) -> None:
         self.state.num_input_tokens_seen = self._total_train_tokens  # else counted for nobody, and zero

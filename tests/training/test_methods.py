@@ -179,17 +179,30 @@ SERVED = (
 )
 
 
-def test_a_soft_prompt_goes_on_after_a_stop(tmp_path: Path, small: Path, chats: dict[str, str]) -> None:
-    """As an unbroken run does."""
-    file = recipe_of(tmp_path, small, chats, "prompt_tuning", steps=4)
+GOES_ON: list[tuple[str, dict[str, Any]]] = [
+    ("prompt_tuning", {}),
+    ("adalora", {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 1}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), GOES_ON)
+def test_it_goes_on_after_a_stop(
+    tmp_path: Path, small: Path, chats: dict[str, str], method: str, options: dict[str, Any]
+) -> None:
+    """As an unbroken run does; AdaLoRA with its ranks and the scores by which it deals them out."""
+    file = recipe_of(tmp_path, small, chats, method, steps=6, batch_size=4, options=options)
     whole, _, _ = fit(file)
     broken = Run(Path(shutil.copytree(whole.path, tmp_path / "broken")))
-    shutil.rmtree(broken.path / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(broken.path / "checkpoints" / "checkpoint-6")
     broken.save(replace(broken.record, finished=False))
     again, _, _ = fit(file, into=broken.path, resume=True)
     assert logged(again) == pytest.approx(logged(whole), abs=1e-6)
     first, second = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, again))
-    assert torch.allclose(first["prompt_embeddings"], second["prompt_embeddings"], atol=1e-6)
+    assert first.keys() == second.keys() and first
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    configs = [json.loads((run.adapter / "adapter_config.json").read_text()) for run in (whole, again)]
+    assert configs[0].get("rank_pattern") == configs[1].get("rank_pattern")
+    assert method != "adalora" or any(not all(ranks) for ranks in configs[0]["rank_pattern"].values())
 
 
 @pytest.mark.slow
