@@ -32,14 +32,15 @@ if TYPE_CHECKING:
     from lora2serve.gateway.run_gateway import RunningGateway, start_gateway
     from lora2serve.parity_check.chat_session import Answer, ChatSession
     from lora2serve.progress import Progress
+    from lora2serve.sweeping.many_runs import RunOutcome, train_many
     from lora2serve.sweeping.sweep_recipe import SweepResult, sweep
 
 __version__ = "0.1.0"
 __all__ = [
     "Answer", "ChatSession", "DriftReport", "EvaluationResult", "ExportPlan", "ExportRequest", "Lora2ServeError",
-    "ParityResult", "Progress", "Registry", "Run", "RunningGateway", "RunningServer", "SweepResult", "TrainingPlan",
-    "Verified", "chat", "compare", "deploy", "drift", "evaluate", "export", "init", "inspect", "parity", "plan",
-    "plan_export", "preview_data", "push", "serve", "start_gateway", "sweep", "train", "verify",
+    "ParityResult", "Progress", "Registry", "Run", "RunOutcome", "RunningGateway", "RunningServer", "SweepResult",
+    "TrainingPlan", "Verified", "chat", "compare", "deploy", "drift", "evaluate", "export", "init", "inspect", "parity",
+    "plan", "plan_export", "preview_data", "push", "serve", "start_gateway", "sweep", "train", "train_many", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
@@ -65,6 +66,7 @@ _MODULES = {
     "gateway.run_gateway": ("RunningGateway", "start_gateway"),
     "parity_check.chat_session": ("Answer", "ChatSession"),
     "progress": ("Progress",),
+    "sweeping.many_runs": ("RunOutcome", "train_many"),
     "sweeping.sweep_recipe": ("SweepResult", "sweep"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
-from lora2serve.cli.options import Command, complete_runs, dry_run_option, progress
+from lora2serve.cli.options import Command, complete_runs, dry_run_option, json_option, progress
 from lora2serve.cli.plan import plan_lines
-from lora2serve.errors import UsageError
+from lora2serve.errors import TrainError, UsageError
 from lora2serve.system import launcher
+
+NEXT = "next: `lora2serve export --target ollama` (or vllm, gguf, lmstudio, adapter), then `lora2serve parity`"
 
 
 @click.command(
@@ -46,47 +50,109 @@ def init(ctx: click.Context, source: str | None, overwrite: bool) -> None:
         ("lora2serve train --set train.lora.rank=32", "one field for one run"),
         ("lora2serve train --dry-run --gpu 24", "the memory that it takes, and what fits into 24 GiB"),
         ("lora2serve train --resume", "continue the last run"),
+        ("lora2serve train medical.yaml legal.yaml --jobs 2", "several, each on a GPU of its own"),
         ("lora2serve train --gpus all", "one run by all GPUs of this machine"),
     ],
 )
-@click.argument("recipe", required=False, shell_complete=complete_runs)
+@click.argument("recipe_files", metavar="[RECIPE]...", nargs=-1, shell_complete=complete_runs)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field: train.lora.rank=32.")
 @click.option("--name", help="Name of the run directory (default: the recipe's name).")
 @click.option("--gpu", metavar="NAME|GIB", help="Refuse what does not fit into this GPU, instead of this machine's.")
 @click.option(
     "--gpus", metavar="N|all", help="Train one run by so many GPUs of this machine (several machines: torchrun)."
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Of several recipes, trainings at a time (default: one for each GPU, or one).",
+)
 @dry_run_option(help="Show the plan of `lora2serve plan`; fetch no weights, train nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last run, or the run named here, from its last checkpoint.")
+@json_option
 @click.pass_context
 def train(
-    ctx: click.Context, recipe: str | None, overrides: tuple[str, ...], name: str | None, gpu: str | None,
-    gpus: str | None, dry_run: bool, resume: bool,
+    ctx: click.Context, recipe_files: tuple[str, ...], overrides: tuple[str, ...], name: str | None, gpu: str | None,
+    gpus: str | None, jobs: int | None, dry_run: bool, resume: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fine-tune as RECIPE says: a path, a built-in name such as "demo", or lora2serve.yaml here.
 
-    Makes runs/<name>/ and, once it is finished, points runs/latest at it. Prints the run directory.
+    Makes runs/<name>/ and, once it is finished, points runs/latest at it. Prints the run directory. Several recipes are
+    trained one beside the other; one that fails leaves the others, and is named in the end.
     """
+    _refuse_mixtures(len(recipe_files), name=name, gpus=gpus, jobs=jobs, dry_run=dry_run, resume=resume)
+    if len(recipe_files) > 1 and not dry_run:
+        _train_many(ctx, recipe_files, jobs, overrides, gpu, as_json)
+        return
     from lora2serve import console
     from lora2serve.api import train_run
     from lora2serve.api.plan_training import plan
     from lora2serve.config import recipe as recipes
 
     if dry_run:
-        if resume:
-            raise UsageError("--dry-run and --resume: a run that goes on needs no plan", "leave one of them out")
-        if gpus:
-            raise UsageError("--dry-run and --gpus: a plan is that of one GPU", "leave one of them out")
-        for line in plan_lines(plan(recipes.find(recipe), gpu=gpu, overrides=overrides, progress=progress(ctx))):
-            console.result(line)
+        for file in recipe_files or [None]:
+            for line in plan_lines(plan(recipes.find(file), gpu=gpu, overrides=overrides, progress=progress(ctx))):
+                console.result(line)
         return
     first = launcher.is_first()
+    recipe = recipe_files[0] if recipe_files else None
     run = train_run.train(
         recipe, overrides=overrides, name=name, resume=resume, gpu=gpu, gpus=gpus, progress=progress(ctx)
     )
-    if first and not gpus:  # whose processes have said it
-        progress(ctx).note(
-            "next: `lora2serve export --target ollama` (or vllm, gguf, lmstudio, adapter), then `lora2serve parity`"
-        )
-    if first:
+    if not first:
+        return
+    if not gpus:  # whose processes have said it
+        progress(ctx).note(NEXT)
+    if as_json:
+        tuned = run.record.metrics.tuned
+        loss = {"eval_loss": tuned.eval_loss} if tuned else {}
+        console.result_line({"recipe": recipe or recipes.FILE, "state": "finished", "run": str(run.path), **loss})
+    else:
         console.result(str(run.path))
+
+
+def _refuse_mixtures(
+    count: int, *, name: str | None, gpus: str | None, jobs: int | None, dry_run: bool, resume: bool
+) -> None:  # fmt: skip
+    """UsageError with all options that do not go together."""
+    of_one = {"--name": name, "--gpus": gpus, "--resume": resume}
+    problems = [f"{option}: of one training, and {count} recipes are named" for option in of_one if of_one[option]]
+    problems = problems if count > 1 else []
+    if count > 1 and launcher.launch():
+        problems.append(f"{count} recipes: a launcher's processes train one together")
+    if jobs and count < 2:
+        problems.append(f"--jobs {jobs}: of several recipes, and {count or 'none'} is named")
+    if dry_run and resume:
+        problems.append("--dry-run and --resume: a run that goes on needs no plan")
+    if dry_run and gpus:
+        problems.append("--dry-run and --gpus: a plan is that of one GPU")
+    if problems:
+        raise UsageError("\n".join(problems), "leave one of them out")
+
+
+def _train_many(
+    ctx: click.Context, recipe_files: tuple[str, ...], jobs: int | None, overrides: tuple[str, ...], gpu: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """A table of all of them; TrainError names those that failed."""
+    from lora2serve import console
+    from lora2serve.sweeping.many_runs import RunOutcome, train_many
+
+    def show(outcome: RunOutcome) -> None:
+        if as_json:
+            console.result_line({key: value for key, value in asdict(outcome).items() if value not in ("", None)})
+
+    outcomes = train_many(recipe_files, jobs=jobs, overrides=overrides, gpu=gpu, progress=progress(ctx), finished=show)
+    rows = [
+        (each.recipe, each.run or each.state, "" if each.eval_loss is None else f"{each.eval_loss:.4f}",
+         f"{each.seconds:.0f} s")
+        for each in outcomes
+    ]  # fmt: skip
+    console.table("", ("Recipe", "Run", "Eval loss", "Time"), rows)
+    failed = [each for each in outcomes if each.state == "failed"]
+    if not as_json:
+        for each in outcomes:
+            if each.run:
+                console.result(each.run)
+    if failed:
+        lines = [f"{len(failed)} of {len(outcomes)} trainings failed", *(f"{e.recipe}: {e.problem}" for e in failed)]
+        raise TrainError("\n".join(lines), "; ".join(dict.fromkeys(each.hint for each in failed if each.hint)))

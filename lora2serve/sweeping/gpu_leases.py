@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from lora2serve.errors import EngineError
 from lora2serve.system import file_lock
 
 WAIT = 1.0  # seconds between two looks for a free one
 
 
 @contextmanager
-def leased_gpu(gpus: tuple[str, ...]) -> Iterator[str | None]:
-    """One of them for a while, once one is free; None where there are none."""
+def leased_gpu(gpus: tuple[str, ...], given_up: Callable[[], bool] = lambda: False) -> Iterator[str | None]:
+    """One of them for a while, once one is free; None where there are none. EngineError once nobody waits any more."""
     if not gpus:
         yield None
         return
@@ -27,6 +28,8 @@ def leased_gpu(gpus: tuple[str, ...]) -> Iterator[str | None]:
                     stack.enter_context(file_lock.locked(lease_file(gpu)))
                     yield gpu
                     return
+            if given_up():
+                raise EngineError("stopped")
             time.sleep(WAIT)
 
 

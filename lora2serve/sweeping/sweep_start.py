@@ -22,6 +22,7 @@ from lora2serve.progress import Progress
 from lora2serve.registry.location import MOUNTS, SHARED, file_system
 from lora2serve.sweeping.data_likeness import DataFigures, data_figures
 from lora2serve.sweeping.earlier_runs import EarlierRun, earlier_runs, first_points
+from lora2serve.sweeping.leased_workers import shares
 from lora2serve.sweeping.ray_trials import ray_trials
 from lora2serve.sweeping.search_settings import SearchSettings, rungs
 from lora2serve.sweeping.search_space import SearchSpace, read_space
@@ -33,7 +34,6 @@ from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner, usable_
 from lora2serve.sweeping.trial_process import ChildTrials, TrialPlace
 from lora2serve.sweeping.trial_record import RowLoss, TrialSpec
 from lora2serve.system import file_lock, scratch
-from lora2serve.system.hardware import cores, usable_gpus
 from lora2serve.system.http import without_credentials
 from lora2serve.weights.checkpoint import identity
 
@@ -150,9 +150,8 @@ def place_of(on: str, jobs: int | None) -> tuple[TrialPlace, int]:
         return ray_trials(jobs)
     if on:
         raise UsageError(f"--on {on}: unknown{did_you_mean(on, ['ray'])}", "known: ray")
-    gpus = usable_gpus()
-    count = jobs or len(gpus) or 1
-    return ChildTrials(gpus, max(1, cores() // count) if count > 1 and not gpus else 0), count
+    gpus, threads, count = shares(jobs)
+    return ChildTrials(gpus, threads), count
 
 
 def _own_storage(folder: Path) -> Path:

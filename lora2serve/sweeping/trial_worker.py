@@ -22,6 +22,7 @@ from lora2serve.config.recipe import Recipe
 from lora2serve.data import data_sets
 from lora2serve.progress import Silent
 from lora2serve.sweeping.trial_record import RowLoss, TrialOutcome
+from lora2serve.system.hardware import VISIBLE
 from lora2serve.weights.checkpoint import read_config
 
 if TYPE_CHECKING:
@@ -35,12 +36,7 @@ class TrialWorker:
 
     def __init__(self, link: Link, gpu: str | None, threads: int) -> None:
         del link
-        if gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch looks for one
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
+        use_gpu(gpu, threads)
 
     def train(self, order: TrialOrder) -> dict[str, object]:
         """Train as the recipe says, into an empty directory; a ``TrialOutcome``."""
@@ -69,6 +65,16 @@ class TrialWorker:
         """The base's losses on each file of rows: ``RowLoss`` records."""
         loaded = recipes.load(Path(recipe))
         return [_row_loss(_measured(loaded, Path(base), None, Path(file))).to_json() for file in files]
+
+
+def use_gpu(gpu: str | None, threads: int) -> None:
+    """Let this process have this one only, and so many threads of torch; 0 for its own choice."""
+    if gpu is not None:
+        os.environ[VISIBLE] = gpu  # before torch looks for one
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _outcome(run: Run, base: Path, losses: RowLoss, seconds: float) -> TrialOutcome:

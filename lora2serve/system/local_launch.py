@@ -25,7 +25,7 @@ LOCAL = "127.0.0.1"
 def run_on_gpus(words: Sequence[str], gpus: Sequence[str]) -> str:
     """``lora2serve WORDS`` by a process for each of ``gpus``; what the first one has printed on stdout.
 
-    EndedTogether where they failed, and one has said why; TrainError where none could; KeyboardInterrupt.
+    EndedTogether where they failed or were interrupted, and one has said why; TrainError where none could.
     """
     with _started(words, gpus) as children, _signals_to(children):
         first = children[0]
@@ -37,11 +37,9 @@ def run_on_gpus(words: Sequence[str], gpus: Sequence[str]) -> str:
         reader.join()
     if not any(codes):
         return "".join(lines)
-    if signal.SIGINT + 128 in codes:
-        raise KeyboardInterrupt
     spoken = [code for code in codes if code > 0]
     if spoken:
-        raise EndedTogether(spoken[0])
+        raise EndedTogether(max(spoken))  # 130 before 1: what the others met came of that
     number, code = next((number, code) for number, code in enumerate(codes) if code)
     raise TrainError(
         f"process {number} of the training was killed ({signal.Signals(-code).name})",

@@ -41,5 +41,5 @@ def start_together(folder: Path, *words: str, count: int = 2) -> list[subprocess
 
 def ends(children: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each, once it has ended."""
-    texts = [child.communicate(timeout=150) for child in children]
+    texts = [child.communicate(timeout=300) for child in children]
     return [(child.returncode, *text) for child, text in zip(children, texts, strict=True)]

@@ -101,7 +101,7 @@ def test_a_trial_that_is_killed_is_an_outcome(swept: Path, tmp_path: Path) -> No
     def kill() -> None:
         while not (tmp_path / "a" / "metrics.jsonl").exists():
             time.sleep(0.05)
-        trials._running[0].send_signal(signal.SIGKILL)
+        trials.workers._running[0].send_signal(signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
     killed = trials.run(order("a", "train.steps=100000"))
