@@ -183,10 +183,15 @@ def _notes(ways: Sequence[PlanSettings], exact: bool, ratio: float, runs: int) -
         yield f"counted {ratio - 1:.1%} more: of the last {runs} runs on this GPU one took that much beyond its plan"
     if not exact and any(way.kind != LORA for way in ways):
         yield f"activations are counted as those of a LoRA: only --exact knows what {ways[0].kind} keeps"
-    if any(way.answers > 1 for way in ways):
+    if any(way.objective == "dpo" for way in ways):
         yield (
             "two answers to each prompt go through at once, and then once more with the adapter off, as the reference: "
             "a forward more in each step, which keeps nothing for a gradient"
+        )
+    if any(way.objective == "kto" for way in ways):
+        yield (
+            "each prompt is also asked for its neighbor's answer, and both again with the adapter off, as the "
+            "reference: three forwards more in each step, which keep nothing for a gradient"
         )
     if not exact and any(way.dora for way in ways):
         yield "DoRA keeps more than a LoRA: only --exact knows how much"

@@ -67,27 +67,37 @@ class LossDifference(JsonRecord):
 
 @dataclass(frozen=True)
 class PreferenceFigures(JsonRecord):
-    """Of held-out pairs of answers, on the base as trained: means over them all.
+    """Of held-out pairs of answers, or answers with a label, on the base as trained: means over them all.
 
-    loss: of TRL. chosen, rejected: rewards, beta times the change of an answer's log-probability in nats; margin: the
-    one less the other. accuracy: the share of pairs whose margin is above zero.
+    loss: of TRL. chosen, rejected: rewards, beta times the change of an answer's log-probability in nats (None where no
+    answer is right, or none is wrong); margin: the one less the other. accuracy: the share of pairs whose margin is
+    above zero, None for answers with a label.
     """
 
     WHOLE: ClassVar[bool] = True
 
     loss: float
-    margin: float
-    accuracy: float
-    chosen: float
-    rejected: float
-    pairs: int = 0
+    margin: float | None = None
+    accuracy: float | None = None
+    chosen: float | None = None
+    rejected: float | None = None
+    rows: int = 0
+
+    def in_words(self) -> str:
+        """As a run says them."""
+        parts = []
+        if self.accuracy is not None:
+            parts.append(f"{self.accuracy:.0%} of {self.rows:,} held-out pairs have the chosen answer in front")
+        if self.margin is not None:
+            parts.append(f"margin {self.margin:.3f}")
+        return ", ".join([*parts, f"loss {self.loss:.4f}"])
 
 
 @dataclass(frozen=True)
 class RunMetrics(JsonRecord):
     """The base before training; the tuned model, on the base as trained and on the full-precision base.
 
-    Of preferences they are of the chosen answers, and ``preference`` is of both.
+    Of preferences they are of the answers that are right, and ``preference`` is of both.
     """
 
     base: EvalLoss | None = None

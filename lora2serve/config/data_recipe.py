@@ -11,7 +11,7 @@ from lora2serve.errors import did_you_mean
 
 COLUMNS = (
     "messages", "conversations", "role", "content", "prompt", "completion", "response", "instruction", "input",
-    "output", "question", "answer", "text", "chosen", "rejected", "system", "tools", "chat_template_kwargs",
+    "output", "question", "answer", "text", "chosen", "rejected", "label", "system", "tools", "chat_template_kwargs",
     "task",
 )  # fmt: skip
 

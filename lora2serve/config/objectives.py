@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lora2serve.config.recipe import Recipe
 
-Objective = Literal["sft", "dpo"]
+Objective = Literal["sft", "dpo", "kto"]
 SFT: Objective = "sft"
 PATH = "train.preference"
 # What the run itself says, or what has no use with an adapter: models, rows, lengths, a reference of its own.
@@ -34,6 +34,8 @@ BOUNDS: Mapping[str, Bound] = {
     "ld_alpha": Range(0.0, 1.0),
     "label_smoothing": Range(0.0, 0.499),
     "discopop_tau": Positive(1e3),
+    "desirable_weight": Positive(1e3),
+    "undesirable_weight": Positive(1e3),
 }
 # Losses of TRL that are a mean over pairs, each by itself: whatever pairs go through the model with it.
 LOSSES = (
@@ -45,15 +47,17 @@ WHOLE_BATCH: Mapping[str, str] = {
     "aot_unpaired": "it sorts the answers of a batch, which go through the model in pieces here",
     "sft": "its mean is over the tokens of a batch, which goes through the model in pieces here",
 }
+WITHOUT_DIVERGENCE = "apo_zero_unpaired"
+LABEL_LOSSES = ("kto", WITHOUT_DIVERGENCE)  # of kto; but for the latter they estimate a divergence over a batch
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 
 
 def config_class(objective: Objective) -> type[TrainingArguments]:
     """TRL's configuration of an objective."""
-    from trl import DPOConfig, SFTConfig
+    from trl import DPOConfig, KTOConfig, SFTConfig
 
-    return cast("type[TrainingArguments]", {"sft": SFTConfig, "dpo": DPOConfig}[objective])
+    return cast("type[TrainingArguments]", {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig}[objective])
 
 
 def option_names(objective: Objective) -> list[str]:
@@ -80,7 +84,8 @@ def read_preference(objective: Objective, options: Mapping[str, object], problem
     built = build(kind, dict(options), problems, path=PATH)
     values = {name: yaml_value(getattr(built, name)) for name in options if hasattr(built, name)}
     if len(problems) == before:
-        problems += _of_loss(values)
+        problems += _of_numbers(values)
+        problems += _of_label_loss(values) if objective == "kto" else _of_loss(values)
     return values
 
 
@@ -116,6 +121,8 @@ def _of_other_sections(recipe: Recipe) -> Iterator[str]:
             f"train.lora.init: {train.lora.init}, but {objective} compares with the base, of which that init takes a "
             "part out: set default or gaussian"
         )
+    if objective == "kto" and train.batch_size == 1 and train.preference.get("loss_type") != WITHOUT_DIVERGENCE:
+        yield "train.batch_size: 1, but kto compares the rows of a batch with each other's answers: expected 2 at least"
     if train.lora.dropout and train.preference.get("disable_dropout", True) is True:
         yield (
             f"train.lora.dropout: {train.lora.dropout}, but {objective} computes without dropout: leave it out, or set "
@@ -123,11 +130,21 @@ def _of_other_sections(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _of_loss(values: Mapping[str, object]) -> Iterator[str]:
-    """What TRL would say only in the first step, or never."""
+def _of_numbers(values: Mapping[str, object]) -> Iterator[str]:
     for name in sorted(values.keys() & BOUNDS.keys()):
         if reason := BOUNDS[name].problem(values[name]):
             yield f"{PATH}.{name}: {show(values[name])}, {reason}"
+
+
+def _of_label_loss(values: Mapping[str, object]) -> Iterator[str]:
+    loss = values.get("loss_type", LABEL_LOSSES[0])
+    if loss not in LABEL_LOSSES:
+        near = did_you_mean(str(loss), LABEL_LOSSES)
+        yield f"{PATH}.loss_type: {show(loss)}, expected one of {', '.join(LABEL_LOSSES)}{near}"
+
+
+def _of_loss(values: Mapping[str, object]) -> Iterator[str]:
+    """What TRL would say only in the first step, or never."""
     losses, weights = values.get("loss_type") or ["sigmoid"], values.get("loss_weights")
     assert isinstance(losses, list)
     for name in losses:

@@ -63,7 +63,7 @@ class TrainRecipe:
 
     method: str = "lora"  # or another of PEFT's: ``train_methods``
     options: Mapping[str, object] = field(default_factory=dict)
-    objective: Objective = "sft"  # or dpo: of two answers to a prompt the better one
+    objective: Objective = "sft"  # or dpo: of two answers the better one; kto: good ones and bad ones
     preference: Mapping[str, object] = field(default_factory=dict)  # such as beta and loss_type
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     quantize: Annotated[Quantize, Removed("fp4", NO_FP4)] = "nf4"

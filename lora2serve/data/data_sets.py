@@ -15,7 +15,7 @@ from lora2serve.config.schema import show
 from lora2serve.data.message_forms import RowProblem
 from lora2serve.data.readers import SUFFIXES, TABLES, Pin, file_digest, read_hub_set, read_values
 from lora2serve.data.row_forms import RowReader, as_conversation, forms
-from lora2serve.data.rows import CompletionRow, PreferenceRow, Row, answered
+from lora2serve.data.rows import CompletionRow, LabeledRow, PreferenceRow, Row, answered
 from lora2serve.data.text_readers import Numbered, Unreadable
 from lora2serve.errors import DataError
 
@@ -93,6 +93,8 @@ def _in_chat(row: Row) -> Row:
     if isinstance(row, PreferenceRow):
         chosen, rejected = (as_conversation(side) if isinstance(side, CompletionRow) else side for side in row.sides)
         return replace(row, chosen=chosen, rejected=rejected)
+    if isinstance(row, LabeledRow):
+        return replace(row, answer=as_conversation(row.answer)) if isinstance(row.answer, CompletionRow) else row
     return as_conversation(row) if isinstance(row, CompletionRow) else row
 
 

@@ -49,3 +49,18 @@ def refuse_other_prompts(samples: Sequence[Sample], data: DataSet) -> None:
 def _start(sample: Sample) -> int:
     """Where the answer begins."""
     return next(place for place, label in enumerate(sample.labels) if label != IGNORE)
+
+
+@dataclass(frozen=True)
+class LabeledAnswer:
+    """The ids of a prompt as a server sends it, and of an answer up to and with its end; whether it is one to give."""
+
+    prompt: list[int]
+    answer: list[int]
+    label: bool
+
+
+def labeled(samples: Sequence[Sample]) -> list[LabeledAnswer]:
+    """Of ``samples``, each with something to learn."""
+    cuts = [(sample, _start(sample)) for sample in samples]
+    return [LabeledAnswer(one.input_ids[:start], one.input_ids[start:], one.right) for one, start in cuts]

@@ -12,7 +12,7 @@ from itertools import groupby, islice, zip_longest
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data.data_sets import DataSet, DataSets
 from lora2serve.data.rendering import IGNORE
-from lora2serve.data.rows import SIDES, PreferenceRow
+from lora2serve.data.rows import SIDES, LabeledRow, PreferenceRow
 from lora2serve.data.samples import Sample, row_faults
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
@@ -35,7 +35,7 @@ class TextPart:
 class TrainedSample:
     """One sample as the trainer gets it. ``row`` is the number of its row in ``source``: a line, or a row's number.
 
-    ``side``: which of two answers it is, chosen or rejected; empty where there is one.
+    ``side``: which of two answers it is, chosen or rejected, or whether it is labeled true or false; else empty.
     """
 
     row: int
@@ -144,12 +144,13 @@ def first_lines(data: DataSet, samples: Sequence[Sample], template: ChatTemplate
     tokens = sum(len(sample.input_ids) for sample in samples)
     learned = sum(label != IGNORE for sample in samples for label in sample.labels)
     yield _amount(data.path, len(data.rows), len(samples), tokens, learned)
-    sides = SIDES if isinstance(data.rows[samples[0].row], PreferenceRow) else ("",)
-    for sample, side in zip(samples, sides, strict=False):
-        for text in _shown(sample, data, template, side).learned[:1]:
+    first: dict[str, Sample] = {}
+    for sample in samples:
+        first.setdefault(_side(sample, data), sample)
+    for side, sample in first.items():
+        for text in _shown(sample, data, template).learned[:1]:
             short = textwrap.shorten(text, SHOWN_CHARACTERS)
-            words = f"answer that is {side}" if side else "answer that is learned"
-            yield f"the first {words}: {json.dumps(short, ensure_ascii=False)}"
+            yield f"the first answer that is {side or 'learned'}: {json.dumps(short, ensure_ascii=False)}"
 
 
 def _amount(path: str, rows: int, samples: int, tokens: int, learned: int) -> str:
@@ -175,9 +176,7 @@ def preview(sets: DataSets, template: ChatTemplate, recipe: DataRecipe, progress
     noting = _Noting(progress)
     samples = tokenize_all(sets.train, template, recipe, noting)
     held_out = tokenize_all(sets.held_out, template, recipe, _Noting(progress)) if sets.held_out else []
-    sides = _sides(samples, sets.train)
-    pairs = zip(samples, sides, strict=True)
-    shown = [_shown(sample, sets.train, template, side) for sample, side in pairs if sample.learned]
+    shown = [_shown(sample, sets.train, template) for sample in samples if sample.learned]
     findings = _findings(sets.train, samples, held_out, recipe)
     apart = sets.held_out.numbers if sets.held_out else []
     return DataPreview(
@@ -185,17 +184,14 @@ def preview(sets: DataSets, template: ChatTemplate, recipe: DataRecipe, progress
     )
 
 
-def _sides(samples: Sequence[Sample], data: DataSet) -> list[str]:
-    """Of each sample, whose row may have two answers: the chosen one comes first."""
-    sides, before = list[str](), None
-    for sample in samples:
-        second = sample.row == before and sides[-1] == SIDES[0]
-        sides.append(SIDES[second] if isinstance(data.rows[sample.row], PreferenceRow) else "")
-        before = sample.row
-    return sides
+def _side(sample: Sample, data: DataSet) -> str:
+    row = data.rows[sample.row]
+    if isinstance(row, PreferenceRow):
+        return SIDES[not sample.right]
+    return f"labeled {str(row.label).lower()}" if isinstance(row, LabeledRow) else ""
 
 
-def _shown(sample: Sample, data: DataSet, template: ChatTemplate, side: str = "") -> TrainedSample:
+def _shown(sample: Sample, data: DataSet, template: ChatTemplate) -> TrainedSample:
     parts, text, place = list[TextPart](), "", 0
     for learned, run in groupby(label != IGNORE for label in sample.labels):
         place += len(list(run))
@@ -204,7 +200,7 @@ def _shown(sample: Sample, data: DataSet, template: ChatTemplate, side: str = ""
         text = so_far
     source = data.rows[sample.row].source or data.path
     number = data.numbers[sample.row]
-    return TrainedSample(number, source, sample.input_ids, sample.labels, sample.cut, tuple(parts), side)
+    return TrainedSample(number, source, sample.input_ids, sample.labels, sample.cut, tuple(parts), _side(sample, data))
 
 
 def _findings(

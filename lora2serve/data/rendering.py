@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora2serve.data.chat_turns import LearnedTurn, learned_turns
-from lora2serve.data.rows import ChatRow, CompletionRow, Message, PreferenceRow, Row, TextRow, answered
+from lora2serve.data.rows import ChatRow, CompletionRow, LabeledRow, Message, PreferenceRow, Row, TextRow, answered
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.template_losses import template_losses
 from lora2serve.data.text_encoder import GrowingText, TextEncoder
@@ -67,6 +67,8 @@ class Renderer:
         if isinstance(row, PreferenceRow):
             sides = [self.render(side, completion_only=completion_only) for side in row.sides]
             return RenderedRow([sample for side in sides for sample in side.samples], sides[0].losses | sides[1].losses)
+        if isinstance(row, LabeledRow):
+            return self.render(row.answer, completion_only=completion_only)
         if isinstance(row, ChatRow):
             turns = list(learned_turns(row, self.template)) if completion_only else []
             losses = frozenset(template_losses(row, turns, self.template))

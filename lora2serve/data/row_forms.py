@@ -16,7 +16,17 @@ from lora2serve.data.message_forms import (
     read_template_arguments,
     read_tools,
 )
-from lora2serve.data.rows import SIDES, ChatRow, CompletionRow, Message, PreferenceRow, Row, TextRow
+from lora2serve.data.rows import (
+    SIDES,
+    ChatRow,
+    CompletionRow,
+    LabeledRow,
+    Message,
+    PreferenceRow,
+    Row,
+    TextRow,
+    answered,
+)
 
 FORMS = (
     "a row is {messages: [{role, content}, ...]}, {conversations: [{from, value}, ...]}, {prompt, completion}, "
@@ -34,8 +44,18 @@ PREFERENCE_FORMS = (
 )
 
 
+LABELED_FORMS = (
+    "with train.objective: kto a row is {prompt, completion, label} or {messages, label}: whether the last answer is "
+    "one to give, true or false; data.columns maps other names"
+)
+LABEL = "label"
+LABELS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
+
+
 def forms(objective: Objective | None) -> str:
     """What a row may be, for a hint."""
+    if objective == "kto":
+        return LABELED_FORMS
     return FORMS if objective in (None, SFT) else PREFERENCE_FORMS.format(objective=objective)
 
 
@@ -73,6 +93,8 @@ class RowReader:
             keys = show(", ".join(filled or value))[1:-1] or "none"
             raise RowProblem(f"keys {keys}, {self._expected(filled)}")
         row = self._row(filled, names)
+        if self._is_labeled(row, filled):
+            row, names = _labeled(row, filled), (*names, LABEL)
         if isinstance(task := filled.get("task"), str):
             row, names = replace(row, task=task), (*names, "task")
         beside = () if isinstance(row, TextRow) else (*BESIDE, *(["input"] if "instruction" in names else []))
@@ -90,16 +112,19 @@ class RowReader:
     def _form(self, value: Mapping[str, object]) -> tuple[str, ...]:
         """The keys of the form that ``value`` has: whole before partly, mapped by ``columns`` before the others."""
         preference = any(name in value for name in SIDES)
-        known = {None: (*BY_RANK, *PREFERENCES), SFT: BY_RANK}.get(self.objective, PREFERENCES if preference else ())
+        preferred = PREFERENCES if preference else ()
+        known = {None: (*BY_RANK, *PREFERENCES), "dpo": preferred}.get(self.objective, BY_RANK)
         whole = [names for names in known if all(name in value for name in names)]
-        if self.objective == SFT and preference and not whole:
+        if self.objective not in (None, "dpo") and preference and not whole:
             return ()
         partly = [names for names in known if any(name in value for name in names)]
         ranked = sorted(whole or partly, key=lambda names: not any(name in self.columns for name in names))
         return ranked[0] if ranked else ()
 
     def _expected(self, value: Mapping[str, object]) -> str:
-        if self.objective not in (None, SFT):
+        if self.objective == "kto":
+            return "expected prompt + completion + label (train.objective: kto)"
+        if self.objective == "dpo":
             return f"expected prompt + chosen + rejected (train.objective: {self.objective})"
         if all(name in value for name in SIDES):
             return (
@@ -120,6 +145,15 @@ class RowReader:
             return _chat(value, self._of_two(value, first, second), second)
         row = CompletionRow(_prompt(value, first), _filled(value, second))
         return _chat(value, turns(row), second) if any(value.get(key) for key in BESIDE) else row
+
+    def _is_labeled(self, row: Row, value: Mapping[str, object]) -> bool:
+        """Whether the row is read with its label: to be trained by it, or as it was written by a run that was."""
+        if self.objective == "kto":
+            return True
+        if self.objective is not None or not isinstance(value.get(LABEL), bool):
+            return False
+        ends = isinstance(row, ChatRow) and len(row.messages) > 1 and row.messages[-1]["role"] == "assistant"
+        return ends or isinstance(row, CompletionRow)
 
     def _preference(self, value: Mapping[str, object]) -> PreferenceRow:
         """Of texts, or of conversations where anything else stands in the row."""
@@ -158,6 +192,22 @@ class RowReader:
         if not learned(answer):
             raise RowProblem(f"{second} has no assistant turn to learn from")
         return [*(without_loss(message) for message in prompt), *answer]
+
+
+def _labeled(row: Row, value: Mapping[str, object]) -> LabeledRow:
+    """With its label; of a conversation the last answer has it, and no other is learned."""
+    label = value.get(LABEL)
+    if str(label).lower() not in LABELS:
+        raise RowProblem(f"{LABEL} is {show(label)}, expected true or false")
+    answer = answered(row)
+    if isinstance(answer, TextRow):
+        raise RowProblem("text has no prompt, expected prompt + completion + label (train.objective: kto)")
+    if isinstance(answer, ChatRow):
+        *before, last = answer.messages
+        if last["role"] != "assistant" or not before:
+            raise RowProblem("the conversation does not end with the answer that has the label")
+        answer = replace(answer, messages=[*(without_loss(message) for message in before), last])
+    return LabeledRow(answer, LABELS[str(label).lower()])
 
 
 def both_conversations(

@@ -108,6 +108,20 @@ class PreferenceRow:
         return {**written, **answers, **({"task": self.task} if self.task else {})}
 
 
+@dataclass(frozen=True)
+class LabeledRow:
+    """``{"prompt", "completion", "label"}``, or a conversation: whether its last answer is one to give."""
+
+    answer: ChatRow | CompletionRow
+    label: bool
+    task: str = ""
+    source: str = field(default="", compare=False)
+
+    def json(self) -> dict[str, object]:
+        """As it is written to a file."""
+        return {**self.answer.json(), "label": self.label, **({"task": self.task} if self.task else {})}
+
+
 SIDES = ("chosen", "rejected")
 
 
@@ -132,9 +146,12 @@ def _written(message: Message) -> Mapping[str, object]:
     return {**message, "tool_calls": calls}
 
 
-Row = ChatRow | CompletionRow | TextRow | PreferenceRow
+Row = ChatRow | CompletionRow | TextRow | PreferenceRow | LabeledRow
 
 
 def answered(row: Row) -> ChatRow | CompletionRow | TextRow:
-    """The row with the answer that is right: of two answers the chosen one."""
-    return replace(row.chosen, task=row.task, source=row.source) if isinstance(row, PreferenceRow) else row
+    """The row with an answer, of two the chosen one; ``LabeledRow.label`` says whether its only one is right."""
+    if isinstance(row, PreferenceRow | LabeledRow):
+        answer = row.chosen if isinstance(row, PreferenceRow) else row.answer
+        return replace(answer, task=row.task, source=row.source)
+    return row

@@ -21,6 +21,7 @@ class Sample:
     labels: list[int]
     cut: bool  # whether it was longer than max_length
     row: int = 0  # index of its row in the data set; a conversation may give several samples
+    right: bool = True  # whether its answer is one to give: neither rejected nor labeled false
 
     @property
     def learned(self) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import sample_cache
 from lora2serve.data.data_sets import DataSet
 from lora2serve.data.rendering import Renderer
-from lora2serve.data.rows import Row
+from lora2serve.data.rows import LabeledRow, PreferenceRow, Row
 from lora2serve.data.sample_rendering import render_rows
 from lora2serve.data.sample_workers import in_processes
 from lora2serve.data.samples import Sample, SampleBatch
@@ -34,7 +35,19 @@ def tokenize_all(data: DataSet, template: ChatTemplate, recipe: DataRecipe, prog
     template.prints_date |= batch.prints_date
     for what, count in sorted(batch.losses.items()):
         progress.warn(f"{data.path}: the chat template leaves out {what} in {count} of {len(data.rows)} rows")
-    return batch.samples
+    return _marked(batch.samples, data)
+
+
+def _marked(samples: list[Sample], data: DataSet) -> list[Sample]:
+    """With what the rows say of their answers; of a pair the second one is rejected."""
+    marked, before = list[Sample](), -1
+    for sample in samples:
+        row = data.rows[sample.row]
+        wrong = isinstance(row, PreferenceRow) and sample.row == before
+        wrong |= isinstance(row, LabeledRow) and not row.label
+        marked.append(replace(sample, right=False) if wrong else sample)
+        before = sample.row
+    return marked
 
 
 def _tokenize(

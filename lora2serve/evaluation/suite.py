@@ -21,7 +21,7 @@ from lora2serve.config.schema import build, read_keys, show
 from lora2serve.data.message_forms import RowProblem, read_messages
 from lora2serve.data.readers import read_values
 from lora2serve.data.row_forms import RowReader, as_conversation
-from lora2serve.data.rows import CompletionRow, Message, TextRow, answered
+from lora2serve.data.rows import CompletionRow, LabeledRow, Message, TextRow, answered
 from lora2serve.data.text_readers import Unreadable
 from lora2serve.errors import DataError, RecipeError
 from lora2serve.evaluation.scorers import Scorer, ScorerRecipe, make_scorer
@@ -195,7 +195,11 @@ class _Reader:
                 self._leave_out("captured without their text")
                 return None
             return self._own(asked, number)
-        row = answered(self._rows.read(value))
+        read = self._rows.read(value)
+        if isinstance(read, LabeledRow) and not read.label:
+            self._leave_out("their answer is one not to give")
+            return None
+        row = answered(read)
         if isinstance(row, TextRow):
             self._leave_out("a text, without a question")
             return None

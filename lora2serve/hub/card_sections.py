@@ -191,10 +191,7 @@ def evaluation(card: CardData) -> str:
     scored = f"{source.rows:,} held-out rows" if source and source.rows else "Held-out rows"
     scored += f", {tuned.tokens:,} tokens with a loss." if tuned and tuned.tokens else "."
     if found := card.record.metrics.preference:
-        scored += (
-            f" Of {found.pairs:,} pairs of answers {found.accuracy:.0%} have the chosen one in front, by a margin of "
-            f"{found.margin:.3f} on average; loss and perplexity are of the chosen ones."
-        )
+        scored += f" Of preferences: {found.in_words()}. Loss and perplexity are of the answers that are right."
     return f"## Evaluation\n\n{scored}\n\n" + table(["", "loss", "perplexity"], rows)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lora2serve.config.objectives import SFT
+from lora2serve.config.objectives import SFT, Objective
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import LORA, STATES
 
@@ -19,7 +19,7 @@ METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 class PlanSettings:
     """One way to train a model. ``batch`` rows of ``length`` tokens go through it at once.
 
-    ``answers``: to each prompt, which are as many sequences; of two they are compared with what the base says of them.
+    Of ``objective`` dpo a row is two answers, each behind its prompt; of dpo and kto the base is asked for them, too.
     """
 
     method: Method = "qlora"
@@ -40,7 +40,7 @@ class PlanSettings:
     padded: bool = True  # whether rows of several lengths go through at once, so that attention gets a mask
     kind: str = LORA  # of adapter: ``train.method``
     options: Mapping[str, object] = field(default_factory=dict)  # of another kind than lora
-    answers: int = 1
+    objective: Objective = SFT
     learned: int | None = None  # values of such an adapter, which its own code says
 
     @property
@@ -77,6 +77,11 @@ class PlanSettings:
         return self.dtype == "float32"
 
     @property
+    def answers(self) -> int:
+        """Sequences that a row is."""
+        return 2 if self.objective == "dpo" else 1
+
+    @property
     def tokens(self) -> int:
         """Tokens that go through the model at once."""
         return self.batch * self.answers * self.length
@@ -86,7 +91,6 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
     """What a recipe asks for, with rows of ``length`` tokens, on a device that computes in ``dtype``."""
     lora = train.lora
     method = method_of(train)
-    answers = 1 if train.objective == SFT else 2
     return PlanSettings(
         method=method,
         rank=lora.rank,
@@ -95,7 +99,7 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
         length=length,
         checkpointing=checkpoints(train, method),
         accumulates=train.accumulation > 1,
-        padded=train.batch_size * answers > 1,
+        padded=train.batch_size > 1 or train.objective != SFT,
         double_quant=train.double_quant,
         dropout=lora.dropout > 0,
         dora=lora.dora,
@@ -103,7 +107,7 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
         dtype=dtype,
         kind=train.method,
         options=train.options,
-        answers=answers,
+        objective=train.objective,
     )
 
 

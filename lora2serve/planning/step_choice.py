@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import STATES
 from lora2serve.planning.gpus import GpuModel
@@ -43,13 +44,14 @@ def choose_step(
 ) -> StepChoice:
     """What is fastest of what fits into ``gpu``; where nothing does, what takes least.
 
-    The loss that balances experts is one of the rows that go through at once: these stay as the recipe has them.
+    The loss that balances experts is one of the rows that go through at once, and KTO compares these with each other:
+    they stay as the recipe has them.
     settings: what else is trained, such as ``settings_of(train, ...)``.
     ratio: measured to planned bytes of earlier runs.
     """
     rows = train.batch_size * train.accumulation
     most = gpu.memory * (CPU_SHARE if settings.on_cpu else GPU_SHARE)
-    ways = list(_ways(settings, train, rows, in_pieces=not shape.expert_values))
+    ways = list(_ways(settings, train, rows, in_pieces=not shape.expert_values and train.objective != "kto"))
 
     def needs(way: PlanSettings) -> int:
         return planned_bytes(shape, way, ratio).total
@@ -74,7 +76,7 @@ def _ways(settings: PlanSettings, train: TrainRecipe, rows: int, *, in_pieces: b
     order += [(batch, False) for batch in batches if batch not in busy]
     for batch, checkpointing in order:
         if asked in (None, checkpointing):
-            padded = batch * settings.answers > 1
+            padded = batch > 1 or settings.objective != SFT
             yield replace(settings, batch=batch, checkpointing=checkpointing, accumulates=batch < rows, padded=padded)
 
 

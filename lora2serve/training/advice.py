@@ -22,6 +22,7 @@ def warnings(recipe: Recipe, rows: Sequence[Sample], held_out: bool) -> list[str
     train, lora = recipe.train, recipe.train.lora
     problems = []
     problems += _of_learning_rate(train)
+    problems += _of_labels(train, rows)
     if train.quantize != "none" and train.gradient_checkpointing is False:
         problems.append("no gradient checkpointing with a 4-bit base: activations will take most of the memory")
     if not held_out:
@@ -47,6 +48,24 @@ def _of_learning_rate(train: TrainRecipe) -> list[str]:
     if objective != SFT and rate > 1e-4:
         return [f"learning rate {rate:g} is high for {objective}: 5e-6 to 5e-5 is usual (train.learning_rate)"]
     return []
+
+
+def _of_labels(train: TrainRecipe, samples: Sequence[Sample]) -> list[str]:
+    """Of KTO, whose paper (arXiv 2402.01306, eq. 8) wants right and wrong answers to count about alike."""
+    if train.objective != "kto":
+        return []
+    right = sum(sample.right for sample in samples)
+    wrong = len(samples) - right
+    weights = [float(str(train.preference.get(name, 1.0))) for name in ("desirable_weight", "undesirable_weight")]
+    if not right or not wrong:
+        return [f"all {len(samples)} answers are labeled {str(bool(right)).lower()}: kto learns from both kinds"]
+    if 1 <= weights[0] * right / (weights[1] * wrong) <= 4 / 3:
+        return []
+    balanced = weights[1] * wrong / right
+    return [
+        f"{right} answers are labeled true and {wrong} false: set train.preference.desirable_weight: {balanced:.2f} to "
+        f"{balanced * 4 / 3:.2f}, so that both count about alike"
+    ]
 
 
 def _of_length(samples: Sequence[Sample], limit: int) -> list[str]:
@@ -97,8 +116,8 @@ def _of_memorizing(recipe: Recipe, samples: Sequence[Sample], held_out: bool) ->
 def _sequences(recipe: Recipe, samples: Sequence[Sample]) -> int:
     """How many the trainer gets, about where they are packed."""
     learned = [len(sample.input_ids) for sample in samples if sample.learned]
-    if recipe.train.objective != SFT:
-        return len(learned) // 2  # two answers each
+    if recipe.train.objective == "dpo":
+        return len(learned) // 2
     return math.ceil(sum(learned) / recipe.data.max_length) if recipe.data.packing else len(learned)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 Batch = Mapping[str, object]
 PAIRS = "completion_mask"  # of a batch whose first half are chosen answers, and whose second half the rejected ones
+LABEL = "label"  # of a batch of single answers, whose rows are compared with each other
 
 
 def units(batch: Batch) -> int:
@@ -16,6 +17,8 @@ def units(batch: Batch) -> int:
     starts = batch.get("cu_seq_lens_q")
     ids = batch["input_ids"]
     assert isinstance(ids, Tensor)
+    if LABEL in batch:
+        return 1
     if PAIRS in batch:
         return len(ids) // 2
     return len(starts) - 1 if isinstance(starts, Tensor) else len(ids)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import LoraRecipe, Quantize, TrainRecipe
 from lora2serve.config.schema import build
 from lora2serve.planning.plan_settings import ComputeType, PlanSettings
@@ -137,7 +138,7 @@ class _FakeTraining:
             with hoisted:
                 with autocast:
                     loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
-                    if settings.answers > 1 and settings.method != "full":
+                    if settings.objective != SFT and settings.method != "full":
                         with torch.no_grad(), model.disable_adapter():  # the reference, beside what the gradient needs
                             model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
                 loss.backward()

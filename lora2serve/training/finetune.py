@@ -182,9 +182,11 @@ class FineTune:
         scored = [sample for sample in held_out if sample.learned]
         if eval_rows and not scored:
             raise DataError(f"{eval_rows.path}: no held-out row has a token to score", "raise data.max_length")
-        if self.recipe.train.objective != SFT:
+        if self.recipe.train.objective == "dpo":
             refuse_other_prompts(samples, train_rows)
             refuse_other_prompts(scored, eval_rows or train_rows)
+        if eval_rows and not self.right(scored):
+            raise DataError(f"{eval_rows.path}: no held-out answer is labeled true", "hold more rows out")
         return samples, scored
 
     def write_inputs(self) -> None:
@@ -289,8 +291,8 @@ class FineTune:
         return eval_loss.evaluate(model, rows, tokenizer.pad_token_id, batch, progress, label)
 
     def right(self, held_out: list[Sample]) -> list[Sample]:
-        """Without the rejected answers, of which each stands behind the chosen one."""
-        return held_out if self.recipe.train.objective == SFT else held_out[::2]
+        """Without the answers that are rejected or labeled false."""
+        return [sample for sample in held_out if sample.right]
 
     def measure_on_original(self, tuned: RowLosses, held_out: list[Sample], tokenizer: Tokenizer) -> None:
         """The merge needs to know which base suits the adapter better."""
@@ -309,7 +311,7 @@ class FineTune:
         """Into run.json, and in words."""
         record = self.run.record
         self.run.save(replace(record, metrics=record.metrics.with_loss(name, loss)))
-        of_what = "eval loss" if self.recipe.train.objective == SFT else "loss of the chosen answers"
+        of_what = "eval loss" if self.recipe.train.objective == SFT else "loss of the right answers"
         self.progress.note(f"{label}: {of_what} {loss.eval_loss:.4f}, perplexity {loss.perplexity:.2f}")
 
 

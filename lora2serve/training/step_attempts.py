@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora2serve.errors import TrainError
-from lora2serve.training.batch_parts import Batch, parts, units
+from lora2serve.training.batch_parts import LABEL, Batch, parts, units
 from lora2serve.training.layer_compilation import CompiledLayers, is_refusal
 
 Around = Callable[[], AbstractContextManager[None]]  # of the forward and backward of a batch
@@ -84,8 +84,11 @@ class StepAttempts:
             self.recompute = None
             self.told("out of memory with one row at once: activations are computed twice from now on")
         else:
+            together = any(LABEL in batch for batch in self.batches)
+            what = "rows that are compared with each other" if together else "one row at once"
+            first = "train.batch_size, " if together else ""
             raise TrainError(
-                "out of memory with one row at once", "lower data.max_length or train.lora.rank"
+                f"out of memory with {what}", f"lower {first}data.max_length or train.lora.rank"
             ) from error
 
 

@@ -12,7 +12,7 @@ from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import LoopRecord
 from lora2serve.config.objectives import SFT, Objective, config_class, read_preference
 from lora2serve.config.recipe import Recipe
-from lora2serve.data.preference_pairs import paired
+from lora2serve.data.preference_pairs import labeled, paired
 from lora2serve.data.samples import Sample
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import TrainError, did_you_mean
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import EarlyStoppingCallback, TrainerCallback
-    from trl import DPOConfig, SFTConfig
+    from trl import DPOConfig, KTOConfig, SFTConfig
 
     from lora2serve.training.run_trainer import Measure, RunSteps
 
@@ -51,7 +51,7 @@ def fit(
     loop = decided(loop, model, rows, recipe, device)
     if recipe.data.packing and not packs(recipe, loop, model, rows, progress):
         recipe = replace(recipe, data=replace(recipe.data, packing=False))
-    data = _dataset(rows, recipe.train.objective, recipe)
+    data = _dataset(rows, recipe)
     total = total_steps(recipe, len(data))
     loop = with_compiler(loop, total, device)
     checkpoint = last_checkpoint(run) if resume else None
@@ -59,7 +59,7 @@ def fit(
         load_adapter(model, checkpoint, best=_keeps_best(recipe, bool(held_out)))
         if recipe.train.objective != SFT:
             arguments = _arguments(recipe, run, device, total, bool(held_out), loop)
-            trainer = _trainer(model, tokenizer, data, held_out, arguments, [], trained_before=True)
+            trainer = _trainer(model, tokenizer, data, held_out, arguments, [], recipe)
             _keep_figures(trainer, run, progress)
         return step_of(checkpoint)
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -69,8 +69,7 @@ def fit(
         arguments = _arguments(recipe, run, device, total, bool(held_out), loop)
         callbacks = [log, *_early_stopping(recipe), *rank_budget(model, total)]
         callbacks += _samples(recipe, run, total, prompts, tokenizer, progress)
-        trained_before = recipe.train.from_adapter is not None
-        trainer = _trainer(model, tokenizer, data, held_out, arguments, callbacks, trained_before=trained_before)
+        trainer = _trainer(model, tokenizer, data, held_out, arguments, callbacks, recipe)
         prepare_steps(trainer, model, rows, run, loop, device, progress)
         trainer.measure = measure
         trainer.count_from(tokens_of(checkpoint) if checkpoint else 0)
@@ -93,10 +92,7 @@ def _keep_figures(trainer: RunSteps, run: Run, progress: Progress) -> None:
         return
     found = trainer.figures()
     run.save(replace(run.record, metrics=replace(run.record.metrics, preference=found)))
-    progress.note(
-        f"{found.accuracy:.0%} of {found.pairs} held-out pairs have the chosen answer in front, by a margin of "
-        f"{found.margin:.3f} on average; loss {found.loss:.4f}"
-    )
+    progress.note(f"held out: {found.in_words()}")
 
 
 def _with_pace(trainer: RunSteps, model: PeftModel, device: Device, log: MetricLog) -> Pace:
@@ -119,27 +115,25 @@ def _trainer(
     tokenizer: Tokenizer,
     data: Dataset,
     held_out: Sequence[Sample],
-    arguments: SFTConfig | DPOConfig,
+    arguments: SFTConfig | DPOConfig | KTOConfig,
     callbacks: Sequence[TrainerCallback],
-    *,
-    trained_before: bool,
+    recipe: Recipe,
 ) -> RunSteps:
     """TRL's trainer, with our words instead of its own and an adapter in float32."""
     from transformers import PrinterCallback, ProgressCallback
     from transformers.integrations import TensorBoardCallback
-    from trl import DPOConfig
 
     arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs without a launcher, the first, where the model is
     if not _name_experts(model):
         arguments.router_aux_loss_coef = 0.0
     learned = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    trained_before = recipe.train.from_adapter is not None
     in_full = {name: value for name, value in learned.items() if trained_before or ".lora_" not in name}
-    objective: Objective = "dpo" if isinstance(arguments, DPOConfig) else "sft"
-    trainer = _trainer_class(objective)(
+    trainer = _trainer_class(recipe.train.objective)(
         model=model,
         args=arguments,
         train_dataset=data,
-        eval_dataset=_dataset(held_out, objective) if held_out else None,
+        eval_dataset=_dataset(held_out, recipe, held_out=True) if held_out else None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
@@ -158,12 +152,12 @@ def _trainer(
 
 
 def _trainer_class(objective: Objective) -> type[RunSteps]:
-    from lora2serve.training.preference_trainer import PreferenceTrainer
+    from lora2serve.training.preference_trainer import LabelTrainer, PairTrainer
     from lora2serve.training.rank_trainer import RankTrainer
     from lora2serve.training.run_trainer import RunTrainer
 
     by_tokens = RunTrainer if ranks.processes() == 1 else RankTrainer
-    return by_tokens if objective == SFT else PreferenceTrainer
+    return {"sft": by_tokens, "dpo": PairTrainer, "kto": LabelTrainer}[objective]
 
 
 def _place(device: Device) -> str:
@@ -198,7 +192,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 def _arguments(
     recipe: Recipe, run: Run, device: Device, total: int, held_out: bool, loop: LoopRecord
-) -> SFTConfig | DPOConfig:
+) -> SFTConfig | DPOConfig | KTOConfig:
     train = recipe.train
     try:
         return config_class(train.objective)(
@@ -224,14 +218,20 @@ def _arguments(
             **_evaluations(recipe, total, held_out),
             report_to=(list(train.trackers) if ranks.rank() == 0 else []) or "none",
             run_name=run.name,
-            padding_free=recipe.data.packing or bool(loop.varlen),
             max_length=None,  # rows are cut and packed before
-            **read_preference(train.objective, train.preference, []),
+            **_of_objective(recipe, loop),
             disable_tqdm=True,
             dataloader_pin_memory=device.on_gpu,
         )
     except (ValueError, ImportError) as error:
         raise TrainError(f"recipe: {(str(error).splitlines() or ['?'])[0]}") from error
+
+
+def _of_objective(recipe: Recipe, loop: LoopRecord) -> dict[str, object]:
+    """Arguments that not every trainer has."""
+    if recipe.train.objective == SFT:
+        return {"padding_free": recipe.data.packing or bool(loop.varlen)}
+    return read_preference(recipe.train.objective, recipe.train.preference, [])
 
 
 def _evaluations(recipe: Recipe, total: int, held_out: bool) -> dict[str, object]:
@@ -256,16 +256,18 @@ def _early_stopping(recipe: Recipe) -> list[EarlyStoppingCallback]:
     return [EarlyStoppingCallback(recipe.train.early_stopping)] if recipe.train.early_stopping else []
 
 
-def _dataset(rows: Sequence[Sample], objective: Objective, packed: Recipe | None = None) -> Dataset:
+def _dataset(rows: Sequence[Sample], recipe: Recipe, *, held_out: bool = False) -> Dataset:
     """The trainer's form of the rows; packed where the recipe asks for it, so that the steps can be counted."""
     from datasets import Dataset
     from trl import pack_dataset
 
-    from lora2serve.training.preference_trainer import pair_dataset
+    from lora2serve.training.preference_trainer import label_dataset, pair_dataset
 
-    if objective != SFT:
+    if recipe.train.objective == "dpo":
         return pair_dataset(paired(rows))
+    if recipe.train.objective == "kto":
+        return label_dataset(labeled(rows), recipe.train.batch_size, None if held_out else recipe.train.seed)
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
-    if packed is None or not packed.data.packing:
+    if held_out or not recipe.data.packing:
         return data
-    return pack_dataset(data.shuffle(seed=packed.train.seed), packed.data.max_length, "bfd")
+    return pack_dataset(data.shuffle(seed=recipe.train.seed), recipe.data.max_length, "bfd")

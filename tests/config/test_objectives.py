@@ -47,11 +47,15 @@ def test_every_field_of_trl_is_an_option_or_set_by_the_run() -> None:
         "disable_dropout", "loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
         "label_smoothing", "beta", "use_weighting", "discopop_tau",
     }  # fmt: skip
+    assert set(objectives.option_names("kto")) == {
+        "disable_dropout", "loss_type", "beta", "desirable_weight", "undesirable_weight",
+    }  # fmt: skip
 
 
 def test_every_loss_of_trl_is_trained_or_refused() -> None:
-    from trl.trainer import dpo_trainer
+    from trl.trainer import dpo_trainer, kto_trainer
 
+    assert set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(kto_trainer))) == set(objectives.LABEL_LOSSES)
     source = inspect.getsource(dpo_trainer)
     known = set(re.findall(r'loss_type == "(\w+)"', source))
     assert known == {*objectives.LOSSES, *objectives.WHOLE_BATCH}
@@ -95,5 +99,20 @@ def test_what_makes_no_sense_is_refused_at_once(tmp_path: Path) -> None:
         "train.preference: 'beta', expected none with train.objective: sft"
     ]
     assert problems(tmp_path, {"objective": "dop"}) == [
-        "train.objective: 'dop', expected one of sft, dpo (did you mean 'dpo'?)"
+        "train.objective: 'dop', expected one of sft, dpo, kto (did you mean 'dpo'?)"
     ]
+
+
+def test_kto_has_fields_of_its_own(tmp_path: Path) -> None:
+    train = {"objective": "kto", "batch_size": 1}
+    (line,) = problems(tmp_path, train)
+    assert line.startswith("train.batch_size: 1, but kto compares the rows of a batch")
+    alone = {**train, "preference": {"loss_type": "apo_zero_unpaired", "desirable_weight": 1.5}}
+    assert load(recipe(tmp_path, alone)).train.batch_size == 1, "the control: a loss that compares none"
+    lines = problems(tmp_path, {"objective": "kto", "preference": {"loss_type": "kot", "undesirable_weight": 0}})
+    assert [line.split(":")[0] for line in lines] == [
+        "train.preference.undesirable_weight",
+        "train.preference.loss_type",
+    ]
+    (line,) = problems(tmp_path, {"objective": "kto", "preference": {"loss_weights": [1]}})
+    assert line.startswith("train.preference.loss_weights: unknown key")

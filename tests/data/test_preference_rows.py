@@ -12,10 +12,10 @@ from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.base_template import base_template
 from lora2serve.data.message_forms import RowProblem
-from lora2serve.data.preference_pairs import paired
+from lora2serve.data.preference_pairs import labeled, paired
 from lora2serve.data.preview import preview
 from lora2serve.data.row_forms import RowReader
-from lora2serve.data.rows import ChatRow, CompletionRow, PreferenceRow, answered
+from lora2serve.data.rows import ChatRow, CompletionRow, LabeledRow, PreferenceRow, answered
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.errors import DataError
 from lora2serve.progress import Silent
@@ -130,3 +130,49 @@ def test_preview_shows_both_answers(tmp_path: Path) -> None:
     assert json.loads(json.dumps(shown.samples[1].json()))["side"] == "rejected"
     assert len(shown.pick(1)) == 2
     assert next(shown.summary()).startswith(f"{tmp_path / 't.jsonl'}: 2 rows give 4 samples of")
+
+
+@pytest.mark.parametrize("label", [True, 1, "true", False, 0, "False"])
+def test_labels(label: object) -> None:
+    row = RowReader(objective="kto").read({"prompt": "Who?", "completion": "We.", "label": label})
+    assert row == LabeledRow(CompletionRow("Who?", "We."), label in (True, "true"))
+    assert row.json() == {"prompt": "Who?", "completion": "We.", "label": row.label}
+    assert RowReader().read(row.json()) == row, "as parity reads it again"
+    before = [ASKED, WRONG, ASKED]
+    chat = RowReader(objective="kto").read({"messages": [*before, RIGHT], "label": label})
+    assert [turn.get("weight", 1) for turn in chat.answer.messages] == [1, 0, 1, 1], "the last answer has the label"
+    assert RowReader(objective="kto").read({"prompt": before, "completion": [RIGHT], "label": label}) == chat
+    assert RowReader(objective="kto").read(chat.json()) == chat
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"prompt": "Who?", "completion": "We."}, "label is None, expected true or false"),
+        ({"prompt": "Who?", "completion": "We.", "label": 0.5}, "label is 0.5, expected true or false"),
+        ({"text": "We.", "label": True}, "text has no prompt, expected prompt + completion + label"),
+        ({"messages": [ASKED, RIGHT, ASKED], "label": True}, "does not end with the answer that has the label"),
+        (TEXTS, "keys prompt, chosen, rejected, expected prompt + completion + label (train.objective: kto)"),
+    ],
+)
+def test_what_has_no_label(value: object, problem: str) -> None:
+    with pytest.raises(RowProblem) as caught:
+        RowReader(objective="kto").read(value)
+    assert problem in str(caught.value)
+
+
+def test_labeled_answers_are_learned_as_sft_learns_them(tmp_path: Path) -> None:
+    template = base_template(DEMO / "base", None)
+    rows = [{**CHAT, "completion": CHAT["chosen"], "label": True}, {"messages": [ASKED, WRONG], "label": False}]
+    rows = [{key: value for key, value in row.items() if key not in ("chosen", "rejected")} for row in rows]
+    recipe = DataRecipe(str(write_jsonl(tmp_path / "t.jsonl", rows)))
+    data = data_sets.load(recipe, objective="kto").train
+    samples = tokenize_all(data, template, recipe, Silent())
+    assert [sample.right for sample in samples] == [True, False]
+    plain = data_sets.load(recipe, objective="sft").train
+    assert [(s.input_ids, s.labels) for s in samples] == [
+        (s.input_ids, s.labels) for s in tokenize_all(plain, template, recipe, Silent())
+    ]
+    assert [one.prompt + one.answer for one in labeled(samples)] == [sample.input_ids for sample in samples]
+    shown = preview(data_sets.load(recipe, objective="kto"), template, recipe, Silent())
+    assert [sample.side for sample in shown.samples] == ["labeled true", "labeled false"]

@@ -56,7 +56,7 @@ def test_the_samples_are_those_of_the_trainer(recipe: Path, capfd: pytest.Captur
     base = Path(chosen.model.path)
     fine_tune = FineTune(chosen, Run(recipe.parent), data_sets.load(chosen.data), base, device(), told)
     rows, _ = fine_tune.in_form(template.tokenizer).tokenize(template)
-    trained = _dataset(rows, "sft")
+    trained = _dataset(rows, chosen)
     assert [sample["ids"] for sample in shown] == list(trained["input_ids"])
     assert [sample["labels"] for sample in shown] == list(trained["labels"])
     assert [sample["row"] for sample in shown] == [1, 1, 1, 2, 3, 5, 5, 5, 6]

@@ -78,3 +78,15 @@ def test_a_model_that_no_plan_knows_is_trained_as_the_recipe_says() -> None:
     made = recipe_step(TrainRecipe(batch_size=3, accumulation=2), 1024, find_gpu("24"))
     assert (made.settings.batch, made.accumulation, made.settings.checkpointing) == (3, 2, True)
     assert made.optimizer == "paged_adamw_32bit"
+
+
+def test_two_answers_are_two_rows_and_labeled_ones_stay_together() -> None:
+    """Of dpo as many tokens as of twice the rows; kto compares the rows of a batch, which is not cut."""
+    shape, card = model_shape(LLAMA3_8B, None), find_gpu("10")
+    sft, dpo, kto = (settings_of(TrainRecipe(objective=name), 1024, "bfloat16") for name in ("sft", "dpo", "kto"))
+    assert (dpo.tokens, kto.tokens) == (2 * sft.tokens, sft.tokens)
+    assert planned_bytes(shape, dpo) == planned_bytes(shape, replace(sft, batch=16))
+    assert choice(shape, card, objective="dpo").settings.batch < choice(shape, card).settings.batch == 4
+    made = choice(shape, card, objective="kto", batch_size=4, accumulation=4)
+    assert (made.settings.batch, made.accumulation) == (4, 4)
+    assert made.settings.padded and replace(made.settings, batch=1).padded

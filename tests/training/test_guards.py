@@ -143,3 +143,20 @@ def test_a_gpu_that_would_stand_idle(
     nvidia_gpus.cache_clear()
     assert advice.idle_gpu() == "", "the control: the tool without a GPU"
     nvidia_gpus.cache_clear()
+
+
+def test_answers_that_are_compared_have_warnings_of_their_own(tmp_path: Path) -> None:
+    """Of pairs neither dropout nor the rate of a LoRA; of labels both kinds, which count about alike."""
+    pairs = [Sample([1, 2], [-100, 2], cut=False, row=row, right=side) for row in range(300) for side in (True, False)]
+    assert warned(tmp_path, {"objective": "dpo", "learning_rate": 1e-5}, rows=pairs) == []
+    (high,) = warned(tmp_path, {"objective": "dpo", "learning_rate": 1e-3}, rows=pairs)
+    assert high.startswith("learning rate 0.001 is high for dpo: 5e-6 to 5e-5 is usual")
+    (few,) = warned(tmp_path, {"objective": "dpo", "learning_rate": 1e-5, "steps": 60}, rows=pairs[:100])
+    assert few == "50 rows will be memorized: set train.early_stopping: 3, train.eval_steps: 6"
+    kto: dict[str, Any] = {"objective": "kto", "learning_rate": 1e-5}
+    (uneven,) = warned(tmp_path, kto, rows=pairs[:-150:2] + pairs[1:300:2])
+    assert uneven.endswith("so that both count about alike") and "train.preference.desirable_weight: 0.67 to" in uneven
+    weighed = {**kto, "preference": {"desirable_weight": 0.8}}
+    assert warned(tmp_path, weighed, rows=pairs[:-150:2] + pairs[1:300:2]) == [], "the control"
+    (alike,) = warned(tmp_path, kto, rows=pairs[::2])
+    assert alike == "all 300 answers are labeled true: kto learns from both kinds"

@@ -173,7 +173,7 @@ def test_two_gpus_without_a_launcher(
         return made
 
     monkeypatch.setattr(trainer, "_arguments", on_two)
-    run, _, _ = fit(recipe_file(tmp_path, small, chats, steps=2))
+    run, _, recipe = fit(recipe_file(tmp_path, small, chats, steps=2))
     assert list(logged(run)) == [1, 2]
     assert [made.n_gpu for made in counts] == [1]
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,8 +184,8 @@ def test_two_gpus_without_a_launcher(
         SFTTrainer(
             AutoModelForCausalLM.from_pretrained(small),
             args=counts[0],
-            train_dataset=trainer._dataset(row, "sft"),
-            eval_dataset=trainer._dataset(row, "sft"),
+            train_dataset=trainer._dataset(row, recipe),
+            eval_dataset=trainer._dataset(row, recipe),
             processing_class=AutoTokenizer.from_pretrained(small),
         )
 

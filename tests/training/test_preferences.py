@@ -1,9 +1,10 @@
-"""DPO: the loss of TRL by hand, margins that rise, one figure whatever the batch, runs that go on and are exported."""
+"""DPO and KTO: the loss of TRL by hand, margins that rise, one figure whatever the batch, runs that go on and are exported."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from lora2serve.artifacts.run import Run
+from lora2serve.config.recipe import TrainRecipe
+from lora2serve.config.train_methods import LAYERS, LORA
+from lora2serve.training import model as models
 from lora2serve.training.batch_parts import parts, units
 from lora2serve.training.checkpoints import last_checkpoint
+from lora2serve.training.method_config import adapter_config
 from tests.support.runs import DEMO, fit, logged, preferences, recipe_file, write_jsonl
+from tests.training.test_methods import OPTIONS
 
 pytestmark = pytest.mark.engine
 
@@ -41,24 +47,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, str]) -> 
     return run
 
 
-def by_hand(folder: Path, pairs: dict[str, str], steps: int, **options: Any) -> list[dict[str, float]]:
+def by_hand(
+    folder: Path, data: dict[str, str], steps: int, trainer_class: Any, config_class: Any, **options: Any
+) -> list[dict[str, float]]:
     """The script that people write: TRL reads the rows, renders them, makes the adapter and trains it."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
 
-    rows = [json.loads(line) for line in Path(pairs["train"]).read_text().splitlines()]
-    arguments = DPOConfig(
+    rows = Dataset.from_list([json.loads(line) for line in Path(data["train"]).read_text().splitlines()])
+    rows = rows.shuffle(seed=42) if "label" in rows.column_names else rows
+    arguments = config_class(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=5e-3,
         lr_scheduler_type="constant", warmup_steps=math.ceil(0.03 * steps), max_grad_norm=0.3, seed=42, data_seed=42,
         bf16=False, use_cpu=True, gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, max_length=128, **options,
     )  # fmt: skip
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    trainer = DPOTrainer(
+    trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32), args=arguments,
-        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(DEMO / "base"),
+        train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(DEMO / "base"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=names, task_type="CAUSAL_LM"),
     )  # fmt: skip
     trainer.train()
@@ -68,8 +76,10 @@ def by_hand(folder: Path, pairs: dict[str, str], steps: int, **options: Any) -> 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.4, "loss_type": ["sigmoid", "ipo"], "loss_weights": [0.8, 0.2]}])
 def test_the_loss_is_that_of_trl_by_hand(tmp_path: Path, pairs: dict[str, str], options: dict[str, Any]) -> None:
     """Step by step, margins and log-probabilities as well: the rows are tokenized alike here, by this template."""
+    from trl import DPOConfig, DPOTrainer
+
     run, _, _ = fit(recipe_file(tmp_path / "a", DEMO / "base", pairs, steps=5, preference=options, **PLAIN))
-    expected = by_hand(tmp_path / "b", pairs, 5, **options)
+    expected = by_hand(tmp_path / "b", pairs, 5, DPOTrainer, DPOConfig, **options)
     for key in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"):
         assert list(logged(run, key).values()) == pytest.approx([line[key] for line in expected], abs=2e-4), key
     assert abs(logged(run)[5] - logged(run)[1]) > 2e-3, "the control: it changes"
@@ -83,7 +93,7 @@ def test_margins_rise_and_held_out_pairs_are_told_apart(trained: Run) -> None:
     assert held_out[24] > held_out[8]
     assert logged(trained, "eval_loss")[24] < math.log(2)
     found = trained.record.metrics.preference
-    assert found is not None and found.pairs == 9
+    assert found is not None and found.rows == 9
     assert found.margin == pytest.approx(found.chosen - found.rejected, abs=1e-5)
     for name, value in (
         ("loss", found.loss),
@@ -141,6 +151,58 @@ def test_whatever_the_pieces_a_step_and_an_evaluation_are_the_same(
         assert list(logged(pieces, key).values()) == pytest.approx(list(logged(whole, key).values()), abs=1e-5), key
 
 
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, str]) -> dict[str, str]:
+    """The same answers one by one, with a label each."""
+    root, files = tmp_path_factory.mktemp("labels"), {}
+    for name, path in pairs.items():
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        each = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in rows for side in ("chosen", "rejected")
+        ]  # fmt: skip
+        files[name] = str(write_jsonl(root / f"{name}.jsonl", each))
+    return files
+
+
+KTO: dict[str, Any] = {**PLAIN, "objective": "kto"}
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "apo_zero_unpaired", "beta": 0.3, "undesirable_weight": 1.2}])
+def test_the_loss_of_kto_is_that_of_trl_by_hand(
+    tmp_path: Path, labels: dict[str, str], options: dict[str, Any]
+) -> None:
+    """On the same rows in the same order, which stays as it is: batches hold what is compared."""
+    from trl import KTOConfig, KTOTrainer
+
+    run, _, _ = fit(recipe_file(tmp_path / "a", DEMO / "base", labels, steps=5, preference=options, **KTO))
+    expected = by_hand(tmp_path / "b", labels, 5, KTOTrainer, KTOConfig, **options)
+    for key in ("loss", "rewards/margins", "kl", "logps/chosen", "logps/rejected", "grad_norm"):
+        there = {line["step"]: line[key] for line in expected if key in line}
+        assert logged(run, key) == pytest.approx(there, abs=2e-4), key
+    assert abs(logged(run)[5] - logged(run)[1]) > 2e-3, "the control: it changes"
+
+
+def test_kto_tells_held_out_answers_apart_and_goes_on(tmp_path: Path, labels: dict[str, str]) -> None:
+    """Margins rise; a run that goes on from a checkpoint ends with the same bits."""
+    options = {**KTO, "steps": 18, "eval_steps": 6, "batch_size": 8}
+    run, told, _ = fit(recipe_file(tmp_path, DEMO / "base", labels, **options))
+    margins = logged(run, "eval_rewards/margins")
+    assert margins[18] > margins[6] and margins[18] > 0.1
+    found = run.record.metrics.preference
+    assert found is not None and (found.rows, found.accuracy) == (18, None)
+    assert found.margin == pytest.approx(margins[18], abs=1e-5)
+    assert any(note.startswith("the first answer that is labeled false:") for note in told.notes)
+    assert any(note.startswith("held out: margin") for note in told.notes)
+    other = Run(tmp_path / "again")
+    shutil.copytree(run.path, other.path)
+    shutil.rmtree(other.adapter)
+    shutil.rmtree(other.path / "checkpoints" / "checkpoint-18")
+    other.save(replace(other.record, finished=False))
+    resumed, _, _ = fit(other.recipe, into=other.path, resume=True)
+    assert_same(resumed, run)
+
+
 def test_parts_keep_pairs_together() -> None:
     """Both answers of a pair go through at once, and all pairs go."""
     ids = torch.arange(10)[:, None].expand(10, 3)
@@ -153,8 +215,6 @@ def test_parts_keep_pairs_together() -> None:
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, trained: Run) -> None:
     """From the state of step 21, as after a kill; and from the last one, where no step is left."""
-    import shutil
-
     run = Run(tmp_path / "run")
     shutil.copytree(trained.path, run.path)
     shutil.rmtree(run.adapter)
@@ -207,3 +267,23 @@ def test_on_a_4_bit_base_with_checkpointing(tmp_path: Path, pairs: dict[str, str
     assert {weight.dtype for weight in load_file(on.adapter / "adapter_model.safetensors").values()} == {torch.float32}
     assert set(json.loads((on.adapter / "adapter_config.json").read_text())["target_modules"]), "one adapter"
     assert not (on.adapter / "ref").exists(), "and no copy of it"
+
+
+METHODS = [pytest.param(name, marks=() if name in ("lora", "ia3") else pytest.mark.slow) for name in (LORA, *LAYERS)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_reference_is_the_base_whatever_the_adapter(small: Path, method: str) -> None:
+    """With the adapter off, after it was trained: what it learned is random here."""
+    recipe = TrainRecipe(method, OPTIONS.get(method, {}), quantize="none")
+    model = models.prepare(models.load_base(small, recipe, models.Device("cpu", "float32")), checkpointing=False)
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        base = model(ids).logits.clone()
+        tuned = models.add_adapter(model, adapter_config(model, recipe, small))
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        assert not torch.equal(tuned(ids).logits, base), "the control"
+        with tuned.disable_adapter():
+            assert torch.equal(tuned(ids).logits, base)
