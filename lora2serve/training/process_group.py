@@ -19,6 +19,7 @@ from lora2serve.system.launcher import Launch
 from lora2serve.training.ranks import joined
 
 WAIT = timedelta(days=1)  # while one fetches a base; whoever is gone is noticed at once, or by the launcher
+MEET = timedelta(minutes=10)  # for all to come
 READ = timedelta(seconds=3)  # for the others to read who ended first
 FIRST, HAS_READ = "lora2serve/first", "lora2serve/read"
 LOST = ("closed by peer", "reset by peer", "gloo/transport", "NCCL error", "ncclRemoteError")
@@ -55,12 +56,11 @@ def together(launch: Launch) -> Iterator[None]:
 def _store() -> Store:
     """Where the processes find each other."""
     try:
-        store: Store = next(rendezvous("env://"))[0]
+        store: Store = next(rendezvous("env://", timeout=MEET))[0]
     except (RuntimeError, ValueError) as error:
         address = ":".join(os.environ[name] for name in launcher.ADDRESS)
-        raise TrainError(
-            f"{address}: the processes of this training do not meet there ({first_line(error)})"
-        ) from error
+        message = f"{address}: the processes of this training do not meet there ({first_line(error)})"
+        raise TrainError(message, "start all of them, with one MASTER_ADDR and MASTER_PORT; torchrun does") from error
     return store
 
 
