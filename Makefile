@@ -5,7 +5,8 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 # one thread a process: the models are small, and OpenMP's threads of two processes wait for each other on two cores
-PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# and bytecode is written, whatever the machine's images say: children import our modules hundreds of times
+PYTEST := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadscope
 
 LIGHT := not engine and not slow and not gpu and not hub and not ollama
