@@ -32,7 +32,8 @@ _KINDS = re.compile(
 )
 _TOKENS = "trainable_tokens_delta"
 _WRAPPERS = re.compile(
-    r"(\.modules_to_save(\.default)?|\.base_layer|\.original_module|\.ln_tuning_layers)(?=\.(weight|bias)$)"
+    r"(\.modules_to_save(\.default)?|(\.token_adapter)?\.base_layer|\.original_module|\.ln_tuning_layers)"
+    r"(?=\.(weight|bias)$)"
 )
 
 

@@ -53,7 +53,7 @@ def test_every_key_has_a_place_or_is_named(config: Path, tmp_path: Path) -> None
 
 # Values that say what a recipe does anyway.
 SAME: Mapping[str, tuple[object, ...]] = {
-    "do_train": (True,), "stage": ("sft",), "finetuning_type": ("lora",), "report_to": ("none",),
+    "do_train": (True,), "pref_loss": ("sigmoid",), "stage": ("sft",), "finetuning_type": ("lora",), "report_to": ("none",),
     "optimizer": ("adamw_torch", "adamw_torch_fused"), "evals_per_epoch": (1,), "chat_template": ("tokenizer_default",),
     "eval_strategy": ("steps",), "evaluation_strategy": ("steps",), "quantization_method": ("bnb",),
     "load_in_4bit": (True,), "pissa_convert": (True,), "dataset_dir": ("data",), "lora_rank": (8,),
@@ -92,21 +92,26 @@ def test_what_a_llamafactory_config_becomes(tmp_path: Path) -> None:
     recipe, _ = translated("llamafactory/pissa", tmp_path)
     assert (recipe.train.lora.init, recipe.train.lora.rslora, recipe.name) == ("pissa_niter_16", True, "pissa-16")
     assert recipe.train.lora.modules_to_save == ("embed_tokens", "lm_head")
+    recipe, left_out = translated("llamafactory/dpo", tmp_path)
+    assert (recipe.train.objective, recipe.train.preference) == ("dpo", {"beta": 0.1}) and "stage" not in left_out
     recipe, _ = translated("llamafactory/kto-oft", tmp_path)
     assert (recipe.train.method, dict(recipe.train.options)) == ("oft", {"oft_block_size": 32})
 
 
 WHY = [
-    ("axolotl/dpo-full", "rl", "preferences are not translated: see train.objective"),
     ("axolotl/dpo-full", "adapter", "all weights are trained there; a LoRA is trained here"),
-    ("axolotl/dpo-full", "fsdp_config", "several GPUs or machines are not trained on"),
+    (
+        "axolotl/dpo-full",
+        "fsdp_config",
+        "`lora2serve train --gpus all` (or torchrun) trains by several, each with the whole model",
+    ),
     ("axolotl/lora-8bit", "load_in_8bit", "4 bits or none are trained: 16 are written, and nf4 takes less memory"),
     ("axolotl/variants", "made_up_key", "unknown here: no key of a recipe does the same"),
     ("axolotl/variants", "val_set_size", "data.eval_split is a share of the rows, and this is a number of them"),
     ("axolotl/goes-on", "lora_r", "0, expected 1 to 16384"),
     ("axolotl/goes-on", "lora_dropout", "1.5, expected 0.0 to 0.99"),
     ("llamafactory/kto-oft", "lora_rank", "'eight', expected a whole number"),
-    ("llamafactory/kto-oft", "stage", "preferences are not translated: see train.objective"),
+    ("llamafactory/kto-oft", "stage", "answers and preferences (dpo) are trained, and no rewards"),
     ("llamafactory/full-galore", "finetuning_type", "a LoRA is written; train.method names other kinds of adapters"),
     ("llamafactory/vision", "freeze_vision_tower", "rows with images are not trained"),
     ("llamafactory/gptq", "quantization_method", "bitsandbytes quantizes"),

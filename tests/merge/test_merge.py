@@ -290,6 +290,18 @@ def test_resized_vocabulary(bases: dict[str, Path], tmp_path: Path) -> None:
     load_model(out)(torch.tensor([[329]]))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_of_a_resized_vocabulary(tmp_path: Path, tied: bool) -> None:
+    """PEFT then saves the whole table beside the rows that were trained, under its wrapper's own name."""
+    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=tied)
+    tokens = [325, 326] if tied else {"embed_tokens": [325, 326], "lm_head": [325, 326]}
+    adapter = make_adapter(tmp_path / "adapter", base, resize=330, trainable_token_indices=tokens)
+    out = export_merged(base, [adapter], tmp_path / "out")
+    check_equal(out, merged_by_peft(base, adapter, resize=330))
+    table = stored(out)["model.embed_tokens.weight"]
+    assert table.shape == (330, 64) and not torch.equal(table[325], table[327])
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("change", ["vocabulary", "untied", "replicated"])
 def test_the_config_of_the_base_stays_as_it_is(tmp_path: Path, change: str, nested: bool) -> None:

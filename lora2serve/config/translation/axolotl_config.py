@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from lora2serve.config.translation.moved_keys import UNKNOWN_KEY, MovedKeys, by_name
 from lora2serve.config.translation.shared_keys import (
     EIGHT_BITS,
+    NO_REWARDS,
     OFF,
     PREFIXES,
     SEVERAL,
@@ -15,6 +16,7 @@ from lora2serve.config.translation.shared_keys import (
     translate_loop,
     translate_lora,
     translate_name,
+    translate_objective,
     translate_trackers,
 )
 
@@ -27,6 +29,7 @@ MOVED = {
 }  # fmt: skip
 DATASETS = {"datasets": "data.train", "pretraining_dataset": "data.train", "test_datasets": "data.eval"}
 TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "phi_3": "phi3"}
+PREFERENCE = {"dpo_beta": "beta", "rl_beta": "beta", "dpo_loss_type": "loss_type", "dpo_use_weighting": "use_weighting"}
 OWN_TEMPLATE = "the tokenizer's own template is taken; data.chat_template names a file for a model without one"
 # Forms of rows that are read by their columns, whatever the type calls them.
 READ_BY_COLUMNS = ("chat_template", "sharegpt", "alpaca", "completion", "alpaca_chat.load_qa", "pretrain")
@@ -50,8 +53,8 @@ OWN: Mapping[str, str] = by_name({
         "torch_compile torch_compile_backend use_kernels lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
         "lora_embedding_kernel unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope"
     ),
-    "preferences are not translated: see train.objective": (
-        "rl rl_beta dpo_beta dpo_loss_type dpo_use_weighting rpo_alpha orpo_alpha kto_desirable_weight "
+    NO_REWARDS: (
+        "rl_beta dpo_beta dpo_loss_type dpo_use_weighting rpo_alpha orpo_alpha kto_desirable_weight "
         "kto_undesirable_weight cpo_alpha simpo_gamma trl reward_model process_reward_model gkd ebft"
     ),
     "experts stay in 16 bits": "quantize_moe_experts",
@@ -68,8 +71,8 @@ OWN: Mapping[str, str] = by_name({
 OWN_PREFIXES = {
     **PREFIXES,
     "liger_": "the loss takes a tile of logits at a time without it",
-    "dpo_": "preferences are not translated: see train.objective",
-    "ebft": "preferences are not translated: see train.objective",
+    "dpo_": NO_REWARDS,
+    "ebft": NO_REWARDS,
     "wandb_": "wandb's own environment variables say it",
     "mlflow_": "mlflow's own environment variables say it",
     "relora": "a merged LoRA is no start of another",
@@ -85,6 +88,7 @@ def from_axolotl(config: Mapping[str, object]) -> MovedKeys:
     _data(keys)
     _adapter(keys)
     _batch(keys)
+    translate_objective(keys, "rl", PREFERENCE)
     translate_loop(keys, "lr_scheduler")
     names = {"rslora": "peft_use_rslora", "dora": "peft_use_dora", "init": "peft_init_lora_weights"}
     translate_lora(keys, names)

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from lora2serve.config.translation.moved_keys import UNKNOWN_KEY, MovedKeys, by_name
 from lora2serve.config.translation.shared_keys import (
+    EIGHT_BITS,
+    NO_REWARDS,
     OFF,
     PREFIXES,
     WHY,
     translate_loop,
     translate_lora,
     translate_name,
+    translate_objective,
     translate_trackers,
 )
 from lora2serve.errors import RecipeError
@@ -31,11 +34,14 @@ DEFAULTS: Mapping[str, object] = {
     "train.epochs": 3, "data.max_length": 2048,
 }  # fmt: skip
 # Their names of columns in dataset_info.json, and ours.
-COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "messages", "system": "system",
-           "tools": "tools"}  # fmt: skip
+COLUMNS = {
+    "prompt": "instruction", "query": "input", "response": "output", "messages": "messages", "system": "system",
+    "tools": "tools", "chosen": "chosen", "rejected": "rejected",
+}  # fmt: skip
+INDEX_KEYS = ("file_name", "hf_hub_url", "columns", "tags", "formatting", "ranking", "split", "subset")
 NATIVE = {("messages", "conversations"), ("role", "from"), ("content", "value")}
 OWN: Mapping[str, str] = by_name({
-    "preferences are not translated: see train.objective": (
+    NO_REWARDS: (
         "pref_beta pref_ftx pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight simpo_gamma "
         "ref_model ref_model_adapters reward_model reward_model_adapters reward_model_type ranking"
     ),
@@ -109,9 +115,13 @@ def _defaults(keys: MovedKeys) -> None:
 
 
 def _stage(keys: MovedKeys) -> object:
-    stage, run_name = keys.take("stage"), keys.take("run_name")
-    if stage not in (None, "sft", "pt"):
-        keys.leave("stage", stage, "preferences are not translated: see train.objective")
+    """What is learned: answers, texts (``pt``) or preferences."""
+    stage = keys.take_if("stage", ("sft", "pt"))
+    translate_objective(keys, "stage", {"pref_beta": "beta", "dpo_label_smoothing": "label_smoothing"})
+    loss = keys.take("pref_loss")
+    if loss not in (None, "sigmoid"):
+        keys.leave("pref_loss", loss, "the loss of dpo is sigmoid; train.preference.loss_type names others")
+    run_name = keys.take("run_name")
     if run_name is not None:
         keys.put("name", run_name, "run_name")
     return stage
@@ -127,9 +137,7 @@ def _adapter(keys: MovedKeys) -> None:
     bits, method, form = keys.take("quantization_bit"), keys.take("quantization_method"), keys.take("quantization_type")
     keys.put("train.quantize", "nf4" if bits == 4 else "none", "quantization_bit")
     if bits not in (None, 4):
-        keys.leave(
-            "quantization_bit", bits, "4 bits or none are trained; 16 are written, and nf4 takes the least memory"
-        )
+        keys.leave("quantization_bit", bits, EIGHT_BITS)
     if method not in (None, "bnb", "bitsandbytes"):
         keys.leave("quantization_method", method, "bitsandbytes quantizes")
     if form not in (None, "nf4"):
@@ -195,7 +203,16 @@ def _source(
     for ours, theirs in named.items():
         if theirs not in (None, ours) and (ours, theirs) not in NATIVE:
             _put_column(keys, key, ours, theirs)
-    for option in known.keys() - {"file_name", "hf_hub_url", "columns", "tags", "formatting", "split", "subset"}:
+    for option in known.keys() - {
+        "file_name",
+        "hf_hub_url",
+        "columns",
+        "tags",
+        "formatting",
+        "ranking",
+        "split",
+        "subset",
+    }:
         keys.leave(f"{key}.{option}", known[option], UNKNOWN_KEY)
     path = str(known.get("hf_hub_url") or file.with_name(str(known.get("file_name") or name)))
     place = {name: known[name] for name in ("split", "subset") if known.get(name)}

@@ -39,6 +39,10 @@ class MovedKeys:
         """The value of a key, which then is dealt with; None where it is not there."""
         return self._rest.pop(key, None)
 
+    def take_if(self, key: str, values: tuple[object, ...]) -> object:
+        """The value of a key if it is one of these; else it stays, and None."""
+        return self.take(key) if self._rest.get(key) in values else None
+
     def put(self, path: str, value: object, key: str = "") -> None:
         """A value of the recipe, which came from ``key``."""
         *parents, last = path.split(".")

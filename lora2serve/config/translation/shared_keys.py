@@ -15,6 +15,8 @@ TRACKERS = {
     "mlflow_tracking_uri": "mlflow", "use_mlflow": "mlflow", "mlflow_experiment_name": "mlflow",
     "use_tensorboard": "tensorboard", "use_swanlab": "swanlab", "use_comet": "comet_ml",
 }  # fmt: skip
+SEVERAL = "`lora2serve train --gpus all` (or torchrun) trains by several, each with the whole model"
+NO_REWARDS = "answers and preferences (dpo) are trained, and no rewards"
 EIGHT_BITS = "4 bits or none are trained: 16 are written, and nf4 takes less memory"
 EVERY_EPOCH = "evaluated at the end of each epoch; train.eval_steps counts steps"
 
@@ -24,7 +26,7 @@ MOVED = {
     "early_stopping_patience": "train.early_stopping", "load_best_model_at_end": "train.save_best",
 }  # fmt: skip
 WHY: Mapping[str, str] = by_name({
-    "several GPUs or machines are not trained on": (
+    SEVERAL: (
         "deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp ddp_timeout ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config dp_shard_size dp_replicate_size "
         "tensor_parallel_size context_parallel_size sequence_parallel_degree ray_num_workers ray_run_name "
@@ -69,7 +71,6 @@ OFF = (
     "include_tokens_per_second", "load_best_model_at_end", "early_stopping_patience", "lora_fan_in_fan_out",
     "overwrite_output_dir", "save_only_model", "save_first_step", "predict_with_generate", "wandb_watch",
 )  # fmt: skip
-SEVERAL = "several GPUs or machines are not trained on"
 PREFIXES = {
     "fsdp": SEVERAL, "deepspeed": SEVERAL, "ddp_": SEVERAL, "ray_": SEVERAL,
     "save_": "checkpoints are saved ten times a run at least, and --resume finds the last",
@@ -110,6 +111,16 @@ def translate_lora(keys: MovedKeys, names: Mapping[str, str]) -> None:
         keys.put("train.lora.init", init, names["init"])
     elif init not in (None, True):
         keys.leave(names["init"], init, "A begins at random and B at zero (train.lora.init: default)")
+
+
+def translate_objective(keys: MovedKeys, objective: str, options: Mapping[str, str]) -> None:
+    """Preferences; ``objective`` is the trainer's key, ``options`` its keys of TRL's DPO and our names of them."""
+    value = keys.take(objective)
+    if value == "dpo":
+        keys.put("train.objective", "dpo", objective)
+        keys.move({key: f"train.preference.{name}" for key, name in options.items()})
+    elif value is not None:
+        keys.leave(objective, value, NO_REWARDS)
 
 
 def translate_trackers(keys: MovedKeys) -> None:
