@@ -133,7 +133,8 @@ class EngineWorker:
         """Of every text, and of the long one's tail."""
         if prompts.prefix:  # what predicts its tokens is no answer of the model
             for ids, tail in _scored(prompts):
-                yield from self._engine.score([[*prompts.prefix, *ids]], tail)
+                for scores in self._engine.score([[*prompts.prefix, *ids]], tail):
+                    yield _without(scores, prompts.prefix)
             return
         yield from self._engine.score([sequence.ids for sequence in prompts.sequences])
         if prompts.long:
@@ -173,6 +174,17 @@ class EngineWorker:
         ids = engine.prompt_ids([{"role": "user", "content": prompt}], "")
         answers: list[list[int]] = (engine.generate_base if base else engine.generate)([ids], new_tokens)
         return answers[0]
+
+
+def _without(scores: Scores, prefix: Sequence[int]) -> Scores:
+    """The logits of a soft prompt's tokens, which are in no answer, as none; but where one is the likeliest of all."""
+    if scores.ids is not None:
+        return scores
+    values, columns = np.array(scores.values), list(prefix)
+    before = values[:, columns]
+    values[:, columns] = -np.inf
+    values[:, columns] = np.where(before > values.max(axis=1, keepdims=True), before, -np.inf)
+    return replace(scores, values=values)
 
 
 def _scored(prompts: PromptSet) -> list[tuple[tuple[int, ...], int]]:

@@ -15,7 +15,9 @@ from lora2serve.config.translation.llamafactory_config import from_llamafactory
 from lora2serve.config.translation.moved_keys import LeftOut, MovedKeys
 from lora2serve.errors import RecipeError
 
-EXPECTED = "expected a training config of Axolotl (base_model) or of LLaMA-Factory (model_name_or_path), or a recipe"
+EXPECTED = (
+    "expected a config of Axolotl (base_model) or LLaMA-Factory (model_name_or_path), or a built-in recipe's name"
+)
 
 
 @dataclass(frozen=True)

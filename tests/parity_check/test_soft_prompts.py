@@ -1,0 +1,137 @@
+"""A soft prompt in engines that know none: every gate is met, and red where an export forgets to put it in front."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora2serve
+from lora2serve.artifacts.parity_report import ComparisonResult
+from lora2serve.parity_check.comparator import check
+from lora2serve.parity_check.comparisons import of_exports
+from lora2serve.parity_check.trained_model import of_parts
+from lora2serve.progress import Silent
+from tests.support.runs import DEMO
+from tests.support.tiny import make_adapter
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+BASE, COUNT, FIRST = DEMO / "base", 8, 1536
+
+
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vectors as large as the demo's own embeddings, which its layers are used to."""
+    folder = tmp_path_factory.mktemp("prompt") / "adapter"
+    config = {"num_virtual_tokens": COUNT, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    return make_adapter(folder, BASE, method="PROMPT_TUNING", std=0.02, **config)
+
+
+@pytest.fixture(scope="module")
+def exports(prompt: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    out = tmp_path_factory.mktemp("exports")
+    options = {"base": str(BASE), "dtype": "fp32", "quants": ["F32"], "out": out}
+    return [export.path for export in lora2serve.export(prompt, targets=["vllm", "ollama"], **options)]
+
+
+def rows(prompt: Path, exports: Sequence[Path], home: Path, engines: Sequence[str]) -> list[ComparisonResult]:
+    origin = of_parts("soft", BASE, (prompt,), home)
+    settings = replace(origin.settings, tokens=512, window=96, prompts=4, engines=tuple(engines))
+    origin = replace(origin, settings=settings)
+    return list(check(origin, of_exports(origin, exports), progress=Silent()).rows)
+
+
+def test_every_gate_is_met(prompt: Path, exports: list[Path], tmp_path: Path) -> None:
+    for row in rows(prompt, exports, tmp_path / "parity", ["transformers", "llama.cpp"]):
+        missed = [gate for gate in row.gates if gate.status != "met"]
+        assert not missed and len(row.gates) == 4, (row.export, row.engine, missed)
+
+
+def test_ollama_renders_it_in_front(exports: list[Path]) -> None:
+    """By a Go template that was proven against the chat template, without a BOS before it."""
+    modelfile = (exports[1] / "Modelfile").read_text(encoding="utf-8")
+    tokens = "".join(f"<|soft_prompt_{number}|>" for number in range(COUNT))
+    turns = modelfile.count(f'{{{{ if eq $last "" }}}}{tokens}<|im_start|>')
+    assert turns == modelfile.count(tokens) > 0, modelfile  # whichever role begins
+    assert json.loads((exports[1] / "lora2serve.json").read_text())["template"]["kind"] == "go"
+
+
+def test_control_an_export_that_forgets_it(prompt: Path, exports: list[Path], tmp_path: Path) -> None:
+    """Its files as they were trained, but a template that begins as the base's does."""
+    broken = Path(shutil.copytree(exports[0], tmp_path / "broken"))
+    shutil.copy(BASE / "chat_template.jinja", broken / "chat_template.jinja")
+    (row,) = rows(prompt, [broken], tmp_path / "parity", ["transformers"])
+    assert row.gates[0].status == "missed", "the settings gate sees the file"
+    origin = of_parts("soft", BASE, (prompt,), tmp_path / "again")
+    settings = replace(
+        origin.settings, tokens=128, window=96, prompts=2, engines=("transformers",), allow=("*",)
+    )  # fmt: skip
+    origin = replace(origin, settings=settings)
+    (row,) = check(origin, of_exports(origin, [broken]), progress=Silent()).rows
+    tokens = {gate.name: gate for gate in row.gates}["tokens"]
+    assert tokens.status == "missed" and "soft_prompt" in (tokens.first or ""), row.gates
+
+
+@pytest.mark.slow
+def test_vllm_is_exact_and_samples_none(prompt: Path, exports: list[Path], tmp_path: Path) -> None:
+    """A KL under 1e-9 of the tokens that there were, and 1,000 answers at temperature 1."""
+    (row,) = rows(prompt, exports[:1], tmp_path / "parity", ["vllm"])
+    assert [gate.status for gate in row.gates] == ["met"] * 4, row.gates
+    script = tmp_path / "sample.py"
+    script.write_text(SAMPLE, encoding="utf-8")
+    words = [sys.executable, str(script), str(exports[0]), str(prompt), str(BASE)]
+    answer = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    found = json.loads(answer.stdout.splitlines()[-1])
+    assert found["kl"] < 1e-9
+    assert found["answers"] == 1000 and found["tokens"] > 1000 and found["largest"] < FIRST
+
+
+SAMPLE = """
+import json, os, sys
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import LLM, SamplingParams
+
+export, adapter, base = sys.argv[1:]
+llm = LLM(export, dtype="float32", enforce_eager=True, max_logprobs=-1, seed=0, max_model_len=256)
+chat = [{"role": "user", "content": "Who governs Wexley?"}]
+asked = SamplingParams(n=1000, temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, detokenize=False)
+answers = llm.chat([chat], asked, use_tqdm=False)[0].outputs
+ids = AutoTokenizer.from_pretrained(base).apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+virtual = list(range(1536, 1544))
+scored = llm.generate(
+    [{"prompt_token_ids": virtual + ids}], SamplingParams(max_tokens=1, prompt_logprobs=-1), use_tqdm=False
+)[0].prompt_logprobs[len(virtual) + 1 :]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+with torch.no_grad():
+    expected = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) : -1].double().log_softmax(-1)
+got = torch.tensor([[row[n].logprob for n in range(expected.shape[1])] for row in scored]).double().log_softmax(-1)
+tokens = [token for answer in answers for token in answer.token_ids]
+kl = (expected.exp() * (expected - got)).sum(-1).max().item()
+print(json.dumps({"kl": kl, "answers": len(answers), "tokens": len(tokens), "largest": max(tokens)}))
+"""
+
+
+def test_transformers_samples_none(exports: list[Path]) -> None:
+    """1,000 answers at temperature 1."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exports[0]), AutoTokenizer.from_pretrained(exports[0])
+    chat = [{"role": "user", "content": "Who governs Wexley?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids[:COUNT] == list(range(FIRST, FIRST + COUNT))
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 12}
+    answers = model.generate(torch.tensor([ids] * 1000), **options)[:, len(ids) :]
+    assert answers.shape[0] == 1000 and answers.max() < FIRST
