@@ -151,7 +151,8 @@ class _FakeTraining:
             self.head = self.tracker.peak
             self.tracker.restart()
 
-        output.last_hidden_state.register_hook(split)
+        if output.last_hidden_state.requires_grad:  # not of the reference
+            output.last_hidden_state.register_hook(split)
 
 
 def _give_away(parameter: Tensor) -> None:

@@ -47,6 +47,7 @@ def _plot_preferences(run: Run, lines: Sequence[Mapping[str, float]]) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = {"loss": "loss", MARGIN: "margin of rewards (nats times beta)", ACCURACY: "chosen answer in front"}
+    panels = {key: label for key, label in panels.items() if any(key in line for line in lines)}
     for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         steps, values = _series(lines, key)
         axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)

@@ -40,6 +40,7 @@ SHAPES = [
     (LLAMA3_70B, PlanSettings(batch=1, length=2048, padded=False)),
     (QWEN3, PlanSettings(batch=2)),
     (PHI3, PlanSettings(batch=2)),
+    (TINYLLAMA, PlanSettings(batch=2, objective="dpo")),  # whose reference keeps nothing
 ]
 SLOW = pytest.mark.slow
 CASES = [pytest.param(*case, marks=SLOW if number else ()) for number, case in enumerate(SHAPES)]
