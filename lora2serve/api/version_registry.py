@@ -19,8 +19,7 @@ from lora2serve.console import default_progress
 from lora2serve.errors import InputError, ParityNotMet, UsageError
 from lora2serve.progress import Progress
 from lora2serve.registry.location import find_location
-from lora2serve.registry.version_reference import need_reference, refuse_version_name
-from lora2serve.system.small_files import digest
+from lora2serve.registry.version_reference import need_reference, need_version, refuse_version_name
 
 if TYPE_CHECKING:
     from lora2serve.api.registry_sync import Synced
@@ -113,7 +112,7 @@ class Registry:
         from lora2serve.registry.version_rows import find_version
 
         with self._open().reading() as connection:
-            return find_version(connection, need_reference(version))
+            return find_version(connection, need_version(version))
 
     def path(self, version: str) -> Path:
         """A directory of its files, as every command takes it: a run, an adapter or an export.
@@ -160,15 +159,23 @@ class Registry:
         best: the best alone.
         """
         from lora2serve.registry.periods import period
-        from lora2serve.registry.queries import VersionQuery, find_versions
+        from lora2serve.registry.queries import VersionQuery, find_versions, sum_of_rows
 
         first, after = period(since, until, last)
-        rows = str(digest(Path(data))["sha256"]) if data and Path(data).is_file() else str(data)
         question = VersionQuery(
-            name, domain, task, author, alias, rows, metric, suite, first, after, where, best, limit
+            name, domain, task, author, alias, sum_of_rows(data), metric, suite, first, after, where, best, limit
         )
         with self._open().reading() as connection:
             return find_versions(connection, question)
+
+    def unknown_words(
+        self, *, name: str = "", domain: str = "", task: str = "", author: str = "", alias: str = ""
+    ) -> list[str]:
+        """Which of these no version has, a line each, with what is near it: why ``find`` has found nothing."""
+        from lora2serve.registry.queries import VersionQuery, unknown_words
+
+        with self._open().reading() as connection:
+            return unknown_words(connection, VersionQuery(name, domain, task, author, alias))
 
     def sql(self, query: str) -> tuple[Sequence[str], list[list[object]]]:
         """The columns and the rows of a SELECT; UsageError for what would write, and for over 100,000 rows."""
@@ -182,9 +189,9 @@ class Registry:
 
         suite = scores if isinstance(scores, SuiteScores) else SuiteScores.read(Path(scores))
         with self._open().writing(self.author) as ledger:
-            found = find_version(ledger.connection, need_reference(version))
+            found = find_version(ledger.connection, need_version(version))
             ledger.add_scores(found.name, found.number, suite)
-            return find_version(ledger.connection, need_reference(found.reference))
+            return find_version(ledger.connection, need_version(found.reference))
 
     def promote(
         self, version: str, to: str = CHAMPION, *, why: str = "", force: bool = False, gates: Named | None = None
@@ -198,7 +205,7 @@ class Registry:
         """
         from lora2serve.registry import alias_moves
 
-        recipe, reference = self._gates(gates), need_reference(version)
+        recipe, reference = self._gates(gates), need_version(version)
         with self._open().writing(self.author) as ledger:
             return alias_moves.promote(ledger, reference, to, recipe, force=force, why=why)
 
@@ -230,14 +237,14 @@ class Registry:
         from lora2serve.registry import alias_moves
 
         with self._open().writing(self.author) as ledger:
-            return alias_moves.unset(ledger, need_reference(version), why)
+            return alias_moves.unset(ledger, need_version(version), why)
 
     def retire(self, version: str, *, why: str = "") -> Version:
         """Mark a version as one that no alias may point to."""
         from lora2serve.registry import alias_moves
 
         with self._open().writing(self.author) as ledger:
-            return alias_moves.retire(ledger, need_reference(version), why)
+            return alias_moves.retire(ledger, need_version(version), why)
 
     def history(self, name: str | None = None) -> list[RegistryEvent]:
         """What was done, the first first, to one name or to all."""

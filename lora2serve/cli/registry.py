@@ -173,12 +173,16 @@ def diff(first: str, second: str, as_json: bool) -> None:
 @click.option("--best", is_flag=True, help="The best alone.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="N at most.")
 @json_option
-def find(*, as_json: bool, **question: str) -> None:
+@click.pass_context
+def find(ctx: click.Context, /, *, as_json: bool, **question: str) -> None:
     """Print the versions for which all of that holds."""
     from lora2serve.registry.periods import period
 
     with open_registry() as opened:
         found = opened.find(**question)  # type: ignore[arg-type]
+        if not found:
+            words = {key: question[key] for key in ("name", "domain", "task", "author", "alias")}
+            progress(ctx).note("\n".join(opened.unknown_words(**words)) or "no version fits")
     measured = period(question["since"], question["until"], question["last"])
     print_versions(
         found, as_json, lambda version: version.score(question["metric"], question["suite"].lower(), *measured)

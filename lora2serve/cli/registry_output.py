@@ -73,7 +73,8 @@ def print_versions(
         found = score_of(version) if score_of else None
         words += [f"{found.name}={found.value:g}"] if found else []
         words += [f"rank={version.rank}"] if version.rank else []
-        console.result(" ".join([*words, version.base, version.created[:10], version.author]))
+        text = " ".join([*words, version.base, version.created[:10], version.author])
+        console.result(console.printable(text, line_ends=False))  # what a run calls its base is text of anybody's
 
 
 def data_source(source: object) -> str:

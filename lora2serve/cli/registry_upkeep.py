@@ -107,7 +107,8 @@ def history(name: str | None, as_json: bool) -> None:
         moved = f" {event.old or '-'} -> {event.new}" if event.alias else ""
         reason = f": {event.why}" if event.why else ""
         past = f" (past {event.overridden})" if event.overridden else ""
-        console.result(f"{event.at} {event.who} {event.kind} {target}{moved}{reason}{past}")
+        text = f"{event.at} {event.who} {event.kind} {target}{moved}{reason}{past}"
+        console.result(console.printable(text, line_ends=False))  # a reason of two lines is not taken for two events
 
 
 @click.command(

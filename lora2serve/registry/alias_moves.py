@@ -20,7 +20,7 @@ def promote(
 ) -> Version:
     """Let ``alias`` point to a version; GateNotMet with every gate that forbids it, unless forced."""
     refuse_alias(alias)
-    if force and not why:
+    if force and not why.strip():
         raise UsageError("--force without --why", "--why says why the gates do not count: it is written down")
     version = find_version(ledger.connection, reference)
     _refuse_without_files(version)
@@ -39,6 +39,7 @@ def rollback(ledger: Ledger, name: str, alias: str, number: int | None, *, why: 
 
     UsageError where there is none to go back to.
     """
+    refuse_alias(alias)
     pointed = find_version(ledger.connection, VersionReference(name, alias=alias))
     if number is not None:
         version = find_version(ledger.connection, VersionReference(name, number))

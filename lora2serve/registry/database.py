@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, exc, pool, sele
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from lora2serve.config.schema import show
 from lora2serve.errors import InputError, RegistryError, UsageError, first_line
 from lora2serve.registry import migrations, tables
 from lora2serve.registry.content_store import folder_lock
@@ -109,13 +110,15 @@ class Database:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What the database refuses, in one line."""
+        """What the database, or its driver before it, refuses, in one line."""
         try:
             yield
         except exc.DBAPIError as error:
             reason = first_line(error.orig or error)
             hint = next((hint for text, hint in HINTS.items() if text in reason), "")
             raise RegistryError(f"registry {self.location.shown}: {reason}", hint) from None
+        except UnicodeEncodeError as error:  # half a character: of an argument that is not UTF-8, or out of JSON
+            raise UsageError(f"{show(error.object)}: expected Unicode text") from None
 
     def _prepare(self, create: bool, content: str) -> None:
         found = migrations.schema_of(self)

@@ -51,12 +51,21 @@ def find_location(name: str | Path | None = None) -> Location:
             raise UsageError(f"{folder}: a file, expected the folder of a registry", f"the file {FILE} lies in it")
         return Location(folder, f"sqlite:///{folder / FILE}")
     scheme, _, rest = text.partition("://")
-    if scheme not in ("postgresql", "postgres", "postgresql+psycopg") or not urlsplit(text).path.strip("/"):
+    if scheme not in ("postgresql", "postgres", "postgresql+psycopg") or not _database_of(text):
         raise UsageError(
             f"registry {without_credentials(text)}: expected a folder or postgresql://HOST/DATABASE",
             f"unset {VARIABLE} for the folder {FOLDER}/ here",
         )
     return Location(None, f"postgresql+psycopg://{rest}")
+
+
+def _database_of(url: str) -> str:
+    """The name of its database; empty where there is none, or the host or the port cannot be."""
+    try:
+        parts = urlsplit(url)
+        return parts.path.strip("/") if parts.port != 0 else ""
+    except ValueError:
+        return ""
 
 
 def refuse_shared(folder: Path) -> None:

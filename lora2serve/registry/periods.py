@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, date, datetime, timedelta
 
-from lora2serve.errors import UsageError
+from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.registry.version_facts import utc
 
 DAYS = re.compile(r"(\d{1,5})(?:d|days?)")
@@ -16,9 +16,9 @@ def time_of(text: str, option: str) -> str:
     """``2026-07-01`` or ``2026-07-01T12:00``, as registries have it; UsageError for anything else."""
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return utc(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    except (ValueError, OverflowError):  # the first and the last day have no UTC in some time zones
         raise UsageError(f"{option} {text}: expected a date", "such as 2026-07-01, or 2026-07-01T12:00Z") from None
-    return utc(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
 
 def period(since: str, until: str, last: str) -> tuple[str, str]:
@@ -39,7 +39,10 @@ def last_period(text: str, today: date | None = None) -> tuple[str, str]:
         except OverflowError:
             raise UsageError(f"--last {text}: longer ago than there are dates") from None
     if text not in LAST:
-        raise UsageError(f"--last {text}: unknown", f"expected {', '.join(LAST)}, or a number of days such as 30d")
+        raise UsageError(
+            f"--last {text}: unknown{did_you_mean(text, LAST)}",
+            f"expected {', '.join(LAST)}, or a number of days such as 30d",
+        )
     if text == "day":
         return _moments(today - timedelta(days=1), today)
     if text == "week":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import ColumnElement, Connection, and_, select
 from sqlalchemy.exc import DBAPIError
@@ -15,9 +16,11 @@ from lora2serve.registry.tables import aliases, scores, versions
 from lora2serve.registry.version_record import Version
 from lora2serve.registry.version_rows import Key, complete, read_versions
 from lora2serve.registry.where_clause import metric_name, parse_where
+from lora2serve.system.small_files import digest
 
 _AGE = (scores.c.created, scores.c.id)
 MOST_ROWS = 100_000  # of an answer to ``sql``
+MOST_VERSIONS = 1 << 31  # their numbers have 32 bits
 READING = "it only reads: docs/registry.md has the tables"
 
 
@@ -48,11 +51,31 @@ def find_versions(connection: Connection, question: VersionQuery) -> list[Versio
     """
     if question.best and not question.metric:
         raise UsageError("best needs a metric", "--metric SUITE.METRIC names one, such as medqa.acc")
-    limit = 1 if question.best else question.limit
+    limit = 1 if question.best else question.limit and min(question.limit, MOST_VERSIONS)
     if question.metric:
         return _read_in_order(connection, _ranked(connection, question)[:limit])
     query = select(versions).where(_condition(question)).order_by(versions.c.name, versions.c.number).limit(limit)
     return complete(connection, [dict(row) for row in connection.execute(query).mappings()])
+
+
+def sum_of_rows(data: str | Path) -> str:
+    """The sha256 of a file of rows, or the beginning of one that is named itself; UsageError for neither."""
+    if data and Path(data).is_file():
+        return str(digest(Path(data))["sha256"])
+    if str(data).lower().strip("0123456789abcdef"):
+        raise UsageError(f"--data {data}: no such file", "a file of rows, or the beginning of its sha256")
+    return str(data).lower()
+
+
+def unknown_words(connection: Connection, question: VersionQuery) -> list[str]:
+    """What was looked for and no version has, a line each, with what is near it."""
+    columns = {key: versions.c[key] for key in ("name", "domain", "task", "author")} | {"alias": aliases.c.alias}
+    lines = []
+    for key, column in columns.items():
+        word = getattr(question, key)
+        if word and word not in (known := list(connection.scalars(select(column).distinct()))):
+            lines.append(f"no version has {key} {word!r}{did_you_mean(word, known)}")
+    return lines
 
 
 def _condition(question: VersionQuery) -> ColumnElement[bool]:

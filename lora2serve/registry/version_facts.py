@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora2serve.adapters.adapter import CONFIG
-from lora2serve.artifacts.json_record import JsonRecord
+from lora2serve.artifacts.json_record import JsonRecord, named
 from lora2serve.artifacts.lineage import BaseRecord
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.run import Run
@@ -58,15 +58,13 @@ class VersionSettings:
 
 def read_facts(run: Run | None, adapter: Path | None, manifests: Sequence[Manifest]) -> VersionFacts:
     """Those of a run, or of an adapter and its exports."""
-    config = read_json(adapter / CONFIG, f"no {CONFIG}") if adapter else {}
-    modules = config.get("target_modules")
-    targets = tuple(sorted(modules)) if isinstance(modules, list) else ()
+    config = _peft_config(adapter)
+    modules = config.target_modules
+    targets = tuple(sorted(modules)) if isinstance(modules, tuple) else ()
     if run:
         record = run.record
         return VersionFacts(record.base, record.data, read_recipe(run.recipe), targets, record.device, record.versions)
-    base = (
-        manifests[0].base if manifests else BaseRecord(id=config.get(BASE_NAME) or "", revision=config.get("revision"))
-    )
+    base = manifests[0].base if manifests else BaseRecord(id=config.base or "", revision=config.revision)
     return VersionFacts(base, targets=targets, versions=manifests[0].versions if manifests else {})
 
 
@@ -74,18 +72,17 @@ def read_settings(
     facts: VersionFacts, run: Run | None, adapter: Path | None, manifests: Sequence[Manifest]
 ) -> VersionSettings:
     """As ``read_facts``."""
-    config = read_json(adapter / CONFIG, f"no {CONFIG}") if adapter else {}
+    config = _peft_config(adapter)
     train, record = facts.recipe.get("train"), run.record if run else None
     rate = train.get("learning_rate") if isinstance(train, dict) else None
-    rank, alpha = config.get("r"), config.get("lora_alpha")
     return VersionSettings(
         run=(record.name if record else "") or (run.name if run else next((m.run for m in manifests if m.run), "")),
         base=facts.base.id,
         base_sha256=base_sum(facts.base),
-        method=str(config.get("peft_type") or ""),
-        rank=rank if isinstance(rank, int) else next((m.rank for m in manifests if m.rank), None),
-        alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        learning_rate=float(rate) if isinstance(rate, int | float) else None,
+        method=config.peft_type or "",
+        rank=config.r if isinstance(config.r, int) else next((m.rank for m in manifests if m.rank), None),
+        alpha=_number(config.lora_alpha),
+        learning_rate=_number(rate),
         steps=record.steps if record else None,
         rows=facts.data.train.rows if facts.data.train else None,
         data=data_sums(facts),
@@ -121,7 +118,36 @@ def read_recipe(path: Path) -> Mapping[str, object]:
         content = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), default=str))
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:200]}", "the file is damaged") from None
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return JsonRecord.from_json(content, str(path)).unknown
+
+
+@dataclass(frozen=True)
+class _PeftConfig(JsonRecord):
+    """What is told of an adapter by its config."""
+
+    base: str | None = named(BASE_NAME, None)
+    revision: str | None = None
+    peft_type: str | None = None
+    r: int | None = None
+    lora_alpha: int | float | None = None
+    target_modules: tuple[str, ...] | str | None = None  # text is a pattern
+
+
+def _peft_config(adapter: Path | None) -> _PeftConfig:
+    """InputError with whatever in it no database takes."""
+    if adapter is None:
+        return _PeftConfig()
+    return _PeftConfig.from_json(read_json(adapter / CONFIG, f"no {CONFIG}"), str(adapter / CONFIG))
+
+
+def _number(value: object) -> float | None:
+    """None for what is no number, or one that is none in 64 bits."""
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
 
 
 def data_sums(facts: VersionFacts) -> str:

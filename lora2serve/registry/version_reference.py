@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.errors import UsageError
@@ -45,6 +45,15 @@ def need_reference(text: str) -> VersionReference:
     reference = parse_reference(text)
     if reference is None:
         raise UsageError(f"{text}: expected NAME@NUMBER or NAME@ALIAS", "such as medical-qa@7 or medical-qa@champion")
+    return reference
+
+
+def need_version(text: str) -> VersionReference:
+    """The reference to a whole version; UsageError for one to an export of it, too."""
+    reference = need_reference(text)
+    if reference.export:
+        whole = str(replace(reference, export=""))
+        raise UsageError(f"{text}: names the export {reference.export}, expected a version", f"such as {whole}")
     return reference
 
 

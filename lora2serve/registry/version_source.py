@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,12 +54,16 @@ class VersionSource:
         """
         paths: dict[str, Path] = {}
         if self.run:
-            paths |= {name: self.run.path / name for name in OF_RUN if (self.run.path / name).is_file()}
-            paths |= {name: path for folder in (EVALS, PARITY) for name, path in _inside(self.run.path, folder)}
-        if self.adapter:
-            paths |= {f"{ADAPTER}/{name}": path for name, path in _inside(self.adapter, "")}
+            own = [self.run.path / name for name in OF_RUN if (self.run.path / name).is_file()]
+            paths |= _plain(self.run.path, own)
+            for folder in (EVALS, PARITY):
+                paths |= _inside(self.run.path, folder)
+        if self.run and self.adapter == self.run.adapter:
+            paths |= _inside(self.run.path, ADAPTER)
+        elif self.adapter:
+            paths |= {f"{ADAPTER}/{name}": path for name, path in _inside(self.adapter).items()}
         for label, export in self.exports.items():
-            inside = dict(_inside(export.path, ""))
+            inside = _inside(export.path)
             inside.pop(MANIFEST)
             paths |= {f"{EXPORTS}/{label}/{name}": path for name, path in inside.items()}
         return dict(sorted(paths.items()))
@@ -160,19 +164,25 @@ def _by_label(paths: Sequence[Path]) -> dict[str, Export]:
     return exports
 
 
-def _inside(root: Path, folder: str) -> Iterator[tuple[str, Path]]:
-    """The files in a folder of ``root`` by their path in ``root``; what is no plain file there is refused."""
-    problems = []
+def _inside(root: Path, folder: str = "") -> dict[str, Path]:
+    """The files in a folder of ``root`` by their path in ``root``."""
     top = root / folder
-    for path in sorted(top.rglob("*")) if top.is_dir() and not top.is_symlink() else ():
+    if not top.resolve().is_relative_to(root.resolve()):
+        return _plain(root, [top])  # a link, which is refused
+    return _plain(root, [path for path in sorted(top.rglob("*")) if path.is_symlink() or not path.is_dir()])
+
+
+def _plain(root: Path, paths: Iterable[Path]) -> dict[str, Path]:
+    """The files by their path in ``root``; InputError for each that is no plain file there."""
+    problems, plain = [], dict[str, Path]()
+    for path in paths:
         name = path.relative_to(root).as_posix()
-        if path.is_dir() and not path.is_symlink():
-            continue
         if problem := _misfit(root, path, name):
             problems.append(f"{path}: {problem}")
         else:
-            yield name, path
+            plain[name] = path
     raise_all([ascii(text) if not text.isprintable() else text for text in problems], InputError)
+    return plain
 
 
 def _misfit(root: Path, path: Path, name: str) -> str:

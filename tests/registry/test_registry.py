@@ -470,3 +470,91 @@ def test_names_are_completed(
         assert [item.value for item in show.params[0].shell_complete(context, word)] == known
     monkeypatch.setenv("LORA2SERVE_REGISTRY", str(tmp_path / "none"))
     assert show.params[0].shell_complete(context, "") == []
+
+
+def test_links_of_a_run(registry: Registry, tmp_path: Path) -> None:
+    """No file from outside gets into a version, whichever part of the run is the link; one inside it is a file."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "x.jsonl").write_text("token")
+    for part in ("metrics.jsonl", "evals", "adapter"):
+        run = make_run(tmp_path / f"run-{part}").path
+        if part == "adapter":
+            (run / part).rename(secret / part)
+        (run / part).symlink_to(secret / {"metrics.jsonl": "x.jsonl", "evals": ".", "adapter": "adapter"}[part])
+        with pytest.raises(InputError, match=f"{part}: a link to .*outside the directory"):
+            registry.add(run, name="a", unproven=True)
+    run = make_run(tmp_path / "inside").path
+    (run / "adapter").rename(run / "best")
+    (run / "adapter").symlink_to("best")
+    version = registry.add(run, name="a", unproven=True)
+    assert (registry.path(version.reference) / "adapter" / "adapter_model.safetensors").is_file()
+    (tmp_path / "named").symlink_to(run / "best")
+    assert registry.add(tmp_path / "named", name="a", unproven=True) == version
+
+
+def test_numbers_and_text_that_no_database_takes(registry: Registry, tmp_path: Path) -> None:
+    """Each of an adapter's config, a recipe or an argument is refused in a line that names it."""
+    half = "\ud800"
+    for key, value in (
+        ("r", 10**30), ("lora_alpha", 10**400), ("peft_type", half), ("target_modules", ["a", 1]),
+        ("target_modules", [half]), ("base_model_name_or_path", {}),
+    ):  # fmt: skip
+        adapter = tmp_path / "adapter"
+        adapter.mkdir(exist_ok=True)
+        write_adapter(adapter, 0)
+        config = adapter / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+        with pytest.raises(InputError, match=key):
+            registry.add(adapter, name="a", unproven=True)
+    run = make_run(tmp_path / "run")
+    run.recipe.write_text('note: "\\ud800"\n')
+    with pytest.raises(InputError, match=r"note: .*Unicode"):
+        registry.add(run.path, name="a", unproven=True)
+    run.recipe.write_text(f"train: {{learning_rate: 1{'0' * 400}}}\n")
+    assert registry.add(run.path, name="a", unproven=True, note="ü").learning_rate is None
+    for refused in (
+        lambda: registry.promote("a@1", "b", force=True, why=half),
+        lambda: registry.find(domain=half),
+        lambda: registry.find(since="0001-01-01T00:00+23:59"),
+        lambda: registry.find(data=tmp_path / "nothing.jsonl"),
+        lambda: registry.rollback("a", alias=""),
+        lambda: registry.promote("a@1", force=True, why=" "),
+    ):
+        with pytest.raises(UsageError, match=r"Unicode|date|no such file|alias ''|--why"):
+            refused()
+    assert len(registry.find(limit=10**30)) == 1
+
+
+def test_an_export_is_no_version(registry: Registry, tmp_path: Path) -> None:
+    versions(registry, tmp_path, 1)
+    label = registry.get("medical-qa@1").exports[0].name
+    for command in (registry.get, registry.promote, registry.retire):
+        with pytest.raises(UsageError, match=f"names the export {label}"):
+            command(f"medical-qa@1/{label}")
+    assert registry.path(f"medical-qa@1/{label}").is_dir() and registry.get("medical-qa@1").state == "active"
+
+
+def test_lines_for_people(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reason of two lines is one event, and what finds nothing says why."""
+    versions(registry, tmp_path, 1)
+    location = registry.location
+    monkeypatch.setenv("LORA2SERVE_REGISTRY", str(location.folder) if location.folder else location.url)
+    registry.promote("medical-qa@1", why="good\n2026-01-01T00:00:00Z root promote medical-qa@champion 1 -> 9")
+    capsys.readouterr()
+    assert command_line(["registry", "history", "medical-qa"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(registry.history()) and "good\\n2026" in lines[-1]
+    assert command_line(["registry", "find", "--name", "medical-aq"]) == 0
+    assert "did you mean 'medical-qa'?" in capsys.readouterr().err
+    assert command_line(["registry", "find", "--name", "medical-qa", "--where", "rank > 1000"]) == 0
+    assert "no version fits" in capsys.readouterr().err
+
+
+def test_urls_that_cannot_be() -> None:
+    for url in ("postgresql://[bad/db", "postgresql://host:abc/db", "postgresql://host:99999/db", "postgresql://host"):
+        with pytest.raises(UsageError, match="expected a folder or postgresql"):
+            Registry(url)
+    assert Registry("postgresql://host:5432/db").location.folder is None
