@@ -200,10 +200,13 @@ def find(ctx: click.Context, /, *, as_json: bool, **question: str) -> None:
 def sql(query: str, as_json: bool) -> None:
     """Print the rows of a SELECT, columns apart by tabs; docs/registry.md has the tables."""
     from lora2serve import console
+    from lora2serve.errors import UsageError
 
     with open_registry() as opened:
         columns, rows = opened.sql(query)
     if as_json:
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise UsageError(f"sql: several columns are called {', '.join(twice)}", "AS gives each a name of its own")
         console.result_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
     for row in (columns, *rows):

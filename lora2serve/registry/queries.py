@@ -21,6 +21,7 @@ from lora2serve.system.small_files import digest
 _AGE = (scores.c.created, scores.c.id)
 MOST_ROWS = 100_000  # of an answer to ``sql``
 MOST_VERSIONS = 1 << 31  # their numbers have 32 bits
+STEPS = 100_000  # of sqlite's machine between two looks for Ctrl-C
 READING = "it only reads: docs/registry.md has the tables"
 
 
@@ -140,6 +141,7 @@ def run_sql(database: Database, statement: str) -> tuple[Sequence[str], list[lis
     with database.reading() as connection:
         if isinstance(own := connection.connection.dbapi_connection, sqlite3.Connection):
             own.set_authorizer(_reads_only)
+            own.set_progress_handler(_no_reason_to_stop, STEPS)
         else:
             connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         try:  # in Postgres a cursor of the server takes one query, and nothing else
@@ -152,10 +154,18 @@ def run_sql(database: Database, statement: str) -> tuple[Sequence[str], list[lis
                 raise UsageError(f"sql: more than {MOST_ROWS} rows", "LIMIT, WHERE or GROUP BY makes fewer of them")
             return list(result.keys()), [list(row) for row in rows]
         except DBAPIError as error:
+            if isinstance(own, sqlite3.Connection) and str(error.orig) == "interrupted":
+                raise KeyboardInterrupt from None
             raise UsageError(f"sql: {first_line(error.orig or error)}", READING) from None
         finally:
             if isinstance(own, sqlite3.Connection):
                 own.set_authorizer(None)
+                own.set_progress_handler(None, 0)
+
+
+def _no_reason_to_stop() -> int:
+    """Python looks for signals when it is called: Ctrl-C in it ends the query, which sqlite then calls interrupted."""
+    return 0
 
 
 def _reads_only(action: int, *names: str | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import click
@@ -312,6 +314,31 @@ def test_sql_only_reads(registry: Registry, tmp_path: Path) -> None:
     assert len(registry.sql(numbers.format(100_000))[1]) == 100_000
     with pytest.raises(UsageError, match="sql: more than 100000 rows"):
         registry.sql(numbers.format(100_001))
+
+
+def test_a_query_without_end_is_interrupted(registry: Registry, tmp_path: Path) -> None:
+    """Ctrl-C reaches it in the midst of one row; what is asked next is answered."""
+    versions(registry, tmp_path, 1)
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        registry.sql(endless)
+    timer.join()
+    assert registry.sql("SELECT count(*) AS n FROM version") == (["n"], [[1]])
+
+
+def test_columns_of_one_name(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON has a key once: the second column would be all that is left."""
+    versions(registry, tmp_path, 1)
+    location = registry.location
+    monkeypatch.setenv("LORA2SERVE_REGISTRY", str(location.folder) if location.folder else location.url)
+    assert command_line(["registry", "sql", "SELECT 1 AS a, 2 AS a", "--json"]) == 2
+    assert "several columns are called a" in capsys.readouterr().err
+    assert command_line(["registry", "sql", "SELECT 1 AS a, 2 AS b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"a": 1, "b": 2}]
 
 
 def test_events_are_never_changed(registry: Registry, tmp_path: Path) -> None:
