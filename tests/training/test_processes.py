@@ -25,7 +25,7 @@ from tests.support.commands import run_command
 from tests.support.ranks import ends, launched, start_together, train_together
 from tests.support.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(torch.cuda.is_available(), reason="one CPU beside two")]
 
 STEPS = 32
 
@@ -236,7 +236,8 @@ def test_gpus_of_this_machine(
     assert failed.stderr.count("error:") == 1 and "no-such.yaml" in failed.stderr
 
 
-def test_gpus_where_there_are_none(tmp_path: Path) -> None:
+def test_gpus_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
     refused = run_command(["train", "demo", "--gpus", "2"], tmp_path)
     assert refused.returncode == 2
     assert "--gpus 2: no NVIDIA GPU is here" in refused.stderr and "torchrun --nproc-per-node" in refused.stderr
