@@ -204,7 +204,9 @@ def test_distance_of_data() -> None:
         ({"margin": 1.0}, "--margin 1"), ({"on": "rayy"}, "--on rayy: unknown"), ({"name": "a/b"}, "--name"),
         pytest.param(
             {"overrides": ["train.method=ia3", "train.quantize=none"]}, "train.method: ia3", marks=pytest.mark.engine
-        ), ({"join": "x.db", "space": "y"}, "--join takes"),
+        ),
+        ({"overrides": ["train.from_adapter=runs/a"]}, "train.from_adapter: runs/a, whose rank and layers are as they"),
+        ({"join": "x.db", "space": "y"}, "--join takes"),
         ({"overrides": ["data.eval=null"]}, "holds no rows out"), ({"join": "x.db"}, "no storage of a sweep"),
     ],
 )  # fmt: skip
