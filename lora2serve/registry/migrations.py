@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, select
 
+from lora2serve.config.schema import show
+from lora2serve.errors import InputError
 from lora2serve.registry.tables import SCHEMA, settings, versions
 from lora2serve.registry.version_facts import VersionFacts, data_sums
 
@@ -37,6 +39,8 @@ def read_schema(connection: Connection) -> int | None:
     if not inspect(connection).has_table("setting"):
         return None
     value = connection.scalar(select(settings.c.value).where(settings.c.key == "schema"))
+    if value and not value.isdecimal():
+        raise InputError(f"registry: schema {show(value)}, expected a number", "the file is damaged: bring back a copy")
     return int(value) if value else None
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from sqlalchemy import Connection, select
 
 from lora2serve.artifacts.version_marker import is_of_version
+from lora2serve.errors import InputError
 from lora2serve.progress import Progress
 from lora2serve.registry.content_store import PARTIAL, Blob, ContentStore, staged
 from lora2serve.registry.ledger import replayed
 from lora2serve.registry.tables import aliases, events, exports, files, versions
+from lora2serve.registry.version_rows import read_versions
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,13 @@ def verify_records(connection: Connection) -> list[str]:
     for (name, alias), number in actual.items():
         if states.get((name, number), "collected") == "collected":
             problems.append(f"{name}@{alias}: points to {number}, which has no files")
-    return [*_damage(connection), *problems, *_broken_chains(rows), *_without_files(connection, states)]
+    return [
+        *_damage(connection),
+        *_unreadable(connection, sorted(states)),
+        *problems,
+        *_broken_chains(rows),
+        *_without_files(connection, states),
+    ]
 
 
 def verify_content(connection: Connection, store: ContentStore, progress: Progress) -> list[str]:
@@ -125,6 +133,18 @@ def _damage(connection: Connection) -> list[str]:
         *(f"database: {first_line}" for line in lines if line != "ok" for first_line in line.splitlines()[:1]),
         *(f"database: a row of {row[0]} is of no version" for row in strays[:20]),
     ]
+
+
+def _unreadable(connection: Connection, keys: Sequence[tuple[str, int]]) -> list[str]:
+    """Records of versions that no command can read."""
+    try:
+        read_versions(connection, keys)
+        return []
+    except InputError as error:
+        if len(keys) == 1:
+            return error.message.splitlines()
+    middle = len(keys) // 2
+    return _unreadable(connection, keys[:middle]) + _unreadable(connection, keys[middle:])
 
 
 def _broken_chains(rows: Sequence[Mapping[str, object]]) -> list[str]:

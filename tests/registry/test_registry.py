@@ -585,3 +585,19 @@ def test_urls_that_cannot_be() -> None:
         with pytest.raises(UsageError, match="expected a folder or postgresql"):
             Registry(url)
     assert Registry("postgresql://host:5432/db").location.folder is None
+
+
+def test_records_that_cannot_be_read(registry: Registry, tmp_path: Path) -> None:
+    """``verify`` names each, and counts no version as whole that no command can show."""
+    versions(registry, tmp_path, 4)
+    assert registry.verify() == 4
+    with registry._open().database.writing() as connection:
+        connection.exec_driver_sql("UPDATE version SET facts = '[' WHERE number = 2")
+        connection.exec_driver_sql("UPDATE version SET state = 'lost' WHERE number = 4")
+    with pytest.raises(InputError, match="medical-qa@2: facts: not JSON") as refusal:
+        registry.verify()
+    assert "medical-qa@4: state: 'lost'" in str(refusal.value) and "medical-qa@1" not in str(refusal.value)
+    with registry._open().database.writing() as connection:
+        connection.exec_driver_sql("UPDATE setting SET value = 'x' WHERE key = 'schema'")
+    with pytest.raises(InputError, match="schema 'x', expected a number"):
+        Registry(registry.location.folder or registry.location.url).versions()
