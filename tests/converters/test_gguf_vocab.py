@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ BYTE_LEVEL = {
 NORMALIZERS = {"command-r": "NFC", "qwen2": "NFC", "mpt": "NFC"}
 
 
+@cache
 def read(name: str) -> tuple[dict[str, Any], list[str], list[list[int]]]:
-    """The vocabulary's metadata, upstream's test texts, and the ids it expects."""
+    """The vocabulary's metadata, upstream's test texts, and the ids it expects; the reader takes seconds for each."""
     path = vocabulary(name)
     keys = {key: field.contents() for key, field in GGUFReader(path).fields.items() if key.startswith("tokenizer")}
     texts = Path(f"{path}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
