@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora2serve.system import fork_client
+from tests.conftest import lora2serve
 from tests.support.tiny import make_model
 
 pytestmark = pytest.mark.engine
@@ -35,8 +36,7 @@ def peak_of(root: Path, vocabulary: int) -> int:
     base = make_model(root / "base", vocab_size=vocabulary, **shape)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / file, base / file)
-    whole = [sys.executable, "-m", "lora2serve", "export", str(base), "-t", "vllm", "-o", "made"]
-    subprocess.run(whole, cwd=root, check=True, capture_output=True)
+    lora2serve("export", base, "-t", "vllm", "-o", "made", cwd=root)
     words = [sys.executable, "-c", PROGRAM, "parity", "made/vllm", "--engine", "transformers", "--report", "parity"]
     alone = {**os.environ, fork_client.VARIABLE: fork_client.OFF}  # a fork counts what it shares with its server
     done = subprocess.run(words, cwd=root, check=True, capture_output=True, text=True, env=alone)
