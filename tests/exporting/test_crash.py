@@ -23,6 +23,7 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.staging import opened
 from lora2serve.errors import ExportError
 from tests.conftest import lora2serve
+from tests.support.commands import RunningCommand, run_command
 from tests.support.folding import export_merged
 from tests.support.tiny import make_adapter, make_model
 
@@ -129,12 +130,7 @@ def test_a_full_disk(parts: tuple[Path, Path, Path], disk: Path, share: int, tar
     need = sum(file["size"] for file in kept["files"].values())
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     (disk / "ballast").write_bytes(bytes(free - need * share // 100))
-    done = subprocess.run(
-        [sys.executable, "-m", "lora2serve", *map(str, words), "--overwrite"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command([*map(str, words), "--overwrite"], disk)
     assert done.returncode == 1, done.stderr
     assert "No space left" in done.stderr
     assert "hint:" in done.stderr
@@ -146,7 +142,10 @@ def test_a_full_disk(parts: tuple[Path, Path, Path], disk: Path, share: int, tar
     lora2serve(*words, "--overwrite", cwd=disk)
 
 
-@pytest.mark.parametrize("share", [1, 50, 99])
+SLOW = [pytest.param(share, marks=pytest.mark.slow) for share in (1, 99)]  # a full disk is met there, too
+
+
+@pytest.mark.parametrize("share", [50, *SLOW])
 def test_a_file_that_may_not_grow(parts: tuple[Path, Path, Path], tmp_path: Path, share: int) -> None:
     """The same by a limit on the size of files, which needs no right to mount: one line, nothing left."""
     base, adapter, _ = parts
@@ -173,16 +172,13 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     words = ["export", adapter, "--base", base, "-t", "vllm", "-o", tmp_path / "out"]
     lora2serve(*words, cwd=tmp_path)
     kept = Export.open(tmp_path / "out" / "vllm").manifest.to_json()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "lora2serve", *map(str, words), "--overwrite"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    child = RunningCommand([*map(str, words), "--overwrite"], tmp_path)
     while not any((tmp_path / "out").glob("*.partial-*")):
-        assert child.poll() is None
+        assert not child.ended
         time.sleep(0.001)
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate()
-    assert (child.returncode, out, err.strip()) == (130, "", "interrupted")
+    done = child.end()
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "interrupted")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vllm"]
     assert Export.open(tmp_path / "out" / "vllm").verify() == []
     assert Export.open(tmp_path / "out" / "vllm").manifest.to_json() == kept
@@ -296,6 +292,7 @@ def test_sync_comes_before_the_rename(parts: tuple[Path, Path, Path], tmp_path: 
     words = ["export", parts[1], "--base", parts[0], "-t", "vllm", "-o", tmp_path / "out"]
     command = [
         "strace",
+        "--seccomp-bpf",  # stops at these calls only
         "-f",
         "-y",
         "-e",

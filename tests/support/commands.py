@@ -2,7 +2,7 @@
 
 It is ``python -m lora2serve``: its words, folder, environment, output and exit code are, and nothing of ours but the
 fork server was imported before. What differs is that torch, transformers and peft need not be read again. Tests that
-start ``sys.executable`` themselves (signals, memory, imports, an installed wheel) have the true one.
+start ``sys.executable`` themselves (memory, imports, an installed wheel) have the true one.
 """
 
 from __future__ import annotations
@@ -24,29 +24,67 @@ from lora2serve.system.fork_server import HARMLESS
 ROOT = Path(__file__).parents[2]
 
 
-def run_command(
-    words: Sequence[str], folder: Path, changes: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """``python -m lora2serve WORDS`` in ``folder``; by itself where the fork server refuses.
+class RunningCommand:
+    """``python -m lora2serve WORDS`` under way in ``folder``; by itself where the fork server refuses.
 
     changes: to the environment.
     """
-    environment = {**os.environ, **(changes or {})}
-    server = fork_client.client()
-    if server is not None:
+
+    def __init__(self, words: Sequence[str], folder: Path, changes: Mapping[str, str] | None = None) -> None:
+        self._words, self._environment = list(words), {**os.environ, **(changes or {})}
+        self._out = tempfile.TemporaryFile()  # noqa: SIM115  closed at the end
+        self._err = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = self._forked(folder) or subprocess.Popen(
+            [sys.executable, "-m", "lora2serve", *words], cwd=folder, env=self._environment,
+            stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, start_new_session=True,
+        )  # fmt: skip
+
+    def _forked(self, folder: Path) -> fork_client.ForkedProcess | None:
+        server = fork_client.client()
+        if server is None:
+            return None
         os.environ[fork_client.VARIABLE] = server.path  # one for the whole session, also of what the command starts
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as nothing:
-            process = server.start(
+        self._environment[fork_client.VARIABLE] = server.path
+        with open(os.devnull, "rb") as nothing:
+            return server.start(
                 "runpy:run_module", ["lora2serve", None, "__main__", True],
-                [nothing.fileno(), out.fileno(), err.fileno()], environment | {fork_client.VARIABLE: server.path},
-                argv=["", *words], folder=folder,
+                [nothing.fileno(), self._out.fileno(), self._err.fileno()], self._environment,
+                argv=["", *self._words], folder=folder,
             )  # fmt: skip
-            if process is not None:
-                code = _wait(process)
-                texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
-                return subprocess.CompletedProcess(words, code, *texts)
-    command = [sys.executable, "-m", "lora2serve", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has an exit code."""
+        try:
+            self._process.wait(0)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def end(self, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+        """What it has printed and its exit code, once it has ended; it is killed where that takes too long."""
+        try:
+            code = self._process.wait(seconds)
+        except BaseException:  # a timeout of the test, Ctrl-C
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            raise
+        texts = []
+        for file in (self._out, self._err):
+            file.seek(0)
+            texts.append(file.read().decode())
+            file.close()
+        return subprocess.CompletedProcess(self._words, code, *texts)
+
+
+def run_command(
+    words: Sequence[str], folder: Path, changes: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python -m lora2serve WORDS`` in ``folder``, from its beginning to its end; ``changes``: to the environment."""
+    return RunningCommand(words, folder, changes).end()
 
 
 @contextmanager
@@ -65,12 +103,3 @@ def light_fork_server(folder: Path) -> Iterator[None]:
         patch.setattr(fork_client, "_clients", [])
         patch.setattr(fork_client, "SCRIPT", script)
         yield
-
-
-def _wait(process: fork_client.ForkedProcess) -> int:
-    try:
-        return process.wait()
-    except BaseException:  # a timeout of the test, Ctrl-C
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
 from lora2serve.training.checkpoints import last_checkpoint
+from tests.support.commands import RunningCommand
 from tests.support.runs import DEMO, fit, logged, recipe_file
 
 pytestmark = pytest.mark.engine
@@ -35,26 +35,20 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, chats: dict[str, str]) ->
     return run
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+def start(folder: Path) -> RunningCommand:
     """``lora2serve train`` as a child process, in a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lora2serve", "train", *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return RunningCommand(["train"], folder)
 
 
-def stop_at(child: subprocess.Popen[str], folder: Path, there: Callable[[], bool], number: int) -> tuple[str, str]:
-    """Send a signal once ``there`` says so; stdout and stderr."""
+def stop_at(child: RunningCommand, there: Callable[[], bool], number: int) -> subprocess.CompletedProcess[str]:
+    """Send a signal once ``there`` says so; how it ended."""
     deadline = time.monotonic() + 300
     while not there():
-        assert child.poll() is None, child.communicate()
+        assert not child.ended, child.end()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     child.send_signal(number)
-    return child.communicate(timeout=150)
+    return child.end(150)
 
 
 def lines(folder: Path) -> int:
@@ -76,8 +70,7 @@ def assert_same_end(run: Run, unbroken: Run) -> None:
 def test_kill_9_then_resume_ends_like_an_unbroken_run(tmp_path: Path, chats: dict[str, str], unbroken: Run) -> None:
     write_recipe(tmp_path, chats)
     child = start(tmp_path)
-    stop_at(child, tmp_path, lambda: lines(tmp_path) >= 11, signal.SIGKILL)
-    assert child.returncode == -signal.SIGKILL
+    assert stop_at(child, lambda: lines(tmp_path) >= 11, signal.SIGKILL).returncode == -signal.SIGKILL
     run = Run(tmp_path / "runs" / "run")
     checkpoint = last_checkpoint(run)
     assert checkpoint is not None
@@ -102,9 +95,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     write_recipe(tmp_path, chats)
     child = start(tmp_path)
-    out, err = stop_at(child, tmp_path, lambda: lines(tmp_path) >= 6, signal.SIGINT)
-    assert child.returncode == 130, err
-    assert out == ""
+    done = stop_at(child, lambda: lines(tmp_path) >= 6, signal.SIGINT)
+    err = done.stderr
+    assert done.returncode == 130, err
+    assert done.stdout == ""
     assert "Traceback" not in err
     run = Run(tmp_path / "runs" / "run")
     (told,) = [line for line in err.splitlines() if "saved at step" in line]
@@ -126,9 +120,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 def test_a_scheduler_s_sigterm_saves_too(tmp_path: Path, chats: dict[str, str]) -> None:
     write_recipe(tmp_path, chats)
     child = start(tmp_path)
-    _, err = stop_at(child, tmp_path, lambda: lines(tmp_path) >= 4, signal.SIGTERM)
-    assert child.returncode == 130, err
-    assert "saved at step" in err
+    done = stop_at(child, lambda: lines(tmp_path) >= 4, signal.SIGTERM)
+    assert done.returncode == 130, done.stderr
+    assert "saved at step" in done.stderr
     assert last_checkpoint(Run(tmp_path / "runs" / "run"))
 
 
@@ -142,8 +136,9 @@ def test_a_stop_before_the_first_step_leaves_nothing(tmp_path: Path, chats: dict
     recipe_file(tmp_path, DEMO / "base", chats, steps=STEPS, quantize="none", lora={"init": "pissa"})
     run = tmp_path / "runs" / "run"
     child = start(tmp_path)
-    _, err = stop_at(child, tmp_path, (run / "checkpoints" / "initial").is_dir, number)
-    assert child.returncode == 130, err
+    done = stop_at(child, (run / "checkpoints" / "initial").is_dir, number)
+    err = done.stderr
+    assert done.returncode == 130, err
     assert "interrupted" in err
     assert "Traceback" not in err
     if lines(tmp_path):  # it came in the first step, which was then finished and saved
