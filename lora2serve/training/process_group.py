@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,7 +21,8 @@ from lora2serve.training.ranks import joined
 
 WAIT = timedelta(days=1)  # while one fetches a base; whoever is gone is noticed at once, or by the launcher
 MEET = timedelta(minutes=10)  # for all to come
-READ = timedelta(seconds=3)  # for the others to read who ended first
+READ = 3.0  # seconds for the others to read who ended first
+LOOK = 0.05  # seconds between two looks whether they have
 FIRST, HAS_READ = "lora2serve/first", "lora2serve/read"
 LOST = ("closed by peer", "reset by peer", "gloo/transport", "NCCL error", "ncclRemoteError")
 
@@ -39,12 +41,12 @@ def together(launch: Launch) -> Iterator[None]:
     store = _store()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with launcher.hidden():
-        distributed.init_process_group(
-            backend, store=PrefixStore("lora2serve/group", store),
-            rank=launch.rank, world_size=launch.processes, timeout=WAIT,
-        )  # fmt: skip
-        joined[:] = [launch]
         try:
+            distributed.init_process_group(
+                backend, store=PrefixStore("lora2serve/group", store),
+                rank=launch.rank, world_size=launch.processes, timeout=WAIT,
+            )  # fmt: skip
+            joined[:] = [launch]
             yield
         except BaseException as error:
             _end(error, store, launch)
@@ -96,8 +98,11 @@ def _end(error: BaseException, store: Store, launch: Launch) -> None:
             store.set(f"{HAS_READ}/{launch.rank}", "")
         raise EndedTogether(int(first.split(":")[1])) from error
     _leave()
+    others = [f"{HAS_READ}/{other}" for other in range(launch.processes) if other != launch.rank]
+    deadline = time.monotonic() + READ
     with suppress(RuntimeError):
-        store.wait([f"{HAS_READ}/{other}" for other in range(launch.processes) if other != launch.rank], READ)
+        while not store.check(others) and time.monotonic() < deadline:
+            time.sleep(LOOK)
     if _is_loss(error):
         raise TrainError(
             "another process of this training has ended without a word",
