@@ -73,7 +73,10 @@ def by_hand(
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.4, "loss_type": ["sigmoid", "ipo"], "loss_weights": [0.8, 0.2]}])
+OTHER_LOSSES = {"beta": 0.4, "loss_type": ["sigmoid", "ipo"], "loss_weights": [0.8, 0.2]}
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(OTHER_LOSSES, marks=pytest.mark.slow)])
 def test_the_loss_is_that_of_trl_by_hand(tmp_path: Path, pairs: dict[str, str], options: dict[str, Any]) -> None:
     """Step by step, margins and log-probabilities as well: the rows are tokenized alike here, by this template."""
     from trl import DPOConfig, DPOTrainer
@@ -138,14 +141,12 @@ def test_figures_are_those_of_the_models_themselves(trained: Run) -> None:
 
 
 def test_whatever_the_pieces_a_step_and_an_evaluation_are_the_same(
-    tmp_path: Path, pairs: dict[str, str], trained: Run
+    tmp_path: Path, small: Path, pairs: dict[str, str]
 ) -> None:
     """24 pairs in batches of 5: the last step of an epoch has pieces of unlike size."""
     options = {**PLAIN, "steps": None, "epochs": 1, "eval_steps": 3}
-    whole, _, _ = fit(recipe_file(tmp_path / "a", DEMO / "base", pairs, **{**options, "batch_size": 15}))
-    pieces, _, _ = fit(
-        recipe_file(tmp_path / "b", DEMO / "base", pairs, **{**options, "batch_size": 5, "accumulation": 3})
-    )
+    whole, _, _ = fit(recipe_file(tmp_path / "a", small, pairs, **{**options, "batch_size": 15}))
+    pieces, _, _ = fit(recipe_file(tmp_path / "b", small, pairs, **{**options, "batch_size": 5, "accumulation": 3}))
     assert list(logged(whole)) == list(logged(pieces)) == [1, 2]
     for key in ("loss", "grad_norm", "eval_loss", "eval_rewards/margins"):
         assert list(logged(pieces, key).values()) == pytest.approx(list(logged(whole, key).values()), abs=1e-5), key
@@ -168,7 +169,10 @@ def labels(tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, str]) -> d
 KTO: dict[str, Any] = {**PLAIN, "objective": "kto"}
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "apo_zero_unpaired", "beta": 0.3, "undesirable_weight": 1.2}])
+WITHOUT_KL = {"loss_type": "apo_zero_unpaired", "beta": 0.3, "undesirable_weight": 1.2}
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(WITHOUT_KL, marks=pytest.mark.slow)])
 def test_the_loss_of_kto_is_that_of_trl_by_hand(
     tmp_path: Path, labels: dict[str, str], options: dict[str, Any]
 ) -> None:
