@@ -14,16 +14,25 @@ from lora2serve.gateway.upstreams import AppUpstream, AsgiApp, HttpUpstream, Mes
 
 VARIABLE = "LORA2SERVE_GATEWAY"  # gateway.yaml, for a gateway inside a server
 INSIDE = "vllm"  # the name of that server among the upstreams
+SHARED = ("app", "state")  # what Starlette's applications look for beside a request: themselves, and what they set up
 
 
 class GatewayMiddleware:
     """Starts and ends the gateway with the application, and lets it answer. Without one: as LORA2SERVE_GATEWAY says."""
 
     def __init__(self, app: AsgiApp, gateway: Gateway | None = None) -> None:
-        self._app, self._gateway = app, gateway or inside(app)
+        self._app, self._shared = app, dict[str, object]()
+        self._gateway = gateway or inside(self._asked)
+
+    async def _asked(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, for requests that are the gateway's own."""
+        own = {key: dict(value) if isinstance(value, dict) else value for key, value in self._shared.items()}
+        await self._app({**own, **scope}, receive, send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """HTTP goes to the gateway, everything else to the application."""
+        if not self._shared:
+            self._shared |= {key: scope[key] for key in SHARED if key in scope}
         if scope["type"] == "http":
             await self._gateway(scope, receive, send)
             return

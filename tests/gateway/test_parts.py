@@ -7,7 +7,9 @@ import itertools
 import json
 import shutil
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from lora2serve import Registry, start_gateway
 from lora2serve.errors import RecipeError, UsageError
@@ -283,7 +287,7 @@ def test_upstreams_of_the_command_line(tmp_path: Path) -> None:
 
 
 def test_inside_another_application(tmp_path: Path, seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same middleware around the server itself, in its process."""
+    """The same middleware around the server itself, in its process; one of Starlette, as vLLM is."""
     shutil.copytree(seed / "registry", tmp_path / "registry")
     with Registry(tmp_path / "registry") as registry:
         registry.promote("towns@1")
@@ -293,15 +297,18 @@ def test_inside_another_application(tmp_path: Path, seed: Path, monkeypatch: pyt
     monkeypatch.setenv("LORA2SERVE_REGISTRY", str(tmp_path / "registry"))
     stub = StubUpstream()
 
-    async def with_lifespan(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            while (message := await receive())["type"] != "lifespan.shutdown":
-                await send({"type": f"{message['type']}.complete"})
-            await send({"type": "lifespan.shutdown.complete"})
-        else:
-            await stub(scope, receive, send)
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, str]]:
+        app.state.own = "of the application"
+        yield {"own": "of each request"}
 
-    with serving(GatewayMiddleware(with_lifespan)) as url:
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        assert (scope["app"].state.own, scope["state"]["own"]) == ("of the application", "of each request")
+        await stub(scope, receive, send)
+
+    app = Starlette(routes=[Mount("/", handle)], lifespan=lifespan)
+    app.add_middleware(GatewayMiddleware)
+    with serving(app) as url:
         got = chat(url, "a b", stream=True)
         assert got.text == "towns-1 says a b" and got.version == "towns@1" and b'"model":"towns"' in got.body
         assert chat(url, model="base").text == "base says hi"
