@@ -70,7 +70,8 @@ def _sweep(quiet: bool) -> None:
 
     processes, _ = scratch.sweep()
     if processes:
-        console.Terminal(quiet).note(f"ended {processes} processes that a killed lora2serve had left")
+        what = "1 process" if processes == 1 else f"{processes} processes"
+        console.Terminal(quiet).note(f"ended {what} that a killed lora2serve had left")
 
 
 for command in (

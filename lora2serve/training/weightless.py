@@ -13,7 +13,7 @@ from lora2serve.adapters.target_presets import named
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import LORA
 from lora2serve.errors import TrainError, first_line
-from lora2serve.training.lora_targets import linear_modules
+from lora2serve.training.lora_targets import linear_modules, other_towers
 from lora2serve.training.method_config import adapter_config
 from lora2serve.training.model import Device, section_of
 from lora2serve.weights.checkpoint import read_config
@@ -64,8 +64,10 @@ def _in_all_layers(modules: Collection[str]) -> str:
 def _of_lora(
     model: PreTrainedModel, base: Path, recipe: TrainRecipe, config: LoraConfig, device: Device
 ) -> list[str]:  # fmt: skip
-    experts = _experts(model)
+    towers = re.compile(other_towers(model) or r"(?!)")  # what sees and hears gets no LoRA, and is no expert
+    experts = {name: size for name, size in _experts(model).items() if not towers.fullmatch(name)}
     wanted = {*named(linear_modules(model), list(config.target_modules)), *experts}
+    wanted = {name for name in wanted if not towers.fullmatch(name)}
     warnings = []
     if left_out := wanted - (_adapted(model, config) or wanted):
         warnings.append(

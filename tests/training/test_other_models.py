@@ -126,6 +126,22 @@ def test_experts_are_told(tmp_path: Path, kind: str) -> None:
     assert check_adapter(config_alone(tmp_path / "dense", "llama"), TrainRecipe(), GPU) == [], "the control"
 
 
+def test_towers_are_no_experts(tmp_path: Path) -> None:
+    """The vision tower of Gemma 3 has a tensor of three axes, as experts have; and linear layers without LoRA."""
+    from transformers import Gemma3Config
+
+    text = {**SHAPE, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
+    vision = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": 56, "patch_size": 14,
+    }  # fmt: skip
+    Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4).save_pretrained(tmp_path)
+    model = weightless_model(tmp_path)
+    assert model is not None
+    assert any(p.dim() == 3 and "vision_tower" in name for name, p in model.named_parameters())
+    assert check_adapter(tmp_path, TrainRecipe(), GPU) == []
+
+
 def test_as_many_gigabytes_as_there_are(tmp_path: Path) -> None:
     """The shape of Qwen3-30B-A3B, which has 28.99 billion parameters in experts."""
     sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_experts": 128}
