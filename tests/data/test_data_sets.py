@@ -9,7 +9,7 @@ import pytest
 
 from lora2serve.config.data_recipe import COLUMNS, DataRecipe, SourceRecipe
 from lora2serve.data import data_sets
-from lora2serve.data.row_forms import BESIDE, BY_RANK
+from lora2serve.data.row_forms import BESIDE, BY_RANK, LABEL, PREFERENCES
 from lora2serve.data.rows import ChatRow, CompletionRow, TextRow
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
@@ -91,7 +91,8 @@ def test_the_form_of_pairs(tmp_path: Path) -> None:
 
 
 def test_every_key_of_a_form_may_be_mapped() -> None:
-    assert {key for names in BY_RANK for key in names} | {*BESIDE, "input", "task", "role", "content"} == set(COLUMNS)
+    keys = {key for names in (*BY_RANK, *PREFERENCES) for key in names}
+    assert keys | {*BESIDE, LABEL, "input", "task", "role", "content"} == set(COLUMNS)
 
 
 @pytest.mark.parametrize(
