@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import socket
 import statistics
@@ -37,6 +38,7 @@ SECONDS = float(os.environ.get("SECONDS_EACH", "5"))
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 CHAT = "/v1/chat/completions"
 LITELLM = "litellm[proxy]>=1.80"
+KEY = f"sk-{secrets.token_hex(32)}"  # LiteLLM does not start without one
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
@@ -142,7 +144,7 @@ async def streams(url: str, model: str) -> tuple[list[float], list[float]]:
     return first, every
 
 
-KIND = {"Content-Type": "application/json", "Authorization": "Bearer sk-1234"}
+KIND = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 
 
 async def throughput(url: str, model: str) -> float:
@@ -213,7 +215,12 @@ def start_all(stack: ExitStack, folder: Path, litellm: bool) -> dict[str, tuple[
     if litellm:
         params = {"model": "openai/towns", "api_base": f"{urls['server']}/v1", "api_key": "x"}
         (folder / "litellm.yaml").write_text(
-            json.dumps({"model_list": [{"model_name": "towns", "litellm_params": params}]})
+            json.dumps(
+                {
+                    "model_list": [{"model_name": "towns", "litellm_params": params}],
+                    "general_settings": {"master_key": KEY},
+                }
+            )
         )
         words = ["--config", str(folder / "litellm.yaml"), "--port", str(ports["litellm"]), "--host", "127.0.0.1"]
         program = folder / "venv" / "bin" / "litellm"
