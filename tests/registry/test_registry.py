@@ -329,12 +329,15 @@ def test_a_query_without_end_is_interrupted(registry: Registry, tmp_path: Path) 
 
 
 def test_columns_of_one_name(
-    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    location: str,
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """JSON has a key once: the second column would be all that is left."""
     versions(registry, tmp_path, 1)
-    location = registry.location
-    monkeypatch.setenv("LORA2SERVE_REGISTRY", str(location.folder) if location.folder else location.url)
+    monkeypatch.setenv("LORA2SERVE_REGISTRY", location)
     assert command_line(["registry", "sql", "SELECT 1 AS a, 2 AS a", "--json"]) == 2
     assert "several columns are called a" in capsys.readouterr().err
     assert command_line(["registry", "sql", "SELECT 1 AS a, 2 AS b", "--json"]) == 0
@@ -563,12 +566,15 @@ def test_an_export_is_no_version(registry: Registry, tmp_path: Path) -> None:
 
 
 def test_lines_for_people(
-    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    location: str,
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A reason of two lines is one event, and what finds nothing says why."""
     versions(registry, tmp_path, 1)
-    location = registry.location
-    monkeypatch.setenv("LORA2SERVE_REGISTRY", str(location.folder) if location.folder else location.url)
+    monkeypatch.setenv("LORA2SERVE_REGISTRY", location)
     registry.promote("medical-qa@1", why="good\n2026-01-01T00:00:00Z root promote medical-qa@champion 1 -> 9")
     capsys.readouterr()
     assert command_line(["registry", "history", "medical-qa"]) == 0
