@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,42 @@ WHY = [
 def test_why_a_key_has_no_place(config: str, key: str, why: str, tmp_path: Path) -> None:
     _, left_out = translated(config, tmp_path)
     assert left_out[key] == why
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "value", "named"),
+    [
+        (
+            {"datasets": [{"path": "a", "type": {"field_output": "one"}}, {"path": "b", "type": {"field_output": "two"}}]},
+            "data.columns.output", "one", {"datasets[1].type.field_output: output": "two"},
+        ),
+        ({"pretraining_dataset": "b"}, "data.train", "b", {"datasets": "a"}),
+        ({"rl": "dpo", "dpo_beta": 0.2, "rl_beta": 0.3}, "train.preference.beta", 0.3, {"dpo_beta": 0.2}),
+        ({"rl": "dpo", "dpo_beta": 0.3, "rl_beta": 0.3}, "train.preference.beta", 0.3, {}),
+        ({"warmup_steps": 0.2, "warmup_ratio": 0.1}, "train.warmup", 0.2, {"warmup_ratio": 0.1}),
+        ({"warmup_steps": 0, "warmup_ratio": 0.1}, "train.warmup", 0.1, {}),
+        ({"warmup_steps": 0}, "train.warmup", 0.0, {}),
+    ],
+)  # fmt: skip
+def test_two_keys_for_one(changes: dict[str, Any], path: str, value: object, named: dict[str, object]) -> None:
+    """The value that is not taken is named; 0 steps of warm-up leave it to the share, as in transformers."""
+    config = {"base_model": "x/y", "adapter": "lora", "datasets": "a", **changes}
+    _, keys = move_keys(config, Path("axolotl.yaml"))
+    assert keys.get(path) == value
+    assert {item.key: item.value for item in keys.left_out} == named
+
+
+def test_columns_that_nobody_reads_are_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    columns = {"prompt": "q", "response": "r", "history": "before", "images": "pictures"}
+    index = {"turns": {"file_name": "turns.json", "columns": columns, "num_samples": 5, "folder": "x"}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(index), encoding="utf-8")
+    config = {"model_name_or_path": "x/y", "dataset": "turns"}
+    _, keys = move_keys(config, tmp_path / "config.yaml")
+    assert [item.key.removeprefix("dataset: turns.") for item in keys.left_out] == [
+        "num_samples", "folder", "columns.history", "columns.images",
+    ], "in the order of the file"  # fmt: skip
+    assert keys.get("data.columns") == {"instruction": "q", "output": "r"}
 
 
 def test_init_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,13 @@ from lora2serve.config.translation.shared_keys import (
     PREFIXES,
     SEVERAL,
     WHY,
+    put_column,
+    put_sources,
     translate_loop,
     translate_lora,
     translate_name,
     translate_objective,
+    translate_share,
     translate_trackers,
 )
 
@@ -150,11 +153,7 @@ def _data(keys: MovedKeys) -> None:
     if inputs:
         keys.put("data.completion_only", False, "train_on_inputs")
     _template(keys)
-    share = keys.take("val_set_size")
-    if isinstance(share, int | float) and share >= 1:
-        keys.leave("val_set_size", share, "data.eval_split is a share of the rows, and this is a number of them")
-    elif share:
-        keys.put("data.eval_split", share, "val_set_size")
+    translate_share(keys, "val_set_size")
     for key, path in DATASETS.items():
         sets = keys.take(key)
         sources: list[object] = []
@@ -164,8 +163,7 @@ def _data(keys: MovedKeys) -> None:
                 sources += _sources(keys, f"{key}[{number}]", values)
             else:
                 keys.leave(f"{key}[{number}]", item, "expected a path and a type")
-        if sources:
-            keys.put(path, sources[0] if len(sources) == 1 and isinstance(sources[0], str) else sources, key)
+        put_sources(keys, path, sources, key)
 
 
 def _template(keys: MovedKeys) -> None:
@@ -197,8 +195,9 @@ def _sources(keys: MovedKeys, key: str, item: Mapping[str, object]) -> list[obje
             keys.leave(f"{key}.{name}", values[name], OWN["train_on_eos"])
     if "chat_template" in values and values["chat_template"] != "tokenizer_default":
         keys.leave(f"{key}.chat_template", values["chat_template"], OWN_TEMPLATE)
-    for name in values.keys() - set(DATASET_KEYS):
-        keys.leave(f"{key}.{name}", values[name], UNKNOWN_KEY)
+    for name, value in values.items():
+        if name not in DATASET_KEYS:
+            keys.leave(f"{key}.{name}", value, UNKNOWN_KEY)
     return sources
 
 
@@ -207,13 +206,12 @@ def _type(keys: MovedKeys, key: str, kind: object) -> None:
     if isinstance(kind, dict):
         for name, column in (("field_instruction", "instruction"), ("field_input", "input"),
                              ("field_output", "output"), ("field_system", "system")):  # fmt: skip
-            if kind.get(name) and kind[name] != column:
-                keys.put(f"data.columns.{column}", kind[name], f"{key}.type.{name}")
-        for name in kind.keys() - {"field_instruction", "field_input", "field_output", "field_system", "field"}:
-            if kind[name]:
-                keys.leave(f"{key}.type.{name}", kind[name], "prompts are written by the chat template")
-        if kind.get("field"):
-            keys.put("data.columns.text", kind["field"], f"{key}.type.field")
+            put_column(keys, column, kind.get(name) or None, f"{key}.type.{name}")
+        read = ("field_instruction", "field_input", "field_output", "field_system", "field")
+        for name, value in kind.items():
+            if value and name not in read:
+                keys.leave(f"{key}.type.{name}", value, "prompts are written by the chat template")
+        put_column(keys, "text", kind.get("field") or None, f"{key}.type.field")
     elif isinstance(kind, str) and kind.partition(":")[0] not in READ_BY_COLUMNS:
         keys.leave(f"{key}.type", kind, "rows are read by the names of their columns; data.columns gives others")
 
@@ -229,9 +227,4 @@ def _columns(keys: MovedKeys, key: str, values: Mapping[str, object]) -> None:
     if values.get("field_system") not in (None, "system"):
         named["system"] = values["field_system"]
     for column, name in named.items():
-        if name is None or name == column:
-            continue
-        if keys.get(f"data.columns.{column}") not in (None, name):
-            keys.leave(f"{key}: {column}", name, "all data sets of a recipe have the same names of columns")
-        else:
-            keys.put(f"data.columns.{column}", name, key)
+        put_column(keys, column, name, key)

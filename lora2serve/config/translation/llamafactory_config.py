@@ -13,10 +13,13 @@ from lora2serve.config.translation.shared_keys import (
     OFF,
     PREFIXES,
     WHY,
+    put_column,
+    put_sources,
     translate_loop,
     translate_lora,
     translate_name,
     translate_objective,
+    translate_share,
     translate_trackers,
 )
 from lora2serve.errors import RecipeError
@@ -158,11 +161,7 @@ def _data(keys: MovedKeys, home: Path, columns: Mapping[str, str]) -> None:
     packing = [keys.take("packing"), keys.take("neat_packing")]
     if any(packing):
         keys.put("data.packing", True, "packing")
-    share = keys.take("val_size")
-    if isinstance(share, int | float) and share >= 1:
-        keys.leave("val_size", share, "data.eval_split is a share of the rows, and this is a number of them")
-    elif share:
-        keys.put("data.eval_split", share, "val_size")
+    translate_share(keys, "val_size")
     template = keys.take("template")
     if template is not None:
         why = "the tokenizer's own template is taken; data.chat_template gives one to a model without"
@@ -171,9 +170,7 @@ def _data(keys: MovedKeys, home: Path, columns: Mapping[str, str]) -> None:
     index = _read_index(file) if file.is_file() else None
     for key, path in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         names = _names(keys.take(key))
-        sources = [_source(keys, key, name, file, index, columns) for name in names]
-        if sources:
-            keys.put(path, sources[0] if len(sources) == 1 and isinstance(sources[0], str) else sources, key)
+        put_sources(keys, path, [_source(keys, key, name, file, index, columns) for name in names], key)
 
 
 def _read_index(file: Path) -> Mapping[str, object]:
@@ -201,29 +198,17 @@ def _source(
     named = {ours: names.get(theirs) for theirs, ours in columns.items()}
     named |= {"role": tags.get("role_tag"), "content": tags.get("content_tag")}
     for ours, theirs in named.items():
-        if theirs not in (None, ours) and (ours, theirs) not in NATIVE:
-            _put_column(keys, key, ours, theirs)
-    for option in known.keys() - {
-        "file_name",
-        "hf_hub_url",
-        "columns",
-        "tags",
-        "formatting",
-        "ranking",
-        "split",
-        "subset",
-    }:
-        keys.leave(f"{key}.{option}", known[option], UNKNOWN_KEY)
+        if (ours, theirs) not in NATIVE:
+            put_column(keys, ours, theirs, key)
+    for option, value in known.items():
+        if option not in INDEX_KEYS:
+            keys.leave(f"{key}.{option}", value, UNKNOWN_KEY)
+    for column, value in names.items():
+        if value and column not in columns:
+            keys.leave(f"{key}.columns.{column}", value, UNKNOWN_KEY)
     path = str(known.get("hf_hub_url") or file.with_name(str(known.get("file_name") or name)))
     place = {name: known[name] for name in ("split", "subset") if known.get(name)}
     return {"path": path, **place} if place else path
-
-
-def _put_column(keys: MovedKeys, key: str, column: str, name: object) -> None:
-    if keys.get(f"data.columns.{column}") not in (None, name):
-        keys.leave(f"{key}: {column}", name, "all data sets of a recipe have the same names of columns")
-    else:
-        keys.put(f"data.columns.{column}", name, key)
 
 
 def _names(value: object) -> Sequence[str]:

@@ -44,13 +44,16 @@ class MovedKeys:
         return self.take(key) if self._rest.get(key) in values else None
 
     def put(self, path: str, value: object, key: str = "") -> None:
-        """A value of the recipe, which came from ``key``."""
+        """A value of the recipe, which came from ``key``; another key that gave it another value is left out."""
         *parents, last = path.split(".")
         section = self.recipe
         for parent in parents:
             inner = section.setdefault(parent, {})
             assert isinstance(inner, dict)
             section = inner
+        origin = self._origins.get(path)
+        if origin and origin != key and section[last] != value:
+            self.leave(origin, section[last], f"{key} says it, too, and is taken")
         section[last] = value
         if key:
             self._origins[path] = key

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lora2serve.config.lora_inits import is_trainable
 from lora2serve.config.model_name import run_name_problem
@@ -123,6 +123,31 @@ def translate_objective(keys: MovedKeys, objective: str, options: Mapping[str, s
         keys.leave(objective, value, NO_REWARDS)
 
 
+def translate_share(keys: MovedKeys, key: str) -> None:
+    """The rows that are held out; ``key`` is the trainer's."""
+    share = keys.take(key)
+    if isinstance(share, int | float) and share >= 1:
+        keys.leave(key, share, "data.eval_split is a share of the rows, and this is a number of them")
+    elif share:
+        keys.put("data.eval_split", share, key)
+
+
+def put_sources(keys: MovedKeys, path: str, sources: Sequence[object], key: str) -> None:
+    """Data sets as ``data.train`` or ``data.eval``: a single path as it is."""
+    if sources:
+        keys.put(path, sources[0] if len(sources) == 1 and isinstance(sources[0], str) else sources, key)
+
+
+def put_column(keys: MovedKeys, column: str, name: object, key: str) -> None:
+    """What the data set ``key`` calls a column, if it does: the first set that says it is followed."""
+    if name in (None, column):
+        return
+    if keys.get(f"data.columns.{column}") not in (None, name):
+        keys.leave(f"{key}: {column}", name, "all data sets of a recipe have the same names of columns")
+    else:
+        keys.put(f"data.columns.{column}", name, key)
+
+
 def translate_trackers(keys: MovedKeys) -> None:
     """Where figures go beside metrics.jsonl."""
     trackers = keys.take("report_to")
@@ -153,7 +178,7 @@ def _warmup(keys: MovedKeys) -> None:
     steps, share, total = keys.take("warmup_steps"), keys.take("warmup_ratio"), keys.get("train.steps")
     if share is not None:
         keys.put("train.warmup", share, "warmup_ratio")
-    if not isinstance(steps, int | float):
+    if not isinstance(steps, int | float) or (steps == 0 and share is not None):  # 0 leaves it to the share
         return
     if steps < 1:  # transformers takes a share there, too
         keys.put("train.warmup", float(steps), "warmup_steps")
