@@ -97,6 +97,8 @@ def test_what_a_llamafactory_config_becomes(tmp_path: Path) -> None:
     assert (recipe.train.objective, recipe.train.preference) == ("dpo", {"beta": 0.1}) and "stage" not in left_out
     recipe, _ = translated("llamafactory/kto-oft", tmp_path)
     assert (recipe.train.method, dict(recipe.train.options)) == ("oft", {"oft_block_size": 32})
+    assert (recipe.train.objective, recipe.train.preference) == ("kto", {"desirable_weight": 1.0})
+    assert recipe.data.columns == {"label": "good"}
 
 
 WHY = [
@@ -112,7 +114,7 @@ WHY = [
     ("axolotl/goes-on", "lora_r", "0, expected 1 to 16384"),
     ("axolotl/goes-on", "lora_dropout", "1.5, expected 0.0 to 0.99"),
     ("llamafactory/kto-oft", "lora_rank", "'eight', expected a whole number"),
-    ("llamafactory/kto-oft", "stage", "answers and preferences (dpo) are trained, and no rewards"),
+    ("llamafactory/rewards", "stage", "answers and preferences (dpo, kto) are trained, and no rewards"),
     ("llamafactory/full-galore", "finetuning_type", "a LoRA is written; train.method names other kinds of adapters"),
     ("llamafactory/vision", "freeze_vision_tower", "rows with images are not trained"),
     ("llamafactory/gptq", "quantization_method", "bitsandbytes quantizes"),
@@ -123,6 +125,13 @@ WHY = [
 def test_why_a_key_has_no_place(config: str, key: str, why: str, tmp_path: Path) -> None:
     _, left_out = translated(config, tmp_path)
     assert left_out[key] == why
+
+
+def test_kto_of_axolotl(tmp_path: Path) -> None:
+    recipe, left_out = translated("axolotl/kto", tmp_path)
+    weights = {"beta": 0.2, "desirable_weight": 0.5, "undesirable_weight": 2.0}
+    assert (recipe.train.objective, recipe.train.preference) == ("kto", weights)
+    assert left_out.keys() == {"datasets[0].type"}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,14 @@ MOVED = {
 }  # fmt: skip
 DATASETS = {"datasets": "data.train", "pretraining_dataset": "data.train", "test_datasets": "data.eval"}
 TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "phi_3": "phi3"}
-PREFERENCE = {"dpo_beta": "beta", "rl_beta": "beta", "dpo_loss_type": "loss_type", "dpo_use_weighting": "use_weighting"}
+PREFERENCES = {
+    "dpo": {
+        "dpo_beta": "beta", "rl_beta": "beta", "dpo_loss_type": "loss_type", "dpo_use_weighting": "use_weighting",
+    },
+    "kto": {
+        "rl_beta": "beta", "kto_desirable_weight": "desirable_weight", "kto_undesirable_weight": "undesirable_weight",
+    },
+}  # fmt: skip
 OWN_TEMPLATE = "the tokenizer's own template is taken; data.chat_template names a file for a model without one"
 # Forms of rows that are read by their columns, whatever the type calls them.
 READ_BY_COLUMNS = ("chat_template", "sharegpt", "alpaca", "completion", "alpaca_chat.load_qa", "pretrain")
@@ -91,7 +98,7 @@ def from_axolotl(config: Mapping[str, object]) -> MovedKeys:
     _data(keys)
     _adapter(keys)
     _batch(keys)
-    translate_objective(keys, "rl", PREFERENCE)
+    translate_objective(keys, "rl", PREFERENCES)
     translate_loop(keys, "lr_scheduler")
     names = {"rslora": "peft_use_rslora", "dora": "peft_use_dora", "init": "peft_init_lora_weights"}
     translate_lora(keys, names)

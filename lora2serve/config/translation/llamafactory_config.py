@@ -39,7 +39,13 @@ DEFAULTS: Mapping[str, object] = {
 # Their names of columns in dataset_info.json, and ours.
 COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "messages": "messages", "system": "system",
-    "tools": "tools", "chosen": "chosen", "rejected": "rejected",
+    "tools": "tools", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label",
+}  # fmt: skip
+PREFERENCES = {
+    "dpo": {"pref_beta": "beta", "dpo_label_smoothing": "label_smoothing"},
+    "kto": {
+        "pref_beta": "beta", "kto_chosen_weight": "desirable_weight", "kto_rejected_weight": "undesirable_weight",
+    },
 }  # fmt: skip
 INDEX_KEYS = ("file_name", "hf_hub_url", "columns", "tags", "formatting", "ranking", "split", "subset")
 NATIVE = {("messages", "conversations"), ("role", "from"), ("content", "value")}
@@ -120,7 +126,7 @@ def _defaults(keys: MovedKeys) -> None:
 def _stage(keys: MovedKeys) -> object:
     """What is learned: answers, texts (``pt``) or preferences."""
     stage = keys.take_if("stage", ("sft", "pt"))
-    translate_objective(keys, "stage", {"pref_beta": "beta", "dpo_label_smoothing": "label_smoothing"})
+    translate_objective(keys, "stage", PREFERENCES)
     loss = keys.take("pref_loss")
     if loss not in (None, "sigmoid"):
         keys.leave("pref_loss", loss, "the loss of dpo is sigmoid; train.preference.loss_type names others")

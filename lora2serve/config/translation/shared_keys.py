@@ -16,7 +16,7 @@ TRACKERS = {
     "use_tensorboard": "tensorboard", "use_swanlab": "swanlab", "use_comet": "comet_ml",
 }  # fmt: skip
 SEVERAL = "`lora2serve train --gpus all` (or torchrun) trains by several, each with the whole model"
-NO_REWARDS = "answers and preferences (dpo) are trained, and no rewards"
+NO_REWARDS = "answers and preferences (dpo, kto) are trained, and no rewards"
 EIGHT_BITS = "4 bits or none are trained: 16 are written, and nf4 takes less memory"
 EVERY_EPOCH = "evaluated at the end of each epoch; train.eval_steps counts steps"
 
@@ -113,12 +113,12 @@ def translate_lora(keys: MovedKeys, names: Mapping[str, str]) -> None:
         keys.leave(names["init"], init, "A begins at random and B at zero (train.lora.init: default)")
 
 
-def translate_objective(keys: MovedKeys, objective: str, options: Mapping[str, str]) -> None:
-    """Preferences; ``objective`` is the trainer's key, ``options`` its keys of TRL's DPO and our names of them."""
+def translate_objective(keys: MovedKeys, objective: str, options: Mapping[str, Mapping[str, str]]) -> None:
+    """Preferences; ``objective`` is the trainer's key, ``options`` its keys of each and TRL's names of them."""
     value = keys.take(objective)
-    if value == "dpo":
-        keys.put("train.objective", "dpo", objective)
-        keys.move({key: f"train.preference.{name}" for key, name in options.items()})
+    if isinstance(value, str) and value in options:
+        keys.put("train.objective", value, objective)
+        keys.move({key: f"train.preference.{name}" for key, name in options[value].items()})
     elif value is not None:
         keys.leave(objective, value, NO_REWARDS)
 
