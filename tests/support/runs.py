@@ -84,6 +84,14 @@ def write_jsonl(path: Path, content: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+def uneven_data(folder: Path, train: int, held_out: int) -> dict[str, str]:
+    """So many rows to train on, and held-out ones of one to sixty words, for the ``data`` of a recipe."""
+    texts = [row["text"] for row in rows("general.jsonl", held_out)]
+    cut = [{"text": " ".join(text.split()[: 1 + 20 * (number % 4)])} for number, text in enumerate(texts)]
+    files = {"train": rows("train.jsonl", train), "eval": cut}
+    return {name: str(write_jsonl(folder / f"{name}.jsonl", content)) for name, content in files.items()}
+
+
 def make_chat_model(path: Path, **changes: Any) -> Path:
     """A random model of 0.2 million parameters that speaks the demo's tokens."""
     make_model(path, **{"vocab_size": 1536, "bos_token_id": None, "eos_token_id": 0, **changes})

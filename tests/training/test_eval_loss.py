@@ -17,7 +17,7 @@ from lora2serve.training import tiled_head
 from lora2serve.training.eval_loss import RowLosses, evaluate
 from lora2serve.training.tiled_head import token_losses
 from tests.support.families import FAMILIES, HANDFUL, make_family
-from tests.support.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
+from tests.support.runs import DEMO, fit, logged, recipe_file, uneven_data
 
 pytestmark = pytest.mark.engine
 
@@ -151,11 +151,7 @@ def test_the_interval_of_a_difference() -> None:
 @pytest.fixture(scope="module")
 def lengths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Held-out rows of one to sixty words, and rows to train on."""
-    root = tmp_path_factory.mktemp("lengths")
-    texts = [row["text"] for row in rows("general.jsonl", 8)]
-    cut = [{"text": " ".join(text.split()[: 1 + 20 * (number % 4)])} for number, text in enumerate(texts)]
-    train = write_jsonl(root / "t.jsonl", rows("train.jsonl", 8))
-    return {"train": str(train), "eval": str(write_jsonl(root / "e.jsonl", cut))}
+    return uneven_data(tmp_path_factory.mktemp("lengths"), 8, 8)
 
 
 LAST: dict[str, Any] = {"steps": 2, "eval_steps": 2, "learning_rate": 0.01}

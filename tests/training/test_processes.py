@@ -23,7 +23,7 @@ from lora2serve.training import process_group
 from lora2serve.training.checkpoints import last_checkpoint
 from tests.support.commands import run_command
 from tests.support.ranks import ends, launched, start_together, train_together
-from tests.support.runs import DEMO, fit, logged, recipe_file, rows, write_jsonl
+from tests.support.runs import DEMO, fit, logged, recipe_file, uneven_data
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(torch.cuda.is_available(), reason="one CPU beside two")]
 
@@ -33,11 +33,7 @@ STEPS = 32
 @pytest.fixture(scope="module")
 def nine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Nine rows, of which the last step of an epoch has one; held-out ones of very different lengths."""
-    root = tmp_path_factory.mktemp("nine")
-    texts = [row["text"] for row in rows("general.jsonl", 7)]
-    cut = [{"text": " ".join(text.split()[: 1 + 20 * (number % 4)])} for number, text in enumerate(texts)]
-    train = write_jsonl(root / "train.jsonl", rows("train.jsonl", 9))
-    return {"train": str(train), "eval": str(write_jsonl(root / "eval.jsonl", cut))}
+    return uneven_data(tmp_path_factory.mktemp("nine"), 9, 7)
 
 
 def adapter(run: Run) -> dict[str, torch.Tensor]:
