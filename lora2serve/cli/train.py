@@ -114,9 +114,8 @@ def _refuse_mixtures(
     count: int, *, name: str | None, gpus: str | None, jobs: int | None, dry_run: bool, resume: bool
 ) -> None:  # fmt: skip
     """UsageError with all options that do not go together."""
-    of_one = {"--name": name, "--gpus": gpus, "--resume": resume}
+    of_one = {"--name": name, "--gpus": gpus, "--resume": resume} if count > 1 else {}
     problems = [f"{option}: of one training, and {count} recipes are named" for option in of_one if of_one[option]]
-    problems = problems if count > 1 else []
     if count > 1 and launcher.launch():
         problems.append(f"{count} recipes: a launcher's processes train one together")
     if jobs and count < 2:

@@ -37,21 +37,21 @@ class LeasedWorkers:
     worker: str
     gpus: tuple[str, ...] = ()
     threads: int = 0
+    stopped: bool = False
     _running: list[TrainingProcess] = field(default_factory=list)
     _idle: list[TrainingProcess] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _stopped: bool = False
 
     @contextmanager
     def lent(self) -> Iterator[TrainingProcess]:
         """A child for one job, once a GPU is free for it; EngineError once all are stopped."""
-        with leased_gpu(self.gpus, lambda: self._stopped) as gpu, self._process(gpu) as process:
+        with leased_gpu(self.gpus, lambda: self.stopped) as gpu, self._process(gpu) as process:
             yield process
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send it to all that run, and start none any more; each thread sees its child end, and reaps it."""
         with self._lock:
-            self._stopped = True
+            self.stopped = True
             for process in self._running:
                 process.send_signal(number)
 
@@ -68,7 +68,7 @@ class LeasedWorkers:
     @contextmanager
     def _process(self, gpu: str | None) -> Iterator[TrainingProcess]:
         with self._lock:
-            if self._stopped:
+            if self.stopped:
                 raise EngineError("stopped")
             process = self._idle.pop() if self._idle else self._started(gpu)
             self._running.append(process)

@@ -20,7 +20,7 @@ from lora2serve.console import default_progress
 from lora2serve.data import data_sets
 from lora2serve.errors import Lora2ServeError, RecipeError, UsageError
 from lora2serve.hub import pin_data
-from lora2serve.progress import Advance, Progress, Unit
+from lora2serve.progress import Progress, Silent
 from lora2serve.sweeping.leased_workers import LeasedWorkers, shares
 
 WORKER = "lora2serve.sweeping.run_worker:RunWorker"
@@ -101,7 +101,6 @@ class _Batch:
     overrides: Sequence[str]
     gpu: str | None
     progress: Progress
-    _interrupted: bool = False
 
     def fetch(self, name: str, recipe: Recipe) -> RunOutcome | None:
         """What it needs of the Hub into the cache, as workers are offline; the outcome where that cannot be had."""
@@ -131,7 +130,7 @@ class _Batch:
             return self._failed(name, error, time.monotonic() - begin)
 
     def _failed(self, name: str, error: Lora2ServeError, seconds: float) -> RunOutcome:
-        if not self._interrupted:
+        if not self.workers.stopped:
             self.progress.warn(f"{name}: failed: {error.message}")
         return RunOutcome(name, "failed", seconds=seconds, problem=error.message, hint=error.hint)
 
@@ -141,7 +140,6 @@ class _Batch:
         try:
             yield
         except KeyboardInterrupt:
-            self._interrupted = True
             self.progress.note("each training finishes its step and saves; Ctrl-C again ends them at once")
             self.workers.stop(signal.SIGTERM)
             try:
@@ -150,14 +148,13 @@ class _Batch:
                 self.workers.stop()
             raise
         except BaseException:
-            self._interrupted = True
             self.workers.stop()
             raise
         finally:
             self.workers.close()
 
 
-class NamedProgress:
+class NamedProgress(Silent):
     """Words of one of several trainings, with its name before them; no bars."""
 
     def __init__(self, progress: Progress, name: str) -> None:
@@ -170,11 +167,6 @@ class NamedProgress:
     def warn(self, text: str) -> None:
         """One line that the user should act on."""
         self._progress.warn(f"{self._name}: {text}")
-
-    @contextmanager
-    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Advance]:
-        """Nothing is shown."""
-        yield lambda amount, status="": None
 
     def show(self, words: Mapping[str, str]) -> None:
         """What a worker asks to be shown."""
