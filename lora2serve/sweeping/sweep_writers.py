@@ -14,21 +14,22 @@ from lora2serve.sweeping.report.sweep_page import render
 from lora2serve.sweeping.sweep_facts import SweepFacts
 from lora2serve.sweeping.sweep_report import ChoiceLine, SweepReport
 from lora2serve.sweeping.trial_files import TrialFiles
+from lora2serve.system.small_files import write_text
 
 WIDTH = 116
 
 
 def write_result(result: SweepReport, facts: SweepFacts, files: TrialFiles) -> None:
     """All of them; the recipe that they begin with is a file for a moment, as recipes are read from files."""
-    _replace(files.front, result.to_text())
-    _replace(files.page, render(result))
-    _replace(files.recommended, recommended(result.recommended, facts, files))
+    write_text(files.front, result.to_text())
+    write_text(files.page, render(result))
+    write_text(files.recommended, recommended(result.recommended, facts, files))
 
 
 def recommended(choice: ChoiceLine, facts: SweepFacts, files: TrialFiles) -> str:
     """The recipe that was swept, with what is recommended, and why, in its first lines."""
-    original = files.folder / "original.yaml"
-    _replace(original, facts.recipe)
+    original = files.folder / f".original-{os.getpid()}.yaml"  # two workers may end at the same time
+    write_text(original, facts.recipe)
     changed = recipes.load(original, _as_overrides(choice.settings))
     original.unlink()
     reason = textwrap.wrap(" ".join(choice.reason), WIDTH)
@@ -46,9 +47,3 @@ def _as_overrides(settings: Mapping[str, object]) -> list[str]:
 
 def _shown(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

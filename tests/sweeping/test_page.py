@@ -17,7 +17,7 @@ from lora2serve.sweeping.trial_files import TrialFiles
 from lora2serve.sweeping.trial_record import TrialOutcome, TrialSpec
 from tests.parity_check.test_report import Tags
 from tests.support.browser import look, needs_browser
-from tests.sweeping.planted_sweep import BASE, SPACE, begin
+from tests.sweeping.planted_sweep import BASE, FORK, SPACE, begin
 from tests.sweeping.simulated_search import PlantedLoss, searched
 
 HOSTILE = "<img src=x onerror=alert(1)>'\"&"
@@ -76,6 +76,29 @@ def test_the_recommended_recipe(facts: SweepFacts, tmp_path: Path) -> None:
     comment = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     assert text.startswith("# lora2serve train ") and " ".join(result.recommended.reason) in comment
     assert sorted(path.name for path in files.folder.glob("*.*")) == [
+        "front.json", "recipe.yaml", "recommended.yaml", "report.html",
+    ]  # fmt: skip
+
+
+def test_workers_that_end_at_the_same_time(facts: SweepFacts) -> None:
+    """Each writes all of it, into one folder."""
+    files, result = TrialFiles(Path(facts.folder)), made(facts)
+    start = FORK.Barrier(3)
+
+    def write() -> None:
+        start.wait()
+        for _ in range(5):
+            write_result(result, facts, files)
+
+    children = [FORK.Process(target=write) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert SweepReport.from_text(files.front.read_text(), "front.json") == result
+    recipes.load(files.recommended)
+    assert sorted(path.name for path in files.folder.iterdir() if path.is_file()) == [
         "front.json", "recipe.yaml", "recommended.yaml", "report.html",
     ]  # fmt: skip
 
