@@ -71,8 +71,7 @@ def share(train: TrainRecipe) -> TrainRecipe:
 def _for_processes(loop: LoopRecord, processes: int) -> LoopRecord:
     """The same rows a step by another number of processes."""
     rows = loop.rows * loop.accumulation * loop.processes // processes
-    at_once = next(size for size in range(min(loop.rows, rows), 0, -1) if rows % size == 0)
-    return replace(loop, rows=at_once, accumulation=rows // at_once, processes=processes)
+    return replace(_at_most(min(loop.rows, rows), rows, loop), processes=processes)
 
 
 def _chosen(recipe: Recipe, run: Run, base: Path, device: Device, *, resume: bool) -> LoopRecord:
@@ -128,8 +127,11 @@ def with_compiler(loop: LoopRecord, total: int, device: Device) -> LoopRecord:
 
 def in_parts(loop: LoopRecord, count: int) -> LoopRecord:
     """With batches in so many parts, or more, so that steps keep their rows."""
-    rows = loop.rows * loop.accumulation
-    most = -(-loop.rows // count)
+    return _at_most(-(-loop.rows // count), loop.rows * loop.accumulation, loop)
+
+
+def _at_most(most: int, rows: int, loop: LoopRecord) -> LoopRecord:
+    """With ``rows`` a step in even batches, as large as ``most`` lets them be."""
     at_once = next(size for size in range(most, 0, -1) if rows % size == 0)
     return replace(loop, rows=at_once, accumulation=rows // at_once)
 
