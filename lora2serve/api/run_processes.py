@@ -75,17 +75,19 @@ def same_run(choose: Callable[[], runs.Run]) -> runs.Run:
 
 @contextmanager
 def run_folder(name: str, resumed: runs.Run | None, progress: Progress) -> Iterator[RunFolder]:
-    """A new run, or the one to go on with; `latest` points at it in the end."""
+    """A new run, or the one to go on with; `latest` points at it in the end, when it is whole for all of them."""
     if ranks.rank():
         shared = runs.Run(Path(ranks.of_first("")))
         with scratch.temporary_folder("rank") as folder:
             yield RunFolder(shared, ranks.own_copy(shared.path.absolute(), Path(folder)))
+        ranks.barrier()
         return
     with scratch.filled(runs.ROOT):
         run = resumed or runs.create(name)
         with runs.kept_once_started(run), _hint_to_resume(run, progress):
             ranks.of_first(str(run.path))
             yield RunFolder(run, run)
+    ranks.barrier()
 
 
 @contextmanager

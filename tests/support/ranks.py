@@ -30,9 +30,14 @@ def train_together(folder: Path, *words: str, count: int = 2) -> list[subprocess
 
 def start_together(folder: Path, *words: str, count: int = 2) -> list[subprocess.Popen[str]]:
     """The same in processes of their own, to be sent signals."""
+    return start_python(folder, ["-m", "lora2serve", "train", *words], count)
+
+
+def start_python(folder: Path, words: Sequence[str], count: int = 2) -> list[subprocess.Popen[str]]:
+    """``python WORDS`` in so many processes."""
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "lora2serve", "train", *words], cwd=folder, env={**os.environ, **ours},
+            [sys.executable, *words], cwd=folder, env={**os.environ, **ours},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for ours in launched(count)

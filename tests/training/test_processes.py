@@ -22,7 +22,7 @@ from lora2serve.system.launcher import Launch
 from lora2serve.training import process_group
 from lora2serve.training.checkpoints import last_checkpoint
 from tests.support.commands import run_command
-from tests.support.ranks import ends, launched, start_together, train_together
+from tests.support.ranks import ends, launched, start_python, start_together, train_together
 from tests.support.runs import DEMO, fit, logged, recipe_file, uneven_data
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(torch.cuda.is_available(), reason="one CPU beside two")]
@@ -80,6 +80,14 @@ def test_two_train_what_one_trains(tmp_path: Path, small: Path, nine: dict[str, 
     loop = run.record.loop
     assert loop is not None and (loop.rows, loop.accumulation, loop.processes) == (1, 2, 2)
     assert_as_one(run, whole)
+
+
+def test_python_gets_a_whole_run(tmp_path: Path, small: Path, nine: dict[str, str]) -> None:
+    """In each process, also in one that has nothing to write in the end."""
+    recipe_file(tmp_path, small, nine, quantize="none", steps=1)
+    code = "import lora2serve; run = lora2serve.train(); print(run.path, run.record.finished)"
+    children = start_python(tmp_path, ["-c", code])
+    assert [(code, out) for code, out, _ in ends(children)] == [(0, "runs/run True\n")] * 2
 
 
 def test_an_error_of_all_is_shown_once(tmp_path: Path, small: Path, nine: dict[str, str]) -> None:
