@@ -153,7 +153,7 @@ def _changes(settings: PlanSettings) -> Iterator[tuple[str, str, PlanSettings]]:
     if not settings.checkpointing and settings.kind not in STATES:
         change, price = "train.gradient_checkpointing: true", "each layer is computed twice: about a third more time"
         yield change, price, replace(settings, checkpointing=True)
-    if settings.batch > 1:
+    if settings.batch > 1 and settings.objective != "kto":  # which compares the rows of a batch with each other
         rows = settings.batch
         change = f"train.batch_size: 1, train.accumulation: {rows} times what it was"
         yield change, "the same step, in smaller and slower pieces", replace(settings, batch=1, accumulates=True)

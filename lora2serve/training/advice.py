@@ -62,9 +62,11 @@ def _of_labels(train: TrainRecipe, samples: Sequence[Sample]) -> list[str]:
     if 1 <= weights[0] * right / (weights[1] * wrong) <= 4 / 3:
         return []
     balanced = weights[1] * wrong / right
+    digits = max(2, 1 - math.floor(math.log10(balanced)))  # of which the range is some steps wide
+    least, most = math.ceil(balanced * 10**digits) / 10**digits, math.floor(balanced * 4 / 3 * 10**digits) / 10**digits
     return [
-        f"{right} answers are labeled true and {wrong} false: set train.preference.desirable_weight: {balanced:.2f} to "
-        f"{balanced * 4 / 3:.2f}, so that both count about alike"
+        f"{right} answers are labeled true and {wrong} false: set train.preference.desirable_weight: "
+        f"{least:.{digits}f} to {most:.{digits}f}, so that both count about alike"
     ]
 
 

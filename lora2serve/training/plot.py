@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from lora2serve.artifacts.run import Run
 
 MARGIN, ACCURACY = "rewards/margins", "rewards/accuracies"
+REWARDS = ("rewards/", "eval_rewards/")  # of preferences; a batch of answers of one label has no margin
 WINDOW = 0.04  # of all logged steps, that the smoothed curve looks back on
 
 
@@ -17,7 +18,7 @@ def plot(run: Run) -> None:
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    if any(MARGIN in line for line in lines):
+    if any(key.startswith(REWARDS) for line in lines for key in line):
         _plot_preferences(run, lines)
         return
     steps, losses = _series(lines, "loss")
@@ -47,11 +48,13 @@ def _plot_preferences(run: Run, lines: Sequence[Mapping[str, float]]) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = {"loss": "loss", MARGIN: "margin of rewards (nats times beta)", ACCURACY: "chosen answer in front"}
-    panels = {key: label for key, label in panels.items() if any(key in line for line in lines)}
+    logged = {key.removeprefix("eval_") for line in lines for key in line}
+    panels = {key: label for key, label in panels.items() if key in logged}
     for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         steps, values = _series(lines, key)
-        axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
-        axes.plot(steps, smooth(values), color="tab:blue", linewidth=2, label="training (smoothed)")
+        if steps:
+            axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
+            axes.plot(steps, smooth(values), color="tab:blue", linewidth=2, label="training (smoothed)")
         steps, values = _series(lines, f"eval_{key}")
         if steps:
             axes.plot(steps, values, "o-", color="tab:orange", markersize=5, label="held out")

@@ -12,6 +12,7 @@ from trl import DPOTrainer, KTOTrainer
 
 from lora2serve.artifacts.run_record import PreferenceFigures
 from lora2serve.data.preference_pairs import LabeledAnswer, PreferencePair
+from lora2serve.data.rows import SIDES
 from lora2serve.training.batch_parts import Batch, units
 from lora2serve.training.run_trainer import RunSteps
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PretrainedConfig
 
-SIDES = ("chosen", "rejected")
 OF_PAIRS = ("rewards/margins", "rewards/accuracies")
 OF_SIDES = tuple(f"{figure}/{side}" for figure in ("rewards", "logps") for side in SIDES)
 

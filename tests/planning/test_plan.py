@@ -14,7 +14,7 @@ from lora2serve.config.recipe import find, load
 from lora2serve.errors import CheckpointError, TrainError, UsageError
 from lora2serve.planning.gpus import find_gpu, gpu_of_driver
 from lora2serve.planning.measured_memory import measured_file, measured_ratio, record_measured
-from lora2serve.planning.memory_plan import fits, planned_bytes
+from lora2serve.planning.memory_plan import fits, levers, planned_bytes
 from lora2serve.planning.model_shape import model_shape
 from lora2serve.planning.plan_settings import PlanSettings
 from tests.planning.conftest import LLAMA3_8B, LLAMA3_70B, write_config
@@ -57,6 +57,11 @@ def test_levers_name_the_way_out(tmp_path: Path) -> None:
     changes = [lever.change.partition(":")[0] for lever in lora.levers]
     assert changes[:2] == ["train.gradient_checkpointing", "train.batch_size"] and "train.quantize" in changes
     assert all(lever.total < lora.bytes.total and lever.price for lever in lora.levers)
+    shape = model_shape(LLAMA3_8B, None)
+    dpo, kto = (levers(shape, PlanSettings(batch=4, objective=objective)) for objective in ("dpo", "kto"))
+    assert [any(lever.change.startswith("train.batch_size: 1,") for lever in found) for found in (dpo, kto)] == [
+        True, False,
+    ], "a recipe of kto with one row is refused"  # fmt: skip
 
 
 @pytest.mark.parametrize(

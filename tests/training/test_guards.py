@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,5 +159,10 @@ def test_answers_that_are_compared_have_warnings_of_their_own(tmp_path: Path) ->
     assert uneven.endswith("so that both count about alike") and "train.preference.desirable_weight: 0.67 to" in uneven
     weighed = {**kto, "preference": {"desirable_weight": 0.8}}
     assert warned(tmp_path, weighed, rows=pairs[:-150:2] + pairs[1:300:2]) == [], "the control"
+    few_wrong = pairs[::2] + pairs[1:4:2]
+    (skewed,) = warned(tmp_path, kto, rows=few_wrong)
+    for weight in re.findall(r"desirable_weight: (\S+) to (\S+),", skewed)[0]:
+        followed = {**kto, "preference": {"desirable_weight": float(weight)}}
+        assert warned(tmp_path, followed, rows=few_wrong) == [], "what it names is enough"
     (alike,) = warned(tmp_path, kto, rows=pairs[::2])
     assert alike == "all 300 answers are labeled true: kto learns from both kinds"

@@ -207,6 +207,25 @@ def test_kto_tells_held_out_answers_apart_and_goes_on(tmp_path: Path, labels: di
     assert_same(resumed, run)
 
 
+def test_the_picture_of_labels_that_no_batch_compares(tmp_path: Path) -> None:
+    """Batches of one row have no margin; held-out answers do, and the losses are none of tokens."""
+    from PIL import Image
+
+    from lora2serve.training.plot import plot
+
+    def size(*lines: dict[str, float]) -> tuple[int, int]:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        plot(Run(tmp_path))
+        with Image.open(tmp_path / "loss.png") as image:
+            return image.size
+
+    step = {"step": 1, "loss": 0.5}
+    both = size({**step, "rewards/margins": 0.2}, {"step": 1, "eval_loss": 0.4, "eval_rewards/margins": 0.1})
+    held_out = {"step": 1, "eval_loss": 0.4, "eval_rewards/margins": 0.1}
+    assert size({**step, "rewards/chosen": 0.1}, held_out) == both
+    assert size(step, {"step": 1, "eval_loss": 0.4}) != both, "the control: of sft"
+
+
 def test_parts_keep_pairs_together() -> None:
     """Both answers of a pair go through at once, and all pairs go."""
     ids = torch.arange(10)[:, None].expand(10, 3)
