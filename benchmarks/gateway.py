@@ -6,8 +6,9 @@ Each is a process of its own, and so is the server behind them, which answers at
   for all processes); how much later a client has it than without a gateway, for first tokens and for all.
 - Requests a second: 20 clients, each with its next request once it has the answer to the last.
 
-With ``--vllm`` also the first request to a version that was promoted, in a real vLLM with an adapter export: beside a
-warm one, and beside one to an adapter that was only loaded. Writes benchmarks/gateway.json and prints it.
+``python -m benchmarks.gateway --vllm EXPORT`` measures in a real vLLM, with an adapter export, the first request to a
+version that was promoted: beside a warm one, and beside one to an adapter that was only loaded.
+Both write their part of benchmarks/gateway.json, and print it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks.measure import ROOT, machine
 STREAMS, TOKENS, STEP = 20, 40, 0.025  # seconds between two tokens
 SECONDS = float(os.environ.get("SECONDS_EACH", "5"))
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
+PROMOTIONS = 5
 CHAT = "/v1/chat/completions"
 LITELLM = "litellm[proxy]>=1.80"
 KEY = f"sk-{secrets.token_hex(32)}"  # LiteLLM does not start without one
@@ -264,14 +266,15 @@ def compare(found: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, float]]
 
 
 def first_requests(export: Path, folder: Path) -> dict[str, float]:
-    """Seconds of the first request to a promoted version, of a warm one, and of one to an adapter only loaded."""
+    """Median seconds of first requests: to a version promoted, to a warm one, to an adapter that was only loaded."""
     import lora2serve
     from tests.gateway.test_vllm import ask, other_version
     from tests.support.gateways import call
 
-    words = ["--max-loras", "4", "--max-cpu-loras", "4", "--enforce-eager", "--max-model-len", "256"]
+    words = ["--max-loras", "16", "--max-cpu-loras", "16", "--enforce-eager", "--max-model-len", "256"]
+    warm, first, cold = [], [], []
     with lora2serve.Registry(folder / "live") as registry, ExitStack() as stack:
-        for number in (1, 2, 3):
+        for number in range(1, PROMOTIONS + 2):
             registry.add(other_version(export, folder / f"export-{number}", 1.0 / number), name="towns", unproven=True)
         registry.promote("towns@1", force=True, why="a benchmark")
         server = stack.enter_context(
@@ -287,54 +290,67 @@ def first_requests(export: Path, folder: Path) -> dict[str, float]:
             assert got.status == 200, got.body
             return time.perf_counter() - start, got.version
 
-        for _ in range(3):
-            timed(gateway.address, "towns")
-        warm = statistics.median(timed(gateway.address, "towns")[0] for _ in range(9))
-        registry.promote("towns@2", force=True, why="a benchmark")
-        first = next(
-            seconds for seconds, version in iter(lambda: timed(gateway.address, "towns"), None) if version == "towns@2"
-        )
-        path = str((folder / "export-3").resolve())
-        assert call(server.address, "/v1/load_lora_adapter", {"lora_name": "cold", "lora_path": path}).status == 200
-        cold = timed(server.address, "cold")[0]
-    return {
-        "warm": round(warm, 3),
-        "first_after_promotion": round(first, 3),
-        "first_after_loading_alone": round(cold, 3),
-    }
+        for number in range(2, PROMOTIONS + 2):
+            warm += [timed(gateway.address, "towns")[0] for _ in range(8)][3:]
+            registry.promote(f"towns@{number}", force=True, why="a benchmark")
+            asked = iter(lambda: timed(gateway.address, "towns"), None)
+            first.append(next(seconds for seconds, version in asked if version == f"towns@{number}"))
+            path = str(other_version(export, folder / f"alone-{number}", 0.5 / number).resolve())
+            load = {"lora_name": f"alone-{number}", "lora_path": path}
+            assert call(server.address, "/v1/load_lora_adapter", load).status == 200
+            cold.append(timed(server.address, f"alone-{number}")[0])
+    figures = {"warm": warm, "first_after_promotion": first, "first_after_loading_alone": cold}
+    return {name: round(statistics.median(seconds), 4) for name, seconds in figures.items()}
 
 
 def main() -> None:
     """Measure, and write it down."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway")
     parser.add_argument("--no-litellm", action="store_true", help="leave LiteLLM out: it is downloaded")
-    parser.add_argument("--vllm", type=Path, metavar="EXPORT", help="an adapter export, for the first request in vLLM")
+    parser.add_argument(
+        "--vllm", type=Path, metavar="EXPORT", help="measure first requests in vLLM, by an adapter export"
+    )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-gateway-") as name, ExitStack() as stack:
-        folder = Path(name)
-        version = "" if options.no_litellm else install_litellm(folder)
-        registry_of_two(folder)
-        figures = compare(start_all(stack, folder, not options.no_litellm))
-        result: dict[str, Any] = {
-            "machine": machine(),
-            "command": "make bench-gateway",
-            "rounds": ROUNDS,
-            "figures": figures,
-        }
-        result["load_at_the_end"] = round(os.getloadavg()[1], 1)
-        if version:
-            ratio = figures["gateway"]["requests_per_second"] / figures["LiteLLM"]["requests_per_second"]
-            result |= {"litellm": version, "times_litellm": round(ratio, 2)}
-        plain = figures["no gateway"]
-        result["added_ms"] = {
-            each: {key: round(value - plain[key], 3) for key, value in own.items() if key.endswith("_ms")}
-            for each, own in figures.items()
-            if own is not plain
-        }
+    file = ROOT / "benchmarks" / "gateway.json"
+    result: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    with tempfile.TemporaryDirectory(prefix="bench-gateway-") as name:
         if options.vllm:
-            result["first_request_seconds"] = first_requests(options.vllm, folder)
-    (ROOT / "benchmarks" / "gateway.json").write_text(json.dumps(result, indent=2) + "\n")
+            result["first_request"] = {
+                "machine": machine(),
+                "command": "python -m benchmarks.gateway --vllm EXPORT",
+                "median_seconds": first_requests(options.vllm.resolve(), Path(name)),
+                "load_at_the_end": round(os.getloadavg()[1], 1),
+            }
+        else:
+            kept = {key: result[key] for key in ("first_request",) if key in result}
+            result = {**streams_and_rates(Path(name), not options.no_litellm), **kept}
+    file.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=2))
+
+
+def streams_and_rates(folder: Path, with_litellm: bool) -> dict[str, Any]:
+    """No gateway, ours and LiteLLM's beside each other."""
+    version = install_litellm(folder) if with_litellm else ""
+    registry_of_two(folder)
+    with ExitStack() as stack:
+        figures = compare(start_all(stack, folder, with_litellm))
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "command": "make bench-gateway",
+        "rounds": ROUNDS,
+        "figures": figures,
+        "load_at_the_end": round(os.getloadavg()[1], 1),
+    }
+    if version:
+        ratio = figures["gateway"]["requests_per_second"] / figures["LiteLLM"]["requests_per_second"]
+        result |= {"litellm": version, "times_litellm": round(ratio, 2)}
+    plain = figures["no gateway"]
+    result["added_ms"] = {
+        each: {key: round(value - plain[key], 3) for key, value in own.items() if key.endswith("_ms")}
+        for each, own in figures.items()
+        if own is not plain
+    }
+    return result
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
