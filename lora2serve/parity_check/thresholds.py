@@ -3,7 +3,8 @@
 Sources. [lcpp] the KL tables of llama.cpp's tools/perplexity (Llama 2 7B and Llama 3 8B on wikitext-2): about 2.5 times
 the worse of the two. [nmse] llama.cpp's examples/model-conversion, which passes a conversion at 1e-2 and calls 1e-4
 typical. [vllm] the rule of vLLM's own model tests, but tighter: at the first difference, the two tokens are a near-tie.
-[own] proposed here and calibrated on the models at hand; docs/parity.md has what was measured.
+[own] proposed here and calibrated on the models at hand; docs/parity.md has what was measured. A KL of K spreads
+log-probabilities by about sqrt(2 K); rounding moves their mean by up to a fifth of it, which bounds the perplexity.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ _BF16 = Thresholds(
 )  # [nmse], [vllm], [own]: bf16 rounds the merged sum
 _F16 = Thresholds(5e-4, 0.01, 0.993, None, 0.002, 1e-4, 0.1, 1.0, 0.0)  # [lcpp] BF16 against FP16 x 20, [nmse]
 _BF16_GGUF = replace(_F16, top1=0.985)  # [own] llama.cpp rounds activations to bf16 too: 99.5 % against itself
-_Q8 = Thresholds(0.004, 0.1, 0.965, None, 0.003, None, 0.1, 0.75, 1e-4)  # [lcpp] 0.00136, 97.67 %
-_Q6 = Thresholds(0.014, 0.3, 0.945, None, 0.01, None, 0.2, 0.75, 1.5e-3)  # [lcpp] 0.00545, 96.03 %
-_Q5 = Thresholds(0.03, 0.6, 0.92, None, 0.025, None, 0.3, 0.75, 6e-3)  # [lcpp] 0.01076, 96.5 %
+_Q8 = Thresholds(0.004, 0.1, 0.965, None, 0.018, None, 0.1, 0.75, 1e-4)  # [lcpp] 0.00136, 97.67 %
+_Q6 = Thresholds(0.014, 0.3, 0.945, None, 0.033, None, 0.2, 0.75, 1.5e-3)  # [lcpp] 0.00545, 96.03 %
+_Q5 = Thresholds(0.03, 0.6, 0.92, None, 0.049, None, 0.3, 0.75, 6e-3)  # [lcpp] 0.01076, 96.5 %
 _Q4 = Thresholds(0.08, 1.5, 0.88, None, 0.07, None, 0.5, 0.75, 0.025)  # [lcpp] 0.03127, 91.90 %
 _GPTQ = replace(_Q4, tensor_nmse=0.1)  # [own] fits outputs, not weights: 0.04 on the demo, with a KL of 0.0012
 _Q3 = Thresholds(0.25, None, 0.82, None, 0.25, None, 0.75, 0.5, 0.08)  # [lcpp] 0.1019
@@ -57,7 +58,7 @@ _IQ2_XXS = Thresholds(2.0, None, 0.45, None, 2.0, None, None, None, 0.4)  # [lcp
 _IQ1 = Thresholds(3.5, None, 0.3, None, 3.5, None, None, None, 0.7)  # [lcpp] 1.3931; [own] 0.29
 _LORA = Thresholds(2e-3, 0.02, 0.99, None, 0.002, 1e-4, 0.1, 1.0, 1e-8)  # [vllm]
 _W8 = Thresholds(
-    0.01, 0.3, 0.95, None, 0.01, None, 0.2, 0.75, 2e-3
+    0.01, 0.3, 0.95, None, 0.028, None, 0.2, 0.75, 2e-3
 )  # [own] 8-bit weights and activations: recovery of 99 %
 
 TABLE: Mapping[str, Thresholds] = {
