@@ -10,27 +10,42 @@ from types import TracebackType
 
 from lora2serve.gateway.upstreams import Headers, Message, Receive, Send
 
+PATIENCE = 60.0  # seconds between two parts of a body: who sends none holds one of the requests that may be at once
+
 
 class ClientLeft(Exception):
     """Nobody waits for the answer any more."""
 
 
-class TooLarge(Exception):
-    """A body over the limit."""
+class BodyRefused(Exception):
+    """A body that is too large, nested too deep, or does not come."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+def too_large(limit: int) -> BodyRefused:
+    """For a body over the limit, in bytes."""
+    return BodyRefused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body: over {limit} bytes")
 
 
 async def read_body(receive: Receive, limit: int) -> bytes:
-    """The whole body; TooLarge, ClientLeft."""
+    """The whole body; BodyRefused, ClientLeft."""
     parts, size = list[bytes](), 0
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                message = await receive()
+        except TimeoutError:
+            raise BodyRefused(HTTPStatus.REQUEST_TIMEOUT, f"body: nothing came for {PATIENCE:g} s") from None
         if message["type"] == "http.disconnect":
             raise ClientLeft
         body = message.get("body", b"")
         assert isinstance(body, bytes)
         size += len(body)
         if size > limit:
-            raise TooLarge
+            raise too_large(limit)
         parts.append(body)
         if not message.get("more_body"):
             return b"".join(parts)

@@ -12,12 +12,13 @@ from http import HTTPStatus
 
 from lora2serve.errors import UsageError, first_line
 from lora2serve.gateway.gateway_config import CaptureConfig
-from lora2serve.gateway.model_names import parse_object
-from lora2serve.gateway.request_record import REFUSED, Arm, RequestRecord, text_hash
+from lora2serve.gateway.model_names import COUNTED, parse_object
+from lora2serve.gateway.request_record import CLIENT_LEFT, CUT_OFF, IN_STREAM, REFUSED, Arm, RequestRecord, text_hash
 from lora2serve.system.json_values import Json, JsonValue, at, objects
 
 MOST_DESCRIBED = 50  # requests a second whose texts figures are taken of: enough for any window
 MOST_ANSWER = 8 << 20  # bytes of an answer that are looked at
+FAILURES = ("error", "response.failed")  # events of /v1/responses; elsewhere an event has the key "error"
 Redact = Callable[[str], str]
 Describe = Callable[[str, str], Mapping[str, float]]
 
@@ -33,7 +34,8 @@ class Exchange:
     unit: str
     path: str
     content: Json  # the request's body
-    stream: bool
+    stream: bool  # whether that was asked for
+    streamed: bool = False  # whether the answer was events
     upstream: str = ""
     status: int = 0
     error: str = ""
@@ -68,6 +70,7 @@ class ReplyText:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     logprob: float | None = None  # mean of its tokens, where the client asked for it
+    failed: bool = False  # it says that it could not go on: the status of a stream is sent before that is known
 
 
 class Recorder:
@@ -82,15 +85,16 @@ class Recorder:
 
     def record(self, exchange: Exchange) -> RequestRecord:
         """The record of an exchange that is over."""
-        prompt, reply = prompt_text(exchange.content), read_reply(b"".join(exchange.answer), stream=exchange.stream)
+        prompt, reply = prompt_text(exchange.content), read_reply(b"".join(exchange.answer), stream=exchange.streamed)
         end = exchange.last or time.perf_counter()
-        whole = exchange.answer_size <= MOST_ANSWER and not exchange.error
+        error = _error(exchange, reply)
+        whole = exchange.answer_size <= MOST_ANSWER and not error
         features = self._features(prompt, reply) if whole else {}
         texts = self._config.texts > 0 and self._random.random() < self._config.texts
         return RequestRecord(
             request_id=exchange.request_id, at=exchange.at, name=exchange.name, version=exchange.version,
             arm=exchange.arm, upstream=exchange.upstream, unit=exchange.unit, path=exchange.path,
-            status=exchange.status, error=exchange.error, finish=reply.finish, stream=exchange.stream,
+            status=exchange.status, error=error, finish=reply.finish, stream=exchange.stream,
             seconds=end - exchange.start,
             first_token_seconds=exchange.first - exchange.start if exchange.stream and exchange.first else None,
             token_seconds=_token_seconds(exchange, reply),
@@ -125,6 +129,17 @@ def error_of(status: int) -> str:
     return REFUSED if status >= HTTPStatus.BAD_REQUEST else ""
 
 
+def _error(exchange: Exchange, reply: ReplyText) -> str:
+    """What went wrong, also behind a status that says nothing of it."""
+    if reply.failed and exchange.error in ("", CLIENT_LEFT):  # clients leave when they see it
+        return IN_STREAM
+    if exchange.error:
+        return exchange.error
+    counted = exchange.streamed and exchange.path in COUNTED and exchange.answer_size <= MOST_ANSWER
+    ended = bool(reply.finish) or b"".join(exchange.answer[-2:]).rstrip().endswith(b"[DONE]")
+    return CUT_OFF if counted and not ended else ""
+
+
 def prompt_text(content: Json) -> str:
     """The texts of a request: those of all messages, or the prompt."""
     if "messages" in content:
@@ -135,7 +150,9 @@ def prompt_text(content: Json) -> str:
 def read_reply(raw: bytes, *, stream: bool) -> ReplyText:
     """What an answer says, in any of the forms of OpenAI's API and Ollama's."""
     parts, finish, usage, logprobs = list[str](), "", dict[str, JsonValue](), list[float]()
+    failed = False
     for value in _stream_objects(raw) if stream else _whole(raw):
+        failed |= bool(value.get("error")) or value.get("type") in FAILURES
         choice = next((item for item in objects(value.get("choices")) if item.get("index", 0) == 0), {})
         message = choice.get("delta") or choice.get("message") or value.get("message") or {}
         parts += [_content_text(at(message, "content")), _tool_calls(at(message, "tool_calls"))]
@@ -151,6 +168,7 @@ def read_reply(raw: bytes, *, stream: bool) -> ReplyText:
     return ReplyText(
         "".join(parts), finish, _count(usage, "prompt_tokens", "input_tokens"),
         _count(usage, "completion_tokens", "output_tokens"), sum(logprobs) / len(logprobs) if logprobs else None,
+        failed,
     )  # fmt: skip
 
 
@@ -171,14 +189,15 @@ def _stream_objects(raw: bytes) -> Iterator[Json]:
 
 
 def _content_text(content: JsonValue) -> str:
-    """A text, or the texts of a list of parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "\n".join(
-            _content_text(item.get("text", item.get("content")) if isinstance(item, dict) else item) for item in content
-        )
-    return ""
+    """A text, or the texts of a list of parts, in any depth."""
+    texts, left = list[str](), [content]
+    while left:
+        item = left.pop()
+        if isinstance(item, list) and item:
+            left += [each.get("text", each.get("content")) if isinstance(each, dict) else each for each in item[::-1]]
+        else:
+            texts.append(item if isinstance(item, str) else "")
+    return "\n".join(texts)
 
 
 def _tool_calls(calls: JsonValue) -> str:

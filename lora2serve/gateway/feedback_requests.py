@@ -10,7 +10,7 @@ from lora2serve.gateway.client_side import send_error, send_json
 from lora2serve.gateway.model_names import parse_object
 from lora2serve.gateway.record_writer import RecordWriter
 from lora2serve.gateway.request_record import Feedback, text_hash
-from lora2serve.gateway.security import LONGEST_ID
+from lora2serve.gateway.security import is_request_id
 from lora2serve.gateway.upstreams import Send
 from lora2serve.system.json_values import Json
 
@@ -26,7 +26,7 @@ def read_feedback(body: bytes) -> Feedback | list[str]:
         return [f"not a JSON object: {EXPECTED}"]
     problems = [f"{key[:60]!r}: unknown, known: {', '.join(KEYS)}" for key in content if key not in KEYS]
     identity, score = content.get("request_id"), content.get("score")
-    if not isinstance(identity, str) or not 0 < len(identity) <= LONGEST_ID:
+    if not isinstance(identity, str) or not is_request_id(identity):
         problems.append("request_id: expected the X-Request-Id of an answer")
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1):
         problems.append("score: expected a number from 0 (wrong) to 1 (right)")

@@ -11,7 +11,15 @@ from pathlib import Path
 from lora2serve.api.version_registry import Registry
 from lora2serve.errors import EngineError
 from lora2serve.gateway.adapter_cache import AdapterCache
-from lora2serve.gateway.client_side import ClientLeft, TooLarge, read_body, replayed, send_error, send_json
+from lora2serve.gateway.client_side import (
+    BodyRefused,
+    ClientLeft,
+    read_body,
+    replayed,
+    send_error,
+    send_json,
+    too_large,
+)  # fmt: skip
 from lora2serve.gateway.drift.text_features import describe
 from lora2serve.gateway.exchange import Exchange, Recorder
 from lora2serve.gateway.feedback_requests import take_feedback
@@ -99,22 +107,24 @@ class Gateway:
             await self._request(scope, receive, send)
         except ClientLeft:
             pass
-        except TooLarge:
-            limit = self.config.limits.body_bytes
-            await send_error(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body: over {limit} bytes")
+        except BodyRefused as refused:
+            await send_error(send, refused.status, refused.message)
         finally:
             self._requests -= 1
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path, headers = str(scope["method"]), str(scope["path"]), scope["headers"]
         assert isinstance(headers, Sequence)
+        if not path.startswith("/"):  # `OPTIONS *`; and behind a server's address it would name another one
+            await send_error(send, HTTPStatus.BAD_REQUEST, f"{path[:60]}: expected a path")
+            return
         if header_bytes(headers) > self.config.limits.header_bytes:
             limit = self.config.limits.header_bytes
             await send_error(send, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"headers: over {limit} bytes")
             return
         length = header(headers, b"content-length")
         if length.isdigit() and int(length) > self.config.limits.body_bytes:
-            raise TooLarge
+            raise too_large(self.config.limits.body_bytes)
         if await self._own(method, path, headers, receive, send):
             return
         if is_closed(path):

@@ -11,12 +11,13 @@ from lora2serve.system.json_values import Json, JsonValue
 
 KEY = rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*'  # inside a text the quotes would have a backslash before them
 USAGE_EVENT = re.compile(
-    rb'data:[^\n]*?(?<!\\)"choices"\s*:\s*\[\][^\n]*(?<!\\)"usage"\s*:\s*\{[^\n]*\r?\n\r?\n'
+    rb'(?m)^data:[^\n]*?(?<!\\)"choices"\s*:\s*\[\][^\n]*(?<!\\)"usage"\s*:\s*\{[^\n]*\r?\n\r?\n'
 )  # what a server sends last, and only where it is asked for
 # The event that ends the only choice; vLLM has its fingerprint there, or in the event that tells tokens.
-FINISH_EVENT = re.compile(rb'data:[^\n]*(?<!\\)"finish_reason"\s*:\s*"[^\n]*(?=\}\r?\n\r?\n)')
+FINISH_EVENT = re.compile(rb'(?m)^data:[^\n]*(?<!\\)"finish_reason"\s*:\s*"[^\n]*(?=\}\r?\n\r?\n)')
 FINGERPRINT = re.compile(rb'(?<!\\)"system_fingerprint"\s*:\s*"[^"]*"')
 EVENT_ENDS, LINE_ENDS = (b"\n\n", b"\n\r\n"), (b"\n",)
+DEEPEST = 100  # levels of a request; no message, tool or schema comes near
 COUNTED = ("/v1/chat/completions", "/v1/completions")  # where a stream tells its tokens when it is asked to
 ASKED = b'"stream_options":{"include_usage":true}'
 
@@ -28,6 +29,19 @@ def parse_object(body: bytes) -> Json | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def is_too_deep(body: bytes, content: Json) -> bool:
+    """Whether a body is nested deeper than any request is; what reads it after us might give up somewhere inside."""
+    if body.count(b"[") + body.count(b"{") <= DEEPEST:
+        return False
+    level: list[JsonValue] = [content]
+    for _ in range(DEEPEST):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [value for values in inner for value in values]
+        if not level:
+            return False
+    return True
 
 
 def with_model(body: bytes, content: Json, model: str) -> bytes:

@@ -7,6 +7,7 @@ from time import perf_counter
 
 from lora2serve.gateway.client_side import ClientLeft, ClientWatch, read_body, send_error
 from lora2serve.gateway.gateway_metrics import GatewayMetrics
+from lora2serve.gateway.request_record import TIMEOUT
 from lora2serve.gateway.upstreams import Receive, Scope, Send, Upstream, UpstreamError, forwarded, target_of
 
 OWN = {b"host", b"content-length", b"expect"}  # headers that the connection to the server has of its own
@@ -53,7 +54,7 @@ class PassThrough:
         except UpstreamError as error:
             if started:
                 raise  # cut off: nobody takes it for a whole answer
-            gone = HTTPStatus.GATEWAY_TIMEOUT if error.kind == "timeout" else HTTPStatus.BAD_GATEWAY
+            gone = HTTPStatus.GATEWAY_TIMEOUT if error.kind == TIMEOUT else HTTPStatus.BAD_GATEWAY
             await send_error(send, gone, error.message)
         finally:
             self._metrics.other(self._upstream.name, status, perf_counter() - start)

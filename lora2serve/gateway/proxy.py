@@ -9,13 +9,23 @@ from http import HTTPStatus
 
 from lora2serve.errors import Lora2ServeError
 from lora2serve.gateway.adapter_cache import AdapterCache, VersionPlacement
-from lora2serve.gateway.client_side import ClientLeft, ClientWatch, send_error
+from lora2serve.gateway.client_side import BodyRefused, ClientLeft, ClientWatch, send_error
+from lora2serve.gateway.content_coding import decoded
 from lora2serve.gateway.exchange import Exchange, Recorder, error_of
 from lora2serve.gateway.gateway_config import GatewayConfig
 from lora2serve.gateway.gateway_metrics import GatewayMetrics
-from lora2serve.gateway.model_names import EVENT_ENDS, LINE_ENDS, AnswerNames, counting_tokens, parse_object, with_model
+from lora2serve.gateway.model_names import (
+    DEEPEST,
+    EVENT_ENDS,
+    LINE_ENDS,
+    AnswerNames,
+    counting_tokens,
+    is_too_deep,
+    parse_object,
+    with_model,
+)  # fmt: skip
 from lora2serve.gateway.record_writer import RecordWriter
-from lora2serve.gateway.request_record import unit_hash
+from lora2serve.gateway.request_record import CUT_OFF, TIMEOUT, RequestRecord, unit_hash
 from lora2serve.gateway.routing import RouteChoice, Routes
 from lora2serve.gateway.security import request_id
 from lora2serve.gateway.shadow import ShadowCopy, ShadowQueue
@@ -70,16 +80,18 @@ class RoutedProxy:
     secret: bytes
 
     def read(self, scope: Scope, headers: Headers, body: bytes) -> RoutedRequest | None:
-        """The request, if it names a model of a route."""
+        """The request, if it names a model of a route; BodyRefused where it is nested too deep."""
         content = parse_object(body)
         model = content.get("model") if content else None
         if not content or not isinstance(model, str) or model not in self.routes:
             return None
+        if is_too_deep(body, content):
+            raise BodyRefused(HTTPStatus.BAD_REQUEST, f"body: nested over {DEEPEST} levels")
         identity = request_id(headers)
         kept = forwarded(headers, {b"host", b"content-length", b"accept-encoding", b"x-request-id", b"expect"})
         return RoutedRequest(
             identity, str(scope["path"]), target_of(scope),
-            [*kept, (b"x-request-id", identity.encode())], body, content, model,
+            [*kept, (b"x-request-id", identity.encode()), (b"accept-encoding", b"identity")], body, content, model,
             self._unit(model.partition("@")[0], headers, content) or identity,
         )  # fmt: skip
 
@@ -120,11 +132,11 @@ class RoutedProxy:
                     continue
                 await client.fail(error)
             except BaseException:  # the gateway ends, or is at fault
-                exchange.error = "cut_off"
+                exchange.error = CUT_OFF
                 raise
             finally:
-                self._over(exchange)
-            self._copy(request, choice, exchange)
+                record = self._over(exchange)
+            self._copy(request, choice, record)
             return
 
     async def _attempt(self, request: RoutedRequest, exchange: Exchange, client: _Client) -> None:
@@ -155,7 +167,9 @@ class RoutedProxy:
         """Send it there, and the answer to the client; False where the server has lost the adapter."""
         body = with_model(request.body, request.content, placement.model)
         body, counted = counting_tokens(body, request.content, request.path)
-        answer = await placement.upstream.send("POST", request.target, request.headers, body)
+        answer = decoded(
+            await placement.upstream.send("POST", request.target, request.headers, body), placement.upstream.name
+        )
         try:
             exchange.status = answer.status
             exchange.error = error_of(answer.status)
@@ -173,17 +187,18 @@ class RoutedProxy:
         finally:
             answer.close()
 
-    def _over(self, exchange: Exchange) -> None:
+    def _over(self, exchange: Exchange) -> RequestRecord:
         record = self.recorder.record(exchange)
         self.metrics.finished(record)
         self.writer.put(record)
+        return record
 
     def copied(self, exchange: Exchange) -> None:
         """A shadow's copy is over."""
         self.metrics.begun(exchange.name, exchange.version, exchange.arm)
         self._over(exchange)
 
-    def _copy(self, request: RoutedRequest, choice: RouteChoice, answered: Exchange) -> None:
+    def _copy(self, request: RoutedRequest, choice: RouteChoice, answered: RequestRecord) -> None:
         """What the shadow gets: a request that the champion has answered."""
         if choice.shadow is None or answered.error:
             return
@@ -212,6 +227,7 @@ class _Client:
     ) -> None:
         """Events as they come."""
         await self._start(status, headers, None)
+        self._exchange.streamed = True
         ends = LINE_ENDS if lines else EVENT_ENDS
         async for chunk in chunks:
             self._exchange.received(chunk)
@@ -228,7 +244,7 @@ class _Client:
         """Say why there is no answer; one that has begun is cut off, so that nobody takes it for a whole one."""
         if self.started:
             raise error
-        status = HTTPStatus.GATEWAY_TIMEOUT if self._exchange.error == "timeout" else HTTPStatus.BAD_GATEWAY
+        status = HTTPStatus.GATEWAY_TIMEOUT if self._exchange.error == TIMEOUT else HTTPStatus.BAD_GATEWAY
         self._exchange.status = 0
         await send_error(self._send, status, error.message, own=self._own_headers())
 

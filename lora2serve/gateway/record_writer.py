@@ -122,7 +122,7 @@ class RecordWriter:
         problem: Lora2ServeError | None = None
         try:
             records = self._store.of_request(truth.feedback.request_id)
-            if records:
+            if records and not self._store.repeats(truth.feedback, records):
                 (feedback,) = self._stored([truth.feedback])
                 if not feedback.sequence:
                     raise Lora2ServeError(f"feedback was not stored: {self._failed}", "send it again later")

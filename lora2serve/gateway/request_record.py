@@ -15,7 +15,8 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 
 Arm: TypeAlias = Literal["champion", "challenger", "shadow", "named"]  # named: a client chose the alias itself
 R = TypeVar("R", bound="RequestRecord | Feedback")
-REFUSED, CLIENT_LEFT = "refused", "client_left"  # errors that are not the version's
+IN_STREAM, CUT_OFF, TIMEOUT = "in_stream", "cut_off", "timeout"
+REFUSED, CLIENT_LEFT = "refused", "client_left"  # errors that are not the version's, as far as one request shows
 HASH_LENGTH = 16  # hexadecimal digits: 64 bits tell answers apart
 
 
@@ -35,7 +36,7 @@ class RequestRecord:
     unit: str  # keyed hash of whom it is from: the requests of one unit depend on each other
     path: str  # /v1/chat/completions
     status: int  # of HTTP; 0 where no answer began
-    error: str = ""  # http (500 and over), upstream_gone, timeout, cut_off, refused (400 to 499), client_left
+    error: str = ""  # http (500 and over), in_stream, upstream_gone, timeout, cut_off, refused (4xx), client_left
     finish: str = ""  # why the first choice ended: stop, length, tool_calls, ...
     stream: bool = False
     seconds: float = 0.0  # from the request's last byte to the answer's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import posixpath
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,11 @@ CLOSED_BEGINNINGS = {"adapters", "fault_tolerance", "metrics", "gateway"}
 
 
 def is_closed(path: str) -> bool:
-    """Whether clients may not reach a path of a server. ``path`` is decoded."""
+    """Whether clients may not reach a path of a server. ``path`` is decoded; some servers take ``.`` and ``..`` out."""
+    return _is_closed(path) or _is_closed(posixpath.normpath(path))
+
+
+def _is_closed(path: str) -> bool:
     parts = [part.lower() for part in path.split("/") if part]
     blobs = parts[:2] == ["api", "blobs"]  # of Ollama
     return bool(parts) and (blobs or parts[0] in CLOSED_BEGINNINGS or parts[-1] in CLOSED_ENDS)
@@ -45,9 +50,12 @@ def is_authorized(headers: Headers, variable: str) -> bool | None:
 def request_id(headers: Headers) -> str:
     """The client's ``X-Request-Id`` where it can be one, else a new one."""
     sent = header(headers, b"x-request-id").decode("latin-1")
-    if 0 < len(sent) <= LONGEST_ID and sent.isascii() and all(char.isalnum() or char in "-_.:" for char in sent):
-        return sent
-    return secrets.token_hex(16)
+    return sent if is_request_id(sent) else secrets.token_hex(16)
+
+
+def is_request_id(text: str) -> bool:
+    """Whether requests on record may have such an id."""
+    return 0 < len(text) <= LONGEST_ID and text.isascii() and all(char.isalnum() or char in "-_.:" for char in text)
 
 
 def header_bytes(headers: Headers) -> int:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from lora2serve.errors import Lora2ServeError
 from lora2serve.gateway.adapter_cache import AdapterCache
+from lora2serve.gateway.content_coding import decoded
 from lora2serve.gateway.exchange import Exchange, error_of
 from lora2serve.gateway.gateway_config import ShadowConfig
+from lora2serve.gateway.request_record import TIMEOUT
 from lora2serve.gateway.upstreams import Headers, Upstream, UpstreamError, own_headers
 
 MOST_BYTES = 64 << 20  # of the copies that wait
@@ -95,7 +97,7 @@ class ShadowQueue:
             async with asyncio.timeout(copy.config.timeout):
                 await self._send(copy, placement.model)
         except TimeoutError:
-            exchange.error = "timeout"
+            exchange.error = TIMEOUT
         except UpstreamError as error:
             exchange.error = error.kind
         self._done(exchange)
@@ -106,7 +108,8 @@ class ShadowQueue:
         self._cache.hold(key, exchange.upstream)
         exchange.begin()
         try:
-            answer = await self._upstreams[exchange.upstream].send("POST", copy.target, copy.headers, body)
+            upstream = self._upstreams[exchange.upstream]
+            answer = decoded(await upstream.send("POST", copy.target, copy.headers, body), upstream.name)
             exchange.status = answer.status
             try:
                 async for chunk in answer.chunks:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora2serve.errors import InputError
-from lora2serve.gateway.request_record import Feedback, RequestRecord, from_text, to_text
+from lora2serve.gateway.request_record import Arm, Feedback, RequestRecord, from_text, to_text
 
 FILE = "traffic.db"
 PATIENCE = 5.0  # seconds to wait for another gateway that writes
 MOST_BYTES = 1 << 30  # of the file, before the oldest entries go
 SOME = 1000  # entries that are read at once, or removed
+LAST = 20  # entries of one request id that are looked at
 KINDS = {"request": RequestRecord, "feedback": Feedback}
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entry (
@@ -37,6 +38,7 @@ class TrafficStore:
     def __init__(self, folder: Path, *, most_bytes: int = MOST_BYTES) -> None:
         self.path, self.most_bytes = folder / FILE, most_bytes
         self._connection: sqlite3.Connection | None = None
+        self._inode = 0  # of the file that it has open
 
     def append(self, entries: Sequence[Entry]) -> list[Entry]:
         """Write all of them or none; with their sequence. sqlite3.Error or OSError where the disk refuses."""
@@ -57,10 +59,20 @@ class TrafficStore:
         return numbered
 
     def of_request(self, request_id: str) -> tuple[RequestRecord, ...]:
-        """The records of a request, one for each arm; of an id that was used again, the last."""
-        rows = self._rows("kind = 'request' AND request_id = ?", (request_id,))
-        by_arm = {entry.arm: entry for entry in rows if isinstance(entry, RequestRecord)}
+        """The records of a request, one for each arm; of an id that was used again, those of its last request."""
+        by_arm: dict[Arm, RequestRecord] = {}
+        for entry in self._last_of("request", request_id):
+            assert isinstance(entry, RequestRecord)
+            if entry.arm != "shadow" and any(_is_an_answer(record) for record in by_arm.values()):
+                by_arm = {}  # another request of that id
+            by_arm[entry.arm] = entry
         return tuple(by_arm.values())
+
+    def repeats(self, feedback: Feedback, records: Sequence[RequestRecord]) -> bool:
+        """Whether just this was said of these records before, as by a client that did not see that it was stored."""
+        before = max((record.sequence for record in records), default=0)
+        known = [entry for entry in self._last_of("feedback", feedback.request_id) if entry.sequence > before]
+        return any(replace(feedback, at=entry.at, sequence=entry.sequence) == entry for entry in known)
 
     def entries(self, after: int = 0) -> Iterator[Entry]:
         """Records and feedback in their order, those behind ``after``."""
@@ -93,6 +105,13 @@ class TrafficStore:
             self._connection.close()
             self._connection = None
 
+    def _last_of(self, kind: str, request_id: str) -> list[Entry]:
+        """The newest entries on a request; clients may use an id as often as they like."""
+        condition = (
+            "sequence IN (SELECT sequence FROM entry WHERE kind = ? AND request_id = ? ORDER BY sequence DESC LIMIT ?)"
+        )
+        return self._rows(condition, (kind, request_id, LAST))
+
     def _rows(self, condition: str, values: Sequence[str | float]) -> list[Entry]:
         if not self.path.is_file():
             return []
@@ -104,7 +123,7 @@ class TrafficStore:
             raise InputError(f"{self.path}: {error}", "the file is damaged, or not one of a gateway") from None
 
     def _open(self) -> sqlite3.Connection:
-        if self._connection and not self.path.is_file():  # somebody has removed it
+        if self._connection and _inode(self.path) != self._inode:  # somebody has removed it, and another one is there
             self.close()
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +132,7 @@ class TrafficStore:
             for setting in ("journal_mode=WAL", "synchronous=NORMAL"):
                 connection.execute(f"PRAGMA {setting}").close()
             connection.executescript(SCHEMA).close()
-            self._connection = connection
+            self._connection, self._inode = connection, _inode(self.path)
         return self._connection
 
     def _remove_oldest(self, connection: sqlite3.Connection) -> None:
@@ -124,3 +143,16 @@ class TrafficStore:
             oldest = f"DELETE FROM entry WHERE sequence IN (SELECT sequence FROM entry ORDER BY sequence LIMIT {SOME})"
             if not connection.execute(oldest).rowcount:
                 return
+
+
+def _is_an_answer(record: RequestRecord) -> bool:
+    """Whether a client got it: where the challenger could not answer, the champion did."""
+    return record.arm != "shadow" and (record.arm != "challenger" or record.ok)
+
+
+def _inode(path: Path) -> int:
+    """Which file that is; 0 where there is none."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from lora2serve.errors import EngineError
 from lora2serve.gateway.gateway_config import UpstreamConfig
+from lora2serve.gateway.request_record import CUT_OFF, REFUSED, TIMEOUT
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -120,8 +121,10 @@ class HttpUpstream:
                     raise
                 response = await self._request(method, target, headers, body)
         except TimeoutError:
-            raise UpstreamError("timeout", f"{self.name}: no response for {self.config.timeout:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise UpstreamError(TIMEOUT, f"{self.name}: no response for {self.config.timeout:g} s") from None
+        except ValueError as error:  # of this request, which no server can get so; the others are asked as before
+            raise UpstreamError(REFUSED, f"{self.name}: cannot be sent ({_reason(error)})") from None
+        except (aiohttp.ClientError, OSError) as error:
             self._away_until = time.monotonic() + AWAY
             raise UpstreamError("upstream_gone", f"{self.name}: no answer ({_reason(error)})") from None
         self._away_until = 0.0
@@ -137,7 +140,7 @@ class HttpUpstream:
         from yarl import URL
 
         url = URL(self.config.url.rstrip("/") + target, encoded=True)
-        decoded = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        decoded = [(name.decode("latin-1"), _decoded(value)) for name, value in headers]
         return await self._open().request(method, url, headers=decoded, data=body, allow_redirects=False)
 
     def _open(self) -> ClientSession:
@@ -160,9 +163,9 @@ class HttpUpstream:
             async for chunk in response.content.iter_any():
                 yield chunk
         except TimeoutError:
-            raise UpstreamError("timeout", f"{self.name}: silent for {self.config.timeout:g} s") from None
+            raise UpstreamError(TIMEOUT, f"{self.name}: silent for {self.config.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamError("cut_off", f"{self.name}: connection lost ({_reason(error)})") from None
+            raise UpstreamError(CUT_OFF, f"{self.name}: connection lost ({_reason(error)})") from None
         finally:
             response.close()  # nothing, where all of it was read
 
@@ -236,7 +239,7 @@ class _InProcess:
                     yield body
                 if not message.get("more_body"):
                     return
-            raise UpstreamError("cut_off", f"{self.name}: the answer ended early ({_outcome(self._task)})")
+            raise UpstreamError(CUT_OFF, f"{self.name}: the answer ended early ({_outcome(self._task)})")
         finally:
             self._end()
 
@@ -254,6 +257,14 @@ def _outcome(task: asyncio.Future[None]) -> str:
         return "it ended without one"
     error = task.exception()
     return _reason(error) if error else "it ended without one"
+
+
+def _decoded(value: bytes) -> str:
+    """A header's value as text, which is sent in UTF-8: as it came, if it was that."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def _reason(error: BaseException) -> str:

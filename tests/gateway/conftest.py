@@ -8,7 +8,9 @@ import pytest
 
 from lora2serve import Registry
 from tests.support.gateways import add_versions
+from tests.support.registries import add_export, make_run
 from tests.support.shared import once
+from tests.support.trials import NAME
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,16 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             add_versions(registry, folder, 3)
 
     return once(tmp_path_factory, "gateway-registry", make)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A registry with a champion, 1, a challenger, 2, and a third version whose parity is not proven."""
+    with Registry(tmp_path / "registry", author="tester") as registry:
+        for seed in range(3):
+            run = make_run(tmp_path / f"run-{seed}", seed)
+            add_export(run, proven=seed < 2)
+            registry.add(run.path, name=NAME, unproven=True)
+        registry.promote(f"{NAME}@1")
+        registry.promote(f"{NAME}@2", "challenger")
+    return tmp_path

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -17,57 +16,10 @@ from lora2serve import Registry
 from lora2serve.config.schema import build
 from lora2serve.gateway.decisions import verdicts
 from lora2serve.gateway.decisions.decision_rules import DecisionRecipe, DecisionRule
-from lora2serve.gateway.decisions.trial_store import TrialStore
-from lora2serve.gateway.decisions.verdicts import DecisionMaker, TrialPlan
+from lora2serve.gateway.decisions.verdicts import DecisionMaker
 from lora2serve.gateway.request_record import Feedback, RequestRecord
 from lora2serve.gateway.traffic_store import TrafficStore
-from tests.support.registries import add_export, make_run
-
-NAME, ALIASES = "medical-qa", ("champion", "challenger")
-
-
-class Heard:
-    """A progress that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.note = self.warn = self.lines.append
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A registry with a champion, 1, a challenger, 2, and a third version whose parity is not proven."""
-    with Registry(tmp_path / "registry", author="tester") as registry:
-        for seed in range(3):
-            run = make_run(tmp_path / f"run-{seed}", seed)
-            add_export(run, proven=seed < 2)
-            registry.add(run.path, name=NAME, unproven=True)
-        registry.promote(f"{NAME}@1")
-        registry.promote(f"{NAME}@2", "challenger")
-    return tmp_path
-
-
-def plan(*rules: DecisionRule, mode: str = "split", challenger: int = 2, **settings: object) -> list[TrialPlan]:
-    recipe = DecisionRecipe(rules=rules or (DecisionRule("truth"),), **settings)  # type: ignore[arg-type]
-    return [TrialPlan(NAME, 1, challenger, mode, 0.5, recipe, ALIASES)]  # type: ignore[arg-type]
-
-
-def maker(place: Path, plans: list[TrialPlan], heard: Heard | None = None, states: str = "states") -> DecisionMaker:
-    @contextmanager
-    def registry() -> Iterator[Registry]:
-        with Registry(place / "registry", author="gateway") as opened:
-            yield opened
-
-    made = DecisionMaker(registry, TrafficStore(place), TrialStore(place / states), heard or Heard())  # type: ignore[arg-type]
-    made.plan(plans)
-    return made
-
-
-def request(number: int, arm: str, version: int, **values: object) -> RequestRecord:
-    return RequestRecord(
-        request_id=f"r{number}", at=float(number), name=NAME, version=version, arm=arm, upstream="prod",  # type: ignore[arg-type]
-        unit=f"u{number}", path="/v1/chat/completions", status=200, **values,  # type: ignore[arg-type]
-    )  # fmt: skip
+from tests.support.trials import ALIASES, NAME, Heard, maker, moves, plan, request
 
 
 def split(seed: int, requests: int, bad: float = 0.4) -> list[RequestRecord | Feedback]:
@@ -83,11 +35,6 @@ def split(seed: int, requests: int, bad: float = 0.4) -> list[RequestRecord | Fe
         while late and chance.random() < 0.6:
             entries.append(late.pop(0))
     return [*entries, *late]
-
-
-def moves(place: Path) -> list[tuple[str, str, int | None]]:
-    with Registry(place / "registry") as registry:
-        return [(e.kind, e.alias, e.new) for e in registry.history(NAME) if e.alias and e.who == "gateway"]
 
 
 def test_a_bad_challenger_is_rolled_back_once_by_two_gateways(place: Path) -> None:

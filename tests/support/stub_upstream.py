@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ class Faults:
     status: int = 0  # instead of an answer
     hang: bool = False  # no answer at all
     cut: int = 0  # end the connection after so many tokens
+    error_event: int = 0  # an error as an event after so many tokens, as vLLM sends it, and then the usual end
+    quiet_end: int = 0  # end the stream in order after so many tokens, without saying why
+    compress: bool = False  # whole answers and streams, whoever asks
     load_status: int = 0  # of loading an adapter
     load_seconds: float = 0.0
     token_seconds: float = 0.0
@@ -112,6 +116,7 @@ class StubUpstream:
             await answer(send, faults.status, error("broken", faults.status))
         else:
             text = content["messages"][-1]["content"] if "messages" in content else content.get("prompt", "")
+            send = compressing(send) if faults.compress else send
             await self._words(path, content, f"{model} says {text}".split(), receive, send)
 
     async def _words(
@@ -136,6 +141,12 @@ class StubUpstream:
             await event(send, {**shared, "choices": [{"index": 0, **part, "finish_reason": finish}]})
             if self.faults.cut == number + 1:
                 raise RuntimeError("cut off")
+            if self.faults.quiet_end == number + 1:
+                await send({"type": "http.response.body"})
+                return
+            if self.faults.error_event == number + 1:
+                await event(send, error("the engine is dead", 500))
+                break
             await asyncio.sleep(self.faults.token_seconds)
             while gate and not gate.is_set() and not gone.done():
                 await asyncio.sleep(0.005)
@@ -156,6 +167,22 @@ async def answer(
     headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *(extra or [])]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def compressing(send: Send) -> Send:
+    """An answer in gzip, each part of it at once."""
+    packer = zlib.compressobj(wbits=31)
+
+    async def packed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [item for item in message["headers"] if item[0] != b"content-length"]
+            await send({**message, "headers": [*headers, (b"content-encoding", b"gzip")]})
+            return
+        end = not message.get("more_body")
+        data = packer.compress(message.get("body", b"")) + packer.flush(zlib.Z_FINISH if end else zlib.Z_SYNC_FLUSH)
+        await send({**message, "body": data})
+
+    return packed
 
 
 async def event(send: Send, content: object) -> None:

@@ -2,7 +2,9 @@
 
 Split traffic: each request has one arm, which the route chose by chance. A shadow copy: the champion's answer and the
 challenger's to the same request are one pair. Requests that name a version themselves were not divided by chance, and
-count for nothing; nor does what the champion answers where the challenger could not.
+count for nothing; nor does what the champion answers where the challenger could not. What was refused (400 to 499) is
+no answer: of one request nobody knows whose fault it was, but clients' faults hit both arms alike, and a challenger
+with less room for prompts refuses more of them.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from lora2serve.gateway.decisions.trial import Trial
-from lora2serve.gateway.request_record import CLIENT_LEFT, Feedback, RequestRecord
+from lora2serve.gateway.request_record import CLIENT_LEFT, TIMEOUT, Feedback, RequestRecord
 
 MOST_REMEMBERED = 1000  # feedback that came before the shadow's answer; requests that the challenger could not answer
 PREFERENCES = {"challenger": 1.0, "champion": -1.0, "tie": 0.0}  # labels of feedback that compares two answers
+KEYS_AND_QUOTAS = (401, 403, 429)  # why a copy is refused that says nothing of the version
 
 OfRequest = Callable[[str], Sequence[RequestRecord]]
 T = TypeVar("T")
@@ -27,7 +30,7 @@ class TrialObserver:
     def __init__(self, trial: Trial, of_request: OfRequest) -> None:
         self.trial, self._of_request = trial, of_request
         self._early: OrderedDict[str, Feedback] = OrderedDict()
-        self._failed: OrderedDict[str, None] = OrderedDict()
+        self._failed: OrderedDict[str, bool] = OrderedDict()
 
     def take(self, entry: RequestRecord | Feedback) -> None:
         """One entry; those that the trial has had are passed over."""
@@ -44,8 +47,8 @@ class TrialObserver:
         if record.arm == "shadow":
             records = self._of_request(record.request_id)
             pair = _pair(trial, records)
-            if pair:
-                champion, challenger = (float(not each.ok) for each in pair)
+            if pair and _comparable(*pair):
+                champion, challenger = (float(bool(each.error)) for each in pair)
                 trial.observe_pair("errors", champion, challenger, unit=_unit(record), at=record.at)
             early = self._early.pop(record.request_id, None)
             if early:
@@ -54,14 +57,14 @@ class TrialObserver:
         arm = trial.arm(record.version)
         if arm is None or record.arm not in ("champion", "challenger") or trial.mode == "shadow":
             return
-        if record.request_id in self._failed:
+        if arm == "champion" and self._failed.pop(record.request_id, False):
             return
         if arm == "challenger" and not record.ok:
-            _remember(self._failed, record.request_id, None)
-        trial.observe("errors", arm, float(not record.ok), unit=_unit(record), at=record.at)
-        if record.ok:
+            _remember(self._failed, record.request_id, True)
+        trial.observe("errors", arm, float(bool(record.error)), unit=_unit(record), at=record.at)
+        if not record.error:
             trial.observe("latency", arm, record.seconds, unit=_unit(record), at=record.at)
-        if record.ok and record.first_token_seconds is not None:
+        if not record.error and record.first_token_seconds is not None:
             trial.observe("first-token", arm, record.first_token_seconds, unit=_unit(record), at=record.at)
 
     def _take_feedback(self, feedback: Feedback) -> None:
@@ -74,6 +77,8 @@ class TrialObserver:
     def _judge(self, feedback: Feedback, records: Sequence[RequestRecord]) -> None:
         trial, pair = self.trial, _pair(self.trial, records)
         if pair:
+            if not _comparable(*pair):
+                return
             unit, at = _unit(pair[0]), pair[0].at
             champion, challenger = (feedback.outcome(record) for record in pair)
             if champion is not None and challenger is not None:
@@ -104,6 +109,12 @@ def _pair(trial: Trial, records: Sequence[RequestRecord]) -> tuple[RequestRecord
     champion = next((each for each in records if each.arm == "champion" and each.version == trial.champion), None)
     shadow = next((each for each in records if each.arm == "shadow" and each.version == trial.challenger), None)
     return (champion, shadow) if champion and shadow else None
+
+
+def _comparable(champion: RequestRecord, copy: RequestRecord) -> bool:
+    """Whether what became of a copy is the version's doing: it waits behind the users', and has its own patience."""
+    slow = copy.error == TIMEOUT and champion.seconds > copy.seconds / 2
+    return not slow and copy.status not in KEYS_AND_QUOTAS
 
 
 def _unit(record: RequestRecord) -> tuple[str, str]:

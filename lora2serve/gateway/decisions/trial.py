@@ -148,8 +148,8 @@ class Trial:
         hours = self.recipe.client_hours
         key = f"{measure} {sender if hours and sender else request}"
         before = self._units.get(key)
-        if before is not None and (not (hours and sender) or at < before + hours * 3600):
-            return False
+        if before is not None and (not (hours and sender) or abs(at - before) < hours * 3600):
+            return False  # a clock that was ahead for a while makes nobody's next request one of years to come
         self._units[key] = at
         self._units.move_to_end(key)
         if len(self._units) > MOST_UNITS:

@@ -122,6 +122,10 @@ class DecisionMaker:
         """Each trial has what came since it was last written down, or since it began."""
         observers = self._observers.values()
         if observers:
+            newest = self._traffic.last_sequence()
+            for observer in observers:
+                if observer.trial.sequence > newest:  # another store: somebody has removed the one before
+                    observer.trial.sequence = 0
             for entry in self._traffic.entries(min(observer.trial.sequence for observer in observers)):
                 for observer in observers:
                     observer.take(entry)
