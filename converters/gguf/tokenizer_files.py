@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.system import scratch
+from lora2serve.system.small_files import read_json
 
 
 class AddedToken(TypedDict, total=False):
@@ -55,8 +56,7 @@ class TokenizerJson(TypedDict, total=False):
 
 def read_tokenizer_json(path: Path) -> TokenizerJson:
     """The file's content."""
-    content: TokenizerJson = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return cast("TokenizerJson", read_json(path, f"no {path.name}"))
 
 
 def added_tokens(model: ExportModel) -> list[AddedToken]:

@@ -42,7 +42,7 @@ def serve_yaml(model: ExportModel, dtype: str) -> str:
     """
     length = _text_config(model.config).get("max_position_embeddings")
     lines = ["# vllm serve . --config serve.yaml", f"served-model-name: {json.dumps(model.name)}", f"dtype: {dtype}"]
-    lines += [f"max-model-len: {length}"] if length else []
+    lines += [f"max-model-len: {length}"] if isinstance(length, int) and length > 0 else []  # text may hold more lines
     parser = tool_parser(chat_template(model.files) or "")
     lines += ["enable-auto-tool-choice: true", f"tool-call-parser: {parser}"] if parser else []
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast, get_args, get_origin
 
 from lora2serve.config.bounds import Bound, Removed
+from lora2serve.config.yaml_text import compose_yaml, construct
 from lora2serve.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -48,18 +49,16 @@ def read_keys(path: Path, hint: str) -> tuple[dict[str, object], list[str]]:
 
     Raises RecipeError, with the hint, for what is no YAML or holds no keys.
     """
-    import yaml
-
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        problems = repeated_keys(yaml.compose(text, yaml.SafeLoader))
+        document = compose_yaml(text)
+        content, problems = construct(document), repeated_keys(document)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # dates and numbers out of range, too
-        raise RecipeError(f"{path}: {' '.join(str(error).split())[:300]}", hint) from None
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}", hint) from None
     if content is None:
         content = {}
     if not isinstance(content, dict):

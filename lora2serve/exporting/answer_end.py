@@ -6,12 +6,13 @@ turns with ``<|im_end|>``). An engine that is not told of it goes on until the l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from lora2serve.data.end_tokens import Messages, find_answer_end
+from lora2serve.errors import CheckpointError
 from lora2serve.exporting.jinja_sandbox import compiled_template
+from lora2serve.system.small_files import read_json
 from lora2serve.weights.chat_template import TOKENIZER, chat_templates, read_settings, special_tokens
 
 
@@ -37,8 +38,12 @@ def read_answer_end(files: Mapping[str, Path]) -> tuple[str, int] | None:
 
 def _token_ids(files: Mapping[str, Path]) -> dict[str, int]:
     """The added tokens, special ones and others, by their text."""
-    if "tokenizer.json" in files:
-        added = json.loads(files["tokenizer.json"].read_text(encoding="utf-8")).get("added_tokens") or []
-        return {token["content"]: int(token["id"]) for token in added}
-    decoder = read_settings(files, TOKENIZER).get("added_tokens_decoder") or {}
-    return {token["content"]: int(number) for number, token in decoder.items()}
+    file = files.get("tokenizer.json")
+    try:
+        if file:
+            added = read_json(file, "no tokenizer.json").get("added_tokens") or []
+            return {str(token["content"]): int(token["id"]) for token in added}
+        decoder = read_settings(files, TOKENIZER).get("added_tokens_decoder") or {}
+        return {str(token["content"]): int(number) for number, token in decoder.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{file or files[TOKENIZER]}: its added tokens are not texts with ids") from None

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from lora2serve.errors import ExportError
 from lora2serve.system import scratch
-from lora2serve.system.small_files import JsonObject
-from lora2serve.weights.chat_template import EXTRA, JINJA, TOKENIZER, chat_templates, read_settings
+from lora2serve.system.small_files import JsonObject, read_json
+from lora2serve.weights.chat_template import EXTRA, GENERATION, JINJA, TOKENIZER, chat_templates, read_settings
 from lora2serve.weights.side_files import SideFiles
 
 FAST = "tokenizer.json"
-GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 ENDS = (
     "bos_token_id",
@@ -51,7 +50,7 @@ def _add_to_tokenizer(files: SideFiles, tokens: Sequence[str], ids: Sequence[int
             f"no {FAST}: a soft prompt becomes tokens of a tokenizer in that form only",
             "load and save the base's tokenizer with transformers: it writes one",
         )
-    content = json.loads(files[FAST].read_text(encoding="utf-8"))
+    content = read_json(files[FAST], f"no {FAST}")
     model, added = content["model"], content.setdefault("added_tokens", [])
     taken = {token["content"] for token in added} | set(model["vocab"] if isinstance(model["vocab"], dict) else ())
     if clash := sorted(taken.intersection(tokens)):

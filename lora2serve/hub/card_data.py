@@ -13,6 +13,8 @@ from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import RunRecord
+from lora2serve.config.yaml_text import front_matter, load_yaml
+from lora2serve.errors import InputError
 from lora2serve.hub.package import public
 
 MERGED, ADAPTER, GGUF, GGUF_ADAPTER = "merged", "adapter", "gguf", "gguf-adapter"
@@ -107,9 +109,10 @@ def gather(
 
 def _recipe(path: Path) -> Mapping[str, Any]:
     """A run's recipe as others may read it; empty where there is none."""
-    import yaml
-
-    content = public(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    try:
+        content = public(load_yaml(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}", "the run is damaged") from None
     return content if isinstance(content, dict) else {}
 
 
@@ -146,6 +149,7 @@ def read_metadata(card: str) -> dict[str, Any]:
     """The YAML at the head of a model card; ValueError where it is none."""
     from huggingface_hub import ModelCard
 
+    front_matter(card)  # within bounds
     data: Any = ModelCard(card, ignore_metadata_errors=True).data
     return dict(data.to_dict())
 

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lora2serve.artifacts.parity_report import SettingDifference
+from lora2serve.config.yaml_text import load_yaml
 from lora2serve.exporting import settings_plan
 from lora2serve.exporting.settings_plan import Header
 from lora2serve.system.small_files import MAX_SIZE, without_repeated
@@ -179,12 +180,7 @@ def _tokenizer(content: bytes) -> object:
 
 
 def _yaml(content: bytes) -> object:
-    import yaml
-
-    try:
-        return yaml.safe_load(content.decode())
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+    return load_yaml(content.decode())
 
 
 def _different_text(name: str, planned: bytes, actual: bytes) -> SettingDifference:

@@ -16,6 +16,7 @@ from lora2serve.artifacts.manifest import Manifest
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import DataRecord
 from lora2serve.artifacts.suite_scores import FOLDER, SuiteFigure, SuiteScores
+from lora2serve.config.yaml_text import load_yaml
 from lora2serve.errors import InputError
 from lora2serve.system.small_files import digest, read_json
 
@@ -110,14 +111,12 @@ def read_scores(run: Run | None, created: str) -> list[SuiteScores]:
 
 def read_recipe(path: Path) -> Mapping[str, object]:
     """A run's recipe as JSON can have it, a date as its text; empty where there is none."""
-    import yaml
-
     if not path.is_file():
         return {}
     try:
-        content = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), default=str))
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())[:200]}", "the file is damaged") from None
+        content = json.loads(json.dumps(load_yaml(path.read_text(encoding="utf-8")), default=str))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {str(error)[:200]}", "the file is damaged") from None
     if not isinstance(content, dict):
         return {}
     return JsonRecord.from_json(content, str(path)).unknown

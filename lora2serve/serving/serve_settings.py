@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lora2serve.config.schema import show
+from lora2serve.config.yaml_text import LONGEST, load_yaml
 from lora2serve.errors import InputError, did_you_mean
 from lora2serve.exporting import bundle
 from lora2serve.system.small_files import is_relative
 
-LONGEST = 1 << 20  # bytes
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
 
@@ -88,14 +88,12 @@ def _module(text: object) -> dict[str, str] | None:
 
 def parsed(file: Path) -> Mapping[object, object]:
     """The settings as they stand there; InputError where that are none."""
-    import yaml
-
     if not file.is_file() or file.stat().st_size > LONGEST:
         raise InputError(f"{file}: expected a small file of settings")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())[:100]})") from None
+        content = load_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not YAML ({str(error)[:100]})") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: {_shown(content)}, expected settings")
     return content

@@ -61,13 +61,22 @@ def inside(root: Path, name: str) -> Path:
         real = path.resolve(strict=True)
     except OSError:
         raise CheckpointError(f"{path}: missing, but named by the index", "fetch the model again") from None
-    home = root.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if real.parent not in (home, blobs) or not real.is_file():
+    if leads_away(root, path) or not real.is_file():
         raise CheckpointError(
             f"{path}: points to {real}, outside the model directory", "copy the file into the directory"
         )
     return path
+
+
+def leads_away(root: Path, path: Path) -> bool:
+    """Whether a file in ``root`` is a link to one that is neither there nor among the blobs of the same Hub cache.
+
+    Who fetches a repository with git gets the links that its author put there, to any file of the reader's.
+    """
+    home, real = root.resolve(), path.resolve()
+    snapshots = next((folder for folder in home.parents if folder.name == "snapshots"), None)
+    blobs = snapshots.parent / "blobs" if snapshots else home
+    return not (real.is_relative_to(home) or real.parent == blobs)
 
 
 def plain_path(path: Path) -> Path:

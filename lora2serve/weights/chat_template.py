@@ -15,6 +15,7 @@ from lora2serve.system.small_files import JsonObject
 
 JINJA, PROCESSOR, EXTRA = "chat_template.jinja", "chat_template.json", "additional_chat_templates/"
 TOKENIZER, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+GENERATION = "generation_config.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 Files = Mapping[str, Path]

@@ -7,14 +7,17 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora2serve.errors import CheckpointError, InputError, raise_all
 from lora2serve.system import scratch
-from lora2serve.system.small_files import JsonObject, read_json
+from lora2serve.system.small_files import JsonObject, leads_away, read_json, refuse_large
 from lora2serve.weights.chat_template import (
     EXTRA,
+    GENERATION,
     JINJA,
     PROCESSOR,
     SPECIAL,
@@ -30,6 +33,7 @@ SIDE_FILES = re.compile(
     r"|video_preprocessor_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*"
 )
 OF_THE_BASE = re.compile(r"generation_config|LICENSE|NOTICE|USE_POLICY")
+SETTINGS = (TOKENIZER, SPECIAL, PROCESSOR, GENERATION)  # that are read, and not only shipped
 OF_OTHER_SENSES = re.compile(r"(video_)?(pre)?processor_config")  # no part of the tokenizer that came with the adapter
 
 
@@ -106,7 +110,27 @@ def _take_end(files: SideFiles, trained: SideFiles) -> None:
 
 def _side_files(path: Path) -> SideFiles:
     files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
-    return SideFiles({name: p for name, p in files.items() if SIDE_FILES.fullmatch(name)})
+    files = {name: p for name, p in files.items() if SIDE_FILES.fullmatch(name)}
+    problems = [problem for name, file in files.items() for problem in _problems(path, name, file)]
+    raise_all(problems, lambda message: CheckpointError(message, "the directory is damaged or malicious"))
+    return SideFiles(files)
+
+
+def _problems(folder: Path, name: str, file: Path) -> Iterator[str]:
+    """Why the file is not shipped: it shows another file of this machine, or cannot be what its name says."""
+    if leads_away(folder, file):
+        yield f"{file}: points to {file.resolve()}, outside the directory"
+        return
+    try:
+        refuse_large(file, CheckpointError)
+        if name in SETTINGS:
+            read_json(file, f"no {name}")
+        elif name == JINJA or name.startswith(EXTRA):
+            file.read_text(encoding="utf-8")
+    except InputError as error:
+        yield error.message
+    except UnicodeDecodeError as error:
+        yield f"{file}: not UTF-8 ({error.reason} at byte {error.start})"
 
 
 def _vocabulary(path: Path | None) -> Any:

@@ -253,7 +253,7 @@ def test_a_key_given_twice(write: Any) -> None:
         ("just text", "expected keys and values"),
         ("d: 2024-99-99", "month"),
         ("x: !!python/object:os.system {}", "could not determine a constructor"),
-        ("[" * 5000, "recursion"),
+        ("[" * 5000, "nested more than 50 deep"),
         ("", "model.path: missing"),
         ("&a [*a]", "expected keys and values"),
         ("model: &m {path: a, deeper: *m}\ndata: {train: b}", "model.deeper: unknown key"),

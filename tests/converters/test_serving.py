@@ -111,3 +111,13 @@ def test_a_nested_config_says_the_type_where_it_was() -> None:
     served = served_config({**NESTED, "quantization_config": {"quant_method": "bitsandbytes"}}, "bfloat16")
     assert served["text_config"]["dtype"] == served["dtype"] == "bfloat16"
     assert "quantization_config" not in served
+
+
+@pytest.mark.parametrize(
+    ("length", "line"), [(512, "max-model-len: 512"), ("9\ntrust-remote-code: true", ""), (-1, "")]
+)
+def test_a_length_is_a_number(tmp_path: Path, length: object, line: str) -> None:
+    """A base's config is somebody else's: text in it could be lines of settings."""
+    written = serve_yaml(model(tmp_path, {"max_position_embeddings": length}), "bfloat16")
+    assert "trust" not in written
+    assert [part for part in written.splitlines() if part.startswith("max")] == ([line] if line else [])

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from lora2serve.cli import run
 from lora2serve.errors import AdapterError, CheckpointError, ExportError, InputError, Lora2ServeError, MergeError
 from lora2serve.weights.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from tests.support.folding import export_merged
+from tests.support.runs import DEMO
 from tests.support.tiny import make_adapter, make_model
 
 
@@ -342,3 +345,22 @@ def test_an_adapter_cut_short(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (cut / "adapter_model.safetensors").write_bytes(raw[:-10])
     with pytest.raises((CheckpointError, AdapterError), match=r"the file is truncated|expected"):
         export_merged(base, [cut], tmp_path / "out")
+
+
+CARDS = (
+    "---\nlicense: [\n---\n",
+    "---\n" + "[" * 200_000 + "\n---\n",
+    "---\n- a\n---\n",
+    "---\nlicense: 2026-99-99\n---\n",
+)
+
+
+def test_a_card_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The base's: GGUF takes its license over, and goes without where the head of the card cannot be read, at once."""
+    base = shutil.copytree(DEMO / "base", tmp_path / "base")
+    for number, card in enumerate(CARDS):
+        (base / "README.md").write_text(card)
+        words = ["export", str(base), "-t", "gguf", "-q", "F16", "--dry-run", "-o", str(tmp_path / f"out{number}")]
+        started = time.process_time()
+        assert run(words) == 0, capfd.readouterr().err
+        assert time.process_time() - started < 20

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lora2serve.errors import CheckpointError
 from lora2serve.weights.chat_template import chat_template, special_tokens
 from lora2serve.weights.side_files import side_files
 from tests.support.runs import DEMO
@@ -20,7 +21,7 @@ LAYOUTS = ("jinja", "config", "list", "processor", "extra")
 
 def make_tokenizer(path: Path, template: str | None, layout: str, end: str, vocabulary: str = "") -> Path:
     """The demo's tokenizer, its template where ``layout`` says, its end token under both names."""
-    path.mkdir()
+    path.mkdir(parents=True)
     settings: dict[str, Any] = json.loads((DEMO / "base" / "tokenizer_config.json").read_text())
     content = (DEMO / "base" / "tokenizer.json").read_text()
     (path / "tokenizer.json").write_text(content.replace("<|im_start|>", vocabulary) if vocabulary else content)
@@ -102,3 +103,45 @@ def test_made_files_go_with_their_holder(tmp_path: Path) -> None:
     assert made.is_file()
     del files
     assert not made.parent.exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json", "additional_chat_templates/x.jinja", "vocab.txt"])
+@pytest.mark.parametrize("of_base", [True, False])
+def test_a_link_to_another_file_of_this_machine(tmp_path: Path, of_base: bool, name: str) -> None:
+    """It would be shipped, and pushed. Links in the folder and into the blobs of the Hub's cache are no others."""
+    base = make_tokenizer(tmp_path / "repo" / "snapshots" / "abc", OURS, "extra", "<|im_end|>")
+    adapter = make_tokenizer(tmp_path / "adapter", THEIRS, "extra", "<|im_end|>")
+    folder = base if of_base else adapter
+    for path, content in ((base, tmp_path / "repo" / "blobs" / "0"), (adapter, adapter / "own")):
+        content.parent.mkdir(exist_ok=True)
+        content.write_text("MIT")
+        (path / "NOTICE").symlink_to(content)
+    side_files(base, adapter)
+    (tmp_path / "secret").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=rf"{name}: points to .*secret, outside the directory"):
+        side_files(base, adapter)
+
+
+NOT_READ = {
+    "tokenizer_config.json": ("[]", "a list, expected a JSON object"),
+    "special_tokens_map.json": ("{", "not JSON"),
+    "generation_config.json": ('{"a":' + "[" * 20_000, "not JSON"),
+    "chat_template.jinja": (b"\xff\xfe", "not UTF-8"),
+}
+
+
+def test_what_cannot_be_read_is_named_all_at_once(tmp_path: Path) -> None:
+    base = make_tokenizer(tmp_path / "base", OURS, "jinja", "<|im_end|>")
+    for name, (content, _) in NOT_READ.items():
+        (base / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with (base / "tokenizer.json").open("ab") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(CheckpointError) as caught:
+        side_files(base)
+    lines = caught.value.message.splitlines()
+    assert len(lines) == len(NOT_READ) + 1
+    reasons = {name: reason for name, (_, reason) in NOT_READ.items()} | {"tokenizer.json": "100000000 at most"}
+    for name, reason in reasons.items():
+        assert any(f"/{name}: " in line and reason in line for line in lines), name

@@ -14,6 +14,7 @@ from typing import Any
 from converters.gguf.header import GgufValue
 from converters.gguf.native import vocab
 from converters.gguf.native.architectures import Architecture, Config, head_dim
+from lora2serve.config.yaml_text import front_matter
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 
@@ -174,7 +175,9 @@ def _card(model: ExportModel) -> Values:
     from huggingface_hub import ModelCard
 
     try:
-        card: Any = ModelCard(readme.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+        text = readme.read_text(encoding="utf-8-sig")
+        front_matter(text)  # within bounds
+        card: Any = ModelCard(text, ignore_metadata_errors=True)
     except ValueError:  # someone else's card: what cannot be read tells nothing
         return {}
     data: Mapping[str, object] = card.data.to_dict()
