@@ -40,6 +40,7 @@ class QuantizationRecord(JsonRecord):
     block_size: int = 64
     compute_dtype: str = "float32"
     modules: tuple[str, ...] = ()  # those that were really replaced
+    experts: tuple[str, ...] = ()  # weights of experts, each expert quantized by itself
 
 
 @dataclass(frozen=True)

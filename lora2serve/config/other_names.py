@@ -42,6 +42,7 @@ OTHER_NAMES: Mapping[str, str] = {
         "train.lora.alpha": "lora_alpha",
         "train.lora.dropout": "lora_dropout",
         "train.lora.targets": "target_modules lora_target lora_target_modules",
+        "train.lora.target_parameters": "target_parameters lora_target_parameters",
         "train.lora.modules_to_save": "lora_modules_to_save additional_target",
         "train.lora.rslora": "use_rslora lora_use_rslora peft_use_rslora",
         "train.lora.dora": "use_dora lora_use_dora peft_use_dora",

@@ -5,7 +5,7 @@ Defaults and bounds live in the dataclasses below and nowhere else. Paths are re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -25,6 +25,7 @@ from lora2serve.progress import Progress
 FILE = "lora2serve.yaml"
 EVERY_KEY = "see `lora2serve init` for every key"
 HELD_OUT_ROWS = "held-out"  # instead of a suite
+EXPERTS, INITS_OF_EXPERTS = "experts", ("default", "gaussian")  # of ``train.lora.target_parameters``
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
 NO_FP4 = "expected nf4 or none: fp4 is no longer trained, and nf4 loses less in the same memory"
 Quantize = Literal["nf4", "none"]
@@ -41,12 +42,16 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class LoraRecipe:
-    """``targets`` is a preset (qv, attention, qv-mlp, all-linear) or a list of module names."""
+    """``targets`` is a preset (qv, attention, qv-mlp, all-linear) or a list of module names.
+
+    ``target_parameters``: ``experts``, or a list of those weights of experts that get a LoRA for each expert.
+    """
 
     rank: Annotated[int, Range(1, 1 << 14)] = 16
     alpha: Annotated[float, Positive(1e6)] = 32
     dropout: Annotated[float, Range(0.0, 0.99)] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
+    target_parameters: str | tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     rslora: bool = False
     dora: bool = False
@@ -234,6 +239,7 @@ def _problems_of_lora(train: TrainRecipe) -> list[str]:
             )
     if lora.targets == ():
         problems.append("train.lora.targets: an empty list, expected a preset or module names")
+    problems += _problems_of_experts(lora)
     if not lora_inits.is_trainable(lora.init):
         expected = f"{', '.join(lora_inits.TRAINABLE)}{did_you_mean(lora.init, lora_inits.TRAINABLE)}"
         problems.append(f"train.lora.init: {show(lora.init)}, expected one of {expected}")
@@ -242,6 +248,20 @@ def _problems_of_lora(train: TrainRecipe) -> list[str]:
     if lora.init == "orthogonal" and lora.rank % 2:
         problems.append(f"train.lora.rank: {lora.rank}, expected an even number with train.lora.init: orthogonal")
     return problems
+
+
+def _problems_of_experts(lora: LoraRecipe) -> Iterator[str]:
+    """A LoRA on the weights of experts is a product beside them, and nothing else."""
+    wanted, key = lora.target_parameters, "train.lora.target_parameters"
+    if isinstance(wanted, str) and wanted != EXPERTS:
+        yield f"{key}: {show(wanted)}, expected {EXPERTS} or a list of names{did_you_mean(wanted, [EXPERTS])}"
+    if not wanted:
+        return
+    for name, value in (("dropout", lora.dropout), ("dora", lora.dora)):
+        if value:
+            yield f"train.lora.{name}: {show(value)}, which no LoRA on experts has: leave it or {key} out"
+    if lora.init not in INITS_OF_EXPERTS:
+        yield f"train.lora.init: {lora.init}, expected one of {', '.join(INITS_OF_EXPERTS)} with {key}"
 
 
 def _problems_of_data(recipe: Recipe) -> list[str]:

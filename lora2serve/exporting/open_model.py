@@ -59,7 +59,7 @@ def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> E
         progress.note(f"folding onto the {merge_base} base: {why}")
     source: Source = Dequantized(checkpoint)
     if merge_base == "trained" and record.quantization and not checkpoint.config.get("quantization_config"):
-        names = Binder(list(source.specs()), checkpoint.config).stored_name
+        names = Binder(list(source.specs()), checkpoint.config)
         source = FakeQuantized(source, Quantization.of(record.to_json()), names)
     known = record.base if record.base.fingerprint.tensors else BaseRecord.from_json(identity(base), "base")
     lineage = Lineage(known, run.name, merge_base, mismatch or None)

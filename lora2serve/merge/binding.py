@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 from lora2serve.adapters.adapter import Adapter, ParameterDelta
@@ -71,6 +71,18 @@ class Binder:
             return parameter
         sources = self._sources(parameter)
         return sources[0].stored if len(sources) == 1 and not sources[0].fused else None
+
+    def stored_experts(self, parameter: str) -> Sequence[Sequence[str]]:
+        """The stored tensors that each expert of a fused ``parameter`` is, joined row by row; one list for all experts
+        where they are stored as one tensor. Empty where they become it in another way.
+        """
+        if stored := self.stored_name(parameter):
+            return [[stored]]
+        sources = self._sources(parameter)
+        if any(not source.stacks for source in sources):
+            return []
+        ordered = sorted(sources, key=lambda source: (source.expert, source.part))
+        return [[source.stored for source in group] for _, group in groupby(ordered, lambda source: source.expert)]
 
     def module_in_base(self, module: str) -> str:
         """The base's own name for a module that was trained in another class; ``module`` where the base knows it so."""

@@ -96,7 +96,7 @@ def _working(shape: ModelShape, settings: PlanSettings, inputs: _LoraInputs) -> 
     size, wide, tokens = settings.itemsize, settings.kept_bytes, settings.tokens
     mask = tokens * settings.length if settings.padded else 0
     mlp = tokens * wide * shape.mlp
-    matrix = size * max(item.numel for item in shape.linears) if settings.method == "qlora" else 0
+    matrix = size * max(item.numel for item in shape.matrices) if settings.method == "qlora" else 0
     backward = wide * shape.hidden * tokens + max(3 * mlp, (2 if inputs.down else 1) * mlp + matrix)
     backward -= tokens * inputs.down  # given back by then
     if not (inputs.own and settings.checkpointing):

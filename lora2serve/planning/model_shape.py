@@ -16,6 +16,9 @@ from lora2serve.weights.tensors import FLOATS, TensorSpec
 
 IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|decoder_layers)\.(\d+)\.")
 EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
+ONE_EXPERT = re.compile(r"(?P<owner>.*experts)\.(?P<number>\d+)\.(?P<part>\w+)")
+EXPERTS_TRANSPOSED = ("gpt_oss", "aria_text", "llama4_text")
+ONE_WAY = "llama4_text"  # whose experts transformers computes in one way only: they stay in 16 bits
 ROUTERS = (".gate", ".router", ".router.layer")  # of experts: no linear layers in transformers
 TRANSPOSED = ("gpt2", "openai-gpt")  # their weights are stored as (in, out)
 HEADS = ("lm_head", "embed_out", "output")
@@ -48,6 +51,22 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """All experts of a layer in one tensor, as transformers has them; each is quantized by itself."""
+
+    path: str
+    count: int
+    outputs: int
+    inputs: int
+    quantizable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Values of all experts."""
+        return self.count * self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """All that the memory of a training depends on."""
 
@@ -59,8 +78,8 @@ class ModelShape:
     key: int  # outputs of all heads of keys; as many of values
     mlp: int  # width between up and down, of all experts that one token goes through
     linears: tuple[LinearShape, ...]
-    others: int  # values of all other parameters, which are never quantized: embeddings, head, norms, biases, experts
-    expert_values: int  # of these, those of experts
+    experts: tuple[ExpertShape, ...]
+    others: int  # values of all other parameters, which are never quantized: embeddings, head, norms, biases
     norm_width: int  # values of a token that go through the norms of one layer
     embedding: int  # values of the input embeddings
     head: int  # values of a head of its own; 0 where it is tied to the embeddings
@@ -71,7 +90,12 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Values in all."""
-        return sum(linear.numel for linear in self.linears) + self.others
+        return sum(each.numel for each in self.matrices) + self.others
+
+    @property
+    def matrices(self) -> Sequence[LinearShape | ExpertShape]:
+        """What QLoRA quantizes, where it can."""
+        return [*self.linears, *self.experts]
 
 
 def model_shape(config: JsonObject, specs: Sequence[TensorSpec] | None) -> ModelShape:
@@ -103,7 +127,8 @@ def _shape(
     vocabulary = _number(text, "vocab_size")
     embeddings = {name: prod(shape) for name, shape in others.items() if len(shape) == 2 and vocabulary in shape}
     head = sum(count for name, count in embeddings.items() if name.removesuffix(".weight").endswith(HEADS))
-    experts = sum(prod(shape) for name, shape in others.items() if EXPERTS.search(name))
+    experts = _experts(others, str(text.get("model_type")))
+    others = {name: shape for name, shape in others.items() if not _of_expert(name, shape)}
     leaves = {linear.path.rsplit(".", 1)[-1] for linear in linears}
     return ModelShape(
         hidden=hidden,
@@ -115,13 +140,13 @@ def _shape(
         mlp=_mlp_width(text, linears),
         linears=linears,
         others=sum(map(prod, others.values())),
-        expert_values=experts,
+        experts=experts,
         norm_width=_norm_width(others, size, heads * size, groups * size, hidden),
         embedding=sum(embeddings.values()) - head,
         head=head,
         stored_bytes=stored,
         fused_mlp="gate_up_proj" in leaves,
-        gated=bool({"gate_proj", "gate_up_proj", "w1"} & leaves) or experts > 0,
+        gated=bool({"gate_proj", "gate_up_proj", "w1"} & leaves) or bool(experts),
     )
 
 
@@ -162,6 +187,30 @@ def _sorted_out(
         else:
             others[name] = shape
     return tuple(linears), others
+
+
+def _of_expert(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is a weight of an expert, or of all of a layer."""
+    axes = 2 if ONE_EXPERT.fullmatch(name.removesuffix(".weight")) else 3
+    return bool(EXPERTS.search(name)) and len(shape) == axes and not name.endswith("bias")
+
+
+def _experts(others: Mapping[str, tuple[int, ...]], kind: str) -> tuple[ExpertShape, ...]:
+    """Those of each layer put together as transformers does it: gate and up in one, down in another."""
+    fused: dict[str, list[int]] = {}
+    for name, shape in others.items():
+        if not _of_expert(name, shape):
+            continue
+        one = ONE_EXPERT.fullmatch(name.removesuffix(".weight"))
+        if one is None:  # (experts, out, in), or with the last two the other way round
+            fused[name] = [shape[0], *(reversed(shape[1:]) if kind in EXPERTS_TRANSPOSED else shape[1:])]
+            continue
+        is_down = one["part"] in DOWN
+        known = fused.setdefault(f"{one['owner']}.{'down_proj' if is_down else 'gate_up_proj'}", [0, 0, shape[1]])
+        known[0] = max(known[0], int(one["number"]) + 1)
+        if int(one["number"]) == 0:
+            known[1] += shape[0]
+    return tuple(ExpertShape(name, sizes[0], sizes[1], sizes[2], kind != ONE_WAY) for name, sizes in fused.items())
 
 
 def _tied(config: JsonObject, text: JsonObject, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -25,6 +25,7 @@ class PlanSettings:
     method: Method = "qlora"
     rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
+    target_parameters: str | tuple[str, ...] = ()  # of experts
     batch: int = 8
     length: int = 1024
     checkpointing: bool = True
@@ -95,6 +96,7 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
         method=method,
         rank=lora.rank,
         targets=lora.targets,
+        target_parameters=lora.target_parameters,
         batch=train.batch_size,
         length=length,
         checkpointing=checkpoints(train, method),

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lora2serve.adapters.target_presets import named, preset_modules
-from lora2serve.config.recipe import PRESETS
+from lora2serve.config.recipe import EXPERTS, PRESETS
 from lora2serve.errors import UsageError, did_you_mean
-from lora2serve.planning.model_shape import LinearShape, ModelShape
+from lora2serve.planning.model_shape import ExpertShape, LinearShape, ModelShape
 from lora2serve.planning.plan_settings import PlanSettings
 
 BLOCK, STATE_BLOCK = 64, 256
@@ -47,17 +47,26 @@ def _weights(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
     """Of the base, and of what is beside 4-bit codes."""
     if shape.stored_bytes is not None and settings.method != "full":
         return shape.stored_bytes, 0
+    experts = [each for each in shape.experts if each.quantizable]
+    packed = sum((each.numel + 1) // 2 for each in shape.linears) + sum(each.numel // 2 for each in experts)
     others = shape.others * settings.kept_bytes
     if settings.method != "qlora":
-        return others + sum(linear.numel for linear in shape.linears) * settings.itemsize, 0
+        return others + sum(each.numel for each in shape.matrices) * settings.itemsize, 0
     states = [_state_bytes(linear.numel, settings.double_quant) for linear in shape.linears]
-    return others + sum((linear.numel + 1) // 2 for linear in shape.linears), sum(states)
+    states += [_state_bytes(each.outputs * each.inputs, settings.double_quant, each.count) for each in experts]
+    others += sum(each.numel for each in shape.experts if not each.quantizable) * settings.kept_bytes
+    return others + packed, sum(states)
 
 
-def _state_bytes(numel: int, double_quant: bool) -> int:
-    """Beside the codes of one weight: its scales, the table of its codes, and with double quantization an offset."""
+def _state_bytes(numel: int, double_quant: bool, experts: int = 1) -> int:
+    """Beside the codes of one weight: its scales, the table of its codes, and with double quantization an offset.
+
+    Of several experts, each of ``numel`` values, the tables are there once.
+    """
     blocks = -(-numel // BLOCK)
-    return CODES + (blocks + 4 * -(-blocks // STATE_BLOCK) + 4 + STATE_CODES if double_quant else 4 * blocks)
+    if not double_quant:
+        return CODES + experts * 4 * blocks
+    return CODES + STATE_CODES + experts * (blocks + 4 * -(-blocks // STATE_BLOCK) + 4)
 
 
 def optimizer_bytes(count: int, settings: PlanSettings) -> int:
@@ -73,6 +82,7 @@ def trainable(shape: ModelShape, settings: PlanSettings) -> int:
     chosen = target_layers(shape, settings.targets)
     count = sum(settings.rank * (linear.inputs + linear.outputs) for linear in chosen)
     count += sum(linear.outputs for linear in chosen) if settings.dora else 0
+    count += settings.rank * sum(each.count * (each.inputs + each.outputs) for each in target_experts(shape, settings))
     return count + sum(_in_full(shape, settings.modules_to_save))
 
 
@@ -90,6 +100,19 @@ def target_layers(shape: ModelShape, targets: str | Sequence[str]) -> list[Linea
             raise UsageError(f"targets {name!r}: no linear layer of this model{near}", hint)
         chosen |= set(matches)
     return [linear for linear in shape.linears if linear.path in chosen]
+
+
+def target_experts(shape: ModelShape, settings: PlanSettings) -> list[ExpertShape]:
+    """The experts that get a LoRA; UsageError for names that find none."""
+    wanted, paths = settings.target_parameters, [each.path for each in shape.experts]
+    if not wanted:
+        return []
+    chosen = paths if wanted == EXPERTS else named(paths, list(wanted))
+    if not chosen:
+        raise UsageError(
+            f"target_parameters {wanted!r}: no experts of this model", f"experts, or: {', '.join(paths[:2])}"
+        )
+    return [each for each in shape.experts if each.path in chosen]
 
 
 def _in_full(shape: ModelShape, names: Sequence[str]) -> Iterator[int]:

@@ -51,7 +51,7 @@ def choose_step(
     """
     rows = train.batch_size * train.accumulation
     most = gpu.memory * (CPU_SHARE if settings.on_cpu else GPU_SHARE)
-    ways = list(_ways(settings, train, rows, in_pieces=not shape.expert_values and train.objective != "kto"))
+    ways = list(_ways(settings, train, rows, in_pieces=not shape.experts and train.objective != "kto"))
 
     def needs(way: PlanSettings) -> int:
         return planned_bytes(shape, way, ratio).total

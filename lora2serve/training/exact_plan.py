@@ -170,7 +170,8 @@ def _settings(values: Mapping[str, object]) -> PlanSettings:
 def _recipe(settings: PlanSettings) -> TrainRecipe:
     """What training would be given."""
     lora = LoraRecipe(
-        rank=settings.rank, targets=settings.targets, dropout=0.05 if settings.dropout else 0.0, dora=settings.dora,
+        rank=settings.rank, targets=settings.targets, target_parameters=settings.target_parameters,
+        dropout=0.05 if settings.dropout else 0.0, dora=settings.dora,
         modules_to_save=settings.modules_to_save,
     )  # fmt: skip
     quantize: Quantize = "nf4" if settings.method == "qlora" else "none"

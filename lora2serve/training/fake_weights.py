@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import Parameter
 
 from lora2serve.planning.plan_settings import PlanSettings
 from lora2serve.planning.static_memory import BLOCK, STATE_BLOCK
+from lora2serve.training.expert_layers import compute_in_four_bits, quantizable
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -32,6 +34,7 @@ def materialize(model: PreTrainedModel, settings: PlanSettings) -> None:
     dtype = getattr(torch, settings.dtype)
     for module in model.modules():
         packed = isinstance(module, bitsandbytes.nn.Linear4bit)
+        quantizes = getattr(model, "is_loaded_in_4bit", False)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -39,6 +42,8 @@ def materialize(model: PreTrainedModel, settings: PlanSettings) -> None:
                 module._parameters[name] = _packed(
                     module.out_features, module.in_features, dtype, settings.double_quant
                 )
+            elif quantizes and quantizable(module, name):
+                _pack_experts(module, name, dtype, settings.double_quant)
             else:
                 wide = settings.kept_bytes == 4 and parameter.is_floating_point()
                 kept = torch.float32 if wide else parameter.dtype
@@ -47,6 +52,26 @@ def materialize(model: PreTrainedModel, settings: PlanSettings) -> None:
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     model.tie_weights()
+
+
+def _pack_experts(module: torch.nn.Module, name: str, dtype: torch.dtype, double_quant: bool) -> None:
+    """4-bit weights, with their state, for those of the experts of a layer."""
+    from bitsandbytes.functional import QuantState
+
+    shape = module.get_parameter(name).shape
+    experts, each = shape[0], prod(shape[1:])
+    blocks, nested = each // BLOCK, None
+    if double_quant:
+        scales = torch.empty(experts, -(-blocks // STATE_BLOCK))
+        nested = QuantState(absmax=scales, code=torch.empty(256), blocksize=STATE_BLOCK, dtype=torch.float32)
+    state = QuantState(
+        absmax=torch.empty(experts, blocks, dtype=torch.uint8 if nested else torch.float32), shape=shape,
+        code=torch.empty(16), blocksize=BLOCK, quant_type="nf4", dtype=dtype,
+        offset=torch.empty(experts) if nested else None, state2=nested,
+    )  # fmt: skip
+    codes = Parameter(torch.empty(experts, each // 2, dtype=torch.uint8), requires_grad=False)
+    setattr(codes, "quant_state", state)  # noqa: B010
+    compute_in_four_bits(module, name, codes, state)
 
 
 def _packed(outputs: int, inputs: int, dtype: torch.dtype, double_quant: bool) -> Parameter:

@@ -34,6 +34,7 @@ from lora2serve.system.small_files import let_umask_decide
 from lora2serve.training import advice, eval_loss, ranks
 from lora2serve.training.checkpoints import last_checkpoint
 from lora2serve.training.eval_loss import RowLosses
+from lora2serve.training.expert_layers import four_bit_parameters
 from lora2serve.training.loop_choice import choose_loop
 from lora2serve.training.memory_record import begin_measuring, keep_measured
 from lora2serve.training.method_config import adapter_config
@@ -221,6 +222,7 @@ class FineTune:
                 block_size=64,
                 compute_dtype=self.device.dtype,
                 modules=tuple(modules),
+                experts=tuple(four_bit_parameters(model)),
             )
         base = identity(self.base, self.recipe.model.path, self.recipe.model.revision)
         rows, eval_rows = self.data_sets.train, self.data_sets.held_out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora2serve.adapters.target_presets import named, preset_modules
+from lora2serve.config.recipe import EXPERTS
 from lora2serve.errors import TrainError, did_you_mean
 
 if TYPE_CHECKING:
@@ -94,6 +96,45 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
         and not name.endswith((".gate", ".router"))
         and not (name.endswith(READ_PAST) and _is_state_space(_owner(model, name)))
     ]
+
+
+def expert_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """The weights that hold all experts of a layer, and how many values are in each.
+
+    They are no linear layers. Of the towers that see and hear there are none.
+    """
+    from torch.nn import Conv1d, Conv2d, Conv3d
+
+    from lora2serve.training.expert_layers import four_bit_modules, four_bit_of
+
+    towers = re.compile(other_towers(model) or r"(?!)")
+    owners = dict(model.named_modules())
+    states = ((path, four_bit_of(module).states) for path, module in four_bit_modules(model))
+    packed = {f"{path}.{name}": state.shape.numel() for path, own in states for name, state in own.items()}
+    whole = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and not isinstance(owners[name.rpartition(".")[0]], Conv1d | Conv2d | Conv3d)
+    }
+    return {name: size for name, size in {**packed, **whole}.items() if not towers.fullmatch(name)}
+
+
+def target_parameters(model: PreTrainedModel, wanted: str | Sequence[str]) -> list[str] | None:
+    """Of the experts' weights, by ending, those that a recipe names; None where it names none."""
+    key, paths = "train.lora.target_parameters", expert_parameters(model)
+    endings = sorted({".".join(path.split(".")[-2:]) for path in paths})
+    if not wanted:
+        return None
+    if not paths:
+        raise TrainError(f"{key}: this model has no experts in one tensor a layer", "leave it out")
+    if wanted == EXPERTS:
+        return endings
+    unknown = [name for name in wanted if not named(list(paths), [name])]
+    if unknown:
+        near = did_you_mean(unknown[0], endings)
+        raise TrainError(f"{key}: no weight {', '.join(map(repr, unknown))} of experts in this model{near}",
+                         f"{EXPERTS}, or of {', '.join(endings)}")  # fmt: skip
+    return list(wanted)
 
 
 def _owner(model: PreTrainedModel, path: str) -> Module:

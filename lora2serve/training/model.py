@@ -14,7 +14,7 @@ from lora2serve.planning.plan_settings import ComputeType
 from lora2serve.system.hardware import memory_bytes
 from lora2serve.training import ranks
 from lora2serve.training.cpt_loss import leave_loss_to_trainer
-from lora2serve.training.lora_targets import other_towers, refuse_unknown, targets
+from lora2serve.training.lora_targets import other_towers, refuse_unknown, target_parameters, targets
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.checkpoint import read_config
@@ -90,14 +90,10 @@ def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedMode
 def four_bit(recipe: TrainRecipe, dtype: ComputeType) -> BitsAndBytesConfig:
     """How bitsandbytes quantizes the base of a recipe that asks for it, to compute in ``dtype``."""
     import torch
-    from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=recipe.quantize,
-        bnb_4bit_use_double_quant=recipe.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
+    from lora2serve.training.expert_loading import FourBitConfig
+
+    return FourBitConfig(recipe.quantize, recipe.double_quant, getattr(torch, dtype), torch.uint8)
 
 
 def prepare(model: PreTrainedModel, *, checkpointing: bool) -> PreTrainedModel:
@@ -138,6 +134,7 @@ def lora_config(model: PreTrainedModel, recipe: TrainRecipe) -> LoraConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets(model, lora.targets),
+        target_parameters=target_parameters(model, lora.target_parameters),
         exclude_modules=other_towers(model),
         modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.rslora,
@@ -150,10 +147,13 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """A PEFT model with a fresh adapter, ready to train; ``model`` comes from ``prepare``."""
     from peft import get_peft_model
 
+    from lora2serve.training.expert_lora import open_to_peft
+
     if config.peft_type == "CPT":
         leave_loss_to_trainer()
     try:
-        return get_peft_model(model, config)
+        with open_to_peft(model):
+            return get_peft_model(model, config)
     except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
         raise TrainError(f"{section_of(config)}: {first_line(error)}") from error
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lora2serve.adapters.adapter import CONFIG, read_config
 from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.config.method_options import config_class, option_names
-from lora2serve.config.recipe import PRESETS, LoraRecipe, TrainRecipe
+from lora2serve.config.recipe import EXPERTS, PRESETS, LoraRecipe, TrainRecipe
 from lora2serve.config.schema import show
 from lora2serve.config.train_methods import LORA, TRAINABLE
 from lora2serve.errors import TrainError, first_line, raise_all
@@ -25,6 +25,7 @@ KEY = "train.from_adapter"
 NOT_SAVED = ("p_tuning", "adalora")
 OF_RECIPE: Mapping[str, str] = {
     "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
+    "target_parameters": "target_parameters",
     "modules_to_save": "modules_to_save", "rslora": "use_rslora", "dora": "use_dora",
 }  # fmt: skip
 OF_RUN = (
@@ -63,7 +64,8 @@ def settings_in_words(train: TrainRecipe) -> str:
     if train.method != LORA:
         options = ", ".join(f"{name} {show(value)}" for name, value in train.options.items())
         return f"{train.method}{' with ' if options else ''}{options}"
-    return f"lora of rank {train.lora.rank}, alpha {train.lora.alpha:g}, on {', '.join(train.lora.targets)}"
+    on = [*train.lora.targets, *train.lora.target_parameters]
+    return f"lora of rank {train.lora.rank}, alpha {train.lora.alpha:g}, on {', '.join(on)}"
 
 
 def other_base(adapter: Path, base: Path, name: str) -> list[str]:
@@ -93,6 +95,7 @@ def _lora(config: JsonObject) -> LoraRecipe:
     default = LoraRecipe()
     values = {name: config.get(key) or getattr(default, name) for name, key in OF_RECIPE.items()}
     values |= {"targets": tuple(sorted(config["target_modules"])), "modules_to_save": tuple(values["modules_to_save"])}
+    values["target_parameters"] = tuple(sorted(values["target_parameters"]))
     return LoraRecipe(**{**values, "dropout": config.get("lora_dropout") or 0.0})
 
 
@@ -132,7 +135,8 @@ def _settings(train: TrainRecipe, own: TrainRecipe, config: JsonObject) -> Itera
 
 
 def _is_preset(name: str, value: object) -> bool:
-    return name in ("targets", "target_modules") and value in PRESETS
+    names_experts = (name, value) == ("target_parameters", EXPERTS)
+    return names_experts or (name in ("targets", "target_modules") and value in PRESETS)
 
 
 def _ordered(value: object) -> object:

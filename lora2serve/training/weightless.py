@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ from lora2serve.adapters.target_presets import named
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import LORA
 from lora2serve.errors import TrainError, first_line
-from lora2serve.training.lora_targets import linear_modules, other_towers
+from lora2serve.training.lora_targets import expert_parameters, linear_modules, other_towers
 from lora2serve.training.method_config import adapter_config
 from lora2serve.training.model import Device, section_of
 from lora2serve.weights.checkpoint import read_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def check_adapter(base: Path, recipe: TrainRecipe, device: Device) -> list[str]:
@@ -65,21 +65,36 @@ def _of_lora(
     model: PreTrainedModel, base: Path, recipe: TrainRecipe, config: LoraConfig, device: Device
 ) -> list[str]:  # fmt: skip
     towers = re.compile(other_towers(model) or r"(?!)")  # what sees and hears gets no LoRA, and is no expert
-    experts = {name: size for name, size in _experts(model).items() if not towers.fullmatch(name)}
-    wanted = {*named(linear_modules(model), list(config.target_modules)), *experts}
-    wanted = {name for name in wanted if not towers.fullmatch(name)}
+    experts = expert_parameters(model)
+    quantizes = recipe.quantize != "none" and not read_config(base).get("quantization_config")
+    wide = _in_16_bits(model, experts, recipe, device) if quantizes else []  # before PEFT wraps them
+    linear = {name for name in named(linear_modules(model), list(config.target_modules)) if not towers.fullmatch(name)}
+    adapted = _adapted(model, config)
     warnings = []
-    if left_out := wanted - (_adapted(model, config) or wanted):
+    if left_out := linear - (adapted or linear):
         warnings.append(
             f"no LoRA on {_in_all_layers(left_out)}: of a mixture of experts PEFT adapts either these or the others"
         )
-    if experts and recipe.quantize != "none" and not read_config(base).get("quantization_config"):
-        size = sum(experts.values()) * (4 if device.dtype == "float32" else 2) / 1e9
+    if bare := experts.keys() - (adapted or experts.keys()):
         warnings.append(
-            f"train.quantize: {recipe.quantize} leaves {size:.1f} GB of experts in {device.dtype}: "
-            "bitsandbytes quantizes linear layers"
+            f"no LoRA on {_in_all_layers(bare)}: train.lora.target_parameters: experts puts one on each expert"
         )
-    return warnings
+    return [*warnings, *wide]
+
+
+def _in_16_bits(model: PreTrainedModel, experts: Mapping[str, int], recipe: TrainRecipe, device: Device) -> list[str]:
+    """What stays so beside a 4-bit base."""
+    from lora2serve.training.expert_layers import quantizable
+
+    owners = dict(model.named_modules())
+    left = [name for name in experts if not quantizable(owners[name.rpartition(".")[0]], name.rpartition(".")[2])]
+    if not left:
+        return []
+    size = sum(experts[name] for name in left) * (4 if device.dtype == "float32" else 2) / 1e9
+    return [
+        f"train.quantize: {recipe.quantize} leaves {size:.1f} GB of experts in {device.dtype}: transformers computes "
+        f"{_in_all_layers(left)} in one way only, or they are no whole number of blocks of 64"
+    ]
 
 
 def _adapted(model: PreTrainedModel, config: LoraConfig) -> set[str] | None:
@@ -117,24 +132,19 @@ def _put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel | None:
 
 def weightless_model(base: Path) -> PreTrainedModel | None:
     """The class that training loads, on the meta device; None where that is not to be had: loading says why."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return weightless_of(AutoConfig.from_pretrained(str(base), trust_remote_code=False))
     except Exception:  # each model has its own
         return None
 
 
-def _experts(model: PreTrainedModel) -> dict[str, int]:
-    """The tensors that hold all experts of a layer, which are no linear layers, and how many values are in each."""
-    from torch.nn import Conv1d, Conv2d, Conv3d
+def weightless_of(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of a config, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    owners = dict(model.named_modules())
-    return {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and not isinstance(owners[name.rpartition(".")[0]], Conv1d | Conv2d | Conv3d)
-    }
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return model

@@ -425,7 +425,7 @@ def test_round_trip_through_4_bits(tmp_path: Path, kind: str) -> None:
     checkpoint = Checkpoint(base)
     how = Quantization(modules, 64, True, "F32", on_gpu=False)
     names = Binder(list(checkpoint.specs()), checkpoint.config)
-    seen = FakeQuantized(Dequantized(checkpoint), how, names.stored_name)
+    seen = FakeQuantized(Dequantized(checkpoint), how, names)
     plain = make_model(tmp_path / "plain")
     for module in modules:
         value = loaded.get_submodule(module).weight.detach().contiguous()
@@ -439,6 +439,4 @@ def test_round_trip_through_4_bits(tmp_path: Path, kind: str) -> None:
         codes = [each.quantized(f"{module}.weight")[0] for each in (seen, alone)]
         assert torch.equal(*codes)
     with pytest.raises(CheckpointError, match="quantized in training, but not in this base"):
-        FakeQuantized(
-            Dequantized(checkpoint), Quantization(["model.no.such"], 64, True, "F32", on_gpu=False), names.stored_name
-        )
+        FakeQuantized(Dequantized(checkpoint), Quantization(["model.no.such"], 64, True, "F32", on_gpu=False), names)

@@ -9,7 +9,7 @@ import pytest
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.planning.gpus import GpuModel, find_gpu
 from lora2serve.planning.memory_plan import planned_bytes
-from lora2serve.planning.model_shape import ModelShape, model_shape
+from lora2serve.planning.model_shape import ExpertShape, ModelShape, model_shape
 from lora2serve.planning.plan_settings import settings_of
 from lora2serve.planning.step_choice import GPU_SHARE, StepChoice, choose_step, recipe_step
 from tests.planning.conftest import LLAMA3_8B, LLAMA3_70B, TINYLLAMA
@@ -61,7 +61,12 @@ def test_what_earlier_runs_took_is_counted() -> None:
 
 def test_experts_are_balanced_over_the_rows_that_the_recipe_has_at_once() -> None:
     shape = model_shape(LLAMA3_8B, None)
-    made = choice(replace(shape, expert_values=1), find_gpu("8"), batch_size=4, accumulation=2)
+    made = choice(
+        replace(shape, experts=(ExpertShape("experts.down_proj", 2, 64, 64),)),
+        find_gpu("8"),
+        batch_size=4,
+        accumulation=2,
+    )
     assert (made.settings.batch, made.accumulation) == (4, 2)
     assert choice(shape, find_gpu("8"), batch_size=4, accumulation=2).settings.batch == 1, "the control"
 

@@ -112,17 +112,14 @@ def config_alone(folder: Path, kind: str, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("kind", WITHOUT_LORA)
 def test_experts_are_told(tmp_path: Path, kind: str) -> None:
-    base = config_alone(tmp_path, kind, hidden_size=512, intermediate_size=1024)
-    model = weightless_model(base)
-    assert model is not None
-    size = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
-    adapt, quantize = check_adapter(base, TrainRecipe(), GPU)
-    reason = "of a mixture of experts PEFT adapts either these or the others"
-    assert adapt == f"no LoRA on {WITHOUT_LORA[kind]}: {reason}"
-    assert quantize == (
-        f"train.quantize: nf4 leaves {2 * size / 1e9:.1f} GB of experts in bfloat16: bitsandbytes quantizes linear layers"
-    )
-    assert check_adapter(base, TrainRecipe(quantize="none"), GPU) == [adapt]
+    base = config_alone(tmp_path, kind)
+    told = check_adapter(base, TrainRecipe(), GPU)
+    asked = "train.lora.target_parameters: experts puts one on each expert"
+    either = "of a mixture of experts PEFT adapts either these or the others"
+    assert told == [f"no LoRA on {WITHOUT_LORA[kind]}: {either if kind == 'deepseek_v3' else asked}"]
+    assert check_adapter(base, TrainRecipe(quantize="none"), GPU) == told
+    experts = TrainRecipe(lora=LoraRecipe(targets="attention", target_parameters="experts"))
+    assert check_adapter(base, experts, GPU) == []
     assert check_adapter(config_alone(tmp_path / "dense", "llama"), TrainRecipe(), GPU) == [], "the control"
 
 
@@ -142,11 +139,20 @@ def test_towers_are_no_experts(tmp_path: Path) -> None:
     assert check_adapter(tmp_path, TrainRecipe(), GPU) == []
 
 
-def test_as_many_gigabytes_as_there_are(tmp_path: Path) -> None:
-    """The shape of Qwen3-30B-A3B, which has 28.99 billion parameters in experts."""
-    sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_experts": 128}
-    base = config_alone(tmp_path, "qwen3_moe", num_experts_per_tok=8, **sizes)
-    assert any("leaves 58.0 GB of experts in bfloat16" in line for line in check_adapter(base, TrainRecipe(), GPU))
+def test_experts_that_stay_in_16_bits(tmp_path: Path) -> None:
+    """Llama 4's, whose class computes them in one way only; and those that are no whole number of blocks."""
+    sizes = {"head_dim": 16, "num_local_experts": 16, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}
+    large = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
+    from transformers import Llama4TextConfig
+
+    Llama4TextConfig(**{**SHAPE, **sizes, **large}).save_pretrained(tmp_path / "llama4")
+    model = weightless_model(tmp_path / "llama4")
+    assert model is not None
+    size = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    (told,) = [line for line in check_adapter(tmp_path / "llama4", TrainRecipe(), GPU) if "leaves" in line]
+    assert told.startswith(f"train.quantize: nf4 leaves {2 * size / 1e9:.1f} GB of experts in bfloat16: transformers")
+    odd = config_alone(tmp_path / "odd", "qwen3_moe", moe_intermediate_size=20, hidden_size=44, num_attention_heads=4)
+    assert any("leaves 0.0 GB of experts in bfloat16" in line for line in check_adapter(odd, TrainRecipe(), GPU))
 
 
 @pytest.mark.parametrize(

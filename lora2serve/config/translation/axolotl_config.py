@@ -27,7 +27,8 @@ MOVED = {
     "base_model": "model.path", "revision_of_model": "model.revision", "sequence_len": "data.max_length",
     "sample_packing": "data.packing", "lora_model_dir": "train.from_adapter", "lora_r": "train.lora.rank",
     "lora_alpha": "train.lora.alpha", "lora_dropout": "train.lora.dropout",
-    "lora_modules_to_save": "train.lora.modules_to_save", "max_steps": "train.steps", "num_epochs": "train.epochs",
+    "lora_modules_to_save": "train.lora.modules_to_save",
+    "lora_target_parameters": "train.lora.target_parameters", "max_steps": "train.steps", "num_epochs": "train.epochs",
     "micro_batch_size": "train.batch_size",
 }  # fmt: skip
 DATASETS = {"datasets": "data.train", "pretraining_dataset": "data.train", "test_datasets": "data.eval"}
@@ -67,8 +68,7 @@ OWN: Mapping[str, str] = by_name({
         "rl_beta dpo_beta dpo_loss_type dpo_use_weighting rpo_alpha orpo_alpha kto_desirable_weight "
         "kto_undesirable_weight cpo_alpha simpo_gamma trl reward_model process_reward_model gkd ebft"
     ),
-    "experts stay in 16 bits": "quantize_moe_experts",
-    "names of modules, not of parameters, get a LoRA": "lora_target_parameters",
+    "experts are in 4 bits wherever the linear layers are": "quantize_moe_experts",
     "an adapter is trained, and the base stays as it is": "unfrozen_parameters lora_on_cpu merge_lora",
     "a merged LoRA is no start of another": "relora relora_steps relora_prune_ratio jagged_restart_steps",
     "the loss is the cross-entropy of each token": "use_dynamic_finetuning use_eaft eaft_alpha eaft_k",

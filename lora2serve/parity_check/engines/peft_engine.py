@@ -13,6 +13,8 @@ from lora2serve.merge.binding import Binder
 from lora2serve.parity_check.engines import Ids, Messages, Scores
 from lora2serve.parity_check.engines.chat_engine import AnswerOptions, End, Say
 from lora2serve.parity_check.engines.transformers_engine import Transformers, device, logits, quiet, training_dtype
+from lora2serve.training.expert_layers import four_bit_modules, four_bit_of, four_bit_parameters
+from lora2serve.training.expert_lora import open_to_peft
 from lora2serve.training.generation import Likeliest, greedy
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
@@ -61,7 +63,7 @@ class Peft(Transformers):
             options |= _quantized(base, quantization)
         model = AutoModelForCausalLM.from_pretrained(base, **options)
         if quantization:
-            _check_modules(model, quantization["modules"])
+            _check_modules(model, [*quantization["modules"], *quantization.get("experts", ())])
             if "quantization_config" in options and trained_on not in (None, device_name):
                 _requantize(model, base, Quantization.of({"quantization": quantization, "device": trained_on}))
             if self.dtype == "float32":
@@ -81,10 +83,11 @@ class Peft(Transformers):
         self.adapters = [f"part{number}" for number in range(len(adapters))]
         self.model = model
         for name, path in zip(self.adapters, adapters, strict=True):
-            if name == self.adapters[0]:
-                self.model = PeftModel.from_pretrained(model, path, name).eval()
-            else:
-                self.model.load_adapter(path, name)
+            with open_to_peft(model):
+                if name == self.adapters[0]:
+                    self.model = PeftModel.from_pretrained(model, path, name).eval()
+                else:
+                    self.model.load_adapter(path, name)
         if len(self.adapters) > 1:
             self.model.base_model.set_adapter(self.adapters)
         opened = [open_adapter(Path(path)) for path in adapters]
@@ -125,10 +128,15 @@ def _quantized(base: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, BitsAndBytesConfig
 
+    from lora2serve.training.expert_loading import FourBitConfig
+
     dtype = getattr(torch, quantization["compute_dtype"])
     if getattr(AutoConfig.from_pretrained(base), "quantization_config", None):
         return {"dtype": dtype}  # the base came quantized
-    config = BitsAndBytesConfig(
+    if quantization.get("experts"):
+        four_bit = FourBitConfig(quantization["type"], quantization["double_quant"], dtype, torch.uint8)
+        return {"dtype": dtype, "quantization_config": four_bit}
+    config = BitsAndBytesConfig(  # of a model without experts, or by an earlier release
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization["type"],
         bnb_4bit_use_double_quant=quantization["double_quant"],
@@ -143,6 +151,7 @@ def _check_modules(model: Any, recorded: Sequence[str]) -> None:
 
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     quantized = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    quantized |= set(four_bit_parameters(model))
     different = sorted(quantized ^ set(recorded))
     if different:
         raise EngineError(
@@ -153,7 +162,7 @@ def _check_modules(model: Any, recorded: Sequence[str]) -> None:
 
 def _requantize(model: Any, base: str, how: Quantization) -> None:
     checkpoint = Checkpoint(Path(base))
-    names = Binder(list(checkpoint.specs()), checkpoint.config).stored_name
+    names = Binder(list(checkpoint.specs()), checkpoint.config)
     fake_quantized = FakeQuantized(Dequantized(checkpoint), how, names)
     for name in how.modules:
         weight = model.get_submodule(name).weight
@@ -162,6 +171,13 @@ def _requantize(model: Any, base: str, how: Quantization) -> None:
         state = weight.quant_state
         state.absmax, state.nested = absmax.to(weight.device), False
         state.offset = state.state2 = None
+    for path, module in four_bit_modules(model):
+        for name, state in four_bit_of(module).states.items():
+            codes, absmax = fake_quantized.quantized(f"{path}.{name}")
+            packed = module.get_parameter(name).data
+            packed.copy_(codes.view_as(packed))
+            state.absmax, state.nested = absmax.view(state.absmax.shape).to(state.absmax.device), False
+            state.offset = state.state2 = None
 
 
 def _compute_in_float32(model: Any) -> None:
@@ -171,6 +187,8 @@ def _compute_in_float32(model: Any) -> None:
     for module in use_plain_cpu_kernels(model).modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    for _, module in four_bit_modules(model):
+        four_bit_of(module).dtype = torch.float32
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()

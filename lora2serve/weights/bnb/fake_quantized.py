@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lora2serve.errors import CheckpointError
 from lora2serve.system.small_files import JsonObject
@@ -17,6 +18,7 @@ from lora2serve.weights.tensors import ALL, Block, DType, Source, TensorSpec, to
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_KNOWN = 4  # weights whose absmax is kept: of experts, whose up and down lie in turns, and those before
 TRAIN_AGAIN = "fold onto the original base (--merge-base original), or train again with train.quantize: nf4"
 
 
@@ -29,6 +31,7 @@ class Quantization:
     double: bool  # the absmax quantized, too
     dtype: DType  # the type that the weights were loaded in before
     on_gpu: bool  # by CUDA kernels, which see some values on the other side of a border than those for a CPU
+    experts: Sequence[str] = ()  # weights of the experts of a layer, each of these quantized by itself
 
     @classmethod
     def of(cls, record: JsonObject) -> Quantization:
@@ -42,7 +45,18 @@ class Quantization:
             quantization["double_quant"],
             DTYPE_NAMES[quantization["compute_dtype"]],
             record.get("device") == "cuda",
+            quantization.get("experts", ()),
         )
+
+
+class StoredNames(Protocol):
+    """How a base calls what has other names in the model that was trained."""
+
+    def stored_name(self, parameter: str) -> str | None:
+        """The stored tensor that becomes ``parameter`` as it is; None where there is none."""
+
+    def stored_experts(self, parameter: str) -> Sequence[Sequence[str]]:
+        """The stored tensors that each expert of ``parameter`` is, or one list for all of them."""
 
 
 class FakeQuantized:
@@ -54,28 +68,37 @@ class FakeQuantized:
     differ from the GPU's where the absmax was quantized, too.
     """
 
-    def __init__(self, base: Source, how: Quantization, stored_name: Callable[[str], str | None] | None = None) -> None:
-        """``stored_name``: how the base calls a parameter of the model that was trained, where that is another name."""
+    def __init__(self, base: Source, how: Quantization, names: StoredNames | None = None) -> None:
+        """``names``: of the base, where the model that was trained has others."""
         self.base, self.how = base, how
         self._by_name = {spec.name: spec for spec in base.specs()}
-        trained = [f"{module}.weight" for module in how.modules]
-        found = {name: name if name in self._by_name or not stored_name else stored_name(name) for name in trained}
-        self._stored = {name: stored for name, stored in found.items() if stored in self._by_name and stored}
-        missing = sorted(found.keys() - self._stored.keys())
+        self._stored: dict[str, list[str]] = {}  # of each quantized parameter, in the order of its values
+        self._together: dict[str, Sequence[str]] = {}  # of each stored tensor, those quantized with it as one matrix
+        for name in (f"{module}.weight" for module in how.modules):
+            self._place(name, [[name if name in self._by_name or not names else names.stored_name(name) or ""]])
+        for name in how.experts:
+            self._place(name, names.stored_experts(name) if names else [[name]])
+        missing = sorted({*(f"{module}.weight" for module in how.modules), *how.experts} - self._stored.keys())
         if missing:
             raise CheckpointError(
                 f"{missing[0]}: quantized in training, but not in this base, or stored there as several tensors",
                 "name the base of the training run; --merge-base original folds onto its own weights",
             )
-        self._weights = set(self._stored.values())
         self._absmax: dict[str, Tensor] = {}
         self._lock = Lock()
+
+    def _place(self, parameter: str, units: Sequence[Sequence[str]]) -> None:
+        """Where a parameter is stored, if all of it is there."""
+        stored = [name for unit in units for name in unit]
+        if stored and all(name in self._by_name for name in stored):
+            self._stored[parameter] = stored
+            self._together |= {name: unit for unit in units for name in unit}
 
     def specs(self) -> Sequence[TensorSpec]:
         return self.base.specs()
 
     def read(self, name: str, rows: slice = ALL) -> Block:
-        if name not in self._weights:
+        if name not in self._together:
             return self.base.read(name, rows)
         self._load_kernels()
         spec = self._by_name[name]
@@ -92,10 +115,10 @@ class FakeQuantized:
         """
         import torch
 
-        spec = self._by_name[self._stored[name]]
-        codes, _ = self._quantize(self.base.read(spec.name).values)
-        codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, len(codes) % 2))
-        return codes[::2] << 4 | codes[1::2], self._seen_absmax(spec)
+        specs = [self._by_name[stored] for stored in self._stored[name]]
+        codes = torch.cat([self._quantize(self.base.read(spec.name).values)[0].to(torch.uint8) for spec in specs])
+        codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))
+        return codes[::2] << 4 | codes[1::2], torch.cat([self._seen_absmax(spec) for spec in specs])
 
     def _load_kernels(self) -> None:
         """bitsandbytes, by one thread: its kernels register on import. Whoever only plans, needs none."""
@@ -134,7 +157,7 @@ class FakeQuantized:
         """The weight's absmax as the dequantizer saw it: (blocks,) float32."""
         with self._lock:
             if spec.name not in self._absmax:
-                while len(self._absmax) > 1:  # blocks come in order: the weight before this one may still be at work
+                while len(self._absmax) > MOST_KNOWN:  # blocks come in order: those before may still be at work
                     self._absmax.pop(next(iter(self._absmax)))
                 self._absmax[spec.name] = self._compute_absmax(spec)
             return self._absmax[spec.name]
@@ -142,16 +165,32 @@ class FakeQuantized:
     def _compute_absmax(self, spec: TensorSpec) -> Tensor:
         import torch
 
-        rows_each = max(1, (1 << 20) // max(1, spec.row_numel)) * self.how.block
+        if len(together := self._together[spec.name]) == 1 or not self.how.double:
+            return self._doubled(self._raw_absmax(spec), spec.rows if len(spec.shape) == 3 else 1)
+        parts = [self._raw_absmax(self._by_name[name]) for name in together]
+        first = sum(len(part) for part in parts[: together.index(spec.name)])
+        return self._doubled(torch.cat(parts), 1)[first : first + spec.numel // self.how.block]
+
+    def _raw_absmax(self, spec: TensorSpec) -> Tensor:
+        """As it is, before it is quantized, too."""
+        import torch
+
+        whole = self.how.block // gcd(spec.row_numel, self.how.block)  # rows that are a number of blocks
+        rows_each = max(1, (1 << 20) // max(1, spec.row_numel) // whole) * whole
         parts = []
         for start in range(0, spec.rows, rows_each):
             rows = self.base.read(spec.name, slice(start, min(start + rows_each, spec.rows))).values
             parts.append(self._quantize(rows)[1])
-        absmax = torch.cat(parts)
+        return torch.cat(parts)
+
+    def _doubled(self, absmax: Tensor, experts: int) -> Tensor:
+        """With those of each expert quantized by themselves, where training did it."""
+        import torch
+
         if not self.how.double:
             return absmax
-        offset = absmax.mean()
-        return self._twice(absmax - offset) + offset
+        parts = absmax.view(experts, -1)
+        return torch.cat([self._twice(part - part.mean()) + part.mean() for part in parts])
 
     def _twice(self, absmax: Tensor) -> Tensor:
         """Through 8 bits and back, in blocks of 256."""

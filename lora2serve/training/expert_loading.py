@@ -1,0 +1,66 @@
+"""transformers' way of loading a model in 4 bits, which knows linear layers, for experts too: a weight at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from lora2serve.training.expert_layers import compute_in_four_bits, quantizable, quantize_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import ConversionOps
+
+METHOD = "bitsandbytes_and_experts"
+
+
+class FourBitConfig(BitsAndBytesConfig):  # type: ignore[misc]
+    """bitsandbytes' settings for linear layers, which hold for the weights of experts, too."""
+
+    def __init__(self, quant_type: str, double_quant: bool, dtype: torch.dtype, storage: torch.dtype) -> None:
+        super().__init__(
+            load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage,
+        )  # fmt: skip
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class ExpertQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """Quantizes each weight when it has been read and put together; the next one is read after that."""
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: object) -> bool:
+        """Whether it is the weight of a linear layer, or of experts."""
+        module, name = get_module_from_name(model, param_name)
+        return quantizable(module, name) or bool(super().param_needs_quantization(model, param_name, **options))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What transformers does with one such weight."""
+        return _Quantize(self)
+
+
+class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
+    def convert(
+        self, input_dict: dict[str, list[Tensor]], full_layer_name: str | None = None,
+        model: PreTrainedModel | None = None, **options: object,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        ((path, values),) = input_dict.items()
+        module, name = get_module_from_name(model, path)
+        if not quantizable(module, name):
+            own: dict[str, Tensor] = super().convert(input_dict, full_layer_name, model, **options)
+            return own
+        how = self.hf_quantizer.quantization_config
+        weights = values[0] if isinstance(values, list) else values
+        codes, state = quantize_experts(
+            weights, how.bnb_4bit_quant_type, how.bnb_4bit_use_double_quant, how.bnb_4bit_quant_storage
+        )
+        compute_in_four_bits(module, name, codes, state)
+        module._is_hf_initialized = True
+        return {path: codes}
