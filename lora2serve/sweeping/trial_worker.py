@@ -98,6 +98,7 @@ def _measured(recipe: Recipe, base: Path, adapter: Path | None, rows: Path) -> R
     from lora2serve.data.base_template import base_template
     from lora2serve.data.tokenization import tokenize_all
     from lora2serve.training import eval_loss
+    from lora2serve.training.expert_lora import open_to_peft
     from lora2serve.training.model import device, load_base, prepare
     from lora2serve.training.requirements import translated
 
@@ -106,7 +107,8 @@ def _measured(recipe: Recipe, base: Path, adapter: Path | None, rows: Path) -> R
         data = data_sets.read_file(rows, {}).in_form(recipe.data.form, template.tokenizer.chat_template)
         samples = [s for s in tokenize_all(data, template, recipe.data, Silent()) if s.learned]
         model = prepare(load_base(base, recipe.train, device()), checkpointing=False)
-        tuned = PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+        with open_to_peft(model):
+            tuned = PeftModel.from_pretrained(model, str(adapter)) if adapter else model
         pad, batch = template.tokenizer.pad_token_id, recipe.train.batch_size
         return eval_loss.evaluate(tuned, samples, pad, batch, Silent(), "")
 

@@ -224,6 +224,9 @@ class FineTune:
                 modules=tuple(modules),
                 experts=tuple(four_bit_parameters(model)),
             )
+        before = self.run.record.quantization
+        if before and quantization and before.experts != quantization.experts:
+            self.progress.warn(f"{self.run.path}: begun with experts in 16 bits, which are in 4 bits from now on")
         base = identity(self.base, self.recipe.model.path, self.recipe.model.revision)
         rows, eval_rows = self.data_sets.train, self.data_sets.held_out
         self.run.save(

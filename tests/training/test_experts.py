@@ -300,3 +300,24 @@ def test_what_is_asked_of_experts_is_checked(made: Callable[[str], Path]) -> Non
     assert check_adapter(made("mixtral"), asked, CPU) == []
     (told,) = check_adapter(made("mixtral"), TrainRecipe(), CPU)
     assert told.startswith("no LoRA on model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FOUR)
+def test_served_as_trained(tmp_path: Path, chats: dict[str, str], kind: str) -> None:
+    """By llama.cpp, as PEFT computes it on the 4-bit base; folded onto the original one it is another model."""
+    import lora2serve
+
+    run = trained(tmp_path, kind, chats, steps=20)
+    exports = {
+        merge_base: lora2serve.export(
+            run.path, targets="gguf", quants="F32", merge_base=merge_base, out=tmp_path / merge_base
+        )[0].path
+        for merge_base in ("trained", "original")
+    }
+    result = lora2serve.parity(run.path, exports["trained"], engines="llama.cpp")
+    rows = result.report.rows
+    assert rows and result.met, [check for row in rows for gate in row.gates for check in gate.checks if not check.met]
+    (other,) = exports["original"].glob("*.gguf")
+    next(exports["trained"].glob("*.gguf")).write_bytes(other.read_bytes())
+    assert not lora2serve.parity(run.path, exports["trained"], engines="llama.cpp").met, "the control"
