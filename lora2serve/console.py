@@ -249,6 +249,11 @@ def size(count: float) -> str:
     return decimal(int(count))
 
 
+def upper_first(text: str) -> str:
+    """As a sentence begins."""
+    return text[:1].upper() + text[1:]
+
+
 def _stderr() -> Console:
     from rich.console import Console
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -11,12 +10,13 @@ from lora2serve.cli.options import Choice, Command, GroupedOption, complete_runs
 
 if TYPE_CHECKING:
     from lora2serve.sweeping.sweep_recipe import SweepResult
-    from lora2serve.sweeping.sweep_report import FinalLine
+    from lora2serve.sweeping.sweep_report import SweepReport
 
 EXAMPLES = [
     ("lora2serve sweep", "lora2serve.yaml here: six rates, all presets, ranks 8 to 64"),
     ("lora2serve sweep demo --fraction 0.3", "search on 30 % of the rows; the front again on all"),
     ("lora2serve sweep --budget 6h --constraint memory", "six hours, and the least memory that is good enough"),
+    ("lora2serve sweep --suite medqa.yaml", "the best by its answers to a suite of yours, not by its loss"),
     ("lora2serve sweep --space space.yaml --jobs 2", "your own lists of values; two trials at a time"),
     ("lora2serve sweep --storage postgresql://db/sweeps", "other machines may join"),
     ("lora2serve sweep --join sweeps/demo/sweep.db", "one more worker of that sweep"),
@@ -48,7 +48,16 @@ EXAMPLES = [
     help="YAML: fields of the recipe with lists of values.",
 )
 @click.option(
-    "--margin", type=float, default=0.01, show_default=True, help="A change of the loss that is none, as a share."
+    "--margin",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="A change that is none: of the loss, as a share; of scores, 0.01 is a point.",
+)
+@click.option(
+    "--suite",
+    metavar="FILE|held-out",
+    help="Judge by the scores of this suite, or of the answers to held-out rows, instead of the eval loss.",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field: train.steps=100.")
 @click.option("--name", help="Of the folder under sweeps/ (default: the recipe's name).")
@@ -92,8 +101,8 @@ EXAMPLES = [
 @click.pass_context
 def sweep(
     ctx: click.Context, recipe: str | None, constraint: str, budget: str | None, fraction: float, space: str | None,
-    margin: float, overrides: tuple[str, ...], name: str | None, jobs: int | None, gpu: str, storage: str | None,
-    join: str | None, on: str | None, as_json: bool,
+    margin: float, suite: str | None, overrides: tuple[str, ...], name: str | None, jobs: int | None, gpu: str,
+    storage: str | None, join: str | None, on: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Find the learning rate, the layers and the rank for RECIPE by short trainings, and recommend a recipe.
 
@@ -106,7 +115,8 @@ def sweep(
 
     result = run(
         recipe, space=space, budget=budget, fraction=fraction, jobs=jobs, constraint=constraint, margin=margin,  # type: ignore[arg-type]
-        name=name, storage=storage, join=join, gpu=gpu, on=on or "", overrides=overrides, progress=progress(ctx),
+        suite=suite, name=name, storage=storage, join=join, gpu=gpu, on=on or "", overrides=overrides,
+        progress=progress(ctx),
     )  # fmt: skip
     if as_json:
         console.result_json(result.report.to_json())
@@ -120,10 +130,11 @@ def show(result: SweepResult) -> None:
     from lora2serve import console
 
     report = result.report
-    columns = ("Configuration", "Loss", "From the best", "Memory", "Time", "Parameters")
+    quality = console.upper_first(report.quality.noun)
+    columns = ("Configuration", quality, "From the best", "Memory", "Time", "Parameters")
     best = [line.words == report.recommended.words for line in report.finals]
     styles = {number: "bold" for number, chosen in enumerate(best) if chosen}
-    console.table(f"The front of {report.name}", columns, _rows(report.finals), styles)
+    console.table(f"The front of {report.name}", columns, _rows(report), styles)
     console.table(
         "", (f"For {report.constraint}: {report.recommended.words}",), [[line] for line in report.recommended.reason]
     )
@@ -133,13 +144,13 @@ def show(result: SweepResult) -> None:
     ])  # fmt: skip
 
 
-def _rows(finals: Sequence[FinalLine]) -> list[list[str]]:
+def _rows(report: SweepReport) -> list[list[str]]:
     from lora2serve.console import size
 
     return [
         [
-            line.words, f"{line.objectives.loss:.4f}", line.change.words if line.change else "best",
+            line.words, report.quality.shown(line.objectives.loss), line.change.words if line.change else "best",
             size(line.objectives.memory), f"{line.objectives.seconds:.3g} s", f"{line.objectives.parameters:,}",
         ]
-        for line in finals
+        for line in report.finals
     ]  # fmt: skip

@@ -52,8 +52,8 @@ def load(path: Path | None, name: str) -> Measured | None:
 
 
 def save(path: Path | None, measured: Measured) -> None:
-    """For the next time."""
-    if path is not None:
+    """For the next time, unless an item was not answered: that may have been chance."""
+    if path is not None and not any(item.error for item in measured.items):
         content = {"engine": measured.engine, "items": [item.to_json() for item in measured.items]}
         write_whole(path, json.dumps(content, ensure_ascii=False))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from lora2serve.data.rows import Message
 from lora2serve.errors import EngineError
+from lora2serve.evaluation.answerer import EngineAnswer, Turns
 from lora2serve.parity_check.chat_worker import ChatWorker
 from lora2serve.parity_check.engines import Engine, Ids, Scores
 from lora2serve.parity_check.engines.chat_engine import AnswerOptions, End, Say
@@ -28,9 +29,7 @@ class Reply(Protocol):
 class AnswerWorker(ChatWorker):
     """As for a conversation, one question after the other. Its public methods are the jobs."""
 
-    def answer(
-        self, messages: Sequence[Mapping[str, object]], max_tokens: int, temperature: float, base: bool
-    ) -> dict[str, object]:
+    def answer(self, messages: Turns, max_tokens: int, temperature: float, base: bool) -> EngineAnswer:
         """``text``, ``end``, ``seconds``, ``first`` (seconds to its first words) and ``tokens``, or the ``error``."""
         of_base: Reply | None = getattr(self._engine, "reply_base", None)
         reply: Reply = of_base if base and of_base else self._engine.reply
@@ -52,9 +51,7 @@ class AnswerWorker(ChatWorker):
         text = "".join(pieces)
         return {"text": text, "end": end, "seconds": seconds, "first": first or seconds, "tokens": self._count(text)}
 
-    def likelihoods(
-        self, messages: Sequence[Mapping[str, object]], texts: Sequence[str], base: bool
-    ) -> dict[str, object]:
+    def likelihoods(self, messages: Turns, texts: Sequence[str], base: bool) -> EngineAnswer:
         """``values``: the log-probability of each text as the whole beginning of an answer, or the ``error``."""
         started = time.perf_counter()
         try:
@@ -66,7 +63,7 @@ class AnswerWorker(ChatWorker):
             return {"error": error.message, "hint": error.hint}
         return {"values": values, "seconds": time.perf_counter() - started}
 
-    def first_tokens(self, messages: Sequence[Mapping[str, object]], base: bool) -> dict[str, float]:
+    def first_tokens(self, messages: Turns, base: bool) -> dict[str, float]:
         """The likeliest first tokens of an answer with their log-probabilities; empty where the engine shows none."""
         if getattr(self._engine, "_tokenizer", None) == "":
             return {}

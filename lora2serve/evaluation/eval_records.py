@@ -6,7 +6,6 @@ The second is enough to recompute the first.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import ClassVar
 from lora2serve.artifacts.json_record import JsonRecord, read_text
 from lora2serve.artifacts.suite_scores import SuiteScores
 from lora2serve.errors import InputError
+from lora2serve.system.small_files import write_text
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,9 @@ def write_items(items: Sequence[ItemResult], path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """A file of text, in one step; InputError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
         raise InputError(f"{error.filename or path}: {error.strerror}", "choose another folder with --out") from None
 

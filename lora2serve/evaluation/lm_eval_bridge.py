@@ -5,6 +5,7 @@ Nothing of its own loading is used, which changes the vocabulary of a model to f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -75,6 +76,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             whole = [*context, *continuation][-(self._longest + 1) :]
             begun = whole[: len(whole) - len(continuation)]
             value, greedy = self._process.call("continuation", begun=begun, rest=continuation, base=self._base)
+            if math.isnan(value):
+                raise EngineError("the log-likelihood of a continuation is not a number", "look at its weights")
             found.append((value, greedy))
             self._advance(1)
         return found

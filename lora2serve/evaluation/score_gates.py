@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.evaluation import stats
@@ -13,6 +15,7 @@ from lora2serve.evaluation.stats import GateVerdict, Groups
 
 EXAMPLE = "such as 'acc >= base - 0.01' or 'answers.acc >= 0.9'"
 NUMBER = r"\d+(?:\.\d+)?|\.\d+"
+SHARES = ("acc", "f1", "judge", "score", "exact_match", "changed", "refusals", "json")  # figures from 0 to 1
 GATE = re.compile(
     rf"\s*(?:(?P<suite>[\w-]+)\.)?(?P<metric>[\w-]+)\s*(?P<sign>>=|<=)\s*"
     rf"(?:(?P<bound>{NUMBER})|(?P<other>base|other|against)(?:\s*(?P<margin_sign>[-+])\s*(?P<margin>{NUMBER}))?)\s*"
@@ -65,6 +68,8 @@ def refuse_unknown(gates: Sequence[ScoreGate], suite: str, metrics: Sequence[str
     for gate in gates:
         if gate.suite and gate.suite != suite:
             raise UsageError(f"--gate {gate.text!r}: the suite is {suite}", EXAMPLE)
+        if gate.metric.partition("-")[0] in SHARES and ((gate.bound or 0) > 1 or (gate.margin or 0) >= 1):
+            raise UsageError(f"--gate {gate.text!r}: {gate.metric} is from 0 to 1, and a point is 0.01", EXAMPLE)
         if gate.metric not in metrics:
             raise UsageError(
                 f"--gate {gate.text!r}: no figure {gate.metric}{did_you_mean(gate.metric, metrics)}",
@@ -78,6 +83,8 @@ def judge(
     gate: ScoreGate, subject: str, scores: Sequence[float], old: Sequence[float] | None, groups: Groups | None
 ) -> GateResult:
     """``scores`` are what a model has of the gate's figure on each item, ``old`` those of the other one."""
+    if not np.isfinite([*scores, *(old or ())]).all():
+        return GateResult(gate.text, subject, "not enough items", f"{gate.metric} was not measured on every item")
     if gate.bound is not None:
         higher = gate.higher_is_better
         verdict = stats.gate_of_mean(scores, gate.bound, groups, higher_is_better=higher)

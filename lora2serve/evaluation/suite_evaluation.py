@@ -69,6 +69,10 @@ def gate_results(
     for gate in gates:
         metric, task = figures[gate.metric]
         old = reference.vector(metric, task) if reference else None
+        if reference and gate.margin is not None and (failed := reference.failed(task)):
+            reason = f"{failed} items were not answered by {reference.name}, so that nothing is to be compared with"
+            results += [GateResult(gate.text, new.name, "not enough items", reason) for new in models]
+            continue
         results += [judge(gate, new.name, new.vector(metric, task), old, new.groups(task)) for new in models]
     return results
 

@@ -14,6 +14,7 @@ import numpy as np
 from lora2serve.artifacts.suite_scores import SuiteFigure
 from lora2serve.errors import EngineError
 from lora2serve.evaluation import stats
+from lora2serve.evaluation.answerer import Answerer, ProcessAnswerer
 from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
 from lora2serve.evaluation.suite import Suite, SuiteItem
 from lora2serve.parity_check.chat_models import ChatModel
@@ -34,9 +35,17 @@ class Measured:
     items: tuple[ItemResult, ...]
 
     def vector(self, metric: str, task: str | None = None) -> list[float]:
-        """One figure of each item, of one task or of all: ``score``, ``seconds``, ``first_seconds`` or ``tokens``."""
-        values = [getattr(item, metric) for item in self.items if task is None or item.task == task]
+        """One figure of each item, of one task or of all: ``score``, ``seconds``, ``first_seconds`` or ``tokens``.
+
+        NaN where it was not measured. An item that was not answered has a score, 0, and took no time that counts.
+        """
+        items = [item for item in self.items if task is None or item.task == task]
+        values = [None if item.error and metric != "score" else getattr(item, metric) for item in items]
         return [float("nan") if value is None else float(value) for value in values]
+
+    def failed(self, task: str | None = None) -> int:
+        """How many items were not answered."""
+        return sum(bool(item.error) for item in self.items if task is None or item.task == task)
 
     def groups(self, task: str | None = None) -> list[str] | None:
         """What each item belongs to; None where each stands for itself."""
@@ -92,14 +101,19 @@ def measure(
 ) -> Measured:
     """Ask every item, with the likeliest ``first_tokens`` too. EngineError where the engine ends, or refuses all."""
     process, version = host.process(model)
+    return ask_all(ProcessAnswerer(process), version, model, suite, progress, first_tokens=first_tokens)
+
+
+def ask_all(
+    engine: Answerer, version: str, model: ChatModel, suite: Suite, progress: Progress, *, first_tokens: bool = False
+) -> Measured:
+    """The same of an engine that runs; ``version``: what it is in words."""
     items: list[ItemResult] = []
     with progress.track(f"{model.name}: {suite.name}", len(suite.items)) as advance:
         for item in suite.items:
-            result = _ask(process, model, suite, item)
+            result = _ask(engine, model, suite, item)
             if first_tokens and not result.error:
-                messages = list(item.messages)
-                likeliest = process.call("first_tokens", messages=messages, base=model.without_adapter)
-                result = replace(result, first_tokens=likeliest)
+                result = replace(result, first_tokens=engine.first_tokens(list(item.messages), model.without_adapter))
             items.append(result)
             advance(1)
     failed = [item for item in items if item.error]
@@ -110,23 +124,22 @@ def measure(
     return Measured(model.name, version, tuple(items))
 
 
-def _ask(process: EngineProcess, model: ChatModel, suite: Suite, item: SuiteItem) -> ItemResult:
+def _ask(engine: Answerer, model: ChatModel, suite: Suite, item: SuiteItem) -> ItemResult:
     scorer, messages, base = suite.scorer_of(item), list(item.messages), model.without_adapter
     result = ItemResult(
         item.name, item.prompt_sha256, "", 0.0, 0.0, task=item.task, group=item.group, question=item.question,
         expected=item.expected,
     )  # fmt: skip
     if scorer.by_likelihood:
-        said = process.call("likelihoods", messages=messages, texts=list(item.choices), base=base)
+        said = engine.likelihoods(messages, list(item.choices), base)
         if "error" in said:
             return replace(result, error=said["error"])
+        if np.isnan(said["values"]).any():
+            return replace(result, error="the likelihoods of its choices are not numbers")
         answer = item.choices[int(np.argmax(said["values"]))]
         result = replace(result, likelihoods=tuple(said["values"]), seconds=round(said["seconds"], 4))
     else:
-        said = process.call(
-            "answer", messages=messages, max_tokens=suite.decoding.max_tokens,
-            temperature=suite.decoding.temperature, base=base,
-        )  # fmt: skip
+        said = engine.answer(messages, suite.decoding.max_tokens, suite.decoding.temperature, base)
         if "error" in said:
             return replace(result, error=said["error"])
         answer = said["text"]
@@ -145,7 +158,11 @@ def metric_names(suite: Suite) -> dict[str, str | None]:
     names: dict[str, str | None] = {whole: None}
     if len(tasks) > 1:
         of_task = {task: suite.scorers.get(task, suite.scorer).metric for task in tasks}
-        names |= {f"{of_task[task]}-{_slug(task)}": task for task in tasks}
+        for task in tasks:
+            name = plain = f"{of_task[task]}-{_slug(task)}"
+            while name in names:  # "a b" beside "a-b"
+                name = f"{plain}-{len(names)}"
+            names[name] = task
     return names
 
 
@@ -159,7 +176,7 @@ def evaluation(measured: Measured, suite: Suite, overlap: str = "") -> SuiteEval
     return SuiteEvaluation(
         suite=suite.name, suite_sha256=suite.sha256, engine=measured.engine, subject=measured.name,
         metrics=figures, created=now(), items=len(measured.items),
-        overlap=overlap, scorer=suite.scorer.kind, failed=sum(bool(item.error) for item in measured.items),
+        overlap=overlap, scorer=suite.scorer.kind, failed=measured.failed(),
         decoding={"max_tokens": suite.decoding.max_tokens, "temperature": suite.decoding.temperature},
         versions=library_versions(),
     )  # fmt: skip

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lora2serve.console import size
+from lora2serve.console import size, upper_first
 from lora2serve.sweeping.finalists import Finalist
 from lora2serve.sweeping.rank_steps import LossChange, RankStep, loss_change
 from lora2serve.sweeping.search_plan import KEPT_GAIN
+from lora2serve.sweeping.sweep_quality import EVAL_LOSS, Quality
 
 Constraint = Literal["quality", "memory", "time"]
 SAME_TIME = 1.05  # times within that are one: what else a machine does changes them as much
@@ -26,8 +27,9 @@ class ConstraintChoice:
 
 
 def choose(
-    finalists: Sequence[Finalist], constraint: Constraint, base_loss: float, margin: float, steps: Sequence[RankStep]
-) -> ConstraintChoice:
+    finalists: Sequence[Finalist], constraint: Constraint, base_loss: float, margin: float, steps: Sequence[RankStep],
+    quality: Quality = EVAL_LOSS,
+) -> ConstraintChoice:  # fmt: skip
     """Of ``finalists``, the best of which comes first.
 
     quality: the fewest parameters among those whose loss is shown to be within ``margin`` of the smallest one.
@@ -37,19 +39,21 @@ def choose(
     best = finalists[0]
     if constraint == "quality":
         changes = {f.point: loss_change(best.losses, f.losses) for f in finalists[1:]}
-        equal = [best, *(f for f in finalists[1:] if changes[f.point].high <= margin)]
+        equal = [best, *(f for f in finalists[1:] if changes[f.point].no_worse(margin))]
         chosen = min(equal, key=lambda f: (f.objectives.parameters, f.objectives.memory, f.objectives.loss))
-        why = _quality(chosen, best, changes.get(chosen.point), margin, len(finalists))
+        why = _quality(chosen, best, changes.get(chosen.point), margin, len(finalists), quality)
     else:
         whole = base_loss - best.losses.mean
         keeping = [f for f in finalists if base_loss - f.losses.mean >= KEPT_GAIN * whole] or [best]
         least = min(_scarce(f, constraint) for f in keeping) * (SAME_TIME if constraint == "time" else 1.0)
         enough = [f for f in keeping if _scarce(f, constraint) <= least]
         chosen = min(enough, key=lambda f: (f.objectives.parameters, f.objectives.loss))
-        why = _scarcity(chosen, best, constraint, base_loss)
-    flat = [step.words for step in steps if step.targets == chosen.point.targets]
+        why = _scarcity(chosen, best, constraint, base_loss, quality)
+    lines = [step.words for step in steps if step.targets == chosen.point.targets]
+    if best.losses.mean >= base_loss:
+        lines.append("nothing that was trained is better than the base")
     return ConstraintChoice(
-        constraint, chosen, (_figures(chosen, base_loss), why, *(f"{_upper(line)}." for line in flat))
+        constraint, chosen, (_figures(chosen, base_loss, quality), why, *(f"{upper_first(line)}." for line in lines))
     )
 
 
@@ -57,40 +61,41 @@ def _scarce(finalist: Finalist, constraint: Constraint) -> float:
     return finalist.objectives.memory if constraint == "memory" else finalist.objectives.seconds
 
 
-def _figures(chosen: Finalist, base_loss: float) -> str:
-    low, high = min(chosen.by_seed), max(chosen.by_seed)
-    seeds = f" ({len(chosen.by_seed)} seeds: {low:.4f} to {high:.4f})" if len(chosen.by_seed) > 1 else ""
+def _figures(chosen: Finalist, base_loss: float, quality: Quality) -> str:
+    ends = [quality.shown(loss) for loss in sorted(chosen.by_seed, key=quality.figure)]
+    seeds = f" ({len(ends)} seeds: {ends[0]} to {ends[-1]})" if len(ends) > 1 else ""
+    rows = quality.rows(len(chosen.losses.sums))
     return (
-        f"{_upper(chosen.point.words)} has a loss of {chosen.losses.mean:.4f}{seeds} on {len(chosen.losses.sums)} "
-        f"rows; the base has {base_loss:.4f}."
+        f"{upper_first(chosen.point.words)} {quality.reached(chosen.losses.mean)}{seeds} on {rows}; the base "
+        f"{'reaches' if quality.of_suite else 'has'} {quality.shown(base_loss)}."
     )
 
 
-def _quality(chosen: Finalist, best: Finalist, change: LossChange | None, margin: float, count: int) -> str:
+def _quality(
+    chosen: Finalist, best: Finalist, change: LossChange | None, margin: float, count: int, quality: Quality
+) -> str:
+    within = quality.margin(margin)
     if change is not None:
+        found = "changes on no item" if change.same else f"changes by {change.words}, which is within {within}"
+        first = f"{upper_first(best.point.words)} has {quality.best}, {quality.shown(best.losses.mean)}"
         return (
-            f"{_upper(best.point.words)} has the smallest loss, {best.losses.mean:.4f}: from it to this one it changes "
-            f"by {change.words}, which is within {100 * margin:g} %, with {chosen.objectives.parameters:,} parameters "
+            f"{first}: from it to this one it {found}, with {chosen.objectives.parameters:,} parameters "
             f"instead of {best.objectives.parameters:,}."
         )
     if count == 1:
         gain = f"{KEPT_GAIN:.0%} of its gain over the base"
-        return f"It has the smallest loss, and no other point of the front keeps {gain}."
-    return (
-        f"It has the smallest loss of {count}, and none with fewer parameters is shown to be within {100 * margin:g} %."
-    )
+        return f"It has {quality.best}, and no other point of the front keeps {gain}."
+    return f"It has {quality.best} of {count}, and none with fewer parameters is shown to be within {within}."
 
 
-def _scarcity(chosen: Finalist, best: Finalist, constraint: Constraint, base_loss: float) -> str:
+def _scarcity(chosen: Finalist, best: Finalist, constraint: Constraint, base_loss: float, quality: Quality) -> str:
     what, shown = ("memory", size) if constraint == "memory" else ("time", _seconds)
     least = f"{'least' if constraint == 'memory' else 'shortest'}"
     own, other = _scarce(chosen, constraint), _scarce(best, constraint)
     whole = base_loss - best.losses.mean
     kept = (base_loss - chosen.losses.mean) / whole if whole > 0 else 1.0
     if chosen is best:
-        return (
-            f"It has the smallest loss, and of what keeps {KEPT_GAIN:.0%} of its gain the {least} {what}: {shown(own)}."
-        )
+        return f"It has {quality.best}, and of what keeps {KEPT_GAIN:.0%} of its gain the {least} {what}: {shown(own)}."
     return (
         f"It keeps {kept:.0%} of the best one's gain over the base, and of those that keep {KEPT_GAIN:.0%} it takes "
         f"the {least} {what}: {shown(own)} instead of {shown(other)} of {best.point.words}."
@@ -99,7 +104,3 @@ def _scarcity(chosen: Finalist, best: Finalist, constraint: Constraint, base_los
 
 def _seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min" if value < 36000 else f"{value / 3600:.1f} h"
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -22,10 +22,10 @@ class Finalist:
 
 
 def finalists(plan: SearchPlan) -> list[Finalist]:
-    """The best first. Without a trial of the last phase, the front by the rows of the search."""
+    """The best first, of equal ones the smallest. Without a trial of the last phase, the front by the search."""
     judged = [_judged(plan, point) for point in plan.finalists]
     chosen = [finalist for finalist in judged if finalist] or [_searched(plan, point) for point in plan.front]
-    return sorted(chosen, key=lambda finalist: finalist.losses.mean)
+    return sorted(chosen, key=lambda finalist: (finalist.losses.mean, finalist.objectives.parameters))
 
 
 def judged_by_final_rows(plan: SearchPlan) -> bool:

@@ -87,7 +87,7 @@ def importances(trials: Sequence[tuple[SearchPoint, float]]) -> dict[str, float]
     names = (
         [name for name in params_of(trials[0][0]) if len({params_of(p)[name] for p, _ in trials}) > 1] if trials else []
     )
-    if len(trials) < FEWEST_TRIALS or not names:
+    if len(trials) < FEWEST_TRIALS or not names or len({loss for _, loss in trials}) == 1:
         return {}
     spans: dict[str, BaseDistribution] = {}
     for name in names:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora2serve.errors import SweepError, first_line
+from lora2serve.sweeping.sweep_suite import SuiteOrder
 from lora2serve.sweeping.trial_process import ChildTrials, TrialOrder
 from lora2serve.sweeping.trial_record import RowLoss, TrialOutcome
 from lora2serve.system.extras import install_hint
@@ -33,10 +34,12 @@ class NodeTrials:
         _need(Path(order["recipe"]))
         return self._trials.run(order).to_json()
 
-    def measure(self, recipe: str, base: str, files: Sequence[str]) -> list[dict[str, object]]:
-        """The base's losses on each file of rows."""
+    def measure(
+        self, recipe: str, base: str, files: Sequence[str], suites: Sequence[SuiteOrder]
+    ) -> list[dict[str, object]]:
+        """The base's losses on each file of rows, then on each suite."""
         _need(Path(recipe))
-        losses = self._trials.measure(Path(recipe), Path(base), [Path(file) for file in files])
+        losses = self._trials.measure(Path(recipe), Path(base), [Path(file) for file in files], suites)
         return [item.to_json() for item in losses]
 
 
@@ -59,12 +62,14 @@ class RayTrials:
             return TrialOutcome("failed", f"Ray: {_cause(error)}")
         return TrialOutcome.from_json(answer, Path(order["run"]).name)
 
-    def measure(self, recipe: Path, base: Path, files: Sequence[Path]) -> list[RowLoss]:
+    def measure(
+        self, recipe: Path, base: Path, files: Sequence[Path], suites: Sequence[SuiteOrder] = ()
+    ) -> list[RowLoss]:
         """See ``TrialPlace``."""
         import ray
 
         try:
-            answer = self._call("measure", str(recipe), str(base), [str(path) for path in files])
+            answer = self._call("measure", str(recipe), str(base), [str(path) for path in files], list(suites))
         except ray.exceptions.RayError as error:
             raise SweepError(f"the base cannot be measured: {_cause(error)}", "see Ray's logs") from error
         assert isinstance(answer, list)

@@ -241,8 +241,8 @@ class SearchPlan:
         return next((point for point in self.ranked(self.top_level) if point.rank == self.space.first_rank), None)
 
     def ranked(self, level: int, among: Sequence[SearchPoint] | None = None) -> list[SearchPoint]:
-        """Points with a loss at that level, the smallest loss first."""
-        losses = {spec.point: outcome.losses.mean for spec, outcome in self.finished_at(level)}
+        """Points with a loss at that level, the smallest first; of equal scores, that with the smaller eval loss."""
+        losses = {spec.point: (o.losses.mean, o.eval_loss or 0.0) for spec, o in self.finished_at(level)}
         chosen = [point for point in (losses if among is None else among) if point in losses]
         return sorted(chosen, key=lambda point: (losses[point], point.label))
 

@@ -10,6 +10,7 @@ from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.sweeping.data_likeness import DataFigures
 from lora2serve.sweeping.search_settings import SearchSettings
 from lora2serve.sweeping.search_space import SearchSpace
+from lora2serve.sweeping.sweep_quality import Quality
 from lora2serve.sweeping.trial_record import RowLoss
 
 
@@ -39,3 +40,12 @@ class SweepFacts(JsonRecord):
     near: tuple[str, ...] = ()  # earlier runs and sweeps whose data are like these, in words
     figures: DataFigures = field(default_factory=DataFigures)  # of the held-out rows
     first: tuple[str, ...] = ()  # trials with points that were best there
+    quality: Quality = field(default_factory=Quality)  # by what trials are judged, the base's losses among them
+    base_rows: RowLoss = field(
+        default_factory=RowLoss
+    )  # of the base on the search's held-out rows, where a suite judges
+
+    @property
+    def base_eval(self) -> RowLoss:
+        """The base's eval loss on the held-out rows of the search; empty where there are none."""
+        return self.base_rows if self.quality.of_suite else self.base_search

@@ -16,6 +16,7 @@ from lora2serve.progress import Progress
 from lora2serve.sweeping.optuna_points import propose
 from lora2serve.sweeping.search_plan import SearchPlan, Step
 from lora2serve.sweeping.search_space import SearchPoint
+from lora2serve.sweeping.sweep_suite import suite_order
 from lora2serve.sweeping.trial_files import TrialFiles, trial_overrides
 from lora2serve.sweeping.trial_ledger import LedgerView, TrialLedger, spec_from_json
 from lora2serve.sweeping.trial_plans import TrialMemory, TrialPlanner
@@ -35,7 +36,7 @@ class SweepLoop:
     planner: TrialPlanner
     place: TrialPlace
     base: Path
-    base_loss: EvalLoss
+    base_loss: EvalLoss | None
     jobs: int
     progress: Progress
     _futures: dict[Future[TrialOutcome], tuple[TrialSpec, TrialMemory, float]] = field(default_factory=dict)
@@ -98,8 +99,9 @@ class SweepLoop:
         of_all = "train.quantize" not in dict(spec.point.others)
         order = TrialOrder(
             recipe=str(self.files.recipe), overrides=overrides, run=str(self.files.run(spec)), base=str(self.base),
-            base_loss=self.base_loss.to_json() if of_all else None, quick=spec.level != FULL,
-            final_rows=str(self.files.final_rows) if spec.level == FULL else None,
+            base_loss=self.base_loss.to_json() if of_all and self.base_loss else None, quick=spec.level != FULL,
+            final_rows=str(self.files.final_rows) if spec.level == FULL and not facts.quality.of_suite else None,
+            suite=suite_order(facts.quality, self.files, "final" if spec.level == FULL else "search"),
         )  # fmt: skip
         self._futures[pool.submit(self.place.run, order)] = (spec, plan, time.monotonic())
         return True
@@ -127,7 +129,9 @@ class SweepLoop:
         )
         self.ledger.finish(spec, outcome)
         if outcome.finished:
-            self.progress.note(f"{spec.key}: eval loss {outcome.losses.mean:.4f}, {outcome.seconds:.0f} s")
+            quality = self.ledger.facts.quality
+            reached = f"{quality.title} {quality.shown(outcome.losses.mean)}"
+            self.progress.note(f"{spec.key}: {reached}, {outcome.seconds:.0f} s")
         else:
             self.progress.warn(f"{spec.key}: {outcome.status}: {outcome.problem}")
         self._refuse_hopeless(self.ledger.read().results)

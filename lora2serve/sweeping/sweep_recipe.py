@@ -37,9 +37,9 @@ class SweepResult:
 def sweep(
     recipe: str | Path | None = None, *,
     space: str | Path | None = None, budget: str | int | None = None, fraction: float = 1.0, jobs: int | None = None,
-    constraint: Constraint = "quality", margin: float = MARGIN, name: str | None = None, storage: str | None = None,
-    join: str | None = None, gpu: str = "", on: str = "", overrides: Mapping[str, object] | Sequence[str] = (),
-    progress: Progress | None = None,
+    constraint: Constraint = "quality", margin: float = MARGIN, suite: str | Path | None = None,
+    name: str | None = None, storage: str | None = None, join: str | None = None, gpu: str = "", on: str = "",
+    overrides: Mapping[str, object] | Sequence[str] = (), progress: Progress | None = None,
 ) -> SweepResult:  # fmt: skip
     """Search the learning rate, the adapted layers and the rank of ``recipe``; the same call continues a sweep.
 
@@ -49,11 +49,13 @@ def sweep(
     fraction: of the training rows, for the first two phases.
     jobs: trials at a time; by default one for each GPU, or one.
     constraint: what is scarce: "quality", "memory" or "time".
-    margin: a change of the eval loss that is none, as a share.
+    margin: a change that is none: of the eval loss as a share, of a suite's scores as such (0.01 is one point).
     name: of the folder under ``sweeps/``; the recipe's by default.
     storage: where trials are kept: a file of sqlite, a journal (``*.journal``), or ``postgresql://...``.
     join: the storage of a sweep that runs elsewhere, to work on it, too.
     gpu: a GPU's name or GiB: trials must fit into that, instead of what this machine has.
+    suite: by whose scores trials are judged, instead of by the eval loss: a YAML file or a file of rows, as for
+        ``evaluate``, or "held-out" for the answers to the held-out rows. Half of its items are for the end.
     on: "ray" for tasks of a Ray cluster, instead of children of this process.
     overrides: fields of the recipe, as for ``train``.
 
@@ -63,15 +65,17 @@ def sweep(
     progress = progress or default_progress()
     _refuse(constraint, jobs, fraction, margin, name)
     if join is not None:
-        if recipe is not None or overrides or space or storage:
-            raise UsageError("--join takes recipe, space and rows from the sweep that it joins", "leave the others out")
+        if recipe is not None or overrides or space or storage or suite is not None:
+            raise UsageError(
+                "--join takes recipe, space, rows and suite from the sweep that it joins", "leave the others out"
+            )
         loop = joined(join, name, jobs, on, progress)
     else:
         trials, seconds = read_budget(None if budget is None else str(budget))
         request = SweepRequest(
             recipe=recipes.find(str(recipe) if recipe else None), space=Path(space) if space else None, trials=trials,
             seconds=seconds, fraction=fraction, jobs=jobs, margin=margin, name=name, storage=storage, gpu=gpu, on=on,
-            overrides=tuple(settings(overrides)),
+            overrides=tuple(settings(overrides)), suite=None if suite is None else str(suite),
         )  # fmt: skip
         loop = started(request, progress)
     return _result(loop.run(), loop.files, loop.ledger.facts, constraint)

@@ -16,6 +16,7 @@ from lora2serve.sweeping.rank_steps import LossChange, RankStep, loss_change
 from lora2serve.sweeping.search_plan import SearchPlan
 from lora2serve.sweeping.search_space import SearchPoint
 from lora2serve.sweeping.sweep_facts import SweepFacts
+from lora2serve.sweeping.sweep_quality import Quality
 from lora2serve.sweeping.trial_record import FULL, Objectives, Status
 
 
@@ -98,6 +99,8 @@ class SweepReport(JsonRecord):
     near: tuple[str, ...]
     figures: DataFigures  # of the held-out rows, by which a later sweep knows whether its data are like these
     trials: tuple[TrialLine, ...] = field(default=())
+    quality: Quality = field(default_factory=Quality)  # what a loss is here: of a suite, what is missing of its scores
+    base_eval_loss: float | None = None  # on the held-out rows of the search, where a suite judges
 
 
 def report(plan: SearchPlan, facts: SweepFacts, constraint: Constraint) -> SweepReport:
@@ -105,7 +108,7 @@ def report(plan: SearchPlan, facts: SweepFacts, constraint: Constraint) -> Sweep
     ends, judged = finalists(plan), judged_by_final_rows(plan)
     base = facts.base_final.mean if judged else facts.settings.base_loss
     steps, margin = plan.rank_steps, facts.settings.margin
-    choices = {name: _choice_line(choose(ends, name, base, margin, steps), plan) for name in CONSTRAINTS}
+    choices = {name: _choice_line(choose(ends, name, base, margin, steps, facts.quality), plan) for name in CONSTRAINTS}
     look = explored(plan)
     first = [(spec.point, outcome.losses.mean) for spec, outcome in plan.finished_at(0)]
     return SweepReport(
@@ -115,7 +118,8 @@ def report(plan: SearchPlan, facts: SweepFacts, constraint: Constraint) -> Sweep
         recommended=choices[constraint], choices=tuple(choices.values()),
         finals=tuple(_final_line(finalist, ends[0], plan) for finalist in ends), rank_steps=tuple(steps),
         widened=plan.widened, explored=look, explored_words=look.words, importance=importances(first),
-        near=facts.near, figures=facts.figures, trials=tuple(_trial_lines(plan)),
+        near=facts.near, figures=facts.figures, trials=tuple(_trial_lines(plan)), quality=facts.quality,
+        base_eval_loss=facts.base_eval.mean if facts.base_eval.sums else None,
     )  # fmt: skip
 
 

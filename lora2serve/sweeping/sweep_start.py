@@ -20,7 +20,7 @@ from lora2serve.errors import Lora2ServeError, UsageError, did_you_mean
 from lora2serve.hub import pin_data
 from lora2serve.progress import Progress
 from lora2serve.registry.location import MOUNTS, SHARED, file_system
-from lora2serve.sweeping.data_likeness import DataFigures, data_figures
+from lora2serve.sweeping.data_likeness import MOST_ROWS, DataFigures, data_figures
 from lora2serve.sweeping.earlier_runs import EarlierRun, earlier_runs, first_points
 from lora2serve.sweeping.leased_workers import shares
 from lora2serve.sweeping.ray_trials import ray_trials
@@ -28,6 +28,8 @@ from lora2serve.sweeping.search_settings import SearchSettings, rungs
 from lora2serve.sweeping.search_space import SearchSpace, read_space
 from lora2serve.sweeping.sweep_facts import SweepFacts
 from lora2serve.sweeping.sweep_loop import SweepLoop
+from lora2serve.sweeping.sweep_quality import EVAL_LOSS, Quality
+from lora2serve.sweeping.sweep_suite import PARTS, of_written_rows, suite_order, suite_quality
 from lora2serve.sweeping.trial_files import ROOT, TrialFiles, split_held_out
 from lora2serve.sweeping.trial_ledger import TrialLedger, create_ledger, has_sweep, open_ledger, spec_to_json
 from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner, usable_targets
@@ -57,6 +59,7 @@ class SweepRequest:
     gpu: str
     on: str
     overrides: tuple[str, ...]
+    suite: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class _Prepared:
     jobs: int
     files: TrialFiles
     location: str
+    quality: Quality
 
     @property
     def name(self) -> str:
@@ -84,6 +88,7 @@ class _Prepared:
             dump(self.recipe), self.space.to_json(), request.fraction, request.margin, request.trials, request.seconds,
             request.gpu, self.sets.train.sha256, held_out.sha256 if held_out else "",
         ]  # fmt: skip
+        parts += [self.quality.to_json()] if self.quality.of_suite else []
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
@@ -107,14 +112,16 @@ def started(request: SweepRequest, progress: Progress) -> SweepLoop:
     space = read_space(request.space, request.recipe, request.overrides)
     check_libraries(recipe.train.quantize)
     sets = data_sets.load(recipe.data, pin_data)
-    split_held_out(sets)  # refused before anything is fetched
+    quality = suite_quality(request.suite, sets, progress) if request.suite is not None else EVAL_LOSS
+    if sets.held_out or not quality.of_suite:
+        split_held_out(sets)  # refused before anything is fetched
     place, jobs = place_of(request.on, request.jobs)
     planner = trial_planner(recipe, request.gpu, jobs, progress)
     space = replace(space, targets=usable_targets(space, planner.shape, progress))
     files = TrialFiles((ROOT / (request.name or recipe.name)).absolute())
     location = request.storage or str(_own_storage(files.folder))
     location = location if "://" in location else str(Path(location).absolute())
-    prepared = _Prepared(request, recipe, sets, space, planner, jobs, files, location)
+    prepared = _Prepared(request, recipe, sets, space, planner, jobs, files, location, quality)
     base = fetch_base(recipe.model, progress)
     with scratch.filled(ROOT), ExitStack() as stack:
         keep = None if files.folder.exists() else stack.enter_context(scratch.claimed(files.folder))
@@ -136,6 +143,8 @@ def joined(location: str, name: str | None, jobs: int | None, on: str, progress:
             f"{facts.folder}: not on this machine, and the sweep {facts.name} has its rows and runs there",
             "begin the sweep in a folder that all machines share",
         )
+    if facts.quality.path and not Path(facts.quality.path).is_file():
+        raise UsageError(f"{facts.quality.path}: not on this machine, and the sweep {facts.name} judges by it", "")
     recipe = recipes.load(files.recipe)
     place, count = place_of(on, jobs)
     planner = trial_planner(recipe, facts.gpu, count, progress)
@@ -183,9 +192,15 @@ def _created(prepared: _Prepared, place: TrialPlace, base: Path, progress: Progr
     sums = files.write(recipe, prepared.sets, request.fraction)
     shown = without_credentials(prepared.location)
     progress.note(f"sweep {prepared.name}: measuring the base; others may work on it, too, by --join {shown}")
-    search, final = place.measure(files.recipe, base, [files.search_rows, files.final_rows])
+    quality = prepared.quality
+    if quality.of_suite and not quality.path:
+        quality = of_written_rows(files)
+    measured = _measured(prepared, quality, place, base)
+    search, final = measured[-2:]
+    base_rows = measured[0] if len(measured) > 2 else RowLoss()
     if len(search.sums) < FEW_ROWS:
-        progress.warn(f"{len(search.sums)} held-out rows for the search: few intervals will be narrow enough to end it")
+        what = quality.rows(len(search.sums)) if quality.of_suite else f"{len(search.sums)} held-out rows"
+        progress.warn(f"{what} for the search: few intervals will be narrow enough to end it")
     rows = len(prepared.sets.train.rows)
     part = max(1, round(rows * request.fraction))
     steps = _steps(recipe, part, request.fraction)
@@ -194,7 +209,7 @@ def _created(prepared: _Prepared, place: TrialPlace, base: Path, progress: Progr
         alpha_per_rank=recipe.train.lora.alpha / recipe.train.lora.rank, margin=request.margin, trials=request.trials,
         seconds=request.seconds * prepared.jobs if request.seconds else None,
     )  # fmt: skip
-    figures = data_figures(_held_out(prepared), search.mean)
+    figures = data_figures(_looked_at(prepared), (base_rows if quality.of_suite else search).mean or None)
     earlier = _earlier(base, recipe, figures, progress)
     first = [TrialSpec(point, 0, settings.seed) for point in first_points(earlier, prepared.space)]
     facts = SweepFacts(
@@ -203,14 +218,27 @@ def _created(prepared: _Prepared, place: TrialPlace, base: Path, progress: Progr
         search_rows=len(search.sums), final_rows=len(final.sums), rows_sha256=sums, space=prepared.space,
         settings=settings, base_search=search, base_final=final, gpu=request.gpu,
         near=tuple(run.words for run in earlier[:MOST_SHOWN]), figures=figures,
-        first=tuple(spec_to_json(spec) for spec in first),
+        first=tuple(spec_to_json(spec) for spec in first), quality=quality, base_rows=base_rows,
     )  # fmt: skip
     return create_ledger(prepared.location, facts)
 
 
-def _held_out(prepared: _Prepared) -> list[dict[str, object]]:
-    assert prepared.sets.held_out is not None
-    return [row.json() for row in prepared.sets.held_out.rows]
+def _measured(prepared: _Prepared, quality: Quality, place: TrialPlace, base: Path) -> list[RowLoss]:
+    """The base by what trials are judged by: on the part for the search, and on the one for the end.
+
+    Where a suite judges, its eval loss on the rows of the search stands before both, if any are held out.
+    """
+    files = prepared.files
+    if not quality.of_suite:
+        return place.measure(files.recipe, base, [files.search_rows, files.final_rows])
+    orders = [suite_order(quality, files, part) for part in PARTS]
+    rows = [files.search_rows] if prepared.sets.held_out else []
+    return place.measure(files.recipe, base, rows, [order for order in orders if order])
+
+
+def _looked_at(prepared: _Prepared) -> list[dict[str, object]]:
+    """The rows by which these data are told from others."""
+    return [row.json() for row in (prepared.sets.held_out or prepared.sets.train).rows[:MOST_ROWS]]
 
 
 def _earlier(base: Path, recipe: Recipe, figures: DataFigures, progress: Progress) -> list[EarlierRun]:
@@ -241,8 +269,6 @@ def _loop(
     ledger: TrialLedger, files: TrialFiles, planner: TrialPlanner, place: TrialPlace, base: Path, jobs: int,
     progress: Progress,
 ) -> SweepLoop:  # fmt: skip
-    return SweepLoop(ledger, files, planner, place, base, _eval_loss(ledger.facts.base_search), jobs, progress)
-
-
-def _eval_loss(losses: RowLoss) -> EvalLoss:
-    return EvalLoss(losses.mean, exp(min(losses.mean, 700.0)), sum(losses.tokens))
+    losses = ledger.facts.base_eval
+    known = EvalLoss(losses.mean, exp(min(losses.mean, 700.0)), sum(losses.tokens)) if losses.sums else None
+    return SweepLoop(ledger, files, planner, place, base, known, jobs, progress)

@@ -74,9 +74,10 @@ class TrialFiles:
         return self.folder / "runs" / spec.key
 
     def write(self, recipe: Recipe, sets: DataSets, fraction: float) -> dict[str, str]:
-        """The rows and the recipe; the sha256 of each file of rows."""
-        search, final = split_held_out(sets)
-        rows = {self.all_rows: sets.train.rows, self.search_rows: search, self.final_rows: final}
+        """The rows and the recipe; the sha256 of each file of rows. Without held-out rows a suite is what judges."""
+        rows = {self.all_rows: sets.train.rows}
+        if sets.held_out:
+            rows[self.search_rows], rows[self.final_rows] = split_held_out(sets)
         if fraction < 1:
             rows[self.subset] = _some(sets.train.rows, fraction)
         for path, content in rows.items():
@@ -84,8 +85,9 @@ class TrialFiles:
             lines = (json.dumps(row.json(), ensure_ascii=False) + "\n" for row in content)
             path.write_text("".join(lines), encoding="utf-8")
         data = replace(
-            recipe.data, train=str(self.subset if fraction < 1 else self.all_rows), eval=str(self.search_rows),
-            eval_split=None, split=DataRecipe.split, subset=None, columns={},
+            recipe.data, train=str(self.subset if fraction < 1 else self.all_rows),
+            eval=str(self.search_rows) if sets.held_out else None, eval_split=None, split=DataRecipe.split, subset=None,
+            columns={},
         )  # fmt: skip
         self.recipe.write_text(dump(replace(recipe, data=data)), encoding="utf-8")
         return {path.name: digest(path)["sha256"] for path in rows}
@@ -113,18 +115,30 @@ def trial_overrides(
 def split_held_out(sets: DataSets) -> tuple[list[Row], list[Row]]:
     """Rows for the search, and as many or more that are unseen to the end; UsageError where there are too few."""
     if sets.held_out is None:
-        hint = "set data.eval_split: 0.1, or data.eval"
+        hint = "set data.eval_split: 0.1, or data.eval; or judge by a suite (--suite)"
         raise UsageError("the recipe holds no rows out, by which a sweep could judge", hint)
     rows = sets.held_out.rows
-    if len(rows) < FEWEST_HELD_OUT:
+    keys = [json.dumps(row.json()) for row in rows]
+    if len(set(keys)) < FEWEST_HELD_OUT:
         raise UsageError(
-            f"{len(rows)} held-out rows, expected {FEWEST_HELD_OUT} at least", "raise data.eval_split, or add rows"
+            f"{len(set(keys))} different held-out rows, expected {FEWEST_HELD_OUT} at least",
+            "raise data.eval_split, or add rows",
         )
-    order = list(range(len(rows)))
-    random.Random(0).shuffle(order)
-    count = min(MOST_SEARCH_ROWS, len(rows) // 2)
-    search, final = sorted(order[:count]), sorted(order[count:])
+    search, final = halves(keys)
     return [rows[number] for number in search], [rows[number] for number in final]
+
+
+def halves(keys: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The numbers of those for the search, and of those that stay unseen; what has the same key stays together."""
+    together: dict[str, list[int]] = {}
+    for number, key in enumerate(keys):
+        together.setdefault(key, []).append(number)
+    units, search = list(together.values()), list[int]()
+    random.Random(0).shuffle(units)
+    most = min(MOST_SEARCH_ROWS, len(keys) // 2)
+    for unit in units:
+        search += unit if len(search) + len(unit) <= most else []
+    return sorted(search), sorted(set(range(len(keys))) - set(search))
 
 
 def _some(rows: Sequence[Row], fraction: float) -> list[Row]:

@@ -10,6 +10,7 @@ from typing import Protocol, TypedDict
 
 from lora2serve.errors import EngineError, SweepError
 from lora2serve.sweeping.leased_workers import LeasedWorkers
+from lora2serve.sweeping.sweep_suite import SuiteOrder
 from lora2serve.sweeping.trial_record import RowLoss, TrialOutcome
 from lora2serve.system import scratch
 
@@ -27,6 +28,7 @@ class TrialOrder(TypedDict):
     base_loss: dict[str, object] | None  # an ``EvalLoss``; None where it is not the one of all trials
     quick: bool  # see ``finetune.train``
     final_rows: str | None  # to measure the saved adapter on, instead of those that the training watched
+    suite: SuiteOrder | None  # to be answered, and to be judged by
 
 
 class TrialPlace(Protocol):
@@ -36,8 +38,10 @@ class TrialPlace(Protocol):
         """Train; whatever happens to the trial is its outcome."""
         ...
 
-    def measure(self, recipe: Path, base: Path, files: Sequence[Path]) -> list[RowLoss]:
-        """The base's losses on each file of rows; SweepError where it cannot be measured."""
+    def measure(
+        self, recipe: Path, base: Path, files: Sequence[Path], suites: Sequence[SuiteOrder] = ()
+    ) -> list[RowLoss]:
+        """The base's losses on each file of rows, then on each suite; SweepError where it cannot be measured."""
         ...
 
     def stop(self) -> None:
@@ -69,12 +73,14 @@ class ChildTrials:
             keep()
             return outcome
 
-    def measure(self, recipe: Path, base: Path, files: Sequence[Path]) -> list[RowLoss]:
+    def measure(
+        self, recipe: Path, base: Path, files: Sequence[Path], suites: Sequence[SuiteOrder] = ()
+    ) -> list[RowLoss]:
         """See ``TrialPlace``."""
         paths = [str(path) for path in files]
         try:
             with self.workers.lent() as process:
-                answer = process.call("measure", recipe=str(recipe), base=str(base), files=paths)
+                answer = process.call("measure", recipe=str(recipe), base=str(base), files=paths, suites=suites)
         except EngineError as error:
             raise SweepError(f"the base cannot be measured: {error.message}", error.hint) from error
         return [RowLoss.from_json(item, "losses") for item in answer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -29,12 +30,23 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class RowLoss(JsonRecord):
-    """Of held-out rows: the sum of the losses of each row's tokens, in nats, and how many they are."""
+    """Of held-out rows: the sum of the losses of each row's tokens, in nats, and how many they are.
+
+    ``scored``: of a suite's items, what is missing of each one's score, counted as one token. Rows of one of the
+    ``groups`` are no independent news; without groups each row stands for itself.
+    """
 
     WHOLE: ClassVar[bool] = True
 
     sums: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
+    scored: bool = False
+    groups: tuple[str, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all are numbers: a training that diverged has none."""
+        return all(map(math.isfinite, self.sums))
 
     @property
     def mean(self) -> float:
@@ -64,6 +76,7 @@ class TrialOutcome(JsonRecord):
     run: str = ""  # directory
     host: str = ""
     curve: tuple[tuple[int, float], ...] = ()  # eval loss by step
+    eval_loss: float | None = None  # where a suite judges and rows are held out, too: of two equal scores it decides
 
     @property
     def finished(self) -> bool:

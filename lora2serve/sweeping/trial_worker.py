@@ -20,7 +20,12 @@ from lora2serve.artifacts.run_record import EvalLoss
 from lora2serve.config import recipe as recipes
 from lora2serve.config.recipe import Recipe
 from lora2serve.data import data_sets
+from lora2serve.errors import TrainError
+from lora2serve.parity_check.chat_models import of_trained
+from lora2serve.parity_check.trained_model import of_run
 from lora2serve.progress import Silent
+from lora2serve.sweeping.suite_losses import base_losses, suite_losses
+from lora2serve.sweeping.sweep_suite import SuiteOrder, read_part
 from lora2serve.sweeping.trial_record import RowLoss, TrialOutcome
 from lora2serve.system.hardware import VISIBLE
 from lora2serve.weights.checkpoint import read_config
@@ -35,13 +40,14 @@ class TrialWorker:
     """Run by ``trial_process.py``. ``gpu``: the only one that it uses; ``threads`` of torch, 0 for its own choice."""
 
     def __init__(self, link: Link, gpu: str | None, threads: int) -> None:
-        del link
+        self._link = link
         use_gpu(gpu, threads)
 
     def train(self, order: TrialOrder) -> dict[str, object]:
         """Train as the recipe says, into an empty directory; a ``TrialOutcome``."""
         from lora2serve.training.finetune import train
 
+        suite = read_part(order["suite"]) if order["suite"] else None  # what is wrong with it is said before a training
         gc.collect()  # the model of the trial before
         recipe, run, base = (
             recipes.load(Path(order["recipe"]), order["overrides"]),
@@ -55,16 +61,24 @@ class TrialWorker:
         train(recipe, run, data_sets.load(recipe.data), base=base, quick=order["quick"], progress=Silent())
         seconds = time.monotonic() - begin
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # a trial that was cut off begins again
-        if order["final_rows"]:
+        if suite:
+            losses = suite_losses(self._link, of_trained(of_run(run, base), run.name), suite)
+        elif order["final_rows"]:
             losses = _row_loss(_measured(recipe, base, run.adapter, Path(order["final_rows"])))
         else:
             losses = _read_losses(run.row_losses)
+        if not losses.finite:
+            raise TrainError("the eval loss is not a number", "a smaller learning rate may train")
         return _outcome(run, base, losses, seconds).to_json()
 
-    def measure(self, recipe: str, base: str, files: Sequence[str]) -> list[object]:
-        """The base's losses on each file of rows: ``RowLoss`` records."""
-        loaded = recipes.load(Path(recipe))
-        return [_row_loss(_measured(loaded, Path(base), None, Path(file))).to_json() for file in files]
+    def measure(self, recipe: str, base: str, files: Sequence[str], suites: Sequence[SuiteOrder]) -> list[object]:
+        """The base's losses on each file of rows, then on each suite: ``RowLoss`` records."""
+        loaded, parts = recipes.load(Path(recipe)), [read_part(order) for order in suites]
+        losses = [_row_loss(_measured(loaded, Path(base), None, Path(file))) for file in files]
+        losses += base_losses(self._link, loaded, Path(base), parts)
+        if not all(item.finite for item in losses):
+            raise TrainError("its loss is not a number", "look at its weights: `lora2serve chat` shows what it says")
+        return [item.to_json() for item in losses]
 
 
 def use_gpu(gpu: str | None, threads: int) -> None:
@@ -88,6 +102,7 @@ def _outcome(run: Run, base: Path, losses: RowLoss, seconds: float) -> TrialOutc
         memory_measured=memory is not None, parameters=sum(prod(spec.shape) for spec in tensors),
         servable=not findings, problem="; ".join(finding.message for finding in findings), run=str(run.path),
         curve=tuple((int(line["step"]), float(line["eval_loss"])) for line in lines if "eval_loss" in line),
+        eval_loss=tuned.eval_loss if losses.scored and (tuned := run.record.metrics.tuned) else None,
     )  # fmt: skip
 
 

@@ -124,10 +124,14 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     ``durable``: after a power cut, too.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    temporary.write_text(text, encoding="utf-8")
-    if durable:
-        sync_to_disk(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        if durable:
+            sync_to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
     if durable:
         sync_to_disk(path.parent)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from lora2serve.artifacts import manifest
 from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord
 from lora2serve.artifacts.run import Run
-from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss, QuantizationRecord
+from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss
 from lora2serve.config import lora_inits
 from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import Recipe, dump
@@ -34,7 +34,6 @@ from lora2serve.system.small_files import let_umask_decide
 from lora2serve.training import advice, eval_loss, ranks
 from lora2serve.training.checkpoints import last_checkpoint
 from lora2serve.training.eval_loss import RowLosses
-from lora2serve.training.expert_layers import four_bit_parameters
 from lora2serve.training.loop_choice import choose_loop
 from lora2serve.training.memory_record import begin_measuring, keep_measured
 from lora2serve.training.method_config import adapter_config
@@ -45,7 +44,7 @@ from lora2serve.training.model import (
     device,
     load_base,
     prepare,
-    quantized_modules,
+    quantization_of,
 )
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
@@ -212,19 +211,7 @@ class FineTune:
 
     def record_start(self, model: PreTrainedModel, template: ChatTemplate) -> None:
         """Base, data and versions into run.json."""
-        quantization = None
-        modules = quantized_modules(model)
-        if modules:
-            config = model.config.quantization_config
-            quantization = QuantizationRecord(
-                type=config.bnb_4bit_quant_type if config.load_in_4bit else "int8",
-                double_quant=config.bnb_4bit_use_double_quant,
-                block_size=64,
-                compute_dtype=self.device.dtype,
-                modules=tuple(modules),
-                experts=tuple(four_bit_parameters(model)),
-            )
-        before = self.run.record.quantization
+        quantization, before = quantization_of(model, self.device), self.run.record.quantization
         if before and quantization and before.experts != quantization.experts:
             self.progress.warn(f"{self.run.path}: begun with experts in 16 bits, which are in 4 bits from now on")
         base = identity(self.base, self.recipe.model.path, self.recipe.model.revision)

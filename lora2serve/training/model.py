@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora2serve.artifacts.run_record import QuantizationRecord
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.errors import TrainError, first_line
@@ -14,6 +15,7 @@ from lora2serve.planning.plan_settings import ComputeType
 from lora2serve.system.hardware import memory_bytes
 from lora2serve.training import ranks
 from lora2serve.training.cpt_loss import leave_loss_to_trainer
+from lora2serve.training.expert_layers import four_bit_parameters
 from lora2serve.training.lora_targets import other_towers, refuse_unknown, target_parameters, targets
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.library import import_quietly
@@ -163,7 +165,20 @@ def section_of(config: PeftConfig) -> str:
     return "train.lora" if config.peft_type == "LORA" else "train.options"
 
 
-def quantized_modules(model: PreTrainedModel) -> list[str]:
+def quantization_of(model: PreTrainedModel, device: Device) -> QuantizationRecord | None:
+    """How a base is quantized as it was loaded; None where it is not."""
+    modules = _quantized_modules(model)
+    if not modules:
+        return None
+    config = model.config.quantization_config
+    return QuantizationRecord(
+        type=config.bnb_4bit_quant_type if config.load_in_4bit else "int8",
+        double_quant=config.bnb_4bit_use_double_quant, block_size=64, compute_dtype=device.dtype,
+        modules=tuple(modules), experts=tuple(four_bit_parameters(model)),
+    )  # fmt: skip
+
+
+def _quantized_modules(model: PreTrainedModel) -> list[str]:
     """Dotted names of the modules that bitsandbytes really replaced."""
     if not getattr(model, "is_quantized", False):
         return []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lora2serve.errors import UsageError
 from lora2serve.evaluation.eval_records import ItemResult
 from lora2serve.evaluation.score_gates import judge, parse_gate, refuse_unknown
+from lora2serve.evaluation.suite_evaluation import gate_results
 from lora2serve.evaluation.suite_run import Measured
 
 FIGURES = {"acc": ("score", None), "acc-geo": ("score", "geo"), "seconds": ("seconds", None)}
@@ -39,6 +42,23 @@ def test_gates() -> None:
     assert verdict("seconds <= 2", [1] * 50) == "met"
 
 
+def test_what_was_not_answered_or_not_measured_meets_no_gate() -> None:
+    """An engine's errors are neither a fast answer nor a base that is easily beaten; numbers that are none are none."""
+    new, old = measured([1] * 100), measured([1] * 100, name="old")
+    broken = replace(old, items=(*old.items[:99], replace(old.items[99], score=0.0, seconds=0.0, error="it ended")))
+
+    def verdicts(models: list[Measured], reference: Measured, *texts: str) -> list[str]:
+        results = gate_results([parse_gate(text) for text in texts], models, reference, FIGURES)
+        return [result.verdict for result in results]
+
+    texts = ("acc >= base - 0.05", "seconds <= base + 0.5", "acc >= 0.9")
+    assert verdicts([new], old, *texts) == ["met"] * 3, "the control"
+    assert verdicts([new], broken, *texts) == ["not enough items", "not enough items", "met"]
+    assert verdicts([broken], old, "seconds <= 2", "acc >= 0.9") == ["not enough items", "met"]
+    nothing = judge(parse_gate("acc >= base - 0.05"), "new", [1.0, float("nan")] * 50, [1.0] * 100, None)
+    assert nothing.verdict == "not enough items" and "not measured on every item" in nothing.reason
+
+
 def test_a_reason_says_how_many_are_needed() -> None:
     result = judge(parse_gate("acc >= base - 0.01"), "new", [1.0] * 20, [1.0] * 20, None)
     assert "20 items are not enough, about" in result.reason and not result.met
@@ -55,5 +75,9 @@ def test_what_is_no_gate() -> None:
         refuse_unknown([gate], "other", ["acc"], compared=True)
     with pytest.raises(UsageError, match="no figure acc"):
         refuse_unknown([gate], "qa", ["f1"], compared=True)
+    for text in ("acc >= 70", "acc >= base - 1", "acc-geo <= 50", "acc >= base - 5"):
+        with pytest.raises(UsageError, match="is from 0 to 1, and a point"):
+            refuse_unknown([parse_gate(text)], "qa", ["acc", "acc-geo"], compared=True)
+    refuse_unknown([parse_gate("acc >= 1"), parse_gate("seconds <= 90")], "qa", ["acc", "seconds"], compared=True)
     with pytest.raises(UsageError, match="nothing to compare with"):
         refuse_unknown([gate], "qa", ["acc"], compared=False)

@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+import lora2serve as api
 from lora2serve.artifacts.run import Run, is_run
 from lora2serve.errors import Lora2ServeError, SweepError
+from lora2serve.evaluation.eval_records import items_path, read_items
+from lora2serve.evaluation.suite import read_suite
+from lora2serve.sweeping.sweep_suite import split_suite
 from lora2serve.sweeping.trial_ledger import open_ledger
 from lora2serve.sweeping.trial_process import ChildTrials, TrialOrder
 from lora2serve.system.small_files import digest
@@ -95,7 +99,7 @@ def test_a_trial_that_is_killed_is_an_outcome(swept: Path, tmp_path: Path) -> No
     def order(name: str, *overrides: str, base: Path = swept.parents[1] / "base") -> TrialOrder:
         return TrialOrder(
             recipe=str(swept / "recipe.yaml"), overrides=[*overrides], run=str(tmp_path / name), base=str(base),
-            base_loss=None, quick=True, final_rows=None,
+            base_loss=None, quick=True, final_rows=None, suite=None,
         )  # fmt: skip
 
     def kill() -> None:
@@ -113,6 +117,72 @@ def test_a_trial_that_is_killed_is_an_outcome(swept: Path, tmp_path: Path) -> No
     with pytest.raises(SweepError, match="the base cannot be measured"):
         trials.measure(swept / "recipe.yaml", tmp_path, [swept / "rows" / "final.jsonl"])
     trials.close()
+
+
+def choices(folder: Path, count: int = 24) -> Path:
+    """A suite of the demo's questions, each with its answer and two of others, by log-likelihood."""
+    pairs = [[turn["content"] for turn in row["messages"][-2:]] for row in rows("eval.jsonl", count)]
+    answers = list(dict.fromkeys(answer for _, answer in pairs))
+    items = [
+        {"prompt": question, "choices": [answers[(answers.index(answer) + n) % len(answers)] for n in range(3)],
+         "expected": answer}
+        for question, answer in pairs
+    ]  # fmt: skip
+    write_jsonl(folder / "choice.jsonl", items)
+    (folder / "choice.yaml").write_text("rows: choice.jsonl\nscorer: choice\n")
+    return folder / "choice.yaml"
+
+
+def test_a_suite_judges(tmp_path: Path) -> None:
+    """No rows are held out. Every trial has the scores that ``evaluate`` gives its run, the base those of the base."""
+    prepare(tmp_path)
+    text = (tmp_path / "lora2serve.yaml").read_text()
+    content = yaml.safe_load(text)
+    del content["data"]["eval"]
+    (tmp_path / "lora2serve.yaml").write_text(yaml.safe_dump(content))
+    suite = choices(tmp_path)
+    lora2serve("sweep", "--space", "space.yaml", "--name", "small", cwd=tmp_path, code=2)  # nothing to judge by
+    lora2serve("sweep", "--space", "space.yaml", "--name", "small", "--suite", suite, cwd=tmp_path)
+    ledger = open_ledger(str(tmp_path / "sweeps" / "small" / "sweep.db"))
+    parts = dict(zip(("search", "final"), split_suite(read_suite(suite)), strict=True))
+    lines = suite.with_suffix(".jsonl").read_text().splitlines()
+    files = {}
+    for part, asked in parts.items():
+        write_jsonl(tmp_path / f"{part}.jsonl", [json.loads(lines[int(item.name) - 1]) for item in asked.items])
+        files[part] = tmp_path / f"{part}.yaml"
+        files[part].write_text(f"rows: {part}.jsonl\nscorer: choice\n")
+    results = ledger.read().results
+    chosen = [next(key for key in results if mark in key) for mark in ("full-seed42", "full-seed43", "rung")]
+    for key in chosen:
+        part = "final" if "full" in key else "search"
+        done = api.evaluate(results[key].run, against="base", suite=files[part], out=tmp_path / key)
+        items, of_base = (read_items(items_path(record)) for record in done.records)
+        assert [1 - item.score for item in items] == [*results[key].losses.sums] and len(items) == 12
+        facts = ledger.facts
+        known = facts.base_final if part == "final" else facts.base_search
+        assert [1 - item.score for item in of_base] == [*known.sums]
+    content = front(tmp_path / "sweeps" / "small")
+    assert content["quality"]["suite"] == "choice" and content["base_eval_loss"] is None
+    assert "12 items of choice" in content["recommended"]["reason"][0]
+    out = lora2serve("sweep", "--space", "space.yaml", "--name", "small", "--suite", suite, cwd=tmp_path)
+    assert out.endswith("recommended.yaml\n"), "the same command has nothing left to do"
+    suite.write_text("rows: choice.jsonl\nscorer: exact\n")  # another question
+    lora2serve("sweep", "--space", "space.yaml", "--name", "small", "--suite", suite, cwd=tmp_path, code=2)
+
+
+def test_held_out_rows_judge_by_their_answers(tmp_path: Path) -> None:
+    """As a suite, beside their eval loss; two trials at a time, and a budget."""
+    prepare(tmp_path)
+    words = ("--space", "space.yaml", "--name", "small", "--suite", "held-out", "--jobs", "2", "--budget", "6")
+    lora2serve("sweep", *words, cwd=tmp_path)
+    facts = open_ledger(str(tmp_path / "sweeps" / "small" / "sweep.db")).facts
+    content = front(tmp_path / "sweeps" / "small")
+    assert content["quality"]["metric"] == "acc" and content["base_eval_loss"] == pytest.approx(facts.base_rows.mean)
+    assert all(value in (0.0, 1.0) for value in (*facts.base_search.sums, *facts.base_final.sums))
+    for line in content["trials"]:
+        assert line["objectives"]["loss"] <= 1 and len(line["curve"]) >= 1
+        tuned = Run(Path(line["run"])).record.metrics.tuned
+        assert tuned and tuned.eval_loss > 1, "the control: a loss of names is more than any share"
 
 
 def tried(storage: Path) -> int:

@@ -163,7 +163,7 @@ class FailingPlace:
     def run(self, order: object) -> TrialOutcome:
         return TrialOutcome("failed", "the disk is full")
 
-    def measure(self, recipe: object, base: object, files: object) -> list[object]:
+    def measure(self, recipe: object, base: object, files: object, suites: object = ()) -> list[object]:
         return []
 
     def stop(self) -> None: ...

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora2serve.console import size
+from lora2serve.sweeping.sweep_quality import Quality
 from lora2serve.sweeping.sweep_report import SweepReport, TrialLine
 
 WIDTH, HEIGHT = 1000, 100  # of the drawing; the page stretches it
@@ -24,7 +25,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class FrontChart:
-    """Each configuration by what it takes and its loss: dots of the front, and the others."""
+    """Each configuration by what it takes and its loss or score: dots of the front, and the others."""
 
     title: str
     grid: Sequence[Tick]
@@ -52,7 +53,7 @@ class CurveChart:
 
 
 def front_charts(report: SweepReport) -> list[FrontChart]:
-    """The loss beside memory, time and parameters, of the trials with all steps of the search."""
+    """The loss or score beside memory, time and parameters, of the trials with all steps of the search."""
     lines = _whole(report)
     if len(lines) < 2:
         return []
@@ -64,7 +65,7 @@ def front_charts(report: SweepReport) -> list[FrontChart]:
     charts = []
     for title, (values, shown) in axes.items():
         if max(values) > min(values):
-            charts.append(_front_chart(title, lines, values, [shown(min(values)), shown(max(values))]))
+            charts.append(_front_chart(title, report.quality, lines, values, [shown(min(values)), shown(max(values))]))
     return charts
 
 
@@ -73,14 +74,15 @@ def curve_chart(report: SweepReport) -> CurveChart | None:
     lines = [line for line in _whole(report) if len(line.curve) > 1]
     if not lines:
         return None
-    values = [report.base_loss, *(loss for line in lines for _, loss in line.curve)]
+    base = report.base_loss if report.base_eval_loss is None else report.base_eval_loss
+    values = [base, *(loss for line in lines for _, loss in line.curve)]
     low, high, last = min(values), max(values), max(step for line in lines for step, _ in line.curve)
 
     def point(step: int, loss: float) -> str:
         return f"{WIDTH * step / last:.0f} {HEIGHT * (1 - _share(loss, low, high)):.1f}"
 
     curves = [
-        Curve("M" + "L".join(point(*pair) for pair in [(0, report.base_loss), *line.curve]), line.on_front)
+        Curve("M" + "L".join(point(*pair) for pair in [(0, base), *line.curve]), line.on_front)
         for line in sorted(lines, key=lambda line: line.on_front)
     ]
     return CurveChart(_grid(low, high), last, curves)
@@ -90,22 +92,25 @@ def _whole(report: SweepReport) -> list[TrialLine]:
     return [line for line in report.trials if line.level >= 0 and line.share == 1.0 and line.objectives]
 
 
-def _front_chart(title: str, lines: Sequence[TrialLine], values: Sequence[float], ends: Sequence[str]) -> FrontChart:
+def _front_chart(
+    title: str, quality: Quality, lines: Sequence[TrialLine], values: Sequence[float], ends: Sequence[str]
+) -> FrontChart:
     losses = [o.loss for line in lines if (o := line.objectives)]
-    low, high = min(losses), max(losses)
+    figures = [quality.figure(loss) for loss in losses]
+    low, high = min(figures), max(figures)
     places = [EDGE + (1 - 2 * EDGE) * _share(math.log(v), math.log(min(values)), math.log(max(values))) for v in values]
-    heights = [_share(loss, low, high) for loss in losses]
+    heights = [_share(figure, low, high) for figure in figures]
     placed = zip(lines, places, heights, strict=True)
     dots = [(line.on_front, f"{WIDTH * x:.0f} {HEIGHT * (1 - y):.1f}") for line, x, y in placed]
-    best: list[tuple[float, float]] = []
-    for x, y in sorted(zip(places, heights, strict=True)):
-        if not best or y < best[-1][1]:
-            best.append((x, y))
+    best: list[tuple[float, float, float]] = []
+    for x, loss, y in sorted(zip(places, losses, heights, strict=True)):
+        if not best or loss < best[-1][1]:
+            best.append((x, loss, y))
     return FrontChart(
         title=title, grid=_grid(low, high), below=[Tick(100 * EDGE, ends[0]), Tick(100 * (1 - EDGE), ends[1])],
         front="".join(f"M{at}h0" for is_front, at in dots if is_front),
         others="".join(f"M{at}h0" for is_front, at in dots if not is_front),
-        line="M" + "L".join(f"{WIDTH * x:.0f} {HEIGHT * (1 - y):.1f}" for x, y in best),
+        line="M" + "L".join(f"{WIDTH * x:.0f} {HEIGHT * (1 - y):.1f}" for x, _, y in best),
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora2serve.console import size
+from lora2serve.console import size, upper_first
 from lora2serve.sweeping.report.sweep_charts import curve_chart, front_charts
 from lora2serve.sweeping.search_plan import KEPT_GAIN
 from lora2serve.sweeping.sweep_report import SweepReport
@@ -26,6 +26,8 @@ def render(report: SweepReport) -> str:
             choices=sorted(report.choices, key=lambda choice: choice.constraint != report.constraint),
             charts=front_charts(report),
             curves=curve_chart(report),
+            shown=report.quality.shown,
+            unit=" points" if report.quality.of_suite else " %",
             importance={NAMES.get(key, key): share for key, share in report.importance.items()},
         )
     )
@@ -39,5 +41,6 @@ def _environment() -> Environment:
         loader=ChoiceLoader([own, style]), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["upper_first"] = upper_first
     environment.globals |= {"size": size, "titles": TITLES, "kept_gain": KEPT_GAIN}
     return environment

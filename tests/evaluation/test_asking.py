@@ -1,0 +1,73 @@
+"""Items put to an engine that is planted: what is no number, what was not answered, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from lora2serve.errors import EngineError
+from lora2serve.evaluation import answer_cache
+from lora2serve.evaluation.answerer import EngineAnswer, Turns
+from lora2serve.evaluation.suite import Suite, read_suite
+from lora2serve.evaluation.suite_run import ask_all, evaluation, metric_names
+from lora2serve.parity_check.chat_models import ChatModel
+from tests.support.runs import Told
+
+MODEL = ChatModel("planted", "peft", {})
+
+
+@dataclass
+class PlantedEngine:
+    """Answers one question after the other with these."""
+
+    values: list[list[float]]
+    asked: list[str] = field(default_factory=list)
+
+    def answer(self, messages: Turns, max_tokens: int, temperature: float, base: bool) -> EngineAnswer:
+        return EngineAnswer(error="it takes no questions")
+
+    def likelihoods(self, messages: Turns, texts: Sequence[str], base: bool) -> EngineAnswer:
+        self.asked += texts
+        return EngineAnswer(values=self.values.pop(0), seconds=0.1)
+
+    def first_tokens(self, messages: Turns, base: bool) -> dict[str, float]:
+        return {}
+
+
+def suite_of(folder: Path, *tasks: str, scorer: str = "choice") -> Suite:
+    rows = [{"prompt": f"{n}?", "choices": ["a", "b"], "expected": "a", "task": task} for n, task in enumerate(tasks)]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qa.yaml").write_text(f"rows: qa.jsonl\nscorer: {scorer}\n")
+    return read_suite(folder / "qa.yaml")
+
+
+def test_a_likelihood_that_is_no_number_is_no_answer(tmp_path: Path) -> None:
+    """Not the first choice, which may be the right one. Minus infinity is a number: the control."""
+    suite, told, nan, never = suite_of(tmp_path, "", "", ""), Told(), float("nan"), float("-inf")
+    measured = ask_all(PlantedEngine([[nan, nan], [-1.0, never], [-2.0, nan]]), "planted", MODEL, suite, told)
+    assert [item.score for item in measured.items] == [0.0, 1.0, 0.0]
+    assert [bool(item.error) for item in measured.items] == [True, False, True] and measured.failed() == 2
+    assert evaluation(measured, suite).failed == 2 and "2 of 3 items were not answered" in told.warnings[0]
+    with pytest.raises(EngineError, match="no item was answered: it takes no questions"):
+        ask_all(PlantedEngine([]), "planted", MODEL, suite_of(tmp_path, "", scorer="exact"), told)
+
+
+def test_what_failed_is_asked_again(tmp_path: Path) -> None:
+    """Answers are kept for the next time where all are answers."""
+    suite, nan = suite_of(tmp_path, "", ""), float("nan")
+    for name, values, kept in (("bad", [[-1.0, -2.0], [nan, -2.0]], False), ("good", [[-1.0, -2.0]] * 2, True)):
+        measured = ask_all(PlantedEngine([*values]), "planted", MODEL, suite, Told())
+        answer_cache.save(tmp_path / name, measured)
+        assert (answer_cache.load(tmp_path / name, "planted") == measured) is kept, name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "qa.jsonl", "qa.yaml"]
+
+
+def test_tasks_that_are_written_alike_have_a_figure_each(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, "a b", "a-b", "", "other", "a b")
+    names = metric_names(suite)
+    assert set(names.values()) == {None, "a b", "a-b", "", "other"} and len(names) == 5
+    assert list(names)[:2] == ["acc", "acc-a-b"]
