@@ -128,6 +128,7 @@ def read_suite(path: Path, most: int | None = None, *, truth: bool = True) -> Su
     if not NAME.fullmatch(name):
         problems.append(f"name: {show(name)}, expected letters, digits, '_' and '-'")
     if problems:
+        _scorers(recipe, path.resolve().parent, problems)  # what is wrong with those, too
         raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems), EXAMPLE)
     return of_rows(path.parent / recipe.rows, name, recipe, path.resolve().parent, most, truth=truth)
 
@@ -137,8 +138,7 @@ def of_rows(
 ) -> Suite:
     """The suite of a file of rows; what its scorers name lies relative to ``home``."""
     problems: list[str] = []
-    scorer = make_scorer(recipe.scorer, home, "scorer", problems)
-    scorers = {task: make_scorer(given, home, f"tasks.{task}", problems) for task, given in recipe.tasks.items()}
+    scorer, scorers = _scorers(recipe, home, problems)
     if problems:
         raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems), EXAMPLE)
     reader = _Reader(path, recipe, truth=truth)
@@ -153,6 +153,12 @@ def of_rows(
         count = f"{len(lacking)} of {len(items)} items cannot be scored:"
         raise DataError("\n".join([count, *lacking[:LISTED]]), FORMS)
     return suite
+
+
+def _scorers(recipe: SuiteRecipe, home: Path, problems: list[str]) -> tuple[Scorer, dict[str, Scorer]]:
+    """The suite's, and those of its tasks."""
+    scorer = make_scorer(recipe.scorer, home, "scorer", problems)
+    return scorer, {task: make_scorer(own, home, f"tasks.{task}", problems) for task, own in recipe.tasks.items()}
 
 
 class _Reader:

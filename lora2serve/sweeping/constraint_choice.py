@@ -62,8 +62,8 @@ def _scarce(finalist: Finalist, constraint: Constraint) -> float:
 
 
 def _figures(chosen: Finalist, base_loss: float, quality: Quality) -> str:
-    ends = [quality.shown(loss) for loss in sorted(chosen.by_seed, key=quality.figure)]
-    seeds = f" ({len(ends)} seeds: {ends[0]} to {ends[-1]})" if len(ends) > 1 else ""
+    count = len(chosen.by_seed)
+    seeds = f" ({count} seeds: {quality.span(chosen.by_seed)})" if count > 1 else ""
     rows = quality.rows(len(chosen.losses.sums))
     return (
         f"{upper_first(chosen.point.words)} {quality.reached(chosen.losses.mean)}{seeds} on {rows}; the base "

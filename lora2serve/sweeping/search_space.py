@@ -113,9 +113,8 @@ def read_space(path: Path | None, recipe: Path, overrides: Sequence[str]) -> Sea
     content, problems = read_keys(path, HINT)
     values = {key: list(value) if isinstance(value, list) else [value] for key, value in content.items()}
     for key, items in values.items():
-        problems += _problems_of_key(key, items)
-        if not problems:
-            problems += [text for item in items for text in _misfits(recipe, overrides, key, item)]
+        own = list(_problems_of_key(key, items))
+        problems += own or [text for item in items for text in _misfits(recipe, overrides, key, item)]
     if not content:
         problems.append("empty, expected fields of a recipe with lists of values")
     if problems:

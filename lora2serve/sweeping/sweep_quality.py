@@ -5,6 +5,7 @@ What is compared is a loss in both cases, of which less is better: that of a sui
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,6 +56,15 @@ class Quality(JsonRecord):
     def shown(self, loss: float) -> str:
         """``0.4312``, or ``87.5 %``."""
         return f"{100 * (1 - loss):.1f} %" if self.suite else f"{loss:.4f}"
+
+    def span(self, losses: Sequence[float]) -> str:
+        """From the smallest figure to the largest."""
+        ends = sorted(losses, key=self.figure)
+        return f"{self.shown(ends[0])} to {self.shown(ends[-1])}"
+
+    def mark(self, figure: float) -> str:
+        """At a line of a chart."""
+        return f"{100 * figure:.3g} %" if self.suite else f"{figure:.3g}"
 
     def reached(self, loss: float) -> str:
         """As a sentence has it."""

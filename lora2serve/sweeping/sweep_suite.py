@@ -9,7 +9,7 @@ from typing import Literal, TypedDict
 
 from lora2serve.config.recipe import HELD_OUT_ROWS
 from lora2serve.data.data_sets import DataSets
-from lora2serve.errors import InputError, UsageError
+from lora2serve.errors import InputError, UsageError, did_you_mean
 from lora2serve.evaluation.overlap import compare
 from lora2serve.evaluation.suite import Suite, read_suite
 from lora2serve.evaluation.suite_run import metric_names
@@ -38,6 +38,9 @@ def suite_quality(named: str, sets: DataSets, progress: Progress) -> Quality:
         if sets.held_out is None:
             raise UsageError("--suite held-out: the recipe holds no rows out", "set data.eval_split: 0.1, or data.eval")
         return Quality(HELD_OUT_ROWS)
+    if not Path(named).is_file():
+        near = did_you_mean(named, [HELD_OUT_ROWS])
+        raise UsageError(f"--suite {named}: no such file{near}", "a suite's YAML, a file of rows, or held-out")
     suite = read_suite(Path(named))
     overlap = compare(suite.items, sets.train.rows)
     if overlap.same:

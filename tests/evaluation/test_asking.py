@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora2serve.evaluation.suite_run import ask_all, evaluation, metric_names
 from lora2serve.parity_check.chat_models import ChatModel
 from tests.support.runs import Told
 
+FORK = multiprocessing.get_context("fork")
 MODEL = ChatModel("planted", "peft", {})
 
 
@@ -64,6 +66,28 @@ def test_what_failed_is_asked_again(tmp_path: Path) -> None:
         answer_cache.save(tmp_path / name, measured)
         assert (answer_cache.load(tmp_path / name, "planted") == measured) is kept, name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "qa.jsonl", "qa.yaml"]
+
+
+def test_two_that_write_one_file(tmp_path: Path) -> None:
+    """Two evaluations of one base at the same time: each file is one of both, and nothing else is left."""
+    suite = suite_of(tmp_path, "")
+    start = FORK.Barrier(3)
+
+    def write(number: int) -> None:
+        measured = ask_all(PlantedEngine([[-1.0, -2.0]]), f"planted {number}" * 1000, MODEL, suite, Told())
+        start.wait()
+        for _ in range(50):
+            answer_cache.save(tmp_path / "cached" / "base.json", measured)
+
+    children = [FORK.Process(target=write, args=(number,)) for number in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    known = answer_cache.load(tmp_path / "cached" / "base.json", "base")
+    assert known and known.engine in [f"planted {number}" * 1000 for number in range(3)]
+    assert [path.name for path in (tmp_path / "cached").iterdir()] == ["base.json"]
 
 
 def test_tasks_that_are_written_alike_have_a_figure_each(tmp_path: Path) -> None:

@@ -103,6 +103,13 @@ def test_a_suite_that_is_wrong(tmp_path: Path, yaml: str, problem: str) -> None:
     assert problem in refused.value.message
 
 
+def test_every_problem_of_a_suite_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        suite_of(tmp_path, "scorer: exakt\nmax_token: 5\nname: a/b\n")
+    for part in ("unknown scorer 'exakt'", "max_token: unknown key", "name: 'a/b'"):
+        assert part in refused.value.message, part
+
+
 def test_items_that_their_scorer_cannot_score(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"5 of 5 items cannot be scored.*\n.*fr: 0 choices"):
         suite_of(tmp_path, "scorer: choice\n", [ROWS[0], *({**ROWS[2], "expected": "blue"} for _ in range(4))])

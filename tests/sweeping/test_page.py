@@ -80,6 +80,15 @@ def test_the_recommended_recipe(facts: SweepFacts, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_whether_it_looked_far_enough_is_seen(facts: SweepFacts) -> None:
+    """Enough is no alarm."""
+    result = made(facts)
+    for at_edge, mark in (("", "first enough"), ("the rate is the largest", "first found")):
+        looked = replace(result.explored, growth=0.0, at_edge=at_edge, budget_ended=False)
+        page = render(replace(result, explored=looked, explored_words=looked.words))
+        assert f'<div class="{mark}"><b>{looked.words[:16]}' in page
+
+
 def test_workers_that_end_at_the_same_time(facts: SweepFacts) -> None:
     """Each writes all of it, into one folder."""
     files, result = TrialFiles(Path(facts.folder)), made(facts)

@@ -70,15 +70,10 @@ def test_every_problem_of_a_space_at_once(recipe: Path, tmp_path: Path) -> None:
         read_space(space_file(tmp_path, content), recipe, ())
     for words in (
         "data.max_length: expected a field of `train`", "train.steps: cannot be searched", "it grows with the rank",
-        "train.lora.rank: 8 given twice", "train.lora.dropout: an empty list",
+        "train.lora.rank: 8 given twice", "train.lora.dropout: an empty list", "train.learning_rate: 'x', expected a number",
+        "did you mean 'train.lora.rank'",
     ):  # fmt: skip
-        assert f"space.yaml: {words}" in error.value.message or words in error.value.message, words
-    for key, words in (
-        ("train.learning_rate", "expected a number"),
-        ("train.lora.rnk", "did you mean 'train.lora.rank'"),
-    ):
-        with pytest.raises(RecipeError, match=words):
-            read_space(space_file(tmp_path, {key: content[key]}), recipe, ())
+        assert words in error.value.message, words
     with pytest.raises(RecipeError, match="empty"):
         read_space(space_file(tmp_path, {}), recipe, ())
 

@@ -15,7 +15,7 @@ import pytest
 
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.data import data_sets
-from lora2serve.errors import DataError, InputError, RecipeError, UsageError
+from lora2serve.errors import DataError, InputError, UsageError
 from lora2serve.evaluation import stats
 from lora2serve.evaluation.suite import read_suite
 from lora2serve.sweeping.constraint_choice import choose
@@ -30,6 +30,7 @@ from lora2serve.sweeping.sweep_report import SweepReport, report
 from lora2serve.sweeping.sweep_suite import read_part, split_suite, suite_order, suite_quality
 from lora2serve.sweeping.trial_files import TrialFiles, halves
 from lora2serve.sweeping.trial_record import FULL, RowLoss, TrialOutcome, TrialSpec
+from tests.support.browser import look, needs_browser
 from tests.support.runs import Told, write_jsonl
 from tests.sweeping.planted_sweep import begin
 from tests.sweeping.simulated_search import TARGETS, PlantedLoss, searched
@@ -175,8 +176,8 @@ def test_suites_that_cannot_judge(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError):
         suite_quality(str(tmp_path / "empty.jsonl"), sets_of(tmp_path, "else"), Told())
-    with pytest.raises(RecipeError, match="No such file"):
-        suite_quality(str(tmp_path / "none.yaml"), sets_of(tmp_path, "else"), Told())
+    with pytest.raises(UsageError, match=r"heldout: no such file \(did you mean 'held-out'\?\)"):
+        suite_quality("heldout", sets_of(tmp_path, "else"), Told())
 
 
 def planted_report(tmp_path: Path, quality: Quality) -> SweepReport:
@@ -195,6 +196,7 @@ def test_the_page_says_what_was_judged_by(tmp_path: Path) -> None:
     assert SweepReport.from_text(result.to_text(), "front.json") == result
     assert result.base_eval_loss == pytest.approx(4.0) and result.base_loss == 1.0
     page = render(result)
+    assert all(line.by_seed for line in result.finals) and "%</small>" in page
     for words in (
         "Accuracy on medqa by memory",
         ">Accuracy</th>",
@@ -210,3 +212,21 @@ def test_the_page_says_what_was_judged_by(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number() -> None:
     assert RowLoss((1.0, 0.0), (1, 1)).finite and not RowLoss((1.0, math.nan), (1, 1)).finite
+
+
+@pytest.mark.engine
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
+    """As ``test_page.py`` looks at a sweep by the eval loss; scores stand in percent at the charts, too."""
+    page = tmp_path / "report.html"
+    page.write_text(render(planted_report(tmp_path, replace(MEDQA, suite="a-name-without-an-end-" * 5))))
+    seen = look(
+        page,
+        "wide: root.scrollWidth - root.clientWidth, width: innerWidth,"
+        "drawn: [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100),"
+        "percent: [...document.querySelectorAll('.charts .y')].every(s => s.innerText.endsWith('%')),"
+        "small: [...document.querySelectorAll('body *')].filter(e => e.innerText && parseFloat(getComputedStyle(e).fontSize) < 11).length",
+        width=width, scheme=scheme,
+    )  # fmt: skip
+    assert seen["drawn"] and seen["percent"] and (seen["wide"], seen["small"], seen["width"]) == (0, 0, width)

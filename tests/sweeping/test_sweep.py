@@ -26,8 +26,10 @@ from lora2serve.sweeping.trial_process import ChildTrials, TrialOrder
 from lora2serve.system.small_files import digest
 from tests.conftest import lora2serve
 from tests.support.commands import ROOT
+from tests.support.registries import empty_database, running_postgres
 from tests.support.runs import DEMO, make_chat_model, recipe_file, rows, write_jsonl
 from tests.support.shared import once
+from tests.sweeping.simulated_search import searched
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]  # what make test has of it is planted: test_workers.py
 
@@ -185,16 +187,62 @@ def test_held_out_rows_judge_by_their_answers(tmp_path: Path) -> None:
         assert tuned and tuned.eval_loss > 1, "the control: a loss of names is more than any share"
 
 
-def tried(storage: Path) -> int:
+def tried(storage: str) -> int:
     """Trials that were begun; none where there is no sweep yet."""
     try:
-        return len(open_ledger(str(storage)).read().tried)
+        return len(open_ledger(storage).read().tried)
     except Lora2ServeError:
         return 0
 
 
+def killed_and_joined(folder: Path, storage: str, *words: str, during: int) -> dict[str, Any]:
+    """front.json of a sweep that is killed in that trial and goes on, with another worker that joins it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "lora2serve", "sweep", *words], cwd=folder, env=environment)
+
+    first = start(*words)
+    while tried(storage) < during:
+        assert first.poll() is None
+        time.sleep(0.5)
+    first.kill()
+    first.wait()
+    before = set(open_ledger(storage).read().results)
+    assert len(before) == during - 1
+    workers = [start(*words)]
+    time.sleep(1)
+    workers.append(start("--join", storage))
+    assert [worker.wait() for worker in workers] == [0, 0]
+    trials = open_ledger(storage).study.trials
+    done = [trial.user_attrs["spec"] for trial in trials if "outcome" in trial.user_attrs]
+    assert len(done) == len(set(done)), "none was run twice"
+    content = front(Path(open_ledger(storage).facts.folder))
+    assert before <= {line["key"] for line in content["trials"]}
+    check_whole(storage, content)
+    return content
+
+
+def check_whole(storage: str, content: dict[str, Any]) -> None:
+    """The finished trials are those that an undisturbed search has, and the front is that of brute force."""
+    ledger = open_ledger(storage)
+    results, facts = ledger.read().results, ledger.facts
+    by_key = {line["key"]: line for line in content["trials"]}
+    again = searched(lambda spec: results[spec.key], facts.space, facts.settings)  # from nothing, by these outcomes
+    assert set(again.results) == set(results) == set(by_key)
+    assert all(line["status"] == "finished" for line in by_key.values())
+    whole = [line for line in content["trials"] if line["level"] >= 0 and line["share"] == 1.0]
+    values = {line["key"]: tuple(line["objectives"].values()) for line in whole}
+    brute = {
+        key for key, own in values.items()
+        if not any(all(a <= b for a, b in zip(o, own, strict=True)) and o != own for o in values.values())
+    }  # fmt: skip
+    assert {line["key"] for line in whole if line["on_front"]} == brute
+    assert content["recommended"]["reason"] and content["recommended"]["words"]
+
+
 def test_the_demo_killed_and_joined(tmp_path: Path) -> None:
-    """3 rates x 2 presets x 2 ranks on 60 rows. SIGKILL in the fourth trial; a second worker; the front is brute force."""
+    """3 rates x 2 presets x 2 ranks on 60 rows. SIGKILL in the fourth trial, and a second worker."""
     write_jsonl(tmp_path / "train.jsonl", rows("train.jsonl", 60))
     write_jsonl(tmp_path / "eval.jsonl", rows("eval.jsonl", 40))
     data = {"train": "train.jsonl", "eval": "eval.jsonl"}
@@ -205,37 +253,20 @@ def test_the_demo_killed_and_joined(tmp_path: Path) -> None:
         "train.lora.rank": [8, 16],
     }
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-    def start(*words: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "lora2serve", "sweep", *words], cwd=tmp_path, env=environment)
-
-    storage = tmp_path / "sweeps" / "demo" / "sweep.db"
-    first = start("--space", "space.yaml", "--name", "demo")
-    while tried(storage) < 4:
-        assert first.poll() is None
-        time.sleep(0.5)
-    first.kill()
-    first.wait()
-    before = {key: outcome.run for key, outcome in open_ledger(str(storage)).read().results.items()}
-    assert len(before) == 3
-    workers = [start("--space", "space.yaml", "--name", "demo")]
-    time.sleep(1)
-    workers.append(start("--join", str(storage)))
-    assert [worker.wait() for worker in workers] == [0, 0]
-    trials = open_ledger(str(storage)).study.trials
-    done = [trial.user_attrs["spec"] for trial in trials if "outcome" in trial.user_attrs]
-    assert len(done) == len(set(done)) and len(done) >= 12
-    content = front(tmp_path / "sweeps" / "demo")
-    assert before.keys() <= {line["key"] for line in content["trials"]}
+    storage = str(tmp_path / "sweeps" / "demo" / "sweep.db")
+    content = killed_and_joined(tmp_path, storage, "--space", "space.yaml", "--name", "demo", during=4)
     whole = [line for line in content["trials"] if line["level"] >= 0 and line["share"] == 1.0]
-    values = {line["key"]: tuple(line["objectives"].values()) for line in whole}
-    brute = {
-        key for key, own in values.items()
-        if not any(all(a <= b for a, b in zip(o, own, strict=True)) and o != own for o in values.values())
-    }  # fmt: skip
-    assert {line["key"] for line in whole if line["on_front"]} == brute
-    assert content["recommended"]["reason"] and all(line["objectives"]["loss"] < content["base_loss"] for line in whole)
+    assert len(content["trials"]) >= 12 and all(line["objectives"]["loss"] < content["base_loss"] for line in whole)
+
+
+def test_in_postgres_killed_and_joined(tmp_path: Path) -> None:
+    """The same by a database."""
+    prepare(tmp_path)
+    with running_postgres() as server:
+        storage = empty_database(server, "sweep")
+        words = ("--space", "space.yaml", "--name", "small", "--storage", storage)
+        killed_and_joined(tmp_path, storage, *words, during=3)
+    assert not list((tmp_path / "sweeps" / "small").glob("sweep.*")), "nothing of it lies in a file"
 
 
 def test_on_rays_test_cluster(tmp_path: Path) -> None:
@@ -258,5 +289,4 @@ def test_on_rays_test_cluster(tmp_path: Path) -> None:
         os.environ.pop("RAY_ADDRESS")
         ray.shutdown()
         cluster.shutdown()
-    content = front(tmp_path / "sweeps" / "small")
-    assert all(line["status"] == "finished" for line in content["trials"]) and content["recommended"]["words"]
+    check_whole(str(tmp_path / "sweeps" / "small" / "sweep.db"), front(tmp_path / "sweeps" / "small"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora2serve.console import size
-from lora2serve.sweeping.sweep_quality import Quality
+from lora2serve.sweeping.sweep_quality import EVAL_LOSS, Quality
 from lora2serve.sweeping.sweep_report import SweepReport, TrialLine
 
 WIDTH, HEIGHT = 1000, 100  # of the drawing; the page stretches it
@@ -85,7 +85,7 @@ def curve_chart(report: SweepReport) -> CurveChart | None:
         Curve("M" + "L".join(point(*pair) for pair in [(0, base), *line.curve]), line.on_front)
         for line in sorted(lines, key=lambda line: line.on_front)
     ]
-    return CurveChart(_grid(low, high), last, curves)
+    return CurveChart(_grid(low, high, EVAL_LOSS), last, curves)
 
 
 def _whole(report: SweepReport) -> list[TrialLine]:
@@ -107,16 +107,16 @@ def _front_chart(
         if not best or loss < best[-1][1]:
             best.append((x, loss, y))
     return FrontChart(
-        title=title, grid=_grid(low, high), below=[Tick(100 * EDGE, ends[0]), Tick(100 * (1 - EDGE), ends[1])],
+        title=title, grid=_grid(low, high, quality), below=[Tick(100 * EDGE, ends[0]), Tick(100 * (1 - EDGE), ends[1])],
         front="".join(f"M{at}h0" for is_front, at in dots if is_front),
         others="".join(f"M{at}h0" for is_front, at in dots if not is_front),
         line="M" + "L".join(f"{WIDTH * x:.0f} {HEIGHT * (1 - y):.1f}" for x, _, y in best),
     )  # fmt: skip
 
 
-def _grid(low: float, high: float) -> list[Tick]:
+def _grid(low: float, high: float, quality: Quality) -> list[Tick]:
     marks = [low + (high - low) * n / LINES for n in range(LINES + 1)]
-    return [Tick(100 * n / LINES, f"{mark:.3g}") for n, mark in enumerate(marks)]
+    return [Tick(100 * n / LINES, quality.mark(mark)) for n, mark in enumerate(marks)]
 
 
 def _share(value: float, low: float, high: float) -> float:
