@@ -132,7 +132,7 @@ class _Builder:
             elif name in value or (required and nested):
                 before = len(self.problems)
                 item = self.build(hints[name], value.get(name), f"{prefix}{name}")
-                if len(self.problems) == before or nested:
+                if len(self.problems) == before or nested or _holds_dataclasses(hints[name]):
                     built[name] = item
                 elif required:
                     built[name] = UNKNOWN
@@ -217,6 +217,11 @@ def _shape(kind: object) -> object:
     """The type of what YAML gives for a ``kind``."""
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     return list if get_origin(kind) is tuple else dict if is_dataclass(kind) or get_origin(kind) is Mapping else kind
+
+
+def _holds_dataclasses(kind: object) -> bool:
+    """Whether it is a list or a mapping of sections: those that fit are checked on, beside one that does not."""
+    return get_origin(kind) is not None and any(is_dataclass(each) for each in get_args(kind))
 
 
 def _type_name(kind: object) -> str:

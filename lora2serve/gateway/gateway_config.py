@@ -110,6 +110,8 @@ def load(path: Path | None, upstreams: Sequence[str], *, inside: str = "") -> Ga
         content, problems = read_keys(path, EXAMPLE)
         config, source = build(GatewayConfig, content, problems), f"{path}: "
     config = replace(config, upstreams={**config.upstreams, **_of_words(config, upstreams)})
+    if not config.upstreams and not inside and not any(problem.startswith("upstreams") for problem in problems):
+        problems.append("upstreams: none, expected one or more")
     problems += _problems(config, inside)
     if problems:
         raise RecipeError("\n".join(f"{source}{problem}" for problem in problems), EXAMPLE)
@@ -129,7 +131,7 @@ def _of_words(config: GatewayConfig, words: Sequence[str]) -> dict[str, Upstream
 
 
 def _problems(config: GatewayConfig, inside: str) -> list[str]:
-    problems = [] if config.upstreams or inside else ["upstreams: none, expected one or more"]
+    problems = list[str]()
     for name, upstream in config.upstreams.items():
         where = f"upstreams.{name}"
         if not upstream.url and name != inside:

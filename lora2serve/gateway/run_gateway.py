@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.api.version_registry import Registry
 from lora2serve.console import default_progress
-from lora2serve.errors import EngineError
+from lora2serve.errors import EngineError, did_you_mean
 from lora2serve.gateway.gateway_app import Gateway
 from lora2serve.gateway.gateway_config import GatewayConfig, load
 from lora2serve.gateway.gateway_metrics import GatewayMetrics
@@ -95,6 +95,8 @@ def run_gateway(
     chosen = config or (FILE if FILE.is_file() else None)
     settings, opened = load(chosen, upstreams), Registry(registry)
     names = opened.names()  # refuses a registry that is not there
+    for name in settings.routes.keys() - set(names):
+        progress.warn(f"routes.{name}: no such name in the registry{did_you_mean(name, names)}; it does nothing yet")
     with _listener(host, port) as listener:
         server = _server(settings, opened, progress)
         progress.note(f"{_address(host, listener)} answers for {', '.join(names) or 'no name yet'}")

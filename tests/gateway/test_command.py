@@ -37,6 +37,7 @@ def gateway(
     with Registry(folder / "registry") as registry:
         registry.promote("towns@1")
     port = free_port()
+    (folder / "gateway.yaml").write_text("routes: {twons: {challenger: {share: 0.5}}}")
     words = ["gateway", "--upstream", f"prod={stub.url}", "--port", str(port)]
     command = [sys.executable, "-m", "lora2serve", *words]
     if small:
@@ -83,7 +84,8 @@ def test_a_signal_lets_streams_end(tmp_path: Path, seed: Path, number: signal.Si
         assert answers[0].text == "towns-1 says a b c" and answers[0].body.endswith(b"[DONE]\n\n")
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (0, "")
-        assert err.splitlines()[0].endswith("answers for towns") and err.splitlines()[-1] == "ended"
+        assert "routes.twons: no such name in the registry (did you mean 'towns'?)" in err.splitlines()[0]
+        assert err.splitlines()[1].endswith("answers for towns") and err.splitlines()[-1] == "ended"
         assert "Traceback" not in err
 
 

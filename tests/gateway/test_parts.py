@@ -7,14 +7,16 @@ import itertools
 import json
 import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -24,7 +26,7 @@ from lora2serve import Registry, start_gateway
 from lora2serve.errors import RecipeError, UsageError
 from lora2serve.gateway import gateway_config
 from lora2serve.gateway.exchange import Recorder, prompt_text, read_reply
-from lora2serve.gateway.gateway_config import CaptureConfig
+from lora2serve.gateway.gateway_config import CaptureConfig, GatewayConfig, RouteConfig, UpstreamConfig
 from lora2serve.gateway.middleware import GatewayMiddleware
 from lora2serve.gateway.model_names import AnswerNames, counting_tokens, parse_object, with_model
 from lora2serve.gateway.security import is_closed
@@ -269,6 +271,42 @@ def test_configurations_that_cannot_be(tmp_path: Path, content: str, problem: st
     with pytest.raises(RecipeError) as raised:
         gateway_config.load(path, [])
     assert problem in raised.value.message
+
+
+def test_the_docs_have_all_keys_and_their_defaults(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text(encoding="utf-8")
+    text = page.partition("## All keys of gateway.yaml")[2].partition("```yaml\n")[2].partition("```")[0]
+    path = tmp_path / "gateway.yaml"
+    path.write_text(text)
+    config = gateway_config.load(path, [])
+    prod = UpstreamConfig(url="http://localhost:8000")
+    assert config == GatewayConfig(upstreams={"prod": prod}, routes={"medical-qa": RouteConfig()})
+
+    def keys(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: keys(each) for name, each in value.items()}
+        return {each.name: keys(getattr(value, each.name)) for each in fields(value)} if is_dataclass(value) else None
+
+    assert keys(yaml.safe_load(text)) == keys(config), "each key stands there"
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    """What is wrong in one place hides nothing elsewhere, nor is said to be missing what only does not fit."""
+    path = tmp_path / "gateway.yaml"
+    path.write_text(
+        "upstreams: {a: {url: nowhere, timeout: -1}, b: {}}\n"
+        "routes: {m: {unit_header: '', decisions: {rules: [{measure: truht}, {measure: errors, worse_by: 2}]}}, n: 5}\n"
+    )
+    with pytest.raises(RecipeError) as raised:
+        gateway_config.load(path, [])
+    assert [line.removeprefix(f"{path}: ").partition(":")[0] for line in raised.value.message.splitlines()] == [
+        "upstreams.a.timeout", "routes.m.decisions.rules[0].measure", "routes.n", "upstreams.a.url", "upstreams.b.url",
+        "routes.m.decisions.rules[1].worse_by", "routes.m.unit_header",
+    ]  # fmt: skip
+    path.write_text("upstreams: 5")
+    with pytest.raises(RecipeError) as raised:
+        gateway_config.load(path, [])
+    assert raised.value.message == f"{path}: upstreams: 5, expected keys and values"
 
 
 def test_upstreams_of_the_command_line(tmp_path: Path) -> None:
