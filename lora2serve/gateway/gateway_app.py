@@ -26,6 +26,7 @@ from lora2serve.gateway.feedback_requests import take_feedback
 from lora2serve.gateway.gateway_config import GatewayConfig
 from lora2serve.gateway.gateway_metrics import GatewayMetrics
 from lora2serve.gateway.model_names import parse_object
+from lora2serve.gateway.monitoring.otel_metrics import otel_observer
 from lora2serve.gateway.proxy import RoutedProxy
 from lora2serve.gateway.record_writer import RecordWriter
 from lora2serve.gateway.request_record import TrafficObserver
@@ -69,7 +70,9 @@ class Gateway:
         self._inner, self._upstreams, self._all = inner, upstreams, [*upstreams.values(), *shadows.values()]
         secret = read_secret(folder, progress)
         store = TrafficStore(folder, most_bytes=config.capture.most_bytes)
-        self._writer = RecordWriter(store, [metrics, *observers], metrics.records_dropped, progress)
+        self._otel = otel_observer(progress)
+        heard = [metrics, *observers, *([self._otel] if self._otel else [])]
+        self._writer = RecordWriter(store, heard, metrics.records_dropped, progress)
         cache = AdapterCache(upstreams, lambda name, number: adapter_directory(registry, name, number), metrics)
         self._shadows = ShadowQueue(shadows, cache, self._copied, metrics.shadow_dropped)
         self.cache, self.routes = cache, Routes(config, cache, registry.live, secret, metrics, progress)
@@ -93,6 +96,8 @@ class Gateway:
         await self.routes.close()
         await self._shadows.close()
         await asyncio.to_thread(self._writer.close)
+        if self._otel:
+            await asyncio.to_thread(self._otel.close)
         await self._trials.close()
         for upstream in self._all:
             await upstream.close()

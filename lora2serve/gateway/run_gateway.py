@@ -18,8 +18,8 @@ from lora2serve.errors import EngineError, did_you_mean
 from lora2serve.gateway.gateway_app import Gateway
 from lora2serve.gateway.gateway_config import GatewayConfig, load
 from lora2serve.gateway.gateway_metrics import GatewayMetrics
+from lora2serve.gateway.http_protocol import bounded_protocol, quiet_log
 from lora2serve.gateway.middleware import GatewayMiddleware
-from lora2serve.gateway.monitoring.otel_metrics import otel_observer
 from lora2serve.gateway.pass_through import PassThrough
 from lora2serve.gateway.request_record import TrafficObserver
 from lora2serve.gateway.upstreams import HttpUpstream, Upstream
@@ -119,12 +119,13 @@ def _server(
         items = config.upstreams.items()
         return {name: HttpUpstream(name, upstream, connections=connections) for name, upstream in items}
 
-    upstreams, metrics, otel = servers(0), GatewayMetrics(), otel_observer(progress)
-    observers = [*observers, *([otel] if otel else [])]
+    upstreams, metrics = servers(0), GatewayMetrics()
     inner = PassThrough(next(iter(upstreams.values())), metrics)
     gateway = Gateway(config, registry, upstreams, servers(SHADOW_CONNECTIONS), inner, metrics, progress, observers)
+    quiet_log()
     settings = uvicorn.Config(
         GatewayMiddleware(inner, gateway), lifespan="on", ws="none", log_config=None, access_log=False,
+        http=bounded_protocol(config.limits.header_bytes),
         server_header=False, proxy_headers=False, backlog=BACKLOG, timeout_graceful_shutdown=DRAIN,
     )  # fmt: skip
     return uvicorn.Server(settings)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from lora2serve.gateway import client_side
+from lora2serve.gateway import client_side, http_protocol
 from lora2serve.gateway.model_names import DEEPEST
 from tests.support.gateways import CHAT, TestBed, call, chat, metrics, test_bed, total, wait_for
 
@@ -27,10 +29,10 @@ def bed(tmp_path: Path, seed: Path) -> Iterator[TestBed]:
         yield made
 
 
-def raw(url: str, data: bytes) -> bytes:
+def raw(url: str, data: bytes, patience: float = 30.0) -> bytes:
     """What comes back for these bytes until the connection ends."""
     place = urlsplit(url)
-    with socket.create_connection((place.hostname, place.port), timeout=30) as connection:
+    with socket.create_connection((place.hostname, place.port), timeout=patience) as connection:
         connection.sendall(data)
         parts = []
         while part := connection.recv(1 << 16):
@@ -102,6 +104,43 @@ def test_bodies_that_do_not_come(bed: TestBed, monkeypatch: pytest.MonkeyPatch) 
         answer = raw(bed.url, POST.replace(CHAT.encode(), path.encode()) + LENGTH + b"\r\n" + BODY[:9])
         assert status(answer) == (403 if path == "/v1/feedback" else 408), answer
     assert chat(bed.url).status == 200
+
+
+def test_heads_that_do_not_end(bed: TestBed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused while they come, whatever has no end: one header, many, an address, what follows the last part."""
+    part = b"a" * 20_000
+    chunks = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
+    for head, repeated in (
+        (POST + b"X-A: ", part), (POST, b"X-A: " + part + b"\r\n"), (b"GET /", part),
+        (POST + CHUNKED + b"\r\n" + chunks, b"X-A: " + part + b"\r\n"),
+    ):  # fmt: skip
+        place = urlsplit(bed.url)
+        with socket.create_connection((place.hostname, place.port), timeout=30) as connection:
+            connection.sendall(head)
+            with suppress(OSError):
+                for _ in range(20):
+                    connection.sendall(repeated)
+                    time.sleep(0.005)
+                assert connection.recv(1 << 16)[9:12] == (b"400" if CHUNKED not in head else b"200")
+                assert connection.recv(1 << 16) == b"", "the connection is over"
+    monkeypatch.setattr(http_protocol, "PATIENCE", 0.2)
+    assert b"headers: not complete in 0.2 s" in raw(bed.url, POST + b"X-A")
+    assert chat(bed.url).status == 200
+
+
+def test_what_the_log_says(bed: TestBed, caplog: pytest.LogCaptureFixture) -> None:
+    """An answer that a server breaks off is one line, and no traceback of the gateway."""
+    bed.stub.faults.cut = 2
+    for model in ("towns", "base"):
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            chat(bed.url, "a b c", model=model, stream=True)
+    upgrade = b"GET /echo HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with pytest.raises(TimeoutError):
+        raw(bed.url, upgrade, patience=0.5)
+    lines = [record.getMessage().partition(" (")[0] for record in caplog.records if record.name == http_protocol.LOG]
+    own = [line for line in lines if line != "Exception in ASGI application\n"]  # the stub's, which breaks off
+    assert own == ["prod: connection lost"] * 2 + ["Unsupported upgrade request."]
+    assert "UpstreamError" not in caplog.text and "RuntimeError: cut off" in caplog.text
 
 
 def test_answers_that_are_compressed(bed: TestBed) -> None:

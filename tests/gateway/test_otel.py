@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from lora2serve.gateway.monitoring import otel_metrics
 from lora2serve.gateway.monitoring.otel_metrics import ENDPOINTS, otel_observer
 from lora2serve.gateway.request_record import RequestRecord
 
@@ -80,3 +82,20 @@ def test_without_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     heard = Heard()
     assert otel_observer(heard) is None and heard == []  # type: ignore[arg-type]
+
+
+def test_a_receiver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway ends without it: what is left is sent by a thread that nobody waits for."""
+    monkeypatch.setattr(otel_metrics, "PATIENCE", 0.05)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{hole.getsockname()[1]}")
+        observer = otel_observer(Heard())  # type: ignore[arg-type]
+        assert observer
+        observer.on_request(record(1))
+        observer.close()
+        (sending,) = [thread for thread in threading.enumerate() if thread.name == "otlp"]
+        assert sending.daemon
+    sending.join()

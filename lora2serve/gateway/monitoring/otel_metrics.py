@@ -7,6 +7,7 @@ semantic conventions for generative AI, whose status is Development: they may ch
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 SERVICE = "OTEL_SERVICE_NAME"
+PATIENCE = 3.0  # seconds for what is left when the gateway ends
 # The bounds that the conventions advise, in seconds.
 DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -82,8 +84,10 @@ class OtelMetrics:
         """The conventions have no name for it."""
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, or let it go: a receiver that does not answer holds nobody up."""
+        ending = threading.Thread(target=self._provider.shutdown, name="otlp", daemon=True)
+        ending.start()
+        ending.join(PATIENCE)
 
 
 def attributes(record: RequestRecord) -> Mapping[str, str]:
@@ -103,7 +107,7 @@ def _provider() -> MeterProvider:
     from opentelemetry.sdk.resources import Resource
 
     resource = Resource.create({"service.name": os.environ.get(SERVICE) or "lora2serve-gateway"})
-    return MeterProvider([PeriodicExportingMetricReader(_exporter())], resource)
+    return MeterProvider([PeriodicExportingMetricReader(_exporter())], resource, shutdown_on_exit=False)
 
 
 def _exporter() -> MetricExporter:
