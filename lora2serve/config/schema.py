@@ -221,7 +221,8 @@ def _shape(kind: object) -> object:
 
 def _holds_dataclasses(kind: object) -> bool:
     """Whether it is a list or a mapping of sections: those that fit are checked on, beside one that does not."""
-    return get_origin(kind) is not None and any(is_dataclass(each) for each in get_args(kind))
+    lists = get_origin(kind) in (tuple, get_origin(Mapping[str, object]))
+    return lists and any(isinstance(each, type) and is_dataclass(each) for each in get_args(kind))
 
 
 def _type_name(kind: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lora2serve.gateway.upstreams import UpstreamError
@@ -16,25 +17,50 @@ LOG = "uvicorn.error"
 ADVICE = "No supported WebSocket library"  # none is wanted: what it goes with says that the upgrade is refused
 
 
+class UnreadBytes:
+    """Bytes since a head was complete or a part of a body came: of heads, and what stands around parts.
+
+    ``refuse`` hears why they are not waited for any longer.
+    """
+
+    def __init__(self, limit: int, refuse: Callable[[str], None]) -> None:
+        self._limit, self._refuse, self._count = limit, refuse, 0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def add(self, count: int) -> None:
+        """So many came; what is complete with them is told by ``clear``, and the rest by ``check``."""
+        self._count += count
+
+    def clear(self) -> None:
+        """They were a head, or a part of a body."""
+        self._count = 0
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def check(self) -> None:
+        """Whether what is left may still become one."""
+        if self._count > self._limit:
+            self._refuse(f"headers: over {self._limit} bytes")
+        elif self._count and self._deadline is None:
+            late = f"headers: not complete in {PATIENCE:g} s"
+            self._deadline = asyncio.get_running_loop().call_later(PATIENCE, self._refuse, late)
+
+
 def bounded_protocol(limit: int) -> type[HttpToolsProtocol]:
     """Uvicorn's protocol, which refuses heads of over ``limit`` bytes while they come: it would keep them all."""
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class BoundedProtocol(HttpToolsProtocol):
-        """Counts bytes since a head was complete or a part of a body came: of heads, and what stands around parts."""
-
-        unread = 0
-        deadline: asyncio.TimerHandle | None = None
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self.unread = UnreadBytes(limit, self.refuse)
+            super().connection_made(transport)
 
         def data_received(self, data: bytes) -> None:
-            self.unread += len(data)
+            self.unread.add(len(data))
             super().data_received(data)
-            if self.transport.is_closing() or self.unread == 0:
-                return
-            if self.unread > limit:
-                self.refuse(f"headers: over {limit} bytes")
-            elif self.deadline is None:
-                self.deadline = self.loop.call_later(PATIENCE, self.refuse, f"headers: not complete in {PATIENCE:g} s")
+            if not self.transport.is_closing():
+                self.unread.check()
 
         def refuse(self, message: str) -> None:
             if self.cycle is None or self.cycle.response_complete:
@@ -42,26 +68,20 @@ def bounded_protocol(limit: int) -> type[HttpToolsProtocol]:
             else:  # another request of this connection is being answered
                 self.transport.close()
 
-        def progressed(self) -> None:
-            self.unread = 0
-            if self.deadline is not None:
-                self.deadline.cancel()
-                self.deadline = None
-
         def on_headers_complete(self) -> None:
-            self.progressed()
+            self.unread.clear()
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
-            self.progressed()
+            self.unread.clear()
             super().on_body(body)
 
         def on_message_complete(self) -> None:
-            self.progressed()
+            self.unread.clear()
             super().on_message_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.progressed()
+            self.unread.clear()
             super().connection_lost(exc)
 
     return BoundedProtocol
