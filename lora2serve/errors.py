@@ -26,6 +26,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
+LONGEST_WORD = 200  # characters: what is longer is no slip of the pen, and difflib would take hours
+
 
 class Lora2ServeError(Exception):
     """Base of all errors that are shown without a traceback."""
@@ -119,7 +121,7 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """``" (did you mean 'rank'?)"``, or an empty string when nothing is near; ``prefix`` goes before the near one."""
-    near = get_close_matches(word, list(known), n=1)
+    near = get_close_matches(word, list(known), n=1) if len(word) < LONGEST_WORD else []
     return f" (did you mean {prefix + near[0]!r}?)" if near else ""
 
 

@@ -144,7 +144,7 @@ def ties_by_default(config: JsonObject) -> bool:
 
     try:
         parsed = transformers.AutoConfig.for_model(**{"model_type": None, **config})
-    except (ValueError, KeyError, TypeError):
+    except Exception:  # an unknown type, or values that its class refuses
         return False
     return bool(getattr(parsed, "tie_word_embeddings", False))
 
@@ -191,14 +191,19 @@ def meta_model(config: JsonObject) -> PreTrainedModel:
     """The class that ``config.architectures`` names, without weights."""
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     if config.get("auto_map"):
         raise MergeError(
             "the base needs its own code (auto_map) to name its tensors", "lora2serve never runs such code"
         )
-    parsed = transformers.AutoConfig.for_model(**config)
-    named = (config.get("architectures") or [""])[0]
-    cls = getattr(transformers, named, None)
+    try:
+        parsed = transformers.AutoConfig.for_model(**config)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise MergeError(f"transformers does not take the base's config.json: {reason[:200]}") from None
+    named = getattr(transformers, (config.get("architectures") or [""])[0], None)
+    cls = named if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) else None
     with torch.device("meta"):
         model: PreTrainedModel = (
             cls(parsed) if cls is not None else transformers.AutoModelForCausalLM.from_config(parsed)

@@ -11,18 +11,22 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora2serve.errors import CheckpointError, raise_all
+from lora2serve.errors import LONGEST_WORD, CheckpointError, raise_all
 from lora2serve.system.hub_snapshot import hub_snapshot
 from lora2serve.system.small_files import MAX_SIZE, JsonObject, digest, inside, read_json, without_repeated
 from lora2serve.weights.tensors import ALL, DTYPES, Block, TensorSpec, itemsize, torch_dtype
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PARTS = ("text_config", "vision_config", "audio_config")
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")  # a module is made for each
+MOST_LAYERS = 2000
+LONGEST_VALUE = 60  # characters that are shown
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,30 @@ def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` of a model directory."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model directory", "name a directory with config.json, or a Hub id")
-    return read_json(path / "config.json", "not a model directory (no config.json)")
+    config = read_json(path / "config.json", "not a model directory (no config.json)")
+    problems = [f"{path / 'config.json'}: {problem}" for problem in _config_problems(config)]
+    raise_all(problems, lambda message: CheckpointError(message, "the file is damaged or malicious"))
+    return config
+
+
+def _config_problems(config: JsonObject) -> Iterator[str]:
+    """What cannot be, of the keys by which everything else is chosen."""
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(_is_name(name) for name in named)):
+        yield f"architectures: {repr(named)[:LONGEST_VALUE]}, expected a list of names"
+    for part, content in (("", config), *((f"{key}.", config[key]) for key in PARTS if key in config)):
+        if not isinstance(content, dict | None):
+            yield f"{part.rstrip('.')}: {repr(content)[:LONGEST_VALUE]}, expected keys and values"
+            continue
+        for key, value in (content or {}).items():
+            if key == "model_type" and not (value is None or _is_name(value)):
+                yield f"{part}{key}: {repr(value)[:LONGEST_VALUE]}, expected a name"
+            if key in COUNTS and isinstance(value, int) and value > MOST_LAYERS:
+                yield f"{part}{key}: {repr(value)[:LONGEST_VALUE]}, expected {MOST_LAYERS} at most"
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) < LONGEST_WORD
 
 
 def model_dtype(config: JsonObject) -> str | None:

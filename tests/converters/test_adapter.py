@@ -204,7 +204,7 @@ def test_copies_of_the_base_are_left_out(base: Path, tmp_path: Path) -> None:
         write(base, source, tmp_path / "out2")
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe", "llama4", "gemma3"])
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe", "llama4", "mllama", "gemma3"])
 def test_the_base_s_own_names(tmp_path: Path, kind: str) -> None:
     """Trained as a language model, served as the multimodal class: vLLM leaves out what it has no module for."""
     from transformers import AutoModelForImageTextToText

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora2serve.adapters.adapter import open_adapter
+from lora2serve.adapters.meta_model import meta_model, ties_by_default
 from lora2serve.cli import run
 from lora2serve.errors import AdapterError, CheckpointError, ExportError, InputError, Lora2ServeError, MergeError
 from lora2serve.weights.checkpoint import INDEX, SINGLE, Checkpoint, read_header
@@ -364,3 +365,42 @@ def test_a_card_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         started = time.process_time()
         assert run(words) == 0, capfd.readouterr().err
         assert time.process_time() - started < 20
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "types": (
+        {"architectures": "LlamaForCausalLM", "model_type": ["llama"], "text_config": [1], "vision_config": {"depth": 1 << 40}},
+        ["architectures: 'LlamaForCausalLM', expected a list", "model_type: ['llama'], expected a name", "text_config: [1],",
+         "vision_config.depth: 1099511627776, expected 2000 at most"],
+    ),
+    "a long name": ({"architectures": ["A" * 3_000_000], "model_type": "x" * 3_000_000}, ["expected a list of names", "expected a name"]),
+    "many layers": ({"num_hidden_layers": 10**9}, ["num_hidden_layers: 1000000000, expected 2000 at most"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_that_lies(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """In a line for each key, and at once: no name is compared with others for hours, no model of a billion layers made."""
+    changes, problems = CONFIGS[kind]
+    base, adapter = shutil.copytree(pair[0], tmp_path / "base"), pair[1]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **changes}))
+    started = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        export_merged(base, [adapter], tmp_path / "out")
+    lines = caught.value.message.splitlines()
+    assert len(lines) == len(problems) and all(len(line) < 1000 for line in lines)
+    assert all(any(text in line for line in lines) for text in problems), lines
+    assert time.process_time() - started < 20
+
+
+def test_values_that_transformers_refuses() -> None:
+    """Of a config that must be loaded to find its modules: the reason in a line; the control is loaded."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
+    assert type(meta_model(config)).__name__ == "LlamaForCausalLM"
+    other = meta_model({**config, "architectures": ["Trainer"]})
+    assert type(other).__name__ == "LlamaForCausalLM", "what is no model is not called"
+    wrong = {**config, "vocab_size": float("inf")}
+    with pytest.raises(MergeError, match=r"transformers does not take the base's config.json: .*vocab_size"):
+        meta_model(wrong)
+    assert ties_by_default(wrong) is False

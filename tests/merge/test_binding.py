@@ -114,6 +114,10 @@ QWEN_VISION = {
 LLAMA4_VISION = {
     "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "pixel_shuffle_ratio": 0.5
 }  # fmt: skip
+QWEN4 = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+    "indexer_compress_ratio": 4, "hc_lowrank": 8,
+}  # fmt: skip
 MLLAMA_VISION = {
     "attention_heads": 2, "num_global_layers": 1, "max_num_tiles": 1, "intermediate_layers_indices": [0],
     "vision_output_dim": 64, "supported_aspect_ratios": [[1, 1]],
@@ -121,6 +125,11 @@ MLLAMA_VISION = {
 TWO_CLASSES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "qwen3_5": (LINEAR, {"vision_config": QWEN_VISION}, []),
     "qwen3_5_moe": (LINEAR | EXPERTS, {"vision_config": QWEN_VISION}, ["experts.gate_up_proj", "experts.down_proj"]),
+    "qwen4_exp": (
+        LINEAR | EXPERTS | QWEN4,
+        {"vision_config": QWEN_VISION},
+        ["experts.gate_up_proj", "experts.down_proj"],
+    ),
     "llama4": (
         {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "num_experts_per_tok": 1},
         {"vision_config": {**VISION, **LLAMA4_VISION}},
@@ -160,6 +169,15 @@ def test_trained_as_a_language_model(tmp_path: Path, kind: str, method: str) -> 
     assert json.loads((out / "config.json").read_text())["architectures"] == [
         json.loads((base / "config.json").read_text())["architectures"][0]
     ]
+
+
+def test_every_type_with_two_classes_is_here() -> None:
+    """Emu 3 has a test of its own: its second class loads nothing."""
+    from transformers.models.auto import modeling_auto as auto
+
+    causal, multimodal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    differ = {kind for kind in causal.keys() & multimodal.keys() if causal[kind] != multimodal[kind]}
+    assert differ == (TWO_CLASSES.keys() | {"emu3"}) - {"gemma3"}
 
 
 def test_names_of_transformers_4(tmp_path: Path) -> None:
