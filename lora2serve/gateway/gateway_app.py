@@ -51,6 +51,7 @@ from lora2serve.progress import Progress
 from lora2serve.system.json_values import Json, at, objects
 
 MODELS, FEEDBACK = "/v1/models", "/v1/feedback"
+HEALTH, METRICS = "/gateway/health", "/metrics"  # also where there are too many requests: it is busy, and not ill
 
 
 class Gateway:
@@ -104,7 +105,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if self._requests >= self.config.limits.requests:
+        if self._requests >= self.config.limits.requests and scope["path"] not in (HEALTH, METRICS):
             await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once: try again")
             return
         self._requests += 1
@@ -145,7 +146,7 @@ class Gateway:
 
     async def _own(self, method: str, path: str, headers: Headers, receive: Receive, send: Send) -> bool:
         """Answer what is the gateway's own; whether it was."""
-        if (method, path) == ("GET", "/metrics"):
+        if (method, path) == ("GET", METRICS):
             text = self.metrics.text() + await self._inside_metrics()
             head = [
                 (b"content-type", b"text/plain; version=1.0.0; charset=utf-8"),
@@ -153,7 +154,7 @@ class Gateway:
             ]
             await send({"type": "http.response.start", "status": 200, "headers": head})
             await send({"type": "http.response.body", "body": text, "more_body": False})
-        elif (method, path) == ("GET", "/gateway/health"):
+        elif (method, path) == ("GET", HEALTH):
             await send_json(send, HTTPStatus.OK, {"status": "ok"})
         elif (method, path) == ("POST", FEEDBACK):
             if await _let_in(headers, self.config.feedback_key, send):

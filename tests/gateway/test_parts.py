@@ -71,12 +71,12 @@ def test_names_in_other_spellings(body: bytes) -> None:
 @settings(max_examples=40)
 @given(cuts=st.lists(st.integers(0, 400), max_size=6), newline=st.sampled_from(["\n", "\r\n"]))
 def test_events_in_any_pieces(cuts: list[int], newline: str) -> None:
-    said = 'he said "model":"towns-1" \\'
+    said = 'he said "model":"towns-1" é 🙂 \\'
     events = [
         {"model": "towns-1", "choices": [{"delta": {"content": said}}]}, {"response": {"model": "towns-1"}},
         {"model": "towns-10", "choices": []}, {"model": "towns-1", "choices": [], "usage": {"prompt_tokens": 1}},
     ]  # fmt: skip
-    lines = [f"data: {json.dumps(event)}{newline}{newline}" for event in events]
+    lines = [f"data: {json.dumps(event, ensure_ascii=False)}{newline}{newline}" for event in events]
     whole = "".join(lines).encode() + b"data: [DONE]" + newline.encode() * 2
     places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
     names = AnswerNames("towns-1", "towns", usage=True)
@@ -190,6 +190,8 @@ def test_limits_and_closed_paths(tmp_path: Path, seed: Path, monkeypatch: pytest
             under_way = [pool.submit(chat, bed.url, stream=True) for _ in range(3)]
             wait_for(lambda: len(bed.stub.requests) == before + 3, "three are under way")
             assert chat(bed.url).status == 503
+            assert call(bed.url, "/gateway/health").status == 200, "busy, and not ill"
+            assert total(metrics(bed.url), "lora2serve_in_flight") == 3
             gate.set()
             assert [future.result().status for future in under_way] == [200] * 3
 
