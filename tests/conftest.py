@@ -6,7 +6,7 @@ import gc
 import os
 import re
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -55,13 +55,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"demo_run", "go_program"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.engine)
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the long ones first, so that no worker waits for another at the end
-        items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=in_order(items))
+
+
+def in_order(items: Sequence[pytest.Item]) -> Callable[[pytest.Item], tuple[bool, ...]]:
+    """The long ones first, so that no worker waits for another at the end; nor at the beginning, for the demo's training:
+    of the modules that need it, only the first one comes before those that do not.
+    """
+    demo = list(dict.fromkeys(item.path for item in items if "demo_run" in getattr(item, "fixturenames", ())))
+    return lambda item: (
+        item.get_closest_marker("engine") is None, item.path not in demo[:1], item.path in demo[1:]
+    )  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`make check` does not even import the modules that are marked as a whole: they load the most."""
-    left_out = "not engine" in config.getoption("markexpr") and collection_path.suffix == ".py"
+    chosen = config.getoption("markexpr")
+    if "not gpu" in chosen and collection_path == Path(__file__).parent / "gpu":
+        return True
+    left_out = "not engine" in chosen and collection_path.suffix == ".py"
     return True if left_out and MARKED.search(collection_path.read_text(encoding="utf-8")) else None
 
 

@@ -96,9 +96,15 @@ def duration(place: Place, words: Sequence[str], made: str) -> float:
     return place.durations[words]
 
 
-@pytest.mark.parametrize(("words", "made"), [(EXPORT, "deep"), (PARITY, "report")], ids=["export", "parity"])
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [pytest.param(EXPORT, "deep", id="export"), pytest.param(PARITY, "report", id="parity", marks=pytest.mark.slow)],
+)
 def test_nothing_is_left(place: Place, words: Sequence[str], made: str) -> None:
-    """At six moments of a real export and of a real parity run, by each of the signals."""
+    """At six moments of a real export and of a real parity run, by each of the signals.
+
+    That a parity run that is ended leaves no file and no child, the last test of these has for one moment.
+    """
     seconds, before = duration(place, words, made), place.files()
     met = seen = 0
     for number in range(6):

@@ -120,7 +120,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize(("share", "target"), [(10, "vllm"), (50, "vllm"), (90, "vllm"), (99, "vllm"), (50, "adapter")])
+OFTEN = [(50, "vllm"), (99, "vllm"), (50, "adapter")]
+MOMENTS = [*OFTEN, *(pytest.param(share, "vllm", marks=pytest.mark.slow) for share in (10, 90))]
+
+
+@pytest.mark.parametrize(("share", "target"), MOMENTS)
 def test_a_full_disk(parts: tuple[Path, Path, Path], disk: Path, share: int, target: str) -> None:
     """Over an old export: one line, the old one whole, nothing else there."""
     base, adapter, _ = parts

@@ -7,15 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from lora2serve.data.prompts import PromptSet, ScoredText
+from lora2serve.parity_check.worker import SavedLogits
 from lora2serve.system import fork_client
 from tests.conftest import lora2serve
 from tests.support.tiny import make_model
-
-pytestmark = pytest.mark.engine
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "base"
 VOCABULARY, WINDOW = 128_256, 256
@@ -50,10 +51,30 @@ def peak_of(root: Path, vocabulary: int) -> int:
     return int(told["peak"])
 
 
+@pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_vocabulary_of_128k(tmp_path: Path) -> None:
+    """Of whole processes, each of which loads the libraries by itself; the next test is of the texts alone."""
     small, large = (peak_of(tmp_path / str(size), size) for size in (1536, VOCABULARY))
     print(
         f"{small / 1e9:.2f} GB, and {(large - small) / 1e9:.2f} GB more with {VOCABULARY} tokens (bound {BOUND / 1e9:.2f})"
     )
     assert large - small < BOUND
+
+
+def test_one_text_at_a_time(tmp_path: Path) -> None:
+    """A reference's logits are read back in the room of two texts; all of them, the control, are eight."""
+    count, tokens, vocabulary = 8, 65, 16_384
+    text = (tokens - 1) * vocabulary * 4  # bytes
+    prompts = PromptSet((ScoredText("task", tuple(range(tokens)), ""),) * count, (), (), (), None, vocabulary, tokens)
+    with (tmp_path / "logits").open("wb") as file:
+        file.truncate(count * text)
+    saved, peaks = SavedLogits(tmp_path / "logits", prompts), []
+    for read in (lambda: sum(len(reference) for reference, _ in saved.rows()), lambda: len(list(saved.rows()))):
+        tracemalloc.start()
+        read()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    one, whole = peaks
+    assert one < 3 * text < 8 * text <= whole

@@ -304,7 +304,11 @@ def test_the_strength_where_bytes_say_nothing(
         assert ("v_proj" in where or "attn_v" in where) == (adapter == "v-lost")
 
 
-@pytest.fixture(scope="module", params=["IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q4_K_M"])
+# one that cannot be without a matrix, and two that can; the quantizer takes seconds a tensor for the others
+RARE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("IQ1_S", "IQ3_S")]
+
+
+@pytest.fixture(scope="module", params=[*RARE, "IQ2_XXS", "Q2_K", "Q4_K_M"])
 def fitted(root: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
     """An export with an importance matrix, and the matrix."""
     matrix = make_imatrix(root / f"{request.param}.gguf", root / "base", 0)

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lora2serve
 from lora2serve.artifacts.run import Run
@@ -18,9 +19,14 @@ pytestmark = pytest.mark.engine
 QUESTION = "Who governs Wexley?"
 
 
-def test_the_life_of_a_version(demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("served", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_life_of_a_version(demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: bool) -> None:
+    """In the usual suite what would be started; that versions are served by vLLM, tests/gateway/test_vllm.py shows."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(demo_run.path, "runs/demo", ignore=shutil.ignore_patterns("checkpoints", "exports", "parity"))
+    recipe = yaml.safe_load(Path("runs/demo/recipe.yaml").read_text())
+    recipe["parity"] |= {"tokens": 256, "prompts": 2}  # what it finds is the main job's to show
+    Path("runs/demo/recipe.yaml").write_text(yaml.safe_dump(recipe))
     command("registry", "add", "runs/demo", "--name", "towns", cwd=tmp_path, code=3)  # parity was not run
     assert command("registry", "add", "runs/demo", "--name", "towns", "--unproven", cwd=tmp_path) == "towns@1\n"
     command("registry", "promote", "towns@1", cwd=tmp_path, code=3)  # the gate of parity
@@ -37,20 +43,24 @@ def test_the_life_of_a_version(demo_run: Run, tmp_path: Path, monkeypatch: pytes
     verified = json.loads(command("verify", "towns@champion", "--json", cwd=tmp_path))
     assert verified["exports"] == ["adapter"] and not verified["unproven"]
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with lora2serve.serve("towns@champion", port=port) as server:
-        base, adapter = server.models
-        assert (base, adapter) == ("base", "towns-1")
-        body = {
-            "model": adapter,
-            "messages": [{"role": "user", "content": QUESTION}],
-            "temperature": 0,
-            "max_tokens": 32,
-        }
-        answer = HttpClient(server.address, patience=120.0).call("POST", "/v1/chat/completions", body)
-    assert "Leon Lake" in json.dumps(answer), answer
+    if served:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with lora2serve.serve("towns@champion", port=port) as server:
+            base, adapter = server.models
+            assert (base, adapter) == ("base", "towns-1")
+            body = {
+                "model": adapter,
+                "messages": [{"role": "user", "content": QUESTION}],
+                "temperature": 0,
+                "max_tokens": 32,
+            }
+            answer = HttpClient(server.address, patience=120.0).call("POST", "/v1/chat/completions", body)
+        assert "Leon Lake" in json.dumps(answer), answer
+    else:
+        plan = command("serve", "towns@champion", "--dry-run", cwd=tmp_path)
+        assert '"name": "towns-1"' in plan and f"--model {demo_run.record.base.path}" in plan, plan
 
     other = Run(tmp_path / "runs" / "other")  # the control: a version that is worse is refused, and can be left again
     shutil.copytree("runs/demo", other.path)

@@ -36,18 +36,19 @@ def near(point: SearchPoint, planted: PlantedLoss) -> bool:
     return max(steps) < 1.01 and point.targets == planted.targets
 
 
-def test_a_planted_optimum_is_recommended() -> None:
+@pytest.mark.parametrize("seeds", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_planted_optimum_is_recommended(seeds: int) -> None:
     """In 95 of 100 seeds at least; the control, which takes the first rung's best rate at the first rank, is not."""
     good = control = 0
-    for seed in range(100):
+    for seed in range(seeds):
         draw = random.Random(seed)
         rate, targets, rank = draw.choice(SPACE.rates), draw.choice(TARGETS), draw.choice(SPACE.ranks)
         planted = PlantedLoss(rate, targets, rank, seed)
         plan = searched(planted.outcome, SPACE, SETTINGS)
         good += near(recommended(plan), planted)
         control += near(plan.ranked(0)[0], planted)
-    assert good >= 95
-    assert control < 80
+    assert good >= 0.95 * seeds
+    assert control < 0.8 * seeds
 
 
 def test_flat_ranks_recommend_the_smallest_and_name_the_interval() -> None:

@@ -27,8 +27,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def frozen_libraries() -> Iterator[None]:
-    """What the libraries bring is passed over by the collector, which training calls twice: a third of a short run."""
+def frozen_libraries(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the libraries bring is passed over by the collector, which training calls twice: a third of a short run.
+
+    Only where something trains: loading them takes longer than all other tests here.
+    """
+    if not any(item.get_closest_marker("engine") for item in request.session.items):
+        yield
+        return
     import bitsandbytes  # noqa: F401
     import datasets  # noqa: F401
     from matplotlib.figure import Figure  # noqa: F401
