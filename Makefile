@@ -11,7 +11,7 @@ ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadscope
 
 LIGHT := not engine and not slow and not gpu and not hub and not ollama
 
-.PHONY: help setup demo lifecycle-demo check test test-slow test-gpu test-hub test-ollama lint docs constraints bench-merge bench-gguf bench-vllm bench-gateway gpu-slot wheel clean
+.PHONY: help setup demo lifecycle-demo check light test test-slow test-gpu test-hub test-ollama lint style types docs constraints bench-merge bench-gguf bench-vllm bench-gateway gpu-slot wheel clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,7 +30,10 @@ demo: $(READY)  ## Train the shipped model, export it, prove parity.
 lifecycle-demo: $(READY)  ## Train two versions, try one on live traffic, roll it back, promote the better.
 	$(BIN)/python -m scripts.lifecycle_demo
 
-check: lint  ## Check style, types and every test without an engine or a training.
+check: style  ## Check style, types and every test without an engine or a training.
+	@$(MAKE) --no-print-directory -j 2 types light
+
+light: $(READY)
 	$(PYTEST) -m "$(LIGHT)" $(ON_ALL_CORES) $(ARGS)
 
 test: $(READY)  ## Run the tests; the slowest 25 are listed.
@@ -48,9 +51,13 @@ test-hub: $(READY)  ## Run the tests against the real Hub (needs HF_TOKEN).
 test-ollama: $(READY)  ## Run the tests against the Ollama at OLLAMA_HOST.
 	$(PYTEST) -m ollama $(ARGS)
 
-lint: $(READY)  ## Check style (ruff) and types (mypy --strict).
+lint: style types  ## Check style (ruff) and types (mypy --strict).
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)  ## Write the tables of docs/ and the plans of recipes/, which are made from code and tests.

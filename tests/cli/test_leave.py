@@ -100,6 +100,7 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     assert (tmp_path / "handler").read_text() == "whole"
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_command(tmp_path: Path, code: int) -> None:
     """The real thing, with the real torch: an export and a failed one, through a pipe."""

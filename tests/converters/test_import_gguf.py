@@ -29,6 +29,7 @@ def output(program: str) -> list[str]:
     return done.stdout.splitlines()[-2:]
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(find_spec("mistral_common") is None, reason="vLLM brings mistral_common")
 def test_modules_are_left_alone_in_a_library() -> None:
     """No None in sys.modules, and gguf whole; in the command line's process, the control, gguf is imported without."""

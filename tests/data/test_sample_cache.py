@@ -152,6 +152,7 @@ def test_a_folder_that_cannot_be_written(template: ChatTemplate, expected: Sampl
     assert [note for note in log.notes if note.endswith("so the tokens are not kept for the next run")]
 
 
+@pytest.mark.engine
 def test_several_processes_give_the_same(template: ChatTemplate, expected: SampleBatch) -> None:
     done, batch = [0], SampleBatch()
 
@@ -164,6 +165,7 @@ def test_several_processes_give_the_same(template: ChatTemplate, expected: Sampl
     assert done == [len(ROWS)]
 
 
+@pytest.mark.engine
 def test_the_first_bad_row_in_order(template: ChatTemplate) -> None:
     rows = [*ROWS[:40], ChatRow(CHAT, chat_template_kwargs={"add_generation_prompt": True}), *ROWS]
     alone = render_rows(rows, Renderer(template), RECIPE)
