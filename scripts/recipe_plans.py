@@ -13,7 +13,9 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-COMMAND = re.compile(r"# lora2serve plan (?P<name>\S+) --gpu (?P<gpu>\S+)\n")  # what the lines behind it came from
+COMMAND = re.compile(
+    r"# lora2serve plan (?P<name>\S+) --gpu (?P<gpu>\S+)(?: --gpus (?P<gpus>\d+))?\n"
+)  # what the lines behind it came from
 END = "#\n"
 
 
@@ -35,7 +37,7 @@ def written(path: Path) -> str:
     model = load(path).model.path
     with TemporaryDirectory() as folder:
         shape = write_shape(Path(folder) / "model", model)
-        result = plan(path, gpu=command["gpu"], overrides={"model.path": str(shape)})
+        result = plan(path, gpu=command["gpu"], gpus=int(command["gpus"] or 1), overrides={"model.path": str(shape)})
         lines = [line.replace(str(shape), model) for line in plan_lines(result)]
     begin, rest = text[: command.end()], text[command.end() :]
     old = re.match(r"(?:#   .*\n|#\n(?=#   ))*", rest)

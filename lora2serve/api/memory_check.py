@@ -20,7 +20,7 @@ from lora2serve.planning.memory_plan import (
 )
 from lora2serve.planning.model_shape import ModelShape
 from lora2serve.planning.plan_settings import PlanSettings
-from lora2serve.planning.step_choice import choose_step
+from lora2serve.planning.step_choice import choose_parallel
 from lora2serve.progress import Progress
 
 
@@ -30,6 +30,7 @@ def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> Non
     Without a GPU it is the main memory. What no plan can be made of passes, after a note: a model, or modules to adapt
     (embeddings) that the closed form does not know.
     """
+    from lora2serve.training import ranks
     from lora2serve.training.method_outlook import plan_settings
     from lora2serve.training.model import device, device_model
 
@@ -39,7 +40,7 @@ def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> Non
         path = fetch_base(recipe.model, progress, weights=False)
         shape = shape_at(path, progress)
         asked = plan_settings(recipe.train, recipe.data.max_length, path, target.dtype)
-        settings = choose_step(shape, asked, recipe.train, target, ratio).settings
+        settings = choose_parallel(shape, asked, recipe.train, target, ranks.processes(), ratio).settings
         planned = planned_bytes(shape, settings, ratio)
     except (HubError, InputError, UsageError) as error:
         progress.note(f"memory not planned: {error.message.splitlines()[0]}")

@@ -29,7 +29,7 @@ from lora2serve.planning.memory_plan import (
 from lora2serve.planning.model_shape import ModelShape, model_shape
 from lora2serve.planning.plan_settings import METHODS, Method, PlanSettings, checkpoints, method_of, settings_of
 from lora2serve.planning.static_memory import target_layers, trainable
-from lora2serve.planning.step_choice import choose_step
+from lora2serve.planning.step_choice import choose_parallel, share_of
 from lora2serve.progress import Progress
 from lora2serve.system.hardware import nvidia_gpus
 from lora2serve.system.hub_snapshot import hub_snapshot
@@ -55,8 +55,8 @@ class TrainingPlan:
 
 def plan(
     model: str | Path | None = None, *,
-    gpu: str | None = None, methods: Sequence[str] = (), ranks: Sequence[int] = (), targets: Sequence[str] = (),
-    batch: int | None = None, length: int | None = None, exact: bool = False,
+    gpu: str | None = None, gpus: int = 1, methods: Sequence[str] = (), ranks: Sequence[int] = (),
+    targets: Sequence[str] = (), batch: int | None = None, length: int | None = None, exact: bool = False,
     overrides: Mapping[str, object] | Sequence[str] = (), progress: Progress | None = None,
 ) -> TrainingPlan:  # fmt: skip
     """What training ``model`` takes: memory by part, the GPUs that hold it, the largest micro-batch, disk.
@@ -64,6 +64,7 @@ def plan(
     model: a recipe (its path, or a built-in name), a model directory or a Hub id, of which only the small files and the
         headers of the weights are read; nothing for ``lora2serve.yaml`` here.
     gpu: a GPU's name (``"4090"``) or GiB (``"24"``), for the largest micro-batch; by default that of this machine.
+    gpus: how many such GPUs train it together; the plan is of each. A base that one does not hold is cut into parts.
     methods: of ``full``, ``lora`` and ``qlora``; by default what the recipe trains, or all three of a model.
     ranks, targets: one plan for each; a target is a preset, or names of modules with ``+`` between.
     batch, length: rows that go through the model at once, and tokens of each; by default the recipe's, and of its rows
@@ -80,8 +81,13 @@ def plan(
     shape = _known_shape(path, exact, progress)
     ways = list(_ways(subject, path, chosen, methods, ranks, targets, batch, length))
     ratio, runs = measured_ratio(chosen.name) if chosen else (1.0, 0)
-    if chosen and shape and subject.is_recipe and batch is None:  # as training would choose
-        ways = [choose_step(shape, way, subject.train, chosen, ratio).settings for way in ways]
+    if (
+        chosen and shape and subject.is_recipe and batch is None and not (exact and gpus > 1)
+    ):  # as training would choose
+        train = share_of(subject.train, gpus)
+        ways = [choose_parallel(shape, way, train, chosen, gpus, ratio).settings for way in ways]
+    elif gpus > 1:
+        raise UsageError(f"--gpus {gpus}: of a recipe on a known GPU, without --batch and --exact", "--gpu names one")
     trainings, size = _trainings(path, ways, shape, chosen, ratio, exact=exact)
     return TrainingPlan(
         model=subject.model.path,
@@ -90,7 +96,7 @@ def plan(
         gpu=chosen.name if chosen else None,
         trainings=trainings,
         shares=dict(_shares(shape, ways[0])) if shape and ways[0].kind == LORA else {},
-        host_memory=max(host_bytes(training, ways[0].on_cpu) for training in trainings),
+        host_memory=max(host_bytes(training, ways[0].on_cpu, ways[0].shards) for training in trainings),
         disk=disk_bytes(size.parameters, shape.stored_bytes if shape else None, trainings[0]),
         time="not measured",
         notes=tuple(_notes(ways, exact, ratio, runs)),

@@ -140,6 +140,7 @@ class LoopRecord(JsonRecord):
     accumulation: int = 1  # of them in a step
     processes: int = 1  # each of which does that
     compiled: bool | None = None  # whether decoder layers are; None until the number of steps is known
+    sharded: bool = False  # whether each of them has a part of the base, and not all of it
     varlen: bool | None = None  # whether rows are not padded, and attend by themselves; None until the model was asked
 
 

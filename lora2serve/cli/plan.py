@@ -41,6 +41,7 @@ def _ranks(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
 )
 @click.argument("model", metavar="[MODEL | RECIPE]", required=False, shell_complete=complete_runs)
 @click.option("--gpu", metavar="NAME|GIB", help="A GPU (4090, h100, a100-40) or its GiB (24): what fits there.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, help="How many of them train it; the plan is of each.")
 @click.option("--method", "methods", callback=names, help="full, lora, qlora, or several with commas between.")
 @click.option("--rank", "ranks", callback=_ranks, help="Ranks of the adapter, with commas between.")
 @click.option("--targets", callback=names, help="Presets (qv, attention, ...) or modules (q_proj+v_proj), with commas.")
@@ -51,7 +52,7 @@ def _ranks(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
 @json_option
 @click.pass_context
 def plan(
-    ctx: click.Context, model: str | None, gpu: str | None, methods: tuple[str, ...], ranks: tuple[int, ...],
+    ctx: click.Context, model: str | None, gpu: str | None, gpus: int, methods: tuple[str, ...], ranks: tuple[int, ...],
     targets: tuple[str, ...], batch: int | None, length: int | None, overrides: tuple[str, ...], exact: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
@@ -64,8 +65,8 @@ def plan(
     from lora2serve.api.plan_training import plan as plan_training
 
     planned = plan_training(
-        model, gpu=gpu, methods=methods, ranks=ranks, targets=targets, batch=batch, length=length, exact=exact,
-        overrides=overrides, progress=progress(ctx),
+        model, gpu=gpu, gpus=gpus, methods=methods, ranks=ranks, targets=targets, batch=batch, length=length,
+        exact=exact, overrides=overrides, progress=progress(ctx),
     )  # fmt: skip
     if as_json:
         console.result_json([_json(training) for training in planned.trainings])

@@ -28,6 +28,7 @@ HELD_OUT_ROWS = "held-out"  # instead of a suite
 EXPERTS, INITS_OF_EXPERTS = "experts", ("default", "gaussian")  # of ``train.lora.target_parameters``
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
 NO_FP4 = "expected nf4 or none: fp4 is no longer trained, and nf4 loses less in the same memory"
+Parallel = Literal["auto", "ddp", "fsdp"]
 Quantize = Literal["nf4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
@@ -71,6 +72,7 @@ class TrainRecipe:
     objective: Objective = "sft"  # or dpo: of two answers the better one; kto: good ones and bad ones
     preference: Mapping[str, object] = field(default_factory=dict)  # such as beta and loss_type
     lora: LoraRecipe = field(default_factory=LoraRecipe)
+    parallel: Parallel = "auto"  # of several processes: each with the whole base (ddp), or with a part of it (fsdp)
     quantize: Annotated[Quantize, Removed("fp4", NO_FP4)] = "nf4"
     double_quant: bool = True
     epochs: Annotated[float, Positive(1e6)] = 1.0
@@ -223,6 +225,9 @@ def problems_of(recipe: Recipe, problems: list[str]) -> None:
     if problem := run_name_problem(recipe.name):
         problems.append(f"name: {problem}")
     problems += _problems_of_lora(recipe.train)
+    problems += [
+        f"train.parallel: fsdp: {reason}" for reason in unshardable(recipe.train) if recipe.train.parallel == "fsdp"
+    ]
     problems += problems_of_method(recipe)
     problems += problems_of_objective(recipe)
     problems += _problems_of_data(recipe)
@@ -248,6 +253,18 @@ def _problems_of_lora(train: TrainRecipe) -> list[str]:
     if lora.init == "orthogonal" and lora.rank % 2:
         problems.append(f"train.lora.rank: {lora.rank}, expected an even number with train.lora.init: orthogonal")
     return problems
+
+
+def unshardable(train: TrainRecipe) -> Iterator[str]:
+    """What needs the whole base in each process."""
+    for name, value, expected in (
+        ("method", train.method, "lora"), ("objective", train.objective, "sft"), ("lora.dora", train.lora.dora, False),
+        ("lora.modules_to_save", train.lora.modules_to_save, ()),
+    ):  # fmt: skip
+        if value != expected:
+            yield f"train.{name}: {show(value)}, which trains with the whole base in each process (ddp)"
+    if train.lora.init not in INITS_OF_EXPERTS:
+        yield f"train.lora.init: {train.lora.init}, which needs the whole base in each process (ddp)"
 
 
 def _problems_of_experts(lora: LoraRecipe) -> Iterator[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lora2serve.planning.model_shape import LinearShape, ModelShape
 from lora2serve.planning.plan_settings import PlanSettings
-from lora2serve.planning.static_memory import target_layers, trainable
+from lora2serve.planning.static_memory import sharded_bytes, target_layers, trainable
 
 FLOAT = 4  # bytes
 TILE_TOKENS, TILE_LOGITS = 4096, 32768  # of TRL's head: tiles of logits of that size, in a buffer of its own
@@ -33,6 +33,11 @@ def activation_memory(shape: ModelShape, settings: PlanSettings) -> ActivationMe
     working = _working(shape, settings, inputs)
     states = settings.tokens * settings.kept_bytes * shape.hidden  # what goes from layer to layer
     head = _head(shape, settings)
+    if settings.shards > 1:  # put together: this layer and the next one, and the head while it is used
+        of_head = shape.head * settings.kept_bytes
+        of_ends = (shape.embedding + shape.head) * settings.kept_bytes if shape.head else 0
+        working += 2 * (sharded_bytes(shape, settings) - of_ends) // shape.layers
+        head += of_head
     copies = settings.copied_bytes * trainable(shape, settings)
     if settings.checkpointing:
         return ActivationMemory(states * shape.layers + copies, saved + working, head)

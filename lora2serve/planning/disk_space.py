@@ -20,6 +20,10 @@ def disk_bytes(parameters: int, stored: int | None, training: PlannedTraining) -
     return sizes | {name: round(parameters * bits / 8) for name, bits in EXPORTS.items()}
 
 
-def host_bytes(training: PlannedTraining, on_cpu: bool) -> int:
-    """Bytes of the host's memory: a paged optimizer may be moved there, and without a GPU everything is there."""
-    return LIBRARIES + (training.bytes.total if on_cpu else training.bytes.optimizer)
+def host_bytes(training: PlannedTraining, on_cpu: bool, shards: int = 1) -> int:
+    """Bytes of the host's memory: a paged optimizer may be moved there, and without a GPU everything is there.
+
+    Of each process; a base that is cut into parts is whole there before it is.
+    """
+    whole = training.bytes.weights * shards if shards > 1 else 0
+    return LIBRARIES + max(whole, training.bytes.total if on_cpu else training.bytes.optimizer)

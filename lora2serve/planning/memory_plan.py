@@ -145,7 +145,10 @@ def levers(shape: ModelShape, settings: PlanSettings, ratio: float = 1.0) -> tup
         Lever(change, planned_bytes(shape, changed, ratio).total, price)
         for change, price, changed in _changes(settings)
     ]
-    tried += [_two_gpus(before, shape.layers)]
+    if settings.shards == 1 and settings.method != "full" and settings.kind == LORA and not settings.dora:
+        halved = planned_bytes(shape, replace(settings, shards=2), ratio).total
+        price = "a second GPU; on each, not run on several GPUs yet"
+        tried.append(Lever("train.parallel: fsdp, and two GPUs (--gpus 2)", halved, price))
     return tuple(lever for lever in tried if lever.total < WORTHWHILE * before.total)
 
 
@@ -170,14 +173,6 @@ def _changes(settings: PlanSettings) -> Iterator[tuple[str, str, PlanSettings]]:
     if settings.optimizer_bits == 32:
         change = "an AdamW with 8-bit state"
         yield change, "no setting of a recipe; its moments are rounded", replace(settings, optimizer_bits=8)
-
-
-def _two_gpus(plan: PlannedBytes, layers: int) -> Lever:
-    """On each of two: half of what lies there all the time, and two layers that are put together for use."""
-    whole = plan.weights + plan.quantization_state + plan.adapter + plan.gradients + plan.optimizer
-    gathered = 2 * (plan.weights + plan.quantization_state) // layers
-    total = plan.total - whole // 2 + gathered
-    return Lever("two GPUs, the model cut in two (FSDP)", total, "a second GPU; on each, not run on several GPUs yet")
 
 
 def first_that_fits(options: Sequence[Lever], gpu: GpuModel) -> Lever | None:

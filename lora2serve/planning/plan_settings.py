@@ -42,6 +42,7 @@ class PlanSettings:
     kind: str = LORA  # of adapter: ``train.method``
     options: Mapping[str, object] = field(default_factory=dict)  # of another kind than lora
     objective: Objective = SFT
+    shards: int = 1  # processes that each hold a part of the base
     learned: int | None = None  # values of such an adapter, which its own code says
 
     @property

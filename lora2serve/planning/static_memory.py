@@ -35,6 +35,9 @@ class StaticMemory:
 def static_memory(shape: ModelShape, settings: PlanSettings) -> StaticMemory:
     """What ``settings`` keep of a model of that shape. UsageError for targets that it does not have."""
     weights, state = _weights(shape, settings)
+    if settings.shards > 1:
+        whole = weights - sharded_bytes(shape, settings)
+        weights = whole + -(-sharded_bytes(shape, settings) // settings.shards)
     if settings.method == "full":
         count = shape.parameters
         return StaticMemory(weights, 0, 0, count * settings.itemsize, optimizer_bytes(count, settings), count)
@@ -56,6 +59,14 @@ def _weights(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
     states += [_state_bytes(each.outputs * each.inputs, settings.double_quant, each.count) for each in experts]
     others += sum(each.numel for each in shape.experts if not each.quantizable) * settings.kept_bytes
     return others + packed, sum(states)
+
+
+def sharded_bytes(shape: ModelShape, settings: PlanSettings) -> int:
+    """Of the base, those of layers, embeddings and head, which are cut into parts; the last two unless they are one."""
+    layers = sum(each.numel for each in shape.matrices) * settings.itemsize
+    if settings.method == "qlora":
+        layers = sum((each.numel + 1) // 2 for each in shape.matrices)
+    return layers + ((shape.embedding + shape.head) * settings.kept_bytes if shape.head else 0)
 
 
 def _state_bytes(numel: int, double_quant: bool, experts: int = 1) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Literal
 
 from lora2serve.config.objectives import SFT
-from lora2serve.config.recipe import TrainRecipe
+from lora2serve.config.recipe import TrainRecipe, unshardable
 from lora2serve.config.train_methods import STATES
+from lora2serve.errors import TrainError
 from lora2serve.planning.gpus import GpuModel
 from lora2serve.planning.memory_plan import USABLE, planned_bytes
 from lora2serve.planning.model_shape import ModelShape
@@ -59,6 +61,37 @@ def choose_step(
     fitting = (way for limit in (most, gpu.memory * USABLE) for way in ways if needs(way) <= limit)
     chosen = next(fitting, None) or min(ways, key=needs)
     return StepChoice(chosen, rows // chosen.batch, _optimizer(chosen, short=needs(chosen) > most))
+
+
+def share_of(train: TrainRecipe, processes: int) -> TrainRecipe:
+    """What each of them does of a step; TrainError where they cannot have the same number of rows."""
+    rows = train.batch_size * train.accumulation
+    if rows % processes:
+        near = sorted({rows // processes * processes, (rows // processes + 1) * processes} - {0})
+        raise TrainError(
+            f"train.batch_size times accumulation: {rows} rows a step, which {processes} processes cannot share evenly",
+            f"set them to {' or '.join(map(str, near))} rows in all",
+        )
+    common = gcd(train.batch_size, processes)
+    return replace(
+        train, batch_size=train.batch_size // common, accumulation=train.accumulation // (processes // common)
+    )
+
+
+def choose_parallel(
+    shape: ModelShape, settings: PlanSettings, train: TrainRecipe, gpu: GpuModel, processes: int, ratio: float = 1.0
+) -> StepChoice:  # fmt: skip
+    """``choose_step`` for one of several processes: with the whole base in each, or with a part of it.
+
+    As ``train.parallel`` says; ``auto`` cuts the base only where ``gpu`` does not hold the training with a whole one.
+    """
+    whole = choose_step(shape, settings, train, gpu, ratio)
+    if processes == 1 or train.parallel == "ddp" or any(unshardable(train)):
+        return whole
+    fits = planned_bytes(shape, whole.settings, ratio).total <= gpu.memory * USABLE
+    if fits and train.parallel == "auto":
+        return whole
+    return choose_step(shape, replace(settings, shards=processes), train, gpu, ratio)
 
 
 def _ways(settings: PlanSettings, train: TrainRecipe, rows: int, *, in_pieces: bool) -> Iterator[PlanSettings]:

@@ -51,7 +51,7 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
             f"{name}: not set, and {processes} processes need it" for name in ADDRESS if name not in environment
         ]
     problems += [
-        f"{name}: not supported; each process has the whole model"
+        f"{name}: not supported; train.parallel: fsdp cuts the base into parts"
         for name in OTHERS_SHARDING
         if environment.get(name, "").lower() in ("1", "true")
     ]

@@ -16,6 +16,7 @@ from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
 from lora2serve.training import ranks
 from lora2serve.training.model import Device
+from lora2serve.training.sharded_base import is_sharded
 from lora2serve.training.tiled_head import token_losses
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def evaluate(
     places = {row: place for place, row in enumerate(dict.fromkeys(sample.row for sample in samples))}
     sums, tokens = torch.zeros(len(places), dtype=torch.float64), torch.zeros(len(places), dtype=torch.int64)
     starts = range(0, len(samples), batch)[ranks.rank() :: ranks.processes()]
+    rounds = -(-len(range(0, len(samples), batch)) // ranks.processes())
     with progress.track(label, sum(len(samples[start : start + batch]) for start in starts)) as advance:
         for start in starts:
             part = samples[start : start + batch]
@@ -105,6 +107,8 @@ def evaluate(
             sums.index_add_(0, row_of, losses.cpu().double())
             tokens.index_add_(0, row_of, torch.ones_like(row_of))
             advance(len(part))
+        if is_sharded(model) and len(starts) < rounds:  # the others need this process once more
+            token_losses(model, *(tensor.to(device) for tensor in pad_batch(samples[:1], pad)))
     model.train(was_training)
     return RowLosses(ranks.summed(sums), ranks.summed(tokens))
 

@@ -53,14 +53,21 @@ class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
     ) -> dict[str, Tensor]:  # fmt: skip
         ((path, values),) = input_dict.items()
         module, name = get_module_from_name(model, path)
+        weights = values[0] if isinstance(values, list) else values
+        aside = weights.device.type == "cpu" and torch.cuda.is_available()
+        if aside:  # cut into parts later: quantized where it is computed with, and kept beside it until then
+            weights = weights.cuda()
         if not quantizable(module, name):
-            own: dict[str, Tensor] = super().convert(input_dict, full_layer_name, model, **options)
+            own: dict[str, Tensor] = super().convert({path: [weights]}, full_layer_name, model, **options)
+            if aside:
+                own[path].data = own[path].data.cpu()
             return own
         how = self.hf_quantizer.quantization_config
-        weights = values[0] if isinstance(values, list) else values
         codes, state = quantize_experts(
             weights, how.bnb_4bit_quant_type, how.bnb_4bit_use_double_quant, how.bnb_4bit_quant_storage
         )
+        if aside:
+            codes.data = codes.data.cpu()
         compute_in_four_bits(module, name, codes, state)
         module._is_hf_initialized = True
         return {path: codes}

@@ -49,6 +49,7 @@ from lora2serve.training.model import (
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
 from lora2serve.training.sample_prompts import sample_prompts
+from lora2serve.training.sharded_base import shard
 from lora2serve.training.starting_adapter import load_weights, other_base
 from lora2serve.training.weightless import check_adapter
 from lora2serve.weights.checkpoint import identity, read_config
@@ -111,7 +112,11 @@ class FineTune:
         self.write_inputs()
         set_seed(self.recipe.train.seed)
         loop = choose_loop(self.recipe, self.run, self.base, self.device, self.progress, resume=resume)
-        model = prepare(load_base(self.base, self.recipe.train, self.device), checkpointing=loop.checkpointing)
+        base = load_base(self.base, self.recipe.train, self.device, sharded=loop.sharded)
+        model = prepare(base, checkpointing=loop.checkpointing)
+        del base
+        if loop.sharded:
+            shard(model, self.device.name)
         config = self.adapter_config(model)
         self.record_start(model, template)
         # The base is measured before the adapter is there: some inits take a part of the base out.

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from lora2serve.planning.gpus import GpuModel
 from lora2serve.planning.measured_memory import measured_ratio
 from lora2serve.planning.model_shape import model_shape
 from lora2serve.planning.plan_settings import PlanSettings
-from lora2serve.planning.step_choice import StepChoice, choose_step, recipe_step
+from lora2serve.planning.step_choice import StepChoice, choose_parallel, recipe_step, share_of
 from lora2serve.progress import Progress
 from lora2serve.training import ranks
 from lora2serve.training.layer_compilation import FEWEST_STEPS
@@ -53,25 +52,17 @@ def choose_loop(
 
 def share(train: TrainRecipe) -> TrainRecipe:
     """What each process does of a step; TrainError where they cannot have the same number of rows, or cannot sum up."""
-    processes, rows = ranks.processes(), train.batch_size * train.accumulation
+    processes = ranks.processes()
     if processes > 1 and train.objective != SFT:
         raise TrainError(f"train.objective: {train.objective} trains in one process, and {processes} were started")
-    if rows % processes:
-        near = sorted({rows // processes * processes, (rows // processes + 1) * processes} - {0})
-        raise TrainError(
-            f"train.batch_size times accumulation: {rows} rows a step, which {processes} processes cannot share evenly",
-            f"set them to {' or '.join(map(str, near))} rows in all",
-        )
-    common = gcd(train.batch_size, processes)
-    return replace(
-        train, batch_size=train.batch_size // common, accumulation=train.accumulation // (processes // common)
-    )
+    return share_of(train, processes)
 
 
 def _for_processes(loop: LoopRecord, processes: int) -> LoopRecord:
     """The same rows a step by another number of processes."""
     rows = loop.rows * loop.accumulation * loop.processes // processes
-    return replace(_at_most(min(loop.rows, rows), rows, loop), processes=processes)
+    sharded = loop.sharded and processes > 1
+    return replace(_at_most(min(loop.rows, rows), rows, loop), processes=processes, sharded=sharded)
 
 
 def _chosen(recipe: Recipe, run: Run, base: Path, device: Device, *, resume: bool) -> LoopRecord:
@@ -82,19 +73,24 @@ def _chosen(recipe: Recipe, run: Run, base: Path, device: Device, *, resume: boo
     with suppress(InputError, UsageError):  # a model, or modules to adapt, that the closed form does not know
         if not recipe.train.lora.dora:  # of which it knows half
             return _record(_planned(recipe, base, gpu))
-    return _record(recipe_step(recipe.train, recipe.data.max_length, gpu))
+    sharded = recipe.train.parallel == "fsdp" and ranks.processes() > 1
+    return replace(_record(recipe_step(recipe.train, recipe.data.max_length, gpu)), sharded=sharded)
 
 
 def _planned(recipe: Recipe, base: Path, gpu: GpuModel) -> StepChoice:
     ratio, _ = measured_ratio(gpu.name)
     checkpoint = Checkpoint(base)
     settings = plan_settings(recipe.train, recipe.data.max_length, base, gpu.dtype)
-    return choose_step(model_shape(checkpoint.config, checkpoint.specs()), settings, recipe.train, gpu, ratio)
+    shape = model_shape(checkpoint.config, checkpoint.specs())
+    return choose_parallel(shape, settings, recipe.train, gpu, ranks.processes(), ratio)
 
 
 def _record(choice: StepChoice) -> LoopRecord:
     settings = choice.settings
-    return LoopRecord(choice.optimizer, settings.checkpointing, settings.batch, choice.accumulation, ranks.processes())
+    return LoopRecord(
+        choice.optimizer, settings.checkpointing, settings.batch, choice.accumulation, ranks.processes(),
+        sharded=settings.shards > 1,
+    )  # fmt: skip
 
 
 def _earlier_release(recipe: Recipe, gpu: GpuModel) -> LoopRecord:
@@ -122,7 +118,9 @@ def decided(loop: LoopRecord, model: PeftModel, rows: Sequence[Sample], recipe: 
 
 def with_compiler(loop: LoopRecord, total: int, device: Device) -> LoopRecord:
     """Compiled on a GPU where the steps are many enough to bring the time back."""
-    return replace(loop, compiled=device.on_gpu and total >= FEWEST_STEPS) if loop.compiled is None else loop
+    if loop.compiled is not None:
+        return loop
+    return replace(loop, compiled=device.on_gpu and total >= FEWEST_STEPS and not loop.sharded)
 
 
 def in_parts(loop: LoopRecord, count: int) -> LoopRecord:
@@ -140,6 +138,7 @@ def planned_settings(recipe: Recipe, loop: LoopRecord, base: Path, device: Devic
     """For the plan of a run that goes so."""
     return replace(
         plan_settings(recipe.train, recipe.data.max_length, base, device.dtype), batch=loop.rows,
+        shards=loop.processes if loop.sharded else 1,
         checkpointing=loop.checkpointing, accumulates=loop.accumulation > 1,
         padded=recipe.train.objective != SFT or (loop.rows > 1 and not loop.varlen),
     )  # fmt: skip

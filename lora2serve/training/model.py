@@ -65,8 +65,11 @@ def free_memory(device: Device) -> int:
     return int(torch.cuda.mem_get_info()[0]) if device.on_gpu else memory_bytes() // ranks.local_processes()
 
 
-def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedModel:
-    """The causal language model at ``path``, quantized as the recipe says."""
+def load_base(path: Path, recipe: TrainRecipe, device: Device, *, sharded: bool = False) -> PreTrainedModel:
+    """The causal language model at ``path``, quantized as the recipe says.
+
+    sharded: it is to be cut into parts: codes that can be sent, and beside the GPU, which may not hold all of them.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -75,9 +78,9 @@ def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedMode
     if recipe.quantize != "none":
         import_quietly()
     if recipe.quantize != "none" and not read_config(path).get("quantization_config"):
-        options["quantization_config"] = four_bit(recipe, device.dtype)
+        options["quantization_config"] = four_bit(recipe, device.dtype, sharded=sharded)
     if device.on_gpu:
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": "cpu" if sharded else 0}
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), **options)
     except (ValueError, KeyError, OSError, SafetensorError) as error:
@@ -89,13 +92,17 @@ def load_base(path: Path, recipe: TrainRecipe, device: Device) -> PreTrainedMode
     return use_plain_cpu_kernels(model) if recipe.quantize != "none" else model
 
 
-def four_bit(recipe: TrainRecipe, dtype: ComputeType) -> BitsAndBytesConfig:
-    """How bitsandbytes quantizes the base of a recipe that asks for it, to compute in ``dtype``."""
+def four_bit(recipe: TrainRecipe, dtype: ComputeType, *, sharded: bool = False) -> BitsAndBytesConfig:
+    """How bitsandbytes quantizes the base of a recipe that asks for it, to compute in ``dtype``.
+
+    Codes that are sent from process to process lie in numbers of that type, for other libraries' sake.
+    """
     import torch
 
     from lora2serve.training.expert_loading import FourBitConfig
 
-    return FourBitConfig(recipe.quantize, recipe.double_quant, getattr(torch, dtype), torch.uint8)
+    computed = getattr(torch, dtype)
+    return FourBitConfig(recipe.quantize, recipe.double_quant, computed, computed if sharded else torch.uint8)
 
 
 def prepare(model: PreTrainedModel, *, checkpointing: bool) -> PreTrainedModel:

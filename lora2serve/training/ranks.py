@@ -1,6 +1,6 @@
 """The processes that train one run together: which this is, what they sum up, and who writes and speaks.
 
-Each has the whole model and a share of the rows of a step. Without a process group this one is all of them.
+Each has the model, or a part of it, and a share of the rows of a step. Without a process group this one is all of them.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from lora2serve.progress import Progress
 from lora2serve.training.generation import greedy, stop_ids
 from lora2serve.training.metric_logging import add_line, drop_later
 from lora2serve.training.sample_prompts import SamplePrompt
+from lora2serve.training.sharded_base import head_gathered
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,7 +58,8 @@ class SampleLog(TrainerCallback):  # type: ignore[misc]
         try:
             stop = stop_ids(model, self._tokenizer)
             for prompt in self._prompts:
-                with torch.autocast(model.device.type, dtype=dtype, enabled=args.fp16 or args.bf16):
+                autocast = torch.autocast(model.device.type, dtype=dtype, enabled=args.fp16 or args.bf16)
+                with autocast, head_gathered(model):
                     answer = self._answer(model, prompt, stop)
                 add_line(self._path, {"step": step, "prompt": prompt.text, "answer": answer})
                 self._progress.note(f"step {step}: {_shown(prompt.text)} -> {_shown(answer)}")

@@ -32,6 +32,7 @@ class StepAttempts:
     recompute: Callable[[], None] | None = None
     around: Sequence[Around] = ()
     compiled: CompiledLayers | None = None
+    together: bool = False  # with other processes, through parts of one model: none of them can try another way alone
     count: int = 1  # parts of a batch
     batches: list[Batch] = field(default_factory=list)  # of the step in hand
 
@@ -76,6 +77,11 @@ class StepAttempts:
             self.compiled.drop()
             self.compiled = None
             self.told(f"layers are not compiled: {(str(error).splitlines() or ['?'])[0]}")
+        elif self.together:
+            raise TrainError(
+                "out of memory with a part of the base in each process",
+                "lower train.batch_size (and raise train.accumulation), data.max_length or train.lora.rank",
+            ) from error
         elif self.count < max(map(units, self.batches)):
             self.count *= 2
             self.smaller(self.count)

@@ -66,6 +66,7 @@ def prepare_steps(
         recompute=None if loop.checkpointing or model.active_peft_config.is_prompt_learning else recompute,
         around=around,
         compiled=CompiledLayers(inner) if loop.compiled else None,
+        together=loop.sharded,
     )
     if isinstance(trainer, RankTrainer):
         trainer.begin_together()

@@ -29,6 +29,8 @@ def token_losses(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor, 
     """
     import torch
 
+    from lora2serve.training.sharded_base import head_gathered
+
     inner = plain_model(model)
     config = inner.config.get_text_config()
     # the loss of routers is no part of it
@@ -36,7 +38,7 @@ def token_losses(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor, 
     labeled = labels[:, 1:] != IGNORE
     targets = labels[:, 1:][labeled]
     losses = [torch.empty(0, device=ids.device)]
-    with torch.no_grad(), _states_before_head(inner) as states:
+    with torch.no_grad(), head_gathered(inner), _states_before_head(inner) as states:
         model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
         hidden = states.whole[:, -ids.shape[1] :][:, :-1][labeled]  # without a soft prompt's, which come before
         count = max(1, TILE // config.vocab_size)

@@ -68,7 +68,7 @@ def fit(
         log = MetricLog(run.path / "metrics.jsonl", advance, progress)
         arguments = _arguments(recipe, run, device, total, bool(held_out), loop)
         callbacks = [log, *_early_stopping(recipe), *rank_budget(model, total)]
-        callbacks += _samples(recipe, run, total, prompts, tokenizer, progress)
+        callbacks += _samples(recipe, run, total, prompts, tokenizer, progress, sharded=loop.sharded)
         trainer = _trainer(model, tokenizer, data, held_out, arguments, callbacks, recipe)
         prepare_steps(trainer, model, rows, run, loop, device, progress)
         trainer.measure = measure
@@ -104,10 +104,12 @@ def _with_pace(trainer: RunSteps, model: PeftModel, device: Device, log: MetricL
 
 
 def _samples(
-    recipe: Recipe, run: Run, total: int, prompts: Sequence[SamplePrompt], tokenizer: Tokenizer, progress: Progress
-) -> list[SampleLog]:
+    recipe: Recipe, run: Run, total: int, prompts: Sequence[SamplePrompt], tokenizer: Tokenizer, progress: Progress,
+    *, sharded: bool,
+) -> list[SampleLog]:  # fmt: skip
     every, path = eval_interval(recipe, total), run.path / "samples.jsonl"
-    return [SampleLog(path, prompts, tokenizer, every, progress)] if prompts and ranks.rank() == 0 else []
+    asks = ranks.rank() == 0 or sharded  # then the others go through the model with it, each into a file of its own
+    return [SampleLog(path, prompts, tokenizer, every, progress)] if prompts and asks else []
 
 
 def _trainer(

@@ -106,7 +106,7 @@ WHY = [
     (
         "axolotl/dpo-full",
         "fsdp_config",
-        "`lora2serve train --gpus all` (or torchrun) trains by several, each with the whole model",
+        "`lora2serve train --gpus all` (or torchrun) trains by several; train.parallel: fsdp cuts the base into parts",
     ),
     ("axolotl/lora-8bit", "load_in_8bit", "4 bits or none are trained: 16 are written, and nf4 takes less memory"),
     ("axolotl/variants", "made_up_key", "unknown here: no key of a recipe does the same"),

@@ -74,10 +74,14 @@ def test_rows_are_rendered(name: str, tmp_path: Path) -> None:
     assert "governs" not in learned and "made there" not in learned
 
 
-def test_two_cards_of_24_gb_are_refused(tmp_path: Path) -> None:
-    """As its first lines say, before anything is fetched."""
+def test_70b_takes_two_cards_of_24_gb(tmp_path: Path) -> None:
+    """As its first lines say; one alone is refused before anything is fetched."""
     shape = write_shape(tmp_path / "70b", "meta-llama/Llama-3.3-70B-Instruct")
     rows = write_jsonl(tmp_path / "train.jsonl", ROWS * 20)
     changes = {"model.path": str(shape), "data.train": str(rows)}
-    with pytest.raises(TrainError, match=r"this training takes .* GB, and 24 GiB has 25.8 GB"):
+    with pytest.raises(TrainError, match=r"this training takes .* GB, and 24 GiB has 25.8 GB") as caught:
         lora2serve.train("llama-3.3-70b-2x24gb", overrides=changes, gpu="24")
+    assert "train.parallel: fsdp, and two GPUs (--gpus 2)" in caught.value.hint
+    planned = lora2serve.plan("llama-3.3-70b-2x24gb", overrides=changes, gpu="24", gpus=2)
+    assert planned.trainings[0].bytes.total < 0.97 * 24 * 2**30
+    assert "RTX 4090" in planned.trainings[0].fits

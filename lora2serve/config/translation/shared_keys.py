@@ -15,7 +15,7 @@ TRACKERS = {
     "mlflow_tracking_uri": "mlflow", "use_mlflow": "mlflow", "mlflow_experiment_name": "mlflow",
     "use_tensorboard": "tensorboard", "use_swanlab": "swanlab", "use_comet": "comet_ml",
 }  # fmt: skip
-SEVERAL = "`lora2serve train --gpus all` (or torchrun) trains by several, each with the whole model"
+SEVERAL = "`lora2serve train --gpus all` (or torchrun) trains by several; train.parallel: fsdp cuts the base into parts"
 NO_REWARDS = "answers and preferences (dpo, kto) are trained, and no rewards"
 EIGHT_BITS = "4 bits or none are trained: 16 are written, and nf4 takes less memory"
 EVERY_EPOCH = "evaluated at the end of each epoch; train.eval_steps counts steps"
