@@ -199,11 +199,17 @@ def _biased(module: Module, name: str, states: Tensor, offsets: Tensor, experts:
 
 def _grouped(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """(rows, out): each group of ``rows``, which end at ``offsets``, by its own of (groups, in, out) ``weights``."""
-    has_kernel = rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 0) if rows.is_cuda else True
-    if has_kernel:
+    if _has_kernel(rows):
         return torch.nn.functional.grouped_mm(rows, weights, offs=offsets)
     ends = [0, *offsets.tolist()]
     return torch.cat([rows[first:last] @ weights[group] for group, (first, last) in enumerate(pairwise(ends))])
+
+
+def _has_kernel(rows: Tensor) -> bool:
+    """Whether torch multiplies groups at once there."""
+    if rows.is_cuda:
+        return rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 0)
+    return True
 
 
 def _even(factor: Tensor, rank: int) -> Tensor:

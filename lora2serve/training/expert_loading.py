@@ -11,6 +11,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationMethod
 
 from lora2serve.training.expert_layers import compute_in_four_bits, quantizable, quantize_experts
 
@@ -40,6 +41,11 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """Whether it is the weight of a linear layer, or of experts."""
         module, name = get_module_from_name(model, param_name)
         return quantizable(module, name) or bool(super().param_needs_quantization(model, param_name, **options))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: object) -> PreTrainedModel:
+        loaded: PreTrainedModel = super()._process_model_after_weight_loading(model, **options)
+        loaded.quantization_method = QuantizationMethod.BITS_AND_BYTES  # to trainers it is nothing else
+        return loaded
 
     def get_quantize_ops(self) -> ConversionOps:
         """What transformers does with one such weight."""

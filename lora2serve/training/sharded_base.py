@@ -86,10 +86,10 @@ def is_sharded(model: PreTrainedModel | PeftModel) -> bool:
 def head_gathered(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Meanwhile the head of a sharded model is whole, for many small products."""
     head = plain_model(model).get_output_embeddings()
-    if not isinstance(head, Module) or not isinstance(weight := head._parameters.get("weight"), DTensor):
+    if not isinstance(head, Module) or not is_part(head._parameters.get("weight")):
         yield
         return
-    vars(head)["gathered"] = weight.full_tensor()
+    vars(head)["gathered"] = _gather(head.get_parameter("weight"))
     try:
         yield
     finally:
@@ -101,10 +101,17 @@ def _shard_head(head: Module, mesh: DeviceMesh) -> None:
 
     def forward(states: Tensor) -> Tensor:
         weight = vars(head).get("gathered")
-        bias = head._parameters.get("bias")
-        return torch.nn.functional.linear(states, head.weight.full_tensor() if weight is None else weight, bias)
+        whole = weight if isinstance(weight, Tensor) else _gather(head.get_parameter("weight"))
+        return torch.nn.functional.linear(states, whole, head._parameters.get("bias"))
 
     whole = head.get_parameter("weight")
     part = distribute_tensor(whole.data.to(mesh.device_type), mesh, [Shard(0)])
     head._parameters["weight"] = Parameter(part, requires_grad=False)
     vars(head)["forward"] = forward
+
+
+def _gather(weight: Tensor) -> Tensor:
+    """All parts of it, from all processes."""
+    assert isinstance(weight, DTensor)
+    whole: Tensor = weight.full_tensor()
+    return whole

@@ -22,7 +22,7 @@ from lora2serve.planning.model_shape import model_shape
 from lora2serve.planning.plan_settings import PlanSettings
 from lora2serve.planning.static_memory import static_memory
 from lora2serve.progress import Silent
-from lora2serve.training import expert_loading
+from lora2serve.training import expert_layers, expert_loading
 from lora2serve.training.expert_layers import (
     dequantize_experts,
     four_bit_modules,
@@ -179,6 +179,24 @@ def test_lora_is_that_of_peft(made: Callable[[str], Path], kind: str) -> None:
             off = tuned(IDS).logits
             assert torch.allclose(off, oracle(IDS).logits, atol=1e-5)
     assert (on - off).abs().max() > 1e-2, "the control"
+
+
+def test_one_group_after_another(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs without a kernel for groups: the same logits and gradients."""
+    recipe = TrainRecipe(lora=LoraRecipe(rank=3, targets="attention", target_parameters="experts", init="gaussian"))
+    base, found = made("mixtral"), []
+    for has_kernel in (True, False):
+        monkeypatch.setattr(expert_layers, "_has_kernel", lambda _, known=has_kernel: known)
+        torch.manual_seed(0)
+        model = load_base(base, recipe, CPU)
+        tuned = add_adapter(prepare(model, checkpointing=False), adapter_config(model, recipe, base)).train()
+        output = tuned(input_ids=IDS, labels=IDS)
+        output.loss.backward()
+        found.append((output.logits, [p.grad for p in tuned.parameters() if p.grad is not None]))
+    (logits, gradients), (others, other_gradients) = found
+    assert torch.allclose(logits, others, atol=1e-5)
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(gradients, other_gradients, strict=True))
+    assert max(float(each.abs().max()) for each in gradients) > 1e-3
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -152,5 +152,5 @@ def test_what_cannot_be_cut(tmp_path: Path, nine: dict[str, str], small: Path) -
     recipe_file(tmp_path, small, nine, parallel="fsdp", lora={"dora": True, "modules_to_save": ["lm_head"]})
     with pytest.raises(RecipeError) as caught:
         lora2serve.train(tmp_path / "lora2serve.yaml")
-    assert "train.parallel: fsdp: train.lora.dora: true" in caught.value.message
+    assert "train.parallel: fsdp: train.lora.dora: True" in caught.value.message
     assert "train.parallel: fsdp: train.lora.modules_to_save: " in caught.value.message
