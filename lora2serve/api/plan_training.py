@@ -81,11 +81,8 @@ def plan(
     shape = _known_shape(path, exact, progress)
     ways = list(_ways(subject, path, chosen, methods, ranks, targets, batch, length))
     ratio, runs = measured_ratio(chosen.name) if chosen else (1.0, 0)
-    if (
-        chosen and shape and subject.is_recipe and batch is None and not (exact and gpus > 1)
-    ):  # as training would choose
-        train = share_of(subject.train, gpus)
-        ways = [choose_parallel(shape, way, train, chosen, gpus, ratio).settings for way in ways]
+    if chosen and shape and subject.is_recipe and batch is None and not (exact and gpus > 1):
+        ways = _as_trained(ways, shape, subject, chosen, gpus, ratio)
     elif gpus > 1:
         raise UsageError(f"--gpus {gpus}: of a recipe on a known GPU, without --batch and --exact", "--gpu names one")
     trainings, size = _trainings(path, ways, shape, chosen, ratio, exact=exact)
@@ -101,6 +98,14 @@ def plan(
         time="not measured",
         notes=tuple(_notes(ways, exact, ratio, runs)),
     )
+
+
+def _as_trained(
+    ways: Sequence[PlanSettings], shape: ModelShape, subject: _Subject, gpu: GpuModel, gpus: int, ratio: float
+) -> list[PlanSettings]:
+    """As training by so many GPUs would choose the steps of each."""
+    train = share_of(subject.train, gpus)
+    return [choose_parallel(shape, way, train, gpu, gpus, ratio).settings for way in ways]
 
 
 def _trainings(

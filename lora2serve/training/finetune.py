@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from lora2serve.artifacts import manifest
 from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord
 from lora2serve.artifacts.run import Run
-from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss
+from lora2serve.artifacts.run_record import DataRecord, DataSource, EvalLoss, LoopRecord
 from lora2serve.config import lora_inits
 from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import Recipe, dump
@@ -112,11 +112,7 @@ class FineTune:
         self.write_inputs()
         set_seed(self.recipe.train.seed)
         loop = choose_loop(self.recipe, self.run, self.base, self.device, self.progress, resume=resume)
-        base = load_base(self.base, self.recipe.train, self.device, sharded=loop.sharded)
-        model = prepare(base, checkpointing=loop.checkpointing)
-        del base
-        if loop.sharded:
-            shard(model, self.device.name)
+        model = self.load(loop)
         config = self.adapter_config(model)
         self.record_start(model, template)
         # The base is measured before the adapter is there: some inits take a part of the base out.
@@ -146,6 +142,14 @@ class FineTune:
         if not self.quick and ranks.rank() == 0:
             plot(self.run)
         self.run.save(replace(self.run.record, finished=True))
+
+    def load(self, loop: LoopRecord) -> PreTrainedModel:
+        """The base, or this process's part of it, ready for an adapter."""
+        base = load_base(self.base, self.recipe.train, self.device, sharded=loop.sharded)
+        model = prepare(base, checkpointing=loop.checkpointing)
+        if loop.sharded:
+            shard(model, self.device.name)
+        return model
 
     def announce(self) -> None:
         """What will be done and what will not, before the long silence of loading; TrainError for what cannot be."""
