@@ -60,6 +60,26 @@ def test_a_challenger_that_fails_in_streams_only(place: Path) -> None:
     assert [(verdict.outcome, verdict.measure) for verdict in made.act()] == [("rollback", "errors")]
 
 
+@pytest.mark.parametrize(
+    ("champion", "challenger", "stopped"),
+    [
+        ({}, {"status": 0, "error": "client_left"}, True),
+        ({}, {"stream": True, "error": "client_left"}, True),
+        ({"status": 0, "error": "client_left"}, {"status": 0, "error": "client_left"}, False),
+        ({}, {"stream": True, "first_token_seconds": 0.1, "error": "client_left"}, False),  # has seen enough
+    ],
+)  # fmt: skip
+def test_a_challenger_that_hangs(
+    place: Path, champion: dict[str, object], challenger: dict[str, object], stopped: bool
+) -> None:
+    """Clients do not wait as long as the gateway does: that they left is all that is seen of it."""
+    made, writer = maker(place, plan(ERRORS)), TrafficStore(place)
+    for number in range(200):
+        changes = challenger if number % 2 else champion
+        writer.append([request(number, ALIASES[number % 2], number % 2 + 1, **(changes if number % 3 else {}))])
+    assert [verdict.outcome for verdict in made.act()] == (["rollback"] if stopped else [])
+
+
 def test_refusals_are_not_fast_answers(place: Path) -> None:
     """A challenger that refuses at once what it should answer slowly gets no better times by it."""
     made, writer = maker(place, plan(LATENCY)), TrafficStore(place)

@@ -4,7 +4,8 @@ Split traffic: each request has one arm, which the route chose by chance. A shad
 challenger's to the same request are one pair. Requests that name a version themselves were not divided by chance, and
 count for nothing; nor does what the champion answers where the challenger could not. What was refused (400 to 499) is
 no answer: of one request nobody knows whose fault it was, but clients' faults hit both arms alike, and a challenger
-with less room for prompts refuses more of them.
+with less room for prompts refuses more of them. Nor is it one that a client waited for in vain: of a version that
+hangs, that is all that is seen.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class TrialObserver:
         self.trial.sequence = entry.sequence
         if isinstance(entry, Feedback):
             self._take_feedback(entry)
-        elif entry.name == self.trial.name and entry.error != CLIENT_LEFT:
+        elif entry.name == self.trial.name and (entry.error != CLIENT_LEFT or _gave_up(entry)):
             self._take_record(entry)
 
     def _take_record(self, record: RequestRecord) -> None:
@@ -109,6 +110,11 @@ def _pair(trial: Trial, records: Sequence[RequestRecord]) -> tuple[RequestRecord
     champion = next((each for each in records if each.arm == "champion" and each.version == trial.champion), None)
     shadow = next((each for each in records if each.arm == "shadow" and each.version == trial.challenger), None)
     return (champion, shadow) if champion and shadow else None
+
+
+def _gave_up(record: RequestRecord) -> bool:
+    """Whether a client left before any of the answer came; who leaves amid one has seen enough."""
+    return record.status == 0 or (record.stream and record.first_token_seconds is None)
 
 
 def _comparable(champion: RequestRecord, copy: RequestRecord) -> bool:
