@@ -56,6 +56,11 @@ class VllmSink:
         self._weights = _open_writer(model, out, specs, options)
         self.wanted: Mapping[str, int] = self._weights.wanted
 
+    @staticmethod
+    def needs_whole_model(options: VllmOptions) -> bool:
+        """Whether what is stored of one tensor depends on others: then several workers cannot write it."""
+        return options.quant in CALIBRATED or (options.quant is not None and SCHEMES[options.quant].shared)
+
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._weights.write(spec, rows, block)
 

@@ -15,7 +15,7 @@ from lora2serve.artifacts import staging
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
-from lora2serve.exporting import bundle, sinks, stream
+from lora2serve.exporting import bundle, shared_export, sinks, stream
 from lora2serve.exporting.open_model import MergeBase
 from lora2serve.exporting.sinks import Exporter, ExportModel
 from lora2serve.exporting.stream import ExportPlan
@@ -33,7 +33,7 @@ def export(
     split_size: str | int | None = None,
     served_base: str | None = None, as_lora_rank: int | None = None,
     as_kind: OllamaKind | None = None, from_model: str | None = None, create: str | None = None, install: bool = False,
-    progress: Progress | None = None,
+    shards: str | None = None, progress: Progress | None = None,
 ) -> list[Export]:  # fmt: skip
     """Write ``source`` for one or more targets, in one pass over the weights; all of the exports, or none.
 
@@ -51,6 +51,8 @@ def export(
     calibrate: data to measure activations on, for AWQ, GPTQ and importance matrices; "train" is the run's own.
     shard_size (vllm), tensor_type, pre, imatrix, split_size (GGUF), served_base, as_lora_rank (adapter), as_kind,
         from_model, create (ollama), install (lmstudio): options of these targets: see ``lora2serve export --help``.
+    shards: "2/3" is the second of three workers that write one export together, each by such a call. An empty list is
+        returned where others still work: the last one publishes.
     progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises UsageError for options that do not go together, CheckpointError and AdapterError for files that cannot be
@@ -64,7 +66,7 @@ def export(
         allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle, calibrate=calibrate, shard_size=shard_size,
         tensor_type=words(tensor_type, "tensor_type"), pre=pre, imatrix=Path(imatrix) if imatrix else None,
         split_size=split_size, served_base=served_base, as_lora_rank=as_lora_rank, as_kind=as_kind,
-        from_model=from_model, create=create,
+        from_model=from_model, create=create, shards=shards,
     )  # fmt: skip
     return run_export(request, progress)
 
@@ -77,9 +79,19 @@ def run_export(request: ExportRequest, progress: Progress | None = None) -> list
         if isinstance(prepared, _Bundle):
             overwrite = request.overwrite
             return [bundle.export(prepared.models, prepared.options, prepared.out, progress, overwrite=overwrite)]
-        exports = stream.export(prepared.model, prepared.plans, progress, overwrite=request.overwrite)
+        if request.shards:
+            exports = _worker_export(prepared, request, progress)
+        else:
+            exports = stream.export(prepared.model, prepared.plans, progress, overwrite=request.overwrite)
     after_export.hand_over(exports, request, progress)
     return exports
+
+
+def _worker_export(prepared: _Single, request: ExportRequest, progress: Progress) -> list[Export]:
+    """What this one of several workers has published."""
+    place = shared_export.WorkerPlace.parse(request.shards or "")
+    exported = shared_export.export(prepared.model, prepared.plans[0], place, progress, overwrite=request.overwrite)
+    return [exported] if exported else []
 
 
 def plan_export(request: ExportRequest, progress: Progress | None = None) -> ExportPlan:
@@ -120,9 +132,17 @@ def _prepare(request: ExportRequest, progress: Progress, stack: ExitStack, *, dr
     planned = sinks.plan_options(targets, request.quants, options)
     after_export.refuse(request, [target for target, _ in planned])
     if len(request.sources) > 1 and not request.adapters:
+        if request.shards:
+            raise UsageError(f"--shards {request.shards}: a bundle is written by one process", "leave it out")
         return _prepare_bundle(request, planned, progress, stack)
 
+    if request.shards:
+        place = shared_export.WorkerPlace.parse(request.shards)
+        shared_export.refuse([(name, targets[name], chosen) for name, chosen in planned], place)
+
     def check(home: Path) -> None:
+        if request.shards:  # what stands there may be this very export
+            return
         for target, chosen in planned:
             staging.refuse((request.out or home) / _folder(target, chosen), overwrite=request.overwrite)
 

@@ -13,6 +13,7 @@ from lora2serve.config.schema import show
 from lora2serve.config.sizes import parse_size
 from lora2serve.errors import UsageError
 from lora2serve.exporting.open_model import MergeBase, OpenOptions
+from lora2serve.exporting.shared_export import WorkerPlace
 from lora2serve.system.small_files import plain_path
 
 DType = Literal["bf16", "fp16", "fp32"]
@@ -57,6 +58,7 @@ class ExportRequest:
     from_model: str | None = None
     create: str | None = None
     install: bool = False
+    shards: str | None = None
 
     def __post_init__(self) -> None:
         """UsageError for values that no type checker has seen, and for what contradicts itself."""
@@ -71,6 +73,8 @@ class ExportRequest:
             refuse_name(self.name, "--name")
         if self.as_kind and "ollama" not in self.targets:
             raise UsageError(f"--as {self.as_kind}: only for --target ollama")
+        if self.shards is not None:
+            WorkerPlace.parse(self.shards)
         if self.from_model and "ollama-adapter" not in self.target_names():
             raise UsageError("--from: only for --target ollama --as adapter", "--base names the model to fold onto")
 

@@ -58,7 +58,7 @@ class StagedFile:
         self._pieces: dict[int, tuple[int, memoryview | None]] = {}  # start -> end, and the bytes if still kept
         self._unhashed = self._hashed = self._flushed = 0
         self._sha256 = hashlib.sha256()
-        _allocate(self._fd, size)
+        allocate(self._fd, size)
 
     def pwrite(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of ``data`` at ``offset``. It must stay as it is from here on; pieces must not overlap."""
@@ -244,6 +244,14 @@ def opened(target: Path, *, overwrite: bool) -> Iterator[StagedDir]:
             output.discard()
 
 
+@contextmanager
+def claimed_target(target: Path, *, overwrite: bool) -> Iterator[None]:
+    """Nobody else writes there meanwhile, and what stands there may be replaced; ExportError otherwise."""
+    with _locked(target):
+        _refuse_existing(target, overwrite)
+        yield
+
+
 def partial_of(target: Path) -> Path:
     """A new name beside a target, for what is not published yet."""
     return target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:12]}")
@@ -303,7 +311,7 @@ def _locked(target: Path) -> Iterator[None]:
         yield
 
 
-def _allocate(fd: int, size: int) -> None:
+def allocate(fd: int, size: int) -> None:
     """Claim the disk now, so that a full one is met before the work and not after it."""
     if not size:
         return

@@ -38,6 +38,7 @@ EXAMPLES = [
     ("lora2serve export -t gguf -q IQ2_XS --calibrate train", "with an importance matrix"),
     ("lora2serve export runs/a runs/b -t adapter -o bundle", "one server for two adapters"),
     ("lora2serve export -t ollama --create my-model", "and create it in Ollama"),
+    ("lora2serve export -t vllm -o /shared --shards 2/3", "one of three workers"),
 ]
 
 
@@ -73,6 +74,10 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace exports that exist, once the new ones are complete.")
 @click.option("--name", help="Name of the model in files and servers (default: the run's).")
+@click.option(
+    "--shards", metavar="I/N",
+    help="Be worker I of N that write one export together (vllm, gguf, ollama, lmstudio); the last one publishes it.",
+)  # fmt: skip
 @dry_run_option("--plan", help="Only show what would be written, and every refusal; reads no weights.")
 @json_option
 @weights("--base", metavar="MODEL", help="The base to fold onto: a path or a Hub id (default: the one trained on).")

@@ -87,7 +87,7 @@ def export(
             for warning in dict.fromkeys(warning for facts in finished for warning in facts.warnings):
                 progress.warn(warning)
             sealed = [
-                out.seal(_manifest(model, plan, facts))
+                out.seal(manifest_of(model, plan, facts))
                 for plan, facts, out in zip(plans, finished, outputs, strict=True)
             ]
         except OSError as error:
@@ -128,17 +128,21 @@ def _open_sinks(
     return sinks
 
 
-def feed(model: ExportModel, sinks: Sequence[Sink], progress: Progress, threads: int) -> None:
-    """Read each block once and hand it to each sink that wants it, in several threads."""
+def feed(
+    model: ExportModel, sinks: Sequence[Sink], progress: Progress, threads: int,
+    part: Sequence[TensorSpec] | None = None, label: str = "export",
+) -> None:  # fmt: skip
+    """Read each block once and hand it to each sink that wants it, in several threads; of a ``part`` of the tensors."""
     import torch
 
     if own_process.is_ours():
         malloc.keep_freed_memory()
-    specs = [spec for spec in model.source.specs() if any(spec.name in sink.wanted for sink in sinks)]
+    tensors = model.source.specs() if part is None else part
+    specs = [spec for spec in tensors if any(spec.name in sink.wanted for sink in sinks)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the pool is the parallelism: BLAS threads inside it would fight over the same cores
     try:
-        with progress.track("export", sum(spec.numel for spec in specs)) as advance:
+        with progress.track(label, sum(spec.numel for spec in specs)) as advance:
 
             def fold(spec: TensorSpec, rows: slice) -> None:
                 block = model.source.read(spec.name, rows)
@@ -178,7 +182,7 @@ def _blocks(spec: TensorSpec, sinks: Sequence[Sink]) -> Iterator[slice]:
     return row_blocks(spec, lcm(*(max(1, sink.wanted[spec.name]) for sink in sinks if spec.name in sink.wanted)))
 
 
-def _manifest(model: ExportModel, plan: Plan, facts: ExportFacts) -> Manifest:
+def manifest_of(model: ExportModel, plan: Plan, facts: ExportFacts) -> Manifest:
     """The manifest, apart from the files."""
     lineage = model.lineage
     return Manifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -52,6 +53,14 @@ class Survival:
             name: (surviving / delta) ** 0.5 if delta else 0.0
             for name, (surviving, delta) in sorted(self._sums.items())
         }
+
+    def sums(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Those of some tensors, for ``take`` of another process."""
+        return {name: self._sums[name] for name in names if name in self._sums}
+
+    def take(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Instead of its own, those of a process that has read these tensors to their ends."""
+        self._sums.update({name: list(pair) for name, pair in sums.items()})
 
     def check(self) -> list[str]:
         """Warnings that name tensors whose delta vanished. MergeError where all did: a wrong or a fresh adapter."""
