@@ -20,6 +20,7 @@ from lora2serve.cli.chat import chat
 from lora2serve.cli.compare import compare
 from lora2serve.cli.data import data
 from lora2serve.cli.deploy import deploy
+from lora2serve.cli.deploy_train import deploy_train
 from lora2serve.cli.doctor import doctor
 from lora2serve.cli.drift import drift
 from lora2serve.cli.evaluate import evaluate
@@ -76,7 +77,7 @@ def _sweep(quiet: bool) -> None:
 
 for command in (
     init, data, plan, train, sweep, chat, evaluate, compare, export, parity, push, verify, pull_check, serve, deploy,
-    adapters, registry, gateway, drift, top, inspect, doctor,
+    deploy_train, adapters, registry, gateway, drift, top, inspect, doctor,
 ):  # fmt: skip
     cli.add_command(command)
 

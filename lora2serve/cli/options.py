@@ -62,6 +62,8 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if (two := " ".join(args[:2])) in self.commands:  # `deploy train`, beside `deploy KIND`
+            return two, self.commands[two], args[2:]
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             visible = [name for name, command in self.commands.items() if not command.hidden]
             ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], visible)}")

@@ -68,10 +68,7 @@ class ServerSpec:
 
     def claim(self) -> str:
         """The name of the volume claim that is the store."""
-        scheme, separator, name = self.store.partition("://")
-        if scheme != "pvc" or not separator or not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name):
-            raise UsageError(f"--store {self.store}: expected pvc://CLAIM for this kind")
-        return name
+        return claim_of(self.store)
 
     def arguments(self, *, modules: bool = True) -> list[str]:
         """Everything behind ``vllm serve MODEL``; ``modules`` lists the adapters, where nothing else loads them."""
@@ -84,6 +81,14 @@ class ServerSpec:
         if self.adapters and modules:
             words += ["--lora-modules", *(_module(name, self.adapter_path(name)) for name in self.adapters)]
         return [*words, *self.engine_arguments]
+
+
+def claim_of(store: str) -> str:
+    """The name in ``pvc://CLAIM``; UsageError for another store."""
+    scheme, separator, name = store.partition("://")
+    if scheme != "pvc" or not separator or not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name):
+        raise UsageError(f"--store {store}: expected pvc://CLAIM for this kind")
+    return name
 
 
 def gather(exports: Sequence[Path], options: ServeOptions, store: str = STORE) -> ServerSpec:
