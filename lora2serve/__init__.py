@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora2serve.api.compare_models import compare
     from lora2serve.api.data_preview import preview_data
     from lora2serve.api.deploy_server import deploy
+    from lora2serve.api.deploy_training import deploy_training
     from lora2serve.api.evaluate_model import EvaluationResult, evaluate
     from lora2serve.api.export_model import export, plan_export
     from lora2serve.api.export_request import ExportRequest
@@ -32,15 +33,17 @@ if TYPE_CHECKING:
     from lora2serve.gateway.run_gateway import RunningGateway, start_gateway
     from lora2serve.parity_check.chat_session import Answer, ChatSession
     from lora2serve.progress import Progress
-    from lora2serve.sweeping.many_runs import RunOutcome, train_many
+    from lora2serve.sweeping.many_runs import train_many
+    from lora2serve.sweeping.run_outcome import RunOutcome
     from lora2serve.sweeping.sweep_recipe import SweepResult, sweep
 
 __version__ = "0.1.0"
 __all__ = [
     "Answer", "ChatSession", "DriftReport", "EvaluationResult", "ExportPlan", "ExportRequest", "Lora2ServeError",
     "ParityResult", "Progress", "Registry", "Run", "RunOutcome", "RunningGateway", "RunningServer", "SweepResult",
-    "TrainingPlan", "Verified", "chat", "compare", "deploy", "drift", "evaluate", "export", "init", "inspect", "parity",
-    "plan", "plan_export", "preview_data", "push", "serve", "start_gateway", "sweep", "train", "train_many", "verify",
+    "TrainingPlan", "Verified", "chat", "compare", "deploy", "deploy_training", "drift", "evaluate", "export", "init",
+    "inspect", "parity", "plan", "plan_export", "preview_data", "push", "serve", "start_gateway", "sweep", "train",
+    "train_many", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
@@ -48,6 +51,7 @@ _MODULES = {
     "api.compare_models": ("compare",),
     "api.data_preview": ("preview_data",),
     "api.deploy_server": ("deploy",),
+    "api.deploy_training": ("deploy_training",),
     "api.evaluate_model": ("EvaluationResult", "evaluate"),
     "api.export_model": ("export", "plan_export"),
     "api.export_request": ("ExportRequest",),
@@ -66,7 +70,8 @@ _MODULES = {
     "gateway.run_gateway": ("RunningGateway", "start_gateway"),
     "parity_check.chat_session": ("Answer", "ChatSession"),
     "progress": ("Progress",),
-    "sweeping.many_runs": ("RunOutcome", "train_many"),
+    "sweeping.many_runs": ("train_many",),
+    "sweeping.run_outcome": ("RunOutcome",),
     "sweeping.sweep_recipe": ("SweepResult", "sweep"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -15,6 +15,7 @@ from lora2serve.progress import Advance, Progress, Silent, Unit
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
 
 
 # controls, half characters, ends of lines that are none to a terminal, and marks of format: of these, U+200C and U+200D
@@ -180,6 +181,7 @@ class Terminal:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
+        self._bars: Bars | None = None  # on the screen, of one piece of work or several at a time
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -193,23 +195,37 @@ class Terminal:
         if self.quiet:  # no bar, and no 6 MB for a library of bars
             yield lambda amount, status="": None
             return
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        amount = {"bytes": [DownloadColumn()], "": []}.get(unit, [MofNCompleteColumn()])
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            *amount,
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-        ]
-        console = _stderr()
-        shown = console.is_terminal or console.is_jupyter
-        with Bars(*columns, console=console, transient=True, disable=not shown) as bars:
-            task = bars.add_task(label, total=total, status="")
+        first = self._bars is None
+        bars = self._bars = self._bars or _bars(unit)
+        if first:
+            bars.start()
+        task = bars.add_task(label, total=total, status="")
+        try:
             yield lambda amount, status="": bars.update(task, advance=amount, **({"status": status} if status else {}))
+        finally:
+            bars.remove_task(task)
+            if not bars.tasks:
+                self._bars = None
+                bars.stop()
+
+
+def _bars(unit: Unit) -> Bars:
+    """Those of a piece of work that is counted so; they go when it is done."""
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    amount = {"bytes": [DownloadColumn()], "": []}.get(unit, [MofNCompleteColumn()])
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        *amount,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    ]
+    console = _stderr()
+    shown = console.is_terminal or console.is_jupyter
+    return Bars(*columns, console=console, transient=True, disable=not shown)
 
 
 def default_progress() -> Progress:

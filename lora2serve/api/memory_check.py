@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lora2serve.api.plan_training import shape_at
@@ -30,23 +31,54 @@ def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> Non
     Without a GPU it is the main memory. What no plan can be made of passes, after a note: a model, or modules to adapt
     (embeddings) that the closed form does not know.
     """
-    from lora2serve.training import ranks
-    from lora2serve.training.method_outlook import plan_settings
-    from lora2serve.training.model import device, device_model
-
-    target = find_gpu(gpu) if gpu else device_model(device())
+    target = _target(gpu)
     ratio, _ = measured_ratio(target.name)
     try:
-        path = fetch_base(recipe.model, progress, weights=False)
-        shape = shape_at(path, progress)
-        asked = plan_settings(recipe.train, recipe.data.max_length, path, target.dtype)
-        settings = choose_parallel(shape, asked, recipe.train, target, ranks.processes(), ratio).settings
-        planned = planned_bytes(shape, settings, ratio)
+        shape, settings = _planned(recipe, target, ratio, progress)
     except (HubError, InputError, UsageError) as error:
         progress.note(f"memory not planned: {error.message.splitlines()[0]}")
         return
+    planned = planned_bytes(shape, settings, ratio)
     if not fits(planned.total, target):
         raise _too_large(recipe, shape, settings, planned, target, ratio)
+
+
+def refuse_too_large_together(recipes: Sequence[Recipe], gpu: str | None, progress: Progress) -> None:
+    """TrainError where trainings that share their base do not fit at the same time.
+
+    Each keeps its adapter and the state of its optimizer; a step is done by one of them at a time.
+    """
+    target = _target(gpu)
+    ratio, _ = measured_ratio(target.name)
+    try:
+        plans = [planned_bytes(*_planned(recipe, target, ratio, progress), ratio) for recipe in recipes]
+    except (HubError, InputError, UsageError):
+        return  # which each of them says by itself
+    states = [plan.adapter + plan.optimizer for plan in plans]
+    total = max(plan.total - state for plan, state in zip(plans, states, strict=True)) + sum(states)
+    if not fits(total, target):
+        raise TrainError(
+            f"{len(plans)} trainings on one base take {total / 1e9:.1f} GB, {sum(states) / 1e9:.1f} GB of it adapters "
+            f"and their optimizers, and {target.name} has {target.memory / 1e9:.1f} GB",
+            "name fewer of them, or lower train.lora.rank; without --share-base they come one after the other",
+        )
+
+
+def _target(gpu: str | None) -> GpuModel:
+    from lora2serve.training.model import device, device_model
+
+    return find_gpu(gpu) if gpu else device_model(device())
+
+
+def _planned(recipe: Recipe, target: GpuModel, ratio: float, progress: Progress) -> tuple[ModelShape, PlanSettings]:
+    """Of its base, and of its steps there; HubError, InputError or UsageError where nobody can say."""
+    from lora2serve.training import ranks
+    from lora2serve.training.method_outlook import plan_settings
+
+    path = fetch_base(recipe.model, progress, weights=False)
+    shape = shape_at(path, progress)
+    asked = plan_settings(recipe.train, recipe.data.max_length, path, target.dtype)
+    return shape, choose_parallel(shape, asked, recipe.train, target, ranks.processes(), ratio).settings
 
 
 def _too_large(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora2serve.api.locate import base_of_run, fetch, locate
 from lora2serve.api.run_evaluation import evaluate_run, read_suites
@@ -22,6 +23,9 @@ from lora2serve.errors import RecipeError, UsageError, raise_all
 from lora2serve.progress import Progress
 from lora2serve.system import launcher
 from lora2serve.training import ranks
+
+if TYPE_CHECKING:
+    from lora2serve.training.shared_base import SharedTraining
 
 
 def init(
@@ -93,21 +97,21 @@ def train(
             raise UsageError("--gpus: a launcher has started this process already", "leave it out")
         return on_gpus(gpus, recipe, settings(overrides), name, resume, gpu, progress)
     if not launched:
-        return _trained(recipe, settings(overrides), name, resume, gpu, progress)
+        return train_here(recipe, settings(overrides), name, resume, gpu, progress)
     with as_one_of(launched, progress) as own_progress:
-        return _trained(recipe, settings(overrides), name, resume, gpu, own_progress)
+        return train_here(recipe, settings(overrides), name, resume, gpu, own_progress)
 
 
-def _trained(
+def train_here(
     recipe: str | Path | None, overrides: Sequence[str], name: str | None, resume: bool, gpu: str | None,
-    progress: Progress,
+    progress: Progress, shared: SharedTraining | None = None,
 ) -> runs.Run:  # fmt: skip
-    """By this process, or by all that were started with it."""
+    """By this process, or by all that were started with it; ``shared``: beside others on one base."""
     if resume and (overrides or name):
         raise UsageError("--resume keeps the recipe as it was: no --set and no --name", "start a new run instead")
     if name is not None:
         refuse_run_name(name, "--name")
-    run = same_run(lambda: _unfinished(recipe)) if resume else None
+    run = same_run(lambda: unfinished(recipe)) if resume else None
     file = run.recipe if run else recipes.find(str(recipe) if recipe else None)
     chosen = recipes.load(file, overrides, progress)
     if not run:
@@ -115,7 +119,7 @@ def _trained(
         chosen = with_adapter(chosen, recipes.named_keys(file, overrides), progress)
     progress.note(f"training {run.name if run else name or chosen.name}: loading the libraries")
     suites = read_suites(chosen.evaluate)
-    trained = _train(chosen, name or chosen.name, run, gpu, progress)
+    trained = _train(chosen, name or chosen.name, run, gpu, progress, shared)
     if ranks.rank() == 0:
         evaluate_run(trained, suites, chosen.evaluate.limit, progress)
     return trained
@@ -138,7 +142,10 @@ def with_adapter(recipe: Recipe, named: Collection[str], progress: Progress) -> 
     return recipe
 
 
-def _train(recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None, progress: Progress) -> runs.Run:
+def _train(
+    recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None, progress: Progress,
+    shared: SharedTraining | None,
+) -> runs.Run:  # fmt: skip
     from lora2serve.api.memory_check import refuse_too_large
     from lora2serve.data import data_sets
     from lora2serve.hub import pin_data
@@ -158,7 +165,9 @@ def _train(recipe: Recipe, name: str, resumed: runs.Run | None, gpu: str | None,
                 refuse_too_large(own_share, gpu, progress)
             base = fetch_base(recipe.model, progress)
     with run_folder(name, resumed, progress) as run:
-        fine_tune(recipe, run.own, sets, base=base, resume=resumed is not None, progress=progress)
+        if shared:
+            shared.begun(run.own.path)
+        fine_tune(recipe, run.own, sets, base=base, resume=resumed is not None, progress=progress, shared=shared)
     return run.shared
 
 
@@ -203,7 +212,7 @@ def fetch_base(model: ModelRecipe, progress: Progress, *, weights: bool = True) 
     return fetch(f"{model.path}@{model.revision}", progress, weights=weights)
 
 
-def _unfinished(name: str | Path | None) -> runs.Run:
+def unfinished(name: str | Path | None) -> runs.Run:
     """The run to resume: the last one, or by its path or its name under ``runs/``."""
     if name is None:
         run = runs.newest() or runs.latest()

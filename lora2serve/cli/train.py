@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import click
@@ -51,6 +52,8 @@ def init(ctx: click.Context, source: str | None, overwrite: bool) -> None:
         ("lora2serve train --dry-run --gpu 24", "the memory that it takes, and what fits into 24 GiB"),
         ("lora2serve train --resume", "continue the last run"),
         ("lora2serve train medical.yaml legal.yaml --jobs 2", "several, each on a GPU of its own"),
+        ("lora2serve train medical.yaml legal.yaml --share-base", "several on one base, in one process"),
+        ("lora2serve train medical.yaml legal.yaml --on ray", "each on a GPU of a Ray cluster"),
         ("lora2serve train --gpus all", "one run by all GPUs of this machine"),
     ],
 )
@@ -66,27 +69,41 @@ def init(ctx: click.Context, source: str | None, overwrite: bool) -> None:
     type=click.IntRange(min=1),
     help="Of several recipes, trainings at a time (default: one for each GPU, or one).",
 )
+@click.option(
+    "--share-base",
+    is_flag=True,
+    help="Train several recipes at the same time in one process, on one base; each does a step in turn.",
+)
+@click.option(
+    "--on", metavar="ray[://HOST:PORT]", help="Train on a Ray cluster (RAY_ADDRESS, or here); --gpus N for each recipe."
+)
 @dry_run_option(help="Show the plan of `lora2serve plan`; fetch no weights, train nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last run, or the run named here, from its last checkpoint.")
 @json_option
 @click.pass_context
 def train(
     ctx: click.Context, recipe_files: tuple[str, ...], overrides: tuple[str, ...], name: str | None, gpu: str | None,
-    gpus: str | None, jobs: int | None, dry_run: bool, resume: bool, as_json: bool,
+    gpus: str | None, jobs: int | None, share_base: bool, on: str | None, dry_run: bool, resume: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Fine-tune as RECIPE says: a path, a built-in name such as "demo", or lora2serve.yaml here.
 
     Makes runs/<name>/ and, once it is finished, points runs/latest at it. Prints the run directory. Several recipes are
     trained one beside the other; one that fails leaves the others, and is named in the end.
     """
-    _refuse_mixtures(len(recipe_files), name=name, gpus=gpus, jobs=jobs, dry_run=dry_run, resume=resume)
-    if len(recipe_files) > 1 and not dry_run:
-        _train_many(ctx, recipe_files, jobs, overrides, gpu, as_json)
+    from lora2serve.config import recipe as recipes
+
+    _refuse_mixtures(
+        len(recipe_files), name=name, gpus=gpus, jobs=jobs, share_base=share_base, on=on, dry_run=dry_run, resume=resume
+    )
+    if (len(recipe_files) > 1 or on) and not dry_run:
+        files = recipe_files or (recipes.FILE,)
+        together = int(gpus) if gpus else None
+        _train_many(ctx, files, jobs, share_base, on, together, resume, overrides, gpu, as_json)
         return
     from lora2serve import console
     from lora2serve.api import train_run
     from lora2serve.api.plan_training import plan
-    from lora2serve.config import recipe as recipes
 
     if dry_run:
         for file in recipe_files or [None]:
@@ -111,15 +128,23 @@ def train(
 
 
 def _refuse_mixtures(
-    count: int, *, name: str | None, gpus: str | None, jobs: int | None, dry_run: bool, resume: bool
+    count: int, *, name: str | None, gpus: str | None, jobs: int | None, share_base: bool, on: str | None,
+    dry_run: bool, resume: bool,
 ) -> None:  # fmt: skip
     """UsageError with all options that do not go together."""
-    of_one = {"--name": name, "--gpus": gpus, "--resume": resume} if count > 1 else {}
+    together = share_base or on
+    of_one = {"--name": name, "--gpus": gpus and not on, "--resume": resume and not together} if count > 1 else {}
     problems = [f"{option}: of one training, and {count} recipes are named" for option in of_one if of_one[option]]
     if count > 1 and launcher.launch():
         problems.append(f"{count} recipes: a launcher's processes train one together")
     if jobs and count < 2:
         problems.append(f"--jobs {jobs}: of several recipes, and {count or 'none'} is named")
+    if on:
+        problems += _not_on_ray(on, name, gpus, count or not resume)
+    if share_base and count < 2:
+        problems.append(f"--share-base: of several recipes, and {count or 'none'} is named")
+    if share_base and jobs:
+        problems.append(f"--share-base and --jobs {jobs}: trainings on one base are all in one process")
     if dry_run and resume:
         problems.append("--dry-run and --resume: a run that goes on needs no plan")
     if dry_run and gpus:
@@ -128,19 +153,35 @@ def _refuse_mixtures(
         raise UsageError("\n".join(problems), "leave one of them out")
 
 
+def _not_on_ray(on: str, name: str | None, gpus: str | None, is_named: bool | int) -> Iterator[str]:
+    """What does not go together with ``--on``."""
+    if launcher.launch():
+        yield f"--on {on}: a launcher has started this process already"
+    if name:
+        yield f"--on {on} and --name: each run has its recipe's name"
+    if gpus and not (gpus.isdecimal() and int(gpus)):
+        yield f"--gpus {gpus}: on Ray, expected a number"
+    if not is_named:
+        yield f"--on {on} and --resume: name the run"
+
+
 def _train_many(
-    ctx: click.Context, recipe_files: tuple[str, ...], jobs: int | None, overrides: tuple[str, ...], gpu: str | None,
-    as_json: bool,
+    ctx: click.Context, recipe_files: tuple[str, ...], jobs: int | None, share_base: bool, on: str | None,
+    gpus: int | None, resume: bool, overrides: tuple[str, ...], gpu: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """A table of all of them; TrainError names those that failed."""
     from lora2serve import console
-    from lora2serve.sweeping.many_runs import RunOutcome, train_many
+    from lora2serve.sweeping.many_runs import train_many
+    from lora2serve.sweeping.run_outcome import RunOutcome
 
     def show(outcome: RunOutcome) -> None:
         if as_json:
             console.result_line({key: value for key, value in asdict(outcome).items() if value not in ("", None)})
 
-    outcomes = train_many(recipe_files, jobs=jobs, overrides=overrides, gpu=gpu, progress=progress(ctx), finished=show)
+    outcomes = train_many(
+        recipe_files, jobs=jobs, share_base=share_base, on=on, gpus=gpus, resume=resume, overrides=overrides,
+        gpu=gpu, progress=progress(ctx), finished=show,
+    )  # fmt: skip
     rows = [
         (each.recipe, each.run or each.state, "" if each.eval_loss is None else f"{each.eval_loss:.4f}",
          f"{each.seconds:.0f} s")

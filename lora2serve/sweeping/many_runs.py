@@ -9,62 +9,93 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from lora2serve.api.locate import locate
-from lora2serve.api.train_run import fetch_base, settings
+from lora2serve.api.train_run import settings, unfinished
 from lora2serve.config import recipe as recipes
-from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.config.recipe import Recipe
 from lora2serve.console import default_progress
-from lora2serve.data import data_sets
 from lora2serve.errors import Lora2ServeError, RecipeError, UsageError
-from lora2serve.hub import pin_data
-from lora2serve.progress import Progress, Silent
+from lora2serve.progress import Progress
 from lora2serve.sweeping.leased_workers import LeasedWorkers, shares
+from lora2serve.sweeping.ray_trainings import RayTrainings, TrainingOrder, ray_trainings
+from lora2serve.sweeping.remote_inputs import fetch_inputs
+from lora2serve.sweeping.run_outcome import NamedProgress, RunOutcome
 
 WORKER = "lora2serve.sweeping.run_worker:RunWorker"
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """One of several fine-tunes: its run, or why there is none."""
-
-    recipe: str
-    state: Literal["finished", "failed"]
-    run: str | None = None
-    eval_loss: float | None = None  # None where no rows are held out
-    seconds: float = 0.0
-    problem: str = ""
-    hint: str = ""
+LoadedRecipe = tuple[str, Path, Recipe]  # by the name that it was given
 
 
 def train_many(
     recipe_files: Sequence[str | Path], *,
-    jobs: int | None = None, overrides: Mapping[str, object] | Sequence[str] = (), gpu: str | None = None,
+    jobs: int | None = None, share_base: bool = False, on: str | None = None, gpus: int | None = None,
+    resume: bool = False,
+    overrides: Mapping[str, object] | Sequence[str] = (), gpu: str | None = None,
     progress: Progress | None = None, finished: Callable[[RunOutcome], object] = lambda _: None,
 ) -> list[RunOutcome]:  # fmt: skip
     """Fine-tune as each recipe says, ``jobs`` of them at a time, each in a process and on a GPU of its own.
 
     recipe_files: as ``train`` takes one. What a recipe has wrong is refused before the first begins, of all of them.
     jobs: by default one for each GPU, or one.
+    share_base: all at the same time in this process, on one base, which is loaded once; a step of each in turn.
+        RecipeError where the recipes do not agree on it.
+    on: "ray", or "ray://HOST:PORT": on a Ray cluster whose nodes all see this folder, as many at a time as have room.
+    gpus: on Ray, how many train each recipe together; one by default.
+    resume: with ``share_base`` or ``on``, ``recipe_files`` are runs that were interrupted, and go on.
     overrides, gpu: of each, as in ``train``.
     finished: called with each outcome as it comes.
 
     Returns the outcomes in the order of the recipes. KeyboardInterrupt once all have ended, each with a checkpoint.
     """
     progress = progress or default_progress()
+    _refuse_mixtures(jobs, share_base, on, gpus, resume, bool(overrides))
     words = settings(overrides)
-    loaded = _loaded([str(file) for file in recipe_files], words)
-    gpus, threads, count = shares(jobs)
-    batch = _Batch(LeasedWorkers(WORKER, gpus, threads), words, gpu, progress)
-    progress.note(f"{len(loaded)} trainings, {min(count, len(loaded))} at a time")
+    loaded = _loaded([str(file) for file in recipe_files], words, resume)
     outcomes: dict[int, RunOutcome] = {}
 
     def keep(number: int, outcome: RunOutcome) -> None:
         outcomes[number] = outcome
         finished(outcome)
 
+    if share_base:
+        from lora2serve.sweeping.shared_trainings import SharedTrainings
+
+        SharedTrainings(words, resume, gpu, progress, keep).run(loaded)
+    elif on:
+        _train_on_ray(ray_trainings(on, gpus, progress), loaded, words, gpu, resume, keep)
+    else:
+        _train_apart(loaded, jobs, words, gpu, progress, keep)
+    return [outcomes[number] for number in range(len(loaded))]
+
+
+def _refuse_mixtures(
+    jobs: int | None, share_base: bool, on: str | None, gpus: int | None, resume: bool, overridden: bool
+) -> None:  # fmt: skip
+    """UsageError with all arguments that do not go together."""
+    problems = []
+    if share_base and jobs:
+        problems.append("share_base and jobs: trainings on one base are all in one process")
+    if on and (share_base or jobs):
+        problems.append("on, with jobs or share_base: Ray says what runs where")
+    if on and on != "ray" and not on.startswith("ray://"):
+        problems.append(f"on: {on}, expected ray or ray://HOST:PORT")
+    if gpus is not None and (gpus < 1 or not on):
+        problems.append(f"gpus: {gpus}, expected at least 1, with on")
+    if resume and not (share_base or on):
+        problems.append("resume: of trainings on one base (share_base), or on Ray (on)")
+    if resume and overridden:
+        problems.append("resume keeps the recipes as they were: no overrides")
+    if problems:
+        raise UsageError("\n".join(problems), "leave one of them out")
+
+
+def _train_apart(
+    loaded: Sequence[LoadedRecipe], jobs: int | None, overrides: Sequence[str], gpu: str | None, progress: Progress,
+    keep: Callable[[int, RunOutcome], object],
+) -> None:  # fmt: skip
+    """Each in a process of its own."""
+    gpus, threads, count = shares(jobs)
+    batch = _Batch(LeasedWorkers(WORKER, gpus, threads), overrides, gpu, progress)
+    progress.note(f"{len(loaded)} trainings, {min(count, len(loaded))} at a time")
     ready = []
     for number, (name, path, recipe) in enumerate(loaded):
         failed = batch.fetch(name, recipe)
@@ -76,21 +107,35 @@ def train_many(
         futures = {pool.submit(batch.train, name, path): number for number, name, path in ready}
         for future in as_completed(futures):
             keep(futures[future], future.result())
-    return [outcomes[number] for number in range(len(loaded))]
 
 
-def _loaded(names: Sequence[str], overrides: Sequence[str]) -> list[tuple[str, Path, Recipe]]:
+def _loaded(names: Sequence[str], overrides: Sequence[str], resume: bool) -> list[LoadedRecipe]:
     """Each by its name; RecipeError with what is wrong with any of them."""
     loaded, problems = [], []
     for name in names:
         try:
-            path = recipes.find(name)
-            loaded.append((name, path.absolute(), recipes.load(path, overrides)))
+            path = unfinished(name).recipe if resume else recipes.find(name)
+            loaded.append((name, path if resume else path.absolute(), recipes.load(path, overrides)))
         except UsageError as error:
             problems += [line if name in line else f"{name}: {line}" for line in error.message.splitlines()]
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)), "mend them; nothing was begun")
     return loaded
+
+
+def _train_on_ray(
+    trainings: RayTrainings, loaded: Sequence[LoadedRecipe], overrides: Sequence[str], gpu: str | None, resume: bool,
+    keep: Callable[[int, RunOutcome], object],
+) -> None:  # fmt: skip
+    """Each in a place that Ray finds for it."""
+    orders: list[tuple[str, TrainingOrder]] = [
+        (name, {
+            "recipe": str(path.parent if resume else path), "overrides": list(overrides), "gpu": gpu,
+            "folder": str(Path.cwd()), "resume": resume,
+        })
+        for name, path, _ in loaded
+    ]  # fmt: skip
+    trainings.run(orders, keep)
 
 
 @dataclass
@@ -104,13 +149,8 @@ class _Batch:
 
     def fetch(self, name: str, recipe: Recipe) -> RunOutcome | None:
         """What it needs of the Hub into the cache, as workers are offline; the outcome where that cannot be had."""
-        own = NamedProgress(self.progress, name)
         try:
-            if _is_remote(recipe.data):
-                data_sets.load(recipe.data, pin_data, recipe.train.objective)
-            if recipe.train.from_adapter:
-                locate(recipe.train.from_adapter, own)
-            fetch_base(recipe.model, own)
+            fetch_inputs(recipe, NamedProgress(self.progress, name))
         except Lora2ServeError as error:
             return self._failed(name, error, 0.0)
         return None
@@ -152,29 +192,3 @@ class _Batch:
             raise
         finally:
             self.workers.close()
-
-
-class NamedProgress(Silent):
-    """Words of one of several trainings, with its name before them; no bars."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self._progress, self._name = progress, name
-
-    def note(self, text: str) -> None:
-        """One line of information."""
-        self._progress.note(f"{self._name}: {text}")
-
-    def warn(self, text: str) -> None:
-        """One line that the user should act on."""
-        self._progress.warn(f"{self._name}: {text}")
-
-    def show(self, words: Mapping[str, str]) -> None:
-        """What a worker asks to be shown."""
-        if "warning" in words:
-            self.warn(words["warning"])
-        else:
-            self.note(words["note"])
-
-
-def _is_remote(data: DataRecipe) -> bool:
-    return any(not Path(source.path).exists() for kind in ("train", "eval") for source in data.sources(kind))

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.errors import SweepError, first_line
+from lora2serve.errors import SweepError
+from lora2serve.sweeping.ray_cluster import cause, connect
 from lora2serve.sweeping.sweep_suite import SuiteOrder
 from lora2serve.sweeping.trial_process import ChildTrials, TrialOrder
 from lora2serve.sweeping.trial_record import RowLoss, TrialOutcome
-from lora2serve.system.extras import install_hint
 from lora2serve.system.hardware import usable_gpus
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-
-ADDRESS = "RAY_ADDRESS"  # of the cluster; by default that which runs on this machine
 
 
 class NodeTrials:
@@ -59,7 +56,7 @@ class RayTrials:
         try:
             answer = self._call("train", order)
         except ray.exceptions.RayError as error:
-            return TrialOutcome("failed", f"Ray: {_cause(error)}")
+            return TrialOutcome("failed", f"Ray: {cause(error)}")
         return TrialOutcome.from_json(answer, Path(order["run"]).name)
 
     def measure(
@@ -71,7 +68,7 @@ class RayTrials:
         try:
             answer = self._call("measure", str(recipe), str(base), [str(path) for path in files], list(suites))
         except ray.exceptions.RayError as error:
-            raise SweepError(f"the base cannot be measured: {_cause(error)}", "see Ray's logs") from error
+            raise SweepError(f"the base cannot be measured: {cause(error)}", "see Ray's logs") from error
         assert isinstance(answer, list)
         return [RowLoss.from_json(item, "losses") for item in answer]
 
@@ -112,17 +109,7 @@ def ray_trials(jobs: int | None) -> tuple[RayTrials, int]:
 
     SweepError where there is none.
     """
-    try:
-        import ray
-    except ImportError:
-        raise SweepError("ray is not installed", install_hint("ray")) from None
-    if not ray.is_initialized():
-        try:
-            ray.init(address=os.environ.get(ADDRESS, "auto"), log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            hint = f"`ray start --head` starts one here; {ADDRESS} names another"
-            raise SweepError(f"no Ray cluster ({first_line(error)})", hint) from None
-    resources = ray.cluster_resources()
+    resources = connect(SweepError)
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     return RayTrials(gpus > 0), jobs or gpus or max(1, cpus)
 
@@ -130,8 +117,3 @@ def ray_trials(jobs: int | None) -> tuple[RayTrials, int]:
 def _need(recipe: Path) -> None:
     if not recipe.is_file():
         raise FileNotFoundError(f"{recipe} is not on this node: begin the sweep in a folder that all nodes share")
-
-
-def _cause(error: BaseException) -> str:
-    """What a job raised on its node, without Ray's words around it."""
-    return first_line(getattr(error, "cause", None) or error)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora2serve.api.train_run import train
-from lora2serve.artifacts.run import Run
 from lora2serve.progress import Silent
+from lora2serve.sweeping.run_outcome import eval_loss
 from lora2serve.sweeping.trial_worker import use_gpu
 
 if TYPE_CHECKING:
@@ -24,13 +24,20 @@ class RunWorker:
         self._link = link
         use_gpu(gpu, threads)
 
-    def train(self, recipe: str, overrides: Sequence[str], gpu: str | None, folder: str) -> dict[str, object]:
-        """One fine-tune in ``folder``: its run, its eval loss, and the seconds that it took."""
+    def train(
+        self, recipe: str, overrides: Sequence[str], gpu: str | None, folder: str, resume: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> dict[str, object]:  # fmt: skip
+        """One fine-tune in ``folder``: its run, its eval loss, and the seconds that it took.
+
+        environment: what a launcher would set for one of several processes.
+        """
+        os.environ.update(environment or {})
         gc.collect()  # the model of the one before
         os.chdir(folder)
         begin = time.monotonic()
-        run = train(recipe, overrides=overrides, gpu=gpu, progress=LinkProgress(self._link))
-        return {"run": str(run.path), "eval_loss": _eval_loss(run), "seconds": time.monotonic() - begin}
+        run = train(recipe, overrides=overrides, resume=resume, gpu=gpu, progress=LinkProgress(self._link))
+        return {"run": str(run.path), "eval_loss": eval_loss(run), "seconds": time.monotonic() - begin}
 
 
 class LinkProgress(Silent):
@@ -46,8 +53,3 @@ class LinkProgress(Silent):
     def warn(self, text: str) -> None:
         """One line that the user should act on."""
         self._link.ask({"warning": text})
-
-
-def _eval_loss(run: Run) -> float | None:
-    tuned = run.record.metrics.tuned
-    return tuned.eval_loss if tuned else None

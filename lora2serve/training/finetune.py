@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,6 +51,7 @@ from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
 from lora2serve.training.sample_prompts import sample_prompts
 from lora2serve.training.sharded_base import shard
+from lora2serve.training.shared_base import SharedTraining
 from lora2serve.training.starting_adapter import load_weights, other_base
 from lora2serve.training.weightless import check_adapter
 from lora2serve.weights.checkpoint import identity, read_config
@@ -63,11 +65,12 @@ MOST_EVAL_ROWS = 1000  # kept in eval.jsonl for parity
 
 def train(
     recipe: Recipe, run: Run, data_sets: DataSets, *, base: Path, resume: bool = False, quick: bool = False,
-    progress: Progress,
+    progress: Progress, shared: SharedTraining | None = None,
 ) -> Run:  # fmt: skip
     """Fine-tune ``base`` (a local directory) on ``data_sets`` (``data_sets.load``); the run, with all that it keeps.
 
     quick: leave out what only an export and people need: the adapter on the original base, the picture.
+    shared: of several trainings at the same time, the base that they share.
     DataError and TrainError for what cannot be trained; KeyboardInterrupt once Ctrl-C has saved a checkpoint.
     """
     with translated():
@@ -75,7 +78,7 @@ def train(
 
         _quiet()
         check_trackers(recipe)
-        fine_tune = FineTune(recipe, run, data_sets, base, device(), progress, quick)
+        fine_tune = FineTune(recipe, run, data_sets, base, device(), progress, quick, shared)
         fine_tune.announce()
         template = base_template(base, recipe.data.chat_template, run.record.day or date.today().isoformat())
         fine_tune.in_form(template.tokenizer).run_all(template, resume=resume)
@@ -93,6 +96,7 @@ class FineTune:
     device: Device
     progress: Progress
     quick: bool = False
+    shared: SharedTraining | None = None
 
     @property
     def starting_adapter(self) -> Path | None:
@@ -120,6 +124,8 @@ class FineTune:
             self.measure("base", model, held_out, tokenizer)
         tuned = add_adapter(model, config)
         del model
+        if self.shared:
+            self.shared.base.refuse_trained(tuned)
         if (adapter := self.starting_adapter) and not (resume and last_checkpoint(self.run)):
             load_weights(tuned, adapter)
         initial = self.keep_initial(tuned)
@@ -128,7 +134,7 @@ class FineTune:
             tuned, tokenizer, rows, held_out, self.recipe, self.run, self.device, loop,
             resume=resume, progress=self.progress,
             measure=lambda: self.losses(tuned, held_out, tokenizer, "", Silent()).mean(),
-            prompts=prompts,
+            prompts=prompts, turn=self.shared.turn if self.shared else None,
         )  # fmt: skip
         self.run.save(replace(self.run.record, steps=steps))
         keep_measured(self.run, self.recipe, self.base, self.device, self.progress)
@@ -144,8 +150,9 @@ class FineTune:
         self.run.save(replace(self.run.record, finished=True))
 
     def load(self, loop: LoopRecord) -> PreTrainedModel:
-        """The base, or this process's part of it, ready for an adapter."""
-        base = load_base(self.base, self.recipe.train, self.device, sharded=loop.sharded)
+        """The base, or this process's part of it, ready for an adapter; others may train on it, too."""
+        load = partial(load_base, self.base, self.recipe.train, self.device, sharded=loop.sharded)
+        base = self.shared.load(self.base, load) if self.shared else load()
         model = prepare(base, checkpointing=loop.checkpointing)
         if loop.sharded:
             shard(model, self.device.name)

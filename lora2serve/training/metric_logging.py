@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
+from lora2serve.errors import TrainError
 from lora2serve.progress import Advance, Progress
 from lora2serve.system import interruption
 
@@ -53,7 +54,13 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
         logs: Mapping[str, object] | None = None,
         **_: object,
     ) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; TrainError once the loss is no number, from which no step leads back."""
+        loss = (logs or {}).get("loss")
+        if isinstance(loss, float) and not math.isfinite(loss):
+            raise TrainError(
+                f"step {state.global_step}: the loss is {loss}, expected a finite number",
+                "lower train.learning_rate, or raise train.warmup",
+            )
         figures = {
             key: value for key, value in (logs or {}).items() if isinstance(value, int | float) and math.isfinite(value)
         }
@@ -75,6 +82,10 @@ class MetricLog(TrainerCallback):  # type: ignore[misc]
         }  # fmt: skip
         known = {key: self.last[key] for key in labels if key in self.last}
         return ", ".join(f"{labels[key]} {value:.4f}" for key, (step, value) in known.items() if step >= since)
+
+    def stop(self) -> None:
+        """The step in hand is the last one."""
+        self.stopped = True
 
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:

@@ -27,7 +27,9 @@ from lora2serve.training.rank_budget import rank_budget
 from lora2serve.training.sample_log import SampleLog
 from lora2serve.training.sample_prompts import SamplePrompt
 from lora2serve.training.schedule import eval_interval, total_steps
+from lora2serve.training.shared_base import PassOn
 from lora2serve.training.steps import prepare_steps
+from lora2serve.training.turns import Turn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,12 +43,13 @@ if TYPE_CHECKING:
 def fit(
     model: PeftModel, tokenizer: Tokenizer, rows: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe,
     run: Run, device: Device, loop: LoopRecord, *, resume: bool, measure: Measure, progress: Progress,
-    prompts: Sequence[SamplePrompt] = (),
+    prompts: Sequence[SamplePrompt] = (), turn: Turn | None = None,
 ) -> int:  # fmt: skip
     """Train; the number of steps done. KeyboardInterrupt after a checkpoint was saved on Ctrl-C.
 
     measure: the eval loss of ``model`` as it is at that moment, on all of ``held_out``; preferences have another one.
     prompts: what it is asked where it is evaluated, before and after.
+    turn: with which others that are trained at the same time are waited for after each step.
     """
     loop = decided(loop, model, rows, recipe, device)
     if recipe.data.packing and not packs(recipe, loop, model, rows, progress):
@@ -74,7 +77,9 @@ def fit(
         trainer.measure = measure
         trainer.count_from(tokens_of(checkpoint) if checkpoint else 0)
         pace = _with_pace(trainer, model, device, log)
-        with log.stop_on_interrupt():
+        if turn:
+            trainer.add_callback(PassOn(turn, log.stop))
+        with turn.steps() if turn else log.stop_on_interrupt():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     run.save(replace(run.record, speed=pace.record()))
     if log.stopped or log.all_stop:
@@ -217,6 +222,7 @@ def _arguments(
             seed=train.seed + ranks.rank(),  # of dropout; the order of rows is the same in all processes
             data_seed=train.seed,
             logging_steps=train.log_interval,
+            logging_nan_inf_filter=False,  # which would show a mean of others instead
             **_evaluations(recipe, total, held_out),
             report_to=(list(train.trackers) if ranks.rank() == 0 else []) or "none",
             run_name=run.name,

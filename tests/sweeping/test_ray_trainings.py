@@ -1,0 +1,150 @@
+"""Trainings on Ray's own test cluster: two nodes of one core each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import lora2serve
+from lora2serve.artifacts.run import Run
+from lora2serve.errors import UsageError
+from tests.support.commands import ROOT, run_command
+from tests.support.runs import fit, logged, make_chat_model, recipe_file, uneven_data
+
+pytestmark = pytest.mark.engine
+
+NICENESS = "RAY_worker_niceness"  # as Ray spells it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipes ``a.yaml`` and ``b.yaml``, and ``broken.yaml``, whose data is no JSON."""
+    folder = tmp_path_factory.mktemp("ray")
+    base = make_chat_model(folder / "base")
+    data = uneven_data(folder, 12, 6)
+    for name, seed in (("a", 1), ("b", 2)):
+        file = recipe_file(folder / name, base, data, quantize="none", steps=4, batch_size=2, seed=seed)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, **yaml.safe_load(file.read_text())}))
+    (folder / "rows.jsonl").write_text("none\n")
+    broken = yaml.safe_load((folder / "a.yaml").read_text()) | {"name": "broken", "data": {"train": "rows.jsonl"}}
+    (folder / "broken.yaml").write_text(yaml.safe_dump(broken))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """The environment of its drivers."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    os.environ[NICENESS] = "0"  # else they wait for every other test
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False},
+    )
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    try:
+        yield {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": str(cluster.address)}
+    finally:
+        cluster.shutdown()
+        del os.environ[NICENESS]
+
+
+def train(folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lora2serve", "train", *words, "--on", "ray"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def adapter(run: Run) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(run.adapter / "adapter_model.safetensors")
+    return tensors
+
+
+@pytest.mark.slow
+def test_two_recipes_at_once(folder: Path, cluster: dict[str, str]) -> None:
+    """Each on a node, and each the run that it is without Ray; one that fails leaves them."""
+    done = train(folder, cluster, "a.yaml", "b.yaml", "broken.yaml")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.splitlines() == ["runs/a", "runs/b"]
+    error = done.stderr[done.stderr.index("error:") :]
+    assert error.startswith("error: 1 of 3 trainings failed") and "broken.yaml: " in error and "rows.jsonl" in error
+    begun = [done.stderr.index(f"{name}.yaml: 4 steps on cpu") for name in "ab"]
+    ended = [done.stderr.index(f"{name}.yaml: step 4 of 4") for name in "ab"]
+    assert max(begun) < min(ended), "at the same time"
+    for name in "ab":
+        run = Run(folder / "runs" / name)
+        alone = fit(folder / f"{name}.yaml", into=folder / f"alone-{name}")[0]
+        assert run.record.finished and logged(run) == logged(alone)
+        mine, other = adapter(run), adapter(alone)
+        assert all(torch.equal(mine[key], other[key]) for key in other)
+
+
+@pytest.mark.slow
+def test_one_recipe_on_two_ranks(folder: Path, cluster: dict[str, str]) -> None:
+    """One run directory; and more than the cluster has is refused."""
+    done = train(folder, cluster, "b.yaml", "--gpus", "2", "--json", "--set", "data.packing=false")
+    assert done.returncode == 0, done.stderr
+    (outcome,) = [json.loads(line) for line in done.stdout.splitlines()]
+    run = Run(folder / outcome["run"])
+    assert done.stderr.count("b.yaml: 4 steps on cpu by 2 processes") == 1
+    loop = run.record.loop
+    assert loop is not None and (loop.processes, loop.rows) == (2, 1)
+    alone = fit(folder / "b.yaml", into=folder / "alone-of-two")[0]
+    mine, other = adapter(run), adapter(alone)
+    assert max(float((mine[key] - other[key]).abs().max()) for key in other) < 1e-6
+    refused = train(folder, cluster, "b.yaml", "--gpus", "3")
+    assert refused.returncode == 1 and "--gpus 3: the Ray cluster has 2 cores" in refused.stderr
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed(folder: Path, cluster: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "lora2serve", "train", "a.yaml", "--on", "ray", "--set", "train.steps=400"]
+    child = subprocess.Popen(
+        [*command, "--set", "name=long"], cwd=folder, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    log = folder / "runs" / "long" / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=150)
+    assert (child.returncode, out) == (130, ""), err
+    assert "Traceback" not in err
+    run = Run(folder / "runs" / "long")
+    assert run.has_checkpoint and not run.record.finished
+    step = max(logged(run))
+    done = train(folder, cluster, "--resume", "runs/long")
+    assert (done.returncode, done.stdout) == (0, "runs/long\n"), done.stderr
+    assert step < 400 and list(logged(run)) == list(range(1, 401))
+
+
+def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
+    for words, problem in (
+        (("a.yaml", "b.yaml", "--on", "ray", "--jobs", "2"), "Ray says what runs where"),
+        (("a.yaml", "--on", "ray", "--gpus", "all"), "--gpus all: on Ray, expected a number"),
+        (("a.yaml", "--on", "ray", "--name", "x"), "--on ray and --name"),
+        (("a.yaml", "--on", "spark"), "spark, expected ray or ray://HOST:PORT"),
+        (("--on", "ray", "--resume"), "--on ray and --resume: name the run"),
+    ):
+        refused = run_command(["train", *words], folder)
+        assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
+        assert problem in refused.stderr, refused.stderr
+    with pytest.raises(UsageError, match="gpus: 2, expected at least 1, with on"):
+        lora2serve.train_many([folder / "a.yaml"], gpus=2)
+    pytest.importorskip("ray")
+    missing = run_command(
+        ["train", "a.yaml", "--on", "ray"], folder, {"RAY_ADDRESS": "127.0.0.1:1", "TMPDIR": str(tmp_path)}
+    )
+    assert missing.returncode == 1 and "no Ray cluster" in missing.stderr, missing.stderr

@@ -1,0 +1,50 @@
+"""What keeps recipes from sharing a base is said before anything is loaded, all of it at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lora2serve.config.recipe import Recipe, load
+from lora2serve.errors import RecipeError
+from lora2serve.sweeping.shared_trainings import refuse_differences
+from tests.support.commands import run_command
+from tests.support.runs import recipe_file
+
+
+def loaded(folder: Path, **train: object) -> Recipe:
+    return load(recipe_file(folder, folder, {"train": "rows.jsonl"}, **train))
+
+
+def test_all_differences_at_once(tmp_path: Path) -> None:
+    first, second = loaded(tmp_path / "a"), loaded(tmp_path / "b", quantize="none", lora={"init": "pissa"})
+    third = loaded(tmp_path / "a", trackers=["wandb", "tensorboard"])
+    third = replace(third, model=replace(third.model, revision="main"))
+    with pytest.raises(RecipeError) as raised:
+        refuse_differences([("a.yaml", first), ("b.yaml", second), ("c.yaml", third)])
+    lines = raised.value.message.splitlines()
+    assert lines == [
+        f"model.path: {tmp_path / 'a'} in a.yaml, c.yaml; {tmp_path / 'b'} in b.yaml",
+        "model.revision: none in a.yaml, b.yaml; main in c.yaml",
+        "train.quantize: nf4 in a.yaml, c.yaml; none in b.yaml",
+        "train.lora.init: pissa in b.yaml takes a part of the base out, which is shared",
+        "train.trackers: wandb in c.yaml has one training of a process at a time",
+    ]
+    other = loaded(tmp_path / "a", steps=9, learning_rate=1e-4, method="ia3", trackers=["tensorboard"])
+    refuse_differences([("a.yaml", first), ("other.yaml", other)])
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    for name in "ab":
+        recipe_file(tmp_path / name, tmp_path / name, {"train": "rows.jsonl"})
+    both = ["a/lora2serve.yaml", "b/lora2serve.yaml"]
+    refused = run_command(["train", *both, "--share-base"], tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "model.path: " in refused.stderr and "leave --share-base out" in refused.stderr
+    refused = run_command(["train", *both, "--share-base", "--jobs", "2", "--gpus", "2"], tmp_path)
+    assert refused.returncode == 2
+    assert "--share-base and --jobs 2" in refused.stderr and "--gpus: of one training" in refused.stderr
+    refused = run_command(["train", both[0], "--share-base"], tmp_path)
+    assert refused.returncode == 2 and "--share-base: of several recipes, and 1 is named" in refused.stderr
