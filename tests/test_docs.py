@@ -55,6 +55,8 @@ def test_commands_exist(page: str, words: str) -> None:
     ]
     args = [arg for arg in args if arg not in ("-v", "--quiet")]
     args = args[: args.index("--")] if "--" in args else args  # the rest is the engine's
+    two = " ".join(args[:2])
+    args = [two, *args[2:]] if two in cli.commands else args  # `deploy train`
     command = cli.commands[args[0]]
     while isinstance(command, click.Group) and len(args) > 1 and args[1] in command.commands:
         args = args[1:]

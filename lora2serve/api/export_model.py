@@ -28,9 +28,8 @@ def export(
     base: Named | None = None, merge_base: MergeBase = "auto", dtype: DType | None = None, name: str | None = None,
     adapters: Sequence[Named] = (), combine: Combine | None = None, weights: Sequence[float] = (), density: float = 0.5,
     allow_base_mismatch: bool = False, allow_pickle: bool = False, calibrate: Named | None = None,
-    shard_size: str | int | None = None,
-    tensor_type: Sequence[str] = (), pre: str | None = None, imatrix: Named | None = None,
-    split_size: str | int | None = None,
+    shard_size: str | int | None = None, tensor_type: Sequence[str] = (), pre: str | None = None,
+    imatrix: Named | None = None, split_size: str | int | None = None,
     served_base: str | None = None, as_lora_rank: int | None = None,
     as_kind: OllamaKind | None = None, from_model: str | None = None, create: str | None = None, install: bool = False,
     shards: str | None = None, progress: Progress | None = None,
@@ -51,8 +50,7 @@ def export(
     calibrate: data to measure activations on, for AWQ, GPTQ and importance matrices; "train" is the run's own.
     shard_size (vllm), tensor_type, pre, imatrix, split_size (GGUF), served_base, as_lora_rank (adapter), as_kind,
         from_model, create (ollama), install (lmstudio): options of these targets: see ``lora2serve export --help``.
-    shards: "2/3" is the second of three workers that write one export together, each by such a call. An empty list is
-        returned where others still work: the last one publishes.
+    shards: "2/3" is the second of three workers that write one export; the last one publishes, the others return [].
     progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises UsageError for options that do not go together, CheckpointError and AdapterError for files that cannot be

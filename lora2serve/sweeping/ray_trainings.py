@@ -115,7 +115,7 @@ class RayTrainings:
         begin, own = time.monotonic(), NamedProgress(self.progress, name)
         try:
             with self._group() as nodes:
-                own.note(f"begins on Ray, {self.gpus} {'GPUs' if self.on_gpu else 'cores'}")
+                own.note(f"begins on Ray ({self.gpus} {'GPU' if self.on_gpu else 'core'}{'s' * (self.gpus > 1)})")
                 results = self._results(nodes, order, own)
         except ray.exceptions.RayError as error:
             results = [{"problem": f"Ray: {cause(error)}", "hint": "see Ray's logs"}]

@@ -62,8 +62,7 @@ def fit(
         load_adapter(model, checkpoint, best=_keeps_best(recipe, bool(held_out)))
         if recipe.train.objective != SFT:
             arguments = _arguments(recipe, run, device, total, bool(held_out), loop)
-            trainer = _trainer(model, tokenizer, data, held_out, arguments, [], recipe)
-            _keep_figures(trainer, run, progress)
+            _keep_figures(_trainer(model, tokenizer, data, held_out, arguments, [], recipe), run, progress)
         return step_of(checkpoint)
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     progress.note(f"{total} steps on {_place(device)} in {device.dtype}; {learned:,} parameters to learn")
@@ -77,8 +76,7 @@ def fit(
         trainer.measure = measure
         trainer.count_from(tokens_of(checkpoint) if checkpoint else 0)
         pace = _with_pace(trainer, model, device, log)
-        if turn:
-            trainer.add_callback(PassOn(turn, log.stop))
+        _take_turns(trainer, turn, log)
         with turn.steps() if turn else log.stop_on_interrupt():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     run.save(replace(run.record, speed=pace.record()))
@@ -106,6 +104,12 @@ def _with_pace(trainer: RunSteps, model: PeftModel, device: Device, log: MetricL
     trainer.add_callback(pace)
     log.pace = pace.words
     return pace
+
+
+def _take_turns(trainer: RunSteps, turn: Turn | None, log: MetricLog) -> None:
+    """After all that is done after a step."""
+    if turn:
+        trainer.add_callback(PassOn(turn, log.stop))
 
 
 def _samples(
