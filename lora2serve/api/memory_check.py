@@ -35,10 +35,10 @@ def refuse_too_large(recipe: Recipe, gpu: str | None, progress: Progress) -> Non
     ratio, _ = measured_ratio(target.name)
     try:
         shape, settings = _planned(recipe, target, ratio, progress)
+        planned = planned_bytes(shape, settings, ratio)
     except (HubError, InputError, UsageError) as error:
         progress.note(f"memory not planned: {error.message.splitlines()[0]}")
         return
-    planned = planned_bytes(shape, settings, ratio)
     if not fits(planned.total, target):
         raise _too_large(recipe, shape, settings, planned, target, ratio)
 
