@@ -140,6 +140,8 @@ class HttpUpstream:
         from yarl import URL
 
         url = URL(self.config.url.rstrip("/") + target, encoded=True)
+        if url.user is not None and header(headers, b"authorization"):
+            url = url.with_user(None)  # the client's own key goes before the address's
         decoded = [(name.decode("latin-1"), _decoded(value)) for name, value in headers]
         return await self._open().request(method, url, headers=decoded, data=body, allow_redirects=False)
 

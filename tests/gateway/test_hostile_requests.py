@@ -16,6 +16,7 @@ import pytest
 from lora2serve.gateway import client_side, http_protocol
 from lora2serve.gateway.model_names import DEEPEST
 from tests.support.gateways import CHAT, TestBed, call, chat, metrics, test_bed, total, wait_for
+from tests.support.stub_upstream import running_stub
 
 BODY = json.dumps({"model": "towns", "messages": [{"role": "user", "content": "x"}]}).encode()
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
@@ -96,6 +97,18 @@ def test_headers_in_any_writing(bed: TestBed) -> None:
     assert status(raw(bed.url, head + BODY)) == 200
     sent = bed.stub.requests[-1][1]
     assert (sent["x-utf"], sent["x-old"]) == ("café", "café")
+
+
+def test_an_address_with_a_password(tmp_path: Path, seed: Path) -> None:
+    """It goes with what has no key of its own: one request has one, and neither is shown."""
+    with running_stub() as stub:
+        address = stub.url.replace("//", "//user:secret@")
+        upstreams = {"prod": {"url": address}, "gone": {"url": "http://user:secret@127.0.0.1:9", "adapters": False}}
+        with test_bed(tmp_path, seed, stubs={}, upstreams=upstreams) as bed:
+            for sent, received in (("Bearer sk-client", "Bearer sk-client"), ("", "Basic dXNlcjpzZWNyZXQ=")):
+                got = chat(bed.url, headers={"Authorization": sent} if sent else {})
+                assert (got.status, stub.requests[-1][1]["authorization"]) == (200, received)
+            assert "secret" not in json.dumps(bed.told.warnings) + json.dumps(bed.told.notes)
 
 
 def test_bodies_that_do_not_come(bed: TestBed, monkeypatch: pytest.MonkeyPatch) -> None:
