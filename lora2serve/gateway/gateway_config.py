@@ -155,4 +155,6 @@ def _problems(config: GatewayConfig, inside: str) -> list[str]:
         problems += route.decisions.problems(f"routes.{name}.decisions")
         if not route.unit_header.isascii() or not route.unit_header.strip():
             problems.append(f"routes.{name}.unit_header: {show(route.unit_header)}, expected the name of a header")
+    if config.capture.redact and ":" not in config.capture.redact:
+        problems.append(f"capture.redact: {show(config.capture.redact)}, expected package.module:function")
     return problems

@@ -298,12 +298,13 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     path.write_text(
         "upstreams: {a: {url: nowhere, timeout: -1}, b: {}}\n"
         "routes: {m: {unit_header: '', decisions: {rules: [{measure: truht}, {measure: errors, worse_by: 2}]}}, n: 5}\n"
+        "capture: {redact: privacy}\n"
     )
     with pytest.raises(RecipeError) as raised:
         gateway_config.load(path, [])
     assert [line.removeprefix(f"{path}: ").partition(":")[0] for line in raised.value.message.splitlines()] == [
         "upstreams.a.timeout", "routes.m.decisions.rules[0].measure", "routes.n", "upstreams.a.url", "upstreams.b.url",
-        "routes.m.decisions.rules[1].worse_by", "routes.m.unit_header",
+        "routes.m.decisions.rules[1].worse_by", "routes.m.unit_header", "capture.redact",
     ]  # fmt: skip
     path.write_text("upstreams: 5")
     with pytest.raises(RecipeError) as raised:
