@@ -161,7 +161,7 @@ def _show(exports: Sequence[Export], request: ExportRequest, as_json: bool, prog
         if export.target == "gguf-adapter":
             base = shlex.quote(export.manifest.base.path or export.manifest.base.id)
             progress.note(f"  BASE.gguf: `lora2serve export {base} --target gguf` makes it")
-    for paths in _compared(exports):
+    for paths in _compared(exports) if exports else ():  # none of a worker that is not the last
         progress.note(f"next: `lora2serve parity {shlex.join(map(str, paths))}`")
 
 

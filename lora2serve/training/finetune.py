@@ -137,7 +137,8 @@ class FineTune:
             prompts=prompts, turn=self.shared.turn if self.shared else None,
         )  # fmt: skip
         self.run.save(replace(self.run.record, steps=steps))
-        keep_measured(self.run, self.recipe, self.base, self.device, self.progress)
+        if not self.shared:  # else the peak is that of all of them
+            keep_measured(self.run, self.recipe, self.base, self.device, self.progress)
         self.save(tuned, tokenizer, initial)
         if held_out:
             losses = self.measure("tuned", tuned, held_out, tokenizer)

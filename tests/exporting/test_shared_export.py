@@ -87,6 +87,8 @@ def test_three_workers_one_of_them_killed(
         others = list(pool.map(lambda number: run_command([*together, "--shards", f"{number}/3"], tmp_path), (1, 3)))
     assert [each.returncode for each in others] == [0, 0], others[0].stderr + others[1].stderr
     assert sorted(each.stdout for each in others)[-1] == f"{target}\n"
+    assert sum("next: `lora2serve parity" in each.stderr for each in others) >= 1
+    assert all(f"parity {target}" in each.stderr for each in others if "parity" in each.stderr)
     assert not folder.exists()
     assert [path.name for path in target.parent.iterdir()] == [name]
     mine, theirs = contents(target), contents(tmp_path / "one" / name)
