@@ -137,8 +137,7 @@ class FineTune:
             prompts=prompts, turn=self.shared.turn if self.shared else None,
         )  # fmt: skip
         self.run.save(replace(self.run.record, steps=steps))
-        if not self.shared:  # else the peak is that of all of them
-            keep_measured(self.run, self.recipe, self.base, self.device, self.progress)
+        self.keep_measured()
         self.save(tuned, tokenizer, initial)
         if held_out:
             losses = self.measure("tuned", tuned, held_out, tokenizer)
@@ -149,6 +148,11 @@ class FineTune:
         if not self.quick and ranks.rank() == 0:
             plot(self.run)
         self.run.save(replace(self.run.record, finished=True))
+
+    def keep_measured(self) -> None:
+        """The peak of memory; of several trainings at a time it is that of all of them."""
+        if not self.shared:
+            keep_measured(self.run, self.recipe, self.base, self.device, self.progress)
 
     def load(self, loop: LoopRecord) -> PreTrainedModel:
         """The base, or this process's part of it, ready for an adapter; others may train on it, too."""
