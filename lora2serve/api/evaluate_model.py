@@ -118,11 +118,11 @@ def choose_suite(
 
 def overlap_of(suite: Suite, model: EvaluatedModel, progress: Progress, *, allow: bool) -> str:
     """What of the suite a model was trained on, in words; InputError where questions were, unless that is allowed."""
-    from lora2serve.evaluation.overlap import with_training_rows
+    from lora2serve.evaluation.overlap import questions, with_training_rows
 
     if model.is_base:
         return ""
-    overlap = with_training_rows(suite, model.run)
+    overlap = with_training_rows(questions(suite), model.run)
     if overlap.same and not allow:
         raise InputError(f"{suite.source}: {model.name}: {overlap.text}", "--allow-overlap evaluates it all the same")
     if overlap.text and model.run:
@@ -156,11 +156,12 @@ def run_harness(
     out: Named | None, progress: Progress,
 ) -> EvaluationResult:  # fmt: skip
     """Ask the tasks of lm-evaluation-harness."""
-    from lora2serve.evaluation.harness_tasks import evaluate_tasks
+    from lora2serve.evaluation.harness_tasks import TaskSubject, evaluate_tasks
 
     progress.note(f"{', '.join(options.tasks)}: {len(models)} models; loading the libraries")
     with scratch.filled(home := _home(models, out)):
-        done = evaluate_tasks([model.chat for model in models], options, gates, reference, progress)
+        asked = [TaskSubject(model.chat, model.run, is_base=model.is_base) for model in models]
+        done = evaluate_tasks(asked, options, gates, reference, progress)
         return _written(done, models, home, shared=bool(out))
 
 

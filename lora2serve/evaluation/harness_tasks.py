@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora2serve.artifacts.run import Run
 from lora2serve.errors import EngineError, UsageError, did_you_mean, first_line
 from lora2serve.evaluation import eval_report
 from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
 from lora2serve.evaluation.eval_report import EvalReport, Figures
 from lora2serve.evaluation.harness_options import HarnessOptions
+from lora2serve.evaluation.overlap import with_training_rows
 from lora2serve.evaluation.score_gates import ScoreGate, refuse_unknown
 from lora2serve.evaluation.suite_evaluation import Evaluated, gate_results
 from lora2serve.evaluation.suite_run import EngineHost, Measured, library_versions, now, score_figures
@@ -25,7 +27,17 @@ if TYPE_CHECKING:
 WORKER = "lora2serve.evaluation.harness_worker:HarnessWorker"
 PREFERRED = ("acc", "exact_match", "f1", "mcc", "pass@1", "prompt_level_strict_acc")  # of a task with several figures
 LONGEST_NAME = 80  # characters
+FEWEST_WORDS = 4  # of a text by which a row is known again
 HASHED = ("doc_hash", "prompt_hash", "target_hash")
+
+
+@dataclass(frozen=True)
+class TaskSubject:
+    """A model that is asked, and the run whose rows it was trained on."""
+
+    model: ChatModel
+    run: Run | None = None
+    is_base: bool = False  # trained by nobody here
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class HarnessRun:
     measured: Measured
     suite_sha256: str
     metrics: Mapping[str, str]  # task -> the figure that its score is
+    asked: Mapping[str, tuple[str, ...]]  # the texts of each item's row in the task's data set
 
     @property
     def names(self) -> dict[str, str | None]:
@@ -83,36 +96,40 @@ def run_tasks(
             raise EngineError(f"lm-eval: {type(error).__name__}: {first_line(error)}", hint) from error
     samples: Mapping[str, Sequence[Mapping[str, object]]] = results["samples"]
     metrics = {task: _metric(task, lines) for task, lines in samples.items()}
-    items = [_item(task, line, metrics[task]) for task, lines in samples.items() for line in _once(lines)]
+    pairs = [(task, line) for task, lines in samples.items() for line in _once(lines)]
+    items = [_item(task, line, metrics[task], lm.seconds_of(line["arguments"])) for task, line in pairs]
+    asked = {_name(task, line): tuple(_texts(line["doc"])) for task, line in pairs}
     content = {
         "tasks": {task: [[line[key] for key in HASHED] for line in _once(lines)] for task, lines in samples.items()},
         "versions": {task: str(number) for task, number in results["versions"].items()},
         "shots": {task: str(number) for task, number in results["n-shot"].items()}, "metrics": metrics,
     }  # fmt: skip
     sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return HarnessRun(Measured(model.name, version, tuple(items)), sha256, metrics)
+    return HarnessRun(Measured(model.name, version, tuple(items)), sha256, metrics, asked)
 
 
 def evaluate_tasks(
-    models: Sequence[ChatModel], options: HarnessOptions, gates: Sequence[ScoreGate], reference: int,
+    subjects: Sequence[TaskSubject], options: HarnessOptions, gates: Sequence[ScoreGate], reference: int,
     progress: Progress,
 ) -> Evaluated:  # fmt: skip
     """As ``suite_evaluation.evaluate_models``; what the tasks' figures are called is known once they are measured."""
     manager = find_tasks(options)
     with EngineHost(progress) as host:
-        runs = [run_tasks(host, model, options, manager, progress) for model in models]
+        runs = [run_tasks(host, subject.model, options, manager, progress) for subject in subjects]
     name = "-".join(options.tasks)[:LONGEST_NAME]
     if len({run.suite_sha256 for run in runs}) > 1:
         raise EngineError(f"{name}: the models were not asked the same: their chat templates differ", "without --chat")
     names, measured = runs[0].names, [run.measured for run in runs]
     figures: Figures = {metric: ("score", task) for metric, task in names.items()}
-    refuse_unknown(gates, name, list(figures), compared=len(models) > 1)
+    refuse_unknown(gates, name, list(figures), compared=len(subjects) > 1)
+    overlaps = [_overlap(subject, run, progress) for subject, run in zip(subjects, runs, strict=True)]
     evaluations = [
         SuiteEvaluation(
             suite=name, suite_sha256=runs[0].suite_sha256, engine=item.engine, created=now(), subject=item.name,
             metrics=score_figures(item, names), items=len(item.items), scorer="lm-eval", versions=library_versions(),
+            overlap=overlap,
         )
-        for item in measured
+        for item, overlap in zip(measured, overlaps, strict=True)
     ]  # fmt: skip
     pairs = zip(measured, evaluations, strict=True)
     old = measured[reference] if len(measured) > 1 else None
@@ -126,6 +143,29 @@ def evaluate_tasks(
         gates=tuple(gate_results(gates, others, old, figures)),
     )  # fmt: skip
     return Evaluated(tuple(measured), tuple(evaluations), report)
+
+
+def _overlap(subject: TaskSubject, run: HarnessRun, progress: Progress) -> str:
+    """What of the tasks a model was trained on, in words: it is told, as their rows are the harness's."""
+    if subject.is_base:
+        return ""
+    text = with_training_rows(run.asked, subject.run).text
+    if text and subject.run:
+        progress.warn(f"{subject.model.name}: overlap with its training rows: {text}")
+    return text
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts of a row that are long enough to be known again."""
+    if isinstance(value, str) and len(value.split()) >= FEWEST_WORDS:
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _name(task: str, line: Mapping[str, object]) -> str:
+    return f"{task}-{line['doc_id']}"
 
 
 def _once(lines: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
@@ -142,14 +182,14 @@ def _metric(task: str, lines: Sequence[Mapping[str, object]]) -> str:
     return next((name for name in PREFERRED if name in known), known[0])
 
 
-def _item(task: str, line: Mapping[str, object], metric: str) -> ItemResult:
+def _item(task: str, line: Mapping[str, object], metric: str, seconds: float) -> ItemResult:
     score, answers = line[metric], _listed(line["filtered_resps"])
     pairs = [_listed(answer) for answer in answers]
     likelihoods = tuple(float(str(pair[0])) for pair in pairs if len(pair) == 2)
     asked = line.get("arguments")
     return ItemResult(
-        f"{task}-{line['doc_id']}", str(line["prompt_hash"]),
-        "" if likelihoods else str(answers[0]), float(score) if isinstance(score, int | float) else 0.0, 0.0,
+        _name(task, line), str(line["prompt_hash"]), "" if likelihoods else str(answers[0]),
+        float(score) if isinstance(score, int | float) else 0.0, round(seconds, 4),
         task=task, likelihoods=likelihoods, question=_question(asked), expected=(str(line["target"]),),
     )  # fmt: skip
 

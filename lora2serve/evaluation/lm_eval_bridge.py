@@ -6,6 +6,7 @@ Nothing of its own loading is used, which changes the vocabulary of a model to f
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -34,6 +35,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def __init__(self, process: EngineProcess, *, base: bool, advance: Advance) -> None:
         super().__init__()
         self._process, self._base, self._advance = process, base, advance
+        self._seconds: dict[tuple[str, ...], float] = {}  # by what was asked
         ends: dict[str, int | None] = process.call("special_tokens")
         self._end, self._begin, self._longest = ends["eos"], ends["bos"], ends["longest"] or LONGEST
 
@@ -72,12 +74,14 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Windows, **_options: object) -> list[tuple[float, bool]]:
         found = []
-        for _, context, continuation in requests:
+        for asked, context, continuation in requests:
+            begin = time.perf_counter()
             whole = [*context, *continuation][-(self._longest + 1) :]
             begun = whole[: len(whole) - len(continuation)]
             value, greedy = self._process.call("continuation", begun=begun, rest=continuation, base=self._base)
             if math.isnan(value):
                 raise EngineError("the log-likelihood of a continuation is not a number", "look at its weights")
+            self._keep_seconds(asked, begin)
             found.append((value, greedy))
             self._advance(1)
         return found
@@ -90,7 +94,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                 token_list=self.tok_encode(str(request.args[0])), prefix_token=self.prefix_token_id,
                 max_seq_len=self._longest, context_len=1,
             )  # fmt: skip
-            parts = [(None, *make_disjoint_window(window)) for window in windows]
+            parts = [(request.args, *make_disjoint_window(window)) for window in windows]
             sums.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
         return sums
 
@@ -98,6 +102,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """The likeliest continuation, cut at the first of the task's stop words."""
         answers = []
         for request in requests:
+            begin = time.perf_counter()
             context, given = request.args
             settings = given if isinstance(given, dict) else {}
             if settings.get("do_sample") and settings.get("temperature"):
@@ -107,6 +112,21 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             text: str = self._process.call("continue_text", ids=ids, new_tokens=new_tokens, base=self._base)
             for stop in [until] if isinstance(until, str) else until:
                 text = text.split(stop, maxsplit=1)[0] if stop else text
+            self._keep_seconds(request.args, begin)
             answers.append(text)
             self._advance(1)
         return answers
+
+    def seconds_of(self, requests: object) -> float:
+        """How long the answers to one item's requests took together, by their ``args``."""
+        listed = requests if isinstance(requests, list | tuple) else []
+        return sum(self._seconds.get(_texts_of(asked), 0.0) for asked in listed)
+
+    def _keep_seconds(self, asked: object, begin: float) -> None:
+        key = _texts_of(asked)
+        self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - begin
+
+
+def _texts_of(asked: object) -> tuple[str, ...]:
+    """A context and what continues it; settings are the same for all."""
+    return tuple(part for part in asked if isinstance(part, str)) if isinstance(asked, list | tuple) else ()

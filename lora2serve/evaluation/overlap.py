@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from lora2serve.data.row_forms import as_conversation
 from lora2serve.data.rows import CompletionRow, Row, TextRow, answered
 from lora2serve.errors import DataError
 from lora2serve.evaluation.scorers import normalize
-from lora2serve.evaluation.suite import Suite, SuiteItem
+from lora2serve.evaluation.suite import Suite
 from lora2serve.system.small_files import digest
 
 WORDS = 8  # of one n-gram
@@ -46,9 +46,11 @@ class Overlap:
         return "; ".join(parts)
 
 
-def with_training_rows(suite: Suite, run: Run | None) -> Overlap:
-    """Compare a suite with the rows that a run was trained on, where these are still as they were."""
-    count = len(suite.items)
+def with_training_rows(asked: Mapping[str, Sequence[str]], run: Run | None) -> Overlap:
+    """Compare what is ``asked`` (an item's name -> its texts) with the rows that a run was trained on, where these are
+    still as they were.
+    """
+    count = len(asked)
     if run is None:
         return Overlap(count, unchecked="nobody knows what it was trained on")
     train = run.record.data.train
@@ -63,18 +65,24 @@ def with_training_rows(suite: Suite, run: Run | None) -> Overlap:
     except DataError as error:
         return Overlap(count, unchecked=error.message.splitlines()[0])
     held_out = _keys(read_file(run.eval_data, {}, plain_text=True).rows) if run.eval_data.is_file() else set()
-    return compare(suite.items, rows, held_out)
+    return compare(asked, rows, held_out)
 
 
-def compare(items: Sequence[SuiteItem], rows: Sequence[Row], held_out: Iterable[str] = ()) -> Overlap:
+def questions(suite: Suite) -> dict[str, tuple[str, ...]]:
+    """What a suite asks, by the name of each item."""
+    return {item.name: (item.question,) for item in suite.items}
+
+
+def compare(asked: Mapping[str, Sequence[str]], rows: Sequence[Row], held_out: Iterable[str] = ()) -> Overlap:
     """``held_out``: what was kept apart of the same file, and not trained on."""
     trained, grams = _keys(rows) - set(held_out), set[str]()
     for row in rows:
         if _key(_question(row)) in trained:
             grams |= _grams(_words(row))
-    same = [item.name for item in items if _key(item.question) in trained]
-    near = [item.name for item in items if item.name not in set(same) and _near(item.question, grams)]
-    return Overlap(len(items), tuple(same), tuple(near))
+    same = [name for name, texts in asked.items() if any(_key(text) in trained for text in texts)]
+    left = {name: texts for name, texts in asked.items() if name not in set(same)}
+    near = [name for name, texts in left.items() if any(_near(text, grams) for text in texts)]
+    return Overlap(len(asked), tuple(same), tuple(near))
 
 
 def _gone(source: DataSource) -> str:

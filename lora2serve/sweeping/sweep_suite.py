@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 from lora2serve.config.recipe import HELD_OUT_ROWS
 from lora2serve.data.data_sets import DataSets
 from lora2serve.errors import InputError, UsageError, did_you_mean
-from lora2serve.evaluation.overlap import compare
+from lora2serve.evaluation.overlap import compare, questions
 from lora2serve.evaluation.suite import Suite, read_suite
 from lora2serve.evaluation.suite_run import metric_names
 from lora2serve.progress import Progress
@@ -42,7 +42,7 @@ def suite_quality(named: str, sets: DataSets, progress: Progress) -> Quality:
         near = did_you_mean(named, [HELD_OUT_ROWS])
         raise UsageError(f"--suite {named}: no such file{near}", "a suite's YAML, a file of rows, or held-out")
     suite = read_suite(Path(named))
-    overlap = compare(suite.items, sets.train.rows)
+    overlap = compare(questions(suite), sets.train.rows)
     if overlap.same:
         raise InputError(f"{named}: {overlap.text}", "leave those out of the suite, or of the training rows")
     for note in (*suite.notes, *([f"{named}: {overlap.text}"] if overlap.text else [])):

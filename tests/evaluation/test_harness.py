@@ -90,6 +90,7 @@ def test_the_same_figures_as_its_own_backend(tasks: Path, host: EngineHost) -> N
             assert item.likelihoods == pytest.approx([pair[0] for pair in sample["filtered_resps"]], abs=1e-4)
         else:
             assert item.answer == sample["filtered_resps"][0]
+    assert all(item.seconds > 0 for item in run.measured.items)
     few = HarnessOptions(names[:1], tasks, limit=2)
     hashes = [run_tasks(host, peft_model(), asked, find_tasks(asked), Silent()).suite_sha256 for asked in (few, few)]
     other = replace(few, shots=1)
@@ -152,3 +153,23 @@ def test_tasks_by_name(tasks: Path, demo_run: Run, tmp_path: Path) -> None:
         api.evaluate(demo_run.path, task="island_choise", task_folder=tasks)
     with pytest.raises(UsageError, match="--shots: for --task"):
         api.evaluate(demo_run.path, shots=1)
+
+
+def test_tasks_that_ask_what_was_trained_on(demo_run: Run, tmp_path: Path) -> None:
+    """By the rows of the task's data set, whatever the harness writes around them; its base was trained by nobody."""
+    train = demo_run.record.data.train
+    if train is None or not Path(train.path).is_file():
+        pytest.skip("the demo was trained elsewhere")
+    known = [json.loads(line)["messages"][-2:] for line in Path(train.path).read_text().splitlines()[:2]]
+    rows = [{"question": turns[0]["content"], "answer": turns[1]["content"]} for turns in known]
+    rows.append({"question": "What is the color of a lemon in the sun?", "answer": "Yellow."})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "trained.yaml").write_text(
+        f"task: trained\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.json'}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: 'Answer briefly. {{question}}'\n"
+        "doc_to_target: answer\ngeneration_kwargs: {until: ['.'], max_gen_toks: 2, do_sample: false}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    result = api.evaluate(demo_run.path, against="base", task="trained", task_folder=tmp_path, out=tmp_path / "out")
+    assert "2 of 3 questions were trained on" in result.report.subjects[0].overlap
+    assert result.report.subjects[1].overlap == "" and result.report.subjects[0].seconds > 0

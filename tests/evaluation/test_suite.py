@@ -10,7 +10,7 @@ import pytest
 
 from lora2serve.data.rows import ChatRow, CompletionRow, TextRow
 from lora2serve.errors import DataError, RecipeError
-from lora2serve.evaluation.overlap import compare
+from lora2serve.evaluation.overlap import compare, questions
 from lora2serve.evaluation.suite import Suite, read_suite
 
 ROWS: Sequence[dict[str, object]] = [
@@ -132,18 +132,18 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
 
 def test_overlap_with_training_rows(tmp_path: Path) -> None:
     long = "the quick brown fox jumps over the lazy dog and then runs home"
-    items = read_suite(written(tmp_path, [
+    asked = questions(read_suite(written(tmp_path, [
         {"prompt": "The capital of France?", "expected": "x", "id": "same"},
         {"prompt": f"Say why {long}", "expected": "x", "id": "near"},
         {"prompt": "Say why nobody ever asked any of these questions before today", "expected": "x", "id": "new"},
-    ])).items  # fmt: skip
+    ])))  # fmt: skip
     rows = [
         CompletionRow("the CAPITAL of france", "Paris"),
         TextRow(f"Once {long}."),
         ChatRow([{"role": "user", "content": "Hi"}]),
     ]
-    found = compare(items, rows)
+    found = compare(asked, rows)
     assert found.same == ("same",) and found.near == ("near",)
     assert "1 of 3 questions were trained on (same)" in found.text
-    assert compare(items, rows[2:]).text == "", "the control"
-    assert compare(items, rows[:1]).near == ()
+    assert compare(asked, rows[2:]).text == "", "the control"
+    assert compare(asked, rows[:1]).near == ()
