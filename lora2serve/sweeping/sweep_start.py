@@ -194,7 +194,7 @@ def _created(prepared: _Prepared, place: TrialPlace, base: Path, progress: Progr
     progress.note(f"sweep {prepared.name}: measuring the base; others may work on it, too, by --join {shown}")
     quality = prepared.quality
     if quality.of_suite and not quality.path:
-        quality = of_written_rows(files)
+        quality = of_written_rows(files, progress)
     measured = _measured(prepared, quality, place, base)
     search, final = measured[-2:]
     base_rows = measured[0] if len(measured) > 2 else RowLoss()

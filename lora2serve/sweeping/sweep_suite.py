@@ -51,9 +51,12 @@ def suite_quality(named: str, sets: DataSets, progress: Progress) -> Quality:
     return _quality(suite.name, search, final, str(Path(named).absolute()))
 
 
-def of_written_rows(files: TrialFiles) -> Quality:
+def of_written_rows(files: TrialFiles, progress: Progress) -> Quality:
     """``held-out``, once the sweep's own rows are written."""
-    return _quality(HELD_OUT_ROWS, read_suite(files.search_rows), read_suite(files.final_rows), "")
+    search, final = read_suite(files.search_rows), read_suite(files.final_rows)
+    for note in (*search.notes, *final.notes):
+        progress.note(note)
+    return _quality(HELD_OUT_ROWS, search, final, "")
 
 
 def split_suite(suite: Suite) -> tuple[Suite, Suite]:
