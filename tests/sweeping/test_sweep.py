@@ -174,7 +174,7 @@ def test_a_suite_judges(tmp_path: Path) -> None:
 
 def test_held_out_rows_judge_by_their_answers(tmp_path: Path) -> None:
     """As a suite, beside their eval loss; two trials at a time, and a budget."""
-    prepare(tmp_path)
+    prepare(tmp_path, held_out=8)
     words = ("--space", "space.yaml", "--name", "small", "--suite", "held-out", "--jobs", "2", "--budget", "6")
     lora2serve("sweep", *words, cwd=tmp_path)
     facts = open_ledger(str(tmp_path / "sweeps" / "small" / "sweep.db")).facts
@@ -182,7 +182,7 @@ def test_held_out_rows_judge_by_their_answers(tmp_path: Path) -> None:
     assert content["quality"]["metric"] == "acc" and content["base_eval_loss"] == pytest.approx(facts.base_rows.mean)
     assert all(value in (0.0, 1.0) for value in (*facts.base_search.sums, *facts.base_final.sums))
     for line in content["trials"]:
-        assert line["objectives"]["loss"] <= 1 and len(line["curve"]) >= 1
+        assert line["objectives"]["loss"] <= 1
         tuned = Run(Path(line["run"])).record.metrics.tuned
         assert tuned and tuned.eval_loss > 1, "the control: a loss of names is more than any share"
 
