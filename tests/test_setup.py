@@ -154,7 +154,7 @@ def test_wheel_holds_what_it_needs(wheel: Path) -> None:
     }
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "benchmarks/"))]
-    assert "lora2serve = lora2serve.cli:main" in points
+    assert "lora2serve = lora2serve.__main__:start" in points
     assert re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE) == [
         "click",
         "httpx2",

@@ -27,6 +27,7 @@ from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.errors import UsageError
 from lora2serve.system import scratch
+from lora2serve.system.small_files import write_text
 
 ROOT = Path("runs")
 LATEST = "latest"
@@ -79,9 +80,7 @@ class Run:
 
     def save(self, record: RunRecord) -> None:
         """Write ``run.json`` in one step."""
-        temporary = self.path / f".{RECORD}.new"
-        temporary.write_text(record.to_text(), encoding="utf-8")
-        os.replace(temporary, self.path / RECORD)
+        write_text(self.path / RECORD, record.to_text())
 
     @property
     def has_checkpoint(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,29 @@ def test_a_command(tmp_path: Path, code: int) -> None:
     assert (paths == [str(tmp_path / "out" / "vllm")]) if not code else done.stdout == ""
     assert ("already exists" in done.stderr) == bool(code)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vllm"]
+
+
+HOOK = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "lora2serve.cli.export":
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000): pass
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+sys.argv[1:] = ["--help"]
+"""
+ENTRY = "from lora2serve.__main__ import start; start()"
+WITHOUT = "from lora2serve.cli import main; main()"
+
+
+@pytest.mark.parametrize(("call", "traceback"), [(ENTRY, False), (WITHOUT, True)], ids=["the command", "the control"])
+def test_ctrl_c_while_modules_load(call: str, traceback: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", HOOK + call], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == ""
+    assert ("Traceback" in done.stderr) == traceback
+    assert traceback or done.stderr == ""

@@ -135,6 +135,14 @@ def test_files(tmp_path: Path) -> None:
     assert "scale: because" in summary
 
 
+def test_one_that_cannot_be_written_leaves_no_half(tmp_path: Path) -> None:
+    """Nor a hidden file; what was written before it is whole."""
+    (tmp_path / "summary.md").mkdir()
+    with pytest.raises(InputError, match="Is a directory"):
+        writers.write(report(row()), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.xml", "summary.md"}
+
+
 def schema_errors(content: object) -> list[str]:
     schema = json.loads((Path(writers.__file__).parent / "report.schema.json").read_text())
     Draft202012Validator.check_schema(schema)

@@ -14,6 +14,7 @@ from lora2serve.artifacts.parity_report import ParityReport
 from lora2serve.errors import InputError
 from lora2serve.parity_check.report import html_page, junit, markdown_summary
 from lora2serve.system import scratch
+from lora2serve.system.small_files import write_text
 
 PAGE = "report.html"
 RENDERERS: Mapping[str, Callable[[ParityReport], str]] = {
@@ -44,9 +45,7 @@ def write(report: ParityReport, directory: Path) -> Path:
     with _refused(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
-            temporary = directory / f".{name}.new"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, directory / name)
+            write_text(directory / name, text)
     return directory / PAGE
 
 
