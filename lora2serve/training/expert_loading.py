@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantizer
@@ -57,23 +58,28 @@ class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
         self, input_dict: dict[str, list[Tensor]], full_layer_name: str | None = None,
         model: PreTrainedModel | None = None, **options: object,
     ) -> dict[str, Tensor]:  # fmt: skip
-        ((path, values),) = input_dict.items()
-        module, name = get_module_from_name(model, path)
-        weights = values[0] if isinstance(values, list) else values
-        aside = weights.device.type == "cpu" and torch.cuda.is_available()
-        if aside:  # cut into parts later: quantized where it is computed with, and kept beside it until then
-            weights = weights.cuda()
-        if not quantizable(module, name):
-            own: dict[str, Tensor] = super().convert({path: [weights]}, full_layer_name, model, **options)
+        made: dict[str, Tensor] = {}
+        for path, values in input_dict.items():  # several where what is stored together becomes several weights
+            weights = values[0] if isinstance(values, list) else values
+            aside = weights.device.type == "cpu" and torch.cuda.is_available()
+            if aside:  # cut into parts later: quantized where it is computed with, and kept beside it until then
+                weights = weights.cuda()
+            module, name = get_module_from_name(model, path)
+            if quantizable(module, name):
+                made[path] = self._quantized(module, name, weights)
+            else:
+                made |= super().convert({path: [weights]}, full_layer_name, model, **options)
             if aside:
-                own[path].data = own[path].data.cpu()
-            return own
+                made[path].data = made[path].data.cpu()
+        return made
+
+    def _quantized(self, module: Module, name: str, weights: Tensor) -> Tensor:
+        """The codes of experts, with which their module computes from now on."""
         how = self.hf_quantizer.quantization_config
         codes, state = quantize_experts(
             weights, how.bnb_4bit_quant_type, how.bnb_4bit_use_double_quant, how.bnb_4bit_quant_storage
         )
-        if aside:
-            codes.data = codes.data.cpu()
         compute_in_four_bits(module, name, codes, state)
-        module._is_hf_initialized = True
-        return {path: codes}
+        vars(module)["_is_hf_initialized"] = True
+        packed: Tensor = codes
+        return packed

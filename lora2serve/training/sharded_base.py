@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Module, Parameter
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from lora2serve.errors import TrainError
 from lora2serve.training import ranks
@@ -46,7 +47,9 @@ def shard(model: PreTrainedModel, device: str) -> None:
         fully_shard(table, mesh=mesh)
         _shard_head(head, mesh)
     whole = {parameter for parameter in model.base_model.parameters() if not isinstance(parameter, DTensor)}
-    fully_shard(model.base_model, mesh=mesh, ignored_params=whole)  # layers are fetched one ahead
+    body = model.base_model
+    fully_shard(body, mesh=mesh, ignored_params=whole)  # layers are fetched one ahead
+    _CAN_RECORD_REGISTRY[str(type(body))] = body._can_record_outputs  # by class, and this is one of torch's own now
     for module, values in zip(linears, read, strict=True):
         for name, value in values.items():
             setattr(module.weight, name, value)

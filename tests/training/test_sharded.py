@@ -75,7 +75,12 @@ def test_two_halves_train_what_a_whole_trains(tmp_path: Path, nine: dict[str, st
     base = make_base(tmp_path, kind)
     lora = {"rank": 4, **({"targets": "attention", "target_parameters": "experts"} if kind == "qwen3_moe" else {})}
     recipe_file(tmp_path, base, nine, **OPTIONS, lora=lora, parallel="fsdp")
-    whole, _, _ = fit(tmp_path / "lora2serve.yaml", into=tmp_path / "whole")
+    if kind == "llama":
+        whole, _, _ = fit(tmp_path / "lora2serve.yaml", into=tmp_path / "whole")
+    else:  # whose balance is taken over the rows of each process
+        recipe_file(tmp_path / "ddp", base, nine, **OPTIONS, lora=lora, parallel="ddp")
+        assert [each.returncode for each in train_together(tmp_path / "ddp")] == [0, 0]
+        whole = Run(tmp_path / "ddp" / "runs" / "run")
     found = ends(start_python(tmp_path, ["-c", LOOK]))
     assert [code for code, _, _ in found] == [0, 0], [text for _, _, text in found]
     checkpoint = Checkpoint(base)
@@ -102,7 +107,7 @@ def test_two_halves_train_what_a_whole_trains(tmp_path: Path, nine: dict[str, st
     assert (export.path / "model.safetensors").is_file()
 
 
-LONG = {**OPTIONS, "steps": 24, "eval_steps": 8, "lora": {"dropout": 0.1, "rank": 8}, "parallel": "fsdp"}
+LONG = {**OPTIONS, "steps": 24, "eval_steps": 8, "samples": [], "lora": {"dropout": 0.1, "rank": 8}, "parallel": "fsdp"}
 
 
 @pytest.mark.slow
