@@ -195,7 +195,7 @@ class Replace:
 
 @dataclass(frozen=True)
 class ReplaceRows:
-    """Trained rows of an embedding (``trainable_token_indices``)."""
+    """Trained rows of an embedding (``trainable_token_indices``), those behind its last one among them."""
 
     value: AdapterTensor  # (len(indices), dim)
     indices: tuple[int, ...]
@@ -206,10 +206,11 @@ class ReplaceRows:
             raise ValueError(
                 f"the adapter has {list(self.value.shape)} for {len(self.indices)} tokens, the base {list(before)}"
             )
+        rows = max(before[0], max(self.indices) + 1)
         strange = [index for index in self.indices if not 0 <= index < before[0]]
-        if strange:
+        if sorted(strange) != list(range(before[0], rows)):  # rows between would be nobody's
             raise ValueError(f"the adapter trains token {strange[0]}, the base has 0 to {before[0] - 1}")
-        return before
+        return (rows, *before[1:])
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
         places = [(n, index - rows.start) for n, index in enumerate(self.indices) if rows.start <= index < rows.stop]

@@ -42,10 +42,12 @@ def preview_data(
     chosen = recipes.load(recipes.find(str(recipe) if recipe else None), settings(overrides))
     sets = data_sets.load(chosen.data, pin_data, chosen.train.objective)
     base = fetch_base(chosen.model, progress, weights=False)
-    template = base_template(base, chosen.data.chat_template)
+    template = base_template(base, chosen.data.chat_template, new_tokens=chosen.data.new_tokens)
     note = sets.train.note_of_form(chosen.data.form, template.tokenizer.chat_template)
     if note:
         progress.note(note)
+    for text in template.new_tokens.notes():
+        progress.note(text)
     found = preview(sets.in_form(chosen.data.form, template.tokenizer.chat_template), template, chosen.data, progress)
     if report is not None:
         Path(report).write_text(render_preview(found), encoding="utf-8")

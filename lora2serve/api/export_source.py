@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lora2serve.adapters.adapter import read_config
-from lora2serve.adapters.kind_targets import refuse_targets
+from lora2serve.adapters.kind_targets import as_named, refuse_targets
+from lora2serve.adapters.trained_tokens import refuse_new_tokens
 from lora2serve.api.export_request import ExportRequest, Named
 from lora2serve.api.locate import base_of_adapter, base_of_run, fetch, locate
 from lora2serve.api.registered import exports_home
+from lora2serve.artifacts.manifest import ADAPTER_TARGETS
 from lora2serve.errors import UsageError
 from lora2serve.exporting import open_model as models
 from lora2serve.exporting.sinks import ExportModel
@@ -40,6 +42,7 @@ def open_source(
         check(home)
         _refuse_kinds([source.run.adapter], request)
         base, _ = base_of_run(source.run.record.base, request.base, progress)
+        _refuse_new_tokens([source.run.adapter], base, request)
         return models.open_run(source.run, base, request.open_options(), progress), home
     if source.is_adapter:
         return _open_adapters((source.path,), request, progress, stack, check)
@@ -61,6 +64,7 @@ def _open_adapters(
     _refuse_kinds(paths, request)
     base = base_of_adapter(paths[0], request.base)
     local = fetch(base, progress)
+    _refuse_new_tokens(paths, local, request)
     _warn_of_quantized(local, base, progress)
     if request.combine:
         from lora2serve.adapters.combine import combine
@@ -76,6 +80,13 @@ def _refuse_kinds(adapters: Sequence[Path], request: ExportRequest) -> None:
     """AdapterError for a kind of adapter that a target cannot hold, before its base is looked for."""
     kinds = [(str(path), str(read_config(path).get("peft_type", "LORA")).upper()) for path in adapters]
     refuse_targets(kinds, request.target_names(), as_lora=bool(request.as_lora_rank))
+
+
+def _refuse_new_tokens(adapters: Sequence[Path], base: Path, request: ExportRequest) -> None:
+    """AdapterError for new tokens in a target that has no tokenizer."""
+    beside = [as_named(target) for target in request.target_names() if target in ADAPTER_TARGETS]
+    for path in adapters:
+        refuse_new_tokens(path, base, beside)
 
 
 def _scratch(stack: ExitStack) -> Path:

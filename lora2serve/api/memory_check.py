@@ -77,7 +77,7 @@ def _planned(recipe: Recipe, target: GpuModel, ratio: float, progress: Progress)
 
     path = fetch_base(recipe.model, progress, weights=False)
     shape = shape_at(path, progress)
-    asked = plan_settings(recipe.train, recipe.data.max_length, path, target.dtype)
+    asked = plan_settings(recipe.train, recipe.data, path, target.dtype)
     return shape, choose_parallel(shape, asked, recipe.train, target, ranks.processes(), ratio).settings
 
 

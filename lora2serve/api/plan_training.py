@@ -229,7 +229,7 @@ class _Subject:
 
     model: ModelRecipe
     train: TrainRecipe
-    length: int
+    data: DataRecipe
     methods: tuple[Method, ...]
     is_recipe: bool = False
 
@@ -243,12 +243,12 @@ def _subject(
     if name is None or path.is_file() or (not path.exists() and name in recipes.built_in()):
         file, changes = recipes.find(name), settings(overrides)
         recipe = with_adapter(recipes.load(file, changes, progress), recipes.named_keys(file, changes), progress)
-        return _Subject(recipe.model, recipe.train, recipe.data.max_length, (method_of(recipe.train),), is_recipe=True)
+        return _Subject(recipe.model, recipe.train, recipe.data, (method_of(recipe.train),), is_recipe=True)
     if overrides:
         raise UsageError("--set changes a recipe, and a model was named", "use --rank, --targets, --batch and --length")
     repo, _, revision = name.partition("@")
     known = ModelRecipe(name) if path.exists() else ModelRecipe(repo, revision or None)
-    return _Subject(known, TrainRecipe(), DataRecipe.max_length, METHODS)
+    return _Subject(known, TrainRecipe(), DataRecipe(train=""), METHODS)
 
 
 def _ways(
@@ -260,7 +260,8 @@ def _ways(
         of_lora = {"method": methods, "rank": ranks, "targets": targets}
         yield _other_way(subject, path, gpu, of_lora, batch, length)
         return
-    base = settings_of(subject.train, length or subject.length, gpu.dtype if gpu else "bfloat16")
+    data, dtype = subject.data, gpu.dtype if gpu else "bfloat16"
+    base = settings_of(subject.train, length or data.max_length, dtype, len(data.new_tokens))
     base = replace(base, batch=batch or base.batch, rank=ranks[0] if ranks else base.rank)
     for method in dict.fromkeys([_method(name) for name in methods] or subject.methods):
         way = replace(base, method=method, checkpointing=checkpoints(subject.train, method))
@@ -282,7 +283,8 @@ def _other_way(
     train = subject.train
     if named := [f"--{name}" for name, values in of_lora.items() if values]:
         raise UsageError(f"{', '.join(named)}: of a LoRA, and train.method is {train.method}", "--set train.options...")
-    settings = plan_settings(train, length or subject.length, path, gpu.dtype if gpu else "bfloat16")
+    data = replace(subject.data, max_length=length or subject.data.max_length)
+    settings = plan_settings(train, data, path, gpu.dtype if gpu else "bfloat16")
     return replace(settings, batch=batch or settings.batch)
 
 

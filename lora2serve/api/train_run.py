@@ -136,7 +136,7 @@ def with_adapter(recipe: Recipe, named: Collection[str], progress: Progress) -> 
 
     source = locate(recipe.train.from_adapter, progress)
     path = source.run.adapter if source.run else source.path
-    recipe = replace(recipe, train=starting_from(recipe.train, path.resolve(), named))
+    recipe = replace(recipe, train=starting_from(recipe.train, path.resolve(), named, recipe.data.new_tokens))
     raise_all(problems_of_method(recipe), lambda text: RecipeError(text, recipes.EVERY_KEY))
     progress.note(f"goes on from {source.name}: {settings_in_words(recipe.train)}")
     return recipe

@@ -49,8 +49,8 @@ class NotEmpty:
 
 
 @dataclass(frozen=True)
-class Removed:
-    """A choice that earlier releases had and the Literal has no more; ``reason`` says what is expected instead."""
+class Untaken:
+    """A choice that earlier releases or others have, and the Literal has not; ``reason`` says what is expected."""
 
     choice: str
     reason: str

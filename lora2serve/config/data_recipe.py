@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -45,6 +46,7 @@ class DataRecipe:
     subset: str | None = None  # of a data set with several
     columns: Mapping[str, str] = field(default_factory=dict)  # our key -> what the data calls it
     chat_template: Annotated[str | None, NotEmpty("a file or chatml")] = None  # a file or a format; default: the base's
+    new_tokens: tuple[Annotated[str, NotEmpty("a token")], ...] = ()  # which the base's tokenizer does not have
     form: Literal["chat", "raw"] = "chat"  # of prompt + completion, where the model has a chat template
     max_length: Annotated[int, Range(8, 1 << 20)] = 1024  # tokens; longer rows are cut
     packing: bool = False
@@ -64,6 +66,11 @@ class DataRecipe:
             problems.append("data.eval_split: empty, expected a share such as 0.05, or the name of a split")
         if any(source.weight != 1 for source in self.sources("eval")):
             problems.append("data.eval: a weight, but held-out rows are scored once each: leave it out")
+        twice = sorted(text for text, count in Counter(self.new_tokens).items() if count > 1)
+        problems += [f"data.new_tokens: {text!r} twice" for text in twice]
+        problems += [
+            f"data.new_tokens: {text!r}, expected a token" for text in self.new_tokens if text and not text.strip()
+        ]
         for key in sorted(self.columns.keys() - set(COLUMNS)):
             near = did_you_mean(key, COLUMNS, "data.columns.")
             problems.append(f"data.columns.{key}: unknown key{near}, expected one of {', '.join(COLUMNS)}")

@@ -27,6 +27,8 @@ def problems_of_method(recipe: Recipe) -> list[str]:
         names = ", ".join(map(show, train.options))
         return [f"train.options: {names}, expected none with train.method: lora (see train.lora)"] if names else []
     problems = list(_of_other_sections(recipe))
+    if recipe.data.new_tokens:
+        problems.append(f"data.new_tokens: {method} trains no rows of embedding and head beside it, lora does")
     read_options(method, train.options, problems)
     return problems
 

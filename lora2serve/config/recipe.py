@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from lora2serve.config import lora_inits
-from lora2serve.config.bounds import NotEmpty, Positive, Range, Removed
+from lora2serve.config.bounds import NotEmpty, Positive, Range, Untaken
 from lora2serve.config.data_recipe import DataRecipe, SourceRecipe
 from lora2serve.config.method_problems import problems_of_method
 from lora2serve.config.model_name import run_name_problem
@@ -28,6 +28,7 @@ HELD_OUT_ROWS = "held-out"  # instead of a suite
 EXPERTS, INITS_OF_EXPERTS = "experts", ("default", "gaussian")  # of ``train.lora.target_parameters``
 PRESETS = ("qv", "attention", "qv-mlp", "all-linear")
 NO_FP4 = "expected nf4 or none: fp4 is no longer trained, and nf4 loses less in the same memory"
+NO_ORPO = "expected sft, dpo or kto: TRL's ORPO is experimental, and dpo learns from the same rows"
 Parallel = Literal["auto", "ddp", "fsdp"]
 Quantize = Literal["nf4", "none"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -69,11 +70,12 @@ class TrainRecipe:
 
     method: str = "lora"  # or another of PEFT's: ``train_methods``
     options: Mapping[str, object] = field(default_factory=dict)
-    objective: Objective = "sft"  # or dpo: of two answers the better one; kto: good ones and bad ones
+    # dpo: of two answers the better one; kto: good ones and bad ones
+    objective: Annotated[Objective, Untaken("orpo", NO_ORPO)] = "sft"
     preference: Mapping[str, object] = field(default_factory=dict)  # such as beta and loss_type
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     parallel: Parallel = "auto"  # of several processes: each with the whole base (ddp), or with a part of it (fsdp)
-    quantize: Annotated[Quantize, Removed("fp4", NO_FP4)] = "nf4"
+    quantize: Annotated[Quantize, Untaken("fp4", NO_FP4)] = "nf4"
     double_quant: bool = True
     epochs: Annotated[float, Positive(1e6)] = 1.0
     steps: Annotated[int | None, Range(1, 1 << 40)] = None
@@ -229,7 +231,8 @@ def problems_of(recipe: Recipe, problems: list[str]) -> None:
         f"train.parallel: fsdp: {reason}" for reason in unshardable(recipe.train) if recipe.train.parallel == "fsdp"
     ]
     problems += problems_of_method(recipe)
-    problems += problems_of_objective(recipe)
+    if not any(problem.startswith("train.objective:") for problem in problems):  # else sft was taken in its place
+        problems += problems_of_objective(recipe)
     problems += _problems_of_data(recipe)
 
 

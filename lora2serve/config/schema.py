@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast, get_args, get_origin
 
-from lora2serve.config.bounds import Bound, Removed
+from lora2serve.config.bounds import Bound, Untaken
 from lora2serve.config.yaml_text import compose_yaml, construct
 from lora2serve.errors import RecipeError, did_you_mean
 
@@ -147,7 +147,7 @@ class _Builder:
 
     def _annotated(self, kind: object, notes: Sequence[object], value: object, path: str) -> object:
         for note in notes:
-            if isinstance(note, Removed) and note.choice == value:
+            if isinstance(note, Untaken) and note.choice == value:
                 self.problems.append(f"{path}: {show(value)}, {note.reason}")
                 return value
         before = len(self.problems)

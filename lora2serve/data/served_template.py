@@ -11,6 +11,7 @@ from typing import cast
 
 from lora2serve.data.chat_beginnings import Beginnings, beginnings
 from lora2serve.data.end_tokens import EndTokens, end_tokens, find_answer_end
+from lora2serve.data.new_tokens import NO_TOKENS, NewTokens
 from lora2serve.data.rows import THOUGHT_KEYS, ChatRow, Message
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import DataError
@@ -27,12 +28,13 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     ``stop_ids`` end an answer beside the tokenizer's own end token. ``day`` is what a template that prints the date
-    prints; None for today. ``prints_date`` turns true when one did.
+    prints; None for today. ``prints_date`` turns true when one did. ``new_tokens`` are those that the base has not.
     """
 
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...] = ()
     day: date | None = None
+    new_tokens: NewTokens = NO_TOKENS
     prints_date: bool = field(default=False, init=False)
 
     def serve(self, row: ChatRow) -> ServedChat:

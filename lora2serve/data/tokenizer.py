@@ -57,6 +57,8 @@ class Tokenizer(Protocol):
 
     def get_vocab(self) -> Mapping[str, int]: ...
 
+    def add_tokens(self, new_tokens: Sequence[object]) -> int: ...
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> Sequence[str]: ...
@@ -83,3 +85,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def encode(tokenizer: Tokenizer, text: str, *, special: bool = True) -> list[int]:
     """Token ids; ``special`` adds what the tokenizer puts around a text of its own, such as BOS."""
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def looks_special(token: str) -> bool:
+    """Whether it is a control token by its form: some tokenizers forget to mark them so, and llama.cpp goes by that."""
+    if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
+        return True
+    pairs = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return any(token.startswith(start) and token.endswith(end) for start, end in pairs)

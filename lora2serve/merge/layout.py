@@ -96,7 +96,7 @@ def resize_vocabulary(
         counts = ", ".join(f"{name} has {count} rows" for name, count in rows.items())
         raise MergeError(f"embedding and head differ: {counts}", "save the adapter with save_embedding_layers=True")
     deltas = chain.from_iterable(tensor.deltas for tensor in tables.values())
-    if not any(isinstance(delta, Replace) for delta in deltas):
+    if grown <= {0} and not any(isinstance(delta, Replace) for delta in deltas):
         return config
     (size,) = set(rows.values())
     text = config.get("text_config")

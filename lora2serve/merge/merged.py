@@ -44,6 +44,7 @@ class Merged:
         specs = list(base.specs())
         own_config = settle_tie(base, deepcopy(dict(config)))
         self._names = Binder(specs, own_config)
+        self._rows = {spec.name: spec.rows for spec in specs}
         layout = lay_out(specs, adapters, own_config, self._names.stored_name)
         deltas = self._bind(layout, adapters)
         tensors = _fold_shapes(layout.tensors, deltas, _casts(specs, dtype))
@@ -96,7 +97,7 @@ class Merged:
             if not deltas:
                 return Block(weight)
         else:
-            stored = self.base.read(tensor.stored, rows).values
+            stored = self._stored(tensor, rows)
             before = weight = stored.float()
         delta_norm = None
         if len(deltas) == 1 and isinstance(deltas[0], Lora) and deltas[0].magnitude is None:
@@ -112,6 +113,16 @@ class Merged:
             _require_finite(before, name, "base")
             _require_finite(weight, name, "adapter, or the sum of base and adapter")
         return Block(weight, rounded)
+
+    def _stored(self, tensor: MergedTensor, rows: slice) -> Tensor:
+        """Rows of the base, and zeros for those that the adapters bring."""
+        import torch
+
+        own = self._rows[tensor.stored]
+        start, stop = min(rows.start, own), min(rows.stop, own)
+        values = self.base.read(tensor.stored, slice(start, stop)).values
+        more = rows.stop - rows.start - (stop - start)
+        return torch.cat([values, values.new_zeros(more, *values.shape[1:])]) if more else values
 
     def _bind(self, layout: ModelLayout, adapters: Sequence[Adapter]) -> dict[str, list[Delta]]:
         """Deltas by the name of the weight they land in; what lands nowhere is an error that names it."""

@@ -120,6 +120,8 @@ def _head(shape: ModelShape, settings: PlanSettings) -> int:
     in_full = settings.method == "full" or any(
         name.endswith(("lm_head", "embed_out")) for name in settings.modules_to_save
     )
-    if in_full:
+    if settings.new_tokens:  # the head with its new rows in place, beside the one without
+        head += shape.vocabulary * shape.hidden * settings.kept_bytes
+    if in_full or settings.new_tokens:
         head += shape.vocabulary * shape.hidden * (FLOAT + (size if size < FLOAT else 0))
     return head

@@ -43,6 +43,7 @@ class PlanSettings:
     options: Mapping[str, object] = field(default_factory=dict)  # of another kind than lora
     objective: Objective = SFT
     shards: int = 1  # processes that each hold a part of the base
+    new_tokens: int = 0  # rows of embedding and head that a LoRA trains beside it
     learned: int | None = None  # values of such an adapter, which its own code says
 
     @property
@@ -89,8 +90,11 @@ class PlanSettings:
         return self.batch * self.answers * self.length
 
 
-def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSettings:
-    """What a recipe asks for, with rows of ``length`` tokens, on a device that computes in ``dtype``."""
+def settings_of(train: TrainRecipe, length: int, dtype: ComputeType, new_tokens: int = 0) -> PlanSettings:
+    """What a recipe asks for, with rows of ``length`` tokens, on a device that computes in ``dtype``.
+
+    new_tokens: how many ``data.new_tokens`` there are.
+    """
     lora = train.lora
     method = method_of(train)
     return PlanSettings(
@@ -111,6 +115,7 @@ def settings_of(train: TrainRecipe, length: int, dtype: ComputeType) -> PlanSett
         kind=train.method,
         options=train.options,
         objective=train.objective,
+        new_tokens=new_tokens,
     )
 
 

@@ -94,6 +94,7 @@ def trainable(shape: ModelShape, settings: PlanSettings) -> int:
     count = sum(settings.rank * (linear.inputs + linear.outputs) for linear in chosen)
     count += sum(linear.outputs for linear in chosen) if settings.dora else 0
     count += settings.rank * sum(each.count * (each.inputs + each.outputs) for each in target_experts(shape, settings))
+    count += settings.new_tokens * shape.hidden * (2 if shape.head else 1)
     return count + sum(_in_full(shape, settings.modules_to_save))
 
 

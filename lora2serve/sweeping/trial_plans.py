@@ -44,7 +44,7 @@ class TrialPlanner:
         if self.shape is None:
             return TrialMemory()
         loaded = recipes.load(recipe, overrides)
-        asked = settings_of(loaded.train, loaded.data.max_length, self.target.dtype)
+        asked = settings_of(loaded.train, loaded.data.max_length, self.target.dtype, len(loaded.data.new_tokens))
         try:
             settings = choose_step(self.shape, asked, loaded.train, self.target, self.ratio).settings
             total = planned_bytes(self.shape, settings, self.ratio).total

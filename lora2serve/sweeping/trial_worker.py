@@ -115,13 +115,16 @@ def _measured(recipe: Recipe, base: Path, adapter: Path | None, rows: Path) -> R
     from lora2serve.training import eval_loss
     from lora2serve.training.expert_lora import open_to_peft
     from lora2serve.training.model import device, load_base, prepare
+    from lora2serve.training.new_rows import grow
     from lora2serve.training.requirements import translated
 
     with translated():
-        template = base_template(base, recipe.data.chat_template)
+        template = base_template(base, recipe.data.chat_template, new_tokens=recipe.data.new_tokens)
         data = data_sets.read_file(rows, {}).in_form(recipe.data.form, template.tokenizer.chat_template)
         samples = [s for s in tokenize_all(data, template, recipe.data, Silent()) if s.learned]
-        model = prepare(load_base(base, recipe.train, device()), checkpointing=False)
+        model = load_base(base, recipe.train, device())
+        grow(model, template.new_tokens.rows)
+        model = prepare(model, checkpointing=False)
         with open_to_peft(model):
             tuned = PeftModel.from_pretrained(model, str(adapter)) if adapter else model
         pad, batch = template.tokenizer.pad_token_id, recipe.train.batch_size

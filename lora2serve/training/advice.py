@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from lora2serve.adapters.lint import lint
+from lora2serve.adapters.lint import Finding, lint
 from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import Recipe, TrainRecipe
 from lora2serve.data.samples import Sample, row_faults
@@ -140,12 +140,16 @@ def idle_gpu() -> str:
     )
 
 
-def multi_lora(adapter: Mapping[str, object], base: Mapping[str, object]) -> str:
+def multi_lora(adapter: Mapping[str, object], base: Mapping[str, object], added: Sequence[str] = ()) -> str:
     """Why vLLM will not serve the adapter beside others, from PEFT's config and the base's; empty where it will.
 
-    What the export rewrites without loss is no reason.
+    What the export rewrites without loss is no reason. ``added``: tokens that the base does not have.
     """
     reasons = [finding for finding in lint(adapter, [], base) if finding.fix != "export"]
+    if added:
+        message = f"the base's tokenizer does not have {', '.join(added)}"
+        reasons = [item for item in reasons if item.rule != "trained-tokens"]
+        reasons.insert(0, Finding("new-tokens", message, "merge"))
     if not reasons:
         return ""
     because = "; ".join(finding.message for finding in reasons)

@@ -16,6 +16,7 @@ from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
 from lora2serve.training import ranks
 from lora2serve.training.model import Device
+from lora2serve.training.new_rows import grow
 from lora2serve.training.sharded_base import is_sharded
 from lora2serve.training.tiled_head import token_losses
 
@@ -129,9 +130,13 @@ def pad_batch(rows: Sequence[Sample], pad: int | None) -> tuple[Tensor, Tensor, 
 
 
 def on_original(
-    base: Path, adapter: Path, rows: Sequence[Sample], pad: int | None, batch: int, device: Device, progress: Progress
-) -> RowLosses | None:
-    """The adapter on the full-precision base, or None where that does not fit into memory."""
+    base: Path, adapter: Path, rows: Sequence[Sample], pad: int | None, batch: int, device: Device, progress: Progress,
+    vocabulary: int = 0,
+) -> RowLosses | None:  # fmt: skip
+    """The adapter on the full-precision base, or None where that does not fit into memory.
+
+    vocabulary: rows that the adapter's tokens need at least.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -144,6 +149,7 @@ def on_original(
         return None
     placement = {"device_map": {"": 0}} if device.on_gpu else {}
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, device.dtype), **placement)
+    grow(model, vocabulary)
     return evaluate(
         PeftModel.from_pretrained(model, str(adapter)), rows, pad, batch, progress, "eval on the original base"
     )

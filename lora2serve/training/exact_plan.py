@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import LoraRecipe, Quantize, TrainRecipe
 from lora2serve.config.schema import build
+from lora2serve.data.new_tokens import NewTokens
 from lora2serve.planning.plan_settings import ComputeType, PlanSettings
 from lora2serve.system.worker_protocol import Link
 from lora2serve.training import fake_gpu
@@ -86,7 +87,8 @@ class _FakeTraining:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model = prepare(model, checkpointing=self.settings.checkpointing)
-        tuned = add_adapter(model, adapter_config(model, recipe, self.path))
+        tokens = NewTokens(ids=tuple(range(self.settings.new_tokens)))  # rows that there are: a few more are no matter
+        tuned = add_adapter(model, adapter_config(model, recipe, self.path, tokens.ids), tokens)
         dtype = torch.float32 if self.settings.trained_bytes == 4 else torch.bfloat16
         for module in tuned.modules():
             for name, parameter in module._parameters.items():

@@ -21,13 +21,14 @@ from lora2serve.config.recipe import Recipe, dump
 from lora2serve.config.train_methods import LORA
 from lora2serve.data.base_template import base_template
 from lora2serve.data.data_sets import DataSet, DataSets
+from lora2serve.data.new_tokens import NO_TOKENS, NewTokens
 from lora2serve.data.preference_pairs import refuse_other_prompts
 from lora2serve.data.preview import first_lines
 from lora2serve.data.samples import Sample
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import Tokenizer
-from lora2serve.errors import DataError
+from lora2serve.errors import DataError, TrainError
 from lora2serve.exporting.open_model import adapter_record
 from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
@@ -47,6 +48,7 @@ from lora2serve.training.model import (
     prepare,
     quantization_of,
 )
+from lora2serve.training.new_rows import grow
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
 from lora2serve.training.sample_prompts import sample_prompts
@@ -78,9 +80,10 @@ def train(
 
         _quiet()
         check_trackers(recipe)
-        fine_tune = FineTune(recipe, run, data_sets, base, device(), progress, quick, shared)
+        data, day = recipe.data, run.record.day or date.today().isoformat()
+        template = base_template(base, data.chat_template, day, data.new_tokens)
+        fine_tune = FineTune(recipe, run, data_sets, base, device(), progress, quick, shared, template.new_tokens)
         fine_tune.announce()
-        template = base_template(base, recipe.data.chat_template, run.record.day or date.today().isoformat())
         fine_tune.in_form(template.tokenizer).run_all(template, resume=resume)
     return run
 
@@ -97,6 +100,7 @@ class FineTune:
     progress: Progress
     quick: bool = False
     shared: SharedTraining | None = None
+    new_tokens: NewTokens = NO_TOKENS
 
     @property
     def starting_adapter(self) -> Path | None:
@@ -122,7 +126,7 @@ class FineTune:
         # The base is measured before the adapter is there: some inits take a part of the base out.
         if held_out and not self.run.record.metrics.base:  # known since before --resume
             self.measure("base", model, held_out, tokenizer)
-        tuned = add_adapter(model, config)
+        tuned = add_adapter(model, config, self.new_tokens)
         del model
         if self.shared:
             self.shared.base.refuse_trained(tuned)
@@ -157,7 +161,13 @@ class FineTune:
     def load(self, loop: LoopRecord) -> PreTrainedModel:
         """The base, or this process's part of it, ready for an adapter; others may train on it, too."""
         load = partial(load_base, self.base, self.recipe.train, self.device, sharded=loop.sharded)
+        if self.new_tokens.ids and (self.shared or loop.sharded):
+            reason, way_out = ("others train on it", "leave --share-base out") if self.shared else (
+                "each process has a part of it", "set train.parallel: ddp"
+            )  # fmt: skip
+            raise TrainError(f"data.new_tokens: the base gets rows for them, and {reason}", way_out)
         base = self.shared.load(self.base, load) if self.shared else load()
+        grow(base, self.new_tokens.rows)
         model = prepare(base, checkpointing=loop.checkpointing)
         if loop.sharded:
             shard(model, self.device.name)
@@ -172,11 +182,16 @@ class FineTune:
         warning = "" if self.device.on_gpu else advice.idle_gpu()
         if warning:
             self.progress.warn(warning)
-        warnings = [*self.data_sets.warnings(), *check_adapter(self.base, self.recipe.train, self.device)]
+        warnings = [
+            *self.data_sets.warnings(),
+            *check_adapter(self.base, self.recipe.train, self.device, self.new_tokens),
+        ]
         if self.starting_adapter and not self.run.record.from_adapter:
             warnings += other_base(self.starting_adapter, self.base, self.recipe.model.path)
         for text in warnings:
             self.progress.warn(text)
+        for text in self.new_tokens.notes():
+            self.progress.note(text)
         foretell(self.recipe, self.base, self.device, self.progress)
 
     def in_form(self, tokenizer: Tokenizer) -> FineTune:
@@ -191,7 +206,7 @@ class FineTune:
         train_rows, eval_rows = self.data_sets.train, self.data_sets.held_out
         samples = tokenize_all(train_rows, template, self.recipe.data, self.progress)
         held_out = tokenize_all(eval_rows, template, self.recipe.data, self.progress) if eval_rows else []
-        for warning in advice.warnings(self.recipe, samples, bool(held_out)):
+        for warning in [*advice.warnings(self.recipe, samples, bool(held_out)), *self.new_tokens.warnings(samples)]:
             self.progress.warn(warning)
         samples = [sample for sample in samples if sample.learned]
         if not samples:
@@ -220,12 +235,12 @@ class FineTune:
 
     def adapter_config(self, model: PreTrainedModel) -> PeftConfig:
         """PEFT's configuration, after a warning where vLLM will not serve a LoRA beside others."""
-        config = adapter_config(model, self.recipe.train, self.base)
+        config = adapter_config(model, self.recipe.train, self.base, self.new_tokens.ids)
         if self.recipe.train.method != LORA:
             return config
         init = True if lora_inits.changes_base(self.recipe.train.lora.init) else config.init_lora_weights  # as saved
         saved = {**config.to_dict(), "peft_type": config.peft_type.value, "init_lora_weights": init}
-        warning = advice.multi_lora(saved, read_config(self.base))
+        warning = advice.multi_lora(saved, read_config(self.base), self.new_tokens.added)
         if warning:
             self.progress.warn(warning)
         return config
@@ -314,7 +329,9 @@ class FineTune:
         if read_config(self.base).get("quantization_config"):
             return  # this base has no full-precision weights here
         rows, pad, batch = self.right(held_out), tokenizer.pad_token_id, self.recipe.train.batch_size
-        losses = eval_loss.on_original(self.base, self.run.adapter, rows, pad, batch, self.device, self.progress)
+        losses = eval_loss.on_original(
+            self.base, self.run.adapter, rows, pad, batch, self.device, self.progress, self.new_tokens.rows
+        )
         if losses:
             self.keep_loss("tuned_on_original", "tuned, on the original base", losses.mean())
             metrics = replace(self.run.record.metrics, tuned_less_tuned_on_original=tuned.less(losses))

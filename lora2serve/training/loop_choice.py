@@ -80,7 +80,7 @@ def _chosen(recipe: Recipe, run: Run, base: Path, device: Device, *, resume: boo
 def _planned(recipe: Recipe, base: Path, gpu: GpuModel) -> StepChoice:
     ratio, _ = measured_ratio(gpu.name)
     checkpoint = Checkpoint(base)
-    settings = plan_settings(recipe.train, recipe.data.max_length, base, gpu.dtype)
+    settings = plan_settings(recipe.train, recipe.data, base, gpu.dtype)
     shape = model_shape(checkpoint.config, checkpoint.specs())
     return choose_parallel(shape, settings, recipe.train, gpu, ranks.processes(), ratio)
 
@@ -137,7 +137,7 @@ def _at_most(most: int, rows: int, loop: LoopRecord) -> LoopRecord:
 def planned_settings(recipe: Recipe, loop: LoopRecord, base: Path, device: Device) -> PlanSettings:
     """For the plan of a run that goes so."""
     return replace(
-        plan_settings(recipe.train, recipe.data.max_length, base, device.dtype), batch=loop.rows,
+        plan_settings(recipe.train, recipe.data, base, device.dtype), batch=loop.rows,
         shards=loop.processes if loop.sharded else 1,
         checkpointing=loop.checkpointing, accumulates=loop.accumulation > 1,
         padded=recipe.train.objective != SFT or (loop.rows > 1 and not loop.varlen),

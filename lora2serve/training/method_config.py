@@ -31,13 +31,16 @@ KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "key_proj", "value_proj",
 FUSED = tuple(name for name in QV if name not in ("q_proj", "v_proj"))  # query, key and value in one
 
 
-def adapter_config(model: PreTrainedModel, recipe: TrainRecipe, base: Path) -> PeftConfig:
+def adapter_config(
+    model: PreTrainedModel, recipe: TrainRecipe, base: Path, new_tokens: Sequence[int] = ()
+) -> PeftConfig:
     """Of the recipe's method, for ``model``, which is that of the directory ``base``.
 
+    new_tokens: ids of ``data.new_tokens``, whose rows a LoRA trains beside it.
     TrainError for a module that the model does not have, and for options that PEFT does not put together.
     """
     if recipe.method == LORA:
-        return lora_config(model, recipe)
+        return lora_config(model, recipe, new_tokens)
     chosen = config_class(recipe.method)
     options = read_options(recipe.method, recipe.options, [])
     known = chosen.__dataclass_fields__

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora2serve.adapters.kind_targets import Way, as_named, serving_targets, way_out, why_not
 from lora2serve.adapters.peft_methods import BIAS_ALONE, UNMERGEABLE_METHODS
+from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.config.objectives import SFT
 from lora2serve.config.recipe import Recipe, TrainRecipe
 from lora2serve.config.train_methods import LORA
@@ -32,7 +33,7 @@ def foretell(recipe: Recipe, base: Path, device: Device, progress: Progress) -> 
     """Say it: one note on size and memory, and one on who serves it, which is a warning where nobody does."""
     with suppress(InputError, UsageError):  # no plan can be made of this model, or of the modules that it adapts
         checkpoint = Checkpoint(base)
-        settings = plan_settings(recipe.train, recipe.data.max_length, base, device.dtype)
+        settings = plan_settings(recipe.train, recipe.data, base, device.dtype)
         shape = model_shape(checkpoint.config, checkpoint.specs())
         settings = choose_step(shape, settings, recipe.train, device_model(device)).settings
         learned, total = trainable(shape, settings), planned_bytes(shape, settings).total
@@ -54,9 +55,9 @@ def kind_of_training(train: TrainRecipe) -> str:
     return f"{by}{train.method}" if train.quantize == "none" else f"{by}{train.method} ({train.quantize})"
 
 
-def plan_settings(train: TrainRecipe, length: int, base: Path, dtype: ComputeType) -> PlanSettings:
-    """What decides the memory of training on rows of ``length`` tokens; CheckpointError where PEFT needs weights."""
-    settings = settings_of(train, length, dtype)
+def plan_settings(train: TrainRecipe, data: DataRecipe, base: Path, dtype: ComputeType) -> PlanSettings:
+    """What decides the memory of training on rows of ``data.max_length``; CheckpointError where PEFT needs weights."""
+    settings = settings_of(train, data.max_length, dtype, len(data.new_tokens))
     if train.method == LORA:
         return settings
     learned = learned_values(base, train)

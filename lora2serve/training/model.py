@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora2serve.artifacts.run_record import QuantizationRecord
 from lora2serve.config import lora_inits
 from lora2serve.config.recipe import TrainRecipe
+from lora2serve.data.new_tokens import NO_TOKENS, NewTokens
 from lora2serve.errors import TrainError, first_line
 from lora2serve.planning.gpus import GpuModel
 from lora2serve.planning.plan_settings import ComputeType
@@ -17,6 +19,7 @@ from lora2serve.training import ranks
 from lora2serve.training.cpt_loss import leave_loss_to_trainer
 from lora2serve.training.expert_layers import four_bit_parameters
 from lora2serve.training.lora_targets import other_towers, refuse_unknown, target_parameters, targets
+from lora2serve.training.new_rows import start_rows, trained_rows
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.checkpoint import read_config
@@ -126,8 +129,11 @@ def prepare(model: PreTrainedModel, *, checkpointing: bool) -> PreTrainedModel:
     return model
 
 
-def lora_config(model: PreTrainedModel, recipe: TrainRecipe) -> LoraConfig:
-    """PEFT's configuration for the recipe's adapter; TrainError for a module that ``model`` does not have."""
+def lora_config(model: PreTrainedModel, recipe: TrainRecipe, new_tokens: Sequence[int] = ()) -> LoraConfig:
+    """PEFT's configuration for the recipe's adapter, which trains the rows of ``new_tokens``, too.
+
+    TrainError for a module that ``model`` does not have.
+    """
     from peft import LoraConfig
 
     lora = recipe.lora
@@ -137,23 +143,30 @@ def lora_config(model: PreTrainedModel, recipe: TrainRecipe) -> LoraConfig:
             "set another init, or model.path to the 16-bit model",
         )
     refuse_unknown("train.lora.modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
+    chosen = targets(model, lora.targets)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets(model, lora.targets),
+        target_modules=chosen,
         target_parameters=target_parameters(model, lora.target_parameters),
         exclude_modules=other_towers(model),
         modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=(
+            trained_rows(model, new_tokens, [*chosen, *lora.modules_to_save]) if new_tokens else None
+        ),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=True if lora.init == "default" else lora.init,
     )
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """A PEFT model with a fresh adapter, ready to train; ``model`` comes from ``prepare``."""
+def add_adapter(model: PreTrainedModel, config: PeftConfig, new_tokens: NewTokens = NO_TOKENS) -> PeftModel:
+    """A PEFT model with a fresh adapter, ready to train; ``model`` comes from ``prepare``.
+
+    new_tokens: those whose rows ``config`` trains.
+    """
     from peft import get_peft_model
 
     from lora2serve.training.expert_lora import open_to_peft
@@ -162,9 +175,12 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         leave_loss_to_trainer()
     try:
         with open_to_peft(model):
-            return get_peft_model(model, config)
+            tuned: PeftModel = get_peft_model(model, config)
     except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
         raise TrainError(f"{section_of(config)}: {first_line(error)}") from error
+    if new_tokens.ids:
+        start_rows(tuned, new_tokens)
+    return tuned
 
 
 def section_of(config: PeftConfig) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora2serve.adapters.adapter import CONFIG, read_config
+from lora2serve.adapters.trained_tokens import trained_tokens
 from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.config.method_options import config_class, option_names
 from lora2serve.config.recipe import EXPERTS, PRESETS, LoraRecipe, TrainRecipe
@@ -30,14 +32,17 @@ OF_RECIPE: Mapping[str, str] = {
 }  # fmt: skip
 OF_RUN = (
     "base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "exclude_modules",
-    "init_lora_weights", "fan_in_fan_out", "auto_mapping", "peft_type",
+    "init_lora_weights", "fan_in_fan_out", "auto_mapping", "peft_type", "trainable_token_indices",
 )  # fmt: skip
 
 
-def starting_from(train: TrainRecipe, adapter: Path, named: Collection[str]) -> TrainRecipe:
+def starting_from(
+    train: TrainRecipe, adapter: Path, named: Collection[str], new_tokens: Sequence[str] = ()
+) -> TrainRecipe:  # fmt: skip
     """The recipe with the kind and the settings of the adapter in that directory, and its path.
 
-    named: paths of the recipe's own values, beside its defaults.
+    named: paths of the recipe's own values, beside its defaults. new_tokens: those of ``data``, which have to be the
+    adapter's.
     TrainError for an adapter that cannot be gone on from, and for settings of the recipe that are not its own.
     """
     config = read_config(adapter)
@@ -48,6 +53,8 @@ def starting_from(train: TrainRecipe, adapter: Path, named: Collection[str]) -> 
             "train it from the start",
         )
     raise_all([f"{KEY}: {adapter / CONFIG}: {problem}" for problem in _inexpressible(method, config)], TrainError)
+    if method == LORA:
+        _refuse_other_tokens(adapter, config, new_tokens)
     own = replace(train, method=method, from_adapter=str(adapter))
     own = replace(own, lora=_lora(config)) if method == LORA else replace(own, options=_options(method, config))
     problems = [
@@ -57,6 +64,16 @@ def starting_from(train: TrainRecipe, adapter: Path, named: Collection[str]) -> 
     ]
     raise_all(problems, lambda text: TrainError(text, f"leave it out: {KEY} says it"))
     return own
+
+
+def _refuse_other_tokens(adapter: Path, config: JsonObject, new_tokens: Sequence[str]) -> None:
+    """TrainError where the adapter trains the rows of other tokens than the recipe."""
+    theirs = list(trained_tokens(adapter).values()) if config.get("trainable_token_indices") else []
+    if theirs != list(new_tokens):  # by their order they have their ids
+        raise TrainError(
+            f"data.new_tokens: {show(list(new_tokens))}, but the adapter of {KEY} has {show(theirs)}",
+            f"set data.new_tokens: {json.dumps(theirs, ensure_ascii=False)}",
+        )
 
 
 def settings_in_words(train: TrainRecipe) -> str:

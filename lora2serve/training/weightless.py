@@ -12,10 +12,12 @@ from lora2serve.adapters.peft_methods import BIAS_ALONE, has_bias
 from lora2serve.adapters.target_presets import named
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import LORA
+from lora2serve.data.new_tokens import NO_TOKENS, NewTokens
 from lora2serve.errors import TrainError, first_line
 from lora2serve.training.lora_targets import expert_parameters, linear_modules, other_towers
 from lora2serve.training.method_config import adapter_config
 from lora2serve.training.model import Device, section_of
+from lora2serve.training.new_rows import grow
 from lora2serve.weights.checkpoint import read_config
 
 if TYPE_CHECKING:
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def check_adapter(base: Path, recipe: TrainRecipe, device: Device) -> list[str]:
+def check_adapter(
+    base: Path, recipe: TrainRecipe, device: Device, new_tokens: NewTokens = NO_TOKENS
+) -> list[str]:  # fmt: skip
     """Warnings of what the model of ``base`` leaves out; TrainError for an adapter that it cannot carry."""
     model = weightless_model(base)
     if model is None:
         return []
-    config = adapter_config(model, recipe, base)
+    grow(model, new_tokens.rows)
+    config = adapter_config(model, recipe, base, new_tokens.ids)
     return _of_lora(model, base, recipe, config, device) if recipe.method == LORA else _of_others(model, config)
 
 
@@ -49,7 +54,8 @@ def _of_others(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     if bare:
         return [
             f"train.method: {config.peft_type.lower()} learns biases, and no target holds those of modules without "
-            f"one: {_in_all_layers(bare)}; name others in train.options.target_modules, or serve it with PEFT itself"
+            f"one: {_in_all_layers(bare)}; name others in train.options.target_modules, or serve it by "
+            "`lora2serve serve --engine peft`"
         ]
     if config.peft_type == "IA3" and not config.feedforward_modules:
         return ["train.method: ia3 scales no way back from an MLP: this model has none that is a linear layer"]

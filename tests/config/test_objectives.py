@@ -116,3 +116,11 @@ def test_kto_has_fields_of_its_own(tmp_path: Path) -> None:
     ]
     (line,) = problems(tmp_path, {"objective": "kto", "preference": {"loss_weights": [1]}})
     assert line.startswith("train.preference.loss_weights: unknown key")
+
+
+def test_orpo_is_refused_by_name(tmp_path: Path) -> None:
+    """With all other problems of the recipe, and with what learns from its rows."""
+    said = problems(tmp_path, {"objective": "orpo", "preference": {"beta": 0.1}, "steps": 0})
+    assert said[0].startswith("train.objective: 'orpo', expected sft, dpo or kto: TRL's ORPO is experimental")
+    assert len(said) == 2 and said[1].startswith("train.steps: 0")
+    assert load(recipe(tmp_path, {"preference": {"beta": 0.1}})).train.objective == "dpo", "the control"

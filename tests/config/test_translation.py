@@ -194,3 +194,20 @@ def test_init_from_a_built_in_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert load(lora2serve.init(source="demo")) == load(recipes.find("demo"))
     with pytest.raises(UsageError, match=r"no such file or built-in recipe \(did you mean 'demo'\?\)"):
         lora2serve.init(source="dmo", overwrite=True)
+
+
+def test_new_tokens_take_the_place_of_whole_tables() -> None:
+    """Both train embedding and head in full for them; a module beside these stays."""
+    axolotl = {"base_model": "m", "datasets": [{"path": "d"}], "adapter": "lora", "tokens": ["<a>", "<b>"]}
+    saved = {"lora_modules_to_save": ["embed_tokens", "lm_head", "model.norm"]}
+    _, keys = move_keys({**axolotl, **saved}, Path("a.yaml"))
+    assert keys.get("data.new_tokens") == ["<a>", "<b>"]
+    assert keys.get("train.lora.modules_to_save") == ["model.norm"]
+    assert [item.line() for item in keys.left_out if item.key == "lora_modules_to_save"] == [
+        "lora_modules_to_save: ['embed_tokens', 'lm_head']: of these tables the rows of data.new_tokens are trained, and "
+        "no others"
+    ]
+    _, plain = move_keys({name: value for name, value in {**axolotl, **saved}.items() if name != "tokens"}, Path("a"))
+    assert plain.get("train.lora.modules_to_save") == saved["lora_modules_to_save"], "the control"
+    factory = {"model_name_or_path": "m", "dataset": "d", "add_tokens": "<a>, <b>", "add_special_tokens": "<c>"}
+    assert move_keys(factory, Path("f"))[1].get("data.new_tokens") == ["<a>", "<b>", "<c>"]

@@ -26,6 +26,7 @@ from converters.gguf.tokenizer_files import (
     space_scheme,
     tokenizer_directory,
 )
+from lora2serve.data.tokenizer import looks_special
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 
@@ -241,11 +242,3 @@ def _refuse_beyond(by_id: Mapping[int, str], rows: int) -> None:
             f"tokenizer: token {max(beyond)} ({by_id[max(beyond)]!r}), but the embedding has {rows} rows",
             "train with the embedding resized to the tokenizer, or use the base's own tokenizer",
         )
-
-
-def looks_special(token: str) -> bool:
-    """Control tokens that some tokenizers forget to mark so."""
-    if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
-        return True
-    pairs = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
-    return any(token.startswith(start) and token.endswith(end) for start, end in pairs)

@@ -18,6 +18,7 @@ from lora2serve.config.translation.shared_keys import (
     translate_loop,
     translate_lora,
     translate_name,
+    translate_new_tokens,
     translate_objective,
     translate_share,
     translate_trackers,
@@ -102,6 +103,7 @@ def from_axolotl(config: Mapping[str, object]) -> MovedKeys:
     translate_loop(keys, "lr_scheduler")
     names = {"rslora": "peft_use_rslora", "dora": "peft_use_dora", "init": "peft_init_lora_weights"}
     translate_lora(keys, names)
+    translate_new_tokens(keys, ["tokens"], "lora_modules_to_save")
     translate_trackers(keys)
     translate_name(keys)
     for path, value in (("train.max_grad_norm", 1.0), ("data.max_length", 512)):

@@ -18,6 +18,7 @@ from lora2serve.config.translation.shared_keys import (
     translate_loop,
     translate_lora,
     translate_name,
+    translate_new_tokens,
     translate_objective,
     translate_share,
     translate_trackers,
@@ -72,13 +73,14 @@ OWN: Mapping[str, str] = by_name({
     "the loss takes a tile of logits at a time without it": "enable_liger_kernel",
     "decoder layers are compiled on a GPU": "use_unsloth use_unsloth_gc torch_compile use_v1_kernels",
     "the base is trained as it stands": (
-        "rope_scaling shift_attn mixture_of_depths use_llama_pro resize_vocab upcast_layernorm upcast_lmhead_output "
+        "rope_scaling shift_attn mixture_of_depths use_llama_pro upcast_layernorm upcast_lmhead_output "
         "moe_aux_loss_coef use_kt kt_optimize_rule cpu_infer chunk_size fp8 fp8_backend"
     ),
     "`lora2serve export` does it": (
         "export_dir export_size export_device export_quantization_bit export_quantization_dataset export_legacy_format"
     ),
     "`lora2serve chat` and `serve` do it": "infer_backend infer_dtype temperature top_p top_k max_new_tokens do_sample",
+    "tables grow by the tokens that they lack": "resize_vocab",
     "thoughts are learned where rows have them, as the chat template writes them": "enable_thinking",
     "models come from the Hub of Hugging Face": (
         "use_modelscope use_openmind om_hub_token ms_hub_token hf_hub_token cache_dir"
@@ -105,6 +107,7 @@ def from_llamafactory(config: Mapping[str, object], home: Path) -> MovedKeys:
     _adapter(keys)
     translate_loop(keys, "lr_scheduler_type")
     translate_lora(keys, {"rslora": "use_rslora", "dora": "use_dora", "init": "init_lora_weights"})
+    translate_new_tokens(keys, ["add_tokens", "add_special_tokens"], "additional_target")
     translate_trackers(keys)
     translate_name(keys)
     _defaults(keys)

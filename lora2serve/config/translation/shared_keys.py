@@ -76,6 +76,7 @@ PREFIXES = {
     "save_": "checkpoints are saved ten times a run at least, and --resume finds the last",
     "dataloader_": "rows are tokenized in as many processes as it takes, and kept in the cache",
 }  # fmt: skip
+TABLES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")  # of embedding and head
 
 
 def translate_loop(keys: MovedKeys, schedule: str) -> None:
@@ -130,6 +131,26 @@ def translate_share(keys: MovedKeys, key: str) -> None:
         keys.leave(key, share, "data.eval_split is a share of the rows, and this is a number of them")
     elif share:
         keys.put("data.eval_split", share, key)
+
+
+def translate_new_tokens(keys: MovedKeys, names: Sequence[str], saved: str) -> None:
+    """Tokens that are added there, by a list or with commas between; ``saved`` names modules that are trained in full.
+
+    There all rows of the embedding and of the head are trained for them, here those of the tokens are.
+    """
+    for name in names:
+        tokens, before = keys.take(name), keys.get("data.new_tokens") or []
+        assert isinstance(before, list)
+        if isinstance(tokens, str):
+            tokens = [token.strip() for token in tokens.split(",") if token.strip()]
+        if isinstance(tokens, list):
+            keys.put("data.new_tokens", [*before, *tokens], names[0])
+    modules = keys.get("train.lora.modules_to_save")
+    if keys.get("data.new_tokens") and isinstance(modules, list):
+        tables = [module for module in modules if str(module).rpartition(".")[2] in TABLES]
+        keys.put("train.lora.modules_to_save", [module for module in modules if module not in tables], saved)
+        if tables:
+            keys.leave(saved, tables, "of these tables the rows of data.new_tokens are trained, and no others")
 
 
 def put_sources(keys: MovedKeys, path: str, sources: Sequence[object], key: str) -> None:

@@ -16,6 +16,7 @@ from lora2serve.parity_check.engines.transformers_engine import Transformers, de
 from lora2serve.training.expert_layers import four_bit_modules, four_bit_of, four_bit_parameters
 from lora2serve.training.expert_lora import open_to_peft
 from lora2serve.training.generation import Likeliest, greedy
+from lora2serve.training.new_rows import grow
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
 from lora2serve.weights.bnb.library import import_quietly
@@ -68,9 +69,7 @@ class Peft(Transformers):
                 _requantize(model, base, Quantization.of({"quantization": quantization, "device": trained_on}))
             if self.dtype == "float32":
                 _compute_in_float32(model)
-        rows = len(self.tokenizer)
-        if rows > model.get_input_embeddings().weight.shape[0]:  # tokens were added at training
-            model.resize_token_embeddings(rows, mean_resizing=False)
+        grow(model, len(self.tokenizer))  # tokens were added at training
         self._add(model.eval(), adapters)
         named = f"{quantization['type']} base" if quantization else "full-precision base"
         self.version = (
