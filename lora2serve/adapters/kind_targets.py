@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lora2serve.adapters import soft_prompt
-from lora2serve.adapters.peft_methods import NATIVE, THROUGH_PEFT, UNMERGEABLE_METHODS
+from lora2serve.adapters.peft_methods import ALONE, NATIVE, THROUGH_PEFT, UNMERGEABLE_METHODS
 from lora2serve.artifacts.manifest import ADAPTER_TARGETS
 from lora2serve.errors import AdapterError, raise_all
 
@@ -45,7 +45,7 @@ def why_not(kind: str, target: str) -> str:
 def way_out(kind: str, target: str) -> str:
     """What to do instead."""
     if kind not in (*NATIVE, *THROUGH_PEFT, *soft_prompt.KINDS):
-        return "no target can hold it: serve it with PEFT itself"
+        return ALONE
     return "--target vllm, gguf, ollama or lmstudio holds it in the model" if target in ADAPTER_TARGETS else ""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora2serve.adapters.kind_targets import Way, way
+from lora2serve.adapters.peft_methods import ALONE
 from lora2serve.adapters.vllm_support import lora_class
 from lora2serve.config import lora_inits
 from lora2serve.system.small_files import JsonObject
@@ -31,7 +32,7 @@ WAY_OUT: dict[Fix, str] = {
     "extract": "export --target vllm merges it; --target adapter --as-lora-rank R makes an approximate plain LoRA",
     "merge": "export --target vllm merges it",
     "prompt": "export --target vllm holds it as tokens in front of every prompt",
-    "peft": "no target can hold it: serve it with PEFT itself",
+    "peft": ALONE,
     "convert": "no export can hold it: save it as a plain LoRA by PEFT's "
     "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)",
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora2serve.adapters.adapter import PREFIX, Adapter, ParameterDelta
 from lora2serve.adapters.meta_model import meta_model_of, peft_config
-from lora2serve.adapters.peft_methods import BIAS_ALONE, changes_bias, has_bias, rebases
+from lora2serve.adapters.peft_methods import ALONE, BIAS_ALONE, changes_bias, has_bias, rebases
 from lora2serve.errors import AdapterError, raise_all
 from lora2serve.system.small_files import JsonObject
 
@@ -80,7 +80,7 @@ class PeftLayers:
             raise AdapterError(
                 f"{self._adapter.path}: {self._adapter.method} cannot be merged: no bias in "
                 f"{', '.join(names[:3])}{more} of the base",
-                "no target can hold it: serve it with PEFT itself",
+                ALONE,
             )
 
     def base_shape(self, module: str, leaf: Leaf) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ UNMERGEABLE_METHODS = {
 BIASED = ("BEFT", "GLORA", "IA3", "ROAD")
 BIAS_ALONE = ("BEFT",)
 
+ALONE = "no target can hold it: `lora2serve serve --engine peft` serves it"
 # LoRA variants whose merge is PEFT's own; the rest of LoRA is folded natively.
 VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
 UNMERGEABLE = {
@@ -74,9 +75,8 @@ def changes_bias(adapter: Adapter) -> bool:
 def refuse_unmergeable(adapter: Adapter) -> None:
     """AdapterError for what no merge can hold, with the way out."""
     path, method = adapter.path, adapter.method
-    alone = "no target can hold it: serve it with PEFT itself"
     if method in UNMERGEABLE_METHODS:
-        raise AdapterError(f"{path}: {method} cannot be merged: {UNMERGEABLE_METHODS[method]}", alone)
+        raise AdapterError(f"{path}: {method} cannot be merged: {UNMERGEABLE_METHODS[method]}", ALONE)
     if method not in (*NATIVE, *THROUGH_PEFT):
         raise AdapterError(
             f"{path}: peft_type is {method!r}, expected one of {', '.join(sorted((*NATIVE, *THROUGH_PEFT)))}",
@@ -84,7 +84,7 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         )
     for key, why in UNMERGEABLE.items():
         if adapter.config.get(key):
-            raise AdapterError(f"{path}: {key}: {why}, so it cannot be merged", alone)
+            raise AdapterError(f"{path}: {key}: {why}, so it cannot be merged", ALONE)
     init = lora_inits.init_of(adapter.config)
     if lora_inits.changes_base(init) and not lora_inits.is_repeatable(init):
         raise AdapterError(

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Literal
 
 from lora2serve.api.export_request import Named, several, words
+from lora2serve.api.peft_serving import peft_command
 from lora2serve.api.registered import exports_of
 from lora2serve.api.served_room import registry_room
 from lora2serve.artifacts import run as runs
@@ -22,7 +23,7 @@ from lora2serve.serving import server, server_process
 from lora2serve.serving.server import HOST, PORT, ServeOptions, ServerCommand
 from lora2serve.system import scratch
 
-Engine = Literal["vllm", "llama.cpp", "ollama"]
+Engine = Literal["vllm", "llama.cpp", "ollama", "peft"]
 PREFERRED = ("vllm", "adapter", "gguf", "ollama", "lmstudio")  # of runs/latest, when no export is named
 PATIENCE = 30  # seconds that an engine gets to end by itself
 
@@ -67,6 +68,7 @@ def serve(
     exports: an export, a bundle, or several adapters of one base, which share one server; by default one of
         ``runs/latest``.
     engine: "vllm", "llama.cpp" or "ollama"; by default the one that the export is for. A running Ollama gets the model.
+        "peft" serves runs and adapters of any kind, which ``exports`` then are: one request at a time, in transformers.
     base: for adapters, the base to load; the one trained on by default.
     host, port: where clients connect; 127.0.0.1 and 8000 by default. The host 0.0.0.0 lets any machine connect.
     tensor_parallel_size, pipeline_parallel_size: GPUs that share each layer, and groups of layers.
@@ -129,6 +131,8 @@ def serve_in_ollama(exports: Sequence[Path], options: ServeOptions, progress: Pr
 
 def _plan(exports: Sequence[Path], options: ServeOptions, progress: Progress) -> ServerCommand:
     """With ``allow_updates``, a vLLM has room for what the registry may bring."""
+    if options.engine == "peft":
+        return peft_command(exports, options, progress)
     paths = chosen_exports(exports)
     if options.allow_updates and options.engine in (None, "vllm"):
         options = replace(options, room=registry_room(paths, progress))

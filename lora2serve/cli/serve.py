@@ -52,13 +52,14 @@ class ServeCommand(EngineCommand):
             "room for its registry",
         ),
         ("lora2serve serve --engine ollama", "create it in the Ollama that runs"),
+        ("lora2serve serve runs/a runs/b --engine peft", "kinds of adapters that no other engine knows"),
         ("lora2serve serve --dry-run", "print the command instead"),
     ],
 )
 @exports_argument
 @click.option(
-    "--engine", type=Choice(["vllm", "llama.cpp", "ollama"]),
-    help="Default: the one that the export is for; ollama where one runs.",
+    "--engine", type=Choice(["vllm", "llama.cpp", "ollama", "peft"]),
+    help="Default: the one that the export is for; ollama where one runs; peft: runs and adapters of any kind.",
 )  # fmt: skip
 @server_options
 @click.option("--allow-updates", is_flag=True, help="Let clients load and unload adapters: for trusted clients only.")
@@ -81,7 +82,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Start the engine that EXPORT is for (default: one of runs/latest), and stay until it ends.
 
-    Several adapter exports, or a bundle of them, share one server, each under its own name.
+    Several adapter exports, or a bundle of them, share one server, each under its own name. With --engine peft,
+    EXPORT is a run or an adapter.
     """
     from lora2serve import console
     from lora2serve.api import serve_model
@@ -98,7 +100,7 @@ def serve(
         new = "serve --dry-run" if printed == "command" else f"deploy {printed}"
         renamed(ctx, "serve --print" if printed == "command" else f"serve --print {printed}", new)
     if printed in FORMER_KINDS:
-        if engine in ("llama.cpp", "ollama"):
+        if engine not in (None, "vllm"):
             raise UsageError(f"--print {printed}: vLLM only", f"--print alone prints the command of {engine}")
         ctx.invoke(
             deploy, kind=printed, exports=exports, base=base, host=host, port=port, store=store,

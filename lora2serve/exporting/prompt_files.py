@@ -60,7 +60,7 @@ def _add_to_tokenizer(files: SideFiles, tokens: Sequence[str], ids: Sequence[int
         if model["type"] in BY_NUMBER:
             raise ExportError(
                 f"{FAST}: {following} tokens and {ids[0]} rows of the embedding: a {model['type']} model has no gaps",
-                "serve the adapter with PEFT itself",
+                "serve the adapter by `lora2serve serve --engine peft`",
             )
         model["vocab"] |= dict(zip(tokens, ids, strict=True))
     added += [{"id": number, **_marked(token)} for number, token in zip(ids, tokens, strict=True)]

@@ -48,7 +48,7 @@ class Prompted:
         if model.config.get("model_type") in HEAD_IS_EMBEDDING:
             raise MergeError(
                 f"{model.config['model_type']} has no head of its own in vLLM and llama.cpp, which a soft prompt needs",
-                "serve the adapter with PEFT itself",
+                "serve the adapter by `lora2serve serve --engine peft`",
             )
         embedding, head, self._scale = _tables_of(model)
         width = embedding.shape[-1]
@@ -166,7 +166,7 @@ def _tables_of(model: Merged) -> tuple[TensorSpec, TensorSpec | None, float]:
     if embedding is None or head is None or len(embedding.shape) != 2:
         raise MergeError(
             f"{type(bare).__name__}: no embedding and head that a soft prompt could become rows of",
-            "serve the adapter with PEFT itself",
+            "serve the adapter by `lora2serve serve --engine peft`",
         )
     return embedding, specs.get(stored[1] or ""), float(getattr(table, "scalar_embed_scale", 1.0))
 

@@ -140,7 +140,7 @@ def test_biases_alone_need_some(qwen2: Path, tmp_path: Path) -> None:
         AdapterError, match=r"BEFT cannot be merged: no bias in .*o_proj, .*o_proj of the base"
     ) as caught:
         export_merged(qwen2, [adapter], tmp_path / "out")
-    assert caught.value.hint == "no target can hold it: serve it with PEFT itself"
+    assert caught.value.hint == "no target can hold it: `lora2serve serve --engine peft` serves it"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lora2serve
 from lora2serve.artifacts.run import Run
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import LAYERS, LORA
@@ -310,3 +311,18 @@ def test_the_reference_is_the_base_whatever_the_adapter(small: Path, method: str
         assert not torch.equal(tuned(ids).logits, base), "the control"
         with tuned.disable_adapter():
             assert torch.equal(tuned(ids).logits, base)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_its_exports_answer_like_it(tmp_path: Path, trained: Run) -> None:
+    """Every gate in transformers and llama.cpp, as of any other run."""
+    options = {"dtype": "fp32", "quants": ["F32"], "out": tmp_path / "out"}
+    exports = [export.path for export in lora2serve.export(trained.path, targets=["vllm", "gguf"], **options)]
+    engines = ["transformers", "llama.cpp"]
+    result = lora2serve.parity(trained.path, exports, engines=engines, report_dir=tmp_path / "parity")
+    assert [row.engine for row in result.report.rows] == engines and result.met, result.report.rows
+    broken = Path(shutil.copytree(exports[0], tmp_path / "broken"))
+    shutil.copy(Path(trained.record.base.path) / "model.safetensors", broken / "model.safetensors")
+    again = lora2serve.parity(trained.path, broken, engines="transformers", report_dir=tmp_path / "again")
+    assert not again.met, "the control: the base's weights"
