@@ -42,6 +42,8 @@ SHAPES = [
     (LLAMA3_70B, PlanSettings(batch=1, length=2048, padded=False)),
     (QWEN3, PlanSettings(batch=2)),
     (PHI3, PlanSettings(batch=2)),
+    (TINYLLAMA, PlanSettings(batch=2, new_tokens=3)),  # rows of embedding and head
+    (QWEN3, PlanSettings(batch=1, new_tokens=2)),  # which are tied
     (TINYLLAMA, PlanSettings(batch=2, objective="dpo")),  # whose reference keeps nothing
 ]
 SLOW = pytest.mark.slow
