@@ -28,7 +28,7 @@ from lora2serve.data.samples import Sample
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import Tokenizer
-from lora2serve.errors import DataError, TrainError
+from lora2serve.errors import DataError
 from lora2serve.exporting.open_model import adapter_record
 from lora2serve.progress import Progress, Silent
 from lora2serve.system.hub_snapshot import hub_snapshot
@@ -48,7 +48,7 @@ from lora2serve.training.model import (
     prepare,
     quantization_of,
 )
-from lora2serve.training.new_rows import grow
+from lora2serve.training.new_rows import grow, refuse_common_base
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
 from lora2serve.training.sample_prompts import sample_prompts
@@ -161,11 +161,7 @@ class FineTune:
     def load(self, loop: LoopRecord) -> PreTrainedModel:
         """The base, or this process's part of it, ready for an adapter; others may train on it, too."""
         load = partial(load_base, self.base, self.recipe.train, self.device, sharded=loop.sharded)
-        if self.new_tokens.ids and (self.shared or loop.sharded):
-            reason, way_out = ("others train on it", "leave --share-base out") if self.shared else (
-                "each process has a part of it", "set train.parallel: ddp"
-            )  # fmt: skip
-            raise TrainError(f"data.new_tokens: the base gets rows for them, and {reason}", way_out)
+        refuse_common_base(self.new_tokens, shared=self.shared is not None, sharded=bool(loop.sharded))
         base = self.shared.load(self.base, load) if self.shared else load()
         grow(base, self.new_tokens.rows)
         model = prepare(base, checkpointing=loop.checkpointing)
@@ -182,23 +178,19 @@ class FineTune:
         warning = "" if self.device.on_gpu else advice.idle_gpu()
         if warning:
             self.progress.warn(warning)
-        warnings = [
-            *self.data_sets.warnings(),
-            *check_adapter(self.base, self.recipe.train, self.device, self.new_tokens),
-        ]
+        warnings = self.data_sets.warnings()
+        warnings += check_adapter(self.base, self.recipe.train, self.device, self.new_tokens)
         if self.starting_adapter and not self.run.record.from_adapter:
             warnings += other_base(self.starting_adapter, self.base, self.recipe.model.path)
         for text in warnings:
             self.progress.warn(text)
-        for text in self.new_tokens.notes():
-            self.progress.note(text)
         foretell(self.recipe, self.base, self.device, self.progress)
 
     def in_form(self, tokenizer: Tokenizer) -> FineTune:
         """With prompts and completions as the recipe has them for this model, which is told."""
         note = self.data_sets.train.note_of_form(self.recipe.data.form, tokenizer.chat_template)
-        if note:
-            self.progress.note(note)
+        for text in [*([note] if note else []), *self.new_tokens.notes()]:
+            self.progress.note(text)
         return replace(self, data_sets=self.data_sets.in_form(self.recipe.data.form, tokenizer.chat_template))
 
     def tokenize(self, template: ChatTemplate) -> tuple[list[Sample], list[Sample]]:

@@ -36,6 +36,14 @@ def grow(model: PreTrainedModel, rows: int) -> None:
             table[before:] = table[:before].mean(0, dtype=torch.float32).to(table.dtype)
 
 
+def refuse_common_base(tokens: NewTokens, *, shared: bool, sharded: bool) -> None:
+    """TrainError where the base that would grow is not this training's alone."""
+    if tokens.ids and shared:
+        raise TrainError(f"{KEY}: rows are added to the base, and others train on it", "leave --share-base out")
+    if tokens.ids and sharded:
+        raise TrainError(f"{KEY}: rows are added to the base, and each process has a part", "set train.parallel: ddp")
+
+
 def _why_not(model: PreTrainedModel, rows: int) -> str:
     """Why no rows can be added; empty where they can."""
     head = model.get_output_embeddings()

@@ -18,14 +18,14 @@ from lora2serve.artifacts.run import Run
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.data import data_sets
 from lora2serve.data.base_template import base_template
-from lora2serve.data.new_tokens import add_new_tokens
+from lora2serve.data.new_tokens import NO_TOKENS, add_new_tokens
 from lora2serve.data.tokenization import tokenize_all
 from lora2serve.data.tokenizer import encode, load_tokenizer
 from lora2serve.errors import AdapterError, DataError, RecipeError, TrainError
 from lora2serve.progress import Silent
 from lora2serve.training import eval_loss
 from lora2serve.training.model import Device
-from lora2serve.training.new_rows import grow
+from lora2serve.training.new_rows import grow, refuse_common_base
 from lora2serve.training.weightless import check_adapter
 from tests.support.runs import DEMO, fit, logged, make_chat_model, recipe_file, rows, write_jsonl
 from tests.support.tiny import load_model, make_model
@@ -214,3 +214,7 @@ def test_models_that_cannot_have_them(tmp_path: Path, small: Path, calls: dict[s
     with pytest.raises(TrainError, match=r"rows of lm_head, and train.lora adapts all of it"):
         fit(recipe_file(tmp_path, small, calls, lora={"modules_to_save": ["lm_head"]}))
     assert check_adapter(small, TrainRecipe(), device, tokens) == [], "the control"
+    for others in ({"shared": True, "sharded": False}, {"shared": False, "sharded": True}):
+        with pytest.raises(TrainError, match="rows are added to the base, and"):
+            refuse_common_base(tokens, **others)
+        refuse_common_base(NO_TOKENS, **others)  # the control
