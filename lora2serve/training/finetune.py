@@ -286,12 +286,9 @@ class FineTune:
         (self.run.adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty card: `push` writes a true one
 
     def measure(
-        self,
-        name: Literal["base", "tuned"],
-        model: PreTrainedModel | PeftModel,
-        held_out: list[Sample],
+        self, name: Literal["base", "tuned"], model: PreTrainedModel | PeftModel, held_out: list[Sample],
         tokenizer: Tokenizer,
-    ) -> RowLosses:
+    ) -> RowLosses:  # fmt: skip
         """Evaluate the base or the tuned model on the base as trained; kept in run.json."""
         label = "eval before" if name == "base" else "eval after"
         losses = self.losses(model, held_out, tokenizer, label, self.progress)
@@ -299,13 +296,9 @@ class FineTune:
         return losses
 
     def losses(
-        self,
-        model: PreTrainedModel | PeftModel,
-        held_out: list[Sample],
-        tokenizer: Tokenizer,
-        label: str,
+        self, model: PreTrainedModel | PeftModel, held_out: list[Sample], tokenizer: Tokenizer, label: str,
         progress: Progress,
-    ) -> RowLosses:
+    ) -> RowLosses:  # fmt: skip
         """The one way in which held-out rows are scored: before, in between and after."""
         rows, batch = self.right(held_out), self.recipe.train.batch_size
         return eval_loss.evaluate(model, rows, tokenizer.pad_token_id, batch, progress, label)
