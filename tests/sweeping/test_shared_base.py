@@ -305,14 +305,9 @@ def test_a_job_that_waits_is_broken_off() -> None:
     assert lines[-1] == "step 99"
 
 
+@pytest.mark.slow
 def test_the_python_api(recipe_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files = [recipe_folder / f"{name}.yaml" for name in "ab"]
     monkeypatch.chdir(tmp_path)
     outcomes = lora2serve.train_many(files, share_base=True, overrides={"train.steps": 1})
     assert [(each.state, each.run) for each in outcomes] == [("finished", "runs/a"), ("finished", "runs/b")]
-    for options, problem in (
-        ({"jobs": 2, "share_base": True}, "share_base and jobs"),
-        ({"resume": True}, "resume: of trainings on one base"),
-    ):
-        with pytest.raises(lora2serve.Lora2ServeError, match=problem):
-            lora2serve.train_many(files, **options)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lora2serve
 from lora2serve.config.recipe import Recipe, load
 from lora2serve.errors import RecipeError
 from lora2serve.sweeping.shared_trainings import refuse_differences
@@ -48,3 +49,14 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     assert "--share-base and --jobs 2" in refused.stderr and "--gpus: of one training" in refused.stderr
     refused = run_command(["train", both[0], "--share-base"], tmp_path)
     assert refused.returncode == 2 and "--share-base: of several recipes, and 1 is named" in refused.stderr
+
+
+def test_arguments_that_do_not_go_together() -> None:
+    for options, problem in (
+        ({"jobs": 2, "share_base": True}, "share_base and jobs"),
+        ({"resume": True}, "resume: of trainings on one base"),
+        ({"gpus": 2}, "gpus: 2, expected at least 1, with on"),
+        ({"on": "ray", "share_base": True}, "Ray says what runs where"),
+    ):
+        with pytest.raises(lora2serve.Lora2ServeError, match=problem):
+            lora2serve.train_many(["a.yaml", "b.yaml"], **options)  # type: ignore[arg-type]
