@@ -112,7 +112,8 @@ def _side_files(path: Path) -> SideFiles:
     files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
     files = {name: p for name, p in files.items() if SIDE_FILES.fullmatch(name)}
     problems = [problem for name, file in files.items() for problem in _problems(path, name, file)]
-    raise_all(problems, lambda message: CheckpointError(message, "the directory is damaged or malicious"))
+    hint = "copy what is linked into the directory; what cannot be read is damaged: fetch it again"
+    raise_all(problems, lambda message: CheckpointError(message, hint))
     return SideFiles(files)
 
 
