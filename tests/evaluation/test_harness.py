@@ -71,7 +71,7 @@ def by_its_own_backend(tasks: Path, names: list[str], **options: Any) -> tuple[A
     from lm_eval.tasks import TaskManager
 
     model = HFLM(pretrained=str(BASE), dtype="float32", device="cpu", batch_size=1, **options)
-    manager = TaskManager(include_path=str(tasks))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     return simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0), model
 
 
