@@ -346,4 +346,4 @@ def test_served_as_trained(tmp_path: Path, chats: dict[str, str], kind: str) -> 
     (other,) = exports["original"].glob("*.gguf")
     next(exports["trained"].glob("*.gguf")).write_bytes(other.read_bytes())
     (broken,) = lora2serve.parity(run.path, exports["trained"], engines="llama.cpp").report.rows
-    assert next(gate for gate in broken.gates if gate.name == "tensors").status == "missed", "the control"
+    assert "missed" in [gate.status for gate in broken.gates if gate.name != "behaviour"], "the control"
