@@ -42,13 +42,15 @@ def test_every_target_of_a_kind(tmp_path: Path, base: Path, chats: dict[str, str
     losses = list(logged(run).values())
     assert sum(losses[-4:]) < sum(losses[:4]), losses
     held = [target for target in MERGED_TARGETS if way(method.upper(), target) != "no"]
-    other = {"dtype": "fp32", "quants": ["F32"], "out": tmp_path / "out"}
+    out = tmp_path / "out"
     for target in set(MERGED_TARGETS) - set(held):
         with pytest.raises(AdapterError):
-            lora2serve.export(run.path, targets=target, **other)
+            lora2serve.export(run.path, targets=target, out=out)
     if not held:
         return
-    exports = [export.path for export in lora2serve.export(run.path, targets=held, **other)]
+    exports = [
+        export.path for export in lora2serve.export(run.path, targets=held, dtype="fp32", quants=["F32"], out=out)
+    ]
     result = lora2serve.parity(run.path, exports, engines=["transformers", "llama.cpp"])
     assert sorted(row.engine for row in result.report.rows) == sorted(ENGINES[target] for target in held)
     missed = [(row.export, gate) for row in result.report.rows for gate in row.gates if gate.status != "met"]
