@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from types import MethodType
+from typing import TYPE_CHECKING
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Params4bit
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import Module, Parameter
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
 
 BLOCK, STATE_BLOCK = 64, 256  # values that share a scale, and scales that share one
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # of a module that transformers lets be computed in several ways
@@ -67,6 +70,9 @@ def quantize_experts(
     weights: Tensor, quant_type: str, double: bool, storage: torch.dtype
 ) -> tuple[Params4bit, QuantState]:
     """The codes of (experts, a, b) ``weights``, a row of ``storage`` for each, and what is beside them."""
+    from bitsandbytes.functional import QuantState, quantize_4bit
+    from bitsandbytes.nn import Params4bit
+
     packed = [quantize_4bit(weight.contiguous(), None, None, BLOCK, double, quant_type, storage) for weight in weights]
     states = [state for _, state in packed]
     inner = [state.state2 for state in states if state.state2 is not None]
@@ -131,6 +137,8 @@ def seen_absmax(state: QuantState) -> Tensor:
 
 def dequantize_experts(codes: Tensor, state: QuantState) -> Tensor:
     """The (experts, a, b) weights, in the type that they were loaded in."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
     absmax, packed = seen_absmax(state), codes.detach().contiguous().view(torch.uint8)
     each = prod(state.shape[1:])
     at_once = max(1, MOST // each)

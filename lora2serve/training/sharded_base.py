@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +25,7 @@ from lora2serve.training.expert_layers import four_bit_modules, four_bit_of
 from lora2serve.training.tiled_head import plain_model
 
 if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -38,7 +38,7 @@ def shard(model: PreTrainedModel, device: str) -> None:
     TrainError where a 4-bit weight would be whole in each of them.
     """
     mesh = init_device_mesh(device, (ranks.processes(),))
-    linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    linears = [module for _, module in _linears(model)]
     read = [{name: getattr(module.weight, name) for name in READ_BY_PEFT} for module in linears]
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh)
@@ -60,11 +60,16 @@ def shard(model: PreTrainedModel, device: str) -> None:
     refuse_whole(model)
 
 
+def _linears(model: Module) -> list[tuple[str, Linear4bit]]:
+    """Those in 4 bits, by name."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+
+
 def refuse_whole(model: Module) -> None:
     """TrainError for 4-bit weights that are not cut into parts."""
-    weights = {
-        f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, Linear4bit)
-    }
+    weights = {f"{name}.weight": module.weight for name, module in _linears(model)}
     for path, module in four_bit_modules(model):
         weights |= {f"{path}.{name}": getattr(module, name) for name in four_bit_of(module).states}
     whole = [name for name, weight in weights.items() if not is_part(weight)]
