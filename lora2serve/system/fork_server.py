@@ -113,6 +113,10 @@ class ForkServer:
                 self._end()
             self._clients.pop(descriptor).close()
             return None
+        if _is_gone(link.socket):  # it waits no longer, and has begun what it asked for by itself
+            for number in received:
+                os.close(number)
+            return None  # the next message of it is its end
         refusal = self._refusal or ("" if request["state"] == self._state else "another environment")
         pid = 0 if refusal else os.fork()
         if not pid and not refusal:
@@ -141,6 +145,13 @@ class ForkServer:
         for descriptor, (_, status) in self._children.items():
             os.close(descriptor)
             status.close()
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    """Whether the other end is closed, whatever there is still to read."""
+    hangup = select.poll()
+    hangup.register(connection, select.POLLRDHUP)
+    return bool(hangup.poll(0))
 
 
 def become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:

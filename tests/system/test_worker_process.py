@@ -248,6 +248,25 @@ def test_a_server_that_dies(worker: str, tmp_path: Path, monkeypatch: pytest.Mon
     start(worker, tmp_path, fork=True).close()
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_nobody_waits_for_is_not_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """A client that gave up starts its worker by itself, at the same link: two would share the messages."""
+    monkeypatch.setattr(fork_client, "PATIENCE", 0.3 if not waits else 60.0)
+    client = fork_client.ForkClient()
+    if not waits:
+        client._server.send_signal(signal.SIGSTOP)  # a machine so busy that loading takes minutes
+    with open(os.devnull, "r+b") as nothing:
+        forked = client.start("os.mkdir", [str(tmp_path / "made")], [nothing.fileno()] * 3, dict(os.environ))
+    assert (forked is not None) == waits
+    if forked:
+        assert forked.wait(60) == 0
+    else:
+        client._server.send_signal(signal.SIGCONT)
+        client._server.wait(60)
+        time.sleep(0.5)
+    assert (tmp_path / "made").exists() == waits
+
+
 def test_threads_get_workers_of_their_own(worker: str, tmp_path: Path) -> None:
     """One request at a time: an answer that another thread takes would be another thread's worker."""
     problems: list[str] = []
