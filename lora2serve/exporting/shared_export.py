@@ -83,7 +83,8 @@ def export(
             if published := work.published():
                 return published
             staging.refuse(target, overwrite=overwrite)
-            work.begin()
+            if published := work.begin():
+                return published
             progress.note(f"worker {place.number} of {place.count}: {len(work.parts)} parts in all")
             work.write_parts()
             return work.publish(overwrite) if work.all_there() else None
@@ -135,8 +136,26 @@ class _SharedWork:
         files = {name: file.size for name, file in self.out.files.items()}
         return {"export": export, "files": files, "workers": {"count": self.place.count}}
 
-    def begin(self) -> None:
-        """The plan is the one that the others follow, or the first; the files are there."""
+    def begin(self) -> Export | None:
+        """Take part in it; the export instead, where another worker has published it since."""
+        try:
+            self._follow_plan()
+            if published := self.published():
+                return published
+            self.out.begin()
+        except FileNotFoundError:
+            if self.out.folder.exists():
+                raise
+        if (self.out.folder / PLAN).exists():
+            return None
+        if self.out.folder.exists():  # made anew, by this process
+            self._remove_folder()
+        if published := self.published():
+            return published
+        raise ExportError(f"{self.out.folder}: removed while it was in use", "start the worker again")
+
+    def _follow_plan(self) -> None:
+        """It is the one that the others follow, or the first."""
         self.out.folder.mkdir(parents=True, exist_ok=True)
         path, record = self.out.folder / PLAN, self._record()
         if not _put_first(path, json.dumps(record)):
@@ -151,7 +170,6 @@ class _SharedWork:
                 raise ExportError(
                     "\n".join(different), "give all workers the same options and machines, or remove that folder"
                 )
-        self.out.begin()
 
     def write_parts(self) -> None:
         """Those of nobody, beginning with our own; until all are on record or held by others."""

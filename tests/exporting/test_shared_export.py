@@ -12,8 +12,9 @@ import pytest
 
 import lora2serve
 from lora2serve.artifacts.export_dir import Export
-from lora2serve.artifacts.shared_dir import SUFFIX
+from lora2serve.artifacts.shared_dir import SUFFIX, SharedDir
 from lora2serve.errors import ExportError, UsageError
+from lora2serve.exporting import shared_export
 from lora2serve.exporting.shared_export import WorkerPlace
 from lora2serve.system import file_lock
 from tests.support.commands import run_command
@@ -124,6 +125,27 @@ def test_the_last_one_publishes(tmp_path: Path, model: tuple[Path, Path]) -> Non
     assert any("published already" in note for note in told.notes)
     with pytest.raises(ExportError, match="already exists"):
         export(model, tmp_path, "1/2", dtype="fp16")
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [(shared_export._SharedWork, "begin"), (shared_export, "_put_first"), (SharedDir, "begin")]
+)
+def test_published_while_a_worker_begins(
+    tmp_path: Path, model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, where: object, name: str
+) -> None:
+    """At each step of its beginning: before its folder is there, before its plan, and before its files."""
+    step = getattr(where, name)
+
+    def late(*arguments: object, **options: object) -> object:
+        monkeypatch.setattr(where, name, step)
+        (first,), _ = export(model, tmp_path, "1/2")
+        assert first.path.is_dir()
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(where, name, late)
+    (second,), told = export(model, tmp_path, "2/2")
+    assert second.path == tmp_path / "vllm" and "published already" in "\n".join(told.notes)
+    assert [path.name for path in tmp_path.iterdir()] == ["vllm"]
 
 
 def test_parts_of_another_export(tmp_path: Path, model: tuple[Path, Path]) -> None:
