@@ -8,7 +8,7 @@ import pytest
 
 from lora2serve import Registry
 from tests.support.gateways import add_versions
-from tests.support.registries import add_export, make_run
+from tests.support.registries import add_trial
 from tests.support.shared import once
 from tests.support.trials import NAME
 
@@ -28,10 +28,5 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(tmp_path: Path) -> Path:
     """A registry with a champion, 1, a challenger, 2, and a third version whose parity is not proven."""
     with Registry(tmp_path / "registry", author="tester") as registry:
-        for seed in range(3):
-            run = make_run(tmp_path / f"run-{seed}", seed)
-            add_export(run, proven=seed < 2)
-            registry.add(run.path, name=NAME, unproven=True)
-        registry.promote(f"{NAME}@1")
-        registry.promote(f"{NAME}@2", "challenger")
+        add_trial(registry, tmp_path, NAME)
     return tmp_path

@@ -9,7 +9,7 @@ import pytest
 
 from lora2serve import Registry
 from lora2serve.errors import GateNotMet, UsageError
-from tests.support.registries import add_export, make_run
+from tests.support.registries import add_trial
 
 NAME = "medical-qa"
 
@@ -17,12 +17,7 @@ NAME = "medical-qa"
 @pytest.fixture
 def tested(registry: Registry, tmp_path: Path) -> Registry:
     """Version 1 is the champion, 2 the challenger; the parity of 3 is not proven."""
-    for seed in range(3):
-        run = make_run(tmp_path / f"run-{seed}", seed)
-        add_export(run, proven=seed < 2)
-        registry.add(run.path, name=NAME, unproven=True)
-    registry.promote(f"{NAME}@1")
-    registry.promote(f"{NAME}@2", "challenger")
+    add_trial(registry, tmp_path, NAME)
     return registry
 
 

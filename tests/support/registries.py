@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora2serve import Registry
 from lora2serve.artifacts.run import Run
 from lora2serve.system.small_files import digest
 from tests.support.manifests import write_export
@@ -78,6 +79,16 @@ def add_export(run: Run, target: str = "vllm", *, proven: bool = True, **changes
     }  # fmt: skip
     quant = values.get("quant")
     return write_export(run.exports / (f"{target}-{quant}" if quant else target), target, **values)
+
+
+def add_trial(registry: Registry, folder: Path, name: str) -> None:
+    """A champion, 1, a challenger, 2, and a third version whose parity is not proven."""
+    for seed in range(3):
+        run = make_run(folder / f"run-{seed}", seed)
+        add_export(run, proven=seed < 2)
+        registry.add(run.path, name=name, unproven=True)
+    registry.promote(f"{name}@1")
+    registry.promote(f"{name}@2", "challenger")
 
 
 def scores(folder: Path, value: float, *, suite: str = "medqa", metric: str = "acc", created: str, **more: Any) -> Path:
