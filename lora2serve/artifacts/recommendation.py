@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lora2serve.artifacts.json_record import JsonRecord
-from lora2serve.console import size
+from lora2serve.console import size, upper_first
 
 if TYPE_CHECKING:
     from lora2serve.artifacts.parity_report import ComparisonResult, Gate
@@ -52,7 +52,7 @@ class Recommendation(JsonRecord):
     @property
     def sentences(self) -> tuple[str, ...]:
         """The reason, and the details."""
-        return (f"{_sentence(self.reason)}.", *self.details)
+        return (f"{upper_first(self.reason)}.", *self.details)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _of_place(place: str, candidates: Sequence[Candidate]) -> Recommendation:
     if not proven:
         return _none(place, candidates)
     first, *larger = proven
-    details = [_sentence(_figures(first))]
+    details = [upper_first(_figures(first))]
     if larger:
         details.append(_step_up(larger[0]))
     unasked = [row for row in first.rows if row.status == "missing"]
@@ -120,10 +120,6 @@ def _figures(candidate: Candidate) -> str:
     checks = {name: row.check(name) for name in WORDS}
     parts = [WORDS[name].format(check.shown()) for name, check in checks.items() if check]
     return f"{', '.join(parts)}." if parts else f"proven in {row.engine}."
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _step_up(larger: Candidate) -> str:
