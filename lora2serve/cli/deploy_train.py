@@ -12,9 +12,9 @@ from lora2serve.cli.options import Command, complete_runs
     cls=Command,
     short_help="Print a job that trains a recipe on a cluster.",
     examples=[
-        ("lora2serve deploy train slurm --nodes 2 --gpus 8 > train.sh", "lora2serve.yaml here, for sbatch"),
+        ("lora2serve deploy train slurm --nodes 2 --gpus 4 > train.sh", "lora2serve.yaml here, for sbatch"),
         ("lora2serve deploy train k8s legal.yaml --gpus 4 --store pvc://work > job.yaml", ""),
-        ("lora2serve deploy train kubeflow legal.yaml --nodes 2 --gpus 8 > trainjob.yaml", "Kubeflow Trainer"),
+        ("lora2serve deploy train kubeflow legal.yaml --nodes 2 --gpus 4 > trainjob.yaml", "Kubeflow Trainer"),
         ("lora2serve deploy train skypilot legal.yaml --gpu H100 > task.yaml", "for sky launch"),
     ],
 )
