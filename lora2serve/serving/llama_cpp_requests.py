@@ -24,9 +24,9 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class RefusedRequest(Exception):
-    """A request that gets an error, with the key of it that is wrong."""
+    """A request that gets an error, with the key of it that is wrong; None where it is no key."""
 
-    def __init__(self, message: str, param: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+    def __init__(self, message: str, param: str | None, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
         super().__init__(message)
         self.param, self.status = param, status
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ import lora2serve
 from lora2serve.api.serve_model import RunningServer, serving_command
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.parity_check.engines.peft_requests import CHAT, COMPLETIONS, read_request
-from lora2serve.serving.llama_cpp_requests import RefusedRequest
+from lora2serve.parity_check.engines.peft_server import PeftApp
+from lora2serve.parity_check.engines.served_peft import ServedPeft
+from lora2serve.serving.llama_cpp_requests import Message, RefusedRequest
 from lora2serve.serving.server import ServeOptions
 from tests.support.runs import make_chat_model
 from tests.support.tiny import load_model, make_adapter
@@ -144,6 +149,42 @@ def test_what_it_refuses(server: RunningServer) -> None:
         assert content["error"]["code"] == status and content["error"]["type"]
     neutral = {"model": "one", "messages": QUESTION, "max_tokens": 1, "top_p": 1.0, "n": 1, "user": "u", "seed": None}
     assert post(server, CHAT, neutral)[0] == 200, "the control: what is no wish"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_ends_waits_for_no_answer(base: Path, tmp_path: Path, stream: bool) -> None:
+    """Its requests are cancelled; the thread of an answer goes no further than the token in hand."""
+    models = ServedPeft(str(base), {"lora": str(make_adapter(tmp_path / "lora", base))})
+    steps, third, cancelled = list[int](), threading.Event(), threading.Event()
+
+    def step(*_: object) -> None:
+        steps.append(len(steps))
+        if len(steps) == 3:
+            third.set()
+            cancelled.wait()
+
+    models._model.get_base_model().register_forward_hook(step)
+    body = {"model": "lora", "prompt": [20, 21], "max_tokens": 40, "logit_bias": {}, "stream": stream}
+    events = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def receive() -> Message:
+        return events.pop() if events else await asyncio.Future[Message]()
+
+    async def send(event: Message) -> None:
+        pass
+
+    async def ended() -> None:
+        scope = {"type": "http", "method": "POST", "path": COMPLETIONS}
+        request = asyncio.ensure_future(PeftApp(models)(scope, receive, send))
+        await asyncio.to_thread(third.wait)
+        request.cancel()
+        with suppress(asyncio.CancelledError):
+            await request
+        cancelled.set()
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    asyncio.run(ended())
+    assert len(steps) < 6
 
 
 def test_requests_in_other_forms() -> None:

@@ -10,18 +10,15 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
-from typing import TypeAlias
 
 from lora2serve.errors import EngineError, Lora2ServeError, first_line
 from lora2serve.parity_check.engines.peft_requests import CHAT, COMPLETIONS, PeftRequest, read_request
 from lora2serve.parity_check.engines.served_peft import Answered, ServedPeft, StoppedAnswer
-from lora2serve.serving.llama_cpp_requests import RefusedRequest
+from lora2serve.serving.llama_cpp_requests import Message, Receive, RefusedRequest, Send
 
-Event: TypeAlias = MutableMapping[str, object]  # of ASGI
-Receive: TypeAlias = Callable[[], Awaitable[Event]]
-Send: TypeAlias = Callable[[Event], Awaitable[None]]
 MOST_BYTES = 16 << 20  # of a body
 SHUTDOWN = 5  # seconds that an answer gets once the server is to end
 
@@ -32,7 +29,7 @@ class PeftApp:
     def __init__(self, models: ServedPeft) -> None:
         self._models, self._since = models, int(time.time())
 
-    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             return
@@ -41,14 +38,14 @@ class PeftApp:
         except RefusedRequest as error:
             await _send(send, error.status, error.body)
         except Lora2ServeError as error:
-            await _send(send, HTTPStatus.BAD_REQUEST, _error(error.message, HTTPStatus.BAD_REQUEST))
+            await _send(send, HTTPStatus.BAD_REQUEST, RefusedRequest(error.message, None).body)
 
     async def _request(self, method: str, path: str, receive: Receive, send: Send) -> None:
         allowed = {"/health": "GET", "/v1/models": "GET", CHAT: "POST", COMPLETIONS: "POST"}.get(path)
         if allowed != method:
             status = HTTPStatus.METHOD_NOT_ALLOWED if allowed else HTTPStatus.NOT_FOUND
-            await _send(send, status, _error(f"{method} {path}: {status.phrase.lower()}", status))
-        elif path == "/health":
+            raise RefusedRequest(f"{method} {path}: {status.phrase.lower()}", None, status)
+        if path == "/health":
             await _send(send, HTTPStatus.OK, b"{}")
         elif path == "/v1/models":
             await _send(send, HTTPStatus.OK, json.dumps({"object": "list", "data": self._list()}).encode())
@@ -138,11 +135,8 @@ class _Answer:
 
 
 async def _whole(answer: _Answer, receive: Receive, send: Send) -> None:
-    watcher = asyncio.ensure_future(_watch(answer, receive))
-    try:
+    with _watched(answer, receive):
         text = "".join([piece async for piece in answer.pieces()])
-    finally:
-        watcher.cancel()
     await _send(send, HTTPStatus.OK, json.dumps(answer.whole(text)).encode())
 
 
@@ -153,12 +147,13 @@ async def _stream(answer: _Answer, receive: Receive, send: Send) -> None:
         body = f"data: {json.dumps(content)}\n\n".encode()
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
-    watcher, begun = asyncio.ensure_future(_watch(answer, receive)), False
+    begun = False
     try:
-        async for piece in answer.pieces():
-            if not begun:
-                begun = await _begin(answer, send, event)
-            await event(answer.chunk(piece))
+        with _watched(answer, receive):
+            async for piece in answer.pieces():
+                if not begun:
+                    begun = await _begin(answer, send, event)
+                await event(answer.chunk(piece))
         if not begun:
             await _begin(answer, send, event)
         await event(answer.chunk("", answer.ended.end))
@@ -167,10 +162,8 @@ async def _stream(answer: _Answer, receive: Receive, send: Send) -> None:
     except Lora2ServeError as error:
         if not begun:
             raise
-        await event(json.loads(_error(error.message, HTTPStatus.INTERNAL_SERVER_ERROR)))
-    finally:
-        answer.leave()
-        watcher.cancel()
+        refused = RefusedRequest(error.message, None, HTTPStatus.INTERNAL_SERVER_ERROR)
+        await event(json.loads(refused.body))
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
@@ -182,8 +175,18 @@ async def _begin(answer: _Answer, send: Send, event: Callable[[Mapping[str, obje
     return True
 
 
+@contextmanager
+def _watched(answer: _Answer, receive: Receive) -> Iterator[None]:
+    """A client that leaves ends its answer, so that the next one begins; so does a server that ends."""
+    watcher = asyncio.ensure_future(_watch(answer, receive))
+    try:
+        yield
+    finally:
+        answer.leave()
+        watcher.cancel()
+
+
 async def _watch(answer: _Answer, receive: Receive) -> None:
-    """A client that leaves ends its answer, so that the next one begins."""
     while (await receive())["type"] != "http.disconnect":
         pass
     answer.leave()
@@ -199,11 +202,6 @@ async def _body(receive: Receive) -> bytes:
         if len(body) > MOST_BYTES:
             raise RefusedRequest(f"The body has over {MOST_BYTES} bytes.", "body", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
     return body
-
-
-def _error(message: str, status: HTTPStatus) -> bytes:
-    kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status.value}}).encode()
 
 
 async def _send(send: Send, status: int, body: bytes) -> None:
