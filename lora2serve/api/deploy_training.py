@@ -60,5 +60,6 @@ def _problems(kind: str, given: dict[str, str | None], nodes: int, gpus: int) ->
 def _local_files(recipe: Recipe) -> Iterator[str]:
     """What the recipe names of this machine."""
     names = [source.path for part in ("train", "eval") for source in recipe.data.sources(part)]
-    names += [recipe.model.path, *([recipe.train.from_adapter] if recipe.train.from_adapter else [])]
+    names += [recipe.model.path, *recipe.evaluate.suites]
+    names += filter(None, (recipe.train.from_adapter, recipe.data.chat_template))
     return (name for name in dict.fromkeys(names) if Path(name).exists())

@@ -119,6 +119,19 @@ def test_what_the_jobs_say(recipe: Path, tmp_path: Path) -> None:
         assert str(recipe.parent / "train.jsonl") in text and "never run on a cluster" in text
 
 
+def test_all_files_of_the_recipe_are_named(recipe: Path, tmp_path: Path) -> None:
+    """A chat template and suites are read before the first step, too; a format's name is no file."""
+    for name in ("template.jinja", "suite.yaml"):
+        (tmp_path / name).write_text("{}")
+    content = yaml.safe_load(recipe.read_text())
+    content["evaluate"] = {"suites": ["suite.yaml"]}
+    for template, named in (("template.jinja", True), ("chatml", False)):
+        content["data"]["chat_template"] = template
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
+        first = rendered("k8s", tmp_path / "job.yaml", 1, 1).partition("apiVersion")[0]
+        assert str(tmp_path / "suite.yaml") in first and (template in first) == named
+
+
 def test_what_cannot_be(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for words, problems in (
         (("kube",), ["deploy train kube: unknown kind (did you mean 'kubeflow'?)"]),
