@@ -11,31 +11,20 @@ from typing import Literal, get_args
 
 from lora2serve.serving.deploy.route_spec import RouteSpec
 from lora2serve.serving.deploy.server_spec import ServerSpec, gather
+from lora2serve.serving.deploy.yaml_documents import UNTRIED, as_yaml
 
 __all__ = ["EXPERIMENTAL", "KINDS", "ROUTES", "DeployKind", "RouteSpec", "ServerSpec", "gather", "render"]
 
 DeployKind = Literal["compose", "k8s", "production-stack", "kserve", "ray", "llm-d", "argo", "litellm"]
 KINDS: tuple[DeployKind, ...] = get_args(DeployKind)
 ROUTES: tuple[DeployKind, ...] = ("llm-d", "argo", "litellm")
-EXPERIMENTAL: dict[DeployKind, str] = dict.fromkeys(
-    ("production-stack", "kserve", "ray", "llm-d", "argo"),
-    "experimental: checked against its schema, never run on a cluster",
-)
+EXPERIMENTAL: dict[DeployKind, str] = dict.fromkeys(("production-stack", "kserve", "ray", "llm-d", "argo"), UNTRIED)
 
 
 def render(kind: DeployKind, *specs: ServerSpec | RouteSpec) -> str:
     """YAML documents of one kind, under a comment that says how they are used."""
-    import yaml
-
-    class NoAliasDumper(yaml.SafeDumper):
-        """What occurs twice is written twice: anchors are hard to read and to edit."""
-
-        def ignore_aliases(self, data: object) -> bool:
-            return True
-
     module = import_module(f"lora2serve.serving.deploy.{kind.replace('-', '_')}")
     notes = [EXPERIMENTAL[kind]] if kind in EXPERIMENTAL else []
     lines = dict.fromkeys(line for spec in specs for line in module.header(spec))
-    header = "".join(f"# {line}\n" for line in [*notes, *lines])
     documents = [document for spec in specs for document in module.documents(spec)]
-    return header + yaml.dump_all(documents, Dumper=NoAliasDumper, sort_keys=False, width=120, allow_unicode=True)
+    return as_yaml([*notes, *lines], documents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora2serve.serving.deploy.server_spec import IMAGE, MODELS, PORT, Document, ServerSpec
+from lora2serve.serving.deploy.yaml_documents import SHARED_MEMORY, SHARED_MEMORY_MOUNT, labels
 
 
 def header(spec: ServerSpec) -> list[str]:
@@ -19,29 +20,29 @@ def stored(spec: ServerSpec) -> list[str]:
 
 
 def documents(spec: ServerSpec) -> list[Document]:
-    labels = {"app.kubernetes.io/name": spec.name, "app.kubernetes.io/managed-by": "lora2serve"}
+    named = labels(spec.name)
     selector = {"app.kubernetes.io/name": spec.name}
     claim = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": spec.claim(), "labels": labels},
+        "metadata": {"name": spec.claim(), "labels": named},
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": spec.volume}}},
     }
     deployment = {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"name": spec.name, "labels": labels},
+        "metadata": {"name": spec.name, "labels": named},
         "spec": {
             "replicas": 1,
             "selector": {"matchLabels": selector},
             "strategy": {"type": "Recreate"},  # a second replica would wait for the GPUs of the first
-            "template": {"metadata": {"labels": labels}, "spec": _pod(spec)},
+            "template": {"metadata": {"labels": named}, "spec": _pod(spec)},
         },
     }
     service = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": spec.name, "labels": labels},
+        "metadata": {"name": spec.name, "labels": named},
         "spec": {"selector": selector, "ports": [{"name": "http", "port": spec.port, "targetPort": "http"}]},
     }
     return [claim, deployment, service]
@@ -66,7 +67,7 @@ def _pod(spec: ServerSpec) -> dict[str, object]:
         "livenessProbe": {**health, "periodSeconds": 15, "failureThreshold": 4},
         "volumeMounts": [
             {"name": "models", "mountPath": MODELS, "readOnly": bool(spec.local)},
-            {"name": "shm", "mountPath": "/dev/shm"},
+            SHARED_MEMORY_MOUNT,
         ],
     }  # fmt: skip
     claim = {"claimName": spec.claim()}
@@ -75,7 +76,7 @@ def _pod(spec: ServerSpec) -> dict[str, object]:
         "containers": [container],
         "volumes": [
             {"name": "models", "persistentVolumeClaim": claim},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
+            SHARED_MEMORY,
         ],
     }
 

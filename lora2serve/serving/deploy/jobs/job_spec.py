@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora2serve.serving.deploy.server_spec import Document
+from lora2serve.serving.deploy.yaml_documents import SHARED_MEMORY, SHARED_MEMORY_MOUNT, labels
 
 WORK = "/work"  # where the store is in a container: data and models of the recipe, and runs/
 RECIPE_FOLDER = "/recipe"
 MASTER_PORT = 29400
 IMAGE = "pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime"
-UNTRIED = "experimental: checked against its schema, never run on a cluster"
 
 
 @dataclass(frozen=True)
@@ -44,41 +44,14 @@ class JobSpec:
         return [f"must be there: {', '.join(self.files)}"] if self.files else []
 
 
-def comment(lines: Sequence[str]) -> str:
-    """The first lines of a file."""
-    return "".join(f"# {line}\n" for line in lines)
-
-
-def as_yaml(lines: Sequence[str], documents: Sequence[Document]) -> str:
-    """YAML documents under a comment; texts of several lines as such."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """Scripts and recipes stay readable, and what occurs twice is written twice."""
-
-        def ignore_aliases(self, data: object) -> bool:
-            return True
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
-
-    Dumper.add_representer(str, text)
-    return comment(lines) + yaml.dump_all(documents, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
-
-
 def recipe_map(spec: JobSpec) -> Document:
     """The recipe as Kubernetes keeps it."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": spec.name, "labels": labels(spec)},
+        "metadata": {"name": spec.name, "labels": labels(spec.name)},
         "data": {"recipe.yaml": spec.content},
     }
-
-
-def labels(spec: JobSpec) -> dict[str, str]:
-    """Of all objects of a training."""
-    return {"app.kubernetes.io/name": spec.name, "app.kubernetes.io/managed-by": "lora2serve"}
 
 
 def volumes(spec: JobSpec) -> list[Document]:
@@ -86,7 +59,7 @@ def volumes(spec: JobSpec) -> list[Document]:
     return [
         {"name": "work", "persistentVolumeClaim": {"claimName": spec.claim}},
         {"name": "recipe", "configMap": {"name": spec.name}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
+        SHARED_MEMORY,
     ]
 
 
@@ -95,7 +68,7 @@ def mounts() -> list[Document]:
     return [
         {"name": "work", "mountPath": WORK},
         {"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True},
-        {"name": "shm", "mountPath": "/dev/shm"},
+        SHARED_MEMORY_MOUNT,
     ]
 
 

@@ -5,25 +5,23 @@ from __future__ import annotations
 from lora2serve.serving.deploy.jobs.job_spec import (
     MASTER_PORT,
     RECIPE_FOLDER,
-    UNTRIED,
     WORK,
     JobSpec,
-    as_yaml,
     environment,
-    labels,
     mounts,
     recipe_map,
     stored,
     volumes,
 )  # fmt: skip
 from lora2serve.serving.deploy.server_spec import Document
+from lora2serve.serving.deploy.yaml_documents import UNTRIED, as_yaml, labels
 
 
 def render(spec: JobSpec) -> str:
     """ConfigMap, Service (of several machines) and Job."""
     lines = [UNTRIED, "kubectl apply -f FILE; kubectl logs -f job/" + spec.name, stored(spec)]
     services = [_service(spec)] if spec.nodes > 1 else []
-    return as_yaml(lines, [recipe_map(spec), *services, _job(spec)])
+    return as_yaml(lines, [recipe_map(spec), *services, _job(spec)], blocks=True)
 
 
 def _service(spec: JobSpec) -> Document:
@@ -31,7 +29,7 @@ def _service(spec: JobSpec) -> Document:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": spec.name, "labels": labels(spec)},
+        "metadata": {"name": spec.name, "labels": labels(spec.name)},
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -53,13 +51,13 @@ def _job(spec: JobSpec) -> Document:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": spec.name, "labels": labels(spec)},
+        "metadata": {"name": spec.name, "labels": labels(spec.name)},
         "spec": {
             "completionMode": "Indexed",
             "completions": spec.nodes,
             "parallelism": spec.nodes,
             "backoffLimit": 0,  # a pod that is started again would begin a run of its own
-            "template": {"metadata": {"labels": labels(spec)}, "spec": pod},
+            "template": {"metadata": {"labels": labels(spec.name)}, "spec": pod},
         },
     }
 

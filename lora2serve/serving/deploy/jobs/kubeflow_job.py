@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from lora2serve.serving.deploy.jobs.job_spec import (
     RECIPE_FOLDER,
-    UNTRIED,
     WORK,
     JobSpec,
-    as_yaml,
     environment,
-    labels,
     mounts,
     recipe_map,
     stored,
     volumes,
 )  # fmt: skip
 from lora2serve.serving.deploy.server_spec import Document
+from lora2serve.serving.deploy.yaml_documents import UNTRIED, as_yaml, labels
 
 RUNTIME = "torch-distributed"
 CONTAINER = "node"  # of that runtime, and the name of its job
@@ -24,7 +22,7 @@ CONTAINER = "node"  # of that runtime, and the name of its job
 def render(spec: JobSpec) -> str:
     """ConfigMap and TrainJob."""
     lines = [UNTRIED, "kubectl apply -f FILE; kubectl get trainjob " + spec.name, stored(spec)]
-    return as_yaml(lines, [recipe_map(spec), _train_job(spec)])
+    return as_yaml(lines, [recipe_map(spec), _train_job(spec)], blocks=True)
 
 
 def _train_job(spec: JobSpec) -> Document:
@@ -47,6 +45,6 @@ def _train_job(spec: JobSpec) -> Document:
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
-        "metadata": {"name": spec.name, "labels": labels(spec)},
+        "metadata": {"name": spec.name, "labels": labels(spec.name)},
         "spec": {"runtimeRef": {"name": RUNTIME}, "trainer": trainer, "runtimePatches": [patch]},
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lora2serve.errors import UsageError
-from lora2serve.serving.deploy.jobs.job_spec import MASTER_PORT, UNTRIED, JobSpec, as_yaml
+from lora2serve.serving.deploy.jobs.job_spec import MASTER_PORT, JobSpec
+from lora2serve.serving.deploy.yaml_documents import UNTRIED, as_yaml
 
 
 def render(spec: JobSpec) -> str:
@@ -29,4 +30,4 @@ def render(spec: JobSpec) -> str:
         "setup": f"{spec.install()}\n",
         "run": f'first=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)\n{spec.torchrun(spec.recipe, place)}\n',
     }
-    return as_yaml(lines, [task])
+    return as_yaml(lines, [task], blocks=True)

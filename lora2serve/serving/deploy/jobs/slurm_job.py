@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lora2serve.serving.deploy.jobs.job_spec import MASTER_PORT, JobSpec, comment
+from lora2serve.serving.deploy.jobs.job_spec import MASTER_PORT, JobSpec
+from lora2serve.serving.deploy.yaml_documents import comment
 
 
 def render(spec: JobSpec) -> str:
