@@ -155,5 +155,14 @@ def unpack_source_package(progress: Progress) -> Path:
             )
         with tarfile.open(next(temporary.glob("*.tar.gz"))) as archive:
             archive.extractall(temporary, filter="data")
-        next(temporary.glob("*/vendor/llama.cpp")).rename(tree)
+        keep_tree(next(temporary.glob("*/vendor/llama.cpp")), tree)
     return tree
+
+
+def keep_tree(found: Path, tree: Path) -> None:
+    """Move what was unpacked to its place; where another command has just brought the same tree, that one stays."""
+    try:
+        found.rename(tree)
+    except OSError:
+        if not (tree / "conversion").is_dir():
+            raise
