@@ -38,6 +38,9 @@ HEAVY = {
 }  # fmt: skip
 # Folders whose modules import heavy libraries inside functions only; yaml is light enough for recipes.
 LIGHT = set(LEVEL) - {"training", "parity_check", "evaluation", "registry"}
+# Neither these nor what they import import a library of training.
+QUICK = LIGHT | {"evaluation", "registry"}
+TRAINING_LIBRARIES = {"torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "datasets", "accelerate"}
 PACKAGES = ("lora2serve", "converters")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -137,6 +140,30 @@ def test_the_package_imports_nothing_heavy() -> None:
     script = f"import sys, lora2serve; print(sorted({HEAVY!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def modules_of(names: set[str]) -> set[Path]:
+    """Our own among imported names, which are of modules or of what stands in them."""
+    paths = (Path(ROOT, *name.split(".")[:end]) for name in names for end in (name.count(".") + 1, name.count(".")))
+    return {path.with_suffix(".py") for path in paths if path.with_suffix(".py").is_file()}
+
+
+def reached(path: Path, seen: dict[Path, set[str]]) -> set[str]:
+    """The libraries that importing a module imports, by whatever way."""
+    if path not in seen:
+        names = imports(path.read_text(encoding="utf-8"), top=True)
+        seen[path] = {name.split(".")[0] for name in names} & TRAINING_LIBRARIES
+        seen[path] |= {library for other in modules_of(names) for library in reached(other, seen)}
+    return seen[path]
+
+
+def test_no_way_from_a_light_module_to_a_library_of_training() -> None:
+    """Statistics of a gateway do not wait ten seconds for torch, because a function of theirs stands beside a training."""
+    seen: dict[Path, set[str]] = {}
+    light = [path for path in MODULES if path.relative_to(ROOT).parts[1].removesuffix(".py") in QUICK]
+    assert len(light) > 300
+    assert {path.stem: reached(path, seen) for path in light if reached(path, seen)} == {}
+    assert "torch" in reached(ROOT / "lora2serve" / "parity_check" / "engines" / "served_peft.py", seen)
 
 
 def test_module_names_are_unique() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.parity_check.metrics import CONFIDENCE, Estimate
-from lora2serve.training.eval_loss import student_t
+from lora2serve.training.student_t import student_t
 
 Floats = NDArray[np.float64]
 Groups = Sequence[Hashable]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from lora2serve.data.rendering import IGNORE
 from lora2serve.data.samples import Sample
 from lora2serve.progress import Progress
 from lora2serve.training import ranks
+from lora2serve.training.base_parts import is_sharded
 from lora2serve.training.model import Device
 from lora2serve.training.new_rows import grow
-from lora2serve.training.sharded_base import is_sharded
+from lora2serve.training.student_t import student_t
 from lora2serve.training.tiled_head import token_losses
 
 if TYPE_CHECKING:
@@ -63,18 +63,6 @@ class RowLosses:
         squares = float(((apart - mean * self.tokens) ** 2).sum())
         half = student_t(rows - 1) * math.sqrt(rows / (rows - 1) * squares) / tokens
         return LossDifference(mean, mean - half, mean + half, rows)
-
-
-def student_t(freedom: int, level: float = 0.975) -> float:
-    """A quantile of Student's t, within 1 % from 3 degrees of freedom on (Abramowitz and Stegun, 26.7.5)."""
-    z = statistics.NormalDist().inv_cdf(level)
-    terms: tuple[float, ...] = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return math.fsum(term / freedom**power for power, term in enumerate(terms))
 
 
 def evaluate(

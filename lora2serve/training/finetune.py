@@ -52,7 +52,6 @@ from lora2serve.training.new_rows import grow, refuse_common_base
 from lora2serve.training.plot import plot
 from lora2serve.training.requirements import translated
 from lora2serve.training.sample_prompts import sample_prompts
-from lora2serve.training.sharded_base import shard
 from lora2serve.training.shared_base import SharedTraining
 from lora2serve.training.starting_adapter import load_weights, other_base
 from lora2serve.training.weightless import check_adapter
@@ -166,6 +165,8 @@ class FineTune:
         grow(base, self.new_tokens.rows)
         model = prepare(base, checkpointing=loop.checkpointing)
         if loop.sharded:
+            from lora2serve.training.sharded_base import shard
+
             shard(model, self.device.name)
         return model
 

@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 from lora2serve.data.tokenizer import Tokenizer
 from lora2serve.errors import TrainError
 from lora2serve.progress import Progress
+from lora2serve.training.base_parts import head_gathered
 from lora2serve.training.generation import greedy, stop_ids
 from lora2serve.training.metric_logging import add_line, drop_later
 from lora2serve.training.sample_prompts import SamplePrompt
-from lora2serve.training.sharded_base import head_gathered
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -6,8 +6,6 @@ optimizer and its checkpoints are those of several processes with a whole base e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,12 +19,11 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from lora2serve.errors import TrainError
 from lora2serve.training import ranks
+from lora2serve.training.base_parts import gathered, is_part
 from lora2serve.training.expert_layers import four_bit_modules, four_bit_of
-from lora2serve.training.tiled_head import plain_model
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 READ_BY_PEFT = ("compress_statistics", "quant_type")  # of a 4-bit weight
@@ -80,46 +77,15 @@ def refuse_whole(model: Module) -> None:
         )
 
 
-def is_part(weight: object) -> bool:
-    """Whether a process has only its part of a weight."""
-    return isinstance(weight, DTensor) and any(isinstance(place, Shard) for place in weight.placements)
-
-
-def is_sharded(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether all processes have to go through ``model`` together, as often as each other."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-@contextmanager
-def head_gathered(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Meanwhile the head of a sharded model is whole, for many small products."""
-    head = plain_model(model).get_output_embeddings()
-    if not isinstance(head, Module) or not is_part(head._parameters.get("weight")):
-        yield
-        return
-    vars(head)["gathered"] = _gather(head.get_parameter("weight"))
-    try:
-        yield
-    finally:
-        del vars(head)["gathered"]
-
-
 def _shard_head(head: Module, mesh: DeviceMesh) -> None:
     """TRL takes the loss from the weight of the head, and gathers one that is in parts by itself."""
 
     def forward(states: Tensor) -> Tensor:
         weight = vars(head).get("gathered")
-        whole = weight if isinstance(weight, Tensor) else _gather(head.get_parameter("weight"))
+        whole = weight if isinstance(weight, Tensor) else gathered(head.get_parameter("weight"))
         return torch.nn.functional.linear(states, whole, head._parameters.get("bias"))
 
     whole = head.get_parameter("weight")
     part = distribute_tensor(whole.data.to(mesh.device_type), mesh, [Shard(0)])
     head._parameters["weight"] = Parameter(part, requires_grad=False)
     vars(head)["forward"] = forward
-
-
-def _gather(weight: Tensor) -> Tensor:
-    """All parts of it, from all processes."""
-    assert isinstance(weight, DTensor)
-    whole: Tensor = weight.full_tensor()
-    return whole

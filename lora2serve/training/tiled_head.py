@@ -29,7 +29,7 @@ def token_losses(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor, 
     """
     import torch
 
-    from lora2serve.training.sharded_base import head_gathered
+    from lora2serve.training.base_parts import head_gathered
 
     inner = plain_model(model)
     config = inner.config.get_text_config()

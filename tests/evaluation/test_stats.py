@@ -11,7 +11,7 @@ from scipy import stats as oracle
 
 from lora2serve.evaluation import stats
 from lora2serve.evaluation.stats import Floats, holm, mcnemar, mean, paired
-from lora2serve.training.eval_loss import student_t
+from lora2serve.training.student_t import student_t
 
 Draw = Callable[[np.random.Generator], tuple[Floats, Floats]]
 

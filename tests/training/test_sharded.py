@@ -19,7 +19,7 @@ from lora2serve.planning.model_shape import model_shape
 from lora2serve.planning.plan_settings import PlanSettings, settings_of
 from lora2serve.planning.static_memory import static_memory
 from lora2serve.planning.step_choice import choose_parallel
-from lora2serve.training import sharded_base
+from lora2serve.training import base_parts, sharded_base
 from lora2serve.training.model import Device, load_base
 from lora2serve.weights.checkpoint import Checkpoint
 from tests.planning.conftest import LLAMA3_70B
@@ -38,23 +38,23 @@ OPTIONS: dict[str, Any] = {
 LOOK = """
 import json
 import lora2serve
-from lora2serve.training import finetune, sharded_base
+from lora2serve.training import base_parts, sharded_base
 
-own = finetune.shard
+own = sharded_base.shard
 
 def look(model, device):
     names = [name for name, _ in model.named_parameters()]
     whole = {name: weight.nbytes for name, weight in model.named_parameters()}
     own(model, device)
     parts = {name: weight for name, weight in model.named_parameters()}
-    cut = [name for name in names if sharded_base.is_part(parts[name])]
+    cut = [name for name in names if base_parts.is_part(parts[name])]
     held = sum(parts[name].to_local().nbytes if name in cut else parts[name].nbytes for name in names)
     print(json.dumps({
         "cut": sum(whole[name] for name in cut), "local": sum(parts[name].to_local().nbytes for name in cut),
         "whole": [name for name in names if name not in cut], "held": held,
     }))
 
-finetune.shard = look
+sharded_base.shard = look
 lora2serve.train()
 """
 
@@ -136,7 +136,7 @@ def test_a_whole_weight_is_refused(tmp_path: Path) -> None:
     message = r"fsdp: model.layers.0.self_attn.q_proj.weight and \d+ more: in 4 bits, and whole in every process"
     with pytest.raises(TrainError, match=message):
         sharded_base.refuse_whole(model)
-    assert not sharded_base.is_sharded(model)
+    assert not base_parts.is_sharded(model)
 
 
 def test_the_plan_decides() -> None:
