@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Parity stands above serving, whose engines it starts; evaluation above parity, whose engines it asks; the public API
 # above all of them, since one command joins several.
 LEVELS = (
-    ("errors", "progress", "console"),
+    ("errors", "progress", "console", "bottleneck"),
     ("system", "config"),
     ("artifacts", "data", "weights"),
     ("adapters",),
@@ -37,7 +37,7 @@ HEAVY = {
     "fsspec", "optuna", "lm_eval", "scipy", "ray", "starlette", "uvicorn", "aiohttp", "prometheus_client",
 }  # fmt: skip
 # Folders whose modules import heavy libraries inside functions only; yaml is light enough for recipes.
-LIGHT = set(LEVEL) - {"training", "parity_check", "evaluation", "registry"}
+LIGHT = set(LEVEL) - {"bottleneck", "training", "parity_check", "evaluation", "registry"}
 # Neither these nor what they import import a library of training.
 QUICK = LIGHT | {"evaluation", "registry"}
 TRAINING_LIBRARIES = {"torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "datasets", "accelerate"}
@@ -84,7 +84,7 @@ def violations(path: Path, names: set[str]) -> list[str]:
         elif top == "lora2serve" and other in LEVEL and package == "converters":
             forbidden += [name] if LEVEL[other] > CONVERTERS else []
         elif top == "lora2serve" and other in LEVEL and part != other:
-            apart = LEVEL[other] > 0 or LEVEL.get(part) != 0  # the three at the bottom are one folder
+            apart = LEVEL[other] > 0 or LEVEL.get(part) != 0  # those at the bottom are one folder
             forbidden += [name] if apart and LEVEL[other] >= LEVEL.get(part, len(LEVELS)) else []
     return forbidden
 

@@ -27,6 +27,7 @@ PROMPT_METHODS = (
 UNMERGEABLE_METHODS = {
     **dict.fromkeys(PROMPT_METHODS, "it has no weights that could be merged"),
     **dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE"), "its keys and values stand in each layer, and no tokens make them"),
+    "BOTTLENECK": "what it adds is no linear function of what a layer gets",
     "LILY": "PEFT has no merge for it",
     "POLY": "it mixes its skills anew for each task",
     "SHADOW": "what it adds depends on the input",
@@ -38,7 +39,7 @@ UNMERGEABLE_METHODS = {
 BIASED = ("BEFT", "GLORA", "IA3", "ROAD")
 BIAS_ALONE = ("BEFT",)
 
-ALONE = "no target can hold it: `lora2serve serve --engine peft` serves it"
+ALONE = "no target can hold it: `lora2serve serve --engine peft` serves it; a LoRA goes into every target"
 # LoRA variants whose merge is PEFT's own; the rest of LoRA is folded natively.
 VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
 UNMERGEABLE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +13,11 @@ from lora2serve.cli.plan import plan_lines
 from lora2serve.errors import TrainError, UsageError
 from lora2serve.system import launcher
 
+if TYPE_CHECKING:
+    from lora2serve.artifacts.run import Run
+
 NEXT = "next: `lora2serve export --target ollama` (or vllm, gguf, lmstudio, adapter), then `lora2serve parity`"
+NEXT_ALONE = "next: `lora2serve chat`, or `lora2serve serve --engine peft`: no target can hold this kind of adapter"
 
 
 @click.command(
@@ -118,13 +123,21 @@ def train(
     if not first:
         return
     if not gpus:  # whose processes have said it
-        progress(ctx).note(NEXT)
+        progress(ctx).note(_next(run))
     if as_json:
         tuned = run.record.metrics.tuned
         loss = {"eval_loss": tuned.eval_loss} if tuned else {}
         console.result_line({"recipe": recipe or recipes.FILE, "state": "finished", "run": str(run.path), **loss})
     else:
         console.result(str(run.path))
+
+
+def _next(run: Run) -> str:
+    """What can be done with what was trained."""
+    from lora2serve.adapters.adapter import read_config
+    from lora2serve.adapters.kind_targets import serving_targets
+
+    return NEXT if serving_targets(str(read_config(run.adapter)["peft_type"])).keys() - {"no"} else NEXT_ALONE
 
 
 def _refuse_mixtures(

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import field, fields, make_dataclass
 from enum import Enum
 from functools import reduce
+from importlib import import_module
 from importlib.util import find_spec
 from operator import or_
 from types import GenericAlias, UnionType
 from typing import TYPE_CHECKING, Literal, cast, get_args, get_origin
 
 from lora2serve.config.schema import build
+from lora2serve.config.train_methods import OWN
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -28,6 +30,8 @@ PATH = "train.options"
 
 def config_class(method: str) -> type[PeftConfig]:
     """PEFT's configuration of a method."""
+    if method in OWN:
+        import_module(OWN[method])
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType
 

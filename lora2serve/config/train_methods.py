@@ -1,4 +1,4 @@
-"""What ``train.method`` may name: PEFT's methods, by its own names in small letters."""
+"""What ``train.method`` may name: PEFT's methods, by its own names in small letters, and one of ours."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ LAYERS = (
     "adalora", "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora",
     "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft",
     "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera",
-    "waveft",
+    "waveft", "bottleneck",
 )  # fmt: skip
+OWN: Mapping[str, str] = {"bottleneck": "lora2serve.bottleneck"}  # not in PEFT -> the module that registers it there
 PROMPTS = ("prompt_tuning", "p_tuning", "cpt")  # learned vectors in front of the embedded row
 STATES = ("prefix_tuning", "cartridge")  # learned keys and values in front of those of the row, in every layer
 TRAINABLE = (LORA, *LAYERS, *PROMPTS, *STATES)
@@ -24,9 +25,7 @@ UNTRAINABLE: Mapping[str, str] = {
 }
 # Those whose layers compute with packed 4-bit weights; the others need the base in 16 or 32 bits.
 ON_FOUR_BITS = (
-    LORA, "adalora", "beft", "boft", "c3a", "fourierft", "gralora", "hira", "ia3", "lily",
+    LORA, "adalora", "beft", "boft", "bottleneck", "c3a", "fourierft", "gralora", "hira", "ia3", "lily",
     "ln_tuning", "miss", "oft", "pvera", "randlora", "road", "shira", "trainable_tokens", "vblora", "vera", "waveft",
     *PROMPTS, *STATES,
 )  # fmt: skip
-# Learning rates that their authors and PEFT's examples use: far above those of a LoRA.
-FAST = {"ia3": 3e-3, "ln_tuning": 1e-3, "prompt_tuning": 3e-2, "p_tuning": 1e-3, "cpt": 1e-3, "prefix_tuning": 1e-2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora2serve.adapters.kind_targets import way
 from lora2serve.planning.memory_plan import PlannedTraining
 
 LIBRARIES = 3_000_000_000  # bytes of the host's memory that torch and its neighbors take
@@ -10,13 +11,15 @@ EXPORTS = {"vllm": 16.0, "gguf F16": 16.0, "gguf Q8_0": 8.5, "gguf Q4_K_M": 4.9}
 
 
 def disk_bytes(parameters: int, stored: int | None, training: PlannedTraining) -> dict[str, int]:
-    """Bytes of the base as it is fetched, of the run, and of its exports.
+    """Bytes of the base as it is fetched, of the run, and of its exports, where there can be some.
 
     stored: of the base, where it is known; otherwise it is taken for one of 16 bits.
     """
     base = stored or 2 * parameters
     trained = 4 * training.trainable
     sizes = {"base": base, "run": trained + CHECKPOINTS * 3 * trained, "adapter": trained}
+    if way(training.kind.upper(), "vllm") == "no":
+        return sizes
     return sizes | {name: round(parameters * bits / 8) for name, bits in EXPORTS.items()}
 
 

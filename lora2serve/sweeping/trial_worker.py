@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.adapters.adapter import open_adapter
 from lora2serve.adapters.lint import lint
+from lora2serve.adapters.peft_loading import load_adapter
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import EvalLoss
 from lora2serve.config import recipe as recipes
@@ -108,8 +109,6 @@ def _outcome(run: Run, base: Path, losses: RowLoss, seconds: float) -> TrialOutc
 
 def _measured(recipe: Recipe, base: Path, adapter: Path | None, rows: Path) -> RowLosses:
     """The base, held as in training, with an adapter or without, on a file of rows."""
-    from peft import PeftModel
-
     from lora2serve.data.base_template import base_template
     from lora2serve.data.tokenization import tokenize_all
     from lora2serve.training import eval_loss
@@ -126,7 +125,7 @@ def _measured(recipe: Recipe, base: Path, adapter: Path | None, rows: Path) -> R
         grow(model, template.new_tokens.rows)
         model = prepare(model, checkpointing=False)
         with open_to_peft(model):
-            tuned = PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+            tuned = load_adapter(model, adapter) if adapter else model
         pad, batch = template.tokenizer.pad_token_id, recipe.train.batch_size
         return eval_loss.evaluate(tuned, samples, pad, batch, Silent(), "")
 

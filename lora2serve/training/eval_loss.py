@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora2serve.adapters.peft_loading import load_adapter
 from lora2serve.artifacts.run_record import EvalLoss, LossDifference
 from lora2serve.data.rendering import IGNORE
 from lora2serve.data.samples import Sample
@@ -126,7 +127,6 @@ def on_original(
     vocabulary: rows that the adapter's tokens need at least.
     """
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     needed = sum(path.stat().st_size for path in base.glob("*.safetensors")) * (2 if device.dtype == "float32" else 1)
@@ -138,9 +138,7 @@ def on_original(
     placement = {"device_map": {"": 0}} if device.on_gpu else {}
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, device.dtype), **placement)
     grow(model, vocabulary)
-    return evaluate(
-        PeftModel.from_pretrained(model, str(adapter)), rows, pad, batch, progress, "eval on the original base"
-    )
+    return evaluate(load_adapter(model, adapter), rows, pad, batch, progress, "eval on the original base")
 
 
 def _free_memory(device: Device) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.adapters.target_presets import QV, named
+from lora2serve.adapters.target_presets import named
 from lora2serve.config.method_options import PATH, config_class, read_options
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.config.train_methods import LORA, PROMPTS, STATES
@@ -20,6 +20,7 @@ from lora2serve.training.lora_targets import (
     targets,
 )
 from lora2serve.training.model import lora_config
+from lora2serve.training.ways_back import FUSED, KEYS_AND_VALUES, back_projections, bottleneck_modules
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 VIRTUAL_TOKENS = 20  # as in PEFT's examples
 UNKNOWN_STEPS = 1 << 40  # of AdaLoRA, until the rows are counted: ``rank_budget``
-KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "kv_b_proj", "wk", "wv")
-FUSED = tuple(name for name in QV if name not in ("q_proj", "v_proj"))  # query, key and value in one
 
 
 def adapter_config(
@@ -75,9 +74,11 @@ def _targets(model: PreTrainedModel, method: str, options: Mapping[str, object])
     find: Mapping[str, Callable[[PreTrainedModel], dict[str, object]]] = {
         "ia3": ia3_modules, "ln_tuning": _norms, "trainable_tokens": _embedding,
     }  # fmt: skip
+    if wanted is None and method == "bottleneck":
+        return _bottlenecks(model, str(options.get("kind", "houlsby")))
     if wanted is None and method in find:
         return find[method](model)
-    if method == "ln_tuning":  # modules that are no linear layers
+    if method in ("ln_tuning", "bottleneck"):  # modules that are no linear layers
         names = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Sequence) else []
         refuse_unknown(key, names, [name for name, _ in model.named_modules()])
         return {}
@@ -85,7 +86,7 @@ def _targets(model: PreTrainedModel, method: str, options: Mapping[str, object])
     names = targets(model, preset, key)
     if method == "ia3" and "feedforward_modules" not in options:
         paths = linear_modules(model)
-        back = set(_back_projections(model, paths))
+        back = set(back_projections(model, paths))
         return {
             "target_modules": names,
             "feedforward_modules": [n for n in names if back.issuperset(named(paths, [n]))],
@@ -105,18 +106,8 @@ def ia3_modules(model: PreTrainedModel) -> dict[str, object]:
             f"name {PATH}.target_modules, and those that scale their input in {PATH}.feedforward_modules, "
             f"of {', '.join(leaves)}",
         )
-    back = suffixes(_back_projections(model, paths), paths)
+    back = suffixes(back_projections(model, paths), paths)
     return {"target_modules": [*suffixes(scaled, paths), *back], "feedforward_modules": back}
-
-
-def _back_projections(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
-    """Of linear layers beside the attention, the last one in each module, where it gives the model's width."""
-    attention = set(attention_modules(model, paths))
-    last = {path.rpartition(".")[0]: path for path in paths if path not in attention}
-    width = model.get_input_embeddings().weight.shape[-1]
-    modules = {path: model.get_submodule(path) for path in last.values()}
-    outputs = {path: getattr(module, "out_features", getattr(module, "nf", 0)) for path, module in modules.items()}
-    return [path for path, count in outputs.items() if count == width]
 
 
 def _norms(model: PreTrainedModel) -> dict[str, object]:
@@ -132,6 +123,15 @@ def _norms(model: PreTrainedModel) -> dict[str, object]:
         and not (towers and re.fullmatch(towers, name))
     ]  # fmt: skip
     return {"target_modules": suffixes(norms, [name for name in modules if name])}
+
+
+def _bottlenecks(model: PreTrainedModel, kind: str) -> dict[str, object]:
+    found = bottleneck_modules(model, kind)
+    if not found:
+        raise TrainError(
+            "train.method: bottleneck finds no way out of an MLP in this model", f"name {PATH}.target_modules"
+        )
+    return {"target_modules": found}
 
 
 def _embedding(model: PreTrainedModel) -> dict[str, object]:

@@ -56,4 +56,7 @@ def test_all_pairs_at_once(adapter: Path, tmp_path: Path) -> None:
     assert [line.split("--target ")[1].split(":")[0] for line in caught.value.message.splitlines()] == [
         "vllm", "gguf", "adapter",
     ]  # fmt: skip
-    assert caught.value.hint == "no target can hold it: `lora2serve serve --engine peft` serves it"
+    assert (
+        caught.value.hint
+        == "no target can hold it: `lora2serve serve --engine peft` serves it; a LoRA goes into every target"
+    )

@@ -82,6 +82,8 @@ def test_every_method_of_peft_is_known() -> None:
     """A new PEFT cannot add one in silence."""
     from peft.utils.peft_types import PeftType
 
+    import lora2serve.bottleneck  # noqa: F401 (its member of the enumeration, which another test may bring)
+
     known = [*peft_methods.NATIVE, *peft_methods.THROUGH_PEFT, *peft_methods.UNMERGEABLE_METHODS]
     assert len(known) == len(set(known))
     assert {kind.value for kind in PeftType} == set(known)
@@ -140,7 +142,10 @@ def test_biases_alone_need_some(qwen2: Path, tmp_path: Path) -> None:
         AdapterError, match=r"BEFT cannot be merged: no bias in .*o_proj, .*o_proj of the base"
     ) as caught:
         export_merged(qwen2, [adapter], tmp_path / "out")
-    assert caught.value.hint == "no target can hold it: `lora2serve serve --engine peft` serves it"
+    assert (
+        caught.value.hint
+        == "no target can hold it: `lora2serve serve --engine peft` serves it; a LoRA goes into every target"
+    )
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lora2serve
 from lora2serve.artifacts.run import Run
+from lora2serve.cli.train import NEXT, NEXT_ALONE, _next
 from lora2serve.config import train_methods
 from lora2serve.config.recipe import TrainRecipe
 from lora2serve.data import data_sets
@@ -60,7 +62,7 @@ RATES = {
     "cpt": 0.1,
     "cartridge": 0.1,
 }
-QUICK = ("ia3", "prompt_tuning", "prefix_tuning")
+QUICK = ("ia3", "prompt_tuning", "prefix_tuning", "bottleneck")
 OTHERS = [
     pytest.param(method, marks=() if method in QUICK else pytest.mark.slow)
     for method in train_methods.TRAINABLE
@@ -71,6 +73,8 @@ OTHERS = [
 def test_every_method_of_peft_is_known() -> None:
     """A new PEFT cannot add one in silence."""
     from peft.utils.peft_types import PeftType
+
+    import lora2serve.bottleneck  # noqa: F401 (its member of the enumeration, which another test may bring)
 
     known = [*train_methods.TRAINABLE, *train_methods.UNTRAINABLE]
     assert len(known) == len(set(known))
@@ -173,6 +177,17 @@ def test_biases_alone_need_some(small: Path) -> None:
     assert check_adapter(biased, TrainRecipe("beft", {"target_modules": ["q_proj"]}), models.device()) == []
 
 
+@pytest.mark.parametrize("method", ["bottleneck", "prefix_tuning", "ia3"])
+def test_what_comes_next_is_what_can_be(tmp_path: Path, small: Path, method: str) -> None:
+    """No export is advised or planned of a kind that no target holds."""
+    run = Run(tmp_path / "run")
+    run.adapter.mkdir(parents=True)
+    (run.adapter / "adapter_config.json").write_text(json.dumps({"peft_type": method.upper()}))
+    file = recipe_file(tmp_path, small, {"train": "rows.jsonl"}, method=method)
+    assert _next(run) == (NEXT if method == "ia3" else NEXT_ALONE)
+    assert ("vllm" in lora2serve.plan(file).disk) == (method == "ia3")
+
+
 SERVED = (
     "beft is served by --target vllm, gguf, ollama, lmstudio (merged into modules with a bias); not by adapter, "
     "gguf-adapter, ollama --as adapter: BEFT changes no matrix, and such an adapter holds LoRAs of matrices"
@@ -181,6 +196,7 @@ SERVED = (
 
 GOES_ON: list[tuple[str, dict[str, Any]]] = [
     ("prompt_tuning", {}),
+    ("bottleneck", {}),
     ("adalora", {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 1}),
 ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2serve.adapters.adapter import open_adapter
+from lora2serve.adapters.peft_loading import load_adapter
 from lora2serve.adapters.soft_prompt import KINDS, soft_prompt_of
 from lora2serve.errors import EngineError
 from lora2serve.merge.binding import Binder
@@ -77,14 +78,12 @@ class Peft(Transformers):
         )
 
     def _add(self, model: PreTrainedModel, adapters: Sequence[str]) -> None:
-        from peft import PeftModel
-
         self.adapters = [f"part{number}" for number in range(len(adapters))]
         self.model = model
         for name, path in zip(self.adapters, adapters, strict=True):
             with open_to_peft(model):
                 if name == self.adapters[0]:
-                    self.model = PeftModel.from_pretrained(model, path, name).eval()
+                    self.model = load_adapter(model, path, name).eval()
                 else:
                     self.model.load_adapter(path, name)
         if len(self.adapters) > 1:
