@@ -15,6 +15,7 @@ from lora2serve.config.schema import show
 from lora2serve.data.rows import ROLES, THOUGHT_KEYS, Message
 from lora2serve.data.text_readers import without_half_pairs
 
+TEXT_ALONE = "rows with images, sound or films are not trained"
 DEEPEST = 100  # lists and objects inside each other
 TEXT_KEYS = ("name", "tool_call_id", *THOUGHT_KEYS)
 OF_THE_SERVER = (  # what it says itself when it calls a template, or refuses in a request
@@ -149,7 +150,7 @@ def _content(place: str, content: object) -> str | None:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind != "text":
-            raise RowProblem(f"{place}.content[{number}].type is {show(kind)}, expected text")
+            raise RowProblem(f"{place}.content[{number}].type is {show(kind)}, expected text: {TEXT_ALONE}")
         if not isinstance(text, str):
             raise RowProblem(f"{place}.content[{number}] is {show(part)}, expected text")
         texts.append(text)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from lora2serve.config.objectives import SFT, Objective
 from lora2serve.config.schema import show
 from lora2serve.data.message_forms import (
+    TEXT_ALONE,
     RowProblem,
     drops_nulls,
     learned,
@@ -37,6 +38,8 @@ PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "outp
 NULLS = "nulls of tools and their arguments that are no JSON text"
 BESIDE = ("system", "tools", "chat_template_kwargs")  # what only a conversation has
 BY_RANK: tuple[tuple[str, ...], ...] = (*((key,) for key in CONVERSATIONS), *PAIRS, ("text",))
+# Keys of rows for models that see or hear, as TRL and others name them.
+NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES: tuple[tuple[str, ...], ...] = (("prompt", *SIDES), SIDES)
 PREFERENCE_FORMS = (
     "with train.objective: {objective} a row is {{prompt, chosen, rejected}}, each a text or turns, or {{chosen, "
@@ -88,6 +91,8 @@ class RowReader:
             raise RowProblem(f"a {type(value).__name__}, expected an object")
         renamed = self._renamed({str(key): item for key, item in value.items()})
         filled = {key: item for key, item in renamed.items() if item is not None}
+        if seen := next((key for key in NO_TEXT if filled.get(key)), None):
+            raise RowProblem(f"{seen}: {TEXT_ALONE}; leave the key out where the text needs none")
         names = self._form(filled or renamed)
         if not names:
             keys = show(", ".join(filled or value))[1:-1] or "none"

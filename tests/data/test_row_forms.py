@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 
 from lora2serve.data.row_forms import RowReader, as_conversation, parse_row
-from lora2serve.data.rows import ChatRow, CompletionRow
+from lora2serve.data.rows import ChatRow, CompletionRow, TextRow
 
 USER = {"role": "user", "content": "Weather in Oslo?"}
 ANSWER = {"role": "assistant", "content": "Rain."}
@@ -84,6 +84,8 @@ REFUSED = [
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "messages[1].weight is 0.5, expected 0 or 1"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content is None, expected text"),
     ({"messages": [USER, {**ANSWER, "content": [{"type": "image"}]}]}, "messages[1].content[0].type is 'image'"),
+    ({"messages": [USER, ANSWER], "images": ["cat.png"]}, "images: rows with images, sound or films are not trained"),
+    ({"image": "cat.png", "conversations": [{"from": "human", "value": "<image> What?"}]}, "image: rows with images"),
     ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": 3}]}]}, "messages[1].tool_calls[0] is {'name': 3}"),
     ({"messages": [USER, ANSWER], "tools": [{"name": None}]}, "tools[0] is {}, expected"),
     ({"messages": [USER, ANSWER], "tools": "[{"}, "tools is '[{', not JSON"),
@@ -104,6 +106,12 @@ def test_what_is_refused(value: dict[str, Any], reason: str) -> None:
     problem = parse_row(value)
     assert isinstance(problem, str)
     assert problem.startswith(reason)
+
+
+def test_a_row_whose_images_are_none() -> None:
+    """Of a set for models that see, the rows that are text are rows."""
+    for none in (None, [], ""):
+        assert parse_row({"text": "a", "images": none}) == TextRow("a")
 
 
 def test_one_that_is_nested_too_deeply() -> None:
