@@ -18,6 +18,9 @@ from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 
 ENTRIES = 1 << 22  # log-probabilities of one request at most: vLLM hands each over as Python objects, 4M are 0.4 GB
 AT_ONCE = 64  # requests handed over together
+# Latent attention (DeepSeek) in float32: by itself vLLM takes AMX where the CPU has it, in bfloat16 alone. Models with
+# another attention are left as they are.
+CPU_ATTENTION = "CPU_MLA"
 
 
 class Vllm:
@@ -46,7 +49,9 @@ class Vllm:
         }
         if adapter:
             options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
-        if not on_cpu:
+        if on_cpu:
+            options["attention_backend"] = CPU_ATTENTION
+        else:
             options["gpu_memory_utilization"] = 0.5
         self._dtype = dtype or (cpu_dtype(model) if on_cpu else "auto")
         with kernels():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.engines.openai_engine import BUSY, REFUSED, OpenAI
-from lora2serve.parity_check.engines.vllm_engine import cpu_dtype, longest, no_kernel
+from lora2serve.parity_check.engines.vllm_engine import CPU_ATTENTION, cpu_dtype, longest, no_kernel
 from lora2serve.serving import server, server_process
 from lora2serve.serving.server import ServeOptions
 from lora2serve.system import scratch
@@ -37,7 +37,7 @@ class VllmServer(OpenAI):
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
             self.dtype = cpu_dtype(export if merged else base)
-            arguments += ["--dtype", self.dtype]
+            arguments += ["--dtype", self.dtype, "--attention-backend", CPU_ATTENTION]
         elif gpu_memory is not None:
             arguments += ["--gpu-memory-utilization", str(gpu_memory)]
         options = ServeOptions("vllm", base, port=port, engine_arguments=tuple(arguments))
