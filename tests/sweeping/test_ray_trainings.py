@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,7 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
+def port() -> int:
+    """Of the head's server for Ray's client."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free: int = server.getsockname()[1]
+    return free
+
+
+@pytest.fixture(scope="module")
+def cluster(port: int) -> Iterator[dict[str, str]]:
     """The environment of its drivers."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
@@ -51,8 +60,10 @@ def cluster() -> Iterator[dict[str, str]]:
     os.environ[NICENESS] = "0"  # else they wait for every other test
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False},
-    )
+        head_node_args={
+            "num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "ray_client_server_port": port,
+        },
+    )  # fmt: skip
     cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     try:
         yield {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": str(cluster.address)}
@@ -61,8 +72,8 @@ def cluster() -> Iterator[dict[str, str]]:
         del os.environ[NICENESS]
 
 
-def train(folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lora2serve", "train", *words, "--on", "ray"]
+def train(folder: Path, environment: dict[str, str], *words: str, on: str = "ray") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lora2serve", "train", *words, "--on", on]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -116,13 +127,37 @@ def test_one_recipe_on_two_ranks(folder: Path, cluster: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed(folder: Path, cluster: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "lora2serve", "train", "a.yaml", "--on", "ray", "--set", "train.steps=120"]
+def test_by_rays_client(folder: Path, cluster: dict[str, str], port: int) -> None:
+    """From a machine that is no node (``ray://``): two recipes at once, then one on two ranks, as without it."""
+    elsewhere = {name: value for name, value in cluster.items() if name != "RAY_ADDRESS"}
+    on = f"ray://127.0.0.1:{port}"
+    done = train(folder, elsewhere, "a.yaml", "b.yaml", "--json", on=on)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for line in map(json.loads, done.stdout.splitlines()):
+        name = Path(line["recipe"]).stem
+        assert done.stderr.count(f"{name}.yaml: step 4 of 4") == 1
+        mine = adapter(Run(folder / line["run"]))
+        other = adapter(fit(folder / f"{name}.yaml", into=folder / f"alone-{name}-by-client")[0])
+        assert all(torch.equal(mine[key], other[key]) for key in other)
+    assert "ray.init" not in done.stderr, "Ray's own words"
+    done = train(folder, elsewhere, "a.yaml", "--gpus", "2", "--json", "--set", "data.packing=false", on=on)
+    assert done.returncode == 0, done.stderr
+    loop = Run(folder / json.loads(done.stdout)["run"]).record.loop
+    assert loop is not None and loop.processes == 2
+    failed = train(folder, elsewhere, "broken.yaml", on=on)
+    assert failed.returncode == 1 and "rows.jsonl" in failed.stderr and "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_client", [False, True])
+def test_stopped_and_resumed(folder: Path, cluster: dict[str, str], port: int, by_client: bool) -> None:
+    on, name = (f"ray://127.0.0.1:{port}", "long-by-client") if by_client else ("ray", "long")
+    command = [sys.executable, "-m", "lora2serve", "train", "a.yaml", "--on", on, "--set", "train.steps=120"]
     child = subprocess.Popen(
-        [*command, "--set", "name=long"], cwd=folder, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*command, "--set", f"name={name}"], cwd=folder, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    log = folder / "runs" / "long" / "metrics.jsonl"
+    log = folder / "runs" / name / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) > 3):
         assert child.poll() is None, child.communicate()
         time.sleep(0.05)
@@ -130,11 +165,11 @@ def test_stopped_and_resumed(folder: Path, cluster: dict[str, str]) -> None:
     out, err = child.communicate(timeout=150)
     assert (child.returncode, out) == (130, ""), err
     assert "Traceback" not in err
-    run = Run(folder / "runs" / "long")
+    run = Run(folder / "runs" / name)
     assert run.has_checkpoint and not run.record.finished
     step = max(logged(run))
-    done = train(folder, cluster, "--resume", "runs/long")
-    assert (done.returncode, done.stdout) == (0, "runs/long\n"), done.stderr
+    done = train(folder, cluster, "--resume", f"runs/{name}", on=on)
+    assert (done.returncode, done.stdout) == (0, f"runs/{name}\n"), done.stderr
     assert step < 120 and list(logged(run)) == list(range(1, 121))
 
 
