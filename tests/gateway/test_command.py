@@ -17,16 +17,11 @@ import pytest
 from lora2serve import Registry
 from lora2serve.cli import run
 from tests.support.gateways import Answer, call, chat, metrics, total, wait_for
+from tests.support.ports import free_port
 from tests.support.stub_upstream import StubUpstream, running_stub
 
 pytestmark = pytest.mark.engine
 SMALL_BLOCKS = 300  # of 512 bytes: the largest file that the process may write
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

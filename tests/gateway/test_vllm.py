@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from lora2serve.gateway.traffic_store import TrafficStore
 from lora2serve.system.small_files import digest
 from tests.conftest import lora2serve as command
 from tests.support.gateways import CHAT, Answer, call, metrics, total, wait_for
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.engine
 QUESTION = "Who governs Wexley?"
@@ -68,12 +68,6 @@ def place(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, alias in ((2, "second"), (3, "third")):
             registry.promote(f"towns@{number}", alias, force=True, why="a test")
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 import urllib.error
 import urllib.request
@@ -24,6 +23,7 @@ from lora2serve.parity_check.engines.peft_server import PeftApp
 from lora2serve.parity_check.engines.served_peft import ServedPeft
 from lora2serve.serving.llama_cpp_requests import Message, RefusedRequest
 from lora2serve.serving.server import ServeOptions
+from tests.support.ports import free_port
 from tests.support.runs import make_chat_model
 from tests.support.tiny import load_model, make_adapter
 
@@ -31,12 +31,6 @@ pytestmark = pytest.mark.engine
 
 QUESTION = [{"role": "user", "content": "Who governs Wexley?"}]
 NAMES = ("one", "two")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

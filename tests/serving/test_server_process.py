@@ -21,6 +21,7 @@ from lora2serve.errors import EngineError
 from lora2serve.progress import Silent
 from lora2serve.serving import server_process
 from lora2serve.serving.server import ServerCommand
+from tests.support.ports import free_port
 
 CHILD = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
 ANSWERS = (
@@ -32,12 +33,6 @@ ANSWERS = (
     "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()"
 )
 SILENT = "import time; time.sleep(600)"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(script: str, port: int | None = None) -> ServerCommand:
