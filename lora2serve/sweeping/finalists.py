@@ -38,10 +38,9 @@ def _judged(plan: SearchPlan, point: SearchPoint) -> Finalist | None:
     outcomes = [outcome for key in keys if (outcome := plan.results.get(key)) and outcome.finished]
     if not outcomes:
         return None
-    seconds = sorted(outcome.seconds for outcome in outcomes)
     losses = _mean_of(outcomes)
-    memory, middle = max(outcome.memory for outcome in outcomes), seconds[len(seconds) // 2]
-    objectives = replace(outcomes[0].objectives, loss=losses.mean, memory=memory, seconds=middle)
+    memory, seconds = max(outcome.memory for outcome in outcomes), min(outcome.seconds for outcome in outcomes)
+    objectives = replace(outcomes[0].objectives, loss=losses.mean, memory=memory, seconds=seconds)
     return Finalist(point, losses, tuple(o.losses.mean for o in outcomes), objectives, outcomes[0].run)
 
 

@@ -247,15 +247,15 @@ class SearchPlan:
         return sorted(chosen, key=lambda point: (losses[point], point.label))
 
     def objectives(self, point: SearchPoint, level: int | None = None) -> Objectives:
-        """Of a point with a loss. Its time is the median of all whose layers and rank are the same: the learning rate
-        does not change it, and one trial's is noise.
+        """Of a point with a loss. Its time is the least of all whose layers and rank are the same: the learning rate
+        does not change it, and what else runs on the machine only adds to it.
         """
         level = self.top_level if level is None else level
         outcome = self.results[self.spec(point, level).key]
-        alike = sorted(
+        alike = [
             other.seconds for spec, other in self.finished_at(level) if replace(spec.point, rate=point.rate) == point
-        )
-        return replace(outcome.objectives, seconds=alike[len(alike) // 2])
+        ]
+        return replace(outcome.objectives, seconds=min(alike))
 
     def _gain_share(self, loss: float, smallest: float) -> float:
         """How much of the smallest loss's gain over the base a loss has; 1 where nothing gained anything."""
