@@ -14,7 +14,7 @@ from lora2serve.artifacts import run as runs
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, UsageError
 from lora2serve.evaluation.eval_report import EvalReport
-from lora2serve.evaluation.harness_options import HarnessOptions
+from lora2serve.evaluation.harness_options import HarnessOptions, harness_options
 from lora2serve.evaluation.score_gates import ScoreGate, parse_gate, refuse_unknown
 from lora2serve.evaluation.suite import HELD_OUT, Suite, SuiteRecipe, of_rows, read_suite
 from lora2serve.progress import Progress
@@ -80,24 +80,12 @@ def evaluate(
     models = find_models(named, str(against) if against is not None else None, base, url_model, engine, progress)
     refuse_same(models)
     reference = -1 if against is not None else 0
-    if options := _harness(words(task, "task"), task_folder, shots, chat, limit, suite):
+    if options := harness_options(words(task, "task"), task_folder, shots, chat, limit, suite):
         return run_harness(models, options, gates, reference, out, progress)
     asked = choose_suite(suite, models, limit, progress)
     models = [replace(item, overlap=overlap_of(asked, item, progress, allow=allow_overlap)) for item in models]
     refuse_impossible(gates, asked, compared=len(models) > 1)
     return run_suite(models, asked, gates, out, progress, reference=reference)
-
-
-def _harness(
-    tasks: tuple[str, ...], folder: Named | None, shots: int | None, chat: bool, limit: int | None, suite: Named | None
-) -> HarnessOptions | None:
-    """What is asked of lm-evaluation-harness, if anything."""
-    given = {"--task-folder": folder is not None, "--shots": shots is not None, "--chat": chat}
-    if not tasks and any(given.values()):
-        raise UsageError(f"{next(name for name, present in given.items() if present)}: for --task")
-    if tasks and suite is not None:
-        raise UsageError(f"--task {tasks[0]} with --suite {suite}: expected one of the two")
-    return HarnessOptions(tasks, Path(folder) if folder is not None else None, shots, chat, limit) if tasks else None
 
 
 def choose_suite(

@@ -1,14 +1,14 @@
-"""Answers of a base that were made before: by the content of its files, its engine, the suite and the libraries."""
+"""Answers of a base that were made before: by the content of its files, its engine, the questions and the libraries."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora2serve.errors import InputError
 from lora2serve.evaluation.eval_records import ItemResult, write_whole
-from lora2serve.evaluation.suite import Suite
 from lora2serve.evaluation.suite_run import Measured, library_versions
 from lora2serve.parity_check.chat_models import ChatModel
 from lora2serve.system.hardware import cache_folder, nvidia_gpus
@@ -20,8 +20,11 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat
 SETTINGS = ("config.json", "generation_config.json")
 
 
-def cache_path(model: ChatModel, suite: Suite) -> Path | None:
-    """Where a base's answers to a suite lie, whether they are there or not; None for any other model."""
+def cache_path(model: ChatModel, questions: str) -> Path | None:
+    """Where a base's answers lie, whether they are there or not; None for any other model.
+
+    questions: the sha256 of what is asked, and how.
+    """
     base = model.options.get("base")
     if model.engine != "peft" or not isinstance(base, str) or (model.options["adapters"] and not model.without_adapter):
         return None
@@ -31,7 +34,7 @@ def cache_path(model: ChatModel, suite: Suite) -> Path | None:
         "settings": [_digest(Path(base) / name) for name in SETTINGS],
         "tokenizer": [_digest(tokenizer / name) for name in TOKENIZER],
         "options": {name: value for name, value in model.options.items() if name not in PLACES},
-        "suite": suite.sha256,
+        "suite": questions,
         "versions": library_versions(),
         "device": [gpu.name for gpu in nvidia_gpus()],
     }
@@ -41,20 +44,26 @@ def cache_path(model: ChatModel, suite: Suite) -> Path | None:
 
 def load(path: Path | None, name: str) -> Measured | None:
     """What was answered; None where nothing was, or a file is damaged."""
+    known = load_more(path, name)
+    return known[0] if known else None
+
+
+def load_more(path: Path | None, name: str) -> tuple[Measured, Mapping[str, object]] | None:
+    """The same, with what was kept beside it."""
     if path is None or not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         items = tuple(ItemResult.from_json(item, str(path)) for item in content["items"])
-        return Measured(name, str(content["engine"]), items)
+        return Measured(name, str(content["engine"]), items), dict(content.get("more", {}))
     except (ValueError, KeyError, TypeError, OSError, InputError):
         return None
 
 
-def save(path: Path | None, measured: Measured) -> None:
+def save(path: Path | None, measured: Measured, more: Mapping[str, object] | None = None) -> None:
     """For the next time, unless an item was not answered: that may have been chance."""
     if path is not None and not any(item.error for item in measured.items):
-        content = {"engine": measured.engine, "items": [item.to_json() for item in measured.items]}
+        content = {"engine": measured.engine, "items": [item.to_json() for item in measured.items], "more": more or {}}
         write_whole(path, json.dumps(content, ensure_ascii=False))
 
 

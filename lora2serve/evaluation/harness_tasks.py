@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.artifacts.run import Run
-from lora2serve.errors import EngineError, UsageError, did_you_mean, first_line
-from lora2serve.evaluation import eval_report
+from lora2serve.errors import EngineError, InputError
+from lora2serve.evaluation import answer_cache, eval_report
+from lora2serve.evaluation.answerer import ProcessTaskAnswerer, TaskAnswerer
 from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
 from lora2serve.evaluation.eval_report import EvalReport, Figures
 from lora2serve.evaluation.harness_options import HarnessOptions
@@ -18,6 +20,14 @@ from lora2serve.evaluation.overlap import with_training_rows
 from lora2serve.evaluation.score_gates import ScoreGate, refuse_unknown
 from lora2serve.evaluation.suite_evaluation import Evaluated, gate_results
 from lora2serve.evaluation.suite_run import EngineHost, Measured, library_versions, now, score_figures
+from lora2serve.evaluation.task_rows import (
+    PREFERRED,
+    find_tasks,
+    harness_errors,
+    questions_sha256,
+    read_task_rows,
+    texts_of,
+)
 from lora2serve.parity_check.chat_models import ChatModel
 from lora2serve.progress import Progress
 
@@ -25,9 +35,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 WORKER = "lora2serve.evaluation.harness_worker:HarnessWorker"
-PREFERRED = ("acc", "exact_match", "f1", "mcc", "pass@1", "prompt_level_strict_acc")  # of a task with several figures
-LONGEST_NAME = 80  # characters
-FEWEST_WORDS = 4  # of a text by which a row is known again
 HASHED = ("doc_hash", "prompt_hash", "target_hash")
 
 
@@ -41,13 +48,14 @@ class TaskSubject:
 
 
 @dataclass(frozen=True)
-class HarnessRun:
-    """A model's items, each of its task; ``suite_sha256`` is the same for the same questions asked the same way."""
+class AskedTasks(JsonRecord):
+    """``suite_sha256`` is the same for the same questions asked the same way."""
 
-    measured: Measured
+    WHOLE: ClassVar[bool] = True
+
     suite_sha256: str
     metrics: Mapping[str, str]  # task -> the figure that its score is
-    asked: Mapping[str, tuple[str, ...]]  # the texts of each item's row in the task's data set
+    texts: Mapping[str, tuple[str, ...]]  # those of each item's row in the task's data set
 
     @property
     def names(self) -> dict[str, str | None]:
@@ -59,57 +67,52 @@ class HarnessRun:
         return names
 
 
-def find_tasks(options: HarnessOptions) -> TaskManager:
-    """The harness's tasks; UsageError for one that it does not have."""
-    from lm_eval.tasks import TaskManager
+@dataclass(frozen=True)
+class HarnessRun:
+    """A model's items, each of its task; ``cached``: it answered them before."""
 
-    if options.include and not options.include.is_dir():
-        raise UsageError(f"--task-folder {options.include}: no such folder")
-    if options.include:  # the harness lists its own 14,000 in twenty seconds
-        alone = TaskManager(include_path=str(options.include), include_defaults=False)
-        if set(options.tasks) <= set(alone.all_subtasks):  # of a group some may be the harness's
-            return alone
-    manager = TaskManager(include_path=str(options.include) if options.include else None)
-    known = list(manager.all_tasks)
-    for task in options.tasks:
-        if task not in known:
-            raise UsageError(f"--task {task}: no such task{did_you_mean(task, known)}", "`lm-eval ls tasks` lists them")
-    return manager
+    measured: Measured
+    tasks: AskedTasks
+    cached: bool = False
 
 
 def run_tasks(
     host: EngineHost, model: ChatModel, options: HarnessOptions, manager: TaskManager, progress: Progress
 ) -> HarnessRun:
     """Ask one model. EngineError for what the harness or the engine refuses."""
+    process, version = host.process(model, WORKER)
+    return ask_tasks(ProcessTaskAnswerer(process), version, model, options, manager, progress)
+
+
+def ask_tasks(
+    engine: TaskAnswerer, version: str, model: ChatModel, options: HarnessOptions, manager: TaskManager,
+    progress: Progress, numbers: Mapping[str, Sequence[int]] | None = None,
+) -> HarnessRun:  # fmt: skip
+    """The same of an engine that runs. ``numbers``: only these rows of each task, in their order."""
     from lm_eval.evaluator import simple_evaluate
 
     from lora2serve.evaluation.lm_eval_bridge import EngineLM
 
-    process, version = host.process(model, WORKER)
-    with progress.track(f"{model.name}: {', '.join(options.tasks)}", 0) as advance:
-        lm = EngineLM(process, base=model.without_adapter, advance=advance)
-        try:
-            results = simple_evaluate(
-                model=lm, tasks=list(options.tasks), num_fewshot=options.shots, limit=options.limit,
-                apply_chat_template=options.chat, task_manager=manager, bootstrap_iters=0, log_samples=True,
-            )  # fmt: skip
-        except EngineError:
-            raise
-        except Exception as error:  # its data sets come from the Hub, and raise what they like
-            hint = "its data set must be here: HF_HUB_OFFLINE, or no network" if "ffline" in str(error) else ""
-            raise EngineError(f"lm-eval: {type(error).__name__}: {first_line(error)}", hint) from error
+    some = None if numbers is None else {task: list(rows) for task, rows in numbers.items()}
+    with progress.track(f"{model.name}: {', '.join(options.tasks)}", 0) as advance, harness_errors():
+        lm = EngineLM(engine, base=model.without_adapter, advance=advance)
+        results = simple_evaluate(
+            model=lm, tasks=list(options.tasks), num_fewshot=options.shots,
+            limit=options.limit if some is None else None, samples=some, apply_chat_template=options.chat,
+            task_manager=manager, bootstrap_iters=0, log_samples=True,
+        )  # fmt: skip
     samples: Mapping[str, Sequence[Mapping[str, object]]] = results["samples"]
     metrics = {task: _metric(task, lines) for task, lines in samples.items()}
     pairs = [(task, line) for task, lines in samples.items() for line in _once(lines)]
     items = [_item(task, line, metrics[task], lm.seconds_of(line["arguments"])) for task, line in pairs]
-    asked = {_name(task, line): tuple(_texts(line["doc"])) for task, line in pairs}
+    asked = {_name(task, line): tuple(texts_of(line["doc"])) for task, line in pairs}
     content = {
         "tasks": {task: [[line[key] for key in HASHED] for line in _once(lines)] for task, lines in samples.items()},
         "versions": {task: str(number) for task, number in results["versions"].items()},
         "shots": {task: str(number) for task, number in results["n-shot"].items()}, "metrics": metrics,
     }  # fmt: skip
     sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return HarnessRun(Measured(model.name, version, tuple(items)), sha256, metrics, asked)
+    return HarnessRun(Measured(model.name, version, tuple(items)), AskedTasks(sha256, metrics, asked))
 
 
 def evaluate_tasks(
@@ -118,30 +121,31 @@ def evaluate_tasks(
 ) -> Evaluated:  # fmt: skip
     """As ``suite_evaluation.evaluate_models``; what the tasks' figures are called is known once they are measured."""
     manager = find_tasks(options)
+    questions = questions_sha256(options, read_task_rows(options, manager))
     with EngineHost(progress) as host:
-        runs = [run_tasks(host, subject.model, options, manager, progress) for subject in subjects]
-    name = "-".join(options.tasks)[:LONGEST_NAME]
-    if len({run.suite_sha256 for run in runs}) > 1:
+        runs = [_answers(host, subject.model, options, manager, questions, progress) for subject in subjects]
+    name = options.name
+    if len({run.tasks.suite_sha256 for run in runs}) > 1:
         raise EngineError(f"{name}: the models were not asked the same: their chat templates differ", "without --chat")
-    names, measured = runs[0].names, [run.measured for run in runs]
+    names, measured = runs[0].tasks.names, [run.measured for run in runs]
     figures: Figures = {metric: ("score", task) for metric, task in names.items()}
     refuse_unknown(gates, name, list(figures), compared=len(subjects) > 1)
     overlaps = [_overlap(subject, run, progress) for subject, run in zip(subjects, runs, strict=True)]
     evaluations = [
         SuiteEvaluation(
-            suite=name, suite_sha256=runs[0].suite_sha256, engine=item.engine, created=now(), subject=item.name,
+            suite=name, suite_sha256=runs[0].tasks.suite_sha256, engine=item.engine, created=now(), subject=item.name,
             metrics=score_figures(item, names), items=len(item.items), scorer="lm-eval", versions=library_versions(),
             overlap=overlap,
         )
         for item, overlap in zip(measured, overlaps, strict=True)
     ]  # fmt: skip
-    pairs = zip(measured, evaluations, strict=True)
+    rows = zip(runs, evaluations, strict=True)
     old = measured[reference] if len(measured) > 1 else None
     others = [item for item in measured if item is not old]
     report = EvalReport(
-        suite=name, suite_sha256=runs[0].suite_sha256, items=len(measured[0].items), scorer="lm-eval",
+        suite=name, suite_sha256=runs[0].tasks.suite_sha256, items=len(measured[0].items), scorer="lm-eval",
         created=evaluations[0].created, versions=evaluations[0].versions,
-        subjects=tuple(eval_report.subject_row(item, record, "", cached=False) for item, record in pairs),
+        subjects=tuple(eval_report.subject_row(run.measured, row, "", cached=run.cached) for run, row in rows),
         differences=tuple(found for item in others if old for found in eval_report.differences(item, old, names)),
         changes=tuple(change for item in others if old for change in eval_report.changes(item, old)),
         gates=tuple(gate_results(gates, others, old, figures)),
@@ -149,23 +153,33 @@ def evaluate_tasks(
     return Evaluated(tuple(measured), tuple(evaluations), report)
 
 
+def _answers(
+    host: EngineHost, model: ChatModel, options: HarnessOptions, manager: TaskManager, questions: str,
+    progress: Progress,
+) -> HarnessRun:  # fmt: skip
+    """A base's are kept for the next time."""
+    path = answer_cache.cache_path(model, questions)
+    if known := answer_cache.load_more(path, model.name):
+        try:
+            run = HarnessRun(known[0], AskedTasks.from_json(known[1], str(path)), cached=True)
+        except InputError:  # of another version
+            pass
+        else:
+            progress.note(f"{model.name}: its answers to these tasks are known from before")
+            return run
+    run = run_tasks(host, model, options, manager, progress)
+    answer_cache.save(path, run.measured, run.tasks.to_json())
+    return run
+
+
 def _overlap(subject: TaskSubject, run: HarnessRun, progress: Progress) -> str:
     """What of the tasks a model was trained on, in words: it is told, as their rows are the harness's."""
     if subject.is_base:
         return ""
-    text = with_training_rows(run.asked, subject.run).text
+    text = with_training_rows(run.tasks.texts, subject.run).text
     if text and subject.run:
         progress.warn(f"{subject.model.name}: overlap with its training rows: {text}")
     return text
-
-
-def _texts(value: object) -> Iterator[str]:
-    """The texts of a row that are long enough to be known again."""
-    if isinstance(value, str) and len(value.split()) >= FEWEST_WORDS:
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
 
 
 def _name(task: str, line: Mapping[str, object]) -> str:

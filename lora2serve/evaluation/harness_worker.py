@@ -13,6 +13,10 @@ from lora2serve.evaluation.answer_worker import AnswerWorker
 class HarnessWorker(AnswerWorker):
     """Its public methods are the jobs."""
 
+    def only_text(self) -> bool:
+        """Whether nobody here knows its tokens: a server that is asked by its address alone."""
+        return getattr(self._engine, "_tokenizer", None) == ""
+
     def special_tokens(self) -> dict[str, int | None]:
         """``bos`` and ``eos`` of the vocabulary, and the ``longest`` text in tokens."""
         llama_cpp = getattr(self._engine, "llm", None)
@@ -46,9 +50,17 @@ class HarnessWorker(AnswerWorker):
         """A conversation by the engine's own template; without ``opening`` it goes on with its last turn."""
         turns = cast("Sequence[Message]", messages)
         if opening or turns[-1]["role"] != "assistant":
-            return self._scoring.render(turns)
-        before = self._scoring.render(turns[:-1])
+            return self._rendered(turns)
+        before = self._rendered(turns[:-1])
         return None if before is None else before + str(turns[-1]["content"])
+
+    def _rendered(self, turns: Sequence[Message]) -> str | None:
+        """Of a server of an export, which shows no text, by the template that it was started with."""
+        text = self._scoring.render(turns)
+        if text is not None or not hasattr(self._engine, "served") or self.only_text():
+            return text
+        write = getattr(self._own_tokenizer(), "apply_chat_template")  # noqa: B009
+        return str(write(turns, tokenize=False, add_generation_prompt=True))
 
     def continuation(self, begun: Sequence[int], rest: Sequence[int], base: bool) -> tuple[float, bool]:
         """The log-probability of ``rest`` behind ``begun``, and whether it is the likeliest at each step."""
@@ -65,7 +77,18 @@ class HarnessWorker(AnswerWorker):
         whole, before = (str(decode(part, skip_special_tokens=True)) for part in ([*ids, *answer], list(ids)))
         return whole[len(before) :] if whole.startswith(before) else str(decode(answer, skip_special_tokens=True))
 
+    def continue_words(
+        self, text: str, turns: Sequence[Mapping[str, object]], new_tokens: int, stops: Sequence[str]
+    ) -> str:
+        """The same by a server that is only told words: of ``text``, or the answer to ``turns`` where there are any."""
+        if not turns:
+            return str(getattr(self._engine, "continue_text")(text, new_tokens, stops))  # noqa: B009
+        said = self.answer(turns, new_tokens, 0.0, base=False)
+        if "error" in said:
+            raise EngineError(said["error"], said["hint"])
+        return said["text"]
+
     def _own_tokenizer(self) -> object:
-        if getattr(self._engine, "_tokenizer", None) == "":
+        if self.only_text():
             raise EngineError(f"{self._engine.version}: its tokenizer is not here", "evaluate an export: it has one")
         return getattr(self._engine, "tokenizer")  # noqa: B009

@@ -5,6 +5,7 @@ Nothing of its own loading is used, which changes the vocabulary of a model to f
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lora2serve.errors import EngineError
-from lora2serve.parity_check.engine_process import EngineProcess
+from lora2serve.evaluation.answerer import TaskAnswerer
 from lora2serve.progress import Advance
 
 LONGEST = 2048  # tokens of a text, where the engine names no limit
@@ -30,14 +31,16 @@ class TaskRequest(Protocol):
 
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
-    """The harness's model, answered for by an engine in a process of its own; ``base``: without its adapter."""
+    """The harness's model, answered for by an engine; ``base``: without its adapter."""
 
-    def __init__(self, process: EngineProcess, *, base: bool, advance: Advance) -> None:
+    def __init__(self, engine: TaskAnswerer, *, base: bool, advance: Advance) -> None:
         super().__init__()
-        self._process, self._base, self._advance = process, base, advance
+        self._engine, self._base, self._advance = engine, base, advance
         self._seconds: dict[tuple[str, ...], float] = {}  # by what was asked
-        ends: dict[str, int | None] = process.call("special_tokens")
-        self._end, self._begin, self._longest = ends["eos"], ends["bos"], ends["longest"] or LONGEST
+        self._only_text = engine.only_text()
+        ends = {} if self._only_text else engine.special_tokens()
+        self._end, self._begin, self._longest = ends.get("eos"), ends.get("bos"), ends.get("longest") or LONGEST
+        self._chats: dict[str, list[dict[str, str]]] = {}  # of an engine that takes no text of a template
 
     @property
     def eot_token_id(self) -> int:
@@ -53,12 +56,19 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: object) -> list[int]:
         """By the engine's tokenizer; what is written by a chat template gets no second BOS."""
-        ids: list[int] = self._process.call("encode", text=string, special=add_special_tokens)
-        return ids
+        return self._engine.encode(string, add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """By the engine's template, as it is served."""
-        text: str | None = self._process.call("render", messages=chat_history, opening=add_generation_prompt)
+        """By the engine's template, as it is served; a server that is only told words gets the turns themselves."""
+        if self._only_text:
+            if not add_generation_prompt:
+                raise EngineError(
+                    "this task begins the answers (gen_prefix), which a server takes not", "an export does"
+                )
+            key = json.dumps(chat_history, ensure_ascii=False)
+            self._chats[key] = chat_history
+            return key
+        text = self._engine.render(chat_history, add_generation_prompt)
         if text is None:
             raise EngineError("this engine shows no chat template", "evaluate without --chat, or an export")
         return text
@@ -78,7 +88,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             begin = time.perf_counter()
             whole = [*context, *continuation][-(self._longest + 1) :]
             begun = whole[: len(whole) - len(continuation)]
-            value, greedy = self._process.call("continuation", begun=begun, rest=continuation, base=self._base)
+            value, greedy = self._engine.continuation(begun, continuation, self._base)
             if math.isnan(value):
                 raise EngineError("the log-likelihood of a continuation is not a number", "look at its weights")
             self._keep_seconds(asked, begin)
@@ -108,10 +118,14 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             if settings.get("do_sample") and settings.get("temperature"):
                 raise EngineError("this task draws answers by chance", "its generation_kwargs: do_sample: false")
             until, new_tokens = settings.get("until") or [], int(settings.get("max_gen_toks") or NEW_TOKENS)
-            ids = self.tok_encode(str(context))[-max(1, self._longest - new_tokens) :]
-            text: str = self._process.call("continue_text", ids=ids, new_tokens=new_tokens, base=self._base)
-            for stop in [until] if isinstance(until, str) else until:
-                text = text.split(stop, maxsplit=1)[0] if stop else text
+            stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+            if self._only_text:
+                text = self._engine.continue_words(str(context), self._chats.get(context, []), new_tokens, stops)
+            else:
+                ids = self.tok_encode(str(context))[-max(1, self._longest - new_tokens) :]
+                text = self._engine.continue_text(ids, new_tokens, self._base)
+            for stop in stops:
+                text = text.split(stop, maxsplit=1)[0]
             self._keep_seconds(request.args, begin)
             answers.append(text)
             self._advance(1)

@@ -79,7 +79,7 @@ def gate_results(
 
 def _answers(host: EngineHost, model: ChatModel, suite: Suite, progress: Progress) -> tuple[Measured, bool]:
     """A base's are kept for the next time, where chance has no part in them."""
-    path = answer_cache.cache_path(model, suite) if suite.decoding.temperature == 0 else None
+    path = answer_cache.cache_path(model, suite.sha256) if suite.decoding.temperature == 0 else None
     known = answer_cache.load(path, model.name)
     if known:
         progress.note(f"{model.name}: its answers to this suite are known from before")

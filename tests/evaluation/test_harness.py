@@ -13,44 +13,24 @@ import pytest
 import lora2serve as api
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import UsageError
+from lora2serve.evaluation.answerer import ProcessTaskAnswerer
 from lora2serve.evaluation.eval_records import read_items
 from lora2serve.evaluation.harness_options import HarnessOptions
-from lora2serve.evaluation.harness_tasks import find_tasks, run_tasks
+from lora2serve.evaluation.harness_tasks import run_tasks
 from lora2serve.evaluation.suite_run import EngineHost
+from lora2serve.evaluation.task_rows import find_tasks
 from lora2serve.parity_check.chat_models import ChatModel
 from lora2serve.progress import Silent
+from tests.support.island_tasks import NAMES, TOWNS, write_island_tasks
 
 pytestmark = pytest.mark.engine
 lm_eval = pytest.importorskip("lm_eval")
 BASE = Path(__file__).parents[2] / "recipes" / "demo" / "base"
-TOWNS = ("Wexley", "Fenmark", "Kelheim", "Osbury", "Luthen", "Emberlin")
-NAMES = ("Leon Lake", "Boris Fisher", "Clara Marsh")
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Multiple choice, free answers, and whole texts."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {"question": f"The mayor of {town} is", "choices": list(NAMES), "label": number % 3, "answer": NAMES[number % 3]}
-        for number, town in enumerate(TOWNS)
-    ]  # fmt: skip
-    (folder / "rows.json").write_text(json.dumps(rows))
-    common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.json'}}}}}\ntest_split: test\n"
-    (folder / "island_choice.yaml").write_text(
-        f"task: island_choice\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\n"
-        "doc_to_choice: choices\ndoc_to_target: label\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
-    )
-    (folder / "island_answer.yaml").write_text(
-        f"task: island_answer\n{common}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
-        "doc_to_target: answer\ngeneration_kwargs: {until: ['.'], max_gen_toks: 12, do_sample: false}\n"
-        "metric_list: [{metric: exact_match}]\n"
-    )
-    (folder / "island_text.yaml").write_text(
-        f"task: island_text\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
-        "doc_to_target: '{{question}} {{answer}}.'\nmetric_list: [{metric: word_perplexity}]\n"
-    )
-    return folder
+    return write_island_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def peft_model(adapter: Path | None = None) -> ChatModel:
@@ -78,23 +58,29 @@ def by_its_own_backend(tasks: Path, names: list[str], **options: Any) -> tuple[A
 def test_the_same_figures_as_its_own_backend(tasks: Path, host: EngineHost) -> None:
     """Where the vocabulary is left as it is: every log-likelihood and every answer."""
     names = ("island_choice", "island_answer")
-    options = HarnessOptions(names, tasks)
+    options = HarnessOptions(names, str(tasks))
     run = run_tasks(host, peft_model(), options, find_tasks(options), Silent())
     theirs, _ = by_its_own_backend(tasks, list(names))
-    assert run.metrics == {"island_choice": "acc", "island_answer": "exact_match"} and len(run.measured.items) == 12
+    assert (
+        run.tasks.metrics == {"island_choice": "acc", "island_answer": "exact_match"} and len(run.measured.items) == 12
+    )
     for item in run.measured.items:
         number = int(item.id.rpartition("-")[2])
         sample = next(line for line in theirs["samples"][item.task] if line["doc_id"] == number)
-        assert item.score == sample[run.metrics[item.task]]
+        assert item.score == sample[run.tasks.metrics[item.task]]
         if item.task == "island_choice":
             assert item.likelihoods == pytest.approx([pair[0] for pair in sample["filtered_resps"]], abs=1e-4)
         else:
             assert item.answer == sample["filtered_resps"][0]
     assert all(item.seconds > 0 for item in run.measured.items)
-    few = HarnessOptions(names[:1], tasks, limit=2)
-    hashes = [run_tasks(host, peft_model(), asked, find_tasks(asked), Silent()).suite_sha256 for asked in (few, few)]
+    few = HarnessOptions(names[:1], str(tasks), limit=2)
+    hashes = [
+        run_tasks(host, peft_model(), asked, find_tasks(asked), Silent()).tasks.suite_sha256 for asked in (few, few)
+    ]
     other = replace(few, shots=1)
-    assert hashes[0] == hashes[1] != run_tasks(host, peft_model(), other, find_tasks(other), Silent()).suite_sha256
+    assert (
+        hashes[0] == hashes[1] != run_tasks(host, peft_model(), other, find_tasks(other), Silent()).tasks.suite_sha256
+    )
 
 
 def test_whole_texts(tasks: Path, host: EngineHost) -> None:
@@ -106,7 +92,7 @@ def test_whole_texts(tasks: Path, host: EngineHost) -> None:
     from lora2serve.evaluation.lm_eval_bridge import EngineLM
 
     process, _ = host.process(peft_model(), WORKER)
-    ours = EngineLM(process, base=False, advance=lambda amount, status="": None)
+    ours = EngineLM(ProcessTaskAnswerer(process), base=False, advance=lambda amount, status="": None)
     theirs = HFLM(pretrained=str(BASE), dtype="float32", device="cpu", batch_size=1)
     asked = [Instance("loglikelihood_rolling", {}, (f"The mayor of {town} is Leon Lake.",), 0) for town in TOWNS]
     expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
@@ -119,7 +105,7 @@ def test_the_vocabulary_is_not_resized(tasks: Path, host: EngineHost, demo_run: 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = HarnessOptions(("island_choice",), tasks)
+    options = HarnessOptions(("island_choice",), str(tasks))
     run = run_tasks(host, peft_model(demo_run.adapter), options, find_tasks(options), Silent())
     _, theirs = by_its_own_backend(tasks, ["island_choice"], peft=str(demo_run.adapter))
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
@@ -153,6 +139,26 @@ def test_tasks_by_name(tasks: Path, demo_run: Run, tmp_path: Path) -> None:
         api.evaluate(demo_run.path, task="island_choise", task_folder=tasks)
     with pytest.raises(UsageError, match="--shots: for --task"):
         api.evaluate(demo_run.path, shots=1)
+
+
+def test_a_base_is_asked_once(
+    tasks: Path, demo_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """The second time its answers are known, as far as it is asked the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def ask(name: str, limit: int) -> api.EvaluationResult:
+        words = {"task": "island_choice", "task_folder": tasks, "limit": limit, "out": tmp_path / name}
+        return api.evaluate(demo_run.path, against="base", **words)  # type: ignore[arg-type]
+
+    done, again, more = ask("a", 3), ask("b", 3), ask("c", 4)
+    assert [[row.cached for row in result.report.subjects] for result in (done, again, more)] == [
+        [False, False], [False, True], [False, False],
+    ]  # fmt: skip
+    first, second = (read_items(result.records[1].with_suffix(".jsonl")) for result in (done, again))
+    assert first == second and done.report.suite_sha256 == again.report.suite_sha256 != more.report.suite_sha256
+    with pytest.raises(UsageError, match="word_perplexity, expected one of each row"):
+        api.evaluate(demo_run.path, task="island_text", task_folder=tasks)
 
 
 def test_tasks_that_ask_what_was_trained_on(demo_run: Run, tmp_path: Path) -> None:

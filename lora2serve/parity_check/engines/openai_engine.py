@@ -27,6 +27,7 @@ from lora2serve.system.json_values import Json, JsonValue, at, objects
 
 AT_ONCE = 16  # requests under way
 TOPS = (256, 20, 5)  # likeliest tokens to ask for: more than most servers grant, vLLM's default limit, OpenAI's
+MOST_STOPS = 4  # words that end a text: as many as OpenAI's API takes
 PATIENCE = 120.0  # seconds that the server may be silent
 WAITS = (1.0, 4.0)  # seconds before a busy server is asked again
 REFUSED = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)  # it does not take the request as it is
@@ -102,6 +103,17 @@ class OpenAI:
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda ids: self._continue(list(ids), new_tokens), prompts))
+
+    def continue_text(self, text: str, new_tokens: int, stops: Sequence[str]) -> str:
+        """The likeliest continuation in words, without the tokenizer; it may end before the first of ``stops``."""
+        body: dict[str, object] = {
+            "model": self.model, "prompt": text, "max_tokens": new_tokens, "temperature": 0,
+        }  # fmt: skip
+        body |= {"stop": list(stops[:MOST_STOPS])} if stops else {}
+        said = at(self._ask("POST", "/v1/completions", body), "choices", 0, "text")
+        if not isinstance(said, str):
+            raise InvalidAnswer(f"{self.root}/v1/completions: an answer without text")
+        return said
 
     def reply(self, messages: Messages, options: AnswerOptions, say: Say) -> End:
         """As ``ChatEngine``; what the options leave open is the server's."""

@@ -1,0 +1,126 @@
+"""Rows of standard tasks before a model answers them: how many there are, and whether they are still the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora2serve.errors import EngineError, Lora2ServeError, UsageError, did_you_mean, first_line
+from lora2serve.evaluation.harness_options import HarnessOptions
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+PREFERRED = ("acc", "exact_match", "f1", "mcc", "pass@1", "prompt_level_strict_acc")  # of a task with several figures
+FEWEST_WORDS = 4  # of a text by which a row is known again
+ELSEWHERE = (
+    "dataset_path",
+    "dataset_kwargs",
+    "metadata",
+)  # of a task's settings: where its rows are, not what is asked
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function in this process
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """One task. ``rows`` are JSON; ``texts`` those of each by which it is known again, and ``settings`` the task's."""
+
+    name: str
+    metric: str  # the figure that its score is
+    rows: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...]
+    settings: str
+
+
+def find_tasks(options: HarnessOptions) -> TaskManager:
+    """The harness's tasks; UsageError for one that it does not have."""
+    from lm_eval.tasks import TaskManager
+
+    if options.include and not Path(options.include).is_dir():
+        raise UsageError(f"--task-folder {options.include}: no such folder")
+    if options.include:  # the harness lists its own 14,000 in twenty seconds
+        alone = TaskManager(include_path=options.include, include_defaults=False)
+        if set(options.tasks) <= set(alone.all_subtasks):  # of a group some may be the harness's
+            return alone
+    manager = TaskManager(include_path=options.include or None)
+    known = list(manager.all_tasks)
+    for task in options.tasks:
+        if task not in known:
+            raise UsageError(f"--task {task}: no such task{did_you_mean(task, known)}", "`lm-eval ls tasks` lists them")
+    return manager
+
+
+def read_task_rows(options: HarnessOptions, manager: TaskManager) -> list[TaskRows]:
+    """Of each task, those of groups one by one; as far as ``limit`` goes.
+
+    UsageError for a task whose figure is none of each row, EngineError where its data set is not here.
+    """
+    with harness_errors():
+        loaded = manager.load(list(options.tasks))["tasks"]
+        return [_task_rows(name, task, options.limit) for name, task in loaded.items()]
+
+
+def questions_sha256(
+    options: HarnessOptions, tasks: Sequence[TaskRows], numbers: Mapping[str, Sequence[int]] | None = None
+) -> str:
+    """Of what is asked, and how; ``numbers``: only these rows of each task."""
+    rows = {
+        task.name: [task.settings, *(task.rows[n] for n in (numbers[task.name] if numbers else range(len(task.rows))))]
+        for task in tasks
+    }
+    content = json.dumps([rows, {task.name: task.metric for task in tasks}, options.shots, options.chat])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def texts_of(value: object) -> Iterator[str]:
+    """The texts of a row that are long enough to be known again."""
+    if isinstance(value, str) and len(value.split()) >= FEWEST_WORDS:
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_of(item)
+
+
+@contextmanager
+def harness_errors() -> Iterator[None]:
+    """What the harness raises, as ours: its data sets come from the Hub, and raise what they like."""
+    try:
+        yield
+    except Lora2ServeError:
+        raise
+    except Exception as error:
+        hint = "its data set must be here: HF_HUB_OFFLINE, or no network" if "ffline" in str(error) else ""
+        raise EngineError(f"lm-eval: {type(error).__name__}: {first_line(error)}", hint) from error
+
+
+def _task_rows(name: str, task: Task, limit: int | None) -> TaskRows:
+    metric, docs = _figure(name, task), list(islice(task.eval_docs, limit))
+    settings = {key: value for key, value in task.dump_config().items() if key not in ELSEWHERE}
+    return TaskRows(
+        name, metric, tuple(_plain(doc) for doc in docs), tuple(tuple(texts_of(doc)) for doc in docs),
+        _plain([task.VERSION, settings]),
+    )  # fmt: skip
+
+
+def _figure(name: str, task: Task) -> str:
+    """As ``harness_tasks`` takes it once there are answers."""
+    kinds: dict[str, bool] = task.higher_is_better() or {}
+    figure = next((known for known in PREFERRED if known in kinds), next(iter(kinds), ""))
+    if not kinds.get(figure):
+        raise UsageError(
+            f"--task {name}: {figure or 'no figure'}, expected one of each row, of which more is better",
+            f"such as {', '.join(PREFERRED[:3])}",
+        )
+    return figure
+
+
+def _plain(value: object) -> str:
+    return ADDRESS.sub("", json.dumps(value, sort_keys=True, ensure_ascii=False, default=str))
