@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lora2serve.cli.options import Choice, Command, GroupedOption, complete_runs, json_option, progress
+from lora2serve.cli.options import Choice, Command, GroupedOption, complete_runs, json_option, names, progress
 
 if TYPE_CHECKING:
     from lora2serve.sweeping.sweep_recipe import SweepResult
@@ -17,6 +18,7 @@ EXAMPLES = [
     ("lora2serve sweep demo --fraction 0.3", "search on 30 % of the rows; the front again on all"),
     ("lora2serve sweep --budget 6h --constraint memory", "six hours, and the least memory that is good enough"),
     ("lora2serve sweep --suite medqa.yaml", "the best by its answers to a suite of yours, not by its loss"),
+    ("lora2serve sweep --task medmcqa --limit 200", "the same by tasks of lm-evaluation-harness"),
     ("lora2serve sweep --space space.yaml --jobs 2", "your own lists of values; two trials at a time"),
     ("lora2serve sweep --storage postgresql://db/sweeps", "other machines may join"),
     ("lora2serve sweep --join sweeps/demo/sweep.db", "one more worker of that sweep"),
@@ -54,13 +56,32 @@ EXAMPLES = [
     show_default=True,
     help="A change that is none: of the loss, as a share; of scores, 0.01 is a point.",
 )
-@click.option(
-    "--suite",
-    metavar="FILE|held-out",
-    help="Judge by the scores of this suite, or of the answers to held-out rows, instead of the eval loss.",
-)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field: train.steps=100.")
 @click.option("--name", help="Of the folder under sweeps/ (default: the recipe's name).")
+@click.option(
+    "--suite", metavar="FILE|held-out", cls=GroupedOption, group="Quality",
+    help="Judge by the scores of this suite, or of the answers to held-out rows, instead of the eval loss.",
+)  # fmt: skip
+@click.option(
+    "--task", "tasks", metavar="NAMES", callback=names, cls=GroupedOption, group="Quality",
+    help="Judge by the scores of tasks of lm-evaluation-harness: arc_easy,medmcqa.",
+)  # fmt: skip
+@click.option(
+    "--task-folder", metavar="FOLDER", type=click.Path(path_type=Path), cls=GroupedOption, group="Quality",
+    help="More tasks for --task, in YAML.",
+)  # fmt: skip
+@click.option(
+    "--shots", type=click.IntRange(min=0), metavar="N", cls=GroupedOption, group="Quality",
+    help="--task: examples before each question.",
+)  # fmt: skip
+@click.option(
+    "--chat", is_flag=True, cls=GroupedOption, group="Quality",
+    help="--task: write questions by the chat template, as it is served.",
+)  # fmt: skip
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", cls=GroupedOption, group="Quality",
+    help="--task: only the first N rows of each.",
+)  # fmt: skip
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -101,8 +122,9 @@ EXAMPLES = [
 @click.pass_context
 def sweep(
     ctx: click.Context, recipe: str | None, constraint: str, budget: str | None, fraction: float, space: str | None,
-    margin: float, suite: str | None, overrides: tuple[str, ...], name: str | None, jobs: int | None, gpu: str,
-    storage: str | None, join: str | None, on: str | None, as_json: bool,
+    margin: float, suite: str | None, tasks: tuple[str, ...], task_folder: Path | None, shots: int | None, chat: bool,
+    limit: int | None, overrides: tuple[str, ...], name: str | None, jobs: int | None, gpu: str, storage: str | None,
+    join: str | None, on: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Find the learning rate, the layers and the rank for RECIPE by short trainings, and recommend a recipe.
 
@@ -115,8 +137,8 @@ def sweep(
 
     result = run(
         recipe, space=space, budget=budget, fraction=fraction, jobs=jobs, constraint=constraint, margin=margin,  # type: ignore[arg-type]
-        suite=suite, name=name, storage=storage, join=join, gpu=gpu, on=on or "", overrides=overrides,
-        progress=progress(ctx),
+        suite=suite, task=tasks, task_folder=task_folder, shots=shots, chat=chat, limit=limit, name=name,
+        storage=storage, join=join, gpu=gpu, on=on or "", overrides=overrides, progress=progress(ctx),
     )  # fmt: skip
     if as_json:
         console.result_json(result.report.to_json())

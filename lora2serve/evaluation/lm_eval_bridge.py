@@ -120,7 +120,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             until, new_tokens = settings.get("until") or [], int(settings.get("max_gen_toks") or NEW_TOKENS)
             stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
             if self._only_text:
-                text = self._engine.continue_words(str(context), self._chats.get(context, []), new_tokens, stops)
+                turns = self._chats.get(str(context), [])
+                text = self._engine.continue_words(str(context), turns, new_tokens, stops)
             else:
                 ids = self.tok_encode(str(context))[-max(1, self._longest - new_tokens) :]
                 text = self._engine.continue_text(ids, new_tokens, self._base)

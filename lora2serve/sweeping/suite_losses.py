@@ -1,4 +1,4 @@
-"""What is missing of a suite's scores: a trial's adapter, or the base, answers in transformers and PEFT."""
+"""What is missing of scores on a suite or tasks: a trial's adapter, or the base, answers in transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora2serve.artifacts.run_record import QuantizationRecord
 from lora2serve.config.recipe import Recipe
 from lora2serve.data.base_template import base_template
-from lora2serve.evaluation.answer_worker import AnswerWorker
+from lora2serve.evaluation.harness_worker import HarnessWorker
 from lora2serve.evaluation.suite import Suite
 from lora2serve.evaluation.suite_run import ask_all
 from lora2serve.parity_check.chat_models import BASE, ChatModel, of_trained
@@ -22,15 +22,16 @@ from lora2serve.system import scratch
 from lora2serve.weights.checkpoint import read_config
 
 if TYPE_CHECKING:
+    from lora2serve.sweeping.sweep_tasks import TaskPart
     from lora2serve.system.worker_protocol import Link
 
 
-def suite_losses(link: Link, model: ChatModel, suite: Suite) -> RowLoss:
+def suite_losses(link: Link, model: ChatModel, suite: Suite | TaskPart) -> RowLoss:
     """Of each item 1 - score, as ``lora2serve evaluate`` scores that model."""
     return _losses(link, model, [suite])[0]
 
 
-def base_losses(link: Link, recipe: Recipe, base: Path, suites: Sequence[Suite]) -> list[RowLoss]:
+def base_losses(link: Link, recipe: Recipe, base: Path, suites: Sequence[Suite | TaskPart]) -> list[RowLoss]:
     """The same of the base, quantized as trainings will have it, with the recipe's chat template."""
     if not suites:
         return []
@@ -41,9 +42,9 @@ def base_losses(link: Link, recipe: Recipe, base: Path, suites: Sequence[Suite])
         return _losses(link, replace(chat, options={**chat.options, "tokenizer": folder}), suites)
 
 
-def _losses(link: Link, model: ChatModel, suites: Sequence[Suite]) -> list[RowLoss]:
+def _losses(link: Link, model: ChatModel, suites: Sequence[Suite | TaskPart]) -> list[RowLoss]:
     _free()  # the model that was trained
-    worker = AnswerWorker(link, model.engine, model.options)
+    worker = HarnessWorker(link, model.engine, model.options)
     try:
         version = worker.about()["version"]
         return [_of_suite(worker, version, model, suite) for suite in suites]
@@ -53,7 +54,9 @@ def _losses(link: Link, model: ChatModel, suites: Sequence[Suite]) -> list[RowLo
         _free()
 
 
-def _of_suite(worker: AnswerWorker, version: str, model: ChatModel, suite: Suite) -> RowLoss:
+def _of_suite(worker: HarnessWorker, version: str, model: ChatModel, suite: Suite | TaskPart) -> RowLoss:
+    if not isinstance(suite, Suite):
+        return suite.losses(worker, version, model)
     measured = ask_all(worker, version, model, suite, Silent())
     losses = tuple(1 - item.score for item in measured.items)
     return RowLoss(losses, (1,) * len(losses), scored=True, groups=tuple(measured.groups() or ()))

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lora2serve.artifacts.json_record import JsonRecord
+from lora2serve.evaluation.harness_options import HarnessOptions
 
 NAMES = {"acc": "accuracy", "f1": "F1", "judge": "judge's score"}  # of a suite's figures; all others are scores
 
 
 @dataclass(frozen=True)
 class Quality(JsonRecord):
-    """``suite`` is its name, empty for the eval loss; ``metric`` what the mean of its scores is called.
+    """``suite`` is its name, empty for the eval loss; ``metric`` what the mean of its scores is called. Where it is
+    tasks of lm-evaluation-harness, ``harness`` says which.
 
     Both sha256 are those of the part that every trial answers, and of the part that no trial has seen until the end.
     """
@@ -28,11 +30,17 @@ class Quality(JsonRecord):
     path: str = ""  # of its file, absolute; empty for the sweep's own held-out rows
     search_sha256: str = ""
     final_sha256: str = ""
+    harness: HarnessOptions | None = None
 
     @property
     def of_suite(self) -> bool:
         """Whether it is a suite's scores."""
         return bool(self.suite)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Files and folders that whoever joins must have."""
+        return tuple(place for place in (self.path, self.harness.include if self.harness else "") if place)
 
     @property
     def noun(self) -> str:

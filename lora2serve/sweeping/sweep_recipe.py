@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora2serve.api.export_request import words
 from lora2serve.api.train_run import settings
 from lora2serve.artifacts.run import Run
 from lora2serve.config import recipe as recipes
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.console import default_progress
 from lora2serve.errors import SweepError, UsageError
+from lora2serve.evaluation.harness_options import HarnessOptions, harness_options
 from lora2serve.progress import Progress
 from lora2serve.sweeping.constraint_choice import CONSTRAINTS, Constraint
 from lora2serve.sweeping.search_plan import SearchPlan
@@ -38,8 +40,10 @@ def sweep(
     recipe: str | Path | None = None, *,
     space: str | Path | None = None, budget: str | int | None = None, fraction: float = 1.0, jobs: int | None = None,
     constraint: Constraint = "quality", margin: float = MARGIN, suite: str | Path | None = None,
-    name: str | None = None, storage: str | None = None, join: str | None = None, gpu: str = "", on: str = "",
-    overrides: Mapping[str, object] | Sequence[str] = (), progress: Progress | None = None,
+    task: str | Sequence[str] = (), task_folder: str | Path | None = None, shots: int | None = None,
+    chat: bool = False, limit: int | None = None, name: str | None = None, storage: str | None = None,
+    join: str | None = None, gpu: str = "", on: str = "", overrides: Mapping[str, object] | Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> SweepResult:  # fmt: skip
     """Search the learning rate, the adapted layers and the rank of ``recipe``; the same call continues a sweep.
 
@@ -56,6 +60,7 @@ def sweep(
     gpu: a GPU's name or GiB: trials must fit into that, instead of what this machine has.
     suite: by whose scores trials are judged, instead of by the eval loss: a YAML file or a file of rows, as for
         ``evaluate``, or "held-out" for the answers to the held-out rows. Half of its items are for the end.
+    task, task_folder, shots, chat, limit: tasks of lm-evaluation-harness instead of a suite, as for ``evaluate``.
     on: "ray" for tasks of a Ray cluster, instead of children of this process.
     overrides: fields of the recipe, as for ``train``.
 
@@ -64,21 +69,36 @@ def sweep(
     """
     progress = progress or default_progress()
     _refuse(constraint, jobs, fraction, margin, name)
+    harness = _harness(words(task, "task"), task_folder, shots, chat, limit, suite)
     if join is not None:
-        if recipe is not None or overrides or space or storage or suite is not None:
-            raise UsageError(
-                "--join takes recipe, space, rows and suite from the sweep that it joins", "leave the others out"
-            )
+        _refuse_beside_join(recipe, overrides, space, storage, suite, harness)
         loop = joined(join, name, jobs, on, progress)
     else:
         trials, seconds = read_budget(None if budget is None else str(budget))
-        request = SweepRequest(
+        loop = started(SweepRequest(
             recipe=recipes.find(str(recipe) if recipe else None), space=Path(space) if space else None, trials=trials,
             seconds=seconds, fraction=fraction, jobs=jobs, margin=margin, name=name, storage=storage, gpu=gpu, on=on,
-            overrides=tuple(settings(overrides)), suite=None if suite is None else str(suite),
-        )  # fmt: skip
-        loop = started(request, progress)
+            overrides=tuple(settings(overrides)), suite=None if suite is None else str(suite), harness=harness,
+        ), progress)  # fmt: skip
     return _result(loop.run(), loop.files, loop.ledger.facts, constraint)
+
+
+def _harness(
+    tasks: tuple[str, ...], folder: str | Path | None, shots: int | None, chat: bool, limit: int | None,
+    suite: str | Path | None,
+) -> HarnessOptions | None:  # fmt: skip
+    """The tasks to judge by; a suite is split whole."""
+    harness = harness_options(tasks, folder, shots, chat, limit, suite)
+    if limit is not None and not harness:
+        raise UsageError(f"--limit {limit}: for --task")
+    return harness
+
+
+def _refuse_beside_join(*given: object) -> None:
+    if any(given):
+        raise UsageError(
+            "--join takes recipe, space, rows, suite and tasks from the sweep that it joins", "leave the others out"
+        )
 
 
 def _refuse(constraint: str, jobs: int | None, fraction: float, margin: float, name: str | None) -> None:

@@ -17,6 +17,7 @@ from lora2serve.config.recipe import Recipe, dump
 from lora2serve.data import data_sets
 from lora2serve.data.data_sets import DataSets
 from lora2serve.errors import Lora2ServeError, UsageError, did_you_mean
+from lora2serve.evaluation.harness_options import HarnessOptions
 from lora2serve.hub import pin_data
 from lora2serve.progress import Progress
 from lora2serve.registry.location import MOUNTS, SHARED, file_system
@@ -60,6 +61,7 @@ class SweepRequest:
     on: str
     overrides: tuple[str, ...]
     suite: str | None = None
+    harness: HarnessOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def started(request: SweepRequest, progress: Progress) -> SweepLoop:
     space = read_space(request.space, request.recipe, request.overrides)
     check_libraries(recipe.train.quantize)
     sets = data_sets.load(recipe.data, pin_data)
-    quality = suite_quality(request.suite, sets, progress) if request.suite is not None else EVAL_LOSS
+    quality = _quality(request, sets, progress)
     if sets.held_out or not quality.of_suite:
         split_held_out(sets)  # refused before anything is fetched
     place, jobs = place_of(request.on, request.jobs)
@@ -133,6 +135,16 @@ def started(request: SweepRequest, progress: Progress) -> SweepLoop:
     return _loop(ledger, files, planner, place, base, jobs, progress)
 
 
+def _quality(request: SweepRequest, sets: DataSets, progress: Progress) -> Quality:
+    """By what the sweep judges; what is wrong with a suite or a task is raised."""
+    if request.harness:
+        from lora2serve.sweeping.sweep_tasks import task_quality
+
+        progress.note(f"{request.harness.name}: looking for its rows")
+        return task_quality(request.harness, sets, progress)
+    return EVAL_LOSS if request.suite is None else suite_quality(request.suite, sets, progress)
+
+
 def joined(location: str, name: str | None, jobs: int | None, on: str, progress: Progress) -> SweepLoop:
     """One more worker of a sweep that was begun elsewhere; its folder must be here, too."""
     location = location if "://" in location else str(Path(location).absolute())
@@ -143,8 +155,9 @@ def joined(location: str, name: str | None, jobs: int | None, on: str, progress:
             f"{facts.folder}: not on this machine, and the sweep {facts.name} has its rows and runs there",
             "begin the sweep in a folder that all machines share",
         )
-    if facts.quality.path and not Path(facts.quality.path).is_file():
-        raise UsageError(f"{facts.quality.path}: not on this machine, and the sweep {facts.name} judges by it", "")
+    for needed in facts.quality.places:
+        if not Path(needed).exists():
+            raise UsageError(f"{needed}: not on this machine, and the sweep {facts.name} judges by it", "")
     recipe = recipes.load(files.recipe)
     place, count = place_of(on, jobs)
     planner = trial_planner(recipe, facts.gpu, count, progress)
@@ -193,7 +206,7 @@ def _created(prepared: _Prepared, place: TrialPlace, base: Path, progress: Progr
     shown = without_credentials(prepared.location)
     progress.note(f"sweep {prepared.name}: measuring the base; others may work on it, too, by --join {shown}")
     quality = prepared.quality
-    if quality.of_suite and not quality.path:
+    if quality.of_suite and not (quality.path or quality.harness):
         quality = of_written_rows(files, progress)
     measured = _measured(prepared, quality, place, base)
     search, final = measured[-2:]

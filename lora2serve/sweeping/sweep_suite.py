@@ -1,15 +1,16 @@
-"""The suite that a sweep judges by: one part for all trials, and one for the end, which no trial has seen."""
+"""What a sweep judges by instead of a loss: one part for all trials, and one for the end, which no trial has seen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from lora2serve.config.recipe import HELD_OUT_ROWS
 from lora2serve.data.data_sets import DataSets
 from lora2serve.errors import InputError, UsageError, did_you_mean
+from lora2serve.evaluation.harness_options import HarnessOptions
 from lora2serve.evaluation.overlap import compare, questions
 from lora2serve.evaluation.suite import Suite, read_suite
 from lora2serve.evaluation.suite_run import metric_names
@@ -17,16 +18,22 @@ from lora2serve.progress import Progress
 from lora2serve.sweeping.sweep_quality import Quality
 from lora2serve.sweeping.trial_files import FEWEST_HELD_OUT, TrialFiles, halves
 
+if TYPE_CHECKING:
+    from lora2serve.sweeping.sweep_tasks import TaskPart
+
 Part = Literal["search", "final"]
 PARTS: tuple[Part, Part] = ("search", "final")
 
 
 class SuiteOrder(TypedDict):
-    """Which items are to be answered: of a suite's file, or of a file of rows that is this ``part`` already."""
+    """Which items are to be answered: of a suite's file or of tasks (``harness``, a ``HarnessOptions``) this ``part``,
+    or all of a file of rows that is the part already.
+    """
 
     path: str
     part: Part | None
     sha256: str  # of the part
+    harness: Mapping[str, object] | None
 
 
 def suite_quality(named: str, sets: DataSets, progress: Progress) -> Quality:
@@ -76,14 +83,20 @@ def suite_order(quality: Quality, files: TrialFiles, part: Part) -> SuiteOrder |
     if not quality.of_suite:
         return None
     sha256 = quality.search_sha256 if part == "search" else quality.final_sha256
-    if quality.path:
-        return SuiteOrder(path=quality.path, part=part, sha256=sha256)
+    harness = quality.harness.to_json() if quality.harness else None
+    if quality.path or harness:
+        return SuiteOrder(path=quality.path, part=part, sha256=sha256, harness=harness)
     rows = files.search_rows if part == "search" else files.final_rows
-    return SuiteOrder(path=str(rows), part=None, sha256=sha256)
+    return SuiteOrder(path=str(rows), part=None, sha256=sha256, harness=None)
 
 
-def read_part(order: SuiteOrder) -> Suite:
+def read_part(order: SuiteOrder) -> Suite | TaskPart:
     """Those items; InputError where they are others than when the sweep began."""
+    if order["harness"] is not None:
+        from lora2serve.sweeping.sweep_tasks import read_task_part
+
+        options = HarnessOptions.from_json(order["harness"], "tasks")
+        return read_task_part(options, final=order["part"] == "final", sha256=order["sha256"])
     suite = read_suite(Path(order["path"]))
     if order["part"]:
         suite = split_suite(suite)[order["part"] == "final"]

@@ -128,14 +128,14 @@ def split_held_out(sets: DataSets) -> tuple[list[Row], list[Row]]:
     return [rows[number] for number in search], [rows[number] for number in final]
 
 
-def halves(keys: Sequence[str]) -> tuple[list[int], list[int]]:
+def halves(keys: Sequence[str], most: int = MOST_SEARCH_ROWS) -> tuple[list[int], list[int]]:
     """The numbers of those for the search, and of those that stay unseen; what has the same key stays together."""
     together: dict[str, list[int]] = {}
     for number, key in enumerate(keys):
         together.setdefault(key, []).append(number)
     units, search = list(together.values()), list[int]()
     random.Random(0).shuffle(units)
-    most = min(MOST_SEARCH_ROWS, len(keys) // 2)
+    most = min(most, len(keys) // 2)
     for unit in units:
         search += unit if len(search) + len(unit) <= most else []
     return sorted(search), sorted(set(range(len(keys))) - set(search))
