@@ -258,6 +258,30 @@ def test_stopped_and_resumed(recipe_folder: Path, tmp_path: Path, number: int) -
 
 
 @pytest.mark.slow
+def test_killed_and_resumed(tmp_path: Path, base: Path, data: dict[str, str]) -> None:
+    """Nothing more is saved: from its last checkpoint on each ends as an unbroken run."""
+    files = write(tmp_path / "alone", base, data, "ab", quantize="none", steps=60, eval_steps=5)
+    for file in files:
+        fit(file)
+        content = {"name": file.parent.name, **yaml.safe_load(file.read_text())}
+        (tmp_path / f"{file.parent.name}.yaml").write_text(yaml.safe_dump(content))
+    child = RunningCommand(["train", "a.yaml", "b.yaml", "--share-base"], tmp_path)
+    runs = [Run(tmp_path / "runs" / name) for name in "ab"]
+    deadline = time.monotonic() + 300
+    while not all(run.has_checkpoint for run in runs):
+        assert not child.ended, child.end()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.end(60).returncode == -signal.SIGKILL
+    assert not any(run.adapter.exists() for run in runs), "the control: they were not at their end"
+    done = run_command(["train", "--share-base", "--resume", "runs/a", "runs/b"], tmp_path)
+    assert (done.returncode, done.stdout) == (0, "runs/a\nruns/b\n"), done.stderr
+    for run in runs:
+        assert_same(run, alone(tmp_path, run.path.name))
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_them_at_once(recipe_folder: Path, tmp_path: Path) -> None:
     """In a step, too; what has no checkpoint leaves nothing."""
     files = [str(recipe_folder / f"{name}.yaml") for name in "ab"]
