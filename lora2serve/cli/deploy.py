@@ -44,7 +44,6 @@ def read_weights(ctx: click.Context, parameter: click.Parameter, text: str | Non
         ("lora2serve deploy k8s bundle --store pvc://models > k8s.yaml", ""),
         ("lora2serve deploy ray bundle --store s3://bucket/models -- --max-model-len 8192", ""),
         ("lora2serve deploy llm-d towns@champion towns@staging --weights 90,10 --pool vllm", "a route to two versions"),
-        ("lora2serve deploy train slurm --gpus 4 > train.sh", "a training, not a server: `deploy train -h`"),
     ],
 )
 @click.argument("kind", type=Kind(KINDS))
@@ -70,7 +69,8 @@ def deploy(
 
     KIND is compose (Docker), k8s (plain Kubernetes), production-stack, kserve or ray. Or it is a route to versions of
     the registry, which are served as NAME-7: llm-d and litellm split what asks for NAME over them, argo is an analysis
-    that ends with the verdict of the gateway's trial. `deploy train` prints the job of a training instead.
+    that ends with the verdict of the gateway's trial. `lora2serve deploy train` prints the job of a
+    training instead.
     """
     from lora2serve import console
     from lora2serve.api import deploy_server
