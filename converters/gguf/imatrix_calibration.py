@@ -16,6 +16,7 @@ from converters.gguf.row_map import RowMap, RowMaps
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.progress import Progress
+from lora2serve.weights.language_model import load_language_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,14 +77,13 @@ def calibrate(
 def _load(model: ExportModel) -> Module:
     """The base in float32 with the adapter in PEFT's own layers."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     count = len(model.lineage.adapters)
     if count > 1:
         raise ExportError(f"--calibrate: {count} adapters, expected one", "give --imatrix FILE")
-    base = AutoModelForCausalLM.from_pretrained(model.lineage.base.path, dtype=torch.float32)
+    base = load_language_model(model.lineage.base.path, dtype=torch.float32)
     if model.adapter is None:
         plain: Module = base.eval()
         return plain

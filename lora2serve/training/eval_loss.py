@@ -20,6 +20,7 @@ from lora2serve.training.model import Device
 from lora2serve.training.new_rows import grow
 from lora2serve.training.student_t import student_t
 from lora2serve.training.tiled_head import token_losses
+from lora2serve.weights.language_model import load_language_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -127,7 +128,6 @@ def on_original(
     vocabulary: rows that the adapter's tokens need at least.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     needed = sum(path.stat().st_size for path in base.glob("*.safetensors")) * (2 if device.dtype == "float32" else 1)
     if not ranks.all_agree(needed * 1.2 <= _free_memory(device)):
@@ -136,7 +136,7 @@ def on_original(
         )
         return None
     placement = {"device_map": {"": 0}} if device.on_gpu else {}
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, device.dtype), **placement)
+    model = load_language_model(base, dtype=getattr(torch, device.dtype), **placement)
     grow(model, vocabulary)
     return evaluate(load_adapter(model, adapter), rows, pad, batch, progress, "eval on the original base")
 

@@ -26,6 +26,7 @@ from lora2serve.training.fake_weights import materialize, quantize
 from lora2serve.training.method_config import adapter_config
 from lora2serve.training.model import add_adapter, four_bit, prepare
 from lora2serve.training.storage_tracker import StorageTracker
+from lora2serve.weights.language_model import weightless_language_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -207,10 +208,8 @@ def _few_layers(config: PretrainedConfig) -> int:
 
 def _skeleton(config: PretrainedConfig, recipe: TrainRecipe, dtype: ComputeType) -> PreTrainedModel:
     """The class that training loads, on the meta device, its linear layers replaced where it is quantized."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+        model = weightless_language_model(config, dtype=getattr(torch, dtype))
     return quantize(model, four_bit(recipe, dtype)) if recipe.quantize != "none" else model
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
 
-OTHER_TOWERS = ("vision", "visual", "audio")
+# What sees and hears, and what leads from there into the language model.
+OTHER_TOWERS = ("vision", "visual", "audio", "image", "multi_modal", "connector")
 READ_PAST = ("out_proj", "dt_proj")  # of a state space: its weight goes to a kernel, or PEFT refuses it
 
 
@@ -37,7 +38,8 @@ def targets(model: PreTrainedModel, preset: str | Sequence[str], key: str = "tra
         refuse_unknown(key, preset, _adaptable(model))
         _refuse_head(model, preset, key)
         return list(preset)
-    paths = linear_modules(model)
+    towers = re.compile(other_towers(model) or r"(?!)")  # excluded by name, and with other names than layers have
+    paths = [path for path in linear_modules(model) if not towers.fullmatch(path)]
     chosen = preset_modules(preset, paths, attention_modules(model, paths))
     if not chosen:
         leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})

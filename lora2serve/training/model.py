@@ -23,6 +23,7 @@ from lora2serve.training.new_rows import start_rows, trained_rows
 from lora2serve.weights.bnb.cpu import use_plain_cpu_kernels
 from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.checkpoint import read_config
+from lora2serve.weights.language_model import load_language_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
@@ -75,7 +76,6 @@ def load_base(path: Path, recipe: TrainRecipe, device: Device, *, sharded: bool 
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     options: dict[str, object] = {"dtype": getattr(torch, device.dtype)}
     if recipe.quantize != "none":
@@ -85,7 +85,7 @@ def load_base(path: Path, recipe: TrainRecipe, device: Device, *, sharded: bool 
     if device.on_gpu:
         options["device_map"] = {"": "cpu" if sharded else 0}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), **options)
+        model = load_language_model(path, **options)
     except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise TrainError(
             f"{path}: no causal language model that transformers can load ({first_line(error)})",

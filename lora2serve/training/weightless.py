@@ -19,6 +19,7 @@ from lora2serve.training.method_config import adapter_config
 from lora2serve.training.model import Device, section_of
 from lora2serve.training.new_rows import grow
 from lora2serve.weights.checkpoint import read_config
+from lora2serve.weights.language_model import weightless_language_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
@@ -149,8 +150,6 @@ def weightless_model(base: Path) -> PreTrainedModel | None:
 def weightless_of(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of a config, on the meta device."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        return model
+        return weightless_language_model(config)

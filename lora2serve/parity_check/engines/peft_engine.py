@@ -23,6 +23,7 @@ from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
 from lora2serve.weights.bnb.library import import_quietly
 from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.dequantize import Dequantized
+from lora2serve.weights.language_model import load_language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,7 @@ class Peft(Transformers):
         import peft
         import torch
         import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         quiet(threads)
         device_name = device()
@@ -63,7 +64,7 @@ class Peft(Transformers):
         if quantization:
             import_quietly()
             options |= _quantized(base, quantization)
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model = load_language_model(base, **options)
         if quantization:
             _check_modules(model, [*quantization["modules"], *quantization.get("experts", ())])
             if "quantization_config" in options and trained_on not in (None, device_name):

@@ -12,6 +12,7 @@ from typing import Any
 from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
 from lora2serve.parity_check.engines.chat_engine import LONGEST_ANSWER, AnswerOptions, End, Say, TokenText, prompt
 from lora2serve.training.generation import greedy, stop_ids, stream
+from lora2serve.weights.language_model import load_language_model
 
 
 class Transformers:
@@ -25,7 +26,7 @@ class Transformers:
     def __init__(self, model: str, threads: int | None = None, *, as_served: bool = False) -> None:
         import torch
         import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         quiet(threads)
         device_name = device()
@@ -33,7 +34,7 @@ class Transformers:
         dtype = getattr(torch, self.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         options: dict[str, Any] = {"dtype": dtype, "device_map": device_name, **_decompressed(model)}
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, **options).to(dtype).eval()
+        self.model: Any = load_language_model(model, **options).to(dtype).eval()
         self.version = f"transformers {transformers.__version__} {self.dtype} {device_name}"
 
     def render(self, messages: Messages, tools: Tools = ()) -> str | None:

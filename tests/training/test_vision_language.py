@@ -1,0 +1,101 @@
+"""Models that see train their language model on text, and are exported whole: what sees keeps its bytes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import lora2serve
+from tests.support.runs import DEMO, fit, logged, recipe_file
+from tests.support.tiny import SHAPE
+
+pytestmark = pytest.mark.engine
+
+AMOUNT = {"tokens": 256, "window": 64, "long": 0, "prompts": 2, "new_tokens": 8}
+TEXT = {**{k: v for k, v in SHAPE.items() if k != "tie_word_embeddings"}, "vocab_size": 1536, "bos_token_id": None,
+        "eos_token_id": 0}  # fmt: skip
+EYES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56,
+        "patch_size": 14}  # fmt: skip
+QWEN_EYES = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "in_channels": 3,
+    "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+}  # fmt: skip
+QWEN_TOKENS = {
+    "image_token_id": 1500, "video_token_id": 1501, "vision_start_token_id": 1502, "vision_end_token_id": 1503,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}}
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": (
+        {"model_type": "qwen2_5_vl_text", **MROPE},
+        {
+            "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+                              "out_hidden_size": 64},
+            **QWEN_TOKENS,
+        },
+    ),
+    "qwen3_vl": (
+        {"model_type": "qwen3_vl_text", "head_dim": 16, **MROPE},
+        {"vision_config": {**QWEN_EYES, "deepstack_visual_indexes": [0]}, **QWEN_TOKENS},
+    ),
+    "gemma3": (
+        {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
+        {"vision_config": EYES, "mm_tokens_per_image": 4, "image_token_index": 1500, "boi_token_index": 1501,
+         "eoi_token_index": 1502},
+    ),
+    "mistral3": (
+        {"model_type": "mistral", "head_dim": 16},
+        {"vision_config": {"model_type": "pixtral", **EYES, "head_dim": 16}, "image_token_index": 1500},
+    ),
+    "llava": (
+        {"model_type": "llama"},
+        {"vision_config": {"model_type": "clip_vision_model", **EYES, "projection_dim": 32}, "image_token_index": 1500},
+    ),
+}  # fmt: skip
+
+
+def make_seeing(path: Path, kind: str) -> Path:
+    """A random model that sees, with the demo's tokenizer."""
+    import transformers
+
+    text, config = KINDS[kind]
+    torch.manual_seed(0)
+    parsed = transformers.AutoConfig.for_model(kind, text_config={**TEXT, **text}, **config)
+    model = transformers.AutoModelForImageTextToText.from_config(parsed).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / "base" / name, path / name)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_language_model_trains_and_is_exported(tmp_path: Path, chats: dict[str, str], kind: str) -> None:
+    """In 4 bits; the merged model has every gate met in transformers, and what sees is as it was."""
+    base = make_seeing(tmp_path / "base", kind)
+    file = recipe_file(tmp_path, base, chats)
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "parity": AMOUNT}))
+    run, _, _ = fit(file)
+    metrics = run.record.metrics
+    assert len(logged(run)) == 5 and metrics.tuned and metrics.base
+    assert metrics.tuned.eval_loss < metrics.base.eval_loss
+    learned = load_file(run.adapter / "adapter_model.safetensors")
+    assert learned and not [name for name in learned if "vision" in name or "visual" in name]
+    (export,) = lora2serve.export(run.path, targets="vllm", dtype="fp32", out=tmp_path / "out")
+    before, after = load_file(base / "model.safetensors"), stored(export.path)
+    eyes = [name for name in before if "vision" in name or "visual" in name]
+    assert eyes and all(torch.equal(before[name].float(), after[name].float()) for name in eyes)
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before), "the control"
+    result = lora2serve.parity(run.path, [export.path], engines=["transformers"])
+    missed = [(row.export, gate) for row in result.report.rows for gate in row.gates if gate.status != "met"]
+    assert result.met and not missed, missed
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
