@@ -15,9 +15,11 @@ def language_class(config: PretrainedConfig) -> type[AutoModelForCausalLM]:
 
     kind = type(config)
     sees = kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
-    if sees and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
-        return transformers.AutoModelForImageTextToText
-    return transformers.AutoModelForCausalLM
+    alone = sees and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    chosen: type[AutoModelForCausalLM] = (
+        transformers.AutoModelForImageTextToText if alone else transformers.AutoModelForCausalLM
+    )
+    return chosen
 
 
 def load_language_model(path: str | Path, **options: object) -> PreTrainedModel:
