@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from lora2serve.serving.deploy.jobs.job_spec import IMAGE
 from lora2serve.serving.deploy.server_spec import STORE, claim_of, label
 
 OF_KIND = {"image": ("k8s", "kubeflow"), "store": ("k8s", "kubeflow"), "gpu": ("skypilot",)}
+
+FORMS = {  # of values that go into a job as they stand
+    "gpu": (r"[A-Za-z0-9][\w.-]*", "the name of a GPU, such as H100; --gpus says how many"),
+    "image": (r"[A-Za-z0-9][\w.:/@-]*", "an image, such as registry/name:tag"),
+}
 
 
 def deploy_training(
@@ -36,11 +42,12 @@ def deploy_training(
     if nodes > 0 < gpus and rows % (nodes * gpus):
         problems.append(f"train.batch_size times accumulation: {rows} rows a step, for {nodes * gpus} processes")
     if problems:
-        raise UsageError("\n".join(problems), f"kinds: {', '.join(JOB_KINDS)}; see `lora2serve deploy train --help`")
+        kinds = "" if kind in JOB_KINDS else f"kinds: {', '.join(JOB_KINDS)}; "
+        raise UsageError("\n".join(problems), f"{kinds}see `lora2serve deploy train --help`")
     spec = JobSpec(
         name=label(loaded.name), recipe=str(file), content=recipes.dump(loaded), files=tuple(_local_files(loaded)),
-        version=__version__, nodes=nodes, gpus=gpus, gpu=gpu or "", image=image or IMAGE,
-        claim=claim_of(store or STORE),
+        version=__version__, nodes=nodes, gpus=gpus, gpu=gpu or "", image=IMAGE if image is None else image,
+        claim=claim_of(STORE if store is None else store),
     )  # fmt: skip
     return render_job(kind, spec).rstrip("\n")
 
@@ -50,8 +57,12 @@ def _problems(kind: str, given: dict[str, str | None], nodes: int, gpus: int) ->
         yield f"deploy train {kind}: unknown kind{did_you_mean(kind, JOB_KINDS)}"
         return
     for option, value in given.items():
-        if value and kind not in OF_KIND[option]:
+        if value is None:
+            continue
+        if kind not in OF_KIND[option]:
             yield f"--{option}: deploy train {kind} has no use for it, it is for {', '.join(OF_KIND[option])}"
+        elif option in FORMS and not re.fullmatch(FORMS[option][0], value, re.ASCII):
+            yield f"--{option} {value!r}: expected {FORMS[option][1]}"
     for option, count in (("nodes", nodes), ("gpus", gpus)):
         if count < 1:
             yield f"--{option} {count}: expected at least 1"

@@ -132,6 +132,22 @@ def test_all_files_of_the_recipe_are_named(recipe: Path, tmp_path: Path) -> None
         assert str(tmp_path / "suite.yaml") in first and (template in first) == named
 
 
+@pytest.mark.parametrize("kind", JOB_KINDS)
+def test_no_path_ends_a_comment(kind: str, recipe: Path, tmp_path: Path) -> None:
+    """What stands behind an end of line in a file's name is no command of the script, and no key of the YAML."""
+    name = "a\nexit 7\u2028x: 1\r\n#.jsonl"
+    (tmp_path / name).write_text("{}\n")
+    content = yaml.safe_load(recipe.read_text())
+    content["data"]["train"] = name
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
+    text = rendered(kind, tmp_path / "job.yaml", 1, 1)
+    assert r"a\nexit 7\u2028x: 1\r\n#.jsonl" in text
+    begun = text.partition("set -euo" if kind == "slurm" else "\napiVersion" if kind != "skypilot" else "\nname:")[0]
+    assert all(line.startswith("#") for line in begun.splitlines() if line), begun
+    if kind != "slurm":
+        validate(kind, list(yaml.safe_load_all(text)))
+
+
 def test_what_cannot_be(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for words, problems in (
         (("kube",), ["deploy train kube: unknown kind (did you mean 'kubeflow'?)"]),
@@ -143,6 +159,10 @@ def test_what_cannot_be(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None
         (("k8s", "--gpus", "3"), ["16 rows a step, for 3 processes"]),
         (("k8s", "--store", "s3://x"), ["--store s3://x: expected pvc://CLAIM"]),
         (("skypilot",), ["--gpu names the GPU"]),
+        (("skypilot", "--gpu", "H100:8"), ["--gpu 'H100:8': expected the name of a GPU", "--gpus says how many"]),
+        (("skypilot", "--gpu", "H100\nx: 1"), [r"--gpu 'H100\nx: 1': expected the name of a GPU"]),
+        (("k8s", "--image", "a b"), ["--image 'a b': expected an image"]),
+        (("k8s", "--store", ""), ["--store : expected pvc://CLAIM"]),
     ):
         kind, *options = words
         assert run(["deploy", "train", kind, str(recipe), *options]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lora2serve.console import printable
 from lora2serve.serving.deploy.server_spec import Document
 
 UNTRIED = "experimental: checked against its schema, never run on a cluster"
@@ -18,8 +19,8 @@ def labels(name: str) -> dict[str, str]:
 
 
 def comment(lines: Iterable[str]) -> str:
-    """The first lines of a file."""
-    return "".join(f"# {line}\n" for line in lines)
+    """The first lines of a file. Each stays one, whatever path it names: behind an end of line a shell would run it."""
+    return "".join(f"# {printable(line, line_ends=False)}\n" for line in lines)
 
 
 def as_yaml(lines: Iterable[str], documents: Sequence[Document], *, blocks: bool = False) -> str:
