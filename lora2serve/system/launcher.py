@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lora2serve.errors import UsageError
 
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+LAST_PORT = 65535
 # by which libraries would make a second group of the same processes
 HIDDEN = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
@@ -39,7 +40,8 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     def number(name: str, default: int | None = None) -> int:
         text = environment.get(name, "" if default is None else str(default))
         if not text.isdecimal():
-            problems.append(f"{name}={text}: expected a number, as a launcher sets it")
+            what = f"{name}={text}:" if name in environment else f"{name}: not set,"
+            problems.append(f"{what} expected a number, as a launcher sets it")
         return int(text) if text.isdecimal() else 0
 
     rank, processes = number("RANK"), number("WORLD_SIZE")
@@ -50,6 +52,9 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
         problems += [
             f"{name}: not set, and {processes} processes need it" for name in ADDRESS if name not in environment
         ]
+        port = environment.get("MASTER_PORT", "1")
+        if not (port.isdecimal() and 0 < int(port) <= LAST_PORT):
+            problems.append(f"MASTER_PORT={port}: expected a port from 1 to {LAST_PORT}")
     problems += [
         f"{name}: not supported; train.parallel: fsdp cuts the base into parts"
         for name in OTHERS_SHARDING

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 
 import torch
 from torch import distributed
@@ -58,12 +60,26 @@ def together(launch: Launch) -> Iterator[None]:
 def _store() -> Store:
     """Where the processes find each other."""
     try:
-        store: Store = next(rendezvous("env://", timeout=MEET))[0]
+        store = _meet()
     except (RuntimeError, ValueError) as error:
         address = ":".join(os.environ[name] for name in launcher.ADDRESS)
         message = f"{address}: the processes of this training do not meet there ({first_line(error)})"
         raise TrainError(message, "start all of them, with one MASTER_ADDR and MASTER_PORT; torchrun does") from error
     return store
+
+
+def _meet() -> Store:
+    """Waits in another thread: torch looks at no signal before all are there, and Ctrl-C would do nothing till then."""
+    met: Future[Store] = Future()
+
+    def wait() -> None:
+        try:
+            met.set_result(next(rendezvous("env://", timeout=MEET))[0])
+        except Exception as error:
+            met.set_exception(error)
+
+    Thread(target=wait, daemon=True).start()  # a pool's thread would be waited for when this process is to end
+    return met.result()
 
 
 def _take_gpu(launch: Launch) -> None:

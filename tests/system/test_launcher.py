@@ -25,8 +25,10 @@ def test_what_launchers_set() -> None:
     ("environment", "problems"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR: not set, and 2 processes need it", "MASTER_PORT: not set"]),
-        ({"WORLD_SIZE": "2", **MEETING}, ["RANK=: expected a number"]),
+        ({"WORLD_SIZE": "2", **MEETING}, ["RANK: not set, expected a number"]),
         ({"RANK": "x", "WORLD_SIZE": "-1"}, ["RANK=x: expected a number", "WORLD_SIZE=-1: expected a number"]),
+        ({"RANK": "0", "WORLD_SIZE": "2", **MEETING, "MASTER_PORT": "abc"}, ["MASTER_PORT=abc: expected a port"]),
+        ({"RANK": "0", "WORLD_SIZE": "2", **MEETING, "MASTER_PORT": "70000"}, ["MASTER_PORT=70000: expected a port"]),
         ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, ["RANK=2: expected less than WORLD_SIZE=2"]),
         ({"RANK": "0", "WORLD_SIZE": "2", **MEETING, "ACCELERATE_USE_FSDP": "true"}, ["ACCELERATE_USE_FSDP: not supported"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -116,6 +117,24 @@ def test_one_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
         process_group.together(Launch(0, 3, 0, 3)),
     ):
         pass
+
+
+def test_ctrl_c_while_the_others_do_not_come(tmp_path: Path, nine: dict[str, str]) -> None:
+    """It ends at once, and not when all are there or ten minutes have gone."""
+    recipe_file(tmp_path, tmp_path / "base", nine, batch_size=4)
+    child = Popen(
+        [sys.executable, "-m", "lora2serve", "train"], cwd=tmp_path, env={**os.environ, **launched(3)[0]},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert child.stderr and "3 processes train together" in child.stderr.readline()
+        time.sleep(10)  # for it to wait
+        assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 130
+    finally:
+        child.kill()
+    assert not (tmp_path / "runs").exists()
 
 
 def wait_for(there: Callable[[], bool], children: Sequence[Popen[str]]) -> None:
