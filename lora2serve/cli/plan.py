@@ -69,14 +69,18 @@ def plan(
         exact=exact, overrides=overrides, progress=progress(ctx),
     )  # fmt: skip
     if as_json:
-        console.result_json([_json(training) for training in planned.trainings])
+        console.result_json(plan_json(planned))
         return
     for line in plan_lines(planned):
         console.result(line)
 
 
+def plan_json(plan: TrainingPlan) -> list[object]:
+    """Its trainings as dataclasses, each with the total beside the parts."""
+    return [_json(training) for training in plan.trainings]
+
+
 def _json(training: PlannedTraining) -> object:
-    """As a dataclass, with the total beside the parts."""
     content = plain(training)
     assert isinstance(content, dict)
     return {**content, "bytes": {**content["bytes"], "total": training.bytes.total}}

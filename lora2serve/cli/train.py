@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora2serve.cli.options import Command, complete_runs, dry_run_option, json_option, progress
-from lora2serve.cli.plan import plan_lines
+from lora2serve.cli.plan import plan_json, plan_lines
 from lora2serve.errors import TrainError, UsageError
 from lora2serve.system import launcher
 
@@ -106,15 +106,12 @@ def train(
         together = int(gpus) if gpus else None
         _train_many(ctx, files, jobs, share_base, on, together, resume, overrides, gpu, as_json)
         return
+    if dry_run:
+        _show_plans(ctx, recipe_files, share_base, overrides, gpu, as_json)
+        return
     from lora2serve import console
     from lora2serve.api import train_run
-    from lora2serve.api.plan_training import plan
 
-    if dry_run:
-        for file in recipe_files or [None]:
-            for line in plan_lines(plan(recipes.find(file), gpu=gpu, overrides=overrides, progress=progress(ctx))):
-                console.result(line)
-        return
     first = launcher.is_first()
     recipe = recipe_files[0] if recipe_files else None
     run = train_run.train(
@@ -130,6 +127,34 @@ def train(
         console.result_line({"recipe": recipe or recipes.FILE, "state": "finished", "run": str(run.path), **loss})
     else:
         console.result(str(run.path))
+
+
+def _show_plans(
+    ctx: click.Context, files: tuple[str, ...], share_base: bool, overrides: tuple[str, ...], gpu: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The plan of each, once what would be refused of any of them is."""
+    from lora2serve import console
+    from lora2serve.api.plan_training import plan
+    from lora2serve.config import recipe as recipes
+
+    if files[1:]:
+        from lora2serve.sweeping.many_runs import load_all
+        from lora2serve.sweeping.shared_trainings import refuse_differences
+
+        loaded = load_all(files, overrides)
+        if share_base:
+            refuse_differences([(name, recipe) for name, _, recipe in loaded])
+            progress(ctx).note("each plan is of one alone: together they have the weights, and activations, once")
+    plans = [
+        plan(recipes.find(file), gpu=gpu, overrides=overrides, progress=progress(ctx)) for file in files or (None,)
+    ]
+    if as_json:
+        console.result_json([training for planned in plans for training in plan_json(planned)])
+        return
+    for planned in plans:
+        for line in plan_lines(planned):
+            console.result(line)
 
 
 def _next(run: Run) -> str:

@@ -49,7 +49,7 @@ def train_many(
     progress = progress or default_progress()
     _refuse_mixtures(jobs, share_base, on, gpus, resume, bool(overrides))
     words = settings(overrides)
-    loaded = _loaded([str(file) for file in recipe_files], words, resume)
+    loaded = load_all([str(file) for file in recipe_files], words, resume)
     outcomes: dict[int, RunOutcome] = {}
 
     def keep(number: int, outcome: RunOutcome) -> None:
@@ -109,7 +109,7 @@ def _train_apart(
             keep(futures[future], future.result())
 
 
-def _loaded(names: Sequence[str], overrides: Sequence[str], resume: bool) -> list[LoadedRecipe]:
+def load_all(names: Sequence[str], overrides: Sequence[str], resume: bool = False) -> list[LoadedRecipe]:
     """Each by its name; RecipeError with what is wrong with any of them."""
     loaded, problems = [], []
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lora2serve.config.recipe import Recipe, load
 from lora2serve.errors import RecipeError
 from lora2serve.sweeping.shared_trainings import refuse_differences
 from tests.support.commands import run_command
-from tests.support.runs import recipe_file
+from tests.support.runs import make_chat_model, recipe_file
 
 
 def loaded(folder: Path, **train: object) -> Recipe:
@@ -49,6 +50,21 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     assert "--share-base and --jobs 2" in refused.stderr and "--gpus: of one training" in refused.stderr
     refused = run_command(["train", both[0], "--share-base"], tmp_path)
     assert refused.returncode == 2 and "--share-base: of several recipes, and 1 is named" in refused.stderr
+
+
+def test_the_plan_refuses_what_the_training_would(tmp_path: Path) -> None:
+    base = make_chat_model(tmp_path / "base")
+    recipe_file(tmp_path / "a", base, {"train": "rows.jsonl"})
+    recipe_file(tmp_path / "b", base, {"train": "rows.jsonl"}, quantize="none")
+    both = ["a/lora2serve.yaml", "b/lora2serve.yaml"]
+    refused = run_command(["train", *both, "--share-base", "--dry-run"], tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "train.quantize: nf4 in a/lora2serve.yaml; none in b/lora2serve.yaml" in refused.stderr
+    refused = run_command(["train", both[0], "none.yaml", "--dry-run"], tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, ""), "no plan before an error"
+    planned = run_command(["train", *both, "--dry-run", "--json"], tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert [training["method"] for training in json.loads(planned.stdout)] == ["qlora", "lora"]
 
 
 def test_arguments_that_do_not_go_together() -> None:
