@@ -119,11 +119,18 @@ def target_experts(shape: ModelShape, settings: PlanSettings) -> list[ExpertShap
     wanted, paths = settings.target_parameters, [each.path for each in shape.experts]
     if not wanted:
         return []
-    chosen = paths if wanted == EXPERTS else named(paths, list(wanted))
-    if not chosen:
+    if not paths:
         raise UsageError(
-            f"target_parameters {wanted!r}: no experts of this model", f"experts, or: {', '.join(paths[:2])}"
+            "train.lora.target_parameters: this model has no experts in one tensor a layer", "leave it out"
         )
+    names = paths if wanted == EXPERTS else list(wanted)
+    missing = [name for name in names if not named(paths, [name])]
+    if missing:
+        raise UsageError(
+            f"train.lora.target_parameters: no weight {', '.join(map(repr, missing))} of experts in this model",
+            f"experts, or a list of {', '.join(sorted({'.'.join(path.split('.')[-2:]) for path in paths}))}",
+        )
+    chosen = named(paths, names)
     return [each for each in shape.experts if each.path in chosen]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from lora2serve.errors import CheckpointError, TrainError, UsageError
 from lora2serve.planning.gpus import find_gpu, gpu_of_driver
 from lora2serve.planning.measured_memory import measured_file, measured_ratio, record_measured
 from lora2serve.planning.memory_plan import fits, levers, planned_bytes
-from lora2serve.planning.model_shape import model_shape
+from lora2serve.planning.model_shape import ExpertShape, model_shape
 from lora2serve.planning.plan_settings import PlanSettings
+from lora2serve.planning.static_memory import target_experts
 from tests.planning.conftest import LLAMA3_8B, LLAMA3_70B, write_config
 from tests.support.runs import Told
 
@@ -38,6 +40,20 @@ def test_parts_and_combinations(llama_8b: Path) -> None:
     assert "RTX 4090" in qlora.fits and qlora.largest_batch
     assert plan.shares["qv"] < plan.shares["attention"] < plan.shares["all-linear"]
     assert plan.disk["base"] == 2 * plan.parameters and plan.time == "not measured"
+
+
+def test_experts_that_are_not_there() -> None:
+    """As a training says it; none of the names is passed over."""
+    dense = model_shape(LLAMA3_8B, None)
+    mixture = replace(dense, experts=(ExpertShape("model.layers.0.mlp.experts.down_proj", 8, 64, 64),))
+    for shape, wanted, problem in (
+        (dense, "experts", "this model has no experts in one tensor a layer"),
+        (mixture, ("experts.down_proj", "experts.up"), r"no weight 'experts.up' of experts in this model$"),
+    ):
+        with pytest.raises(UsageError, match=f"train.lora.target_parameters: {problem}"):
+            target_experts(shape, PlanSettings(target_parameters=wanted))
+    for wanted in ("experts", ("experts.down_proj",)):
+        assert target_experts(mixture, PlanSettings(target_parameters=wanted)) == list(mixture.experts)
 
 
 def test_the_largest_batch_is_the_last_that_fits() -> None:
