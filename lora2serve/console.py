@@ -48,7 +48,7 @@ def heading(text: str) -> None:
     """A line of result above others; it stands out in a terminal."""
     from rich.console import Console
 
-    Console(soft_wrap=True).print(f"[bold]{_escape(text)}", highlight=False)
+    Console(soft_wrap=True, emoji=False).print(f"[bold]{_escape(text)}", highlight=False)
 
 
 def marked(parts: Sequence[tuple[str, bool]]) -> None:
@@ -85,7 +85,7 @@ class Columns:
         from rich.text import Text
 
         self._texts = {name: Text() for name in names}
-        self._live = Live(console=Console(), auto_refresh=False)
+        self._live = Live(console=Console(emoji=False), auto_refresh=False)
 
     @classmethod
     def fit(cls) -> bool:
@@ -125,7 +125,7 @@ class LiveTable:
         from rich.live import Live
 
         self._heads = heads
-        self._live = Live(console=Console(), auto_refresh=False)
+        self._live = Live(console=Console(emoji=False), auto_refresh=False)
 
     @staticmethod
     def fits() -> bool:
@@ -273,9 +273,9 @@ def upper_first(text: str) -> str:
 def _stderr() -> Console:
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)  # `:abc:` in a message is no name of an emoji
     if not (console.is_terminal or console.is_jupyter):
-        console = Console(file=sys.stderr, width=160)
+        console = Console(file=sys.stderr, width=160, emoji=False)
     return console
 
 

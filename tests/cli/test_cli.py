@@ -49,6 +49,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (["verify", "runs/latest"], 1, "runs/latest: no such run or directory"),
         (["verify", "~/no-such-run"], 1, "~/no-such-run: no such directory"),
         (["deploy", "k8"], 2, "deploy k8: unknown kind (did you mean 'k8s'?)"),
+        (["train", ":abc:"], 2, "recipe ':abc:': no such file"),
         (["train", "."], 2, "recipe '.': a directory, expected a YAML file"),
     ],
 )
