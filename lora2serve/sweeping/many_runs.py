@@ -112,9 +112,13 @@ def _train_apart(
 def load_all(names: Sequence[str], overrides: Sequence[str], resume: bool = False) -> list[LoadedRecipe]:
     """Each by its name; RecipeError with what is wrong with any of them."""
     loaded, problems = [], []
+    begun: set[Path] = set()
     for name in names:
         try:
             path = unfinished(name).recipe if resume else recipes.find(name)
+            if resume and path.resolve() in begun:
+                raise UsageError(f"--resume {name}: named twice, and one training writes into a run")
+            begun.add(path.resolve())
             loaded.append((name, path if resume else path.absolute(), recipes.load(path, overrides)))
         except UsageError as error:
             problems += [line if name in line else f"{name}: {line}" for line in error.message.splitlines()]

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import lora2serve
+from lora2serve.artifacts.run import Run
 from lora2serve.config.recipe import Recipe, load
 from lora2serve.errors import RecipeError
+from lora2serve.sweeping import many_runs
 from lora2serve.sweeping.shared_trainings import refuse_differences
 from tests.support.commands import run_command
 from tests.support.runs import make_chat_model, recipe_file
@@ -65,6 +67,19 @@ def test_the_plan_refuses_what_the_training_would(tmp_path: Path) -> None:
     planned = run_command(["train", *both, "--dry-run", "--json"], tmp_path)
     assert planned.returncode == 0, planned.stderr
     assert [training["method"] for training in json.loads(planned.stdout)] == ["qlora", "lora"]
+
+
+def test_a_run_is_resumed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another name, too: two trainings would write into it."""
+    run = Run(tmp_path / "run")
+    recipe_file(run.path, tmp_path, {"train": "rows.jsonl"}).rename(run.recipe)
+    (tmp_path / "other").symlink_to(run.path)
+    monkeypatch.setattr(many_runs, "unfinished", lambda name: Run(Path(name)))
+    names = [str(run.path), str(tmp_path / "other")]
+    with pytest.raises(RecipeError, match="other: named twice"):
+        many_runs.load_all(names, [], resume=True)
+    assert len(many_runs.load_all(names[:1], [], resume=True)) == 1
+    assert len(many_runs.load_all([str(run.recipe)] * 2, [])) == 2, "a recipe makes a run each time"
 
 
 def test_arguments_that_do_not_go_together() -> None:
