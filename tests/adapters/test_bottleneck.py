@@ -242,6 +242,7 @@ def test_served_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_peft_alone_knows_no_such_method(base: Path, tmp_path: Path) -> None:
     """It says so, and is told by one import."""
     adapter = make_adapter(tmp_path / "a", base, method="BOTTLENECK", target_modules=PLACES)

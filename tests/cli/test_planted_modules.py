@@ -93,6 +93,7 @@ def test_a_model_an_adapter_and_their_exports(tmp_path: Path, trace: Path) -> No
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_parity(tmp_path: Path, trace: Path) -> None:
     """With its engines and their workers, started in every folder that it is given."""
     base, out = make_chat_model(tmp_path / "base"), tmp_path / "out"

@@ -151,6 +151,7 @@ ARCHITECTURES = {"llama4_text": "Llama4ForCausalLM"}
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_where_vllm_puts_them(tmp_path: Path) -> None:
     """vLLM's own loader brings each expert's codes and scales to the place to which it brings that expert of 16 bits.
 

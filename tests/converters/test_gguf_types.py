@@ -26,11 +26,16 @@ from tests.support.upstream import convert, quantize
 WORST = {"F32": 1e-5, "BF16": 1e-4, "Q8_0": 5e-3, "Q6_K": 0.02, "Q5": 0.1, "Q4": 0.4, "IQ4": 0.4, "MXFP4": 1.0}
 
 
+EVERY = tuple(kind for kind in PRESETS if kind not in PRESETS_THAT_NEED_IMATRIX)
+
+
 @pytest.mark.engine
-def test_every_type(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kinds", [("F16", "Q8_0", "Q4_K_M"), pytest.param(EVERY, marks=pytest.mark.slow)], ids=len)
+def test_every_type(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...]
+) -> None:
     """One command, one read of the base; each file has upstream's types and bytes, and llama.cpp runs it."""
     model = model_of(models, "llama")
-    kinds = [kind for kind in PRESETS if kind not in PRESETS_THAT_NEED_IMATRIX]
     seen: Counter[tuple[str, int]] = Counter()
     fill = SafetensorsFiles._fill
     monkeypatch.setattr(

@@ -227,7 +227,8 @@ def test_one_that_fails_leaves_the_others(recipe_folder: Path, monkeypatch: pyte
     assert "diverging.yaml: step " in error and "the loss is nan, expected a finite number" in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed(recipe_folder: Path, tmp_path: Path, number: int) -> None:
     """Each finishes its step and saves; gone on with together or alone, each ends as an unbroken run."""
     files = [str(recipe_folder / f"{name}.yaml") for name in "ab"]

@@ -112,6 +112,7 @@ def test_on_four_bits_it_goes_on_after_a_stop(tmp_path: Path, trained: Run, call
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_every_export_holds_them(tmp_path: Path, trained: Run) -> None:
     """The tokenizer of the training, rows for its tokens, and every gate in transformers and llama.cpp."""
     options = {"dtype": "fp32", "quants": ["F32"], "out": tmp_path / "out"}
