@@ -80,6 +80,7 @@ def test_worse_than_before_is_red(place: Path, exported: Path) -> None:
     lora2serve("parity", "runs/latest", *words, "--baseline", "better.json", cwd=place, code=3)
 
 
+@pytest.mark.slow
 def test_the_plugin(place: Path, exported: Path) -> None:
     """One test for each export and gate; with a bound that cannot be met, one of them fails and says why."""
     run = exported.parents[1]

@@ -220,6 +220,7 @@ def test_behavior_alone_finds_it(report: ParityReport, name: str) -> None:
     assert row.gate.first
 
 
+@pytest.mark.slow
 def test_a_coarser_type_under_a_finer_name(demo_run: Run, demo_exports: dict[str, Path], tmp_path: Path) -> None:
     """A Q4_0 file named Q8_0."""
     (made,) = lora2serve("export", demo_run.path, "-t", "gguf", "-q", "Q4_0", "-o", tmp_path, cwd=tmp_path).split()

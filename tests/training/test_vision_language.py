@@ -71,7 +71,12 @@ def make_seeing(path: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+OFTEN = "qwen2_5_vl"
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == OFTEN else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_its_language_model_trains_and_is_exported(tmp_path: Path, chats: dict[str, str], kind: str) -> None:
     """In 4 bits; folded onto the original, the merged model has every gate met in transformers, and what sees is as it was."""
     base = make_seeing(tmp_path / "base", kind)
