@@ -35,6 +35,7 @@ from typing import Any
 from benchmarks.measure import ROOT, machine
 
 STREAMS, TOKENS, STEP = 20, 40, 0.025  # seconds between two tokens
+USAGE = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}  # told at once with the last token, as by vLLM
 SECONDS = float(os.environ.get("SECONDS_EACH", "5"))
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 PROMOTIONS = 5
@@ -63,8 +64,7 @@ async def server(scope: Mapping[str, Any], receive: Callable[[], Awaitable[Mappi
             "message": {"role": "assistant", "content": "An answer of a few words."},
             "finish_reason": "stop",
         }
-        usage = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
-        await _send(send, {**shared, "choices": [choice], "usage": usage})
+        await _send(send, {**shared, "choices": [choice], "usage": USAGE})
         return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
     for number in range(TOKENS):
@@ -76,8 +76,11 @@ async def server(scope: Mapping[str, Any], receive: Callable[[], Awaitable[Mappi
             "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
         }
         await send({"type": "http.response.body", "body": f"data: {json.dumps(event)}\n\n".encode(), "more_body": True})
-        await asyncio.sleep(STEP)
-    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        if not finish:
+            await asyncio.sleep(STEP)
+    usage = {**shared, "object": "chat.completion.chunk", "choices": [], "usage": USAGE}
+    told = f"data: {json.dumps(usage)}\n\n" if (content.get("stream_options") or {}).get("include_usage") else ""
+    await send({"type": "http.response.body", "body": f"{told}data: [DONE]\n\n".encode()})
 
 
 async def _send(send: Send, content: object) -> None:
