@@ -60,11 +60,16 @@ def load_more(path: Path | None, name: str) -> tuple[Measured, Mapping[str, obje
         return None
 
 
-def save(path: Path | None, measured: Measured, more: Mapping[str, object] | None = None) -> None:
-    """For the next time, unless an item was not answered: that may have been chance."""
-    if path is not None and not any(item.error for item in measured.items):
-        content = {"engine": measured.engine, "items": [item.to_json() for item in measured.items], "more": more or {}}
+def save(path: Path | None, measured: Measured, more: Mapping[str, object] | None = None) -> str:
+    """For the next time, unless an item was not answered: that may have been chance. Why not, where it cannot be."""
+    if path is None or any(item.error for item in measured.items):
+        return ""
+    content = {"engine": measured.engine, "items": [item.to_json() for item in measured.items], "more": more or {}}
+    try:
         write_whole(path, json.dumps(content, ensure_ascii=False))
+    except InputError as error:  # its answers are here all the same
+        return f"{measured.name}: its answers are not kept for the next time: {error.message}"
+    return ""
 
 
 def _digest(path: Path) -> str:

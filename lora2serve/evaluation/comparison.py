@@ -49,11 +49,15 @@ class Compared:
 
 @dataclass(frozen=True)
 class Pair:
-    """One figure on each item: of the first model or of the floor, and of the second."""
+    """One figure on each item: of the first model or of the floor, and of the second.
+
+    ``unanswered``: of whom nothing is known on some items, in words. Two that fail on the same ones agree in nothing.
+    """
 
     old: Sequence[float]
     new: Sequence[float]
     groups: stats.Groups | None
+    unanswered: str = ""
 
 
 def compare_models(
@@ -79,7 +83,7 @@ def compare_models(
         created=evaluations[0].created, versions=evaluations[0].versions,
         subjects=tuple(rows), differences=tuple(differences(old.name, new.name, pairs, floors)),
         changes=tuple(eval_report.changes(new, old) or changed_answers(new, old)), notes=suite.notes,
-        gates=tuple(_gate(gate, new.name, {**pairs, **_plain_times(old, new)}) for gate in gates),
+        gates=tuple(gate_result(gate, new.name, {**pairs, **_plain_times(old, new)}) for gate in gates),
     )  # fmt: skip
     return Compared(measured, evaluations, report)
 
@@ -97,7 +101,9 @@ def score_pairs(old: Measured, new: Measured, suite: Suite) -> dict[str, Pair]:
         return {}
     before, after = old.of(known), new.of(known)
     return {
-        name: Pair(before.vector("score", task), after.vector("score", task), after.groups(task))
+        name: Pair(
+            before.vector("score", task), after.vector("score", task), after.groups(task), _unanswered([before], task)
+        )
         for name, task in metric_names(known).items()
     }
 
@@ -114,7 +120,8 @@ def behavior_pairs(old: Measured, again: Measured, new: Measured) -> dict[str, P
     finite = {
         name: both for name, both in pairs.items() if all(np.isfinite(values).all() and len(values) for values in both)
     }
-    return {name: Pair(before, after, new.groups()) for name, (before, after) in finite.items()}
+    unanswered = _unanswered([old, again, new])
+    return {name: Pair(before, after, new.groups(), unanswered) for name, (before, after) in finite.items()}
 
 
 def changed_answers(new: Measured, old: Measured) -> list[eval_report.ItemChange]:
@@ -152,18 +159,30 @@ def differences(
         floor = abs(floors.get(name, 0.0))
         if verdict in ("better", "worse") and difference.low <= floor and difference.high >= -floor and floor:
             verdict = "no difference"
-        behavior = name in _BEHAVIORS or name in BEYOND_FLOOR
+        behavior = _is_behavior(name)
         if behavior and name not in BETTER_KNOWN and verdict in ("better", "worse"):
             verdict = "different"
         found.append(FigureDifference(second, first, name, difference, p, verdict, "behavior" if behavior else "score"))
     return found
 
 
-def _gate(gate: ScoreGate, subject: str, pairs: Mapping[str, Pair]) -> GateResult:
+def gate_result(gate: ScoreGate, subject: str, pairs: Mapping[str, Pair]) -> GateResult:
+    """What one gate comes to. A score that is missing is 0, and so no easy win but where the first one's is."""
     pair = pairs.get(gate.metric)
     if pair is None:
         return GateResult(gate.text, subject, "not enough items", f"{gate.metric} was not measured in these engines")
+    if pair.unanswered and (gate.margin is not None or _is_behavior(gate.metric)):
+        return GateResult(gate.text, subject, "not enough items", f"{pair.unanswered}: nothing is known of them")
     return judge(gate, subject, pair.new, pair.old, pair.groups)
+
+
+def _is_behavior(name: str) -> bool:
+    return name in _BEHAVIORS or name in BEYOND_FLOOR
+
+
+def _unanswered(models: Sequence[Measured], task: str | None = None) -> str:
+    failed = {model.name: count for model in models if (count := model.failed(task))}
+    return ", ".join(f"{count} items were not answered by {name}" for name, count in failed.items())
 
 
 def _plain_times(old: Measured, new: Measured) -> dict[str, Pair]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,12 @@ class HarnessOptions(JsonRecord):
     @property
     def name(self) -> str:
         """Of the tasks as one suite."""
-        return "-".join(self.tasks)[:LONGEST_NAME]
+        return plain_name("-".join(self.tasks))[:LONGEST_NAME]
+
+
+def plain_name(name: str) -> str:
+    """A name as records have them: ``pass_1`` for ``pass@1``."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).lstrip("_-") or "task"
 
 
 def harness_options(

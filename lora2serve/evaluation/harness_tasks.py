@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, ClassVar
 
 from lora2serve.artifacts.json_record import JsonRecord
@@ -15,7 +17,7 @@ from lora2serve.evaluation import answer_cache, eval_report
 from lora2serve.evaluation.answerer import ProcessTaskAnswerer, TaskAnswerer
 from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
 from lora2serve.evaluation.eval_report import EvalReport, Figures
-from lora2serve.evaluation.harness_options import HarnessOptions
+from lora2serve.evaluation.harness_options import HarnessOptions, plain_name
 from lora2serve.evaluation.overlap import with_training_rows
 from lora2serve.evaluation.score_gates import ScoreGate, refuse_unknown
 from lora2serve.evaluation.suite_evaluation import Evaluated, gate_results
@@ -60,11 +62,7 @@ class AskedTasks(JsonRecord):
     @property
     def names(self) -> dict[str, str | None]:
         """The figures: the mean of all, where they are of one kind, and of each task where there are several."""
-        kinds = set(self.metrics.values())
-        names: dict[str, str | None] = {kinds.pop() if len(kinds) == 1 else "score": None}
-        if len(self.metrics) > 1:
-            names |= {f"{metric}-{task}": task for task, metric in self.metrics.items()}
-        return names
+        return figure_names(self.metrics)
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,15 @@ class HarnessRun:
     measured: Measured
     tasks: AskedTasks
     cached: bool = False
+
+
+def figure_names(metrics: Mapping[str, str]) -> dict[str, str | None]:
+    """Of tasks (task -> the figure that its score is): what a gate names -> task."""
+    kinds = set(metrics.values())
+    names: dict[str, str | None] = {plain_name(kinds.pop()) if len(kinds) == 1 else "score": None}
+    if len(metrics) > 1:
+        names |= {plain_name(f"{metric}-{task}"): task for task, metric in metrics.items()}
+    return names
 
 
 def run_tasks(
@@ -102,7 +109,7 @@ def ask_tasks(
             task_manager=manager, bootstrap_iters=0, log_samples=True,
         )  # fmt: skip
     samples: Mapping[str, Sequence[Mapping[str, object]]] = results["samples"]
-    metrics = {task: _metric(task, lines) for task, lines in samples.items()}
+    metrics = {task: _metric(task, lines, results["higher_is_better"][task]) for task, lines in samples.items()}
     pairs = [(task, line) for task, lines in samples.items() for line in _once(lines)]
     items = [_item(task, line, metrics[task], lm.seconds_of(line["arguments"])) for task, line in pairs]
     asked = {_name(task, line): tuple(texts_of(line["doc"])) for task, line in pairs}
@@ -121,10 +128,12 @@ def evaluate_tasks(
 ) -> Evaluated:  # fmt: skip
     """As ``suite_evaluation.evaluate_models``; what the tasks' figures are called is known once they are measured."""
     manager = find_tasks(options)
-    questions = questions_sha256(options, read_task_rows(options, manager))
+    rows = read_task_rows(options, manager)
+    name, questions = options.name, questions_sha256(options, rows)
+    foreseen = list(figure_names({task.name: task.metric for task in rows}))
+    refuse_unknown(gates, name, foreseen, compared=len(subjects) > 1)  # before a model is loaded
     with EngineHost(progress) as host:
         runs = [_answers(host, subject.model, options, manager, questions, progress) for subject in subjects]
-    name = options.name
     if len({run.tasks.suite_sha256 for run in runs}) > 1:
         raise EngineError(f"{name}: the models were not asked the same: their chat templates differ", "without --chat")
     names, measured = runs[0].tasks.names, [run.measured for run in runs]
@@ -139,13 +148,13 @@ def evaluate_tasks(
         )
         for item, overlap in zip(measured, overlaps, strict=True)
     ]  # fmt: skip
-    rows = zip(runs, evaluations, strict=True)
+    asked = zip(runs, evaluations, strict=True)
     old = measured[reference] if len(measured) > 1 else None
     others = [item for item in measured if item is not old]
     report = EvalReport(
         suite=name, suite_sha256=runs[0].tasks.suite_sha256, items=len(measured[0].items), scorer="lm-eval",
         created=evaluations[0].created, versions=evaluations[0].versions,
-        subjects=tuple(eval_report.subject_row(run.measured, row, "", cached=run.cached) for run, row in rows),
+        subjects=tuple(eval_report.subject_row(run.measured, row, "", cached=run.cached) for run, row in asked),
         differences=tuple(found for item in others if old for found in eval_report.differences(item, old, names)),
         changes=tuple(change for item in others if old for change in eval_report.changes(item, old)),
         gates=tuple(gate_results(gates, others, old, figures)),
@@ -168,7 +177,8 @@ def _answers(
             progress.note(f"{model.name}: its answers to these tasks are known from before")
             return run
     run = run_tasks(host, model, options, manager, progress)
-    answer_cache.save(path, run.measured, run.tasks.to_json())
+    if problem := answer_cache.save(path, run.measured, run.tasks.to_json()):
+        progress.note(problem)
     return run
 
 
@@ -192,22 +202,28 @@ def _once(lines: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
     return [line for line in lines if line.get("filter") == first]
 
 
-def _metric(task: str, lines: Sequence[Mapping[str, object]]) -> str:
+def _metric(task: str, lines: Sequence[Mapping[str, object]], better: Mapping[str, object]) -> str:
+    """One that every item has, and of which more is better: that is what verdicts and gates take it for."""
     names = [str(name) for name in _listed(lines[0]["metrics"])]
-    known = [name for name in names if isinstance(lines[0].get(name), int | float)]
+    known = [name for name in names if better.get(name) and isinstance(lines[0].get(name), Real)]
     if not known:
-        raise EngineError(f"task {task}: none of {', '.join(names)} is a figure of each item", "take another task")
+        raise EngineError(
+            f"task {task}: none of {', '.join(names)} is a figure of each item, of which more is better",
+            "take another task",
+        )
     return next((name for name in PREFERRED if name in known), known[0])
 
 
 def _item(task: str, line: Mapping[str, object], metric: str, seconds: float) -> ItemResult:
-    score, answers = line[metric], _listed(line["filtered_resps"])
+    score, answers = line.get(metric), _listed(line["filtered_resps"])
+    if not isinstance(score, Real) or not math.isfinite(score):
+        raise EngineError(f"task {task}: {_name(task, line)}: {metric} is {score}, expected a number")
     pairs = [_listed(answer) for answer in answers]
     likelihoods = tuple(float(str(pair[0])) for pair in pairs if len(pair) == 2)
     asked = line.get("arguments")
     return ItemResult(
         _name(task, line), str(line["prompt_hash"]), "" if likelihoods else str(answers[0]),
-        float(score) if isinstance(score, int | float) else 0.0, round(seconds, 4),
+        float(score), round(seconds, 4),
         task=task, likelihoods=likelihoods, question=_question(asked), expected=(str(line["target"]),),
     )  # fmt: skip
 

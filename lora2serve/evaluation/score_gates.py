@@ -17,7 +17,7 @@ EXAMPLE = "such as 'acc >= base - 0.01' or 'answers.acc >= 0.9'"
 NUMBER = r"\d+(?:\.\d+)?|\.\d+"
 SHARES = ("acc", "f1", "judge", "score", "exact_match", "changed", "refusals", "json")  # figures from 0 to 1
 GATE = re.compile(
-    rf"\s*(?:(?P<suite>[\w-]+)\.)?(?P<metric>[\w-]+)\s*(?P<sign>>=|<=)\s*"
+    rf"\s*(?:(?P<suite>[\w-]+)\.)?(?P<metric>[\w@-]+)\s*(?P<sign>>=|<=)\s*"
     rf"(?:(?P<bound>{NUMBER})|(?P<other>base|other|against)(?:\s*(?P<margin_sign>[-+])\s*(?P<margin>{NUMBER}))?)\s*"
 )
 
@@ -68,7 +68,7 @@ def refuse_unknown(gates: Sequence[ScoreGate], suite: str, metrics: Sequence[str
     for gate in gates:
         if gate.suite and gate.suite != suite:
             raise UsageError(f"--gate {gate.text!r}: the suite is {suite}", EXAMPLE)
-        if gate.metric.partition("-")[0] in SHARES and ((gate.bound or 0) > 1 or (gate.margin or 0) >= 1):
+        if _is_share(gate.metric) and ((gate.bound or 0) > 1 or (gate.margin or 0) >= 1):
             raise UsageError(f"--gate {gate.text!r}: {gate.metric} is from 0 to 1, and a point is 0.01", EXAMPLE)
         if gate.metric not in metrics:
             raise UsageError(
@@ -77,6 +77,12 @@ def refuse_unknown(gates: Sequence[ScoreGate], suite: str, metrics: Sequence[str
             )
         if gate.margin is not None and not compared:
             raise UsageError(f"--gate {gate.text!r}: nothing to compare with", "--against base, or any other model")
+
+
+def _is_share(metric: str) -> bool:
+    """Also of the harness's many: acc_norm, prompt_level_strict_acc, pass@1."""
+    figure = metric.partition("-")[0]
+    return figure in SHARES or figure.startswith(("acc_", "exact_", "pass@")) or figure.endswith("_acc")
 
 
 def judge(

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,10 +25,12 @@ Kind = Literal[
     "exact", "normalized", "f1", "contains", "regex", "number", "json_schema", "choice", "python", "judge"
 ]  # fmt: skip
 KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
+RULES = 2  # one more where a scorer scores otherwise than before: scores of other rules do not compare
 METRICS = {"f1": "f1", "python": "score", "judge": "judge"}  # what the mean is called; of the others "acc"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|-?\.\d+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
+MINUS = "\N{MINUS SIGN}"
+SIGN = re.compile(r"(?!(?<!\w)-\.?\d|(?<![^\W\d])\.\d)(?:[^\w\s]|_)")  # but those of a number: -5, 0.5
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class Scorer:
             return f"{len(item.choices)} choices, expected two at least"
         if self.by_likelihood and not set(item.expected) & set(item.choices):
             return f"expected is {show(list(item.expected))}, which is no choice"
+        if self.by_likelihood and len(set(item.choices)) < len(item.choices):
+            return f"choices are {show(list(item.choices))}, expected each once"
+        if self.kind == "contains" and not all(text.strip() for text in item.expected):
+            return "expected is an empty text, which stands in every answer"
         if self.kind == "number" and not all(number_in(text) is not None for text in item.expected):
             return f"expected is {show(list(item.expected))}, which is no number"
         if not item.expected and self.kind not in ("regex", "json_schema", "python"):
@@ -96,7 +103,7 @@ def make_scorer(recipe: str | ScorerRecipe, home: Path, key: str, problems: list
     except (InputError, re.error, OSError, ValueError) as error:
         problems.append(f"{key}: {recipe.kind}: {getattr(error, 'message', error)}")
         score = exact
-    return Scorer(recipe.kind, json.dumps([asdict(recipe), content]), score)
+    return Scorer(recipe.kind, json.dumps([RULES, asdict(recipe), content]), score)
 
 
 def exact(answer: str, item: SuiteItem) -> float:
@@ -120,13 +127,15 @@ def contains(answer: str, item: SuiteItem) -> float:
 
 
 def normalize(text: str) -> str:
-    """Words as ``normalized`` and ``f1`` see them."""
-    return " ".join(ARTICLES.sub(" ", PUNCTUATION.sub("", text.casefold())).split())
+    """Words as ``normalized`` and ``f1`` see them; a text of which nothing would be left stays, such as "A" or "+"."""
+    folded = unicodedata.normalize("NFKC", text).casefold().replace(MINUS, "-")
+    plain = " ".join(SIGN.sub(_without_punctuation, folded).split())
+    return " ".join(ARTICLES.sub(" ", plain).split()) or plain or folded.strip()
 
 
 def number_in(text: str) -> float | None:
     """The last number in a text; None where there is none."""
-    found = NUMBER.findall(text)
+    found = NUMBER.findall(text.replace(MINUS, "-"))
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -140,6 +149,11 @@ def _f1(answer: Sequence[str], expected: Sequence[str]) -> float:
         return float(answer == expected)
     common = (Counter(answer) & Counter(expected)).total()
     return 2 * common / (len(answer) + len(expected))
+
+
+def _without_punctuation(match: re.Match[str]) -> str:
+    sign = match[0]
+    return "" if sign in string.punctuation or unicodedata.category(sign).startswith("P") else sign
 
 
 def _plain(recipe: ScorerRecipe, home: Path) -> tuple[Score, str]:
@@ -198,9 +212,14 @@ def parsed_json(answer: str) -> tuple[object] | None:
     """The JSON value that an answer is, with or without a fence around it; None where it is none."""
     fenced = re.search(r"```(?:json)?\s*\n(.*?)```", answer, re.DOTALL)
     try:
-        return (json.loads(fenced[1] if fenced else answer),)
+        return (json.loads(fenced[1] if fenced else answer, parse_constant=_no_json),)
     except (ValueError, RecursionError):
         return None
+
+
+def _no_json(constant: str) -> object:
+    """Python reads NaN and Infinity, and nobody else does."""
+    raise ValueError(constant)
 
 
 def _python(recipe: ScorerRecipe, home: Path) -> tuple[Score, str]:
@@ -212,7 +231,7 @@ def _python(recipe: ScorerRecipe, home: Path) -> tuple[Score, str]:
     namespace: dict[str, object] = {"__name__": Path(file).stem, "__file__": str(home / file)}
     try:
         exec(compile(source, str(home / file), "exec"), namespace)  # the user's own file, as a suite names it
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{file}: {type(error).__name__}: {error}") from None
     function = namespace.get(name)
     if not callable(function):
@@ -221,7 +240,7 @@ def _python(recipe: ScorerRecipe, home: Path) -> tuple[Score, str]:
     def score(answer: str, item: SuiteItem) -> float:
         try:
             value = function(answer, list(item.expected), item.question)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # whose exit code is not ours
             raise InputError(f"{recipe.function}: item {item.name}: {type(error).__name__}: {error}") from error
         if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise InputError(f"{recipe.function}: item {item.name}: {show(value)}, expected a number from 0 to 1")

@@ -142,8 +142,9 @@ def of_rows(
     if problems:
         raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems), EXAMPLE)
     reader = _Reader(path, recipe, truth=truth)
-    items = tuple(reader.items())[:most]
-    if unknown := [task for task in recipe.tasks if task not in {item.task for item in items}]:
+    every = reader.items()
+    items = tuple(every[:most])
+    if unknown := [task for task in recipe.tasks if task not in {item.task for item in every}]:
         raise RecipeError(f"{path}: tasks.{unknown[0]}: no row has that task", EXAMPLE)
     suite = Suite(
         name, items, scorer, scorers, Decoding(recipe.max_tokens, recipe.temperature), str(path), reader.notes()

@@ -85,5 +85,6 @@ def _answers(host: EngineHost, model: ChatModel, suite: Suite, progress: Progres
         progress.note(f"{model.name}: its answers to this suite are known from before")
         return known, True
     measured = measure(host, model, suite, progress)
-    answer_cache.save(path, measured)
+    if problem := answer_cache.save(path, measured):
+        progress.note(problem)
     return measured, False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -136,7 +136,7 @@ def _ask(engine: Answerer, model: ChatModel, suite: Suite, item: SuiteItem) -> I
             return replace(result, error=said["error"])
         if np.isnan(said["values"]).any():
             return replace(result, error="the likelihoods of its choices are not numbers")
-        answer = item.choices[int(np.argmax(said["values"]))]
+        answer = _likeliest(item, said["values"])
         result = replace(result, likelihoods=tuple(said["values"]), seconds=round(said["seconds"], 4))
     else:
         said = engine.answer(messages, suite.decoding.max_tokens, suite.decoding.temperature, base)
@@ -148,6 +148,12 @@ def _ask(engine: Answerer, model: ChatModel, suite: Suite, item: SuiteItem) -> I
             end=said["end"],
         )  # fmt: skip
     return replace(result, answer=answer, score=scorer.score(answer, item) if suite.has_truth(item) else 0.0)
+
+
+def _likeliest(item: SuiteItem, values: Sequence[float]) -> str:
+    """Of choices that are as likely, one by chance, the same each time: suites often have the right one first."""
+    best = [choice for choice, value in zip(item.choices, values, strict=True) if value == max(values)]
+    return best[int(item.prompt_sha256, 16) % len(best)]
 
 
 def metric_names(suite: Suite) -> dict[str, str | None]:

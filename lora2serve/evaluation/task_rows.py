@@ -103,6 +103,8 @@ def harness_errors() -> Iterator[None]:
 
 def _task_rows(name: str, task: Task, limit: int | None) -> TaskRows:
     metric, docs = _figure(name, task), list(islice(task.eval_docs, limit))
+    if not docs:
+        raise UsageError(f"--task {name}: no rows", "its test_split, or validation_split, names an empty part")
     settings = {key: value for key, value in task.dump_config().items() if key not in ELSEWHERE}
     return TaskRows(
         name, metric, tuple(_plain(doc) for doc in docs), tuple(tuple(texts_of(doc)) for doc in docs),

@@ -58,6 +58,26 @@ def test_a_likelihood_that_is_no_number_is_no_answer(tmp_path: Path) -> None:
         ask_all(PlantedEngine([]), "planted", MODEL, suite_of(tmp_path, "", scorer="exact"), told)
 
 
+def test_choices_that_are_as_likely(tmp_path: Path) -> None:
+    """A model that knows nothing has half of them right, wherever the right one stands: here it is the first."""
+    suite = suite_of(tmp_path, *[""] * 200)
+    measured = ask_all(PlantedEngine([[-1.0, -1.0] for _ in suite.items]), "planted", MODEL, suite, Told())
+    assert 70 < sum(item.score for item in measured.items) < 130
+    again = ask_all(PlantedEngine([[-1.0, -1.0] for _ in suite.items]), "planted", MODEL, suite, Told())
+    assert [item.answer for item in measured.items] == [item.answer for item in again.items]
+    surer = ask_all(PlantedEngine([[-1.0, -1.1] for _ in suite.items]), "planted", MODEL, suite, Told())
+    assert all(item.score == 1 for item in surer.items), "the control"
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    """Its answers are here all the same."""
+    (tmp_path / "file").write_text("")
+    suite = suite_of(tmp_path, "")
+    measured = ask_all(PlantedEngine([[-1.0, -2.0]]), "planted", MODEL, suite, Told())
+    assert "not kept for the next time" in answer_cache.save(tmp_path / "file" / "base.json", measured)
+    assert answer_cache.save(tmp_path / "folder" / "base.json", measured) == "", "the control"
+
+
 def test_what_failed_is_asked_again(tmp_path: Path) -> None:
     """Answers are kept for the next time where all are answers."""
     suite, nan = suite_of(tmp_path, "", ""), float("nan")

@@ -17,9 +17,11 @@ from lora2serve.evaluation.comparison import (
     changed_answers,
     differences,
     first_token_kl,
+    gate_result,
     score_pairs,
 )
 from lora2serve.evaluation.eval_records import ItemResult
+from lora2serve.evaluation.score_gates import parse_gate
 from lora2serve.evaluation.suite import read_suite
 from lora2serve.evaluation.suite_run import Measured, evaluation
 from lora2serve.parity_check import metrics
@@ -122,3 +124,22 @@ def test_prompts_without_truth(tmp_path: Path) -> None:
     assert list(evaluation(right.of(nothing), nothing).metrics) == ["seconds"], "no accuracy of what has no truth"
     assert len(changed_answers(right, wrong)) == 4 and changed_answers(right, right) == []
     assert json.dumps(changed_answers(right, wrong)[0].to_json())
+
+
+def test_what_was_not_answered_meets_no_gate(tmp_path: Path) -> None:
+    """Two that fail on the same items do not agree on them, and a first that fails is not easily beaten."""
+    suite = read_suite(written(tmp_path, [{"prompt": f"{n}?", "expected": f"yes {n}"} for n in range(1, COUNT + 1)]))
+    old = Measured("a", "engine", tuple(replace(item, id=q.name, score=1.0) for item, q in zip(
+        answers("a").items, suite.items, strict=True)))  # fmt: skip
+    failed = replace(old, items=(*old.items[:100], *(
+        replace(item, answer="", score=0.0, error="too long") for item in old.items[100:])))  # fmt: skip
+
+    def verdicts(first: Measured, second: Measured, *texts: str) -> list[str]:
+        pairs = {**score_pairs(first, second, suite), **behavior_pairs(first, first, second)}
+        return [gate_result(parse_gate(text), "b", pairs).verdict for text in texts]
+
+    texts = ("changed <= 0.05", "refusals <= 0.05", "acc >= other - 0.05", "acc >= 0.9")
+    assert verdicts(old, old, *texts) == ["met"] * 4, "the control"
+    assert verdicts(failed, failed, *texts) == [*["not enough items"] * 3, "missed"]
+    assert verdicts(failed, old, *texts[2:]) == ["not enough items", "met"]
+    assert verdicts(old, failed, *texts[2:]) == ["missed"] * 2

@@ -78,6 +78,9 @@ def test_what_is_no_gate() -> None:
     for text in ("acc >= 70", "acc >= base - 1", "acc-geo <= 50", "acc >= base - 5"):
         with pytest.raises(UsageError, match="is from 0 to 1, and a point"):
             refuse_unknown([parse_gate(text)], "qa", ["acc", "acc-geo"], compared=True)
+    for metric in ("acc_norm", "prompt_level_strict_acc", "pass@1"):
+        with pytest.raises(UsageError, match="is from 0 to 1, and a point"):
+            refuse_unknown([parse_gate(f"{metric} >= base - 5")], "qa", [metric], compared=True)
     refuse_unknown([parse_gate("acc >= 1"), parse_gate("seconds <= 90")], "qa", ["acc", "seconds"], compared=True)
     with pytest.raises(UsageError, match="nothing to compare with"):
         refuse_unknown([gate], "qa", ["acc"], compared=False)

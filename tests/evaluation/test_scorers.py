@@ -33,6 +33,15 @@ def regex(pattern: str) -> ScorerRecipe:
         ("exact", "paris", ("Paris",), 0),
         ("normalized", "The  Paris!", ("paris",), 1),
         ("normalized", "Paris, France", ("paris",), 0),
+        ("normalized", "", ("A",), 0),  # an article alone is an answer
+        ("normalized", "a.", ("A",), 1),
+        ("normalized", "-", ("+",), 0),
+        ("normalized", "-40 mg", ("40 mg",), 0),
+        ("normalized", "It is 3.5.", ("it is 35",), 0),
+        ("normalized", "It is 3.5.", ("it is 3.5",), 1),
+        ("normalized", "\u201cCafe\u0301\u201d\u3002", ("Caf\u00e9",), 1),
+        ("number", "\u22125", ("5",), 0),
+        ("number", "\u22125", ("-5",), 1),
         ("f1", "the cat sat", ("cat sat down", "dog"), 0.8),
         ("f1", "nothing", ("cat",), 0),
         ("f1", "", ("",), 1),
@@ -64,7 +73,8 @@ def test_json_schema(tmp_path: Path) -> None:
     recipe = ScorerRecipe("json_schema", schema="s.json")
     assert score(recipe, '{"name": "x"}', home=tmp_path) == 1
     assert score(recipe, 'Here:\n```json\n{"name": "x"}\n```', home=tmp_path) == 1
-    assert [score(recipe, text, home=tmp_path) for text in ('{"name": 1}', "{}", "name: x", "")] == [0, 0, 0, 0]
+    bad = ('{"name": 1}', "{}", "name: x", "", '{"name": "x", "age": NaN}')
+    assert [score(recipe, text, home=tmp_path) for text in bad] == [0] * 5
     (tmp_path / "s.json").write_text('{"type": "nothing"}')
     problems: list[str] = []
     make_scorer(recipe, tmp_path, "scorer", problems)
@@ -81,6 +91,17 @@ def test_a_function_of_the_users(tmp_path: Path) -> None:
         score(recipe, "abcd", "ab", home=tmp_path)
     with pytest.raises(InputError, match="item 1: 'x'"):
         score(ScorerRecipe("python", function="own.py:bad"), "abcd", "ab", home=tmp_path)
+
+
+def test_a_function_that_would_end_the_command(tmp_path: Path) -> None:
+    """Its exit code 0 would be a gate that is met."""
+    (tmp_path / "own.py").write_text("import sys\n\ndef leave(*_):\n    sys.exit(0)\n")
+    (tmp_path / "main.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(InputError, match="item 1: SystemExit: 0"):
+        score(ScorerRecipe("python", function="own.py:leave"), "x", "x", home=tmp_path)
+    problems: list[str] = []
+    make_scorer(ScorerRecipe("python", function="main.py:leave"), tmp_path, "scorer", problems)
+    assert problems == ["scorer: python: main.py: SystemExit: 0"]
 
 
 class Taste(BaseHTTPRequestHandler):

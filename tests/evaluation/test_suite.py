@@ -74,6 +74,13 @@ def test_scorers_by_task(tmp_path: Path) -> None:
     )
 
 
+def test_the_first_rows_alone(tmp_path: Path) -> None:
+    """The task of a later one has its scorer all the same."""
+    (tmp_path / "qa.yaml").write_text("rows: qa.jsonl\ntasks: {talk: exact}\n")
+    written(tmp_path)
+    assert len(read_suite(tmp_path / "qa.yaml", 2).items) == 2
+
+
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
     bad = [ROWS[0], {"prompt": "", "expected": "x"}, {"prompt": "x", "choices": ["a", "b"], "expected": 2},
            {"prompt": "x", "expected": {"a": 1}}, 7, {**ROWS[1], "id": "fr"}]  # fmt: skip
@@ -115,6 +122,10 @@ def test_items_that_their_scorer_cannot_score(tmp_path: Path) -> None:
         suite_of(tmp_path, "scorer: choice\n", [ROWS[0], *({**ROWS[2], "expected": "blue"} for _ in range(4))])
     with pytest.raises(DataError, match="which is no number"):
         suite_of(tmp_path, "scorer: number\n", [ROWS[0]])
+    with pytest.raises(DataError, match="expected each once"):
+        suite_of(tmp_path, "scorer: choice\n", [{**ROWS[2], "choices": ["red", "green", "red"]}])
+    with pytest.raises(DataError, match="stands in every answer"):
+        suite_of(tmp_path, "scorer: contains\n", [{**ROWS[0], "expected": ""}])
     with pytest.raises(DataError, match="expected is missing"):
         suite_of(tmp_path, "", [{"prompt": "x", "choices": ["a", "b"]}])
 
