@@ -157,12 +157,23 @@ def _home(models: Sequence[EvaluatedModel], out: Named | None) -> Path:
     return plain_path(Path(out)) if out else models[0].home
 
 
+def distinct(paths: Sequence[Path]) -> list[Path]:
+    """Of models that are called alike, ``a/adapter`` and ``b/adapter``, each has its own file."""
+    taken: list[Path] = []
+    for path in paths:
+        number, free = 2, path
+        while free in taken:
+            number, free = number + 1, path.with_name(f"{path.stem}-{number}{path.suffix}")
+        taken.append(free)
+    return taken
+
+
 def _written(done: Evaluated, models: Sequence[EvaluatedModel], home: Path, *, shared: bool) -> EvaluationResult:
     """The files of each model, also into the registry where it is a version, and the page."""
     from lora2serve.evaluation.report import eval_page
 
     suite = done.report.suite
-    paths = [(home if shared else model.home) / model.file_name(suite, shared=shared) for model in models]
+    paths = distinct([(home if shared else model.home) / model.file_name(suite, shared=shared) for model in models])
     for path, model, measured, record in zip(paths, models, done.measured, done.evaluations, strict=True):
         eval_page.write_record(path, record, measured)
         record_scores(model.name, record)

@@ -105,8 +105,11 @@ def plain(value: object) -> object:
 
 
 def names(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
-    """Words with commas between."""
-    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
+    """Words with commas between. An option without one is an empty variable of a script, and asks for something."""
+    found = tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    if text is not None and not found:
+        raise click.BadParameter("empty, expected one name at least")
+    return found
 
 
 def complete_targets(ctx: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem]:

@@ -26,6 +26,7 @@ from lora2serve.evaluation.task_rows import (
     PREFERRED,
     find_tasks,
     harness_errors,
+    load_tasks,
     questions_sha256,
     read_task_rows,
     texts_of,
@@ -96,17 +97,16 @@ def ask_tasks(
     progress: Progress, numbers: Mapping[str, Sequence[int]] | None = None,
 ) -> HarnessRun:  # fmt: skip
     """The same of an engine that runs. ``numbers``: only these rows of each task, in their order."""
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     from lora2serve.evaluation.lm_eval_bridge import EngineLM
 
     some = None if numbers is None else {task: list(rows) for task, rows in numbers.items()}
     with progress.track(f"{model.name}: {', '.join(options.tasks)}", 0) as advance, harness_errors():
         lm = EngineLM(engine, base=model.without_adapter, advance=advance)
-        results = simple_evaluate(
-            model=lm, tasks=list(options.tasks), num_fewshot=options.shots,
-            limit=options.limit if some is None else None, samples=some, apply_chat_template=options.chat,
-            task_manager=manager, bootstrap_iters=0, log_samples=True,
+        results = evaluate(
+            lm, load_tasks(options, manager), limit=options.limit if some is None else None, samples=some,
+            apply_chat_template=options.chat, fewshot_as_multiturn=True, bootstrap_iters=0, log_samples=True,
         )  # fmt: skip
     samples: Mapping[str, Sequence[Mapping[str, object]]] = results["samples"]
     metrics = {task: _metric(task, lines, results["higher_is_better"][task]) for task, lines in samples.items()}

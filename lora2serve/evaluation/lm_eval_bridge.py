@@ -82,6 +82,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """As the engine has it."""
         return ""
 
+    def loglikelihood(self, requests: Sequence[TaskRequest], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """The harness's, without its bar: there is one of ours."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
     def _loglikelihood_tokens(self, requests: Windows, **_options: object) -> list[tuple[float, bool]]:
         found = []
         for asked, context, continuation in requests:

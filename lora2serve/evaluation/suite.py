@@ -120,6 +120,8 @@ def read_suite(path: Path, most: int | None = None, *, truth: bool = True) -> Su
 
     RecipeError names every problem of the one, DataError every bad row of the other.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file", "a suite is a YAML file, or a file of rows")
     if path.suffix not in (".yaml", ".yml"):
         return of_rows(path, _plain_name(path.stem), SuiteRecipe(str(path)), path.resolve().parent, most, truth=truth)
     content, problems = read_keys(path, EXAMPLE)
@@ -130,6 +132,8 @@ def read_suite(path: Path, most: int | None = None, *, truth: bool = True) -> Su
     if problems:
         _scorers(recipe, path.resolve().parent, problems)  # what is wrong with those, too
         raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems), EXAMPLE)
+    if not (path.parent / recipe.rows).is_file():
+        raise DataError(f"{path}: rows: {path.parent / recipe.rows}: no such file", "rows lie relative to the suite")
     return of_rows(path.parent / recipe.rows, name, recipe, path.resolve().parent, most, truth=truth)
 
 
@@ -143,17 +147,30 @@ def of_rows(
         raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems), EXAMPLE)
     reader = _Reader(path, recipe, truth=truth)
     every = reader.items()
-    items = tuple(every[:most])
+    items, repeated = _grouped(every[:most])
     if unknown := [task for task in recipe.tasks if task not in {item.task for item in every}]:
         raise RecipeError(f"{path}: tasks.{unknown[0]}: no row has that task", EXAMPLE)
-    suite = Suite(
-        name, items, scorer, scorers, Decoding(recipe.max_tokens, recipe.temperature), str(path), reader.notes()
-    )
+    notes = reader.notes()
+    if repeated:
+        notes = (*notes, f"{path}: {repeated} rows ask what others do: each question is one group")
+    decoding = Decoding(recipe.max_tokens, recipe.temperature)
+    suite = Suite(name, items, scorer, scorers, decoding, str(path), notes)
     lacking = [f"{path}: {item.name}: {reason}" for item in items if (reason := suite.scorer_of(item).lacks(item))]
     if lacking and truth:
         count = f"{len(lacking)} of {len(items)} items cannot be scored:"
         raise DataError("\n".join([count, *lacking[:LISTED]]), FORMS)
     return suite
+
+
+def _grouped(items: Sequence[SuiteItem]) -> tuple[tuple[SuiteItem, ...], int]:
+    """Rows that ask the same are one group, if they name none: the second is no news. And how many rows these are."""
+    alike: dict[object, list[str]] = {}
+    for item in items:
+        if not item.group:
+            alike.setdefault((item.prompt_sha256, item.choices), []).append(item.name)
+    first = {name: names[0] for names in alike.values() if len(names) > 1 for name in names}
+    named = (replace(item, group=f"as {first[item.name]}") if item.name in first else item for item in items)
+    return tuple(named), len(first)
 
 
 def _scorers(recipe: SuiteRecipe, home: Path, problems: list[str]) -> tuple[Scorer, dict[str, Scorer]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 PREFERRED = ("acc", "exact_match", "f1", "mcc", "pass@1", "prompt_level_strict_acc")  # of a task with several figures
+EXAMPLES_SEED = 1234  # as the harness's own command draws them
 FEWEST_WORDS = 4  # of a text by which a row is known again
 ELSEWHERE = (
     "dataset_path",
@@ -54,8 +55,25 @@ def find_tasks(options: HarnessOptions) -> TaskManager:
     known = list(manager.all_tasks)
     for task in options.tasks:
         if task not in known:
-            raise UsageError(f"--task {task}: no such task{did_you_mean(task, known)}", "`lm-eval ls tasks` lists them")
+            _refuse_broken(options.include)  # the harness passes over those
+            near, own = did_you_mean(task, known), ", ".join(sorted(alone.all_subtasks)) if options.include else ""
+            hint = f"{options.include} has {own}" if own else "`lm-eval ls tasks` lists them"
+            raise UsageError(f"--task {task}: no such task{near}", hint)
     return manager
+
+
+def _refuse_broken(folder: str) -> None:
+    """UsageError for a file of tasks there that is no YAML; what its tags stand for is the harness's."""
+    import yaml
+
+    for path in sorted(Path(folder).rglob("*.yaml")) if folder else ():
+        try:
+            for _ in yaml.parse(path.read_text(encoding="utf-8")):
+                pass
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+            line = f":{mark.line + 1}" if mark else ""
+            raise UsageError(f"{path}{line}: no YAML: {problem}", "mend it, or move it") from None
 
 
 def read_task_rows(options: HarnessOptions, manager: TaskManager) -> list[TaskRows]:
@@ -64,8 +82,32 @@ def read_task_rows(options: HarnessOptions, manager: TaskManager) -> list[TaskRo
     UsageError for a task whose figure is none of each row, EngineError where its data set is not here.
     """
     with harness_errors():
-        loaded = manager.load(list(options.tasks))["tasks"]
+        loaded = load_tasks(options, manager)["tasks"]
         return [_task_rows(name, task, options.limit) for name, task in loaded.items()]
+
+
+def load_tasks(options: HarnessOptions, manager: TaskManager) -> dict[str, dict[str, Task]]:
+    """Ready to be asked, with as many examples as are wanted: 0 in a task's own settings stays.
+
+    The harness's ``simple_evaluate`` does that, too, then asks git and pip about this machine: three seconds a model.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        loaded: dict[str, dict[str, Task]] = manager.load(list(options.tasks))
+    except KeyError as error:
+        if error.args != (None,):
+            raise
+        names = ", ".join(options.tasks)
+        raise UsageError(f"--task {names}: a metric that lm-eval has not", "see metric_list of the task") from None
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        task.set_config("num_fewshot", own if own == 0 or options.shots is None else options.shots)
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed=EXAMPLES_SEED)
+    return loaded
 
 
 def questions_sha256(

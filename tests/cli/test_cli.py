@@ -49,6 +49,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (["verify", "runs/latest"], 1, "runs/latest: no such run or directory"),
         (["verify", "~/no-such-run"], 1, "~/no-such-run: no such directory"),
         (["deploy", "k8"], 2, "deploy k8: unknown kind (did you mean 'k8s'?)"),
+        (["evaluate", "--task", "", "--gate", "acc >= 0.5"], 2, "'--task': empty, expected one name at least"),
+        (["parity", "--require", " , "], 2, "'--require': empty, expected one name at least"),
         (["train", ":abc:"], 2, "recipe ':abc:': no such file"),
         (["train", "."], 2, "recipe '.': a directory, expected a YAML file"),
     ],

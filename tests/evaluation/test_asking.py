@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lora2serve.api.evaluate_model import distinct
 from lora2serve.errors import EngineError
 from lora2serve.evaluation import answer_cache
 from lora2serve.evaluation.answerer import EngineAnswer, Turns
@@ -86,6 +87,11 @@ def test_what_failed_is_asked_again(tmp_path: Path) -> None:
         answer_cache.save(tmp_path / name, measured)
         assert (answer_cache.load(tmp_path / name, "planted") == measured) is kept, name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "qa.jsonl", "qa.yaml"]
+
+
+def test_models_that_are_called_alike() -> None:
+    paths = [Path(f"evals/{name}.json") for name in ("a", "b", "a", "a")]
+    assert [path.name for path in distinct(paths)] == ["a.json", "b.json", "a-2.json", "a-3.json"]
 
 
 def test_two_that_write_one_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import lora2serve as api
 from lora2serve.artifacts.run import Run
-from lora2serve.errors import UsageError
+from lora2serve.errors import EngineError, UsageError
 from lora2serve.evaluation.answerer import ProcessTaskAnswerer
 from lora2serve.evaluation.eval_records import read_items
 from lora2serve.evaluation.harness_options import HarnessOptions
@@ -159,6 +159,48 @@ def test_a_base_is_asked_once(
     assert first == second and done.report.suite_sha256 == again.report.suite_sha256 != more.report.suite_sha256
     with pytest.raises(UsageError, match="word_perplexity, expected one of each row"):
         api.evaluate(demo_run.path, task="island_text", task_folder=tasks)
+
+
+def test_what_cannot_be_scored_is_refused(tasks: Path, tmp_path: Path, demo_run: Run) -> None:
+    """Before a model is loaded where that can be known: a gate's typing error, no rows, a figure of which less is better."""
+    plain = (tasks / "island_choice.yaml").read_text()
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "own.py").write_text(
+        "def nothing(docs):\n    return docs.select([])\n\n"
+        "def odd(doc, results):\n    return {'acc': float('nan') if doc['label'] == 1 else 1.0}\n\n"
+        "def less(doc, results):\n    return {'acc': (1, 0), 'errors': 0.0}\n"
+    )
+    own = {
+        "empty": "process_docs: !function own.nothing\n",
+        "odd": "process_results: !function own.odd\n",
+        "less": "process_results: !function own.less\n",
+        "unknown": "",
+    }
+    metrics = "metric_list: [{metric: acc}, {metric: acc_norm}]"
+    for name, line in own.items():
+        text = plain.replace("task: island_choice", f"task: {name}") + line
+        if name == "unknown":
+            text = text.replace(metrics, "metric_list: [{metric: akk}]")
+        if name == "odd":
+            text = text.replace(metrics, "metric_list: [{metric: acc}]")
+        if name == "less":
+            less = "{metric: errors, aggregation: mean, higher_is_better: false}"
+            text = text.replace(metrics, f"metric_list: [{{metric: acc}}, {less}]")
+        (tmp_path / f"{name}.yaml").write_text(text)
+
+    def refused(task: str, error: type[Exception], problem: str, **options: Any) -> None:
+        with pytest.raises(error, match=problem):
+            api.evaluate(demo_run.path, task=task, task_folder=tmp_path, out=tmp_path / "out", **options)
+
+    refused("odd", UsageError, "no figure akk", gate="akk >= 0.5")
+    refused("empty", UsageError, "--task empty: no rows")
+    refused("od", UsageError, "--task od: no such task")
+    refused("unknown", UsageError, "a metric that lm-eval has not")
+    refused("odd", EngineError, "odd-1: acc is nan, expected a number")
+    refused("less", EngineError, "none of .* is a figure of each item, of which more is better")
+    (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: [\n")
+    refused("broken", UsageError, r"broken.yaml:3: no YAML: expected the node content")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tasks_that_ask_what_was_trained_on(demo_run: Run, tmp_path: Path) -> None:

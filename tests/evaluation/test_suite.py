@@ -10,8 +10,11 @@ import pytest
 
 from lora2serve.data.rows import ChatRow, CompletionRow, TextRow
 from lora2serve.errors import DataError, RecipeError
+from lora2serve.evaluation.eval_records import ItemResult
 from lora2serve.evaluation.overlap import compare, questions
+from lora2serve.evaluation.score_gates import judge, parse_gate
 from lora2serve.evaluation.suite import Suite, read_suite
+from lora2serve.evaluation.suite_run import Measured
 
 ROWS: Sequence[dict[str, object]] = [
     {"prompt": "Capital of France?", "expected": "Paris", "task": "geo", "group": "europe", "id": "fr"},
@@ -79,6 +82,22 @@ def test_the_first_rows_alone(tmp_path: Path) -> None:
     (tmp_path / "qa.yaml").write_text("rows: qa.jsonl\ntasks: {talk: exact}\n")
     written(tmp_path)
     assert len(read_suite(tmp_path / "qa.yaml", 2).items) == 2
+
+
+def test_the_same_question_twice_is_no_news(tmp_path: Path) -> None:
+    """A hundred right answers to one question show nothing; to a hundred questions they do: the control."""
+    same = [{"prompt": "Capital of France?", "expected": "Paris"}] * 100
+    others = [{"prompt": f"{n} and {n}?", "expected": str(2 * n)} for n in range(100)]
+    suites = [read_suite(written(tmp_path, rows)) for rows in (same, others)]
+    measured = [
+        Measured("a", "", tuple(ItemResult(i.name, "", "", 1.0, 1.0, group=i.group) for i in suite.items))
+        for suite in suites
+    ]
+    gates = [judge(parse_gate("acc >= 0.9"), "a", m.vector("score"), None, m.groups()).verdict for m in measured]
+    assert gates == ["not enough items", "met"]
+    assert "100 rows ask what others do: each question is one group" in suites[0].notes[0] and not suites[1].notes
+    choices = [{"prompt": "Which?", "choices": ["a", str(n)], "expected": "a"} for n in range(3)]
+    assert not any(item.group for item in suite_of(tmp_path, "scorer: choice\n", choices).items)
 
 
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
