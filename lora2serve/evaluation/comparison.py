@@ -135,11 +135,23 @@ def changed_answers(new: Measured, old: Measured) -> list[eval_report.ItemChange
 
 
 def first_token_kl(reference: Mapping[str, float], other: Mapping[str, float]) -> float:
-    """In nats, at least: of the tokens that both show, all others being one; NaN where an engine shows none."""
-    both = [token for token in reference if token in other]
+    """In nats, at least: of the tokens that both show, all others being one; NaN where an engine shows none.
+
+    Those that the second does not show are less likely there than the least that it shows: two that have no token in
+    common are far apart.
+    """
     if not reference or not other:
         return math.nan
-    return lumped_kl(np.array([reference[t] for t in both]), np.array([other[t] for t in both]))
+    both = [token for token in reference if token in other]
+    p, q = [reference[token] for token in both], [other[token] for token in both]
+    alone = sum(math.exp(value) for token, value in reference.items() if token not in other)
+    if alone:
+        left = max(1 - sum(map(math.exp, other.values())), 1e-9)
+        most = min((len(reference) - len(both)) * math.exp(min(other.values())), left)
+        rest_p, rest_q = 1 - sum(map(math.exp, p)), 1 - sum(map(math.exp, q))
+        p.append(math.log(alone))
+        q.append(math.log(max(min(most, rest_q * alone / max(rest_p, alone)), 1e-12)))
+    return lumped_kl(np.array(p), np.array(q))
 
 
 def differences(

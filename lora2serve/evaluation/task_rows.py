@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PREFERRED = ("acc", "exact_match", "f1", "mcc", "pass@1", "prompt_level_strict_acc")  # of a task with several figures
 EXAMPLES_SEED = 1234  # as the harness's own command draws them
+EMPTY = "its test_split, or validation_split, names an empty part, or process_docs leaves nothing"
 FEWEST_WORDS = 4  # of a text by which a row is known again
 ELSEWHERE = (
     "dataset_path",
@@ -94,12 +95,14 @@ def load_tasks(options: HarnessOptions, manager: TaskManager) -> dict[str, dict[
     import datasets
 
     datasets.disable_progress_bars()
+    names = ", ".join(options.tasks)
     try:
         loaded: dict[str, dict[str, Task]] = manager.load(list(options.tasks))
+    except IndexError as error:  # the harness looks at the first one
+        raise UsageError(f"--task {names}: no rows: {first_line(error)}", EMPTY) from None
     except KeyError as error:
         if error.args != (None,):
             raise
-        names = ", ".join(options.tasks)
         raise UsageError(f"--task {names}: a metric that lm-eval has not", "see metric_list of the task") from None
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -146,7 +149,7 @@ def harness_errors() -> Iterator[None]:
 def _task_rows(name: str, task: Task, limit: int | None) -> TaskRows:
     metric, docs = _figure(name, task), list(islice(task.eval_docs, limit))
     if not docs:
-        raise UsageError(f"--task {name}: no rows", "its test_split, or validation_split, names an empty part")
+        raise UsageError(f"--task {name}: no rows", EMPTY)
     settings = {key: value for key, value in task.dump_config().items() if key not in ELSEWHERE}
     return TaskRows(
         name, metric, tuple(_plain(doc) for doc in docs), tuple(tuple(texts_of(doc)) for doc in docs),

@@ -93,6 +93,13 @@ def test_kl_of_first_tokens() -> None:
     whole = float((np.exp(p) * (p - q)).sum())
     of = [{str(n): float(values[n]) for n in np.argsort(-values)[:20]} for values in (p, q)]
     assert 0 < first_token_kl(*of) <= whole and first_token_kl(of[0], of[0]) == pytest.approx(0, abs=1e-12)
+    for scale in (1, 3, 10):  # from flat to sure of themselves
+        logits = metrics.log_softmax(rng.standard_normal((40, 50)) * scale)
+        for mine, other in zip(logits[::2], logits[1::2], strict=True):
+            few = [{str(n): float(values[n]) for n in np.argsort(-values)[:8]} for values in (mine, other)]
+            assert 0 <= first_token_kl(*few) <= float((np.exp(mine) * (mine - other)).sum()) + 1e-9
+    these, those = ({name: math.log(0.45) for name in names} for names in (("a", "b"), ("c", "d")))
+    assert first_token_kl(these, those) > 1 > first_token_kl(these, these) == pytest.approx(0, abs=1e-12)
     everything = [{str(n): float(values[n]) for n in range(50)} for values in (p, q)]
     assert first_token_kl(*everything) == pytest.approx(whole, rel=1e-6)
     assert math.isnan(first_token_kl({}, of[0]))
