@@ -168,6 +168,7 @@ def test_what_cannot_be_scored_is_refused(tasks: Path, tmp_path: Path, demo_run:
     (tmp_path / "own.py").write_text(
         "def nothing(docs):\n    return docs.select([])\n\n"
         "def odd(doc, results):\n    return {'acc': float('nan') if doc['label'] == 1 else 1.0}\n\n"
+        "def first(pairs):\n    return pairs[0][0]\n\n"
         "def less(doc, results):\n    return {'acc': (1, 0), 'errors': 0.0}\n"
     )
     own = {
@@ -185,7 +186,8 @@ def test_what_cannot_be_scored_is_refused(tasks: Path, tmp_path: Path, demo_run:
             text = text.replace(metrics, "metric_list: [{metric: acc}]")
         if name == "less":
             less = "{metric: errors, aggregation: mean, higher_is_better: false}"
-            text = text.replace(metrics, f"metric_list: [{{metric: acc}}, {less}]")
+            pairs = "{metric: acc, aggregation: !function own.first, higher_is_better: true}"
+            text = text.replace(metrics, f"metric_list: [{pairs}, {less}]")
         (tmp_path / f"{name}.yaml").write_text(text)
 
     def refused(task: str, error: type[Exception], problem: str, **options: Any) -> None:
@@ -197,7 +199,7 @@ def test_what_cannot_be_scored_is_refused(tasks: Path, tmp_path: Path, demo_run:
     refused("od", UsageError, "--task od: no such task")
     refused("unknown", UsageError, "a metric that lm-eval has not")
     refused("odd", EngineError, "odd-1: acc is nan, expected a number")
-    refused("less", EngineError, "none of .* is a figure of each item, of which more is better")
+    refused("less", EngineError, "none of acc, errors is a figure of each item, of which more is better")
     (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: [\n")
     refused("broken", UsageError, r"broken.yaml:3: no YAML: expected the node content")
     assert not (tmp_path / "out").exists()
