@@ -10,6 +10,7 @@ from lora2serve.sweeping.pareto import hypervolume, normalized
 from lora2serve.sweeping.search_plan import SearchPlan
 
 ENOUGH = 0.01  # growth of the hypervolume over the last third
+FEWEST = 3  # trials, of which there is a last third
 REFERENCE = 1.1  # in each figure, where 1 is the worst
 
 
@@ -30,12 +31,14 @@ class Explored(JsonRecord):
     @property
     def enough(self) -> bool:
         """Whether it is."""
-        return self.growth < ENOUGH and not self.at_edge and not self.budget_ended
+        return self.trials >= FEWEST and self.growth < ENOUGH and not self.at_edge and not self.budget_ended
 
     @property
     def words(self) -> str:
         """In a sentence or two."""
         last = f"the last third of {self.trials} trials brought {self.growth:.1%} of the front's volume"
+        if self.trials < FEWEST:
+            last = f"{self.trials} finished with all steps of the search, and fewer than {FEWEST} say nothing"
         why = [last] + [self.at_edge] * bool(self.at_edge) + ["the budget ended the search"] * self.budget_ended
         return f"Explored enough: {last}." if self.enough else f"Not explored enough: {'; '.join(why)}."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import exp
@@ -121,8 +122,7 @@ def started(request: SweepRequest, progress: Progress) -> SweepLoop:
     planner = trial_planner(recipe, request.gpu, jobs, progress)
     space = replace(space, targets=usable_targets(space, planner.shape, progress))
     files = TrialFiles((ROOT / (request.name or recipe.name)).absolute())
-    location = request.storage or str(_own_storage(files.folder))
-    location = location if "://" in location else str(Path(location).absolute())
+    location = _writable(request.storage, files.folder) if request.storage else str(_own_storage(files.folder))
     prepared = _Prepared(request, recipe, sets, space, planner, jobs, files, location, quality)
     base = fetch_base(recipe.model, progress)
     with scratch.filled(ROOT), ExitStack() as stack:
@@ -174,6 +174,20 @@ def place_of(on: str, jobs: int | None) -> tuple[TrialPlace, int]:
         raise UsageError(f"--on {on}: unknown{did_you_mean(on, ['ray'])}", "known: ray")
     gpus, threads, count = shares(jobs)
     return ChildTrials(gpus, threads), count
+
+
+def _writable(storage: str, sweep: Path) -> str:
+    """A database as it is, a file as an absolute path; UsageError where none can be written. ``sweep`` will be made."""
+    if "://" in storage:
+        return storage
+    path = Path(storage).absolute()
+    if path.parent == sweep:
+        return str(path)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return str(path)
+    except OSError as error:
+        raise UsageError(f"--storage {storage}: {error.strerror}", "a file in a folder that may be written") from None
 
 
 def _own_storage(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from lora2serve.errors import UsageError
 from lora2serve.sweeping.constraint_choice import choose
-from lora2serve.sweeping.explored import explored
+from lora2serve.sweeping.explored import Explored, explored
 from lora2serve.sweeping.finalists import finalists
 from lora2serve.sweeping.optuna_points import importances, propose
 from lora2serve.sweeping.pareto import front, hypervolume, normalized
@@ -179,6 +179,13 @@ def test_explored_enough_is_a_figure() -> None:
     figure = explored(flat)
     assert 0 <= figure.growth <= 1 and figure.words.startswith(("Explored enough", "Not explored enough"))
     assert figure.enough == (figure.growth < 0.01)
+
+
+def test_few_trials_have_explored_nothing() -> None:
+    """One that was trained to its end, where all others failed, has no last third that could have brought anything."""
+    alone = Explored(growth=0.0, trials=1, at_edge="", budget_ended=False)
+    assert not alone.enough and "1 finished with all steps of the search" in alone.words
+    assert replace(alone, trials=3).enough, "the control"
 
 
 def test_the_sampler_is_told_what_does_not_fit() -> None:

@@ -200,6 +200,7 @@ def test_distance_of_data() -> None:
         pytest.param(
             {"overrides": ["train.method=ia3", "train.quantize=none"]}, "train.method: ia3", marks=pytest.mark.engine
         ),
+        ({"storage": "nowhere/x.db"}, "--storage nowhere/x.db: No such file"), ({"storage": "/proc/x.db"}, "--storage /proc"),
         ({"overrides": ["train.from_adapter=runs/a"]}, "train.from_adapter: runs/a, whose rank and layers are as they"),
         ({"join": "x.db", "space": "y"}, "--join takes"),
         ({"overrides": ["data.eval=null"]}, "holds no rows out"), ({"join": "x.db"}, "no storage of a sweep"),
