@@ -125,8 +125,8 @@ class SearchPlan:
 
     @cached_property
     def widened(self) -> tuple[float, ...]:
-        """Rates that were tried beyond the range."""
-        rates = {spec.point.rate for spec in self.tried.values()}
+        """Rates that were tried beyond the range; not those of earlier runs, which were no step of this search."""
+        rates = {spec.point.rate for spec in self.tried.values() if spec.point not in self.first}
         low, high = self.space.rates[0], self.space.rates[-1]
         return tuple(sorted(rate for rate in rates if rate < low or rate > high))
 

@@ -172,6 +172,10 @@ def test_earlier_fronts_are_tried_first() -> None:
     first = [SearchPoint(6e-4, "qv-mlp", 16)]
     plan = SearchPlan(SPACE, SETTINGS, {}, {}, first)
     assert plan.step().trials[0].point == first[0] and len(plan.step().trials) == 25
+    beyond = [SearchPoint(1e-5, "qv", 16)]
+    planted = PlantedLoss(2e-4, "qv", 8, noise=0.0)
+    plan = searched(planted.outcome, SPACE, SETTINGS, first=beyond)
+    assert 1e-5 in {spec.point.rate for spec in plan.tried.values()} and plan.widened == (), "nothing was at an edge"
 
 
 def test_explored_enough_is_a_figure() -> None:
