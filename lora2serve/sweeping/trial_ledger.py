@@ -289,12 +289,21 @@ def _errors(location: str) -> Iterator[None]:
     except Lora2ServeError:
         raise
     except ImportError as error:  # the driver of a database
-        package = (error.name or "").split(".")[0]
+        package = _missing(error)
         raise SweepError(f"{package} is not installed", install_hint(EXTRA_OF.get(package, "sweep"))) from None
     except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
         raise SweepError(
             f"{without_credentials(location)}: {first_line(error)}", "look whether it is there, and may be written"
         ) from error
+
+
+def _missing(error: BaseException | None) -> str:
+    """The package; Optuna raises an error without its name from the one that has it."""
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            return error.name.split(".")[0]
+        error = error.__cause__ or error.__context__
+    return "the driver of that database"
 
 
 def _host() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,14 @@ from lora2serve.sweeping import trial_ledger
 from lora2serve.sweeping.gpu_leases import leased_gpu
 from lora2serve.sweeping.search_space import SearchPoint
 from lora2serve.sweeping.sweep_loop import SweepLoop
-from lora2serve.sweeping.trial_ledger import create_ledger, open_ledger, own_worker, spec_from_json, spec_to_json
+from lora2serve.sweeping.trial_ledger import (
+    create_ledger,
+    has_sweep,
+    open_ledger,
+    own_worker,
+    spec_from_json,
+    spec_to_json,
+)
 from lora2serve.sweeping.trial_record import TrialOutcome, TrialSpec
 from tests.support.registries import empty_database, running_postgres
 from tests.sweeping.planted_sweep import SPACE, begin, begun, process, work
@@ -155,6 +163,16 @@ def test_a_storage_that_is_none(tmp_path: Path) -> None:
         open_ledger(str(tmp_path / "text.db"))
     with pytest.raises(SweepError, match=r"postgresql://127\.0\.0\.1:1/none"):
         open_ledger("postgresql://somebody:secret@127.0.0.1:1/none")
+
+
+def test_a_driver_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna names it in the cause of its own error only."""
+    for module in [name for name in sys.modules if name.split(".")[0] == "psycopg"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(SweepError, match="psycopg is not installed") as refused:
+        has_sweep("postgresql://127.0.0.1:1/none", "demo")
+    assert "lora2serve[registry]" in refused.value.hint
 
 
 class FailingPlace:
