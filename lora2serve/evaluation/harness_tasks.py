@@ -157,7 +157,7 @@ def evaluate_tasks(
         subjects=tuple(eval_report.subject_row(run.measured, row, "", cached=run.cached) for run, row in asked),
         differences=tuple(found for item in others if old for found in eval_report.differences(item, old, names)),
         changes=tuple(change for item in others if old for change in eval_report.changes(item, old)),
-        gates=tuple(gate_results(gates, others, old, figures)),
+        gates=tuple(gate_results(gates, others if reference else measured, old, figures)),
     )  # fmt: skip
     return Evaluated(tuple(measured), tuple(evaluations), report)
 

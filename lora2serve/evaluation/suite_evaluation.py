@@ -50,7 +50,7 @@ def evaluate_models(
         created=evaluations[0].created, versions=evaluations[0].versions, subjects=tuple(rows), notes=suite.notes,
         differences=tuple(found for item in others if old for found in eval_report.differences(item, old, metrics)),
         changes=tuple(change for item in others if old for change in eval_report.changes(item, old)),
-        gates=tuple(gate_results(gates, others, old, gated_figures(suite))),
+        gates=tuple(gate_results(gates, others if reference else measured, old, gated_figures(suite))),
     )  # fmt: skip
     return Evaluated(tuple(measured), tuple(evaluations), report)
 
@@ -64,16 +64,17 @@ def gated_figures(suite: Suite) -> Figures:
 def gate_results(
     gates: Sequence[ScoreGate], models: Sequence[Measured], reference: Measured | None, figures: Figures
 ) -> list[GateResult]:
-    """Of each gate for each model."""
+    """Of each gate for each model; for the one that all are compared with, if it is among them, of what it is alone."""
     results = []
     for gate in gates:
         metric, task = figures[gate.metric]
         old = reference.vector(metric, task) if reference else None
+        subjects = [new for new in models if gate.margin is None or new is not reference]
         if reference and gate.margin is not None and (failed := reference.failed(task)):
             reason = f"{failed} items were not answered by {reference.name}, so that nothing is to be compared with"
-            results += [GateResult(gate.text, new.name, "not enough items", reason) for new in models]
+            results += [GateResult(gate.text, new.name, "not enough items", reason) for new in subjects]
             continue
-        results += [judge(gate, new.name, new.vector(metric, task), old, new.groups(task)) for new in models]
+        results += [judge(gate, new.name, new.vector(metric, task), old, new.groups(task)) for new in subjects]
     return results
 
 

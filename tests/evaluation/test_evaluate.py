@@ -17,6 +17,7 @@ from lora2serve.evaluation import stats
 from lora2serve.evaluation.eval_records import ItemResult, read_items
 from lora2serve.evaluation.suite import HELD_OUT, Suite, SuiteRecipe, of_rows
 from tests.conftest import lora2serve
+from tests.support.runs import DEMO
 
 pytestmark = pytest.mark.engine
 EVALS = Path("runs/demo/evals")
@@ -75,6 +76,9 @@ def test_a_gate_that_is_not_met(evaluated_demo: Path) -> None:
     lora2serve(*words, cwd=evaluated_demo, code=3)
     with pytest.raises(UsageError, match="nothing to compare with"):
         api.evaluate(evaluated_demo / "runs/demo", gate="acc >= base - 0.01", limit=5)
+    both, rows = [DEMO / "base", evaluated_demo / "runs/demo"], evaluated_demo / "runs/demo/eval.jsonl"
+    result = api.evaluate(both, suite=rows, gate="acc >= 0.5", limit=20, out=evaluated_demo / "both")
+    assert [gate.verdict for gate in result.report.gates] == ["missed", "met"], "the first, too"
 
 
 def test_questions_that_were_trained_on(evaluated_demo: Path, tmp_path: Path) -> None:

@@ -59,6 +59,14 @@ def test_what_was_not_answered_or_not_measured_meets_no_gate() -> None:
     assert nothing.verdict == "not enough items" and "not measured on every item" in nothing.reason
 
 
+def test_the_first_of_several_has_gates_of_its_own() -> None:
+    """What each must reach by itself, that one must, too; it is not compared with itself."""
+    bad, good = measured([0] * 100, name="bad"), measured([1] * 100, name="good")
+    gates = [parse_gate("acc >= 0.9"), parse_gate("acc >= base - 0.05")]
+    found = [(result.subject, result.verdict) for result in gate_results(gates, [bad, good], bad, FIGURES)]
+    assert found == [("bad", "missed"), ("good", "met"), ("good", "met")]
+
+
 def test_a_reason_says_how_many_are_needed() -> None:
     result = judge(parse_gate("acc >= base - 0.01"), "new", [1.0] * 20, [1.0] * 20, None)
     assert "20 items are not enough, about" in result.reason and not result.met
