@@ -7,9 +7,11 @@ import json
 import math
 import re
 import string
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
@@ -230,7 +232,8 @@ def _python(recipe: ScorerRecipe, home: Path) -> tuple[Score, str]:
     source = (home / file).read_text(encoding="utf-8")
     namespace: dict[str, object] = {"__name__": Path(file).stem, "__file__": str(home / file)}
     try:
-        exec(compile(source, str(home / file), "exec"), namespace)  # the user's own file, as a suite names it
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            exec(compile(source, str(home / file), "exec"), namespace)  # the user's own file, as a suite names it
     except (Exception, SystemExit) as error:
         raise ValueError(f"{file}: {type(error).__name__}: {error}") from None
     function = namespace.get(name)
@@ -239,7 +242,8 @@ def _python(recipe: ScorerRecipe, home: Path) -> tuple[Score, str]:
 
     def score(answer: str, item: SuiteItem) -> float:
         try:
-            value = function(answer, list(item.expected), item.question)
+            with redirect_stdout(sys.stderr):
+                value = function(answer, list(item.expected), item.question)
         except (Exception, SystemExit) as error:  # whose exit code is not ours
             raise InputError(f"{recipe.function}: item {item.name}: {type(error).__name__}: {error}") from error
         if not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -147,7 +147,10 @@ def _ask(engine: Answerer, model: ChatModel, suite: Suite, item: SuiteItem) -> I
             result, seconds=round(said["seconds"], 4), first_seconds=round(said["first"], 4), tokens=said["tokens"],
             end=said["end"],
         )  # fmt: skip
-    return replace(result, answer=answer, score=scorer.score(answer, item) if suite.has_truth(item) else 0.0)
+    try:
+        return replace(result, answer=answer, score=scorer.score(answer, item) if suite.has_truth(item) else 0.0)
+    except EngineError as error:  # of a judge: all other answers are worth keeping
+        return replace(result, answer=answer, error=error.message)
 
 
 def _likeliest(item: SuiteItem, values: Sequence[float]) -> str:

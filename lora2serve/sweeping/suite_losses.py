@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora2serve.artifacts.run_record import QuantizationRecord
 from lora2serve.config.recipe import Recipe
 from lora2serve.data.base_template import base_template
+from lora2serve.errors import EngineError
 from lora2serve.evaluation.harness_worker import HarnessWorker
 from lora2serve.evaluation.suite import Suite
 from lora2serve.evaluation.suite_run import ask_all
@@ -58,6 +59,8 @@ def _of_suite(worker: HarnessWorker, version: str, model: ChatModel, suite: Suit
     if not isinstance(suite, Suite):
         return suite.losses(worker, version, model)
     measured = ask_all(worker, version, model, suite, Silent())
+    if unscored := next((item for item in measured.items if item.error and item.answer), None):
+        raise EngineError(f"{suite.name}: item {unscored.id}: {unscored.error}")  # of a judge, which others answered
     losses = tuple(1 - item.score for item in measured.items)
     return RowLoss(losses, (1,) * len(losses), scored=True, groups=tuple(measured.groups() or ()))
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from lora2serve.errors import EngineError, InputError
+from lora2serve.evaluation.answerer import EngineAnswer, Turns
 from lora2serve.evaluation.scorers import ScorerRecipe, make_scorer, number_in
-from lora2serve.evaluation.suite import SuiteItem
+from lora2serve.evaluation.suite import SuiteItem, read_suite
+from lora2serve.evaluation.suite_run import ask_all
+from lora2serve.parity_check.chat_models import ChatModel
+from tests.support.runs import Told
 
 
 def score(recipe: str | ScorerRecipe, answer: str, *expected: str, home: Path = Path()) -> float:
@@ -93,6 +97,13 @@ def test_a_function_of_the_users(tmp_path: Path) -> None:
         score(ScorerRecipe("python", function="own.py:bad"), "abcd", "ab", home=tmp_path)
 
 
+def test_a_function_that_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What stands on stdout is the result, as JSON."""
+    (tmp_path / "own.py").write_text("print('loaded')\n\ndef right(*_):\n    print('asked')\n    return True\n")
+    assert score(ScorerRecipe("python", function="own.py:right"), "x", "x", home=tmp_path) == 1
+    assert capsys.readouterr() == ("", "loaded\nasked\n")
+
+
 def test_a_function_that_would_end_the_command(tmp_path: Path) -> None:
     """Its exit code 0 would be a gate that is met."""
     (tmp_path / "own.py").write_text("import sys\n\ndef leave(*_):\n    sys.exit(0)\n")
@@ -114,6 +125,7 @@ class Taste(BaseHTTPRequestHandler):
         text = body["messages"][0]["content"]
         first, second = text.split("Answer A:\n")[1].split("\n\nReply")[0].split("\n\nAnswer B:\n")
         verdict = "A" if len(first) > len(second) else "B"
+        verdict = "Neither" if "odd?" in text else verdict
         said = {"longest": f"{verdict}.", "first": "A", "odd": "Neither, really"}[self.kind]
         self._send({"choices": [{"message": {"content": said}}]})
 
@@ -129,6 +141,19 @@ class Taste(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class Parrot:
+    """Says the same to everything, and at length."""
+
+    def answer(self, messages: Turns, max_tokens: int, temperature: float, base: bool) -> EngineAnswer:
+        return EngineAnswer(text="a long answer", end="stop", seconds=0.1, first=0.1, tokens=3)
+
+    def likelihoods(self, messages: Turns, texts: Sequence[str], base: bool) -> EngineAnswer:
+        return EngineAnswer(error="it shows none")
+
+    def first_tokens(self, messages: Turns, base: bool) -> dict[str, float]:
+        return {}
 
 
 @pytest.fixture
@@ -148,3 +173,13 @@ def test_a_judge_is_asked_in_both_orders(judge: ScorerRecipe, monkeypatch: pytes
     monkeypatch.setattr(Taste, "kind", "odd")
     with pytest.raises(EngineError, match="expected A, B or tie"):
         score(judge, "a long answer", "short")
+
+
+def test_a_judge_that_says_something_else_once(judge: ScorerRecipe, tmp_path: Path) -> None:
+    """Its item is one without a score; all others keep theirs."""
+    (tmp_path / "qa.jsonl").write_text('{"prompt": "a?", "expected": "short"}\n{"prompt": "odd?", "expected": "x"}\n')
+    (tmp_path / "qa.yaml").write_text(f"rows: qa.jsonl\nscorer: {{kind: judge, url: '{judge.url}'}}\n")
+    told = Told()
+    measured = ask_all(Parrot(), "planted", ChatModel("a", "peft", {}), read_suite(tmp_path / "qa.yaml"), told)
+    assert [item.score for item in measured.items] == [1.0, 0.0] and measured.failed() == 1
+    assert "expected A, B or tie" in measured.items[1].error and "1 of 2 items" in told.warnings[0]
