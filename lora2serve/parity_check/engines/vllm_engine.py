@@ -21,6 +21,7 @@ AT_ONCE = 64  # requests handed over together
 # Latent attention (DeepSeek) in float32: by itself vLLM takes AMX where the CPU has it, in bfloat16 alone. Models with
 # another attention are left as they are.
 CPU_ATTENTION = "CPU_MLA"
+FP8 = "float-quantized"
 
 
 class Vllm:
@@ -51,6 +52,8 @@ class Vllm:
             options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
         if on_cpu:
             options["attention_backend"] = CPU_ATTENTION
+            if packing(model) == FP8:
+                multiply_fp8_by_torch()
         else:
             options["gpu_memory_utilization"] = 0.5
         self._dtype = dtype or (cpu_dtype(model) if on_cpu else "auto")
@@ -178,11 +181,25 @@ def no_kernel(message: str) -> EngineMissing | None:
     return EngineMissing(f"vLLM cannot run this scheme on this machine: {reason}", "compare it on a GPU")
 
 
+def multiply_fp8_by_torch() -> None:
+    """Not by oneDNN, which torch asks on CPUs with AMX: on all but the newest that is its slow reference, 60 ms for
+    five rows that torch's own code multiplies in one, in float32 both. vLLM brings a oneDNN of its own for the rest.
+    """
+    import torch
+
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property of a module
+
+
 def cpu_dtype(model: str) -> str:
     """Float32, but where vLLM's CPU kernel (weights packed to 4 bits) has none for it."""
+    return "bfloat16" if packing(model) == "pack-quantized" else "float32"
+
+
+def packing(model: str) -> str | None:
+    """How its weights are stored, in compressed-tensors' words; None for unquantized ones."""
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    packed = (config.get("quantization_config") or {}).get("format") == "pack-quantized"
-    return "bfloat16" if packed else "float32"
+    name: str | None = (config.get("quantization_config") or {}).get("format")
+    return name
 
 
 def longest(model: str, window: int) -> int:
