@@ -29,6 +29,7 @@ from lora2serve.evaluation.task_rows import (
     load_tasks,
     questions_sha256,
     read_task_rows,
+    same_chance,
     texts_of,
 )
 from lora2serve.parity_check.chat_models import ChatModel
@@ -102,7 +103,7 @@ def ask_tasks(
     from lora2serve.evaluation.lm_eval_bridge import EngineLM
 
     some = None if numbers is None else {task: list(rows) for task, rows in numbers.items()}
-    with progress.track(f"{model.name}: {', '.join(options.tasks)}", 0) as advance, harness_errors():
+    with progress.track(f"{model.name}: {', '.join(options.tasks)}", 0) as advance, harness_errors(), same_chance():
         lm = EngineLM(engine, base=model.without_adapter, advance=advance)
         results = evaluate(
             lm, load_tasks(options, manager), limit=options.limit if some is None else None, samples=some,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def read_task_rows(options: HarnessOptions, manager: TaskManager) -> list[TaskRo
 
     UsageError for a task whose figure is none of each row, EngineError where its data set is not here.
     """
-    with harness_errors():
+    with harness_errors(), same_chance():
         loaded = load_tasks(options, manager)["tasks"]
         return [_task_rows(name, task, options.limit) for name, task in loaded.items()]
 
@@ -132,6 +133,23 @@ def texts_of(value: object) -> Iterator[str]:
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from texts_of(item)
+
+
+@contextmanager
+def same_chance() -> Iterator[None]:
+    """Many tasks shuffle their choices by Python's or numpy's common generator: the same way each time, as the harness
+    has it. What the process draws later is as without us.
+    """
+    import numpy
+
+    before, numbers = random.getstate(), numpy.random.get_state()
+    random.seed(0)
+    numpy.random.seed(EXAMPLES_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        numpy.random.set_state(numbers)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lora2serve.data import data_sets
 from lora2serve.errors import EngineError, InputError, UsageError
 from lora2serve.evaluation.eval_records import items_path, read_items
 from lora2serve.evaluation.harness_options import HarnessOptions
+from lora2serve.evaluation.task_rows import find_tasks, read_task_rows
 from lora2serve.sweeping.sweep_suite import read_part, suite_order
 from lora2serve.sweeping.sweep_tasks import TaskPart, task_quality
 from lora2serve.sweeping.trial_files import TrialFiles
@@ -77,6 +79,22 @@ def test_tasks_that_are_others(tmp_path: Path) -> None:
     (folder / "rows.json").write_text(text.replace("Town 7 ", "Town seven "))
     with pytest.raises(InputError, match="changed since the sweep began"):
         [read_part(order) for order in orders if order]
+
+
+def test_a_task_that_shuffles(tmp_path: Path) -> None:
+    """By chance, but the same way each time; what this process draws afterwards is its own."""
+    folder = write_island_tasks(tmp_path / "tasks", TOWNS)
+    (folder / "own.py").write_text(
+        "import random\n\ndef shuffled(docs):\n    return docs.select(random.sample(range(len(docs)), len(docs)))\n"
+    )
+    task = (folder / "island_choice.yaml").read_text().replace("task: island_choice", "task: shuffled")
+    (folder / "shuffled.yaml").write_text(f"{task}process_docs: !function own.shuffled\n")
+    drawn = random.getstate()
+    part_of(tmp_path, HarnessOptions(("shuffled",), str(folder)))  # or "changed since the sweep began"
+    assert random.getstate() == drawn
+    (rows_,) = read_task_rows(options := HarnessOptions(("shuffled",), str(folder)), find_tasks(options))
+    (plain,) = read_task_rows(options := HarnessOptions(("island_choice",), str(folder)), find_tasks(options))
+    assert rows_.rows != plain.rows and sorted(rows_.rows) == sorted(plain.rows), "the control: it does"
 
 
 def test_tasks_that_cannot_judge(tmp_path: Path) -> None:
