@@ -32,9 +32,10 @@ def evaluate_models(
 ) -> Evaluated:  # fmt: skip
     """``overlaps``: of each with what it was trained on; ``reference``: the one that all others are compared with."""
     measured, cached = list[Measured](), list[bool]()
+    timed = any(gate.margin is not None and gate.metric.endswith("seconds") for gate in gates)
     with EngineHost(progress) as host:
         for model in models:
-            answered, from_cache = _answers(host, model, suite, progress)
+            answered, from_cache = _answers(host, model, suite, progress, timed=timed)
             measured.append(answered)
             cached.append(from_cache)
     evaluations = [evaluation(item, suite, overlap) for item, overlap in zip(measured, overlaps, strict=True)]
@@ -78,10 +79,14 @@ def gate_results(
     return results
 
 
-def _answers(host: EngineHost, model: ChatModel, suite: Suite, progress: Progress) -> tuple[Measured, bool]:
-    """A base's are kept for the next time, where chance has no part in them."""
+def _answers(
+    host: EngineHost, model: ChatModel, suite: Suite, progress: Progress, *, timed: bool
+) -> tuple[Measured, bool]:  # fmt: skip
+    """A base's are kept for the next time, where chance has no part in them. ``timed``: its seconds count, and those of
+    another day would be held against today's.
+    """
     path = answer_cache.cache_path(model, suite.sha256) if suite.decoding.temperature == 0 else None
-    known = answer_cache.load(path, model.name)
+    known = None if timed else answer_cache.load(path, model.name)
     if known:
         progress.note(f"{model.name}: its answers to this suite are known from before")
         return known, True

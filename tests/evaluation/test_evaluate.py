@@ -63,6 +63,9 @@ def test_a_base_is_asked_once(evaluated_demo: Path, tmp_path: Path, monkeypatch:
     again = api.evaluate(evaluated_demo / "runs/demo", against="base", limit=3, out=evaluated_demo / "b")
     assert [row.cached for row in done.report.subjects] == [False, False]
     assert [row.cached for row in again.report.subjects] == [False, True]
+    words = {"against": "base", "limit": 3, "gate": "seconds <= base + 9", "out": evaluated_demo / "t"}
+    timed = api.evaluate(evaluated_demo / "runs/demo", **words)  # type: ignore[arg-type]
+    assert [row.cached for row in timed.report.subjects] == [False, False], "its seconds are those of now"
     first, second = (read_items(result.records[1].with_suffix(".jsonl")) for result in (done, again))
     assert first == second
     assert sorted(path.name for path in (evaluated_demo / "a").glob("*.json")) == [
