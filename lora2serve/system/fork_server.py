@@ -34,6 +34,14 @@ LINK = "{link}"  # in a request's arguments: the number of the link's descriptor
 # what no library reads while it is loaded
 HARMLESS = ("PWD", "OLDPWD", "_", "SHLVL", "COLUMNS", "LINES", "PYTEST_", "PYTHONUNBUFFERED", "PYTHONSAFEPATH",
             "LORA2SERVE_", "OLLAMA_", "OPENAI_", "VLLM_", "LLAMA_CPP_DIR", "GITHUB_", "XDG_CONFIG_HOME")  # fmt: skip
+# what libraries set for themselves as they are loaded, also in the middle of a process that asks for its second worker:
+# scikit-learn, by transformers, the first two; torch's inductor and vLLM those up to TILELANG, then lm-eval and Ray
+SET_BY_LIBRARIES = (
+    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS",
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "TRITON_CACHE_AUTOTUNING", "TILELANG_CLEANUP_TEMP_FILES",
+    "HF_XET_HIGH_PERFORMANCE", "RAY_CLIENT_MODE",
+)  # fmt: skip
+LIBRARY_PATH = "LD_LIBRARY_PATH"
 
 
 def load() -> str:
@@ -59,7 +67,9 @@ def load() -> str:
 def state(environment: Mapping[str, str]) -> list[object]:
     """What a child inherits and libraries read while they load: a request's must be the server's own."""
     umask = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask"))
-    variables = {key: value for key, value in environment.items() if not key.startswith(HARMLESS)}
+    variables = {key: value for key, value in environment.items() if not key.startswith((*HARMLESS, *SET_BY_LIBRARIES))}
+    paths = variables.get(LIBRARY_PATH, "").split(":")
+    variables[LIBRARY_PATH] = ":".join(path for path in paths if path and "/cv2/" not in path)  # OpenCV adds its own
     return [sorted(map(list, variables.items())), sorted(os.sched_getaffinity(0)), umask, sys.executable]
 
 

@@ -318,6 +318,21 @@ def test_a_library_that_brings_threads_along() -> None:
 
 
 @pytest.mark.engine
+def test_what_libraries_set_for_themselves() -> None:
+    """A process that has loaded them asks for its next worker with another environment, which must not be one."""
+    program = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from lora2serve.system.fork_server import state;"
+        "before, names = state(os.environ), set(os.environ);"
+        "import cv2, lm_eval, sklearn, vllm.lora.peft_helper; from transformers import Trainer;"
+        "assert set(os.environ) > names, 'the control'; after = state(os.environ);"
+        "assert after == before, [pair for pair in after[0] if pair not in before[0]];"
+        "os.environ['LD_LIBRARY_PATH'] = '/tmp:' + os.environ['LD_LIBRARY_PATH'];"
+        "assert state(os.environ) != before, 'the control'"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
+
+
+@pytest.mark.engine
 def test_the_libraries_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch in a fork computes what it computes here, on as many threads, and draws other random numbers each time."""
     import torch
