@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from lora2serve.api.evaluate_model import distinct
+from lora2serve.artifacts.suite_scores import NAME
 from lora2serve.errors import EngineError
 from lora2serve.evaluation import answer_cache
 from lora2serve.evaluation.answerer import EngineAnswer, Turns
+from lora2serve.evaluation.harness_options import HarnessOptions
+from lora2serve.evaluation.harness_tasks import figure_names
 from lora2serve.evaluation.suite import Suite, read_suite
 from lora2serve.evaluation.suite_run import ask_all, evaluation, metric_names
 from lora2serve.parity_check.chat_models import ChatModel
@@ -121,3 +124,11 @@ def test_tasks_that_are_written_alike_have_a_figure_each(tmp_path: Path) -> None
     names = metric_names(suite)
     assert set(names.values()) == {None, "a b", "a-b", "", "other"} and len(names) == 5
     assert list(names)[:2] == ["acc", "acc-a-b"]
+
+
+def test_figures_of_tasks_have_names_that_records_take() -> None:
+    """Or what was written could not be read again: ``pass@1`` of humaneval."""
+    names = {**figure_names({"humaneval": "pass@1"}), **figure_names({"a.b": "acc", "_c": "pass@1"})}
+    assert names == {"pass_1": None, "score": None, "acc-a_b": "a.b", "pass_1-_c": "_c"}
+    suite = HarnessOptions(("_a", "b+c")).name
+    assert suite == "a-b_c" and all(NAME.fullmatch(name) for name in (*names, suite))
