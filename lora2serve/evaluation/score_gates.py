@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ def refuse_unknown(gates: Sequence[ScoreGate], suite: str, metrics: Sequence[str
             raise UsageError(f"--gate {gate.text!r}: nothing to compare with", "--against base, or any other model")
 
 
+def _bounded(how: str, end: str) -> str:
+    """One end of an interval in words; few groups have none."""
+    return "in too few groups for an interval" if "inf" in end else f"{how} {end} with 95 % confidence"
+
+
 def _is_share(metric: str) -> bool:
     """Also of the harness's many: acc_norm, prompt_level_strict_acc, pass@1."""
     figure = metric.partition("-")[0]
@@ -96,7 +102,7 @@ def judge(
         verdict = stats.gate_of_mean(scores, gate.bound, groups, higher_is_better=higher)
         estimate = stats.mean(scores, groups, level=stats.ONE_SIDED)
         end = estimate.low if higher else estimate.high
-        reason = f"{estimate.value:.4g}, {'at least' if higher else 'at most'} {end:.4g} with 95 % confidence"
+        reason = f"{estimate.value:.4g}, {_bounded('at least' if higher else 'at most', f'{end:.4g}')}"
         if verdict == "not enough items":
             reason = f"{reason}: {len(scores)} items are not enough"
         return GateResult(gate.text, subject, verdict, reason)
@@ -104,8 +110,10 @@ def judge(
     difference = stats.paired(old, scores, groups, higher_is_better=gate.higher_is_better)
     verdict = difference.gate(gate.margin)
     end = difference.lower if gate.higher_is_better else difference.upper
-    reason = f"differs by {difference.value:+.4g}, {end:+.4g} at worst with 95 % confidence"
+    reason = f"differs by {difference.value:+.4g}, {_bounded('at worst', f'{end:+.4g}')}"
     if verdict == "not enough items":
-        needed = f"about {difference.items_needed(gate.margin):,} would be" if gate.margin else "a margin is"
+        needed = "a margin is" if not gate.margin else "more groups may be"
+        if gate.margin and math.isfinite(difference.smallest):
+            needed = f"about {difference.items_needed(gate.margin):,} would be"
         reason = f"{reason}: {difference.items} items are not enough, {needed}"
     return GateResult(gate.text, subject, verdict, reason)

@@ -48,7 +48,8 @@ class PairedDifference(JsonRecord):
     ``low`` and ``high`` are the ends of its 95 % interval, ``lower`` and ``upper`` those of the one-sided ones.
     ``p`` is two-sided: the exact McNemar test where all scores are 0 or 1 and no items are grouped, else that of
     flipped signs (a group's difference is as likely one way as the other). ``smallest`` is the smallest difference
-    that so many items show, with a power of 0.8; ``won`` and ``lost`` count the items whose score rose and fell.
+    that so many items show, with a power of 0.8, infinite for too few groups; ``won`` and ``lost`` count the items
+    whose score rose and fell.
     """
 
     WHOLE: ClassVar[bool] = True
@@ -111,7 +112,8 @@ def paired(
         p, floor = mcnemar(lost, won), FEWEST_CHANGES / len(before)
     else:
         ends = _bootstrap(units, seed)
-        p, floor = _flipped_signs(units[:, 0], seed), 0.0
+        p, few = _flipped_signs(units[:, 0], seed), len(units) < FEWEST_CHANGES
+        floor = math.inf if few else FEWEST_CHANGES / len(before) if _is_binary(before) and _is_binary(after) else 0.0
     shown = (_normal(TWO_SIDED) + _normal(POWER)) * _standard_error(units)
     return PairedDifference(
         value=float(difference.mean()), low=ends.low, high=ends.high, lower=ends.lower, upper=ends.upper, p=p, won=won,

@@ -72,6 +72,19 @@ def test_a_reason_says_how_many_are_needed() -> None:
     assert "20 items are not enough, about" in result.reason and not result.met
 
 
+def test_items_of_one_group_have_a_reason() -> None:
+    """Nothing follows from one document, and nobody can say how many items would be enough."""
+    one, few = ["a"] * 100, [str(n % 8) for n in range(100)]
+    for groups in (one, few):
+        for text in ("acc >= base - 0.05", "acc >= 0.9"):
+            result = judge(parse_gate(text), "new", [1.0] * 100, [1.0] * 100, groups)
+            assert result.verdict == "not enough items" and "in too few groups for an interval" in result.reason
+    less = judge(parse_gate("acc >= base - 0.05"), "new", [1.0] * 9, [1.0] * 9, ["a"] * 9)
+    assert "more groups may be" in less.reason
+    many = judge(parse_gate("acc >= base - 0.05"), "new", [1.0] * 100, [1.0] * 100, [str(n) for n in range(100)])
+    assert many.verdict == "met", "the control"
+
+
 def test_what_is_no_gate() -> None:
     for text in ("acc", "acc > 0.5", "acc >= base - x", "acc >= base + 0.1", "seconds <= base - 1", "acc >= champion"):
         with pytest.raises(UsageError, match="--gate"):

@@ -155,6 +155,13 @@ def test_where_lower_is_better() -> None:
     assert paired(old, new, higher_is_better=False).gate(0.0) == "met" and paired(old, new).gate(0.05) == "missed"
 
 
+def test_few_groups_show_nothing() -> None:
+    """Not "a difference of 0 points at least": six groups that change the same way are the fewest."""
+    same = [1, 0] * 10
+    assert paired(same, same, [0] * 20).smallest == paired(same, same, [n % 5 for n in range(20)]).smallest == math.inf
+    assert paired(same, same, [n // 2 for n in range(20)]).smallest == pytest.approx(6 / 20)
+
+
 def test_the_smallest_effect() -> None:
     """Planted, it is shown in eight of ten draws."""
     effect = stats.smallest_effect(1000, 0.2)

@@ -92,10 +92,10 @@ def _sentence(item: FigureDifference) -> str:
         return f"{item.subject} is {item.verdict} than {item.against}: {ends}."
     if item.verdict == "no difference":
         return f"{item.subject} and {item.against} do not differ: {ends}."
-    return (
-        f"{found.items} items are not enough to tell {item.subject} and {item.against} apart: {ends}; "
-        f"they show a difference of {smallest_text(item)} at least."
-    )
+    least = f"they show a difference of {smallest_text(item)} at least"
+    if not math.isfinite(found.smallest):
+        least = f"{found.groups} groups show none at all"
+    return f"{found.items} items are not enough to tell {item.subject} and {item.against} apart: {ends}; {least}."
 
 
 def _changed(report: EvalReport, item: FigureDifference) -> str:
