@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -303,7 +304,12 @@ def _repeated(items: Sequence[SuiteItem], path: Path) -> list[str]:
 
 
 def _plain_name(stem: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "suite"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", without_accents(stem)).strip("-_") or "suite"
+
+
+def without_accents(text: str) -> str:
+    """``ete`` for ``été``: names of records are in ASCII."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def _canonical(value: object) -> str:

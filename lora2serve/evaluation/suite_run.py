@@ -16,7 +16,7 @@ from lora2serve.errors import EngineError
 from lora2serve.evaluation import stats
 from lora2serve.evaluation.answerer import Answerer, ProcessAnswerer
 from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
-from lora2serve.evaluation.suite import Suite, SuiteItem
+from lora2serve.evaluation.suite import Suite, SuiteItem, without_accents
 from lora2serve.parity_check.chat_models import ChatModel
 from lora2serve.parity_check.engine_process import EngineProcess
 from lora2serve.progress import Progress
@@ -219,4 +219,5 @@ def library_versions() -> dict[str, str]:
 
 
 def _slug(task: str) -> str:
-    return "".join(c if c.isalnum() and c.isascii() else "-" for c in task).strip("-") or "other"
+    plain = without_accents(task)
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in plain).strip("-") or "other"

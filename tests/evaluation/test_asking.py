@@ -124,6 +124,7 @@ def test_tasks_that_are_written_alike_have_a_figure_each(tmp_path: Path) -> None
     names = metric_names(suite)
     assert set(names.values()) == {None, "a b", "a-b", "", "other"} and len(names) == 5
     assert list(names)[:2] == ["acc", "acc-a-b"]
+    assert list(metric_names(suite_of(tmp_path, "été", "ete", "日本"))) == ["acc", "acc-ete", "acc-ete-2", "acc-other"]
 
 
 def test_figures_of_tasks_have_names_that_records_take() -> None:
