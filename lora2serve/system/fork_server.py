@@ -87,7 +87,7 @@ class ForkServer:
         self._children: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> pid, where its exit code goes
         self._refusal = load()
         gc.collect()
-        gc.freeze()  # a collection in a child would copy the pages of all that is loaded
+        gc.freeze()  # in every child, too: a collection would look through all that is loaded, and copy its pages
 
     def run(self) -> tuple[dict[str, Any], list[int]]:
         """Serve until the owner is gone; returns, in a child only, the request and its descriptors."""
@@ -175,7 +175,6 @@ def become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.unfreeze()
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
