@@ -33,7 +33,8 @@ WITHOUT_THREADS = {  # for those that start some as they are loaded: numpy's and
 LINK = "{link}"  # in a request's arguments: the number of the link's descriptor
 # what no library reads while it is loaded
 HARMLESS = ("PWD", "OLDPWD", "_", "SHLVL", "COLUMNS", "LINES", "PYTEST_", "PYTHONUNBUFFERED", "PYTHONSAFEPATH",
-            "LORA2SERVE_", "OLLAMA_", "OPENAI_", "VLLM_", "LLAMA_CPP_DIR", "GITHUB_", "XDG_CONFIG_HOME")  # fmt: skip
+            "LORA2SERVE_", "OLLAMA_", "OPENAI_", "VLLM_", "LLAMA_CPP_DIR", "GITHUB_", "XDG_CONFIG_HOME",
+            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "GLOO_")  # fmt: skip
 # what libraries set for themselves as they are loaded, also in the middle of a process that asks for its second worker:
 # scikit-learn, by transformers, the first two; torch's inductor and vLLM those up to TILELANG, then lm-eval and Ray
 SET_BY_LIBRARIES = (

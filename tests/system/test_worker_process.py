@@ -231,7 +231,9 @@ def test_what_is_not_forked(worker: str, tmp_path: Path, monkeypatch: pytest.Mon
             with WorkerProcess("some worker", worker, {}, tmp_path / "log", 60) as process:
                 assert isinstance(process._process, subprocess.Popen), name
                 assert process.call("double", number=2) == 4
-    start(worker, tmp_path, fork=True).close()
+    for name, value in (("OLLAMA_HOST", "127.0.0.1:9"), ("RANK", "1"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "9")):
+        monkeypatch.setenv(name, value)  # the control: a launcher's, say, which are read when they are used
+        start(worker, tmp_path, fork=True).close()
 
 
 def test_a_server_that_dies(worker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
