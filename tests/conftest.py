@@ -27,6 +27,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # the work
 if threads := os.environ.get("OMP_NUM_THREADS"):
     os.environ.setdefault("OMP_THREAD_LIMIT", threads)
+# where it is anyhow: a test that names another XDG_CACHE_HOME would have every process load torch by itself
+CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ.setdefault("HF_HOME", str(CACHES / "huggingface"))
 MARKED = re.compile(r"^pytestmark = \[?pytest\.mark\.engine\b", re.MULTILINE)
 
 

@@ -43,6 +43,7 @@ SET_BY_LIBRARIES = (
     "HF_XET_HIGH_PERFORMANCE", "RAY_CLIENT_MODE",
 )  # fmt: skip
 LIBRARY_PATH = "LD_LIBRARY_PATH"
+CACHE, HUB = "XDG_CACHE_HOME", "HF_HOME"  # the one is read for the other's default alone
 
 
 def load() -> str:
@@ -69,6 +70,8 @@ def state(environment: Mapping[str, str]) -> list[object]:
     """What a child inherits and libraries read while they load: a request's must be the server's own."""
     umask = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask"))
     variables = {key: value for key, value in environment.items() if not key.startswith((*HARMLESS, *SET_BY_LIBRARIES))}
+    if HUB in variables:
+        variables.pop(CACHE, None)
     paths = variables.get(LIBRARY_PATH, "").split(":")
     variables[LIBRARY_PATH] = ":".join(path for path in paths if path and "/cv2/" not in path)  # OpenCV adds its own
     return [sorted(map(list, variables.items())), sorted(os.sched_getaffinity(0)), umask, sys.executable]

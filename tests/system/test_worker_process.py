@@ -17,6 +17,7 @@ import pytest
 
 from lora2serve.errors import EngineError
 from lora2serve.system import fork_client, scratch, worker_process, worker_protocol
+from lora2serve.system.fork_server import state
 from lora2serve.system.worker_process import WorkerProcess
 from tests.support.commands import light_fork_server
 
@@ -231,7 +232,8 @@ def test_what_is_not_forked(worker: str, tmp_path: Path, monkeypatch: pytest.Mon
             with WorkerProcess("some worker", worker, {}, tmp_path / "log", 60) as process:
                 assert isinstance(process._process, subprocess.Popen), name
                 assert process.call("double", number=2) == 4
-    for name, value in (("OLLAMA_HOST", "127.0.0.1:9"), ("RANK", "1"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "9")):
+    launched = {"RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "9"}
+    for name, value in {"OLLAMA_HOST": "127.0.0.1:9", "XDG_CACHE_HOME": str(tmp_path), **launched}.items():
         monkeypatch.setenv(name, value)  # the control: a launcher's, say, which are read when they are used
         start(worker, tmp_path, fork=True).close()
 
@@ -317,6 +319,12 @@ def test_a_library_that_brings_threads_along() -> None:
         "assert fork_server.load() == '' and 'pyarrow' in sys.modules and os.environ == before"
     )
     subprocess.run([sys.executable, "-P", "-c", program], check=True)
+
+
+def test_where_the_hub_keeps_its_files() -> None:
+    """Below XDG_CACHE_HOME, unless HF_HOME says so."""
+    for hub, alike in ({"HF_HOME": "/x"}, True), ({}, False):
+        assert (state({**hub, "XDG_CACHE_HOME": "/a"}) == state({**hub, "XDG_CACHE_HOME": "/b"})) == alike
 
 
 @pytest.mark.engine
