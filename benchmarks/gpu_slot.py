@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.measure import ROOT, machine
-from benchmarks.train import Case
+from benchmarks.train import RANK, Case
 
 RESULTS = ROOT / "benchmarks" / "gpu.jsonl"
 LEAST = 15  # seconds that must be left to begin a case
@@ -31,6 +31,7 @@ LONGEST = 120  # seconds of a case
 UNSLOTH = "LORA2SERVE_UNSLOTH"  # the folder of Unsloth's packages, which want other versions than ours
 
 BIG = "8B, 8 layers"
+EXPERTS = "30B-A3B"  # as recipes/qwen3-30b-a3b.yaml trains it, on a card of 24 GB
 # An earlier lora2serve; and each of what changed since, alone. Short runs are compiled here, where they would not be.
 BEFORE = {
     "optimizer": "paged_adamw_32bit", "checkpointing": True, "compiled": False, "varlen": False, "casts": False,
@@ -50,6 +51,17 @@ CASES: tuple[Case, ...] = (
     Case("8B/8: as before", "ours", size=BIG, step=BEFORE),
     Case("8B/8: now", "ours", size=BIG, step=NOW),
     Case("8B/8: Unsloth", "unsloth", size=BIG),
+    Case("make 30B-A3B", "make", size=EXPERTS),
+    Case(
+        "30B-A3B, 4 bits",
+        "ours",
+        size=EXPERTS,
+        rows=1,
+        recipe={"lora": {"rank": RANK, "targets": "attention"}, "gradient_checkpointing": True},
+        length=2048,
+        warm=2,
+        timed=3,
+    ),
     Case("no checkpointing", "ours", step={**BEFORE, "checkpointing": False}),
     Case("fused AdamW", "ours", step={**BEFORE, "optimizer": "adamw_torch_fused"}),
     Case("casts hoisted", "ours", step={**BEFORE, "casts": True}),

@@ -1,7 +1,7 @@
 """Trainings of random models on an NVIDIA GPU, one a process: by lora2serve, by TRL as people write it, and by Unsloth.
 
 ``python -m benchmarks.gpu_slot`` runs them in order; ``python -m benchmarks.train CASE FOLDER`` runs one, a ``Case``
-as JSON. The models have the shapes of TinyLlama (1.1B) and Llama 3.1 (8B; or its first eight layers), the
+as JSON. The models have the shapes of TinyLlama (1.1B), Llama 3.1 (8B; or its first eight layers) and Qwen3-30B-A3B, the
 tokenizer is the demo's. All train the same rows, with the same settings. A CPU rehearses them with the tiny shapes.
 """
 
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import experts
 from benchmarks.measure import ROOT
 
 SIZES: dict[str, dict[str, int]] = {
@@ -69,18 +70,30 @@ class Case:
 
     def tiny(self) -> Case:
         """The same for a rehearsal, which has not the time to compile."""
-        size, step = "tiny" if self.size else "", {**self.step, "compiled": False}
+        size = "tiny experts" if self.size in experts.EXPERTS else "tiny" if self.size else ""
+        step = {**self.step, "compiled": False}
         return replace(self, size=size, rows=min(self.rows, 4), length=64, warm=1, timed=1, step=step)
 
 
 def model(root: Path, size: str) -> Path:
-    """A random model of that size with the demo's tokenizer, below ``root``: made once, in bfloat16 on a GPU."""
+    """A model of that size with the demo's tokenizer, below ``root``: made once."""
+    path = root / size.replace(",", "").replace(" ", "-")
+    if (path / "tokenizer.json").is_file():
+        return path
+    if size in experts.EXPERTS:
+        experts.write(path, size)
+    else:
+        _write_llama(path, size)
+    for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
+        shutil.copy(ROOT / "recipes" / "demo" / "base" / name, path / name)
+    return path
+
+
+def _write_llama(path: Path, size: str) -> None:
+    """Random weights, in bfloat16 on a GPU."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = root / size.replace(",", "").replace(" ", "-")
-    if (path / "config.json").is_file():
-        return path
     config = LlamaConfig(**SIZES[size], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=0)
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
@@ -89,9 +102,6 @@ def model(root: Path, size: str) -> Path:
         made = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     made.save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(ROOT / "recipes" / "demo" / "base" / name, path / name)
-    return path
 
 
 def data(root: Path, base: Path, case: Case) -> Path:
@@ -115,7 +125,9 @@ def data(root: Path, base: Path, case: Case) -> Path:
 
 
 def parameters(size: str) -> int:
-    """Values of such a model."""
+    """Values that a token meets in such a model."""
+    if size in experts.EXPERTS:
+        return experts.parameters(size)
     shape = SIZES[size]
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     key = hidden // heads * shape["num_key_value_heads"]

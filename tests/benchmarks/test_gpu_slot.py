@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.experts import EXPERTS
 from benchmarks.gpu_slot import CASES, Result, commit, run_case, run_slot
 from benchmarks.train import PROGRAMS, SIZES, Case, parameters
 
@@ -28,8 +29,8 @@ def test_cases() -> None:
     names = [case.name for case in CASES]
     assert len(names) == len(set(names))
     for case in CASES:
-        assert case.program in PROGRAMS and (case.size in SIZES or not case.size), case.name
-        assert not case.size or case.size == "tiny" or case.tiny().size == "tiny"
+        assert case.program in PROGRAMS and (not case.size or case.size in {**SIZES, **EXPERTS}), case.name
+        assert case.tiny().size == ("tiny experts" if case.size in EXPERTS else "tiny" if case.size else "")
     made: set[str] = set()
     for case in CASES:  # no training waits for a model to be made
         if case.program == "make":
@@ -41,6 +42,7 @@ def test_cases() -> None:
 def test_sizes() -> None:
     assert parameters("1.1B") == 1_100_048_384  # TinyLlama's card
     assert parameters("8B") == 8_030_261_248  # Llama 3.1's
+    assert parameters("30B-A3B") == 3_353_032_704  # of 30.5 B, which its card calls 3.3 B activated
 
 
 def test_a_case_that_fails_and_one_that_takes_too_long(tmp_path: Path) -> None:
