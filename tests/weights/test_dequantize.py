@@ -46,7 +46,8 @@ def dequantized_four_bit(weight: Any) -> torch.Tensor:
     if state.shape[-1] % state.blocksize == 0:
         return dequantize_4bit(weight.data, state)
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    return _dequantize_4bit_compute(
+    eager = _dequantize_4bit_compute.__wrapped__  # the compiler takes a quarter of a minute
+    return eager(
         weight.data.reshape(-1), absmax.float(), state.code, state.blocksize, state.shape, state.dtype
     )
 
