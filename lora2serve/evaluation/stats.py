@@ -212,9 +212,9 @@ def _bootstrap(units: Floats, seed: int) -> _Ends:
     if count < FEWEST:
         return _Ends(-math.inf, math.inf, -math.inf, math.inf)
     rng = np.random.default_rng(seed)
-    drawn = (units[rng.integers(count, size=(part, count))].sum(axis=1) for part in _parts(count))
-    sums = np.concatenate(list(drawn))
-    means = sums[:, 0] / sums[:, 1]
+    totals, sizes = units.T.copy()  # each by itself: numpy sums pairs six times as slowly
+    drawn = (rng.integers(count, size=(part, count)) for part in _parts(count))
+    means = np.concatenate([totals[those].sum(axis=1) / sizes[those].sum(axis=1) for those in drawn])
     ends: list[float] = []
     for level in (TWO_SIDED, ONE_SIDED):
         tail = statistics.NormalDist().cdf(-math.sqrt(count / (count - 1)) * student_t(count - 1, level))
