@@ -33,8 +33,12 @@ lifecycle-demo: $(READY)  ## Train two versions, try one on live traffic, roll i
 check: style  ## Check style, types and every test without an engine or a training.
 	@$(MAKE) --no-print-directory -j 2 types light
 
+# thousands of small files: written to memory where there is some, and gone with the tests
 light: $(READY)
-	$(PYTEST) -m "$(LIGHT)" $(ON_ALL_CORES) $(ARGS)
+	if [ -w /dev/shm ] && [ "$$(df -Pm /dev/shm | awk 'NR == 2 { print $$4 }')" -gt 4000 ]; then \
+		export PYTEST_DEBUG_TEMPROOT=/dev/shm; \
+	fi; \
+	$(PYTEST) -m "$(LIGHT)" -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 $(ON_ALL_CORES) $(ARGS)
 
 test: $(READY)  ## Run the tests; the slowest 25 are listed.
 	$(PYTEST) --durations=25 $(ON_ALL_CORES) --no-loadscope-reorder $(ARGS)

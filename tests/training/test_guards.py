@@ -104,6 +104,7 @@ SERVABLE: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("lora", "because"), SERVABLE, ids=str)
 def test_multi_lora(tmp_path: Path, small: Path, chats: dict[str, str], lora: dict[str, Any], because: str) -> None:
     """A real training says before its first step whether vLLM will serve the adapter beside others."""
@@ -120,6 +121,7 @@ def test_multi_lora_asks_the_class_of_the_base(tmp_path: Path) -> None:
     assert advice.multi_lora({**plain, "init_lora_weights": "pissa"}, {}) == "", "the export rewrites it"
 
 
+@pytest.mark.engine
 def test_a_gpu_that_would_stand_idle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Path, chats: dict[str, str]
 ) -> None:
