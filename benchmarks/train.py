@@ -1,8 +1,8 @@
 """Trainings of random models on an NVIDIA GPU, one a process: by lora2serve, by TRL as people write it, and by Unsloth.
 
 ``python -m benchmarks.gpu_slot`` runs them in order; ``python -m benchmarks.train CASE FOLDER`` runs one, a ``Case``
-as JSON. The models have the shapes of TinyLlama (1.1B), Llama 3.1 (8B; or its first eight layers) and Qwen3-30B-A3B, the
-tokenizer is the demo's. All train the same rows, with the same settings. A CPU rehearses them with the tiny shapes.
+as JSON. The models have the shapes of TinyLlama (1.1B), Llama 3.1 (8B; or its first eight layers) and Qwen3-30B-A3B,
+the tokenizer is the demo's. All train the same rows, with the same settings. A CPU rehearses them with the tiny shapes.
 """
 
 from __future__ import annotations
