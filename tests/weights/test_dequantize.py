@@ -47,9 +47,7 @@ def dequantized_four_bit(weight: Any) -> torch.Tensor:
         return dequantize_4bit(weight.data, state)
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     eager = _dequantize_4bit_compute.__wrapped__  # the compiler takes a quarter of a minute
-    return eager(
-        weight.data.reshape(-1), absmax.float(), state.code, state.blocksize, state.shape, state.dtype
-    )
+    return eager(weight.data.reshape(-1), absmax.float(), state.code, state.blocksize, state.shape, state.dtype)
 
 
 def by_bitsandbytes(model: Any) -> dict[str, torch.Tensor]:
