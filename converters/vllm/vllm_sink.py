@@ -41,6 +41,11 @@ class VllmOptions:
     quant: str | None = None
     calibration: Calibration | None = None
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether activations on data decide what is written."""
+        return self.quant in CALIBRATED
+
 
 class VllmSink:
     """Merged weights in safetensors, plain or quantized; config, tokenizer, chat template and generation config."""
@@ -59,7 +64,7 @@ class VllmSink:
     @staticmethod
     def needs_whole_model(options: VllmOptions) -> bool:
         """Whether what is stored of one tensor depends on others: then several workers cannot write it."""
-        return options.quant in CALIBRATED or (options.quant is not None and SCHEMES[options.quant].shared)
+        return options.is_calibrated or (options.quant is not None and SCHEMES[options.quant].shared)
 
     def write(self, spec: TensorSpec, rows: slice, block: Block) -> None:
         self._weights.write(spec, rows, block)
@@ -92,7 +97,7 @@ def side_files(model: ExportModel, dtype: str, quantization: JsonObject | None) 
 def plan_settings(model: ExportModel, options: VllmOptions) -> PlannedSettings:
     """Of what llm-compressor quantizes, its entry in the config and the names of its files are its own."""
     specs = list(model.source.specs())
-    calibrated = options.quant in CALIBRATED
+    calibrated = options.is_calibrated
     out, dtype = DryRunDir(Path("planned")), _main_dtype(specs)
     try:
         writer = _open_writer(model, out, specs, replace(options, quant=_like(options.quant)))
@@ -117,7 +122,7 @@ def _like(quant: str | None) -> str | None:
 def _open_writer(model: ExportModel, out: StagedDir, specs: Sequence[TensorSpec], options: VllmOptions) -> WeightWriter:
     if options.quant is None:
         return PlainWriter(out, specs, options.shard_size)
-    if options.quant in CALIBRATED:
+    if options.is_calibrated:
         if isinstance(out, DryRunDir):  # llm-compressor's files are as large as those of the same layout
             CompressedWriter(CALIBRATED[options.quant], specs, model.config, out, options.shard_size).close()
         return CalibratedWriter(model, out, specs, options.quant, options.calibration)

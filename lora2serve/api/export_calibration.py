@@ -21,13 +21,18 @@ TRAIN = "train"  # what the run was trained on
 
 
 def prepare(
-    targets: Mapping[str, Exporter], model: ExportModel, home: Path, request: ExportRequest, progress: Progress,
-    *, dry_run: bool,
+    planned: Sequence[tuple[str, Any]], targets: Mapping[str, Exporter], model: ExportModel, home: Path,
+    request: ExportRequest, progress: Progress, *, dry_run: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The options that calibration gives to the targets: an importance matrix, or the data itself, or nothing."""
     known = set().union(*(accepts(exporter.Options) for exporter in targets.values()))
     if request.calibrate and not known & {"imatrix", "calibration"}:
         raise UsageError(f"--calibrate: not an option of {' '.join(f'--target {name}' for name in targets)}")
+    if request.calibrate and "imatrix" not in known and not any(_is_calibrated(options) for _, options in planned):
+        raise UsageError(
+            f"--calibrate {request.calibrate}: nothing of this export is measured on data",
+            "leave it out, or name a --quant that needs it: see `lora2serve export --help`",
+        )
     options: dict[str, Any] = {}
     data = _find_data(model, home, request.calibrate, progress)
     if data and "calibration" in known:
@@ -38,6 +43,11 @@ def prepare(
             raise UsageError(f"--calibrate with {other}: expected one of the two")
         options["imatrix"] = _importance_matrix(model, home, data, request, progress)
     return options
+
+
+def _is_calibrated(options: Any) -> bool:
+    """Targets of other packages say so by their field alone."""
+    return bool(getattr(options, "is_calibrated", hasattr(options, "calibration")))
 
 
 def _find_data(model: ExportModel, home: Path, requested: str | Path | None, progress: Progress) -> Calibration | None:

@@ -121,8 +121,6 @@ class _Bundle:
 
 def _prepare(request: ExportRequest, progress: Progress, stack: ExitStack, *, dry_run: bool) -> _Single | _Bundle:
     """Everything up to the first byte: options are checked before models are opened."""
-    if request.calibrate and not dry_run:
-        progress.note(f"calibrating on {request.calibrate}: loading the libraries")
     if not request.targets:
         raise UsageError("no --target given", f"one or more of {', '.join(sinks.target_names())}")
     targets = {name: sinks.find(name) for name in request.target_names()}
@@ -144,8 +142,10 @@ def _prepare(request: ExportRequest, progress: Progress, stack: ExitStack, *, dr
         for target, chosen in planned:
             staging.refuse((request.out or home) / _folder(target, chosen), overwrite=request.overwrite)
 
+    if request.calibrate and not dry_run:
+        progress.note(f"calibrating on {request.calibrate}: loading the libraries")
     model, home = open_source(request.sources, request, progress, stack, check)
-    options |= export_calibration.prepare(targets, model, home, request, progress, dry_run=dry_run)
+    options |= export_calibration.prepare(planned, targets, model, home, request, progress, dry_run=dry_run)
     return _Single(model, _plans(targets, request, options, request.out or home))
 
 

@@ -47,6 +47,8 @@ def _chosen(gpus: int | str) -> tuple[str, ...]:
     names = usable_gpus()
     text = str(gpus)
     count = len(names) if text == ALL else int(text) if text.isdecimal() else 0
+    if not count and text != ALL:
+        raise UsageError(f"--gpus {gpus}: expected all, or how many of this machine's")
     if not names:
         raise UsageError(
             f"--gpus {gpus}: no NVIDIA GPU is here",

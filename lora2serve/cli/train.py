@@ -171,8 +171,10 @@ def _refuse_mixtures(
 ) -> None:  # fmt: skip
     """UsageError with all options that do not go together."""
     together = share_base or on
-    of_one = {"--name": name, "--gpus": gpus and not on, "--resume": resume and not together} if count > 1 else {}
+    of_one = {"--name": name, "--gpus": gpus and not on} if count > 1 else {}
     problems = [f"{option}: of one training, and {count} recipes are named" for option in of_one if of_one[option]]
+    if resume and count > 1 and not together:
+        problems.append(f"--resume: of one training, or with --share-base or --on ray, and {count} are named")
     if count > 1 and launcher.launch():
         problems.append(f"{count} recipes: a launcher's processes train one together")
     if jobs and count < 2:

@@ -71,13 +71,13 @@ def _refuse_mixtures(
     jobs: int | None, share_base: bool, on: str | None, gpus: int | None, resume: bool, overridden: bool
 ) -> None:  # fmt: skip
     """UsageError with all arguments that do not go together."""
+    if on and on != "ray" and not on.startswith("ray://"):
+        raise UsageError(f"--on {on}: expected ray, or ray://HOST:PORT of a cluster's head")
     problems = []
     if share_base and jobs:
         problems.append("share_base and jobs: trainings on one base are all in one process")
     if on and (share_base or jobs):
         problems.append("on, with jobs or share_base: Ray says what runs where")
-    if on and on != "ray" and not on.startswith("ray://"):
-        problems.append(f"on: {on}, expected ray or ray://HOST:PORT")
     if gpus is not None and (gpus < 1 or not on):
         problems.append(f"gpus: {gpus}, expected at least 1, with on")
     if resume and not (share_base or on):

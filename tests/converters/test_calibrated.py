@@ -80,6 +80,10 @@ def test_refused_before_the_first_byte(
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
     assert run(["export", str(made / "red"), "-t", "adapter", "--calibrate", str(made / "data.jsonl")]) == 2
     assert "--calibrate: not an option of --target adapter" in capfd.readouterr().err
+    for quant in ((), ("-q", "fp8")):
+        words = ["export", str(made / "red"), "-t", "vllm", *quant, "--calibrate", str(made / "data.jsonl")]
+        assert run(words) == 2
+        assert "data.jsonl: nothing of this export is measured on data" in capfd.readouterr().err
     command = ["export", str(made / "red"), "-t", "vllm", "-q", "awq", "--calibrate", str(made / "data.jsonl")]
     assert run([*command, "-o", str(tmp_path / "out"), "--plan"]) == 0, "the control"
     assert not (tmp_path / "out").exists()

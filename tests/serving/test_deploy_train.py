@@ -21,6 +21,7 @@ from lora2serve.cli import run
 from lora2serve.config import recipe as recipes
 from lora2serve.errors import UsageError
 from lora2serve.serving.deploy.jobs import JOB_KINDS
+from lora2serve.serving.deploy.server_spec import LONGEST_LABEL, label
 from tests.serving.test_deploy import SCHEMAS, definitions, put
 from tests.support.commands import ROOT
 from tests.support.ranks import launched
@@ -117,6 +118,15 @@ def test_what_the_jobs_say(recipe: Path, tmp_path: Path) -> None:
     for kind in JOB_KINDS:
         text = rendered(kind, recipe, 2, 8)
         assert str(recipe.parent / "train.jsonl") in text and "never run on a cluster" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("3B legal!", "model-3b-legal"), ("Legal_2", "legal-2"), ("§", "model")]
+)
+def test_the_name_is_one_of_a_service(name: str, expected: str) -> None:
+    """RFC 1035: it begins with a letter, and does not end with a hyphen."""
+    assert label(name) == expected
+    assert len(label("9" * 80)) == LONGEST_LABEL
 
 
 def test_all_files_of_the_recipe_are_named(recipe: Path, tmp_path: Path) -> None:

@@ -65,9 +65,8 @@ def test_what_cannot_be_is_refused_before_the_first_begins(recipes: Path) -> Non
     assert "no-such.yaml" in refused.stderr and "data.evl" in refused.stderr and "wrong.yaml" in refused.stderr
     refused = run_command(["train", "a.yaml", "b.yaml", "--name", "x", "--resume", "--gpus", "2"], recipes)
     assert refused.returncode == 2
-    assert all(
-        f"{option}: of one training, and 2 recipes" in refused.stderr for option in ("--name", "--resume", "--gpus")
-    )
+    assert all(f"{option}: of one training, and 2 recipes" in refused.stderr for option in ("--name", "--gpus"))
+    assert "--resume: of one training, or with --share-base or --on ray, and 2 are named" in refused.stderr
     refused = run_command(["train", "a.yaml", "--jobs", "2"], recipes)
     assert refused.returncode == 2 and "--jobs 2: of several recipes, and 1 is named" in refused.stderr
 

@@ -158,8 +158,10 @@ def _module(name: str, path: str) -> str:
 
 
 def label(name: str) -> str:
-    """A name that Kubernetes takes for objects and labels."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:LONGEST_LABEL].strip("-") or "model"
+    """A name that Kubernetes takes for objects and labels; of a Service (RFC 1035) it begins with a letter."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    named = words if words[:1].isalpha() else f"model-{words}"
+    return named[:LONGEST_LABEL].strip("-")
 
 
 def _bytes(folder: Path) -> int:
