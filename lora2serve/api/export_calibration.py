@@ -21,7 +21,7 @@ TRAIN = "train"  # what the run was trained on
 
 
 def prepare(
-    planned: Sequence[tuple[str, Any]], targets: Mapping[str, Exporter], model: ExportModel, home: Path,
+    planned: Sequence[tuple[str, object]], targets: Mapping[str, Exporter], model: ExportModel, home: Path,
     request: ExportRequest, progress: Progress, *, dry_run: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The options that calibration gives to the targets: an importance matrix, or the data itself, or nothing."""
@@ -45,7 +45,7 @@ def prepare(
     return options
 
 
-def _is_calibrated(options: Any) -> bool:
+def _is_calibrated(options: object) -> bool:
     """Targets of other packages say so by their field alone."""
     return bool(getattr(options, "is_calibrated", hasattr(options, "calibration")))
 
