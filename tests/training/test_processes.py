@@ -13,6 +13,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -128,7 +129,8 @@ def test_ctrl_c_while_the_others_do_not_come(tmp_path: Path, nine: dict[str, str
     )  # fmt: skip
     try:
         assert child.stderr and "3 processes train together" in child.stderr.readline()
-        time.sleep(10)  # for it to wait
+        wait_for(lambda: "LISTEN" in {link.status for link in psutil.Process(child.pid).net_connections()}, [child])
+        time.sleep(1)  # for it to wait there
         assert child.poll() is None
         child.send_signal(signal.SIGINT)
         assert child.wait(20) == 130
