@@ -27,6 +27,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # the work
 if threads := os.environ.get("OMP_NUM_THREADS"):
     os.environ.setdefault("OMP_THREAD_LIMIT", threads)
+# vLLM's servers on CPUs compute in a process more than on a GPU, which takes nine seconds to start and binds itself to the
+# first core, where the other worker's is as well
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # where it is anyhow: a test that names another XDG_CACHE_HOME would have every process load torch by itself
 CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("HF_HOME", str(CACHES / "huggingface"))
