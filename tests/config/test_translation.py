@@ -13,6 +13,7 @@ import yaml
 import lora2serve
 from lora2serve.config import recipe as recipes
 from lora2serve.config.recipe import Recipe, load
+from lora2serve.config.translation.moved_keys import MovedKeys
 from lora2serve.config.translation.translated_recipe import move_keys, translate
 from lora2serve.errors import RecipeError, UsageError
 
@@ -211,3 +212,40 @@ def test_new_tokens_take_the_place_of_whole_tables() -> None:
     assert plain.get("train.lora.modules_to_save") == saved["lora_modules_to_save"], "the control"
     factory = {"model_name_or_path": "m", "dataset": "d", "add_tokens": "<a>, <b>", "add_special_tokens": "<c>"}
     assert move_keys(factory, Path("f"))[1].get("data.new_tokens") == ["<a>", "<b>", "<c>"]
+
+
+ODD: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"base_model": "m", "datasets": {"a": "b"}}, {}),
+    ({"base_model": "m", "datasets": [{"path": ["a", ["b"]]}, 5]},
+     {"datasets[0].path": "expected a file or a Hub id", "datasets[1]": "expected a path and a type"}),
+    ({"base_model": "m", "datasets": "a", "peft": [1], "tokens": 5, "report_to": 5, "warmup_steps": "ten"},
+     {"peft": "expected keys and values", "warmup_steps": "expected a number",
+      **dict.fromkeys(("tokens", "report_to"), "expected names, in a list or with commas between")}),
+    ({"model_name_or_path": "m", "dataset": "a/b", "lora_target": 5, "eval_dataset": True},
+     dict.fromkeys(("lora_target", "eval_dataset"), "expected names, in a list or with commas between")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "why"), ODD)
+def test_values_of_another_type_are_named(config: dict[str, Any], why: dict[str, str], tmp_path: Path) -> None:
+    """None is lost in silence, and none becomes a text."""
+    try:
+        _, keys = move_keys(config, tmp_path / "c.yaml")
+    except RecipeError as error:
+        assert not why and "data.train: missing" in error.message
+        return
+    assert why and {key: text for key, text in why.items() if (key, text) in left(keys)} == why
+    assert keys.get("data.train") in ("a", "a/b")
+
+
+def left(keys: MovedKeys) -> list[tuple[str, str]]:
+    return [(item.key, item.why) for item in keys.left_out]
+
+
+def test_an_odd_index_of_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    index = {"turns": {"file_name": "turns.json", "columns": ["q"], "tags": 3}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(index), encoding="utf-8")
+    _, keys = move_keys({"model_name_or_path": "x/y", "dataset": "turns"}, tmp_path / "config.yaml")
+    assert left(keys) == [(f"dataset: turns.{name}", "expected keys and values") for name in ("columns", "tags")]
+    assert keys.get("data.train") == str(tmp_path / "data/turns.json")

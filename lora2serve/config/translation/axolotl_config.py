@@ -127,7 +127,7 @@ def _adapter(keys: MovedKeys) -> None:
     keys.put("train.quantize", "nf4" if kind == "qlora" or four else "none", "load_in_4bit")
     _targets(keys)
     for key in ("bnb_config_kwargs", "peft"):
-        options = keys.take(key)
+        options = keys.take_of(key, dict, "keys and values")
         for name, value in options.items() if isinstance(options, dict) else ():
             if name == "bnb_4bit_use_double_quant":
                 keys.put("train.double_quant", value, f"{key}.{name}")
@@ -195,7 +195,12 @@ def _sources(keys: MovedKeys, key: str, item: Mapping[str, object]) -> list[obje
     revision = values.get("revision")
     sources: list[object] = []
     for path in paths:
-        name = f"{path}@{revision}" if revision else str(path)
+        if not isinstance(path, str):
+            keys.leave(
+                f"{key}.{'data_files' if values.get('data_files') else 'path'}", path, "expected a file or a Hub id"
+            )
+            continue
+        name = f"{path}@{revision}" if revision else path
         sources.append({"path": name, **place} if place else name)
     _columns(keys, key, values)
     _type(keys, key, values.get("type"))

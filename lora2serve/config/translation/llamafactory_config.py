@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora2serve.config.translation.moved_keys import UNKNOWN_KEY, MovedKeys, by_name
+from lora2serve.config.translation.moved_keys import NAMES, UNKNOWN_KEY, MovedKeys, by_name
 from lora2serve.config.translation.shared_keys import (
     EIGHT_BITS,
     NO_REWARDS,
@@ -155,7 +155,7 @@ def _adapter(keys: MovedKeys) -> None:
     if form not in (None, "nf4"):
         keys.leave("quantization_type", form, "nf4 loses less in the same memory")
     for key, path in (("lora_target", "train.lora.targets"), ("additional_target", "train.lora.modules_to_save")):
-        named = _names(keys.take(key))
+        named = _names(keys.take_of(key, (str, list), NAMES))
         if named:
             keys.put(path, "all-linear" if named in (["all"], ["all-linear"]) else named, key)
     if keys.take("pissa_init"):
@@ -178,7 +178,7 @@ def _data(keys: MovedKeys, home: Path, columns: Mapping[str, str]) -> None:
     file = home / str(keys.take("dataset_dir") or "data") / INDEX
     index = _read_index(file) if file.is_file() else None
     for key, path in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
-        names = _names(keys.take(key))
+        names = _names(keys.take_of(key, (str, list), NAMES))
         put_sources(keys, path, [_source(keys, key, name, file, index, columns) for name in names], key)
 
 
@@ -203,7 +203,7 @@ def _source(
         where = f"not in {file}" if index is not None else f"named in a {INDEX}, which is not at {file.parent}"
         keys.leave(key, name, f"{where}: write its file or its Hub id into data.train")
         return name
-    names, tags = known.get("columns") or {}, known.get("tags") or {}
+    names, tags = (_named_in(keys, key, known, option) for option in ("columns", "tags"))
     named = {ours: names.get(theirs) for theirs, ours in columns.items()}
     named |= {"role": tags.get("role_tag"), "content": tags.get("content_tag")}
     for ours, theirs in named.items():
@@ -218,6 +218,15 @@ def _source(
     path = str(known.get("hf_hub_url") or file.with_name(str(known.get("file_name") or name)))
     place = {name: known[name] for name in ("split", "subset") if known.get(name)}
     return {"path": path, **place} if place else path
+
+
+def _named_in(keys: MovedKeys, key: str, known: Mapping[str, object], option: str) -> Mapping[str, object]:
+    """The columns or tags of a data set."""
+    named = known.get(option) or {}
+    if isinstance(named, dict):
+        return named
+    keys.leave(f"{key}.{option}", named, "expected keys and values")
+    return {}
 
 
 def _names(value: object) -> Sequence[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lora2serve.config.schema import show
 
+NAMES = "names, in a list or with commas between"
 UNKNOWN_KEY = "unknown here: no key of a recipe does the same"
 
 
@@ -42,6 +43,14 @@ class MovedKeys:
     def take_if(self, key: str, values: tuple[object, ...]) -> object:
         """The value of a key if it is one of these; else it stays, and None."""
         return self.take(key) if self._rest.get(key) in values else None
+
+    def take_of(self, key: str, kinds: type | tuple[type, ...], expected: str) -> object:
+        """The value of a key, if it is of these types; another is left out, and None."""
+        value = self.take(key)
+        if value is None or isinstance(value, kinds):
+            return value
+        self.leave(key, value, f"expected {expected}")
+        return None
 
     def put(self, path: str, value: object, key: str = "") -> None:
         """A value of the recipe, which came from ``key``; another key that gave it another value is left out."""

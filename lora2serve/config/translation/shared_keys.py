@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lora2serve.config.lora_inits import is_trainable
 from lora2serve.config.model_name import run_name_problem
-from lora2serve.config.translation.moved_keys import MovedKeys, by_name
+from lora2serve.config.translation.moved_keys import NAMES, MovedKeys, by_name
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 SAME_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
@@ -139,7 +139,7 @@ def translate_new_tokens(keys: MovedKeys, names: Sequence[str], saved: str) -> N
     There all rows of the embedding and of the head are trained for them, here those of the tokens are.
     """
     for name in names:
-        tokens, before = keys.take(name), keys.get("data.new_tokens") or []
+        tokens, before = keys.take_of(name, (str, list), NAMES), keys.get("data.new_tokens") or []
         assert isinstance(before, list)
         if isinstance(tokens, str):
             tokens = [token.strip() for token in tokens.split(",") if token.strip()]
@@ -171,7 +171,7 @@ def put_column(keys: MovedKeys, column: str, name: object, key: str) -> None:
 
 def translate_trackers(keys: MovedKeys) -> None:
     """Where figures go beside metrics.jsonl."""
-    trackers = keys.take("report_to")
+    trackers = keys.take_of("report_to", (str, list), NAMES)
     found = [trackers] if isinstance(trackers, str) else list(trackers) if isinstance(trackers, list) else []
     found = [name for name in found if name != "none"]
     for key, tracker in TRACKERS.items():
@@ -196,7 +196,8 @@ def translate_name(keys: MovedKeys) -> None:
 
 def _warmup(keys: MovedKeys) -> None:
     """A share of the steps; a number of them is one where the steps are counted."""
-    steps, share, total = keys.take("warmup_steps"), keys.take("warmup_ratio"), keys.get("train.steps")
+    steps = keys.take_of("warmup_steps", (int, float), "a number")
+    share, total = keys.take("warmup_ratio"), keys.get("train.steps")
     if share is not None:
         keys.put("train.warmup", share, "warmup_ratio")
     if not isinstance(steps, int | float) or (steps == 0 and share is not None):  # 0 leaves it to the share
