@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -137,47 +137,49 @@ def test_control_an_export_that_forgets_it(prompt: Path, exports: list[Path], tm
     assert tokens.status == "missed" and "soft_prompt" in (tokens.first or ""), row.gates
 
 
+# vLLM's kernels for CPUs have no heads under 32.
+WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
 @pytest.mark.slow
-def test_vllm_is_exact_and_samples_none(prompt: Path, exports: list[Path], tmp_path: Path) -> None:
-    """A KL under 1e-9 of the tokens that there were, and 1,000 answers at temperature 1."""
-    (row,) = rows(prompt, exports[:1], tmp_path / "parity", ["vllm"])
-    assert [gate.status for gate in row.gates] == ["met"] * 4, row.gates
-    script = tmp_path / "sample.py"
-    script.write_text(SAMPLE, encoding="utf-8")
-    words = [sys.executable, str(script), str(exports[0]), str(prompt), str(BASE)]
+def test_vllm_computes_what_peft_does(prompt: Path, exports: list[Path], tmp_path: Path) -> None:
+    """A KL under 1e-9 at every position, as far as the base's tokens go: as near as the bases themselves are without a
+    soft prompt. The control, the same models without its tokens in front, is far off. 1,000 answers at temperature 1 of
+    the one model that was trained hold none of them; in random ones each has at most the share of one among all.
+    """
+    models = [{"export": str(exports[0]), "base": str(BASE), "adapter": str(prompt), "answers": 1000}]
+    for family, changes in FAMILIES.items():
+        heads = {name: 64 for name in ("head_dim", "query_pre_attn_scalar") if name in changes}
+        folder = tmp_path / family
+        base = make_chat_model(folder / "base", kind=family.partition("-")[0], **WIDE, **{**changes, **heads})
+        adapter = make_adapter(folder / "soft", base, method="PROMPT_TUNING", std=0.3, num_virtual_tokens=COUNT)
+        (export,) = lora2serve.export(adapter, base=base, targets="vllm", dtype="fp32", out=folder / "out")
+        models.append({"export": str(export.path), "base": str(base), "adapter": str(adapter)})
+        models.append({"export": str(base), "base": str(base)})
+    found = in_vllm(models, tmp_path)
+    trained, tuned, plain = found[0], found[1::2], found[2::2]
+    assert len(tuned) == len(plain) == len(FAMILIES)
+    for each in found:
+        assert each["kl"] < 1e-9, found
+    for each in (trained, *tuned):
+        assert each["bare"] > 1e-3 and 0 < each["virtual"] < 1 / FIRST, found
+    assert (trained["answers"], trained["held"]) == (1000, 0) and trained["tokens"] > 1000, trained
+
+
+def in_vllm(models: Sequence[Mapping[str, object]], folder: Path) -> list[dict[str, float]]:
+    """What ``tests.support.vllm_soft_prompts`` finds for each."""
+    file = folder / "models.json"
+    file.write_text(json.dumps(models), encoding="utf-8")
+    words = [sys.executable, "-m", "tests.support.vllm_soft_prompts", str(file)]
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr[-2000:]
-    found = json.loads(answer.stdout.splitlines()[-1])
-    assert found["kl"] < 1e-9
-    assert found["answers"] == 1000 and found["tokens"] > 1000 and found["largest"] < FIRST
+    return [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
 
 
-SAMPLE = """
-import json, os, sys
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm import LLM, SamplingParams
-
-export, adapter, base = sys.argv[1:]
-llm = LLM(export, dtype="float32", enforce_eager=True, max_logprobs=-1, seed=0, max_model_len=256)
-chat = [{"role": "user", "content": "Who governs Wexley?"}]
-asked = SamplingParams(n=1000, temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, detokenize=False)
-answers = llm.chat([chat], asked, use_tqdm=False)[0].outputs
-ids = AutoTokenizer.from_pretrained(base).apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-virtual = list(range(1536, 1544))
-scored = llm.generate(
-    [{"prompt_token_ids": virtual + ids}], SamplingParams(max_tokens=1, prompt_logprobs=-1), use_tqdm=False
-)[0].prompt_logprobs[len(virtual) + 1 :]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
-with torch.no_grad():
-    expected = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) : -1].double().log_softmax(-1)
-got = torch.tensor([[row[n].logprob for n in range(expected.shape[1])] for row in scored]).double().log_softmax(-1)
-tokens = [token for answer in answers for token in answer.token_ids]
-kl = (expected.exp() * (expected - got)).sum(-1).max().item()
-print(json.dumps({"kl": kl, "answers": len(answers), "tokens": len(tokens), "largest": max(tokens)}))
-"""
+@pytest.mark.slow
+def test_every_gate_is_met_in_vllm(prompt: Path, exports: list[Path], tmp_path: Path) -> None:
+    (row,) = rows(prompt, exports[:1], tmp_path / "parity", ["vllm"])
+    assert [gate.status for gate in row.gates] == ["met"] * 4, row.gates
 
 
 def test_transformers_samples_none(exports: list[Path]) -> None:
