@@ -51,6 +51,7 @@ def adapter_config(
         options["exclude_modules"] = other_towers(model)
     if recipe.method == "adalora":
         options["total_step"] = UNKNOWN_STEPS
+    _refuse_numbers(model, options)
     saved = options.get("modules_to_save")
     if isinstance(saved, Sequence):
         refuse_unknown(f"{PATH}.modules_to_save", list(saved), [name for name, _ in model.named_modules()])
@@ -59,6 +60,23 @@ def adapter_config(
     except (ValueError, TypeError) as error:
         raise TrainError(f"{PATH}: {first_line(error)}") from error
     return made
+
+
+def _refuse_numbers(model: PreTrainedModel, options: Mapping[str, object]) -> None:
+    """TrainError for tokens that the model does not have, and for none or too many in front of a prompt."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for name in ("cpt_token_ids", "token_indices"):
+        ids = options.get(name)
+        wrong = [n for n in ids if isinstance(n, int) and not 0 <= n < rows] if isinstance(ids, Sequence) else []
+        if wrong:
+            raise TrainError(f"{PATH}.{name}: {wrong[0]}, expected ids of tokens, 0 to {rows - 1}")
+    count = options.get("num_virtual_tokens")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNKNOWN_STEPS
+    if isinstance(count, int) and not 0 < count < most:
+        raise TrainError(
+            f"{PATH}.num_virtual_tokens: {count}, expected 1 to {most - 1}",
+            "they take places of the model's context, as the tokens of a prompt do",
+        )
 
 
 def _in_front(method: str, options: Mapping[str, object], base: Path) -> dict[str, object]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
+# What PEFT raises for options that do not go together, or with the model, beside torch's RuntimeError.
+UNFIT = (ValueError, TypeError, AssertionError, ArithmeticError, LookupError, AttributeError)
+
 
 @dataclass(frozen=True)
 class Device:
@@ -167,6 +170,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, new_tokens: NewToken
 
     new_tokens: those whose rows ``config`` trains.
     """
+    import torch
     from peft import get_peft_model
 
     from lora2serve.training.expert_lora import open_to_peft
@@ -176,7 +180,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, new_tokens: NewToken
     try:
         with open_to_peft(model):
             tuned: PeftModel = get_peft_model(model, config)
-    except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (*UNFIT, RuntimeError) as error:
         raise TrainError(f"{section_of(config)}: {first_line(error)}") from error
     if new_tokens.ids:
         start_rows(tuned, new_tokens)

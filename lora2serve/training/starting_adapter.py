@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.adapters.adapter import CONFIG, read_config
+from lora2serve.adapters.adapter import CONFIG, open_adapter, read_config
 from lora2serve.adapters.trained_tokens import trained_tokens
 from lora2serve.config.lora_inits import changes_base, init_of
 from lora2serve.config.method_options import config_class, option_names
@@ -53,6 +53,7 @@ def starting_from(
             "train it from the start",
         )
     raise_all([f"{KEY}: {adapter / CONFIG}: {problem}" for problem in _inexpressible(method, config)], TrainError)
+    open_adapter(adapter)  # what is no whole file of weights, it refuses by name
     if method == LORA:
         _refuse_other_tokens(adapter, config, new_tokens)
     own = replace(train, method=method, from_adapter=str(adapter))
@@ -132,8 +133,9 @@ def _inexpressible(method: str, config: JsonObject) -> Iterator[str]:
         return
     if changes_base(init_of(config)):
         yield f"init_lora_weights is {config['init_lora_weights']!r}, which took a part of the base out"
-    if not isinstance(config.get("target_modules"), list):
-        yield f"target_modules is {config.get('target_modules')!r}, expected a list of names"
+    named = config.get("target_modules")
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        yield f"target_modules is {named!r}, expected a list of names"
     known, default = {*OF_RECIPE.values(), *OF_RUN}, config_class(LORA)(task_type="CAUSAL_LM").to_dict()
     for name, value in config.items():
         if name in default and name not in known and value and value != default[name]:

@@ -16,7 +16,7 @@ from lora2serve.data.new_tokens import NO_TOKENS, NewTokens
 from lora2serve.errors import TrainError, first_line
 from lora2serve.training.lora_targets import expert_parameters, linear_modules, other_towers
 from lora2serve.training.method_config import adapter_config
-from lora2serve.training.model import Device, section_of
+from lora2serve.training.model import UNFIT, Device, section_of
 from lora2serve.training.new_rows import grow
 from lora2serve.weights.checkpoint import read_config
 from lora2serve.weights.language_model import weightless_language_model
@@ -131,9 +131,9 @@ def _put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel | None:
 
     try:
         return get_peft_model(model, config, low_cpu_mem_usage=True)
-    except ValueError as error:
+    except UNFIT as error:
         raise TrainError(f"{section_of(config)}: {first_line(error)}") from error
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:
         return None
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lora2serve
 from lora2serve.config.recipe import LoraRecipe, TrainRecipe, load
 from lora2serve.config.train_methods import TRAINABLE
-from lora2serve.errors import RecipeError, TrainError
+from lora2serve.errors import Lora2ServeError, RecipeError, TrainError
 from lora2serve.training.method_config import adapter_config
 from lora2serve.training.model import add_adapter
 from lora2serve.training.starting_adapter import NOT_SAVED, load_weights, other_base, settings_in_words, starting_from
@@ -164,3 +164,27 @@ def test_a_base_of_another_shape(base: Path, tmp_path: Path, changes: dict[str, 
         load_weights(adapted(other, starting_from(TrainRecipe(), adapter, ())), adapter)
     assert caught.value.hint == "name its base in model.path"
     assert other_base(adapter, other, "other") and not other_base(adapter, base, "some/base")
+
+
+BROKEN: list[tuple[dict[str, object], int | None, str]] = [
+    ({}, 0, "no adapter_model.safetensors"),
+    ({}, 500, "adapter_model.safetensors"),
+    ({"target_modules": [1]}, None, "target_modules is [1], expected a list of names"),
+]
+
+
+@pytest.mark.parametrize(("changes", "left", "said"), BROKEN)
+def test_a_damaged_adapter_is_refused_by_name(
+    tmp_path: Path, small: Path, changes: dict[str, object], left: int | None, said: str
+) -> None:
+    """``left``: so many bytes of its weights."""
+    adapter = make_adapter(tmp_path / "adapter", small)
+    assert starting_from(TrainRecipe(), adapter, []).lora.rank == 4, "the control"
+    config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    content = weights.read_bytes()
+    if left is not None:
+        weights.unlink() if left == 0 else weights.write_bytes(content[:left])
+    with pytest.raises(Lora2ServeError) as caught:
+        starting_from(TrainRecipe(), adapter, [])
+    assert said in caught.value.message

@@ -155,6 +155,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("hra", {"target_modules": ["lm_head"]}, "train.options.target_modules: lm_head is the head of this model"),
     ("ln_tuning", {"target_modules": ["nrm"]}, "train.options.target_modules: no module 'nrm' in this model (did you"),
     ("boft", {"boft_block_size": 7}, "train.options: "),
+    ("loha", {"modules_to_save": ""}, "train.options: modules_to_save cannot be applied to modules of type"),
+    ("adalora", {"init_r": 10**30}, "train.options: randn(): argument 'size' failed to unpack"),
+    ("cpt", {"cpt_token_ids": [10, -1]}, "train.options.cpt_token_ids: -1, expected ids of tokens, 0 to 1535"),
+    ("trainable_tokens", {"token_indices": [1536]}, "train.options.token_indices: 1536, expected ids of tokens"),
+    ("prompt_tuning", {"num_virtual_tokens": 0}, "train.options.num_virtual_tokens: 0, expected 1 to 127"),
+    ("prefix_tuning", {"num_virtual_tokens": 128}, "train.options.num_virtual_tokens: 128, expected 1 to 127"),
+    ("adalora", {"trainable_token_indices": [10**9]}, "train.options: index 1000000000 is out of bounds"),
     ("adalora", {"init_r": 6, "target_r": 4, "tinit": 30}, "train.options: tinit 30 and tfinal 0, expected fewer than"),
 ]
 
