@@ -315,14 +315,18 @@ def test_the_reference_is_the_base_whatever_the_adapter(small: Path, method: str
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_its_exports_answer_like_it(tmp_path: Path, trained: Run) -> None:
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_its_exports_answer_like_it(tmp_path: Path, trained: Run, labels: dict[str, str], objective: str) -> None:
     """Every gate in transformers and llama.cpp, as of any other run."""
+    run = trained
+    if objective == "kto":
+        run, _, _ = fit(recipe_file(tmp_path / "kto", DEMO / "base", labels, steps=12, batch_size=8, **KTO))
     options = {"dtype": "fp32", "quants": ["F32"], "out": tmp_path / "out"}
-    exports = [export.path for export in lora2serve.export(trained.path, targets=["vllm", "gguf"], **options)]
+    exports = [export.path for export in lora2serve.export(run.path, targets=["vllm", "gguf"], **options)]
     engines = ["transformers", "llama.cpp"]
-    result = lora2serve.parity(trained.path, exports, engines=engines, report_dir=tmp_path / "parity")
+    result = lora2serve.parity(run.path, exports, engines=engines, report_dir=tmp_path / "parity")
     assert [row.engine for row in result.report.rows] == engines and result.met, result.report.rows
     broken = Path(shutil.copytree(exports[0], tmp_path / "broken"))
-    shutil.copy(Path(trained.record.base.path) / "model.safetensors", broken / "model.safetensors")
-    again = lora2serve.parity(trained.path, broken, engines="transformers", report_dir=tmp_path / "again")
+    shutil.copy(Path(run.record.base.path) / "model.safetensors", broken / "model.safetensors")
+    again = lora2serve.parity(run.path, broken, engines="transformers", report_dir=tmp_path / "again")
     assert not again.met, "the control: the base's weights"
