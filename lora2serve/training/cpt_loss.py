@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers.utils import ModelOutput
+
+LABEL = 4  # the type of a token that CPT takes a loss on, and its multiples; those of the text in front come before
 
 
 def leave_loss_to_trainer() -> None:
@@ -13,6 +16,25 @@ def leave_loss_to_trainer() -> None:
     from peft.tuners.cpt import CPTEmbedding
 
     CPTEmbedding.calculate_loss = staticmethod(_as_it_is)
+
+
+def learn_every_label(model: PeftModel) -> None:
+    """Let each label of a row count.
+
+    CPT adds the largest type of the text in front to those of a row. Where that is no multiple of 4, as without
+    ``cpt_tokens_type_mask``, no token of the row is a label then, and nothing is learned.
+    """
+    import torch
+
+    forward = model._cpt_forward
+
+    def with_types(input_ids: Any, inputs_embeds: Any, peft_config: Any, *rest: Any, **options: Any) -> Any:
+        row = input_ids if input_ids is not None else inputs_embeds
+        before = max(peft_config.cpt_tokens_type_mask, default=0)
+        types = torch.full(row.shape[:2], LABEL - before % LABEL, device=row.device)
+        return forward(input_ids, inputs_embeds, peft_config, *rest, **{"input_type_mask": types, **options})
+
+    vars(model)["_cpt_forward"] = with_types
 
 
 def _as_it_is(output: ModelOutput, *_: object) -> ModelOutput:

@@ -16,7 +16,7 @@ from lora2serve.planning.gpus import GpuModel
 from lora2serve.planning.plan_settings import ComputeType
 from lora2serve.system.hardware import memory_bytes
 from lora2serve.training import ranks
-from lora2serve.training.cpt_loss import leave_loss_to_trainer
+from lora2serve.training.cpt_loss import learn_every_label, leave_loss_to_trainer
 from lora2serve.training.expert_layers import four_bit_parameters
 from lora2serve.training.lora_targets import other_towers, refuse_unknown, target_parameters, targets
 from lora2serve.training.new_rows import start_rows, trained_rows
@@ -184,6 +184,8 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, new_tokens: NewToken
         raise
     except (*UNFIT, RuntimeError) as error:
         raise TrainError(f"{section_of(config)}: {first_line(error)}") from error
+    if config.peft_type == "CPT":
+        learn_every_label(tuned)
     if new_tokens.ids:
         start_rows(tuned, new_tokens)
     return tuned

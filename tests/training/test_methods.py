@@ -62,7 +62,7 @@ RATES = {
     "cpt": 0.1,
     "cartridge": 0.1,
 }
-QUICK = ("ia3", "prompt_tuning", "prefix_tuning", "bottleneck")
+QUICK = ("ia3", "prompt_tuning", "cpt", "prefix_tuning", "bottleneck")
 OTHERS = [
     pytest.param(method, marks=() if method in QUICK else pytest.mark.slow)
     for method in train_methods.TRAINABLE
