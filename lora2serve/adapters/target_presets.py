@@ -1,10 +1,12 @@
-"""The presets of ``train.lora.targets``, over the names of a model's linear layers."""
+"""The presets of ``train.lora.targets``, over the names of a model's linear layers, and what none of them contains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 QV = ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj_qkv")
+# What sees and hears, and what leads from there into the language model.
+OTHER_TOWERS = ("vision", "visual", "audio", "image", "multi_modal", "connector")
 
 
 def preset_modules(preset: str, paths: Sequence[str], attention: Sequence[str] = ()) -> list[str]:
@@ -21,6 +23,11 @@ def preset_modules(preset: str, paths: Sequence[str], attention: Sequence[str] =
         "qv-mlp": qv + [path for path in paths if path not in in_attention],
         "all-linear": list(paths),
     }[preset]
+
+
+def in_other_tower(path: str) -> bool:
+    """Whether a module belongs to what sees or hears beside a language model, which training on text does not run."""
+    return any(tower in path for tower in OTHER_TOWERS)
 
 
 def named(paths: Sequence[str], targets: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lora2serve.adapters import soft_prompt
 from lora2serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
+from lora2serve.adapters.target_presets import in_other_tower
 from lora2serve.artifacts.lineage import AdapterRecord, BaseRecord, Lineage
 from lora2serve.artifacts.run import Run
 from lora2serve.artifacts.run_record import RunRecord
@@ -60,7 +61,9 @@ def open_run(run: Run, base: Path, choice: OpenOptions, progress: Progress) -> E
     source: Source = Dequantized(checkpoint)
     if merge_base == "trained" and record.quantization and not checkpoint.config.get("quantization_config"):
         names = Binder(list(source.specs()), checkpoint.config)
-        source = FakeQuantized(source, Quantization.of(record.to_json()), names)
+        how = Quantization.of(record.to_json())
+        seen = [module for module in how.modules if not in_other_tower(module)]  # by the text that was trained
+        source = FakeQuantized(source, replace(how, modules=seen), names)
     known = record.base if record.base.fingerprint.tensors else BaseRecord.from_json(identity(base), "base")
     lineage = Lineage(known, run.name, merge_base, mismatch or None)
     return _model(source, checkpoint, [open_adapter(run.adapter)], choice, choice.name or run.name, lineage)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lora2serve.adapters.target_presets import named, preset_modules
+from lora2serve.adapters.target_presets import OTHER_TOWERS, in_other_tower, named, preset_modules
 from lora2serve.config.recipe import EXPERTS
 from lora2serve.errors import TrainError, did_you_mean
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
 
-# What sees and hears, and what leads from there into the language model.
-OTHER_TOWERS = ("vision", "visual", "audio", "image", "multi_modal", "connector")
 READ_PAST = ("out_proj", "dt_proj")  # of a state space: its weight goes to a kernel, or PEFT refuses it
 
 
@@ -152,5 +150,5 @@ def _is_state_space(module: Module) -> bool:
 
 def other_towers(model: PreTrainedModel) -> str | None:
     """A pattern for the modules that do not belong to the language model of a multimodal one."""
-    towers = any(tower in name for name in linear_modules(model) for tower in OTHER_TOWERS)
+    towers = any(map(in_other_tower, linear_modules(model)))
     return rf".*({'|'.join(OTHER_TOWERS)}).*" if towers else None
