@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import CPTConfig, PeftModel
+    from torch import Tensor
     from transformers.utils import ModelOutput
 
 LABEL = 4  # the type of a token that CPT takes a loss on, and its multiples; those of the text in front come before
@@ -28,11 +29,14 @@ def learn_every_label(model: PeftModel) -> None:
 
     forward = model._cpt_forward
 
-    def with_types(input_ids: Any, inputs_embeds: Any, peft_config: Any, *rest: Any, **options: Any) -> Any:
+    def with_types(
+        input_ids: Tensor | None, inputs_embeds: Tensor | None, config: CPTConfig, *rest: object, **options: object
+    ) -> ModelOutput:
         row = input_ids if input_ids is not None else inputs_embeds
-        before = max(peft_config.cpt_tokens_type_mask, default=0)
+        assert row is not None
+        before = max(config.cpt_tokens_type_mask, default=0)
         types = torch.full(row.shape[:2], LABEL - before % LABEL, device=row.device)
-        return forward(input_ids, inputs_embeds, peft_config, *rest, **{"input_type_mask": types, **options})
+        return forward(input_ids, inputs_embeds, config, *rest, **{"input_type_mask": types, **options})
 
     vars(model)["_cpt_forward"] = with_types
 
