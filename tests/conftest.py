@@ -23,6 +23,8 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 # a shell that starts the tests in the background has them ignore Ctrl-C, and every child with them
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # and nohup has every child ignore it; a handler is not inherited
+    signal.signal(signal.SIGHUP, lambda *_: None)
 # llama.cpp starts a thread for each core whatever OMP_NUM_THREADS says. They spin: beside another worker's, twenty times
 # the work
 if threads := os.environ.get("OMP_NUM_THREADS"):

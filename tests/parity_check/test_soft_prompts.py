@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lora2serve
 from converters.ollama.conversations import turns
@@ -144,17 +145,13 @@ WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 @pytest.mark.slow
 def test_vllm_computes_what_peft_does(prompt: Path, exports: list[Path], tmp_path: Path) -> None:
     """A KL under 1e-9 at every position, as far as the base's tokens go: as near as the bases themselves are without a
-    soft prompt. The control, the same models without its tokens in front, is far off. 1,000 answers at temperature 1 of
-    the one model that was trained hold none of them; in random ones each has at most the share of one among all.
+    soft prompt. The control, the same models without its tokens in front, is far off. No virtual token is likelier than
+    one among all.
     """
-    models = [{"export": str(exports[0]), "base": str(BASE), "adapter": str(prompt), "answers": 1000}]
-    for family, changes in FAMILIES.items():
-        heads = {name: 64 for name in ("head_dim", "query_pre_attn_scalar") if name in changes}
-        folder = tmp_path / family
-        base = make_chat_model(folder / "base", kind=family.partition("-")[0], **WIDE, **{**changes, **heads})
-        adapter = make_adapter(folder / "soft", base, method="PROMPT_TUNING", std=0.3, num_virtual_tokens=COUNT)
-        (export,) = lora2serve.export(adapter, base=base, targets="vllm", dtype="fp32", out=folder / "out")
-        models.append({"export": str(export.path), "base": str(base), "adapter": str(adapter)})
+    models = [{"export": str(exports[0]), "base": str(BASE), "adapter": str(prompt)}]
+    for family in FAMILIES:
+        base = wide_model(tmp_path / family / "base", family)
+        models.append(served(tmp_path / family, base))
         models.append({"export": str(base), "base": str(base)})
     found = in_vllm(models, tmp_path)
     trained, tuned, plain = found[0], found[1::2], found[2::2]
@@ -163,7 +160,47 @@ def test_vllm_computes_what_peft_does(prompt: Path, exports: list[Path], tmp_pat
         assert each["kl"] < 1e-9, found
     for each in (trained, *tuned):
         assert each["bare"] > 1e-3 and 0 < each["virtual"] < 1 / FIRST, found
-    assert (trained["answers"], trained["held"]) == (1000, 0) and trained["tokens"] > 1000, trained
+
+
+@pytest.mark.slow
+def test_vllm_samples_none(prompt: Path, exports: list[Path], tmp_path: Path) -> None:
+    """1,000 answers at temperature 1 of a trained model, and of random ones that are as sure of a token as those are.
+
+    The control: random ones that are not. There a virtual token is as likely as any.
+    """
+    models = [{"export": str(exports[0]), "base": str(BASE), "adapter": str(prompt)}]
+    for family in FAMILIES:
+        base = wide_model(tmp_path / family / "base", family)
+        make_sure(base)
+        models.append(served(tmp_path / family, base))
+    models.append(served(tmp_path / "unsure", wide_model(tmp_path / "unsure" / "base", "llama")))
+    *sure, unsure = in_vllm([{**model, "answers": 1000} for model in models], tmp_path)
+    for each in (*sure, unsure):
+        assert each["answers"] == 1000 and each["tokens"] > 1000, each
+    assert [each["held"] for each in sure] == [0] * (1 + len(FAMILIES)), sure
+    assert unsure["held"] > 0, unsure
+
+
+def wide_model(folder: Path, family: str) -> Path:
+    """Random, as vLLM's kernels take it."""
+    heads = {name: 64 for name in ("head_dim", "query_pre_attn_scalar") if name in FAMILIES[family]}
+    return make_chat_model(folder, kind=family.partition("-")[0], **WIDE, **{**FAMILIES[family], **heads})
+
+
+def make_sure(base: Path) -> None:
+    """Let the last norm give it logits 40 times as large: 8 of a deviation, about as trained models have them."""
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    offset = 1 if "gemma" in json.loads((base / "config.json").read_text())["model_type"] else 0  # its norms add one
+    tensors["model.norm.weight"] = 40 * (tensors["model.norm.weight"] + offset) - offset
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def served(folder: Path, base: Path) -> dict[str, str]:
+    """A random soft prompt for it, as vLLM gets it."""
+    adapter = make_adapter(folder / "soft", base, method="PROMPT_TUNING", std=0.3, num_virtual_tokens=COUNT)
+    (export,) = lora2serve.export(adapter, base=base, targets="vllm", dtype="fp32", out=folder / "out")
+    return {"export": str(export.path), "base": str(base), "adapter": str(adapter)}
 
 
 def in_vllm(models: Sequence[Mapping[str, object]], folder: Path) -> list[dict[str, float]]:

@@ -339,7 +339,8 @@ def test_what_libraries_set_for_themselves() -> None:
         "os.environ['LD_LIBRARY_PATH'] = '/tmp:' + os.environ['LD_LIBRARY_PATH'];"
         "assert state(os.environ) != before, 'the control'"
     )
-    subprocess.run([sys.executable, "-P", "-c", program], check=True)
+    alone = {"PATH": os.environ["PATH"]}  # these tests may have loaded them
+    subprocess.run([sys.executable, "-P", "-c", program], env=alone, check=True)
 
 
 @pytest.mark.engine
