@@ -48,7 +48,7 @@ def _chosen(gpus: int | str) -> tuple[str, ...]:
     text = str(gpus)
     count = len(names) if text == ALL else int(text) if text.isdecimal() else 0
     if not count and text != ALL:
-        raise UsageError(f"--gpus {gpus}: expected all, or how many of this machine's")
+        raise UsageError(f"--gpus {gpus}: expected all, or a number of this machine's GPUs")
     if not names:
         raise UsageError(
             f"--gpus {gpus}: no NVIDIA GPU is here",

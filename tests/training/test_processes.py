@@ -264,7 +264,7 @@ def test_gpus_of_this_machine(
 def test_gpus_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     refused = run_command(["train", "demo", "--gpus", "two"], tmp_path)
-    assert refused.returncode == 2 and "--gpus two: expected all, or how many" in refused.stderr
+    assert refused.returncode == 2 and "--gpus two: expected all, or a number" in refused.stderr
     refused = run_command(["train", "demo", "--gpus", "2"], tmp_path)
     assert refused.returncode == 2
     assert "--gpus 2: no NVIDIA GPU is here" in refused.stderr and "torchrun --nproc-per-node" in refused.stderr
