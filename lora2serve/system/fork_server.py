@@ -36,11 +36,12 @@ HARMLESS = ("PWD", "OLDPWD", "_", "SHLVL", "COLUMNS", "LINES", "PYTEST_", "PYTHO
             "LORA2SERVE_", "OLLAMA_", "OPENAI_", "VLLM_", "LLAMA_CPP_DIR", "GITHUB_", "XDG_CONFIG_HOME",
             "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "GLOO_")  # fmt: skip
 # what libraries set for themselves as they are loaded, also in the middle of a process that asks for its second worker:
-# scikit-learn, by transformers, the first two; torch's inductor and vLLM those up to TILELANG, then lm-eval and Ray
+# scikit-learn, by transformers, the first two; torch's inductor and vLLM those up to AITER, then lm-eval, Ray, and the
+# BOFT of PEFT
 SET_BY_LIBRARIES = (
     "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS",
     "PYTORCH_NVML_BASED_CUDA_CHECK", "TRITON_CACHE_AUTOTUNING", "TILELANG_CLEANUP_TEMP_FILES",
-    "HF_XET_HIGH_PERFORMANCE", "RAY_CLIENT_MODE",
+    "AITER_", "HF_XET_HIGH_PERFORMANCE", "RAY_CLIENT_MODE", "CC", "CXX",
 )  # fmt: skip
 LIBRARY_PATH = "LD_LIBRARY_PATH"
 CACHE, HUB = "XDG_CACHE_HOME", "HF_HOME"  # the one is read for the other's default alone

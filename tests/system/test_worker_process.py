@@ -333,7 +333,7 @@ def test_what_libraries_set_for_themselves() -> None:
     program = (
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from lora2serve.system.fork_server import state;"
         "before, names = state(os.environ), set(os.environ);"
-        "import cv2, lm_eval, sklearn, vllm.lora.peft_helper; from transformers import Trainer;"
+        "import cv2, lm_eval, sklearn, vllm.lora.lora_model; from transformers import Trainer;"
         "assert set(os.environ) > names, 'the control'; after = state(os.environ);"
         "assert after == before, [pair for pair in after[0] if pair not in before[0]];"
         "os.environ['LD_LIBRARY_PATH'] = '/tmp:' + os.environ['LD_LIBRARY_PATH'];"
