@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +34,16 @@ WEATHER = {
 }
 BARE = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 STRICT = {"function": {**WEATHER["function"], "name": "forecast", "strict": True}, "type": "function"}  # type: ignore[dict-item]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """What vLLM sets for its platform in this process is not left to other tests, whose workers would not be forked."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def user(text: str) -> dict[str, Any]:
