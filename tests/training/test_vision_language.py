@@ -89,8 +89,8 @@ def make_seeing(path: Path, kind: str) -> Path:
 
 
 OFTEN, REFUSED = "gemma3", "mistral3"  # whose language model llama.cpp's converter does not find in this class
-# llama.cpp's graph of Qwen2-VL is that far from transformers' by itself, also with its own file
-# (`tests/converters/test_gguf_upstream.py`).
+# llama.cpp's graph of Qwen2-VL is off by itself, also with its own file, by a tenth of this
+# (`tests/converters/test_gguf_upstream.py`); the rest is not explained.
 FURTHER = {"qwen2_5_vl": {"mean_kl": 5e-6, "nmse": 5e-4}}
 
 
