@@ -31,7 +31,7 @@ LONGEST = 120  # seconds of a case
 UNSLOTH = "LORA2SERVE_UNSLOTH"  # the folder of Unsloth's packages, which want other versions than ours
 
 BIG = "8B, 8 layers"
-EXPERTS = "30B-A3B"  # as recipes/qwen3-30b-a3b.yaml trains it, on a card of 24 GB
+MIXTURE = "30B-A3B"  # as recipes/qwen3-30b-a3b.yaml trains it, on a card of 24 GB
 # An earlier lora2serve; and each of what changed since, alone. Short runs are compiled here, where they would not be.
 BEFORE = {
     "optimizer": "paged_adamw_32bit", "checkpointing": True, "compiled": False, "varlen": False, "casts": False,
@@ -51,11 +51,11 @@ CASES: tuple[Case, ...] = (
     Case("8B/8: as before", "ours", size=BIG, step=BEFORE),
     Case("8B/8: now", "ours", size=BIG, step=NOW),
     Case("8B/8: Unsloth", "unsloth", size=BIG),
-    Case("make 30B-A3B", "make", size=EXPERTS),
+    Case("make 30B-A3B", "make", size=MIXTURE),
     Case(
         "30B-A3B, 4 bits",
         "ours",
-        size=EXPERTS,
+        size=MIXTURE,
         rows=1,
         recipe={"lora": {"rank": RANK, "targets": "attention"}, "gradient_checkpointing": True},
         length=2048,

@@ -54,7 +54,7 @@ def _chosen(gpus: int | str) -> tuple[str, ...]:
             f"--gpus {gpus}: no NVIDIA GPU is here",
             "on CPUs a launcher starts several processes: `torchrun --nproc-per-node 2 -m lora2serve train`",
         )
-    if not 0 < count <= len(names):
+    if count > len(names):
         raise UsageError(f"--gpus {gpus}: expected all, or a number from 1 to {len(names)}, the GPUs that are here")
     return names[:count]
 

@@ -71,8 +71,6 @@ def _refuse_mixtures(
     jobs: int | None, share_base: bool, on: str | None, gpus: int | None, resume: bool, overridden: bool
 ) -> None:  # fmt: skip
     """UsageError with all arguments that do not go together."""
-    if on and on != "ray" and not on.startswith("ray://"):
-        raise UsageError(f"--on {on}: expected ray, or ray://HOST:PORT of a cluster's head")
     problems = []
     if share_base and jobs:
         problems.append("share_base and jobs: trainings on one base are all in one process")
@@ -84,8 +82,11 @@ def _refuse_mixtures(
         problems.append("resume: of trainings on one base (share_base), or on Ray (on)")
     if resume and overridden:
         problems.append("resume keeps the recipes as they were: no overrides")
+    hint = "leave one of them out" if problems else ""
+    if on and on != "ray" and not on.startswith("ray://"):
+        problems.append(f"--on {on}: expected ray, or ray://HOST:PORT of a cluster's head")
     if problems:
-        raise UsageError("\n".join(problems), "leave one of them out")
+        raise UsageError("\n".join(problems), hint)
 
 
 def _train_apart(
