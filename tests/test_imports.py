@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+from tests.support.outlines import MODULES, ROOT, Outline, outline, outlines
+
 # A module imports lower numbers or its own folder; siblings of one number never import each other.
 # Parity stands above serving, whose engines it starts; evaluation above parity, whose engines it asks; the public API
 # above all of them, since one command joins several.
@@ -39,8 +41,6 @@ LIGHT = set(LEVEL) - {"bottleneck", "training", "parity_check", "evaluation", "r
 # Neither these nor what they import import a library of training.
 QUICK = LIGHT | {"evaluation", "registry"}
 TRAINING_LIBRARIES = {"torch", "transformers", "peft", "trl", "bitsandbytes", "vllm", "datasets", "accelerate"}
-PACKAGES = ("lora2serve", "converters")
-MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
 # What `from lora2serve import NAME` may take beside folders; its functions are for users, and stand above all.
@@ -54,16 +54,16 @@ FORMATS = {
 }
 
 
+@pytest.fixture
+def code(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Outline]:
+    """What stands in each module."""
+    return outlines(tmp_path_factory)
+
+
 def imports(source: str, *, top: bool = False) -> set[str]:
     """Dotted names imported by a file; ``top``: only those that run when it is imported."""
-    tree = ast.parse(source)
-    names: set[str] = set()
-    for node in tree.body if top else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
-    return names
+    found = outline(source)
+    return set(found.top if top else found.imports)
 
 
 def violations(path: Path, names: set[str]) -> list[str]:
@@ -87,14 +87,13 @@ def violations(path: Path, names: set[str]) -> list[str]:
     return forbidden
 
 
-def test_numbers() -> None:
+def test_numbers(code: dict[Path, Outline]) -> None:
     found = {}
-    for path in MODULES:
-        names, own = imports(path.read_text(encoding="utf-8")), path.relative_to(ROOT)
+    for path, content in code.items():
+        names, own = set(content.imports), path.relative_to(ROOT)
         wrong = violations(path, names)
         if own.parts[1].removesuffix(".py") in LIGHT and any(name.split(".")[0] in HEAVY for name in names):
-            top = imports(path.read_text(encoding="utf-8"), top=True)
-            wrong += [name for name in top if name.split(".")[0] in HEAVY]
+            wrong += [name for name in content.top if name.split(".")[0] in HEAVY]
         if wrong:
             found[str(own)] = wrong
     assert found == {}
@@ -150,22 +149,22 @@ def modules_of(names: set[str]) -> set[Path]:
     return {path.with_suffix(".py") for path in paths if path.with_suffix(".py").is_file()}
 
 
-def reached(path: Path, seen: dict[Path, set[str]]) -> set[str]:
+def reached(path: Path, code: dict[Path, Outline], seen: dict[Path, set[str]]) -> set[str]:
     """The libraries that importing a module imports, by whatever way."""
     if path not in seen:
-        names = imports(path.read_text(encoding="utf-8"), top=True)
+        names = set(code[path].top)
         seen[path] = {name.split(".")[0] for name in names} & TRAINING_LIBRARIES
-        seen[path] |= {library for other in modules_of(names) for library in reached(other, seen)}
+        seen[path] |= {library for other in modules_of(names) for library in reached(other, code, seen)}
     return seen[path]
 
 
-def test_no_way_from_a_light_module_to_a_library_of_training() -> None:
+def test_no_way_from_a_light_module_to_a_library_of_training(code: dict[Path, Outline]) -> None:
     """Statistics of a gateway do not wait ten seconds for torch, because a function of theirs stands beside a training."""
     seen: dict[Path, set[str]] = {}
     light = [path for path in MODULES if path.relative_to(ROOT).parts[1].removesuffix(".py") in QUICK]
     assert len(light) > 300
-    assert {path.stem: reached(path, seen) for path in light if reached(path, seen)} == {}
-    assert "torch" in reached(ROOT / "lora2serve" / "parity_check" / "engines" / "served_peft.py", seen)
+    assert {path.stem: reached(path, code, seen) for path in light if reached(path, code, seen)} == {}
+    assert "torch" in reached(ROOT / "lora2serve" / "parity_check" / "engines" / "served_peft.py", code, seen)
 
 
 def test_module_names_are_unique() -> None:
@@ -174,11 +173,18 @@ def test_module_names_are_unique() -> None:
     assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
-def test_class_names_are_unique() -> None:
-    names = [
-        node.name
-        for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef)
-    ]
+def test_class_names_are_unique(code: dict[Path, Outline]) -> None:
+    names = [name for content in code.values() for name in content.classes]
+    assert len(names) > 500
     assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_what_stands_deep_inside_is_seen() -> None:
+    """In whatever statement it stands."""
+    deep = (
+        "def f():\n    for i in x:\n        pass\n    else:\n        with a:\n            import torch\n",
+        "try:\n    pass\nexcept E:\n    import torch\n", "try:\n    pass\nfinally:\n    import torch\n",
+        "match x:\n    case 1:\n        import torch\n", "if x:\n    pass\nelif y:\n    import torch\n",
+        "class A:\n    async def f(self):\n        while x:\n            import torch\n",
+    )  # fmt: skip
+    assert [imports(text) for text in deep] == [{"torch"}] * len(deep)

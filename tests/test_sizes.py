@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parents[1]
-SOURCES = {
-    path: path.read_text(encoding="utf-8")
-    for package in ("lora2serve", "converters")
-    for path in (ROOT / package).rglob("*.py")
-}
+import pytest
+
+from tests.support.outlines import MODULES, ROOT, outlines
+
+SOURCES = {path: path.read_text(encoding="utf-8") for path in MODULES}
 
 LONGEST_FILE, MEDIAN_FILE = 350, 120  # lines
 LONGEST_FUNCTION, MEDIAN_FUNCTION = 45, 7
@@ -25,13 +22,13 @@ def test_files() -> None:
     assert median(lines.values()) <= MEDIAN_FILE
 
 
-def test_functions() -> None:
+def test_functions(tmp_path_factory: pytest.TempPathFactory) -> None:
     lines = {
-        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for path, text in SOURCES.items()
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        f"{path.relative_to(ROOT)}:{name}": count
+        for path, content in outlines(tmp_path_factory).items()
+        for name, count in content.functions
     }
+    assert len(lines) > 3000
     assert {name: count for name, count in lines.items() if count > LONGEST_FUNCTION} == {}
     assert median(lines.values()) <= MEDIAN_FUNCTION
 
