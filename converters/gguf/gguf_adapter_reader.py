@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from converters.gguf.expert_factors import find_targets
 from converters.gguf.gguf_scan import scan
+from converters.gguf.quick_reader import open_gguf
 from converters.gguf.row_map import RowMaps
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import ExportError
@@ -24,11 +25,9 @@ class GgufAdapterReader:
     """As llama.cpp applies it: W + scale * B A, with scale alpha / rank, or 1 where alpha is 0."""
 
     def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
-        from gguf import GGUFReader
-
         (path,) = sorted(export.rglob("*.gguf"))
         scan(path)
-        reader = GGUFReader(path)
+        reader = open_gguf(path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._alpha = float(reader.fields[ALPHA_KEY].contents()) if ALPHA_KEY in reader.fields else 0.0
         source = model.source

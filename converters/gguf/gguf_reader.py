@@ -10,6 +10,7 @@ from converters.gguf import backends, ggml
 from converters.gguf.gguf_layout import LayoutOptions
 from converters.gguf.gguf_scan import scan
 from converters.gguf.presets import FLOAT_TYPES
+from converters.gguf.quick_reader import open_gguf
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.exporting.sinks import ExportModel
 from lora2serve.weights.tensors import TensorSpec
@@ -22,12 +23,10 @@ class GgufReader:
     """The tensors of an export, dequantized row by row; those of the projector too, where it has one."""
 
     def __init__(self, export: Path, manifest: Manifest, model: ExportModel) -> None:
-        from gguf import GGUFReader
-
         files = sorted(export.rglob("*.gguf"))
         for file in files:
             scan(file)
-        self._tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
+        self._tensors = {tensor.name: tensor for file in files for tensor in open_gguf(file).tensors}
         self._rounded_twice = manifest.match_reference
         options = LayoutOptions(quant=manifest.quant or "F16", match_reference=self._rounded_twice)
         self._backends = backends.open_backends(model, options)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from converters.gguf.ggml import ggml
 from converters.gguf.gguf_scan import scan
+from converters.gguf.quick_reader import open_gguf
 from lora2serve.errors import CheckpointError
 
 U32, F32_TYPE, STRING, ARRAY = 4, 0, 8, 9
@@ -160,3 +161,4 @@ def test_what_passes_is_read_by_both(written: bytes, tmp_path: Path, data: st.Da
         return
     assert ggml_takes(path)
     assert GGUFReader(path).tensors is not None
+    assert open_gguf(path).tensors is not None

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFReader
 
 from converters.gguf import header
 from converters.gguf.native import pretokenizer, vocab
+from converters.gguf.quick_reader import open_gguf
 from lora2serve.cli import run
 from tests.support.llama_cpp_source import vocabulary
 
@@ -39,9 +39,9 @@ NORMALIZERS = {"command-r": "NFC", "qwen2": "NFC", "mpt": "NFC"}
 
 @cache
 def read(name: str) -> tuple[dict[str, Any], list[str], list[list[int]]]:
-    """The vocabulary's metadata, upstream's test texts, and the ids it expects; the reader takes seconds for each."""
+    """The vocabulary's metadata, upstream's test texts, and the ids it expects."""
     path = vocabulary(name)
-    keys = {key: field.contents() for key, field in GGUFReader(path).fields.items() if key.startswith("tokenizer")}
+    keys = {key: field.contents() for key, field in open_gguf(path).fields.items() if key.startswith("tokenizer")}
     texts = Path(f"{path}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     ids = [[int(word) for word in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]
     return keys, texts[: len(ids)], ids

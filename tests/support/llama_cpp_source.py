@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from converters.gguf.quick_reader import open_gguf
 from lora2serve.progress import Silent
 from lora2serve.system.doctor import unpack_source_package
 
@@ -34,11 +35,10 @@ def vocabulary(name: str) -> Path:
 @cache
 def sentencepiece_tokenizer(name: str) -> Any:
     """The tokenizer of a vocabulary of SentencePiece's BPE (``llama-spm``, ``phi-3``), as transformers would load it."""
-    from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    fields = GGUFReader(vocabulary(name)).fields
+    fields = open_gguf(vocabulary(name)).fields
     tokens, scores, kinds, end = (
         fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "scores", "token_type", "eos_token_id")
     )
