@@ -19,7 +19,7 @@ from lora2serve.data.rendering import IGNORE, RenderedSample, Renderer
 from lora2serve.data.rows import ChatRow, Message
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.errors import DataError
-from tests.support.llama_cpp_source import chat_templates
+from tests.support.llama_cpp_source import chat_templates, in_a_few_templates
 from tests.support.runs import DEMO
 
 CHATML = (
@@ -108,13 +108,14 @@ def served(tokenizer: Any, messages: Sequence[Message], **arguments: Any) -> lis
     ]
 
 
-def test_every_answer_of_every_template() -> None:
+@in_a_few_templates
+def test_every_answer_of_every_template(few: bool) -> None:
     """Three answers are learned with their end, each after the very ids that a server holds.
 
     The control: cut where answers begin, a whole rendering would not be what a server sends for many of them.
     """
     shared, rewritten = 0, 0
-    for name in chat_templates():
+    for name in chat_templates(few):
         if name in REFUSED:
             with pytest.raises((TypeError, UndefinedError)):
                 tokenizer_with(chat_templates()[name]).apply_chat_template(TURNS, tokenize=False)
@@ -122,8 +123,8 @@ def test_every_answer_of_every_template() -> None:
         samples, whole = every_answer(name)
         shared += samples == 1
         rewritten += whole
-    assert shared >= 40
-    assert rewritten >= 15
+    assert shared >= (13 if few else 40)
+    assert rewritten >= (5 if few else 15)
 
 
 def every_answer(name: str) -> tuple[int, bool]:
@@ -306,11 +307,12 @@ def test_weight_0_in_a_whole_conversation() -> None:
         renderer(tokenizer_with(THINK)).render(ChatRow(skipped), completion_only=False)
 
 
-def test_an_assistant_who_speaks_first_in_every_template() -> None:
+@in_a_few_templates
+def test_an_assistant_who_speaks_first_in_every_template(few: bool) -> None:
     """Where transformers renders such a conversation, both answers are learned, the second as it is served."""
     chat: list[Message] = [{"role": "assistant", "content": "Welcome."}, TURNS[0], TURNS[1]]
     learning = 0
-    for name, template in chat_templates().items():
+    for name, template in chat_templates(few).items():
         tokenizer = tokenizer_with(template)
         try:
             alone = tokenizer.apply_chat_template(chat[:1], tokenize=False)
@@ -324,10 +326,11 @@ def test_an_assistant_who_speaks_first_in_every_template() -> None:
         assert len(runs) == 2 and "Welcome." in texts[0] and "ALPHA." in texts[1], name
         assert runs[1][0] == list(expected), name
         learning += 1
-    assert learning >= 20
+    assert learning >= (15 if few else 20)
 
 
-def test_tools_in_every_template() -> None:
+@in_a_few_templates
+def test_tools_in_every_template(few: bool) -> None:
     """Every prompt of a conversation with a call, its result and an answer is what transformers renders of it."""
     tool = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
     call: dict[str, Any] = {
@@ -342,7 +345,7 @@ def test_tools_in_every_template() -> None:
         {"role": "assistant", "content": "ALPHA."},
     ]
     tools, shown, calls = [{"type": "function", "function": tool}], 0, set()
-    for name, template in chat_templates().items():
+    for name, template in chat_templates(few).items():
         tokenizer = tokenizer_with(template)
         try:
             expected = served(tokenizer, chat, tools=tools)
@@ -356,5 +359,5 @@ def test_tools_in_every_template() -> None:
             calls.add(name)
         else:
             assert "a call of a tool that is learned" in rendered.losses, name
-    assert shown >= 40 and len(calls) >= 45
+    assert shown >= (13 if few else 40) and len(calls) >= (13 if few else 45)
     assert "NVIDIA-Nemotron-Nano-v2" in calls, "which opens a thought before words, and none before a call"

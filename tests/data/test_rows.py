@@ -216,7 +216,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(row=VALUES)
 def test_any_value_is_a_row_or_has_a_reason(row: Any) -> None:
     parsed = parse_row(row)
