@@ -15,7 +15,6 @@ from converters.gguf.quick_reader import open_gguf
 from lora2serve.progress import Silent
 from lora2serve.system.doctor import unpack_source_package
 
-
 # Of each kind of chat template a few, which take a fifth of the time of all: they write in turn, rewrite history, think,
 # call tools, refuse a system turn, want a variable of their own.
 FEW = (

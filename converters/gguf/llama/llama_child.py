@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +23,7 @@ class LlamaWorker:
 
     def __init__(self, link: object) -> None:
         os.environ["GGML_NO_BACKTRACE"] = "1"  # an assertion's own line is its last word
-        import llama_cpp  # noqa: F401
+        _import_bindings()
 
     def quantize(self, source: str, out: str, file_type: int, means: str | None) -> str:
         """``llama_model_quantize``; its reason where it fails, else nothing. ``means``: an .npz, tensor -> float32."""
@@ -57,6 +61,15 @@ class LlamaWorker:
         stops = end is None or bool(llama_cpp.llama_vocab_is_eog(vocab, end))
         llama_cpp.llama_model_free(loaded)
         return {"ids": ids, "adds_bos": adds_bos, "stops": stops}
+
+
+def _import_bindings() -> None:
+    """``llama_cpp`` without its own class and chat formats, which take three times as long to import and bring numpy."""
+    found = find_spec("llama_cpp")
+    assert found is not None and found.submodule_search_locations is not None
+    package = sys.modules["llama_cpp"] = ModuleType("llama_cpp")
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules["llama_cpp"] = import_module("llama_cpp.llama_cpp")
 
 
 def _tokenize(vocab: object, text: bytes) -> list[int]:
