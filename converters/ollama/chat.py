@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from converters.gguf.jinja_template import Jinja, TrainedJinja
 from converters.gguf.template_copy import as_trained
@@ -88,7 +89,7 @@ def read_chat(model: ExportModel) -> Chat:
     ends: Sequence[int] = eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
     tokenizer = read_tokenizer(model, ends)
     jinja, special = tokenizer.template, tokenizer.special
-    derived, reason = _derive(jinja, special)
+    derived, reason = _derive(jinja, tuple(sorted(special.items())))
     system = go_template.default_system(TrainedJinja(jinja, special), derived) if jinja and derived else None
     stop = _stops(tokenizer, ends, derived, model.answer_end)
     return Chat(jinja, special, derived, reason, system, stop, _parameters(generation, model), tokenizer.adds_bos)
@@ -107,11 +108,12 @@ def write_files(out: StagedDir, modelfile: Modelfile, text: str) -> None:
         out.bytes(name, content)
 
 
-def _derive(jinja: str | None, special: Mapping[str, str]) -> tuple[DerivedTemplate | None, str]:
+@lru_cache(maxsize=8)  # the exports of one command have the same one, and it is rendered a hundred times
+def _derive(jinja: str | None, special: tuple[tuple[str, str], ...]) -> tuple[DerivedTemplate | None, str]:
     if not jinja:
         return None, ""
     try:
-        return go_template.derive(TrainedJinja(jinja, special)), ""
+        return go_template.derive(TrainedJinja(jinja, dict(special))), ""
     except TemplateNotProven as reason:
         return None, str(reason)
 
