@@ -9,7 +9,10 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,9 +40,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, make_adapter(root / "adapter", base)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("whole") / "sharded", shard="60KB")
+
+
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "sharded", shard="60KB")
+def sharded(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "sharded")
 
 
 def change_index(path: Path, change: Callable[[dict[str, str]], None]) -> None:
@@ -154,7 +162,7 @@ def test_a_header_that_lies(tmp_path: Path, kind: str) -> None:
     assert "\n" not in caught.value.message
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 40))
 def test_any_damaged_byte_is_read_or_refused(tmp_path: Path, place: int, value: int, cut: int) -> None:
     """Never a traceback of another kind, and never a tensor that reaches beyond the file."""
@@ -218,7 +226,7 @@ INDEXES = st.recursive(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=INDEXES)
 def test_any_index_is_read_or_refused(tmp_path: Path, content: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
@@ -244,7 +252,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CONFIGS)
 def test_any_adapter_config_is_folded_or_refused(
     pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
@@ -295,12 +303,27 @@ class Bomb:
         return os.system, ("touch bomb-went-off",)
 
 
+def convert_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """What the child does, in this process, which has torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command[3:])
+        try:
+            exec(command[3], {})
+        except Exception:
+            return subprocess.CompletedProcess(command, 1, "", traceback.format_exc())
+    return subprocess.CompletedProcess(command, 0)
+
+
+@pytest.mark.parametrize("starts", [False, pytest.param(True, marks=pytest.mark.engine)], ids=["here", "in a child"])
 def test_pickles(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    starts: bool,
+) -> None:  # fmt: skip
     """Refused; with --allow-pickle weights are converted, and code is never run."""
     base, adapter = pair
     monkeypatch.chdir(tmp_path)
+    if not starts:
+        monkeypatch.setattr(subprocess, "run", convert_here)
     old = tmp_path / "old"
     old.mkdir()
     (old / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())

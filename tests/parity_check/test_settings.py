@@ -248,13 +248,13 @@ def test_a_split_file_of_unknown_types(exports: Exports, tmp_path: Path) -> None
 
     The controls: a file that is none of the split one's, and one that is missing where the types are known.
     """
-    options = {"quants": "IQ2_XS", "imatrix": make_imatrix(tmp_path / "imatrix.gguf", exports.base)}
+    options = {"quants": "IQ3_XS", "imatrix": make_imatrix(tmp_path / "imatrix.gguf", exports.base)}
     split = exported(exports.adapter, tmp_path / "out", "gguf", exports.base, **options, split_size="100KB")
     result = checked(split, exports.base, exports.adapter)
     assert (result.gate.status, result.differences) == ("met", ()), result.gate
     assert any(note.endswith("and so how many files there are") for note in result.not_compared), "planned are others"
 
-    stem = f"{Manifest.read(split).name}-IQ2_XS"
+    stem = f"{Manifest.read(split).name}-IQ3_XS"
     for name in (f"{stem}-more.gguf", "another-00001-of-00002.gguf"):
         export = damaged(split, tmp_path / name, lambda e, name=name: rewritten(e / name, b"GGUF"))  # type: ignore[misc]
         result = checked(export, exports.base, exports.adapter)

@@ -102,22 +102,20 @@ def gguf(values: dict[str, Any], lost: tuple[str, ...] = ()) -> Damage:
     """Other keys in the GGUF, by gguf's own reader and writer; a function changes the value that is there."""
 
     def damage(export: Path) -> None:
-        from gguf import GGUFReader, GGUFValueType, GGUFWriter
+        from gguf import GGUFValueType, GGUFWriter
 
         path = next(export.rglob("*.gguf"))
-        reader, new = GGUFReader(path), path.with_suffix(".new")
+        fields, tensors = _read_gguf(path)
+        new = path.with_suffix(".new")
         writer = GGUFWriter(new, "")
         writer.kv_data[0].clear()
-        names = [key for key in reader.fields if not key.startswith("GGUF.") and key not in lost]
+        names = [key for key in fields if key not in lost]
         for key in [*names, *(key for key in values if key not in names)]:
-            field = reader.fields.get(key)
-            value = field.contents() if field else None
+            value, kind, inner = fields.get(key, (None, None, None))
             if key in values:
                 value = values[key](value) if callable(values[key]) else values[key]
-            kind = field.types[0] if field else GGUFValueType.get_type(value)
-            inner = field.types[-1] if field and kind == GGUFValueType.ARRAY else None
-            writer.add_key_value(key, value, kind, inner)
-        for tensor in reader.tensors:
+            writer.add_key_value(key, value, GGUFValueType.get_type(value) if kind is None else kind, inner)
+        for tensor in tensors:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -126,3 +124,23 @@ def gguf(values: dict[str, Any], lost: tuple[str, ...] = ()) -> Damage:
         os.replace(new, path)
 
     return damage
+
+
+_read: dict[tuple[int, int], tuple[dict[str, Any], list[Any]]] = {}  # by the file, which stays mapped
+
+
+def _read_gguf(path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Value, type and type of entries by key, and the tensors; once for all links to a file."""
+    from gguf import GGUFReader, GGUFValueType
+
+    state = path.stat()
+    key = (state.st_ino, state.st_mtime_ns)
+    if key not in _read:
+        reader = GGUFReader(path)
+        fields = {
+            name: (field.contents(), field.types[0], field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None)
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
+        _read[key] = fields, reader.tensors
+    return _read[key]
