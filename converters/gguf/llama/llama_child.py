@@ -28,12 +28,13 @@ class LlamaWorker:
     def quantize(self, source: str, out: str, file_type: int, means: str | None) -> str:
         """``llama_model_quantize``; its reason where it fails, else nothing. ``means``: an .npz, tensor -> float32."""
         import llama_cpp
-        import numpy
 
         with quiet_llama() as log:
             params = llama_cpp.llama_model_quantize_default_params()
             params.ftype, params.nthread, params.pure = file_type, 1, False
             if means:
+                import numpy
+
                 loaded = dict(numpy.load(means))  # alive until the call is done, as the array of pointers into it
                 array = entries(loaded)
                 params.imatrix = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
