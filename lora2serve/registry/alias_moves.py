@@ -12,7 +12,7 @@ from lora2serve.registry.promotion_gates import GateRecipe, not_met
 from lora2serve.registry.tables import events
 from lora2serve.registry.version_record import Version
 from lora2serve.registry.version_reference import VersionReference, refuse_alias
-from lora2serve.registry.version_rows import aliases_of, find_version
+from lora2serve.registry.version_rows import aliases_of, find_version, with_aliases
 
 
 def promote(
@@ -31,7 +31,7 @@ def promote(
         lines = [f"{version.reference} cannot become {alias}: {problem}" for problem in problems]
         raise GateNotMet("\n".join(lines), "--force --why REASON goes past the gates, and is written down")
     ledger.move("promote", version.name, alias, version.number, why=why, overridden="; ".join(problems))
-    return find_version(ledger.connection, VersionReference(version.name, version.number))
+    return with_aliases(ledger.connection, version)
 
 
 def rollback(ledger: Ledger, name: str, alias: str, number: int | None, *, why: str) -> Version:
@@ -57,7 +57,7 @@ def rollback(ledger: Ledger, name: str, alias: str, number: int | None, *, why: 
         version = found
     _refuse_without_files(version)
     ledger.move("rollback", name, alias, version.number, why=why)
-    return find_version(ledger.connection, VersionReference(name, version.number))
+    return with_aliases(ledger.connection, version)
 
 
 def unset(ledger: Ledger, reference: VersionReference, why: str) -> Version:
@@ -66,7 +66,7 @@ def unset(ledger: Ledger, reference: VersionReference, why: str) -> Version:
         raise UsageError(f"{reference}: expected NAME@ALIAS", "such as medical-qa@challenger")
     version = find_version(ledger.connection, reference)
     ledger.unset(version.name, reference.alias, why=why)
-    return find_version(ledger.connection, VersionReference(version.name, version.number))
+    return with_aliases(ledger.connection, version)
 
 
 def retire(ledger: Ledger, reference: VersionReference, why: str) -> Version:

@@ -11,6 +11,15 @@ from sqlalchemy import Connection, func, select
 from lora2serve.registry.alias_moves import numbers_before
 from lora2serve.registry.tables import aliases, events, versions
 
+# built once: to build a question takes longer than to answer it
+_LAST = select(func.max(events.c.id))
+_NAMES = select(versions.c.name).distinct()
+_ALIASES = select(aliases)
+_ACTIVE = select(versions.c.name, versions.c.number).where(versions.c.state == "active")  # facts are long
+_MOVES = (
+    select(events.c.name, events.c.alias, events.c.kind, events.c.new).where(events.c.alias != "").order_by(events.c.id)
+)
+
 
 @dataclass(frozen=True)
 class LiveAliases:
@@ -23,21 +32,18 @@ class LiveAliases:
 
 def last_event(connection: Connection) -> int:
     """The number of the last event; 0 where there is none."""
-    return int(connection.scalar(select(func.max(events.c.id))) or 0)
+    return int(connection.scalar(_LAST) or 0)
 
 
 def read_live(connection: Connection) -> LiveAliases:
     """The state that this transaction sees."""
-    names = connection.scalars(select(versions.c.name).distinct())
-    numbers: dict[str, dict[str, int]] = {name: {} for name in names}
-    for row in connection.execute(select(aliases)):
+    numbers: dict[str, dict[str, int]] = {name: {} for name in connection.scalars(_NAMES)}
+    for row in connection.execute(_ALIASES):
         numbers[row.name][row.alias] = row.number
     moves: dict[tuple[str, str], list[tuple[str, int | None]]] = defaultdict(list)
-    moved = select(events.c.name, events.c.alias, events.c.kind, events.c.new).where(events.c.alias != "")
-    for row in connection.execute(moved.order_by(events.c.id)):
+    for row in connection.execute(_MOVES):
         moves[row.name, row.alias].append((row.kind, row.new))
-    query = select(versions.c.name, versions.c.number).where(versions.c.state == "active")  # facts are long
-    active = {(row.name, row.number) for row in connection.execute(query)}
+    active = {(row.name, row.number) for row in connection.execute(_ACTIVE)}
     before: dict[str, dict[str, int]] = defaultdict(dict)
     for (name, alias), own in moves.items():
         earlier = next((number for number in numbers_before(own) if (name, number) in active), None)

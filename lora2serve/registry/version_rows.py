@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, or_, select
+from sqlalchemy import Connection, Select, Table, and_, bindparam, or_, select
 
 from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.registry.tables import aliases, events, exports, scores, versions
@@ -22,13 +24,20 @@ SCORE = {
         "suite", "metric", "created", "value", "low", "high", "n", "higher_is_better", "suite_sha256", "engine",
     )
 }  # fmt: skip
+# built once: to build a question takes longer than to answer it
+_ALIAS = select(aliases.c.number).where(aliases.c.name == bindparam("name"), aliases.c.alias == bindparam("alias"))
+_ALIASES = (
+    select(aliases.c.alias, aliases.c.number).where(aliases.c.name == bindparam("name")).order_by(aliases.c.alias)
+)
+_NAMES = select(versions.c.name).distinct().order_by(versions.c.name)
 
 
 def read_versions(connection: Connection, keys: Sequence[Key]) -> list[Version]:
     """Those versions, in any order."""
     rows: list[dict[str, object]] = []
-    for wanted in _conditions(keys, versions):
-        rows += [dict(row) for row in connection.execute(select(versions).where(wanted)).mappings()]
+    for numbers in _portions(keys):
+        query = _query(versions, tuple(versions.c.keys()), (), len(numbers))
+        rows += [dict(row) for row in connection.execute(query, _parameters(numbers)).mappings()]
     return complete(connection, rows)
 
 
@@ -53,20 +62,22 @@ def find_version(connection: Connection, reference: VersionReference) -> Version
     """The version that is meant; UsageError where there is none, with those that are near."""
     number = reference.number
     if reference.alias:
-        query = select(aliases.c.number).where(aliases.c.name == reference.name, aliases.c.alias == reference.alias)
-        number = connection.scalar(query)
-    row = None
-    if number is not None and number < 1 << 31:
-        query = select(versions).where(versions.c.name == reference.name, versions.c.number == number)
-        row = connection.execute(query).mappings().one_or_none()
-    if row is None:
+        number = connection.scalar(_ALIAS, {"name": reference.name, "alias": reference.alias})
+    found = read_versions(connection, [(reference.name, number)]) if number is not None and number < 1 << 31 else []
+    if not found:
         raise _unknown(connection, reference)
-    return complete(connection, [dict(row)])[0]
+    return found[0]
+
+
+def with_aliases(connection: Connection, version: Version) -> Version:
+    """A version that was read in this transaction, of which no more than its aliases has changed since."""
+    pointed = aliases_of(connection, version.name)
+    return replace(version, aliases=tuple(alias for alias, number in pointed.items() if number == version.number))
 
 
 def names(connection: Connection) -> list[str]:
     """Every name that has versions."""
-    return list(connection.scalars(select(versions.c.name).distinct().order_by(versions.c.name)))
+    return list(connection.scalars(_NAMES))
 
 
 def read_events(connection: Connection, name: str | None) -> list[RegistryEvent]:
@@ -78,8 +89,7 @@ def read_events(connection: Connection, name: str | None) -> list[RegistryEvent]
 
 def aliases_of(connection: Connection, name: str) -> dict[str, int]:
     """Alias -> number."""
-    query = select(aliases.c.alias, aliases.c.number).where(aliases.c.name == name).order_by(aliases.c.alias)
-    return {row.alias: row.number for row in connection.execute(query)}
+    return {row.alias: row.number for row in connection.execute(_ALIASES, {"name": name})}
 
 
 def refuse_unknown_name(connection: Connection, name: str) -> None:
@@ -112,21 +122,35 @@ def _grouped(
 ) -> Mapping[Key, list[dict[str, object]]]:
     """The rows of one table by their version, the columns under their names in the result."""
     found: dict[Key, list[dict[str, object]]] = defaultdict(list)
-    name, number = table.c.name, table.c.number
-    chosen, ordered = ([table.c[column] for column in some] for some in (columns.values(), order))
-    for wanted in _conditions(keys, table):
-        for row in connection.execute(select(name, number, *chosen).where(wanted).order_by(*ordered)):
-            found[row[0], row[1]].append(dict(zip(columns, row[2:], strict=True)))
+    for numbers in _portions(keys):
+        query = _query(table, ("name", "number", *columns.values()), tuple(order), len(numbers))
+        for row in connection.execute(query, _parameters(numbers)):
+            found[str(row[0]), int(str(row[1]))].append(dict(zip(columns, row[2:], strict=True)))
     return found
 
 
-def _conditions(keys: Sequence[Key], table: Table) -> Iterator[ColumnElement[bool]]:
-    """That a row is of one of those versions, some of them at a time."""
+def _portions(keys: Sequence[Key]) -> Iterator[Mapping[str, list[int]]]:
+    """Those versions by their names, some of them at a time."""
     for start in range(0, len(keys), SOME):
         numbers: dict[str, list[int]] = defaultdict(list)
         for name, number in keys[start : start + SOME]:
             numbers[name].append(number)
-        yield or_(*(and_(table.c.name == name, table.c.number.in_(some)) for name, some in numbers.items()))
+        yield numbers
+
+
+@lru_cache(maxsize=64)
+def _query(table: Table, columns: tuple[str, ...], order: tuple[str, ...], names: int) -> Select[*tuple[object, ...]]:
+    """The rows of versions that ``_parameters`` names, of so many names."""
+    wanted = (
+        and_(table.c.name == bindparam(f"name{n}"), table.c.number.in_(bindparam(f"numbers{n}", expanding=True)))
+        for n in range(names)
+    )
+    return select(*(table.c[name] for name in columns)).where(or_(*wanted)).order_by(*(table.c[name] for name in order))
+
+
+def _parameters(numbers: Mapping[str, list[int]]) -> Mapping[str, object]:
+    pairs = tuple(enumerate(numbers.items()))
+    return {f"name{n}": name for n, (name, _) in pairs} | {f"numbers{n}": some for n, (_, some) in pairs}
 
 
 def _version(row: Mapping[str, object], **parts: object) -> Version:
