@@ -159,7 +159,7 @@ class Parrot:
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScorerRecipe]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Taste)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield ScorerRecipe("judge", url=f"http://127.0.0.1:{server.server_port}/v1")
     server.shutdown()
     server.server_close()

@@ -45,7 +45,7 @@ def test_what_a_receiver_gets(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     observer = otel_observer(Heard())  # type: ignore[arg-type]
     assert observer

@@ -71,7 +71,7 @@ def served() -> Iterator[tuple[Served, str]]:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield made, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

@@ -257,7 +257,7 @@ def listening(bodies: list[object], statuses: list[int]) -> HTTPServer:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return server
 
 

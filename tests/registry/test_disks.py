@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.registries import add_export, make_run
+from tests.support.registries import add_export, forked, make_run
 
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
-# Commands on a disk of that size, in one process; prints what each said.
+# Commands on a disk of that size, in one process; writes down what each said.
 SCRIPT = """
 import contextlib, io, json, subprocess, sys
 from pathlib import Path
@@ -55,7 +57,7 @@ for words in (("promote", "a@1"), ("rollback", "a"), ("add", "run-0", "--name", 
     lora2serve(*words)
 mount("-o", "remount,rw")
 lora2serve("verify")
-print(json.dumps(said))
+Path("said.json").write_text(json.dumps(said))
 """
 
 
@@ -68,12 +70,22 @@ def said(tmp_path: Path) -> list[Any]:
         add_export(run)
         (run.adapter / "more.bin").write_bytes(bytes(size))
     (tmp_path / "disk").mkdir()
-    script = f"import os; os.environ['LORA2SERVE_REGISTRY'] = 'disk/registry'\n{SCRIPT}"
-    done = subprocess.run(
-        [*NAMESPACE, sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout))
+    child = forked(lambda: in_namespace(tmp_path))
+    assert os.waitpid(child, 0)[1] == 0
+    return list(json.loads((tmp_path / "said.json").read_text()))
+
+
+def in_namespace(folder: Path) -> None:
+    """Run the script as root of a namespace of our own; in a child, which alone has one thread."""
+    user, group = os.getuid(), os.getgid()
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(text)
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    os.chdir(folder)
+    os.environ["LORA2SERVE_REGISTRY"] = "disk/registry"
+    exec(compile(SCRIPT, "script", "exec"), {})
 
 
 def test_full_and_read_only_disks(said: list[Any]) -> None:

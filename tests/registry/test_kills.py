@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,22 @@ import pytest
 
 from lora2serve import Lora2ServeError, Registry
 from lora2serve.errors import UsageError
-from tests.support.registries import add_export, make_run
+from tests.support.registries import add_export, forked, make_run
+from tests.support.shared import once
 
 RUNS = 12
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> list[Path]:
-    made = []
-    for seed in range(RUNS):
-        run = make_run(tmp_path / "runs" / f"run-{seed}", seed)
-        add_export(run)
-        made.append(run.path)
-    return made
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Nobody writes into them."""
 
+    def make(folder: Path) -> None:
+        for seed in range(RUNS + 4):
+            add_export(make_run(folder / f"run-{seed}", seed))
 
-def forked(work: Callable[[], None]) -> int:
-    """Do that in a child; its process."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    with suppress(BaseException):
-        work()
-        code = 0
-    os._exit(code)
+    folder = once(tmp_path_factory, "killed-runs", make)
+    return [folder / f"run-{seed}" for seed in range(RUNS + 4)]
 
 
 def work_until(seconds: float, location: str, runs: list[Path], seed: int) -> None:
@@ -55,7 +46,7 @@ def work_until(seconds: float, location: str, runs: list[Path], seed: int) -> No
                 number = chance.randint(1, RUNS)
                 match chance.randint(0, 9):
                     case 0 | 1 | 2:
-                        registry.add(chance.choice(runs), name="m")
+                        registry.add(chance.choice(runs[:RUNS]), name="m")
                     case 3 | 4 | 5:
                         registry.promote(f"m@{number}", chance.choice(("champion", "staging")))
                     case 6 | 7:
@@ -129,39 +120,39 @@ def test_a_gc_that_ends_amid_its_work(location: str, runs: list[Path], removed: 
         }
 
 
-def test_8_processes_and_50_promotions(location: str, runs: list[Path]) -> None:
+@pytest.mark.parametrize(("processes", "turns"), [(4, 12), pytest.param(8, 50, marks=pytest.mark.slow)])
+def test_promotions_at_once(location: str, runs: list[Path], processes: int, turns: int) -> None:
     """Each process moves the alias between two versions of its own, so that every promotion is a move."""
     with Registry(location) as registry:
-        for run in (*runs, runs[0], runs[1]):
+        for run in (*runs[: 2 * processes], runs[0]):
             registry.add(run, name="m")
-        for seed in range(RUNS, 16):
-            extra = make_run(runs[0].parent / f"extra-{seed}", seed)
-            add_export(extra)
-            registry.add(extra.path, name="m")
 
         def promote(first: int) -> None:
             with Registry(location) as own:
-                for turn in range(50):
+                for turn in range(turns):
                     own.promote(f"m@{first + turn % 2}", why=f"{first}: {turn}")
 
-        children = [forked(lambda first=2 * number + 1: promote(first)) for number in range(8)]  # type: ignore[misc]
-        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+        children = [forked(lambda first=2 * number + 1: promote(first)) for number in range(processes)]  # type: ignore[misc]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
         moves = [event for event in registry.history("m") if event.kind == "promote"]
-        assert len(moves) == 400
+        assert len(moves) == processes * turns
         assert [event.old for event in moves[1:]] == [event.new for event in moves[:-1]], "one after another"
-        for first in range(1, 17, 2):
+        writers = [event.why.partition(":")[0] for event in moves]
+        assert sum(one != other for one, other in pairwise(writers)) > processes, "the control: they took turns"
+        for first in range(1, 2 * processes, 2):
             own = [event.why for event in moves if event.why.startswith(f"{first}: ")]
-            assert own == [f"{first}: {turn}" for turn in range(50)]
-        assert registry.verify() == 16 and registry.aliases("m") == {"champion": moves[-1].new}
+            assert own == [f"{first}: {turn}" for turn in range(turns)]
+        assert registry.verify() == 2 * processes and registry.aliases("m") == {"champion": moves[-1].new}
 
 
-def test_adding_and_collecting_at_once(location: str, runs: list[Path]) -> None:
+@pytest.mark.parametrize("turns", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_adding_and_collecting_at_once(location: str, runs: list[Path], turns: int) -> None:
     """What one process adds while others collect has its files; what is collected is added again."""
 
     def work(seed: int) -> None:
         chance = random.Random(seed)
         with Registry(location) as own:
-            for _ in range(12):
+            for _ in range(turns):
                 if chance.random() < 0.3:
                     own.gc(keep=1)
                 else:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lora2serve import Registry
 from lora2serve.errors import GateNotMet, UsageError
 from tests.support.registries import add_export, make_run
+from tests.support.shared import once
 
 SEEDS = 5
 ALIASES = st.sampled_from(("champion", "staging"))
@@ -21,20 +22,31 @@ SEED = st.integers(0, SEEDS - 1)
 NUMBERS = st.integers(1, SEEDS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Made once for all sequences: nobody writes into them."""
+
+    def make(folder: Path) -> None:
+        for seed in range(SEEDS):
+            add_export(make_run(folder / f"run-{seed}", seed))
+
+    RegistryMachine.runs = once(tmp_path_factory, "model-runs", make)
+
+
 class RegistryMachine(RuleBasedStateMachine):
     """``order`` are the seeds in the order of their versions, ``states`` and ``stacks`` what must be so."""
 
+    runs: Path
+
     @initialize()
     def begin(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="registry-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="registry-", dir=self.runs.parent))
         self.order: list[int] = []
         self.states: dict[int, str] = {}
         self.retired: set[int] = set()
         self.stacks: dict[str, list[int]] = {}
         self.removed: set[str] = set()  # aliases that are not there now
         self.pointed: dict[str, list[int]] = {}  # all that an alias ever pointed to, the last one last
-        for seed in range(SEEDS):
-            add_export(make_run(self.folder / f"run-{seed}", seed))
         self.registry = Registry(self.folder / "registry")
         self.add(0)
 
@@ -50,7 +62,7 @@ class RegistryMachine(RuleBasedStateMachine):
         number = self.order.index(seed) + 1
         if self.states.get(number, "collected") == "collected":
             self.states[number] = "retired" if number in self.retired else "active"
-        version = self.registry.add(self.folder / f"run-{seed}", name="m")
+        version = self.registry.add(self.runs / f"run-{seed}", name="m")
         assert (version.number, version.state) == (number, self.states[number])
 
     @rule(number=NUMBERS, alias=ALIASES, force=st.booleans())
@@ -152,7 +164,12 @@ class RegistryMachine(RuleBasedStateMachine):
 
 
 TestRegistry = RegistryMachine.TestCase
-TestRegistry.settings = settings(max_examples=8, stateful_step_count=12, deadline=None)
+TestRegistry.settings = settings(max_examples=5, stateful_step_count=12, deadline=None)
+
+
+@pytest.mark.slow
+class TestManySequences(RegistryMachine.TestCase):  # type: ignore[valid-type, misc]
+    settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
 
 
 def test_the_control() -> None:

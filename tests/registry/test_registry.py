@@ -16,6 +16,7 @@ from lora2serve import Lora2ServeError, Registry
 from lora2serve.cli import run as command_line
 from lora2serve.cli.registry import registry as registry_group
 from lora2serve.errors import GateNotMet, InputError, ParityNotMet, UsageError
+from lora2serve.registry.queries import MOST_ROWS
 from lora2serve.system.small_files import digest
 from tests.support.manifests import change_manifest
 from tests.support.registries import PROVEN, add_export, make_run, scores, write_adapter
@@ -298,7 +299,7 @@ def test_the_printed_score_is_the_one_that_was_asked_for(
     assert registry.get("medical-qa@1").score("medqa.acc", "5" * 64) == registry.find(where=where)[0].scores[-2]
 
 
-def test_sql_only_reads(registry: Registry, tmp_path: Path) -> None:
+def test_sql_only_reads(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     versions(registry, tmp_path, 2)
     assert registry.sql("SELECT name, count(*) AS n FROM version GROUP BY name") == (["name", "n"], [["medical-qa", 2]])
     for statement in (
@@ -311,16 +312,18 @@ def test_sql_only_reads(registry: Registry, tmp_path: Path) -> None:
             registry.sql(statement)
     assert registry.verify() == 2 and len(registry.versions()) == 2
     numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) SELECT i FROM n"
-    assert len(registry.sql(numbers.format(100_000))[1]) == 100_000
-    with pytest.raises(UsageError, match="sql: more than 100000 rows"):
-        registry.sql(numbers.format(100_001))
+    assert MOST_ROWS == 100_000, "as the docs say"
+    monkeypatch.setattr("lora2serve.registry.queries.MOST_ROWS", 1000)
+    assert len(registry.sql(numbers.format(1000))[1]) == 1000
+    with pytest.raises(UsageError, match="sql: more than 1000 rows"):
+        registry.sql(numbers.format(1001))
 
 
 def test_a_query_without_end_is_interrupted(registry: Registry, tmp_path: Path) -> None:
     """Ctrl-C reaches it in the midst of one row; what is asked next is answered."""
     versions(registry, tmp_path, 1)
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         registry.sql(endless)

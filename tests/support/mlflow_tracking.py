@@ -190,7 +190,7 @@ def small_mlflow() -> Iterator[tuple[str, SmallMlflow]]:
     mlflow = SmallMlflow()
     handler = type("Handler", (_Handler,), {"mlflow": mlflow})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", mlflow
     finally:

@@ -9,7 +9,8 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,19 @@ def scores(folder: Path, value: float, *, suite: str = "medqa", metric: str = "a
     path = folder / f"{suite}-{metric}-{created[:10]}-{value}.json"
     path.write_text(json.dumps(content))
     return path
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Do that in a child; its process. Of itself it ends with 0, or with 1 where the work raises."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 @contextmanager
