@@ -65,7 +65,7 @@ class LlamaWorker:
 
 
 def _import_bindings() -> None:
-    """``llama_cpp`` without its own class and chat formats, which take three times as long to import and bring numpy."""
+    """``llama_cpp`` without its own class and chat formats, which take three times as long and bring numpy."""
     found = find_spec("llama_cpp")
     assert found is not None and found.submodule_search_locations is not None
     package = sys.modules["llama_cpp"] = ModuleType("llama_cpp")
