@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from lora2serve.weights.dequantize import Dequantized
 from tests.support.folding import export_merged, fold, stored, worst_ulp
 from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
 
+SLOW = pytest.mark.slow
+RARE_TIES = ("qwen2", "qwen3", "gemma2", "mistral")
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": ALL_LINEAR},
@@ -46,6 +51,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 16, "tie_word_embeddings": True},
 }
+TIED = (
+    "embedding",
+    "embedding-dora",
+    "head",
+    "saved-modules",
+)  # one half of a tied pair: PEFT merges into both; see test_untied
+# What a kind does, it does on llama; what a shape has of its own (biases, norms, a tie), one or two kinds show.
+OFTEN = {"llama": tuple(KINDS), "qwen2": ("lora", "saved-norm"), "gemma2": ("dora", "tokens"), "gemma3_text": ("lora",)}
+FOLDED = [
+    pytest.param(shape, kind, marks=[] if kind in OFTEN[shape] else [SLOW])
+    for shape, changes in SHAPES.items()
+    for kind in KINDS
+    if kind not in TIED or not changes.get("tie_word_embeddings")
+]
+Folded = Callable[[str, str], tuple[Path, dict[str, torch.Tensor]]]
 
 
 class Told(Silent):
@@ -64,6 +84,24 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make_model(root / kind, kind, **changes) for kind, changes in SHAPES.items()}
 
 
+@pytest.fixture(scope="module")
+def folded(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Folded:
+    """An adapter of a kind on a shape, which nobody writes to, and what PEFT makes of both."""
+
+    @cache
+    def make(shape: str, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        adapter = make_adapter(tmp_path_factory.mktemp("folded") / "adapter", bases[shape], **KINDS[kind])
+        return adapter, merged_by_peft(bases[shape], adapter)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on llama, which nobody writes to."""
+    return make_adapter(tmp_path_factory.mktemp("plain") / "adapter", bases["llama"])
+
+
 def check_equal(out: Path, oracle: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
     """bf16 output: every value is PEFT's float32 sum, rounded once, or one unit in the last place off."""
     got = stored(out)
@@ -73,15 +111,10 @@ def check_equal(out: Path, oracle: dict[str, torch.Tensor], dtype: torch.dtype =
     assert off <= 1e-4 * sum(t.numel() for t in got.values()), f"{off} values are off by one unit"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_peft(bases: dict[str, Path], tmp_path: Path, shape: str, kind: str) -> None:
-    tied = SHAPES[shape].get("tie_word_embeddings", False)
-    if tied and kind in ("embedding", "embedding-dora", "head", "saved-modules"):
-        pytest.skip("one half of a tied pair: PEFT merges into both; see test_untied")
-    adapter = make_adapter(tmp_path / "adapter", bases[shape], **KINDS[kind])
+@pytest.mark.parametrize(("shape", "kind"), FOLDED)
+def test_equals_peft(bases: dict[str, Path], folded: Folded, tmp_path: Path, shape: str, kind: str) -> None:
+    adapter, oracle = folded(shape, kind)
     out = export_merged(bases[shape], [adapter], tmp_path / "out")
-    oracle = merged_by_peft(bases[shape], adapter)
     check_equal(out, oracle)
     base = stored(bases[shape])
     assert any(not torch.equal(base[name], tensor) for name, tensor in stored(out).items()), (
@@ -89,9 +122,9 @@ def test_equals_peft(bases: dict[str, Path], tmp_path: Path, shape: str, kind: s
     )
 
 
-def test_control_wrong_alpha_is_seen(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "adapter", bases["llama"])
-    oracle = merged_by_peft(bases["llama"], adapter)
+def test_control_wrong_alpha_is_seen(bases: dict[str, Path], folded: Folded, tmp_path: Path) -> None:
+    right, oracle = folded("llama", "lora")
+    adapter = Path(shutil.copytree(right, tmp_path / "adapter"))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 1.1}))
     with pytest.raises(AssertionError):
@@ -99,11 +132,11 @@ def test_control_wrong_alpha_is_seen(bases: dict[str, Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "embedding", "tokens"])
-def test_float32_output(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_float32_output(bases: dict[str, Path], folded: Folded, tmp_path: Path, kind: str) -> None:
     """In float32 B @ A itself may round differently: within two ulps of the larger summand."""
-    adapter = make_adapter(tmp_path / "adapter", bases["llama"], **KINDS[kind])
+    adapter, oracle = folded("llama", kind)
     out = export_merged(bases["llama"], [adapter], tmp_path / "out", "F32")
-    oracle, base = merged_by_peft(bases["llama"], adapter), load_model(bases["llama"]).state_dict()
+    base = {name: tensor.float() for name, tensor in stored(bases["llama"]).items()}
     for name, tensor in stored(out).items():
         assert tensor.dtype == torch.float32
         size = torch.maximum(base[name].abs(), oracle[name].abs()) + (oracle[name] - base[name]).abs()
@@ -116,7 +149,7 @@ def test_moe_attention(tmp_path: Path, kind: str) -> None:
         "mixtral": {"num_local_experts": 4},
         "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
     }[kind]
-    base = make_model(tmp_path / "base", kind, **extra)
+    base = make_model(tmp_path / "base", kind, num_hidden_layers=1, **extra)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "o_proj"])
     out = export_merged(base, [adapter], tmp_path / "out")
     expected = merged_by_peft(base, adapter)
@@ -134,7 +167,7 @@ def test_experts(tmp_path: Path, kind: str) -> None:
         "mixtral": {"num_local_experts": 4},
         "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
     }[kind]
-    base = make_model(tmp_path / "base", kind, **extra)
+    base = make_model(tmp_path / "base", kind, num_hidden_layers=1, **extra)
     adapter = make_adapter(
         tmp_path / "adapter",
         base,
@@ -150,7 +183,7 @@ def test_experts(tmp_path: Path, kind: str) -> None:
 
 
 def test_fan_in_fan_out(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base", "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    base = make_model(tmp_path / "base", "gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64)
     for kind in ({}, {"use_dora": True}):
         adapter = make_adapter(
             tmp_path / f"adapter{len(kind)}", base, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **kind
@@ -163,8 +196,8 @@ def test_fan_in_fan_out(tmp_path: Path) -> None:
 
 
 CONV1D: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, ["attn.c_proj", "lm_head"]),  # square, and a plain linear layer
-    "openai-gpt": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, ["attn.c_proj"]),
+    "gpt2": ({"n_embd": 64, "n_layer": 1, "n_head": 4}, ["attn.c_proj", "lm_head"]),  # square, and a plain linear layer
+    "openai-gpt": ({"n_embd": 64, "n_layer": 1, "n_head": 4}, ["attn.c_proj"]),
     "llama": ({}, ["q_proj", "o_proj"]),  # the control: no Conv1D at all
     "qwen3": ({"head_dim": 16}, ["q_proj", "o_proj"]),
     "gpt_neox": ({}, ["dense", "query_key_value"]),
@@ -184,18 +217,27 @@ def logits_of(base: Path, adapter: Path) -> tuple[Any, Any]:
 HEADS: dict[str, dict[str, Any]] = {
     "gpt_neox": {},  # stored as embed_out
     "mamba": {"state_size": 16},  # its embedding is called backbone.embeddings
-    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # tokens_embed
+    "openai-gpt": {"n_embd": 64, "n_layer": 1, "n_head": 4},  # tokens_embed
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128},
     "qwen3": {"head_dim": 16},
     "cohere": {},
 }
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", HEADS)
+OFTEN_HEADS = [("gpt_neox", False), ("gpt_neox", True), ("mamba", True), ("openai-gpt", True), ("qwen3", False)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        pytest.param(kind, tied, marks=[] if (kind, tied) in OFTEN_HEADS else [SLOW])
+        for kind in HEADS
+        for tied in (True, False)
+    ],
+)
 def test_a_head_of_any_name(tmp_path: Path, kind: str, tied: bool) -> None:
     """LoRA on the head, tied or not: the export answers as the trained model does, and not as the base."""
-    base = make_model(tmp_path / "base", kind, tie_word_embeddings=tied, **HEADS[kind])
+    base = make_model(tmp_path / "base", kind, tie_word_embeddings=tied, num_hidden_layers=1, **HEADS[kind])
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["lm_head"])
     out = export_merged(base, [adapter], tmp_path / "out")
     trained, before = logits_of(base, adapter)
@@ -207,11 +249,11 @@ def test_a_head_of_any_name(tmp_path: Path, kind: str, tied: bool) -> None:
     assert len(names) == 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gemma"])
+@pytest.mark.parametrize("kind", ["llama", "gemma", *(pytest.param(kind, marks=SLOW) for kind in RARE_TIES)])
 def test_a_tie_that_is_none(tmp_path: Path, kind: str) -> None:
     """The flag says tied and the head is another: transformers loads the head, and so does whoever reads the export."""
     extra = {"head_dim": 16} if kind in ("qwen3", "gemma", "gemma2") else {}
-    base = make_model(tmp_path / "base", kind, **extra)
+    base = make_model(tmp_path / "base", kind, num_hidden_layers=1, **extra)
     config = json.loads((base / "config.json").read_text())
     config.pop("tie_word_embeddings")
     flag = {} if kind == "gemma" else {"tie_word_embeddings": True}  # which is that class's default
@@ -233,12 +275,18 @@ def test_a_tie_that_is_one(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
 
 
-@pytest.mark.parametrize("kind", CONV1D)
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "saved"),
+    [
+        pytest.param(kind, saved, marks=[] if kind == "gpt2" or (saved and kind == "llama") else [SLOW])
+        for kind in CONV1D
+        for saved in (True, False)
+    ],
+)
 def test_what_the_config_says_of_all_modules_is_decided_by_each(tmp_path: Path, kind: str, saved: bool) -> None:
     """PEFT saves the ``fan_in_fan_out`` of the module it came to last; square weights fit either way."""
     config, targets = CONV1D[kind]
-    base = make_model(tmp_path / "base", kind, **config)
+    base = make_model(tmp_path / "base", kind, num_hidden_layers=1, **config)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=targets)
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": saved}))
@@ -405,8 +453,6 @@ def test_fresh_adapter_is_refused(bases: dict[str, Path], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("where", ["base", "adapter"])
 def test_nan_is_named(bases: dict[str, Path], tmp_path: Path, where: str) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
@@ -465,11 +511,10 @@ def test_one_module_that_vanished_is_told(bases: dict[str, Path], tmp_path: Path
     ]
 
 
-def test_survival_is_measured(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "adapter", bases["llama"])
+def test_survival_is_measured(bases: dict[str, Path], plain: Path, tmp_path: Path) -> None:
     small = make_adapter(tmp_path / "small", bases["llama"], std=0.05, lora_alpha=0.01)
     shares = {}
-    for path in (adapter, small):
+    for path in (plain, small):
         out = export_merged(bases["llama"], [path], tmp_path / f"out-{path.name}")
         shares[path.name] = json.loads((out / "lora2serve.json").read_text())["survival"]
     assert all(0.98 < share < 1.02 for share in shares["adapter"].values())
@@ -483,7 +528,10 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+OFTEN_EXPERTS = ("dora", "patterns", "embedding", "saved-modules", "tokens")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind in OFTEN_EXPERTS else [SLOW]) for kind in KINDS])
 def test_mixture_of_experts_equals_peft(moe: Path, tmp_path: Path, kind: str) -> None:
     """Every kind again on a mixture of experts: transformers fuses the experts, the files keep one each."""
     given = {**KINDS[kind]}
