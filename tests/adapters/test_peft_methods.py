@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -59,13 +60,14 @@ def with_biases(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_biases(make_model(tmp_path_factory.mktemp("base") / "qwen2", "qwen2"))
+    return with_biases(make_model(tmp_path_factory.mktemp("base") / "qwen2", "qwen2", num_hidden_layers=1))
 
 
 def check(base: Path, adapter: Path, out: Path) -> list[str]:
     """One merge against PEFT's; the names of what it changed, which are those that PEFT changed."""
-    got, before = load_model(export_merged(base, [adapter], out), torch.bfloat16).state_dict(), load_model(base)
-    oracle, old = merged_by_peft(base, adapter), before.bfloat16().state_dict()
+    got, oracle, old = stored(export_merged(base, [adapter], out)), merged_by_peft(base, adapter), stored(base)
+    if not got.keys() <= oracle.keys():  # experts lie otherwise in files than in memory
+        got, old = (load_model(path, torch.bfloat16).state_dict() for path in (out, base))
     worst = {name: ulp for name, ulp in worst_ulp(got, oracle).items() if ulp > 1}
     assert not worst
     changed = [name for name in got if not torch.equal(got[name], old[name])]
@@ -127,10 +129,10 @@ def test_equals_peft(qwen2: Path, tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma2"])
 def test_ia3_is_equal_to_the_last_bit(tmp_path: Path, shape: str) -> None:
     """Rounded once, from PEFT's own product in float32."""
-    base = with_biases(make_model(tmp_path / "base", shape, **SHAPES.get(shape, {})))
+    base = with_biases(make_model(tmp_path / "base", shape, num_hidden_layers=1, **SHAPES.get(shape, {})))
     adapter = make_adapter(tmp_path / "adapter", base, **given("IA3"))
-    got = load_model(export_merged(base, [adapter], tmp_path / "out"), torch.bfloat16).state_dict()
-    oracle, old = merged_by_peft(base, adapter), load_model(base, torch.bfloat16).state_dict()
+    got = stored(export_merged(base, [adapter], tmp_path / "out"))
+    oracle, old = merged_by_peft(base, adapter), stored(base)
     assert all(torch.equal(got[name], oracle[name].bfloat16()) for name in got)
     assert any(not torch.equal(got[name], old[name]) for name in got), "the control"
 
@@ -138,9 +140,7 @@ def test_ia3_is_equal_to_the_last_bit(tmp_path: Path, shape: str) -> None:
 def test_biases_alone_need_some(qwen2: Path, tmp_path: Path) -> None:
     """BEFT changes nothing else: what it learned on a module without one would be lost."""
     adapter = make_adapter(tmp_path / "adapter", qwen2, method="BEFT", target_modules=["v_proj", "o_proj"])
-    with pytest.raises(
-        AdapterError, match=r"BEFT cannot be merged: no bias in .*o_proj, .*o_proj of the base"
-    ) as caught:
+    with pytest.raises(AdapterError, match=r"BEFT cannot be merged: no bias in .*o_proj of the base") as caught:
         export_merged(qwen2, [adapter], tmp_path / "out")
     assert (
         caught.value.hint
@@ -213,9 +213,15 @@ def reconfigured(adapter: Path, **changes: Any) -> Path:
     return adapter
 
 
+@pytest.fixture(scope="module")
+def unchanged(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("unchanged") / "adapter", qwen2)
+
+
 @pytest.fixture
-def plain(qwen2: Path, tmp_path: Path) -> Path:
-    return make_adapter(tmp_path / "adapter", qwen2)
+def plain(unchanged: Path, tmp_path: Path) -> Path:
+    """An adapter whose files a test may change."""
+    return Path(shutil.copytree(unchanged, tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq", "pissa_niter_4", "lora_ga"])
