@@ -59,8 +59,18 @@ def make_model(path: Path, kind: str, changes: dict[str, Any]) -> ExportModel:
     return ExportModel(source, {file.name: file for file in path.iterdir()}, "demo", "base")
 
 
-@pytest.mark.parametrize("kind", [*AS_IN_FILES, "LlamaTokenizer"])
-@pytest.mark.parametrize("case", CASES)
+KINDS = [*AS_IN_FILES, "LlamaTokenizer"]
+OFTEN = ("BOS by the post-processor", "only EOS by a key")  # for the classes that differ: each has its own of these
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        pytest.param(case, kind, marks=[] if kind == KINDS[0] or case in OFTEN else [pytest.mark.slow])
+        for case in CASES
+        for kind in KINDS
+    ],
+)
 def test_the_files_say_what_transformers_does(tmp_path: Path, case: str, kind: str) -> None:
     model = make_model(tmp_path, kind, CASES[case])
     read, asked = read_tokenizer(model, [0, 2]), chat_tokenizer._of_transformers(model, [0, 2])

@@ -218,12 +218,20 @@ def differences(base: Path, path: Path, quant: str, *adapters: Path) -> tuple[li
     return list(found.values()), list(reader.differences)
 
 
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Path]]:
+    """A bf16 base, an adapter, and the exports of both."""
+    place = tmp_path_factory.mktemp("adapted")
+    base = make_model(place / "base", **SHAPE)
+    adapter = make_adapter(place / "adapter", base)
+    return base, adapter, written(base, place / "out", *SCHEMES, adapters=(adapter,))
+
+
 @pytest.mark.parametrize("quant", SCHEMES)
-def test_dequantized_it_is_the_fold(quant: str, tmp_path: Path) -> None:
-    """A bf16 base with an adapter; the error is that of the format, and none where nothing is quantized."""
-    base = make_model(tmp_path / "base", **SHAPE)
-    adapter = make_adapter(tmp_path / "adapter", base)
-    out = written(base, tmp_path / "out", quant, adapters=(adapter,))[quant]
+def test_dequantized_it_is_the_fold(quant: str, adapted: tuple[Path, Path, dict[str, Path]]) -> None:
+    """The error is that of the format, and none where nothing is quantized."""
+    base, adapter, exports = adapted
+    out = exports[quant]
     found, missing = differences(base, out, quant, adapter)
     bound = thresholds.lookup(quant).tensor_nmse
     assert bound and not missing
@@ -367,7 +375,17 @@ def test_experts(kind: str, tmp_path: Path) -> None:
     assert not differences(base, out["fp8"], "fp8")[1]
 
 
-@pytest.mark.parametrize("quant", SCHEMES)
+# Of each way in which values are stored one.
+@pytest.mark.parametrize(
+    "quant",
+    [
+        "fp8-block",
+        "w4a16",
+        "nvfp4",
+        "mxfp4",
+        *(pytest.param(q, marks=pytest.mark.slow) for q in ("fp8", "int8", "w8a16")),
+    ],
+)
 def test_transformers_loads_it(quant: str, plain: Path, made: dict[str, Path]) -> None:
     """``from_pretrained``, as parity does it; the activations' share of the error is in, if the scheme has one."""
     from lora2serve.parity_check.engines.transformers_engine import _decompressed

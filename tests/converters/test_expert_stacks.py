@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.vllm.compressed.schemes import SCHEMES
 from lora2serve.errors import ExportError
 from tests.converters.test_compressed import by_the_library, differences, whole, written
 from tests.merge.test_binding import make_multimodal
@@ -90,7 +89,7 @@ def test_the_bytes_are_the_librarys(kind: str, tmp_path: Path, whole: Any) -> No
     """Each expert as the library compresses the matrix that transformers computes with."""
     base = make(tmp_path / "base", kind)
     name, experts = experts_of(base)
-    out = written(base, tmp_path / "out", *(SCHEMES if kind == "llama4_text" else FEW))
+    out = written(base, tmp_path / "out", *(*FEW, "fp8-block"))
     for quant, path in out.items():
         assert sum(tensor.dim() == 3 for tensor in stored(base).values()) == 2, "stacked"
         ours = stored(path)
@@ -120,13 +119,21 @@ def test_both_ways(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("quant", ["fp8", "nvfp4"])
-def test_an_adapter_on_the_experts(quant: str, tmp_path: Path) -> None:
-    """Read back, the experts are those of the fold; without the adapter they are others: the control."""
-    base = make(tmp_path / "base", "llama4_text")
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Path]]:
+    """A base, an adapter on its experts, and the exports of both."""
+    place = tmp_path_factory.mktemp("adapted")
+    base = make(place / "base", "llama4_text")
     targets = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
-    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], target_parameters=targets)
-    out = written(base, tmp_path / "out", quant, adapters=(adapter,))[quant]
+    adapter = make_adapter(place / "adapter", base, target_modules=["q_proj"], target_parameters=targets)
+    return base, adapter, written(base, place / "out", *FEW, adapters=(adapter,))
+
+
+@pytest.mark.parametrize("quant", FEW)
+def test_an_adapter_on_the_experts(quant: str, adapted: tuple[Path, Path, dict[str, Path]]) -> None:
+    """Read back, the experts are those of the fold; without the adapter they are others: the control."""
+    base, adapter, exports = adapted
+    out = exports[quant]
     found, missing = differences(base, out, quant, adapter)
     experts = [one for one in found if "experts" in one.name and "shared" not in one.name]
     assert not missing and len(experts) == 2

@@ -146,7 +146,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_passes_is_read_by_both(written: bytes, tmp_path: Path, data: st.DataObject) -> None:
     """Any damage to a real file is found, or ggml and gguf read the file all the same."""
