@@ -15,6 +15,7 @@ from hypothesis import settings
 from lora2serve.artifacts.run import Run
 from tests.support import golang
 from tests.support.commands import run_command
+from tests.support.forked_worker import specs
 from tests.support.ollama_server import OllamaServer
 from tests.support.shared import once
 
@@ -51,6 +52,13 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist makes its workers of them
+def pytest_configure(config: pytest.Config) -> None:
+    """All workers are forked from one process that has the libraries."""
+    if not hasattr(config, "workerinput") and config.getoption("tx", None):
+        config.option.tx = list(specs(config.option.tx))
 
 
 def pytest_unconfigure() -> None:

@@ -120,6 +120,7 @@ class ForkServer:
     def _answer(self, descriptor: int) -> tuple[dict[str, Any], list[int]] | None:
         """Fork for one request of a client; in the child its request and descriptors, in the server None."""
         link = Link(self._clients[descriptor])
+        received: list[int] = []
         try:
             _, received, _, _ = socket.recv_fds(link.socket, 1, DESCRIPTORS)
             request = link.receive()
@@ -127,6 +128,8 @@ class ForkServer:
             if descriptor == self._owner:
                 self._end()
             self._clients.pop(descriptor).close()
+            for number in received:  # it ended in the middle: whoever reads its output waits for the last of these
+                os.close(number)
             return None
         if _is_gone(link.socket):  # it waits no longer, and has begun what it asked for by itself
             for number in received:
