@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,19 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "gateway-registry", make)
 
 
+@pytest.fixture(scope="session")
+def trial_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a registry with a champion, 1, a challenger, 2, and a third version whose parity is not proven."""
+
+    def make(folder: Path) -> None:
+        with Registry(folder / "registry", author="tester") as registry:
+            add_trial(registry, folder, NAME)
+
+    return once(tmp_path_factory, "trial-registry", make)
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A registry with a champion, 1, a challenger, 2, and a third version whose parity is not proven."""
-    with Registry(tmp_path / "registry", author="tester") as registry:
-        add_trial(registry, tmp_path, NAME)
+def place(tmp_path: Path, trial_seed: Path) -> Path:
+    """A folder with a copy of it."""
+    shutil.copytree(trial_seed / "registry", tmp_path / "registry")
     return tmp_path

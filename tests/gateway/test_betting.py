@@ -36,13 +36,13 @@ def paired(rng: np.random.Generator, runs: int, looks: int, discordant: float, l
 
 @pytest.mark.parametrize("discordant", [0.1, 0.3, 1.0])
 def test_equal_arms_are_stopped_in_5_percent_at_most(discordant: float) -> None:
-    """10,000 requests, a look after each; the control is a test for one look, which peeking makes wrong."""
+    """5,000 requests, a look after each; the control is a test for one look, which peeking makes wrong."""
     rng = np.random.default_rng(0)
-    runs = paired(rng, 400, 5000, discordant, 0.5)
+    runs = paired(rng, 200, 2500, discordant, 0.5)
     assert (highest_e(runs) >= 20).mean() <= 0.05
     lost, won = (runs > 0).cumsum(axis=1), (runs < 0).cumsum(axis=1)
     looks = range(49, 1000, 50)
-    peeked = [any(mcnemar(int(lost[run, look]), int(won[run, look])) <= 0.05 for look in looks) for run in range(200)]
+    peeked = [any(mcnemar(int(lost[run, look]), int(won[run, look])) <= 0.05 for look in looks) for run in range(100)]
     assert np.mean(peeked) > 0.1
 
 
@@ -95,14 +95,14 @@ def run(made: Trial, requests: Iterator[tuple[str, float, float, float]]) -> tup
 
 
 def test_a_bad_adapter_at_half_is_rolled_back_within_200_requests() -> None:
-    found = [run(trial(), traffic(seed, 200, {"champion": GOOD, "challenger": BAD})) for seed in range(100)]
+    found = [run(trial(), traffic(seed, 200, {"champion": GOOD, "challenger": BAD})) for seed in range(40)]
     verdicts = [each[1] for each in found if each]
-    assert len(verdicts) >= 95
+    assert len(verdicts) >= 38
     assert {(verdict.outcome, verdict.measure) for verdict in verdicts} == {("rollback", "truth")}
     assert "worse by truth: 0." in verdicts[0].why
 
 
-@pytest.mark.parametrize(("runs", "requests"), [(20, 300), pytest.param(100, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("runs", "requests"), [(20, 200), pytest.param(100, 1000, marks=pytest.mark.slow)])
 def test_an_equal_adapter_at_half_is_left_alone(runs: int, requests: int) -> None:
     """All three rules at once, a look after each request."""
     equal = {"champion": GOOD, "challenger": GOOD}
@@ -114,11 +114,11 @@ def test_an_equal_adapter_at_half_is_left_alone(runs: int, requests: int) -> Non
 def test_other_shares(share: float) -> None:
     """A few observations of one arm are compared with as many of the other as come for them."""
     bad = [
-        run(trial(share=share), traffic(seed, 600, {"champion": GOOD, "challenger": BAD}, share)) for seed in range(20)
+        run(trial(share=share), traffic(seed, 600, {"champion": GOOD, "challenger": BAD}, share)) for seed in range(10)
     ]
-    assert sum(each is not None for each in bad) >= 19
+    assert sum(each is not None for each in bad) >= 9
     equal = {"champion": GOOD, "challenger": GOOD}
-    assert sum(run(trial(share=share), traffic(seed, 600, equal, share)) is not None for seed in range(10)) <= 1
+    assert sum(run(trial(share=share), traffic(seed, 600, equal, share)) is not None for seed in range(5)) == 0
     rule = RuleTest(DecisionRule("truth"), share)
     for arm, value, _, _ in traffic(0, 1000, equal, share):
         rule.observe(arm, value)  # type: ignore[arg-type]
@@ -127,9 +127,9 @@ def test_other_shares(share: float) -> None:
 
 def test_slower_by_more_than_it_may() -> None:
     """Times are compared by their quantile, times what the rule lets pass; the control is a challenger within it."""
-    for factor, expected in ((1.0, 0), (1.2, 0), (2.0, 10)):
+    for factor, expected in ((1.0, 0), (1.2, 0), (2.0, 5)):
         found = 0
-        for seed in range(10):
+        for seed in range(5):
             made = trial((DecisionRule("latency", worse_by=0.25, quantile=0.5),))
             for number, (arm, _, _, seconds) in enumerate(traffic(seed, 1000, {"champion": 1, "challenger": 1})):
                 slow = factor if arm == "challenger" else 1.0
@@ -143,13 +143,13 @@ def test_margins() -> None:
     """What is worse by less than it may be is not stopped; what is worse by less than a margin is promoted, else not."""
     right = {"champion": 0.90, "challenger": 0.85}
     rules = (DecisionRule("truth", worse_by=0.15, promote_within=0.15),)
-    verdicts = [run(trial(rules), traffic(seed, 4000, right)) for seed in range(10)]
-    assert [each[1].outcome for each in verdicts if each] == ["promote"] * 10
+    verdicts = [run(trial(rules), traffic(seed, 4000, right)) for seed in range(5)]
+    assert [each[1].outcome for each in verdicts if each] == ["promote"] * 5
     strict = (DecisionRule("truth", worse_by=0.15, promote_within=0.0),)
-    assert not any(run(trial(strict), traffic(seed, 500, right)) for seed in range(10))
+    assert not any(run(trial(strict), traffic(seed, 500, right)) for seed in range(5))
     both = (DecisionRule("truth", promote_within=0.1), DecisionRule("errors", promote_within=0.0))
     better = {"champion": 0.5, "challenger": 0.9}  # but no fewer errors: each rule that promotes must say so
-    assert not any(run(trial(both), traffic(seed, 500, better)) for seed in range(10))
+    assert not any(run(trial(both), traffic(seed, 500, better)) for seed in range(5))
 
 
 def test_preferences_and_pairs() -> None:

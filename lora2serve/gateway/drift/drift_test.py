@@ -142,17 +142,16 @@ class _Permutations:
     """Which of n units are in the current window, which has m: the same draws for features of the same sizes."""
 
     def __init__(self, seed: int) -> None:
-        self._seed, self._masks = seed, dict[tuple[int, int], "NDArray[np.float32]"]()
+        self._seed, self._masks = seed, dict[tuple[int, int], "Floats"]()
 
-    def masks(self, n: int, m: int) -> NDArray[np.float32]:
+    def masks(self, n: int, m: int) -> Floats:
         """(PERMUTATIONS, n): 1 where a unit is in the current window."""
         import numpy as np
 
         if (n, m) not in self._masks:
-            places = np.random.default_rng(self._seed).random((PERMUTATIONS, n)).argpartition(m - 1, axis=1)[:, :m]
-            mask = np.zeros((PERMUTATIONS, n), dtype=np.float32)
-            np.put_along_axis(mask, places, 1.0, axis=1)
-            self._masks[n, m] = mask
+            drawn = np.random.default_rng(self._seed).random((PERMUTATIONS, n))
+            last = np.partition(drawn, m - 1, axis=1)[:, m - 1 : m]  # those that drew the m smallest numbers are in it
+            self._masks[n, m] = (drawn <= last).astype(np.float64)
         return self._masks[n, m]
 
 
