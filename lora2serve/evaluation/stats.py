@@ -214,7 +214,10 @@ def _bootstrap(units: Floats, seed: int) -> _Ends:
     rng = np.random.default_rng(seed)
     totals, sizes = units.T.copy()  # each by itself: numpy sums pairs six times as slowly
     drawn = (rng.integers(count, size=(part, count)) for part in _parts(count))
-    means = np.concatenate([totals[those].sum(axis=1) / sizes[those].sum(axis=1) for those in drawn])
+    single = bool((sizes == 1).all())  # of which any so many are as many items
+    means = np.concatenate([
+        totals[those].sum(axis=1) / (count if single else sizes[those].sum(axis=1)) for those in drawn
+    ])  # fmt: skip
     ends: list[float] = []
     for level in (TWO_SIDED, ONE_SIDED):
         tail = statistics.NormalDist().cdf(-math.sqrt(count / (count - 1)) * student_t(count - 1, level))

@@ -44,13 +44,13 @@ def coverage(draw: Draw, truth: float, runs: int, groups: list[int] | None = Non
 
 @pytest.mark.parametrize(("count", "lost", "won"), [(200, 0.05, 0.05), (200, 0.02, 0.1), (1000, 0.15, 0.1)])
 def test_an_interval_of_answers_covers_the_truth(count: int, lost: float, won: float) -> None:
-    assert 0.93 <= coverage(answers(count, lost, won), won - lost, 1000) <= 0.97
+    assert 0.92 <= coverage(answers(count, lost, won), won - lost, 400) <= 0.98  # 0.95 and the noise of 400 draws
 
 
 @pytest.mark.parametrize("count", [40, 100])
 def test_an_interval_of_figures_covers_the_truth(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "RESAMPLES", 400)
-    assert 0.93 <= coverage(figures(count, 0.2), 0.2, 600) <= 0.97
+    assert 0.915 <= coverage(figures(count, 0.2), 0.2, 300) <= 0.985  # 0.95 and the noise of 300 draws
 
 
 def test_items_of_one_group_are_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,28 +62,29 @@ def test_items_of_one_group_are_no_news(monkeypatch: pytest.MonkeyPatch) -> None
         old, new = answers(40, 0.15, 0.15)(rng)
         return np.repeat(old, 5), np.repeat(new, 5)
 
-    assert 0.93 <= coverage(draw, 0.0, 600, groups) <= 0.97
-    assert coverage(draw, 0.0, 200) < 0.8, "the control"
+    assert 0.915 <= coverage(draw, 0.0, 300, groups) <= 0.985
+    assert coverage(draw, 0.0, 100) < 0.8, "the control"
 
 
 def test_a_planted_loss_is_found_and_nothing_else() -> None:
     """5 points on 1,000 items: said in nine of ten draws; without one, in at most one of twenty."""
-    worse = [paired(*answers(1000, 0.12, 0.07)(np.random.default_rng(seed))) for seed in range(600)]
-    same = [paired(*answers(1000, 0.1, 0.1)(np.random.default_rng(seed))) for seed in range(600)]
+    # 0.05 is 0.07 in 250 draws
+    worse = [paired(*answers(1000, 0.12, 0.07)(np.random.default_rng(seed))) for seed in range(250)]
+    same = [paired(*answers(1000, 0.1, 0.1)(np.random.default_rng(seed))) for seed in range(250)]
     assert np.mean([found.verdict() == "worse" for found in worse]) >= 0.9
     assert np.mean([found.gate(0.01) != "met" for found in worse]) >= 0.99
-    assert np.mean([found.verdict() in ("better", "worse") for found in same]) <= 0.05
-    assert np.mean([found.gate(0.01) == "missed" for found in same]) <= 0.05
+    assert np.mean([found.verdict() in ("better", "worse") for found in same]) <= 0.07
+    assert np.mean([found.gate(0.01) == "missed" for found in same]) <= 0.07
 
 
 def test_a_gate_lets_no_loss_through() -> None:
     """One as large as the margin passes in at most one of twenty draws; two equal models do where there is room."""
-    at_margin = [paired(*answers(1000, 0.1, 0.05)(np.random.default_rng(seed))) for seed in range(600)]
-    assert np.mean([found.gate(0.05) == "met" for found in at_margin]) <= 0.065  # 0.05 and the noise of 600 draws
-    same = [paired(*answers(2000, 0.05, 0.05)(np.random.default_rng(seed))) for seed in range(300)]
+    at_margin = [paired(*answers(1000, 0.1, 0.05)(np.random.default_rng(seed))) for seed in range(250)]
+    assert np.mean([found.gate(0.05) == "met" for found in at_margin]) <= 0.08  # 0.05 and the noise of 250 draws
+    same = [paired(*answers(2000, 0.05, 0.05)(np.random.default_rng(seed))) for seed in range(150)]
     assert np.mean([found.gate(0.05) == "met" for found in same]) >= 0.99
     needed = same[0].items_needed(0.02)
-    enough = [paired(*answers(needed, 0.05, 0.05)(np.random.default_rng(seed))) for seed in range(300)]
+    enough = [paired(*answers(needed, 0.05, 0.05)(np.random.default_rng(seed))) for seed in range(150)]
     assert 0.7 <= np.mean([found.gate(0.02) == "met" for found in enough]) <= 0.9, "a power of 0.8"
 
 
@@ -91,7 +92,7 @@ def test_a_gate_lets_no_loss_through() -> None:
 @pytest.mark.parametrize("draw", [answers(200, 0.1, 0.1), figures(200, 0.0)])
 def test_a_model_against_itself(draw: Draw, groups: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "RESAMPLES", 400)
-    for seed in range(100):
+    for seed in range(40):
         old, new = draw(np.random.default_rng(seed))
         assert paired(old, old, groups, seed=seed).verdict() == "no difference"
     assert paired(old, new + 10, groups).verdict() == "better", "the control"
@@ -167,7 +168,7 @@ def test_the_smallest_effect() -> None:
     effect = stats.smallest_effect(1000, 0.2)
     assert effect == pytest.approx(2.8016 * math.sqrt(0.2 / 1000), rel=1e-3) and stats.smallest_effect(10, 0.0) == 0.6
     found = [
-        paired(*answers(1000, 0.1 - effect / 2, 0.1 + effect / 2)(np.random.default_rng(seed))) for seed in range(500)
+        paired(*answers(1000, 0.1 - effect / 2, 0.1 + effect / 2)(np.random.default_rng(seed))) for seed in range(200)
     ]
     assert 0.72 <= np.mean([difference.p <= 0.05 for difference in found]) <= 0.88
     assert np.mean([difference.smallest for difference in found]) == pytest.approx(effect, rel=0.05)
