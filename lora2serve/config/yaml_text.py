@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from yaml import Node
+    from yaml import Node, Token
 
 LONGEST = 1 << 20  # characters
 DEEPEST = 50
@@ -55,6 +55,11 @@ def compose_yaml(text: str) -> Node | None:
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
+
+        def fetch_flow_collection_start(self, kind: type[Token]) -> None:
+            if self.flow_level == DEEPEST:  # before a thousand brackets are read ahead, each compared with all others
+                raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
+            super().fetch_flow_collection_start(kind)
 
     if len(text) > LONGEST:
         raise ValueError(f"{len(text)} characters, expected {LONGEST} at most")
