@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import ssl
 import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,7 @@ LINEAGE = {
     "merge_base": "original",
     "adapter": {"path": "/home/someone/adapter", "sha256": {"adapter_model.safetensors": "cd"}},
 }
+CERTIFICATES = lru_cache(ssl.create_default_context)  # read once: no address here asks for them
 MET = {"met": True, "engines": {"vllm": {"status": "met", "mean_kl": 0.0001, "top1": 0.999}}}
 
 
@@ -111,6 +114,7 @@ def connect(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(ssl, "create_default_context", CERTIFICATES)
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02))))
     monkeypatch.setattr(
         "lora2serve.hub.retry.time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
