@@ -13,6 +13,7 @@ import pytest
 import lora2serve
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.shared_dir import SUFFIX, SharedDir
+from lora2serve.cli import run as command
 from lora2serve.errors import ExportError, UsageError
 from lora2serve.exporting import shared_export
 from lora2serve.exporting.shared_export import WorkerPlace
@@ -174,15 +175,16 @@ def test_a_part_that_lacks_bytes_is_not_published(tmp_path: Path, model: tuple[P
     assert not (tmp_path / "vllm").exists()
 
 
-def test_what_several_cannot_write(tmp_path: Path, model: tuple[Path, Path]) -> None:
+def test_what_several_cannot_write(tmp_path: Path, model: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     for options, problem in (
         (("-t", "adapter"), "--target adapter is written by one process"),
         (("-t", "vllm", "-q", "nvfp4"), "--quant nvfp4 needs all weights in one process"),
         (("-t", "vllm", "-q", "fp8", "-q", "int8"), "one target and one type at a time, not 2"),
     ):
-        refused = run_command(words(model, tmp_path / "out", *options, "--shards", "1/2"), tmp_path)
-        assert refused.returncode == 2 and problem in refused.stderr, refused.stderr
-        assert "targets of several workers: vllm, gguf, ollama, lmstudio" in refused.stderr
+        code = command(words(model, tmp_path / "out", *options, "--shards", "1/2"))
+        said = capfd.readouterr().err
+        assert code == 2 and problem in said, said
+        assert "targets of several workers: vllm, gguf, ollama, lmstudio" in said
     assert WorkerPlace.parse("2/3") == WorkerPlace(2, 3)
     for text in ("", "2", "0/3", "4/3", "1/0", "a/b", "1/3/5", "-1/2"):
         with pytest.raises(UsageError, match="expected WORKER/WORKERS"):

@@ -25,7 +25,7 @@ def drawn(count: int, seed: int) -> Positions:
 
 
 def figures(count: int) -> Iterator[Estimate]:
-    for seed in range(20):
+    for seed in range(10):
         yield metrics.figures(drawn(count, seed), np.arange(count) // 256)["p999_kl"]
 
 
@@ -45,8 +45,8 @@ def test_a_tail_of_too_few_positions_is_shown_and_not_judged() -> None:
 def test_a_tail_of_enough_positions_is_judged() -> None:
     estimates = list(figures(10_240))
     assert not any(estimate.unjudged for estimate in estimates)
-    assert np.mean([estimate.high > 3 * TRUE_P999 for estimate in estimates]) <= 0.05, "sound ones"
-    assert np.mean([estimate.high > TRUE_P999 / 2 for estimate in estimates]) >= 0.95, "twice the bound"
+    assert not any(estimate.high > 3 * TRUE_P999 for estimate in estimates), "sound ones"
+    assert all(estimate.high > TRUE_P999 / 2 for estimate in estimates), "twice the bound"
 
 
 def measured(kl: float, base: float, count: int = 512) -> Behavior:
