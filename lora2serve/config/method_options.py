@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import field, fields, make_dataclass
 from enum import Enum
-from functools import reduce
+from functools import cache, reduce
 from importlib import import_module
 from importlib.util import find_spec
 from operator import or_
@@ -51,12 +51,16 @@ def read_options(method: str, options: Mapping[str, object], problems: list[str]
     """
     if find_spec("peft") is None:
         return dict(options)
-    chosen = config_class(method)
-    hints = typing.get_type_hints(chosen)
-    known = [(name, schema_type(hints[name]), field(default=None)) for name in option_names(method)]
-    kind: type[object] = make_dataclass("Options", known)
-    built = build(kind, dict(options), problems, path=PATH)
+    built = build(_options_class(method), dict(options), problems, path=PATH)
     return {name: yaml_value(getattr(built, name)) for name in options if hasattr(built, name)}
+
+
+@cache
+def _options_class(method: str) -> type[object]:
+    """A dataclass of the options."""
+    hints = typing.get_type_hints(config_class(method))
+    known = [(name, schema_type(hints[name]), field(default=None)) for name in option_names(method)]
+    return make_dataclass("Options", known)
 
 
 def schema_type(hint: object) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, make_dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -77,16 +78,21 @@ def read_preference(objective: Objective, options: Mapping[str, object], problem
     """
     if objective == SFT or find_spec("trl") is None:
         return dict(options)
-    hints = typing.get_type_hints(config_class(objective))
-    known = [(name, schema_type(hints[name]), field(default=None)) for name in option_names(objective)]
-    kind: type[object] = make_dataclass("Preference", known)
     before = len(problems)
-    built = build(kind, dict(options), problems, path=PATH)
+    built = build(_options_class(objective), dict(options), problems, path=PATH)
     values = {name: yaml_value(getattr(built, name)) for name in options if hasattr(built, name)}
     if len(problems) == before:
         problems += _of_numbers(values)
         problems += _of_label_loss(values) if objective == "kto" else _of_loss(values)
     return values
+
+
+@cache
+def _options_class(objective: Objective) -> type[object]:
+    """A dataclass of the fields."""
+    hints = typing.get_type_hints(config_class(objective))
+    known = [(name, schema_type(hints[name]), field(default=None)) for name in option_names(objective)]
+    return make_dataclass("Preference", known)
 
 
 def problems_of_objective(recipe: Recipe) -> list[str]:

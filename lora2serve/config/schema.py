@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast, get_args, get_origin
 
@@ -88,6 +89,11 @@ def repeated_keys(node: Node | None, path: str = "", seen: set[int] | None = Non
     return problems
 
 
+@cache  # most of the time that a recipe takes
+def _hints(kind: type[object]) -> Mapping[str, object]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
 class _Builder:
     """One method for each kind of type; ``problems`` collects what does not fit."""
 
@@ -116,8 +122,8 @@ class _Builder:
         if not isinstance(value, dict):
             self.problems.append(f"{path}: {show(value)}, expected keys and values")
             return _Builder([], {}).build(kind, {}, path)
-        hints = typing.get_type_hints(kind, include_extras=True)
-        known = {spec.name: spec for spec in fields(cast("typing.Any", kind))}
+        own = cast("typing.Any", kind)
+        hints, known = _hints(own), {spec.name: spec for spec in fields(own)}
         prefix = f"{path}." if path else ""
         self.problems += [
             f"{prefix}{_name(key)}: unknown key{self._meant(key, prefix, known)}" for key in value if key not in known
