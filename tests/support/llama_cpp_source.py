@@ -5,6 +5,7 @@ The one way for tests to get it. It is an oracle: nothing of it is copied into t
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from converters.gguf.quick_reader import open_gguf
 from lora2serve.progress import Silent
 from lora2serve.system.doctor import unpack_source_package
 
+CACHE_VARIABLE = "XDG_CACHE_HOME"
+CACHE = os.environ.get(CACHE_VARIABLE)  # the first test that asks may have another one for itself, which is empty
 # Of each kind of chat template a few, which take a fifth of the time of all: they write in turn, rewrite history, think,
 # call tools, refuse a system turn, want a variable of their own.
 FEW = (
@@ -32,7 +35,12 @@ in_a_few_templates = pytest.mark.parametrize("few", [True, pytest.param(False, m
 @cache
 def llama_cpp_dir() -> Path:
     """The tree of the installed version: ``LLAMA_CPP_DIR``, or unpacked once into the user's cache."""
-    return unpack_source_package(Silent())
+    with pytest.MonkeyPatch.context() as patch:
+        if CACHE is None:
+            patch.delenv(CACHE_VARIABLE, raising=False)
+        else:
+            patch.setenv(CACHE_VARIABLE, CACHE)
+        return unpack_source_package(Silent())
 
 
 @cache
