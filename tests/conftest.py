@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import re
@@ -26,6 +27,9 @@ settings.load_profile("repeatable")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # and nohup has every child ignore it; a handler is not inherited
     signal.signal(signal.SIGHUP, lambda *_: None)
+# at the very end the collector looks again at what it was told to leave alone: nanobind names whatever is left then
+atexit.register(gc.unfreeze)
+gc.set_threshold(20_000, 20, 50)  # rarely before: models are freed without it
 # llama.cpp starts a thread for each core whatever OMP_NUM_THREADS says. They spin: beside another worker's, twenty times
 # the work
 if threads := os.environ.get("OMP_NUM_THREADS"):
@@ -59,11 +63,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """All workers are forked from one process that has the libraries."""
     if not hasattr(config, "workerinput") and config.getoption("tx", None):
         config.option.tx = list(specs(config.option.tx))
-
-
-def pytest_unconfigure() -> None:
-    """At the end it does: nanobind names whatever is left then."""
-    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

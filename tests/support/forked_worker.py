@@ -7,8 +7,6 @@ does for all of them, and for the commands and workers of their tests as well.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import shlex
 import signal
@@ -37,7 +35,6 @@ def specs(workers: Sequence[str]) -> tuple[str, ...]:
 
 def run(code: str) -> None:
     """What ``python -c`` does, in the fork."""
-    atexit.register(gc.unfreeze)  # or nanobind names all that the server has loaded
     sys.path.insert(0, "")
     exec(code, {"__name__": "__main__"})
 
