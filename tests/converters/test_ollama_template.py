@@ -339,7 +339,7 @@ def real(name: str) -> tuple[Jinja, DerivedTemplate]:
     return template, derive(template)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     st.sampled_from(REAL),
     st.lists(CONTENTS, min_size=1, max_size=7).filter(lambda contents: len(contents) % 2),
