@@ -20,7 +20,9 @@ from lora2serve.serving.server import ServerCommand
 from lora2serve.system import interruption, scratch
 from lora2serve.system.http import HttpClient, HttpError, HttpStatus
 
-READY = 900  # seconds until an engine must answer
+READY = 900.0  # seconds until an engine must answer
+PAUSES = (0.05, 0.1, 0.2)  # seconds between the first questions whether it does; then the longest
+LONGEST_PAUSE = 0.5
 PATIENCE = 15.0  # seconds that it has to end once it is asked to
 LOG_PREFIX = re.compile(r"^(\(\w+( pid=\d+)?\) )?((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[\w.:]+\] )?")  # of vLLM's log
 EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
@@ -109,8 +111,8 @@ def _spawned(server: ServerCommand, log: Path, *, start_new_session: bool = Fals
 
 def _wait(server: ServerCommand, process: subprocess.Popen[bytes], log: Path) -> None:
     path = "/health" if server.engine == "vllm" else "/v1/models"
-    client = HttpClient(server.address, patience=5)
-    for _ in range(READY * 2):
+    client, end, pauses = HttpClient(server.address, patience=5), time.monotonic() + READY, iter(PAUSES)
+    while time.monotonic() < end:
         if process.poll() is not None:
             reason = first_error(log.read_text(encoding="utf-8", errors="replace"))
             hint = next((hint for sign, hint in WAYS_OUT.items() if sign in reason), "")
@@ -123,8 +125,8 @@ def _wait(server: ServerCommand, process: subprocess.Popen[bytes], log: Path) ->
         except HttpError as error:
             if isinstance(error, HttpStatus) and error.status == HTTPStatus.UNAUTHORIZED:
                 return  # it wants its key, and answers
-            time.sleep(0.5)
-    raise EngineError(f"{server.engine} did not answer within {READY} s", f"its log: {scratch.keep(log)}")
+            time.sleep(next(pauses, LONGEST_PAUSE))
+    raise EngineError(f"{server.engine} did not answer within {READY:g} s", f"its log: {scratch.keep(log)}")
 
 
 def first_error(text: str) -> str:

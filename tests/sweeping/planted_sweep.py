@@ -65,8 +65,8 @@ def spec_of(order: TrialOrder) -> TrialSpec:
     return TrialSpec(point, int(level[1]) if level else FULL, values["train.seed"])
 
 
-def begin(folder: Path, location: str, **changes: Any) -> SweepFacts:
-    """A sweep that was begun, and has no trial yet."""
+def begin(folder: Path, location: str = "", **changes: Any) -> SweepFacts:
+    """A sweep that was begun, and has no trial yet; without a location it has no storage."""
     files = TrialFiles(folder)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(ModelRecipe("base"), DataRecipe("train.jsonl"), "planted")
@@ -77,7 +77,8 @@ def begin(folder: Path, location: str, **changes: Any) -> SweepFacts:
         settings=SearchSettings(base_loss=BASE_LOSS), base_search=BASE, base_final=BASE, gpu="",
     )  # fmt: skip
     facts = replace(facts, **changes)
-    create_ledger(location, facts)
+    if location:
+        create_ledger(location, facts)
     return facts
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from lora2serve.config import recipe as recipes
 from lora2serve.sweeping.report.sweep_page import render
+from lora2serve.sweeping.search_plan import SearchPlan
+from lora2serve.sweeping.search_settings import SearchSettings
 from lora2serve.sweeping.sweep_facts import SweepFacts
 from lora2serve.sweeping.sweep_report import SweepReport, report
 from lora2serve.sweeping.sweep_writers import write_result
@@ -18,18 +21,19 @@ from lora2serve.sweeping.trial_record import TrialOutcome, TrialSpec
 from tests.parity_check.test_report import Tags
 from tests.support.browser import look, needs_browser
 from tests.sweeping.planted_sweep import BASE, FORK, SPACE, begin
-from tests.sweeping.simulated_search import PlantedLoss, searched
+from tests.sweeping.simulated_search import BASE_LOSS, PlantedLoss, searched
 
 HOSTILE = "<img src=x onerror=alert(1)>'\"&"
 
 
 @pytest.fixture
 def facts(tmp_path: Path) -> SweepFacts:
-    return begin(tmp_path / "planted", str(tmp_path / "a.db"))
+    return begin(tmp_path / "planted")
 
 
-def made(facts: SweepFacts, problem: str = "") -> SweepReport:
-    """A report with a trial that failed, and curves."""
+@cache
+def plan(problem: str) -> SearchPlan:
+    """A search that is done."""
     planted = PlantedLoss(4e-4, "all-linear", 16, for_targets=0.05)
 
     def outcome(spec: TrialSpec) -> TrialOutcome:
@@ -37,7 +41,13 @@ def made(facts: SweepFacts, problem: str = "") -> SweepReport:
             return TrialOutcome("failed", problem)
         return replace(planted.outcome(spec), curve=((10, 2.0), (20, 1.5), (30, 1.1)))
 
-    return report(searched(outcome, SPACE, facts.settings), replace(facts, near=("runs/a (near)",)), "quality")
+    return searched(outcome, SPACE, SearchSettings(base_loss=BASE_LOSS))
+
+
+def made(facts: SweepFacts, problem: str = "") -> SweepReport:
+    """A report with a trial that failed, and curves."""
+    assert facts.settings == plan(problem).settings
+    return report(plan(problem), replace(facts, near=("runs/a (near)",)), "quality")
 
 
 def test_front_json_is_whole(facts: SweepFacts) -> None:
@@ -96,7 +106,7 @@ def test_workers_that_end_at_the_same_time(facts: SweepFacts) -> None:
 
     def write() -> None:
         start.wait()
-        for _ in range(5):
+        for _ in range(3):
             write_result(result, facts, files)
 
     children = [FORK.Process(target=write) for _ in range(3)]

@@ -91,7 +91,7 @@ def test_presets_that_this_model_has(recipe: Path) -> None:
 
 
 def test_rungs_scale_steps_and_evaluations(recipe: Path, tmp_path: Path) -> None:
-    facts, files = begin(tmp_path / "sweep", str(tmp_path / "a.db")), TrialFiles(tmp_path / "sweep")
+    facts, files = begin(tmp_path / "sweep"), TrialFiles(tmp_path / "sweep")
     point = SearchPoint(1e-4, "qv", 8)
 
     def loaded(level: int, *changes: str) -> recipes.Recipe:
