@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import signal
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """All workers are forked from one process that has the libraries."""
     if not hasattr(config, "workerinput") and config.getoption("tx", None):
         config.option.tx = list(specs(config.option.tx))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist sends it
+def pytest_warning_recorded(warning_message: warnings.WarningMessage) -> None:
+    """As one of Python's own: the process that gathers the results would import peft, to have its class."""
+    kind = warning_message.category
+    if kind.__module__ != "builtins":
+        own = next(parent for parent in kind.__mro__ if parent.__module__ == "builtins")
+        warning_message.category = own
+        warning_message.message = own(f"{kind.__name__}: {warning_message.message}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -26,7 +26,7 @@ POPEN = "popen"
 def specs(workers: Sequence[str]) -> tuple[str, ...]:
     """xdist's ``--tx`` with forked workers; as they are where nothing can be forked. The server runs until we end."""
     server = fork_client.client() if POPEN in workers else None
-    if server is None or server.start("os:getpid", [], [0, 1, 2], dict(os.environ)) is None:
+    if server is None or server.start("os:_exit", [0], [0, 1, 2], dict(os.environ)) is None:
         return tuple(workers)
     os.environ[fork_client.VARIABLE] = server.path  # what tests start comes from it, too
     python = shlex.join([sys.executable, __file__, server.path])

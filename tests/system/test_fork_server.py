@@ -36,7 +36,7 @@ def light_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_a_client_that_ends_in_the_middle(tmp_path: Path) -> None:
     """Its output is closed: whoever reads it waited for as long as the server ran."""
     client = fork_client.ForkClient()
-    assert client.start("os:getpid", [], [0, 1, 2], dict(os.environ))
+    assert client.start("os:_exit", [0], [0, 1, 2], dict(os.environ))
     reading, writing = os.pipe()
     with socket.socket(socket.AF_UNIX) as connection, open(os.devnull, "rb") as nothing:
         connection.connect(client.path)
