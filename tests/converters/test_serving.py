@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from converters.vllm.serve_config import TOOL_PARSERS, generation_config, serve_yaml, tool_parser
 from converters.vllm.vllm_sink import served_config
@@ -49,11 +51,22 @@ def test_parsers_are_told_by_the_markup() -> None:
     assert tool_parser((DEMO / "chat_template.jinja").read_text()) is None
 
 
+NAMES = {name for _, name in TOOL_PARSERS if name}
+
+
+def test_vllm_names_every_one_of_them() -> None:
+    """In its source: to import it takes seconds."""
+    found = find_spec("vllm")
+    assert found is not None and found.origin is not None
+    source = (Path(found.origin).parent / "tool_parsers" / "__init__.py").read_text(encoding="utf-8")
+    assert {name for name in NAMES if f'\n    "{name}": (' not in source} == set()
+
+
+@pytest.mark.engine
 def test_vllm_has_every_one_of_them() -> None:
     from vllm.tool_parsers import ToolParserManager
 
-    names = {name for _, name in TOOL_PARSERS if name}
-    assert names <= set(ToolParserManager.list_registered())
+    assert set(ToolParserManager.list_registered()) >= NAMES
 
 
 def model(folder: Path, config: dict[str, Any], **files: Any) -> ExportModel:
@@ -71,14 +84,30 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize("place", ["chat_template__jinja", "tokenizer_config__json", "named"])
-def test_vllm_reads_it(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the argument parser of ``vllm serve``; the control, a parser that it does not have, is refused by it."""
+PLACES = ("chat_template__jinja", "tokenizer_config__json", "named")
+
+
+def served_with(place: str, folder: Path) -> str:
+    """serve.yaml of a model whose template for tools stands there."""
     said: Any = HERMES if place.startswith("chat") else {"chat_template": HERMES}
     if place == "named":
         said = {"chat_template": [{"name": "default", "template": "no"}, {"name": "tool_use", "template": HERMES}]}
     key = "tokenizer_config__json" if place == "named" else place
-    text = serve_yaml(model(tmp_path, NESTED, **{key: said}), "bfloat16")
+    return serve_yaml(model(folder, NESTED, **{key: said}), "bfloat16")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_its_parser_of_tool_calls(place: str, tmp_path: Path) -> None:
+    said = yaml.safe_load(served_with(place, tmp_path))
+    assert said["enable-auto-tool-choice"] and said["tool-call-parser"] == "hermes"
+    assert (said["max-model-len"], said["dtype"], said["served-model-name"]) == (128, "bfloat16", "mine: 'x'")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("place", PLACES)
+def test_vllm_reads_it(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the argument parser of ``vllm serve``; the control, a parser that it does not have, is refused by it."""
+    text = served_with(place, tmp_path)
     (tmp_path / "serve.yaml").write_text(f"model: {tmp_path}\n{text}")
     seen = parsed_by_vllm(tmp_path, monkeypatch)
     assert seen.enable_auto_tool_choice and seen.tool_call_parser == "hermes"

@@ -50,7 +50,7 @@ def parsed_by_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return parser.parse_args(["serve", "--config", "serve.yaml"])
 
 
-def test_layout(made: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_layout(made: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle(made)
     folder = here / "exports" / "red+blue"
     out, err = capfd.readouterr()
@@ -59,15 +59,23 @@ def test_layout(made: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["blue", "red"]
     assert [path.name for path in folder.parent.iterdir()] == ["red+blue"], "no lock, no partial directory"
     assert Export.open(folder).manifest.bundle == ("red", "blue") and Export.open(folder).verify() == []
-    seen = parsed_by_vllm(folder, monkeypatch)
-    assert seen.enable_lora and seen.max_loras == 2
-    assert seen.max_lora_rank == 16, "the next allowed over 12"
-    assert seen.model == str(made / "base-model")
-    assert [(one.name, one.path) for one in seen.lora_modules] == [("red", "adapters/red"), ("blue", "adapters/blue")]
+    seen = yaml.safe_load((folder / "serve.yaml").read_text())
+    assert seen["enable-lora"] and seen["max-loras"] == 2
+    assert seen["max-lora-rank"] == 16, "the next allowed over 12"
+    assert seen["model"] == str(made / "base-model")
     for name in ("red", "blue"):
         assert Export.open(folder / "adapters" / name).verify() == []
         config = json.loads((folder / "adapters" / name / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == seen.model, "what the filesystem resolver compares"
+        assert config["base_model_name_or_path"] == seen["model"], "what the filesystem resolver compares"
+
+
+@pytest.mark.engine
+def test_vllm_reads_it(made: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle(made)
+    seen = parsed_by_vllm(here / "exports" / "red+blue", monkeypatch)
+    assert seen.enable_lora and (seen.max_loras, seen.max_lora_rank) == (2, 16)
+    assert seen.model == str(made / "base-model")
+    assert [(one.name, one.path) for one in seen.lora_modules] == [("red", "adapters/red"), ("blue", "adapters/blue")]
 
 
 def test_verify_sees_each_file(made: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
