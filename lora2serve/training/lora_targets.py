@@ -103,8 +103,6 @@ def expert_parameters(model: PreTrainedModel) -> dict[str, int]:
 
     They are no linear layers. Of the towers that see and hear there are none.
     """
-    from torch.nn import Conv1d, Conv2d, Conv3d
-
     from lora2serve.training.expert_layers import four_bit_modules, four_bit_of
 
     towers = re.compile(other_towers(model) or r"(?!)")
@@ -114,7 +112,7 @@ def expert_parameters(model: PreTrainedModel) -> dict[str, int]:
     whole = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and not isinstance(owners[name.rpartition(".")[0]], Conv1d | Conv2d | Conv3d)
+        if parameter.dim() == 3 and "expert" in f"{name} {type(owners[name.rpartition('.')[0]]).__name__}".lower()
     }
     return {name: size for name, size in {**packed, **whole}.items() if not towers.fullmatch(name)}
 

@@ -123,6 +123,16 @@ def test_experts_are_told(tmp_path: Path, kind: str) -> None:
     assert check_adapter(config_alone(tmp_path / "dense", "llama"), TrainRecipe(), GPU) == [], "the control"
 
 
+@pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma"])
+def test_other_tensors_of_three_axes_are_no_experts(tmp_path: Path, kind: str) -> None:
+    """The mixing weights of RWKV and the gates of recurrent Gemma."""
+    model = weightless_model(config_alone(tmp_path, kind))
+    assert model is not None and any(parameter.dim() == 3 for parameter in model.parameters())
+    assert lora_targets.expert_parameters(model) == {}
+    with pytest.raises(TrainError, match="no experts"):
+        lora_targets.target_parameters(model, "experts")
+
+
 def test_towers_are_no_experts(tmp_path: Path) -> None:
     """The vision tower of Gemma 3 has a tensor of three axes, as experts have; and linear layers without LoRA."""
     from transformers import Gemma3Config
