@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 import yaml
 
 from lora2serve import Registry, start_gateway
 from lora2serve.artifacts.manifest import FileEntry
+from lora2serve.gateway import routing
 from lora2serve.gateway.request_record import RequestRecord, TrafficObserver
 from lora2serve.gateway.run_gateway import RunningGateway
 from lora2serve.gateway.traffic_store import Entry, TrafficStore
 from lora2serve.system.small_files import digest
 from tests.support.manifests import change_manifest
 from tests.support.registries import add_export, make_run
-from tests.support.runs import Told
-from tests.support.stub_upstream import StubUpstream, running_stub
+from tests.support.stub_upstream import StubUpstream, end_all, running_stub
+from tests.support.told import Told
 
 CHAT = "/v1/chat/completions"
 
@@ -168,10 +170,11 @@ def test_bed(
     stubs: Mapping[str, StubUpstream] | None = None, observers: Sequence[TrafficObserver] = (), **config: Any,
 ) -> Iterator[TestBed]:  # fmt: skip
     """A gateway in front of stubs, on a copy of the registry ``seed``; ``config`` goes over its gateway.yaml, and of
-    upstreams over what each has.
+    upstreams over what each has. It looks at its registry more often than others do.
     """
     shutil.copytree(seed / "registry", folder / "registry")
     with ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(routing, "POLL", 0.1)
         own = stack.enter_context(Registry(folder / "registry", author="tester"))
         for alias, number in (aliases or {"champion": 1}).items():
             own.promote(f"towns@{number}", alias)
@@ -186,7 +189,11 @@ def test_bed(
         path.write_text(yaml.safe_dump({"upstreams": upstreams, "capture": capture, **config}))
         told = Told()
         gateway = stack.enter_context(start_gateway(path, registry=own, port=0, progress=told, observers=observers))
-        yield TestBed(folder, own, running, told, gateway)
+        try:
+            yield TestBed(folder, own, running, told, gateway)
+        finally:
+            gateway.server.should_exit = True
+            end_all()
 
 
 test_bed.__test__ = False  # type: ignore[attr-defined]

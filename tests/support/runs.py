@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,11 @@ from lora2serve.config import recipe as recipes
 from lora2serve.config.recipe import Recipe
 from lora2serve.data import data_sets
 from lora2serve.data.data_sets import DataSet
-from lora2serve.progress import Unit
 from lora2serve.training.finetune import train
 from tests.support.tiny import make_model
+from tests.support.told import Told
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
-
-
-class Told:
-    """A ``Progress`` that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-        self.bars: dict[str, list[int]] = {}
-        self.said: dict[str, str] = {}  # beside a bar, the last word
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-    @contextmanager
-    def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Any]:
-        self.bars[label] = [0, total]
-
-        def advance(amount: int, status: str = "") -> None:
-            self.bars[label][0] += amount
-            self.said[label] = status or self.said.get(label, "")
-
-        yield advance
 
 
 def plain(data: DataSet) -> list[dict[str, object]]:

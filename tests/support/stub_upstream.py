@@ -194,6 +194,15 @@ def error(message: str, code: int) -> dict[str, object]:
     return {"error": {"message": message, "type": "Error", "param": None, "code": code}}
 
 
+_running: list[uvicorn.Server] = []
+
+
+def end_all() -> None:
+    """Ask all that run to end, before anybody waits for one of them: each takes a while."""
+    for server in _running:
+        server.should_exit = True
+
+
 @contextmanager
 def serving(app: Any, port: int = 0) -> Iterator[str]:
     """The address at which an ASGI application answers, until the block ends."""
@@ -208,11 +217,13 @@ def serving(app: Any, port: int = 0) -> Iterator[str]:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.005)
+        _running.append(server)
         try:
             yield url
         finally:
             server.should_exit = True
             thread.join()
+            _running.remove(server)
 
 
 @contextmanager
