@@ -78,7 +78,7 @@ def kill_at_random(location: str, runs: list[Path], times: int) -> int:
 
 
 def test_kills(location: str, runs: list[Path]) -> None:
-    assert kill_at_random(location, runs, 12) >= 1  # how many more are added by then depends on the machine
+    assert kill_at_random(location, runs, 8) >= 1  # how many more are added by then depends on the machine
 
 
 @pytest.mark.slow
