@@ -258,9 +258,10 @@ def read_whole(plan: str) -> list[str]:
     return re.findall(r"(?:^SCAN |Seq Scan on )(version|file|export|score|alias|event)\b", plan, re.M)
 
 
-def test_many_versions_are_not_all_read(registry: Registry, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_versions_are_not_all_read(registry: Registry, tmp_path: Path, count: int) -> None:
     """As few queries as of a few versions, each by an index. The controls: a question without one, and one removed."""
-    filled(registry, 2_000)
+    filled(registry, count)
     question = {"domain": "medical", "metric": "medqa.acc", "since": "2026-07-01", "until": "2026-10-01"}
     (best,) = registry.find(**question, best=True)  # type: ignore[arg-type]
     _, rows = registry.sql(
