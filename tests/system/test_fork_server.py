@@ -54,9 +54,10 @@ def test_workers_of_xdist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forke
     (python,) = forked_worker.specs(["popen"])
     if not forked:
         monkeypatch.setenv("TZ", "UTC")  # another environment than the server's
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     (tmp_path / "test_it.py").write_text(TESTS.replace("FORKED", str(forked)))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tx", python, "--dist", "load",
+        [sys.executable, "-m", "pytest", "-q", "-p", "xdist", "-p", "no:cacheprovider", "--tx", python, "--dist", "load",
          "--max-worker-restart", "0", "-c", os.devnull, "--rootdir", tmp_path, "test_it.py"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
