@@ -40,6 +40,7 @@ from tests.converters.test_gguf_families import (
 )
 from tests.merge.test_binding import QWEN_VISION, make_multimodal
 from tests.support.llama_cpp_source import llama_cpp_dir
+from tests.support.processes import watch
 from tests.support.sight import seen
 from tests.support.tiny import make_adapter, make_model
 from tests.support.upstream import convert
@@ -242,11 +243,10 @@ def test_its_gguf_stays_out_of_our_process(root: Path, tmp_path: Path) -> None:
 
 def test_no_child_stays(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter's process ends with the export, also where that is refused."""
-    import psutil
+    running = watch(monkeypatch)
 
     def children() -> list[str]:
-        found = psutil.Process().children(recursive=True)
-        return [name for name in (child.name() for child in found) if name.startswith("llama.cpp's con")]
+        return [name for name in (child.name() for child in running()) if name.startswith("llama.cpp's con")]
 
     plan, seen = ConverterProcess.plan, list[str]()
     monkeypatch.setattr(ConverterProcess, "plan", lambda self: (plan(self), seen.extend(children()))[0])

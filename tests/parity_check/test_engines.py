@@ -26,6 +26,7 @@ from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.engines.openai_engine import OpenAI
 from lora2serve.parity_check.trained_model import TrainedModel, of_run
 from lora2serve.progress import Silent, Unit
+from tests.support.processes import watch
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]  # the one fixture asks nine
 
@@ -74,7 +75,7 @@ class Hit(Silent):
     """Ends the engine's process while it scores the export "hit"; once "sound" was compared, there is no llama_cpp."""
 
     def __init__(self, patch: pytest.MonkeyPatch, without: Path) -> None:
-        self._patch, self._without = patch, without
+        self._patch, self._without, self._running = patch, without, watch(patch)
 
     def note(self, text: str) -> None:
         if text.startswith("sound in llama.cpp: met"):
@@ -84,7 +85,7 @@ class Hit(Silent):
     def track(self, label: str, total: int, unit: Unit = "") -> Iterator[Callable[[int], None]]:
         def advance(amount: int) -> None:
             if label == "hit in llama.cpp" and unit == "tokens":
-                (engine,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "llama.cpp"]
+                (engine,) = [one for one in self._running() if one.name() == "llama.cpp"]
                 engine.send_signal(signal.SIGSEGV)
 
         yield advance
