@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +47,8 @@ def test_rows_that_no_number_of_blocks_fills(tmp_path: Path) -> None:
     before, after = json.loads(done.stdout)
     assert "UserWarning" not in done.stderr
     assert all(error < 0.1 for error in after.values()), after
-    if max(before.values()) < 0.1:  # rows of 96 are wrong on every machine, rows of 16 only with AVX512
+    # with AVX2 alone, bitsandbytes' plain loop counts over the rows
+    if max(before.values()) < 0.1 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         pytest.fail(
             f"bitsandbytes counts as its quantizer does now, and lora2serve/weights/bnb/cpu.py need not: {before}"
         )
