@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,8 @@ def wait_for(done: Callable[[], bool]) -> None:
 def test_webhook(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict as JSON, again where it was refused; its address, which is a secret, is nowhere in the log."""
     monkeypatch.setattr(verdicts, "PAUSES", (0.0,))
+    seconds = count()
+    monkeypatch.setattr(verdicts, "_now", lambda: f"2026-11-29T15:55:{next(seconds):02}Z")  # another at each call
     bodies: list[tuple[str, dict[str, object]]] = []
     server = listening(bodies, [500])  # type: ignore[arg-type]
     heard = Heard()

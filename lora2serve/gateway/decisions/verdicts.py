@@ -185,9 +185,10 @@ class DecisionMaker:
         """The address is shown nowhere: its path is a secret of many services."""
         parts = urlsplit(webhook)
         origin, path = f"{parts.scheme}://{parts.netloc}", urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        body = webhook_body(verdict)  # once: it says when the verdict was, whichever call gets through
         for pause in (*PAUSES, None):
             try:
-                HttpClient(origin, patience=PATIENCE).send("POST", path, webhook_body(verdict))
+                HttpClient(origin, patience=PATIENCE).send("POST", path, body)
                 return
             except (HttpError, UsageError) as error:
                 if pause is None:
