@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from enum import Enum
 from functools import cache, reduce
@@ -57,10 +57,13 @@ def read_options(method: str, options: Mapping[str, object], problems: list[str]
 
 @cache
 def _options_class(method: str) -> type[object]:
-    """A dataclass of the options."""
-    hints = typing.get_type_hints(config_class(method))
-    known = [(name, schema_type(hints[name]), field(default=None)) for name in option_names(method)]
-    return make_dataclass("Options", known)
+    return schema_class(config_class(method), option_names(method))
+
+
+def schema_class(config: type[object], names: Sequence[str]) -> type[object]:
+    """A dataclass of those fields of a library's configuration, with the schema's types; none has to be given."""
+    hints = typing.get_type_hints(config)
+    return make_dataclass("Options", [(name, schema_type(hints[name]), field(default=None)) for name in names])
 
 
 def schema_type(hint: object) -> object:

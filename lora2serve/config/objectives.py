@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import field, fields, make_dataclass
+from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, cast
 
 from lora2serve.config import lora_inits
 from lora2serve.config.bounds import Bound, Positive, Range
-from lora2serve.config.method_options import schema_type, yaml_value
+from lora2serve.config.method_options import schema_class, yaml_value
 from lora2serve.config.schema import build, show
 from lora2serve.config.train_methods import LAYERS, LORA
 from lora2serve.errors import did_you_mean
@@ -89,10 +88,7 @@ def read_preference(objective: Objective, options: Mapping[str, object], problem
 
 @cache
 def _options_class(objective: Objective) -> type[object]:
-    """A dataclass of the fields."""
-    hints = typing.get_type_hints(config_class(objective))
-    known = [(name, schema_type(hints[name]), field(default=None)) for name in option_names(objective)]
-    return make_dataclass("Preference", known)
+    return schema_class(config_class(objective), option_names(objective))
 
 
 def problems_of_objective(recipe: Recipe) -> list[str]:

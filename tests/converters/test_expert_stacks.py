@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from converters.vllm.compressed.schemes import SCHEMES
 from lora2serve.errors import ExportError
 from tests.converters.test_compressed import by_the_library, differences, whole, written
 from tests.merge.test_binding import make_multimodal
@@ -84,12 +85,19 @@ def by_transformers(experts: Any, number: int) -> dict[str, torch.Tensor]:
     return {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
 
-@pytest.mark.parametrize("kind", ["llama4_text", "qwen3_5_moe_text", "qwen3_vl_moe", "granitemoe"])
-def test_the_bytes_are_the_librarys(kind: str, tmp_path: Path, whole: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "quants"),
+    [
+        ("llama4_text", (*FEW, "fp8-block")),
+        pytest.param("llama4_text", tuple(SCHEMES), marks=pytest.mark.slow),
+        *((kind, FEW) for kind in ("qwen3_5_moe_text", "qwen3_vl_moe", "granitemoe")),
+    ],
+)
+def test_the_bytes_are_the_librarys(kind: str, quants: tuple[str, ...], tmp_path: Path, whole: Any) -> None:
     """Each expert as the library compresses the matrix that transformers computes with."""
     base = make(tmp_path / "base", kind)
     name, experts = experts_of(base)
-    out = written(base, tmp_path / "out", *FEW, *(["fp8-block"] if kind == "llama4_text" else []))
+    out = written(base, tmp_path / "out", *quants)
     for quant, path in out.items():
         assert sum(tensor.dim() == 3 for tensor in stored(base).values()) == 2, "stacked"
         ours = stored(path)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from jinja2.exceptions import TemplateError
@@ -39,11 +40,8 @@ STRICT = {"function": {**WEATHER["function"], "name": "forecast", "strict": True
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
     """What vLLM sets for its platform in this process is not left to other tests, whose workers would not be forked."""
-    before = dict(os.environ)
-    yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
+    with patch.dict(os.environ):
+        yield
 
 
 def user(text: str) -> dict[str, Any]:
