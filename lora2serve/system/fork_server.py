@@ -51,9 +51,11 @@ def load() -> str:
     """Import the libraries; why this process must not fork, or nothing."""
     before = dict(os.environ)
     os.environ.update(WITHOUT_THREADS)
+    gc.disable()  # it would look again and again at what the libraries bring: a quarter of the time
     for library in LIBRARIES:
         with suppress(Exception):  # not installed, or broken: the worker that needs it says so
             import_module(library)
+    gc.enable()
     for name in WITHOUT_THREADS:
         os.environ.pop(name)
         if name in before:
