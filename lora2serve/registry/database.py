@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -58,15 +60,16 @@ class Database:
             return str(connection.scalar(select(settings.c.value).where(settings.c.key == CONTENT)) or "")
 
     def close(self) -> None:
-        """End its connections."""
-        self.engine.dispose()
+        """End its connections; those to a sqlite file end with their transactions."""
+        if not self.location.folder:
+            self.engine.dispose()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """One transaction that sees one state; also on a disk that is full or read-only."""
         with self.errors(), ExitStack() as stack:
             try:
-                connection = stack.enter_context(self.engine.connect())
+                connection = stack.enter_context(self._connect())
             except exc.OperationalError as error:
                 unwritable = any(text in str(error.orig) for text in UNWRITABLE)
                 if not self.location.folder or not unwritable or _unmerged(self.location.file):
@@ -79,7 +82,7 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """One transaction that nobody else writes beside; committed at the end, undone by an exception."""
-        with self.errors(), self._turn(), self.engine.connect() as plain:
+        with self.errors(), self._turn(), self._connect() as plain:
             connection = plain.execution_options(lora2serve_write=True)
             with connection.begin():
                 if not self.location.folder:
@@ -99,7 +102,7 @@ class Database:
     def content_lock(self, *, alone: bool) -> Iterator[None]:
         """Held in Postgres while files are added or removed; ``alone``: nobody else holds it."""
         kind = "" if alone else "_shared"
-        with self.errors(), self.engine.connect() as connection:
+        with self.errors(), self._connect() as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_lock{kind}({LOCK}, 1)")
             connection.commit()
             try:
@@ -119,6 +122,15 @@ class Database:
             raise RegistryError(f"registry {self.location.shown}: {reason}", hint) from None
         except UnicodeEncodeError as error:  # half a character: of an argument that is not UTF-8, or out of JSON
             raise UsageError(f"{show(error.object)}: expected Unicode text") from None
+
+    def _connect(self) -> Connection:
+        if not self.location.folder:
+            return self.engine.connect()
+        token = _file.set(self.location.file)
+        try:
+            return self.engine.connect()
+        finally:
+            _file.reset(token)
 
     def _prepare(self, create: bool, content: str) -> None:
         found = migrations.schema_of(self)
@@ -155,13 +167,25 @@ def _none_there(location: Location) -> UsageError:
 
 
 def _engine(location: Location) -> Engine:
-    if not location.folder:
-        try:
-            engine = create_engine(location.url, poolclass=pool.NullPool, connect_args={"connect_timeout": 10})
-        except exc.ArgumentError as error:
-            raise UsageError(f"registry {location.shown}: {first_line(error)}") from None
-        return engine
-    engine = create_engine(location.url, poolclass=pool.NullPool, connect_args={"timeout": PATIENCE})
+    if location.folder:
+        return _sqlite_engine()
+    try:
+        return create_engine(location.url, poolclass=pool.NullPool, connect_args={"connect_timeout": 10})
+    except exc.ArgumentError as error:
+        raise UsageError(f"registry {location.shown}: {first_line(error)}") from None
+
+
+_file: ContextVar[Path] = ContextVar("file")  # which one a connection is made to
+
+
+@cache
+def _sqlite_engine() -> Engine:
+    """One for all sqlite files: it compiles each question once, where an engine of each file's own would again."""
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(_file.get(), timeout=PATIENCE, check_same_thread=False)
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=pool.NullPool)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -169,7 +193,8 @@ def _engine(location: Location) -> Engine:
 
 def _still_engine(location: Location) -> Engine:
     """Reads a sqlite file without the files that sqlite makes beside it; right while nobody writes."""
-    return create_engine(f"sqlite:///file:{quote(str(location.file))}?immutable=1&uri=true", poolclass=pool.NullPool)
+    address = f"file:{quote(str(location.file))}?immutable=1"
+    return create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True), poolclass=pool.NullPool)
 
 
 def _unmerged(file: Path) -> bool:

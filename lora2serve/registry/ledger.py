@@ -152,14 +152,17 @@ class Ledger:
         there = {
             row.path: row.sha256 for row in self.connection.execute(select(files.c.path, files.c.sha256).where(own))
         }
+        new = []
         for path, blob in blobs.items():
             if path.startswith(f"{EXPORTS}/"):
                 continue
             row = {"name": name, "number": number, "path": path, "sha256": blob.sha256, "size": blob.size}
             if path not in there:
-                self.connection.execute(files.insert(), row)
+                new.append(row)
             elif path.startswith(LATER) and there[path] != blob.sha256:
                 self.connection.execute(files.update().where(own, files.c.path == path).values(row))
+        if new:
+            self.connection.execute(files.insert(), new)
 
     def _add_exports(self, name: str, number: int, source: VersionSource, blobs: Mapping[str, Blob]) -> None:
         own = and_(exports.c.name == name, exports.c.number == number)

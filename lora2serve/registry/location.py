@@ -25,7 +25,7 @@ SHARED = (
 
 @dataclass(frozen=True)
 class Location:
-    """``folder`` is that of a sqlite registry; ``url`` is the address of a Postgres, as SQLAlchemy has it."""
+    """Of a sqlite registry its folder; of a Postgres its address, as SQLAlchemy has it."""
 
     folder: Path | None
     url: str
@@ -49,7 +49,7 @@ def find_location(name: str | Path | None = None) -> Location:
         folder = plain_path(Path(text).expanduser()).absolute()
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder}: a file, expected the folder of a registry", f"the file {FILE} lies in it")
-        return Location(folder, f"sqlite:///{folder / FILE}")
+        return Location(folder, "")
     scheme, _, rest = text.partition("://")
     if scheme not in ("postgresql", "postgres", "postgresql+psycopg") or not _database_of(text):
         raise UsageError(

@@ -78,7 +78,7 @@ def kill_at_random(location: str, runs: list[Path], times: int) -> int:
 
 
 def test_kills(location: str, runs: list[Path]) -> None:
-    assert kill_at_random(location, runs, 8) >= 1  # how many more are added by then depends on the machine
+    assert kill_at_random(location, runs, 5) >= 1  # how many more are added by then depends on the machine
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_200_kills(location: str, runs: list[Path]) -> None:
     assert kill_at_random(location, runs, 200) > RUNS // 2
 
 
-@pytest.mark.parametrize("removed", [0, 8, 16])
+@pytest.mark.parametrize("removed", [pytest.param(0, marks=pytest.mark.slow), 8, 16])
 def test_a_gc_that_ends_amid_its_work(location: str, runs: list[Path], removed: int) -> None:
     """After so many files are gone: what can be had is whole, and nothing of the rest is left by the next one."""
 
@@ -120,7 +120,7 @@ def test_a_gc_that_ends_amid_its_work(location: str, runs: list[Path], removed: 
         }
 
 
-@pytest.mark.parametrize(("processes", "turns"), [(4, 12), pytest.param(8, 50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "turns"), [(3, 8), pytest.param(8, 50, marks=pytest.mark.slow)])
 def test_promotions_at_once(location: str, runs: list[Path], processes: int, turns: int) -> None:
     """Each process moves the alias between two versions of its own, so that every promotion is a move."""
     with Registry(location) as registry:
@@ -145,7 +145,7 @@ def test_promotions_at_once(location: str, runs: list[Path], processes: int, tur
         assert registry.verify() == 2 * processes and registry.aliases("m") == {"champion": moves[-1].new}
 
 
-@pytest.mark.parametrize("turns", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("turns", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_adding_and_collecting_at_once(location: str, runs: list[Path], turns: int) -> None:
     """What one process adds while others collect has its files; what is collected is added again."""
 

@@ -164,7 +164,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
 
 TestRegistry = RegistryMachine.TestCase
-TestRegistry.settings = settings(max_examples=5, stateful_step_count=12, deadline=None)
+TestRegistry.settings = settings(max_examples=3, stateful_step_count=10, deadline=None)
 
 
 @pytest.mark.slow
