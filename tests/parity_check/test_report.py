@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import fields, replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -143,10 +144,15 @@ def test_one_that_cannot_be_written_leaves_no_half(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.xml", "summary.md"}
 
 
-def schema_errors(content: object) -> list[str]:
+@cache
+def validator() -> Draft202012Validator:
     schema = json.loads((Path(writers.__file__).parent / "report.schema.json").read_text())
     Draft202012Validator.check_schema(schema)
-    return [error.message for error in Draft202012Validator(schema).iter_errors(content)]
+    return Draft202012Validator(schema)
+
+
+def schema_errors(content: object) -> list[str]:
+    return [error.message for error in validator().iter_errors(content)]
 
 
 def test_schema(tmp_path: Path) -> None:

@@ -9,13 +9,18 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora2serve.artifacts.suite_scores import SuiteFigure
 from lora2serve.evaluation.eval_records import SuiteEvaluation, items_path, write_items, write_whole
 from lora2serve.evaluation.eval_report import MOST_CHANGES, EvalReport, FigureDifference
 from lora2serve.evaluation.suite_run import Measured
 from lora2serve.parity_check.report.html_page import page_environment
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 PAGE, DATA = "report.html", "report.json"
 SHARES = ("acc", "f1", "judge", "score", "changed")  # figures from 0 to 1, which are drawn
@@ -54,19 +59,28 @@ def write(report: EvalReport, directory: Path) -> Path:
 
 def render(report: EvalReport) -> str:
     """The page."""
+    names = list(dict.fromkeys(name for row in report.subjects for name in row.figures))
+    return (
+        _environment()
+        .get_template("evaluation.html.j2")
+        .render(
+            report=report,
+            verdict=verdict(report),
+            counted=counted(report),
+            metrics=names,
+            charts={name: _bars(report, name) for name in names},
+            pairs=list(dict.fromkeys((change.subject, change.against) for change in report.changes)),
+        )
+    )
+
+
+@cache  # its templates are compiled once
+def _environment() -> Environment:
     environment = page_environment("lora2serve.evaluation.report")
     environment.globals |= {
         "shown": shown, "label": label, "difference": difference_text, "smallest": smallest_text, "most": MOST_CHANGES,
     }  # fmt: skip
-    names = list(dict.fromkeys(name for row in report.subjects for name in row.figures))
-    return environment.get_template("evaluation.html.j2").render(
-        report=report,
-        verdict=verdict(report),
-        counted=counted(report),
-        metrics=names,
-        charts={name: _bars(report, name) for name in names},
-        pairs=list(dict.fromkeys((change.subject, change.against) for change in report.changes)),
-    )
+    return environment
 
 
 def verdict(report: EvalReport) -> str:

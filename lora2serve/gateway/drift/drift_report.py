@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lora2serve.artifacts.json_record import JsonRecord
 from lora2serve.gateway.drift.drift_test import LEVEL, PERMUTATIONS, SMALLEST, FeatureDrift
 from lora2serve.system.small_files import write_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 PAGE, RECORD = "report.html", "report.json"
 MEANINGS = {
@@ -75,9 +79,14 @@ def write_report(report: DriftReport, folder: Path) -> Path:
 
 def render_report(report: DriftReport) -> str:
     """The page; ``templates/drift.html.j2`` is its form."""
+    page = _environment().get_template("drift.html.j2")
+    return page.render(report=report, level=LEVEL, permutations=PERMUTATIONS, smallest=SMALLEST)
+
+
+@cache  # its templates are compiled once
+def _environment() -> Environment:
     from lora2serve.parity_check.report.html_page import page_environment
 
     environment = page_environment("lora2serve.gateway.drift")
     environment.globals |= {"change": change, "meanings": MEANINGS}
-    page = environment.get_template("drift.html.j2")
-    return page.render(report=report, level=LEVEL, permutations=PERMUTATIONS, smallest=SMALLEST)
+    return environment

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from lora2serve import console
@@ -155,6 +156,7 @@ def page_environment(*packages: str) -> Environment:
     )
 
 
+@cache  # its templates are compiled once
 def _environment() -> Environment:
     environment = page_environment()
     environment.globals |= {

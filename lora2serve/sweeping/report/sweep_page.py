@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from lora2serve.console import size, upper_first
@@ -33,6 +34,7 @@ def render(report: SweepReport) -> str:
     )
 
 
+@cache  # its templates are compiled once
 def _environment() -> Environment:
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
