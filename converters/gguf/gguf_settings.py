@@ -33,7 +33,7 @@ IMATRIX_KEYS = "quantize.imatrix.*"
 
 def plan_settings(model: ExportModel, options: GgufOptions) -> PlannedSettings:
     """Those of the model's files, and of its projector's."""
-    with Llama() as llama:
+    with Llama(at_once=False) as llama:  # of float types there is nothing to ask
         return plan_files(model, options, llama)[0]
 
 

@@ -24,26 +24,38 @@ def drawn(count: int, seed: int) -> Positions:
     return Positions(kl, even > 0, even * 0, even * 0, even, even * 1e-9, even)
 
 
-def figures(count: int) -> Iterator[Estimate]:
-    for seed in range(10):
+# draws, and resamples of each: weekly twice as many draws as show it, with the interval that users get
+DRAWS = pytest.mark.parametrize(
+    ("draws", "resamples"), [(10, 100), pytest.param(20, metrics.RESAMPLES, marks=pytest.mark.slow)]
+)
+
+
+def figures(count: int, draws: int) -> Iterator[Estimate]:
+    for seed in range(draws):
         yield metrics.figures(drawn(count, seed), np.arange(count) // 256)["p999_kl"]
 
 
-@pytest.fixture(autouse=True)
-def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "RESAMPLES", 100)
+@pytest.fixture
+def only_the_tail(monkeypatch: pytest.MonkeyPatch, resamples: int) -> None:
+    """Of all figures the one that is looked at."""
+    monkeypatch.setattr(metrics, "RESAMPLES", resamples)
+    monkeypatch.setattr(metrics, "STATISTICS", {"p999_kl": metrics.STATISTICS["p999_kl"]})
 
 
-def test_a_tail_of_too_few_positions_is_shown_and_not_judged() -> None:
+@DRAWS
+@pytest.mark.usefixtures("only_the_tail")
+def test_a_tail_of_too_few_positions_is_shown_and_not_judged(draws: int) -> None:
     """Two positions lie beyond: the upper end is the largest value, which is far out for a sound export too."""
-    estimates = list(figures(2048))
+    estimates = list(figures(2048, draws))
     assert all(estimate.unjudged for estimate in estimates)
     red = np.mean([estimate.high > 2 * TRUE_P999 for estimate in estimates])
     assert red > 0.1, "the control: judged, it would fail an export that is at half of its bound"
 
 
-def test_a_tail_of_enough_positions_is_judged() -> None:
-    estimates = list(figures(10_240))
+@DRAWS
+@pytest.mark.usefixtures("only_the_tail")
+def test_a_tail_of_enough_positions_is_judged(draws: int) -> None:
+    estimates = list(figures(10_240, draws))
     assert not any(estimate.unjudged for estimate in estimates)
     assert not any(estimate.high > 3 * TRUE_P999 for estimate in estimates), "sound ones"
     assert all(estimate.high > TRUE_P999 / 2 for estimate in estimates), "twice the bound"
@@ -55,10 +67,16 @@ def measured(kl: float, base: float, count: int = 512) -> Behavior:
     return Behavior(own, other, np.arange(count) // 64, even > 0)
 
 
+@pytest.fixture
+def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "RESAMPLES", 100)
+
+
 def verdict(behavior: Behavior, bounds: Thresholds, noise: float) -> gates.Gate:
     return gates.behavior(behavior, behavior.measure(), bounds, str, noise)
 
 
+@pytest.mark.usefixtures("fewer_resamples")
 def test_what_is_less_than_noise_is_no_signal() -> None:
     """A random model whose adapter changes nothing to speak of: KL of 5e-11 beside 2e-11."""
     bounds, noise = thresholds.lookup("bfloat16"), thresholds.noise("bfloat16")

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from converters.gguf import presets
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.cli import run as command
@@ -226,7 +227,16 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
+# those that ask llama.cpp for what others show as well
+BESIDE = ("folders", "adapter in Ollama", "float16")
+
+
+def by_name(names: Iterable[str]) -> pytest.MarkDecorator:
+    marked = [pytest.param(name, marks=pytest.mark.engine) if name in BESIDE else name for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+@by_name(CHOICES)
 def test_what_was_chosen_at_the_export(exports: Exports, name: str, tmp_path: Path) -> None:
     """Is on record, and no difference; also where an earlier version wrote the manifest, as far as it tells. The
     control: under the record of another choice.
@@ -243,22 +253,27 @@ def test_what_was_chosen_at_the_export(exports: Exports, name: str, tmp_path: Pa
     assert checked(export, exports.base, exports.adapter).gate.status == "missed" or target == "adapter"
 
 
-def test_a_split_file_of_unknown_types(exports: Exports, tmp_path: Path) -> None:
-    """Types that an importance matrix decided are not planned again, nor how many files they fill, and that is said.
+@pytest.mark.parametrize("quant", ["Q4_0", pytest.param("IQ3_XS", marks=pytest.mark.engine)])
+def test_a_split_file_of_unknown_types(
+    exports: Exports, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Types that an importance matrix decided are not planned again, nor how many files they fill, and that is said;
+    also with a type that is taken for one of them: llama.cpp computes a second for the tables of a true one.
 
     The controls: a file that is none of the split one's, and one that is missing where the types are known.
     """
-    options = {"quants": "IQ3_XS", "imatrix": make_imatrix(tmp_path / "imatrix.gguf", exports.base)}
+    monkeypatch.setattr(presets, "PRESETS_THAT_NEED_IMATRIX", (quant,))
+    options = {"quants": quant, "imatrix": make_imatrix(tmp_path / "imatrix.gguf", exports.base)}
     split = exported(exports.adapter, tmp_path / "out", "gguf", exports.base, **options, split_size="100KB")
     result = checked(split, exports.base, exports.adapter)
     assert (result.gate.status, result.differences) == ("met", ()), result.gate
     assert any(note.endswith("and so how many files there are") for note in result.not_compared), "planned are others"
 
-    foreign = ["another-00001-of-00002.gguf", f"{Manifest.read(split).name}-IQ3_XS-more.gguf"]
+    foreign = ["another-00001-of-00002.gguf", f"{Manifest.read(split).name}-{quant}-more.gguf"]
     export = damaged(split, tmp_path / "more", both(*(nobody_planned(name) for name in foreign)))
     assert sorted(each.path for each in checked(export, exports.base, exports.adapter).differences) == sorted(foreign)
 
-    known = exported(exports.adapter, tmp_path / "known", "gguf", exports.base, quants="Q8_0", split_size="300KB")
+    known = exported(exports.adapter, tmp_path / "known", "gguf", exports.base, quants="F16", split_size="600KB")
     last = max(path.name for path in known.glob("*.gguf"))
     result = checked(damaged(known, tmp_path / "fewer", lost(last)), exports.base, exports.adapter)
     assert [each.path for each in result.differences] == [last]
@@ -272,7 +287,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@by_name(MODELS)
 def test_sound_exports_of_other_models(name: str, tmp_path: Path) -> None:
     """Without a run, and without an adapter."""
     kind, changes = MODELS[name]

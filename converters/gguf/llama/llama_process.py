@@ -28,17 +28,20 @@ class TokenAnswer(TypedDict, total=False):
 
 
 class Llama:
-    """A context manager: entering it starts the process, which imports while we plan; leaving it ends it."""
+    """A context manager: entering it starts the process, which imports while we plan; leaving it ends it.
 
-    def __init__(self) -> None:
+    ``at_once`` false: the first question starts it, where there may be none.
+    """
+
+    def __init__(self, at_once: bool = True) -> None:
+        self._at_once = at_once
         self.installed = find_spec("llama_cpp") is not None
         self._folder = scratch.temporary_folder("llama")
         self._child: WorkerProcess | None = None
 
     def __enter__(self) -> Llama:
-        if self.installed:
-            log = Path(self._folder.name) / "log"
-            self._child = WorkerProcess("llama.cpp", WORKER, {}, log, fork="never")  # it needs no torch
+        if self.installed and self._at_once:
+            self._started()
         return self
 
     def __exit__(
@@ -65,9 +68,15 @@ class Llama:
         return answer
 
     def _call(self, job: str, **arguments: Any) -> Any:
-        assert self._child is not None
+        assert self.installed
         try:
-            return self._child.call(job, **arguments)
+            return self._started().call(job, **arguments)
         except EngineError as error:
             hint = f"please report this, with the model's name; --target vllm serves it; {error.hint}"
             raise ExportError(error.message, hint) from None
+
+    def _started(self) -> WorkerProcess:
+        if self._child is None:
+            log = Path(self._folder.name) / "log"
+            self._child = WorkerProcess("llama.cpp", WORKER, {}, log, fork="never")  # it needs no torch
+        return self._child
