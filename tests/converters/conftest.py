@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from converters.gguf.import_gguf import without_extras
+
+without_extras()  # before a test imports gguf by itself, with all that vLLM brings for it
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
