@@ -80,6 +80,11 @@ class Feedback:
         return None if record.arm == "shadow" else self.score
 
 
+DEFAULTS: Mapping[type, Mapping[str, object]] = {
+    kind: {spec.name: spec.default for spec in fields(kind)} for kind in (RequestRecord, Feedback)
+}
+
+
 class TrafficObserver(Protocol):
     """Hears of every record and feedback once it is stored, in order, always in the same thread, which may wait."""
 
@@ -104,13 +109,13 @@ def unit_hash(secret: bytes, name: str, unit: str) -> str:
 
 def to_text(entry: RequestRecord | Feedback) -> str:
     """One line of JSON, without what is at its default."""
-    defaults = {spec.name: spec.default for spec in fields(entry)}
+    defaults = DEFAULTS[type(entry)]
     content = {key: value for key, value in vars(entry).items() if value != defaults[key] and value != {}}
     return json.dumps({**content, "sequence": entry.sequence}, ensure_ascii=True, separators=(",", ":"))
 
 
 def from_text(kind: type[R], text: str, sequence: int) -> R:
     """The entry in a line that any version has written: keys that this one does not know are passed over."""
-    known = {spec.name for spec in fields(kind)}
+    known = DEFAULTS[kind]
     content = {key: value for key, value in json.loads(text).items() if key in known}
     return kind(**{**content, "sequence": sequence})

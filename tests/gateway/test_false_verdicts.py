@@ -9,7 +9,7 @@ import pytest
 
 from lora2serve.gateway.decisions.decision_rules import DecisionRule
 from lora2serve.gateway.request_record import Feedback, RequestRecord
-from lora2serve.gateway.traffic_store import FILE, TrafficStore
+from lora2serve.gateway.traffic_store import FILE, Entry, TrafficStore
 from tests.support.trials import ALIASES, Heard, maker, moves, plan, request
 
 ERRORS, LATENCY = DecisionRule("errors", worse_by=0.01), DecisionRule("latency", worse_by=0.2, quantile=0.5)
@@ -19,8 +19,10 @@ REFUSED = {"status": 400, "error": "refused"}
 def pairs(place: Path, count: int, champion: dict[str, object], copy: dict[str, object]) -> list[str]:
     """The outcomes for so many copies of that kind."""
     made = maker(place, plan(ERRORS, mode="shadow"))
-    for number in range(count):
-        TrafficStore(place).append([request(number, "champion", 1, **champion), request(number, "shadow", 2, **copy)])
+    entries = [
+        (request(number, "champion", 1, **champion), request(number, "shadow", 2, **copy)) for number in range(count)
+    ]
+    TrafficStore(place).append([record for pair in entries for record in pair])
     return [verdict.outcome for verdict in made.act()]
 
 
@@ -43,20 +45,22 @@ def test_copies(place: Path, champion: dict[str, object], copy: dict[str, object
 @pytest.mark.parametrize(("share", "stopped"), [(3, True), (1, False)])
 def test_a_challenger_that_refuses_long_prompts(place: Path, share: int, stopped: bool) -> None:
     """One in four requests is refused by both, which is the clients' fault; what only one refuses is its own."""
-    made, writer = maker(place, plan(ERRORS, LATENCY)), TrafficStore(place)
+    made, entries = maker(place, plan(ERRORS, LATENCY)), []
     for number in range(800):
         version = number % 2 + 1
         refused = number // 2 % 4 < (share if version == 2 else 1)
-        writer.append([request(number, ALIASES[version - 1], version, seconds=1.0, **(REFUSED if refused else {}))])
+        entries.append(request(number, ALIASES[version - 1], version, seconds=1.0, **(REFUSED if refused else {})))
+    TrafficStore(place).append(entries)
     assert [verdict.outcome for verdict in made.act()] == (["rollback"] if stopped else [])
 
 
 def test_a_challenger_that_fails_in_streams_only(place: Path) -> None:
-    made, writer = maker(place, plan(ERRORS)), TrafficStore(place)
+    made, entries = maker(place, plan(ERRORS)), []
     for number in range(400):
         version, stream = number % 2 + 1, number // 2 % 2 == 0
         error = {"error": "in_stream"} if stream and version == 2 else {}
-        writer.append([request(number, ALIASES[version - 1], version, stream=stream, **error)])
+        entries.append(request(number, ALIASES[version - 1], version, stream=stream, **error))
+    TrafficStore(place).append(entries)
     assert [(verdict.outcome, verdict.measure) for verdict in made.act()] == [("rollback", "errors")]
 
 
@@ -73,46 +77,49 @@ def test_a_challenger_that_hangs(
     place: Path, champion: dict[str, object], challenger: dict[str, object], stopped: bool
 ) -> None:
     """Clients do not wait as long as the gateway does: that they left is all that is seen of it."""
-    made, writer = maker(place, plan(ERRORS)), TrafficStore(place)
+    made, entries = maker(place, plan(ERRORS)), []
     for number in range(200):
         changes = challenger if number % 2 else champion
-        writer.append([request(number, ALIASES[number % 2], number % 2 + 1, **(changes if number % 3 else {}))])
+        entries.append(request(number, ALIASES[number % 2], number % 2 + 1, **(changes if number % 3 else {})))
+    TrafficStore(place).append(entries)
     assert [verdict.outcome for verdict in made.act()] == (["rollback"] if stopped else [])
 
 
 def test_refusals_are_not_fast_answers(place: Path) -> None:
     """A challenger that refuses at once what it should answer slowly gets no better times by it."""
-    made, writer = maker(place, plan(LATENCY)), TrafficStore(place)
+    made, entries = maker(place, plan(LATENCY)), []
     for number in range(400):
         version, refused = number % 2 + 1, number // 2 % 4 < 3
         slow = {"seconds": 2.0 if version == 2 else 1.0 + number % 7 / 100}
         quick = {"seconds": 0.001, **REFUSED} if version == 2 else slow
-        writer.append([request(number, ALIASES[version - 1], version, **(quick if refused else slow))])
+        entries.append(request(number, ALIASES[version - 1], version, **(quick if refused else slow)))
+    TrafficStore(place).append(entries)
     assert [(verdict.outcome, verdict.measure) for verdict in made.act()] == [("rollback", "latency")]
 
 
 @pytest.mark.parametrize("arm", ALIASES)
 def test_feedback_for_one_arm_only(place: Path, arm: str) -> None:
     """Nothing is compared, so nothing is decided: neither that one is worse nor that it is good enough."""
-    made, writer = maker(place, plan(DecisionRule("truth", worse_by=0.0, promote_within=0.5))), TrafficStore(place)
+    made, entries = maker(place, plan(DecisionRule("truth", worse_by=0.0, promote_within=0.5))), list[Entry]()
     for number in range(300):
         version = number % 2 + 1
-        writer.append([request(number, ALIASES[version - 1], version)])
+        entries.append(request(number, ALIASES[version - 1], version))
         if ALIASES[version - 1] == arm:
-            writer.append([Feedback(request_id=f"r{number}", at=0.0, score=float(arm == "challenger"))])
+            entries.append(Feedback(request_id=f"r{number}", at=0.0, score=float(arm == "challenger")))
+    TrafficStore(place).append(entries)
     assert made.act() == [] and made.status()[0].evidence[0].bets == 0
 
 
 def test_one_request_id_for_all(place: Path) -> None:
     """Such as a session's: each request is one of its own, and feedback is on the last."""
-    made, writer = maker(place, plan(ERRORS, DecisionRule("truth"))), TrafficStore(place)
+    made, writer, entries = maker(place, plan(ERRORS, DecisionRule("truth"))), TrafficStore(place), list[Entry]()
     for number in range(200):
         version = number % 2 + 1
         error = "upstream_gone" if version == 2 and number % 4 == 1 else ""
         same = replace(request(number, ALIASES[version - 1], version, error=error), request_id="session")
         after = [replace(request(number, "champion", 1), request_id="session")] if error else []
-        writer.append([same, *after])
-        writer.append([Feedback(request_id="session", at=0.0, score=float(version == 1 or bool(error)))])
+        entries += [same, *after, Feedback(request_id="session", at=0.0, score=float(version == 1 or bool(error)))]
+    writer.append(entries)
     by_arm = {record.arm: record.at for record in writer.of_request("session")}
     assert by_arm == {"challenger": 199.0}, "of an id that was used again, the last"
     verdicts = made.act()

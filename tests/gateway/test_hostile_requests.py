@@ -153,7 +153,7 @@ def test_what_the_log_says(bed: TestBed, monkeypatch: pytest.MonkeyPatch) -> Non
             chat(bed.url, "a b c", model=model, stream=True)
     upgrade = b"GET /echo HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     with pytest.raises(TimeoutError):
-        raw(bed.url, upgrade, patience=0.5)
+        raw(bed.url, upgrade, patience=0.2)
     lines = [record.getMessage().partition(" (")[0] for record in log.buffer]
     own = [line for line in lines if line != "Exception in ASGI application\n"]  # the stub's, which breaks off
     assert own == ["prod: connection lost"] * 2 + ["Unsupported upgrade request."]

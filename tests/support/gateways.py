@@ -18,7 +18,7 @@ import yaml
 
 from lora2serve import Registry, start_gateway
 from lora2serve.artifacts.manifest import FileEntry
-from lora2serve.gateway import routing
+from lora2serve.gateway import record_writer, routing
 from lora2serve.gateway.request_record import RequestRecord, TrafficObserver
 from lora2serve.gateway.run_gateway import RunningGateway
 from lora2serve.gateway.traffic_store import Entry, TrafficStore
@@ -170,11 +170,13 @@ def test_bed(
     stubs: Mapping[str, StubUpstream] | None = None, observers: Sequence[TrafficObserver] = (), **config: Any,
 ) -> Iterator[TestBed]:  # fmt: skip
     """A gateway in front of stubs, on a copy of the registry ``seed``; ``config`` goes over its gateway.yaml, and of
-    upstreams over what each has. It looks at its registry more often than others do.
+    upstreams over what each has. It looks at its registry, and for records to store, more often than others do.
     """
     shutil.copytree(seed / "registry", folder / "registry")
     with ExitStack() as stack:
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(routing, "POLL", 0.1)
+        patched = stack.enter_context(pytest.MonkeyPatch.context())
+        patched.setattr(routing, "POLL", 0.1)
+        patched.setattr(record_writer, "PAUSE", 0.02)
         own = stack.enter_context(Registry(folder / "registry", author="tester"))
         for alias, number in (aliases or {"champion": 1}).items():
             own.promote(f"towns@{number}", alias)

@@ -194,6 +194,17 @@ def error(message: str, code: int) -> dict[str, object]:
     return {"error": {"message": message, "type": "Error", "param": None, "code": code}}
 
 
+class _Hurried:
+    """What uvicorn has of asyncio: whether it is to end it asks every tenth of a second, and waits as long before it does."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 10)
+
+
+setattr(uvicorn.server, "asyncio", _Hurried())  # noqa: B010  # of this process, the gateway's servers too
 _running: list[uvicorn.Server] = []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from lora2serve import Registry
@@ -42,11 +41,11 @@ def maker(place: Path, plans: list[TrialPlan], heard: Heard | None = None, state
 
 
 def request(number: int, arm: str, version: int, **values: object) -> RequestRecord:
-    record = RequestRecord(
-        request_id=f"r{number}", at=float(number), name=NAME, version=version, arm=arm, upstream="prod",  # type: ignore[arg-type]
-        unit=f"u{number}", path="/v1/chat/completions", status=200,
-    )  # fmt: skip
-    return replace(record, **values)  # type: ignore[arg-type]
+    usual = {
+        "request_id": f"r{number}", "at": float(number), "name": NAME, "version": version, "arm": arm,
+        "upstream": "prod", "unit": f"u{number}", "path": "/v1/chat/completions", "status": 200,
+    }  # fmt: skip
+    return RequestRecord(**{**usual, **values})  # type: ignore[arg-type]
 
 
 def moves(place: Path) -> list[tuple[str, str, int | None]]:

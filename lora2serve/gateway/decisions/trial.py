@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
@@ -114,17 +114,17 @@ class Trial:
 
     def verdict(self) -> TrialVerdict | None:
         """What to do; None while nothing is certain enough."""
-        bound, evidence = -math.log(self.recipe.false_alarms), self.evidence()
-        if not evidence:
+        if not self.rules:
             return None
-        if self.log_e_worse >= bound:
-            leading = max(evidence, key=lambda each: each.log_e_worse)
+        bound, log_e_worse = -math.log(self.recipe.false_alarms), self.log_e_worse
+        if log_e_worse >= bound:
+            leading = max(self.rules.values(), key=lambda each: each.worse.log_e)
             outcome: Outcome = "stop-shadow" if self.mode == "shadow" else "rollback"
-            return self._verdict(outcome, leading, self.log_e_worse, evidence)
-        promoting = [(each, each.log_e_better) for each in evidence if each.log_e_better is not None]
+            return self._verdict(outcome, leading, log_e_worse)
+        promoting = [(each, each.better.log_e) for each in self.rules.values() if each.better]
         if promoting and all(log_e >= bound for _, log_e in promoting):
             weakest, log_e = min(promoting, key=lambda pair: pair[1])
-            return self._verdict("promote", weakest, log_e, evidence)
+            return self._verdict("promote", weakest, log_e)
         return None
 
     def record(self) -> TrialRecord:
@@ -135,10 +135,9 @@ class Trial:
             dict(self._units), self.outcome,
         )  # fmt: skip
 
-    def _verdict(
-        self, outcome: Outcome, rule: RuleEvidence, log_e: float, evidence: Sequence[RuleEvidence]
-    ) -> TrialVerdict:
-        return TrialVerdict(outcome, self.name, self.champion, self.challenger, rule.measure, log_e, tuple(evidence))
+    def _verdict(self, outcome: Outcome, rule: RuleTest, log_e: float) -> TrialVerdict:
+        measure = rule.rule.measure
+        return TrialVerdict(outcome, self.name, self.champion, self.challenger, measure, log_e, self.evidence())
 
     def _counts(self, measure: Measure, unit: Unit, at: float) -> bool:
         """Whether a rule takes it: one observation of each unit in a while, or of each request."""

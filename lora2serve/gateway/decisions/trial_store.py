@@ -23,7 +23,7 @@ class TrialStore:
     def write(self, key: str, record: TrialRecord) -> None:
         """Write it, so that a crash leaves this state or the one before. OSError where the disk refuses."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._path(key), record.to_text(indent=0), durable=True)
+        write_text(self._path(key), record.to_text(indent=None), durable=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.json"
