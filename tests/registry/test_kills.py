@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from contextlib import suppress
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +129,14 @@ def test_promotions_at_once(location: str, runs: list[Path], processes: int, tur
         for run in (*runs[: 2 * processes], runs[0]):
             registry.add(run, name="m")
 
+        together = get_context("fork").Barrier(processes)
+
         def promote(first: int) -> None:
             with Registry(location) as own:
+                together.wait(60)
                 for turn in range(turns):
                     own.promote(f"m@{first + turn % 2}", why=f"{first}: {turn}")
+                    time.sleep(0.001)  # on a busy machine one would be done before the next gets a core
 
         children = [forked(lambda first=2 * number + 1: promote(first)) for number in range(processes)]  # type: ignore[misc]
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
