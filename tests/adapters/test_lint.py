@@ -108,37 +108,50 @@ LOADED: list[tuple[str, dict[str, tuple[int, ...]]]] = [
 ]
 
 
+WITH_HEADS = {**PLAIN, "modules_to_save": ["score", "classifier"]}
+
+
+@pytest.mark.parametrize(("rule", "shapes"), LOADED)
+def test_what_cannot_be_loaded(rule: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    found = lint(WITH_HEADS, [TensorSpec(name, shape, "F32") for name, shape in shapes.items()], LLAMA)
+    assert {one.rule for one in found} == ({rule} if rule else set())
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize(("rule", "shapes"), LOADED)
 def test_loaded_as_the_lint_says(rule: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    config = {**PLAIN, "modules_to_save": ["score", "classifier"]}
-    found = lint(config, [TensorSpec(name, shape, "F32") for name, shape in shapes.items()], LLAMA)
-    assert {one.rule for one in found} == ({rule} if rule else set())
-    assert bool(loaded(config, shapes)) == bool(rule)
+    assert bool(loaded(WITH_HEADS, shapes)) == bool(rule)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        A,
-        A.replace("lora_A", "lora_B"),
-        A.replace("lora_A.weight", "lora_embedding_A"),
-        A.replace("lora_A.weight", "lora_magnitude_vector"),
-        A.replace("lora_A.weight", "weight"),
-        A.replace("lora_A.weight", "bias"),
-        A.replace("lora_A", "lora_B").replace("weight", "bias"),
-        "base_model.model.score.weight",
-        "base_model.model.classifier.bias",
-        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
-    ],
-)
-def test_tensor_names(name: str) -> None:
+NAMES = [
+    (A, True),
+    (A.replace("lora_A", "lora_B"), True),
+    (A.replace("lora_A.weight", "lora_embedding_A"), True),
+    (A.replace("lora_A.weight", "lora_magnitude_vector"), False),
+    (A.replace("lora_A.weight", "weight"), False),
+    (A.replace("lora_A.weight", "bias"), False),
+    (A.replace("lora_A", "lora_B").replace("weight", "bias"), False),
+    ("base_model.model.score.weight", True),
+    ("base_model.model.classifier.bias", True),
+    ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", False),
+]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "taken"), NAMES)
+def test_names_that_vllm_takes(name: str, taken: bool) -> None:
+    """What it imports for that takes seconds."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
-    try:
+    if taken:
         parse_fine_tuned_lora_name(name)
-        taken = True
-    except ValueError:
-        taken = False
+    else:
+        with pytest.raises(ValueError, match="unsupported LoRA weight"):
+            parse_fine_tuned_lora_name(name)
+
+
+@pytest.mark.parametrize(("name", "taken"), NAMES)
+def test_tensor_names(name: str, taken: bool) -> None:
     specs = [TensorSpec(name, (8, 320) if "embedding" in name else (8, 64), "F32")]
     if name == f"{CLASSIFIER}.bias":  # alone it has a good name and cannot be loaded: see LOADED
         specs.append(TensorSpec(f"{CLASSIFIER}.weight", (8, 64), "F32"))
@@ -166,11 +179,10 @@ def test_head() -> None:
     assert lint(head, [], LLAMA) == []
     assert [f.rule for f in lint(head, [], {**LLAMA, "vocab_size": 262144})] == ["head-vocabulary"]
     assert lint(PLAIN, [], {**LLAMA, "vocab_size": 262144}) == []
-    import inspect
-
-    from vllm.lora.layers import logits_processor
-
-    assert f"> {HEAD_LIMIT}" in inspect.getsource(logits_processor), "the limit is the engine's"
+    models = vllm_lora_classes.models_dir()
+    assert models is not None
+    source = (models.parents[1] / "lora" / "layers" / "logits_processor.py").read_text(encoding="utf-8")
+    assert f"> {HEAD_LIMIT}" in source, "the limit is the engine's"
     gemma = {"architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144}
     assert [f.rule for f in lint(head, [], gemma)] == ["target-modules"]
 
@@ -180,6 +192,7 @@ def test_model_without_lora() -> None:
     assert finding.rule == "model" and "GPT2LMHeadModel" in finding.message
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Qwen3ForCausalLM", "MixtralForCausalLM"])
 def test_reader_agrees_with_the_class(name: str) -> None:
     """The source reader says what the imported class says."""

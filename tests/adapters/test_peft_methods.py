@@ -17,7 +17,7 @@ from lora2serve.adapters.adapter import open_adapter
 from lora2serve.config import lora_inits
 from lora2serve.errors import AdapterError
 from tests.support.folding import export_merged, fold, stored, worst_ulp
-from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
+from tests.support.tiny import make_adapter, make_model, merged_by_peft, model_state
 
 QV, QO = ["q_proj", "v_proj"], ["q_proj", "o_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def check(base: Path, adapter: Path, out: Path) -> list[str]:
     """One merge against PEFT's; the names of what it changed, which are those that PEFT changed."""
     got, oracle, old = stored(export_merged(base, [adapter], out)), merged_by_peft(base, adapter), stored(base)
     if not got.keys() <= oracle.keys():  # experts lie otherwise in files than in memory
-        got, old = (load_model(path, torch.bfloat16).state_dict() for path in (out, base))
+        got, old = (model_state(path, torch.bfloat16) for path in (out, base))
     worst = {name: ulp for name, ulp in worst_ulp(got, oracle).items() if ulp > 1}
     assert not worst
     changed = [name for name in got if not torch.equal(got[name], old[name])]

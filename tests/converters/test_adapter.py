@@ -18,7 +18,7 @@ from lora2serve.exporting.stream import Plan, export
 from lora2serve.progress import Silent
 from tests.merge.test_binding import TWO_CLASSES, make_multimodal
 from tests.support.folding import fold, stored
-from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
+from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft, model_state
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_experts(more: dict[str, Any], tmp_path: Path) -> None:
     assert stored(product)[name].shape[0] == 4 * 8
     want, have = (merged_by_peft(base, adapter) for adapter in (source, product))
     assert largest_difference(want, have) < 2e-7
-    assert largest_difference(have, load_model(base).state_dict()) > 1e-3, "the control"
+    assert largest_difference(have, model_state(base)) > 1e-3, "the control"
 
 
 def test_values_stay_as_they_are(base: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_extract_reports_the_true_error(base: Path, tmp_path: Path) -> None:
     product = write(base, source, tmp_path / "out", as_lora_rank=10)
     said = json.loads((product / "lora2serve.json").read_text())["relative_error"]
     want, have = (merged_by_peft(base, adapter) for adapter in (source, product))
-    start = load_model(base).state_dict()
+    start = model_state(base)
     for name, error in said.items():
         measured = float(torch.linalg.norm(want[name] - have[name]) / torch.linalg.norm(want[name] - start[name]))
         assert measured == pytest.approx(error, rel=0.02)

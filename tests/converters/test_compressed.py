@@ -122,10 +122,9 @@ def test_the_bytes_are_the_librarys(quant: str, plain: Path, made: dict[str, Pat
 
 @pytest.mark.parametrize("quant", SCHEMES)
 def test_the_config_is_the_librarys(quant: str, made: dict[str, Path], whole: Any) -> None:
-    """What it writes for the same model with the same layers quantized; transformers and vLLM read it."""
+    """What it writes for the same model with the same layers quantized; transformers reads it."""
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from transformers import AutoConfig, AutoModelForCausalLM
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
     said = json.loads((made[quant] / "config.json").read_text())["quantization_config"]
     with torch.device("meta"):
@@ -139,6 +138,14 @@ def test_the_config_is_the_librarys(quant: str, made: dict[str, Path], whole: An
     assert (said["format"], said["quant_method"]) == (SCHEMES[quant].format, "compressed-tensors")
     assert said["quantization_status"] == "compressed"
     assert said["version"] == whole.__version__
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_vllm_reads_the_config(quant: str, made: dict[str, Path]) -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    said = json.loads((made[quant] / "config.json").read_text())["quantization_config"]
     assert CompressedTensorsConfig.from_config(said).quant_format == SCHEMES[quant].format
 
 

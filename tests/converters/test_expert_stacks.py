@@ -18,7 +18,7 @@ from tests.converters.test_compressed import by_the_library, differences, whole,
 from tests.merge.test_binding import make_multimodal
 from tests.support import vllm_weights
 from tests.support.folding import stored
-from tests.support.tiny import load_model, make_adapter, make_model
+from tests.support.tiny import make_adapter, make_model, model_state
 
 __all__ = ["whole"]  # a fixture
 
@@ -55,7 +55,7 @@ def make(path: Path, kind: str, *, hub: bool = False, **changes: Any) -> Path:
     if kind != "qwen3_vl_moe":
         make_model(path, kind, dtype=torch.float32, **changes)
         if kind == "qwen3_5_moe_text":  # as published: saved by transformers, they are taken apart
-            state = {name: tensor.clone() for name, tensor in load_model(path).state_dict().items()}
+            state = {name: tensor.clone() for name, tensor in model_state(path).items()}
             save_file(state, path / WEIGHTS, {"format": "pt"})
         return path
     make_multimodal(path, kind, changes, vision_config=VISION)

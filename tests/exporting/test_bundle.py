@@ -91,6 +91,7 @@ def test_verify_sees_each_file(made: Path, here: Path, capfd: pytest.CaptureFixt
     ]  # fmt: skip
 
 
+@pytest.mark.engine
 def test_vllm_resolves_it(made: Path, here: Path) -> None:
     """vLLM's own resolver on the folder; the control is another name of the base."""
     import asyncio

@@ -21,7 +21,7 @@ from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
 from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.dequantize import Dequantized
 from tests.support.folding import export_merged, stored, worst_ulp
-from tests.support.tiny import SHAPE, load_model, make_adapter, make_model, merged_by_peft
+from tests.support.tiny import SHAPE, load_model, make_adapter, make_model, merged_by_peft, model_state
 
 VISION = {
     "hidden_size": 32,
@@ -186,8 +186,8 @@ def test_trained_as_a_language_model(
         options["exclude_modules"] = ".*vision.*"
     adapter = make_adapter(tmp_path / "adapter", base, **options)
     out = export_merged(base, [adapter], tmp_path / "out")
-    got, oracle = load_model(out).state_dict(), merged_by_peft(base, adapter)
-    before = load_model(base).state_dict()
+    got, oracle = model_state(out), merged_by_peft(base, adapter)
+    before = model_state(base)
     changed = [name for name in oracle if not torch.equal(got[name], before[name])]
     assert any(part in name for name in changed for part in ("q_proj", "v_proj"))
     assert method != "experts" or any("experts" in name for name in changed)

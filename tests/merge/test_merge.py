@@ -22,7 +22,7 @@ from lora2serve.progress import Silent
 from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.dequantize import Dequantized
 from tests.support.folding import export_merged, fold, stored, worst_ulp
-from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
+from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft, model_state
 
 SLOW = pytest.mark.slow
 RARE_TIES = ("qwen2", "qwen3", "gemma2", "mistral")
@@ -153,7 +153,7 @@ def test_moe_attention(tmp_path: Path, kind: str) -> None:
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "o_proj"])
     out = export_merged(base, [adapter], tmp_path / "out")
     expected = merged_by_peft(base, adapter)
-    got = load_model(out).state_dict()
+    got = model_state(out)
     assert max(float((got[n] - t.bfloat16().float()).abs().max()) for n, t in expected.items()) < 0.02
     assert {n: t.shape for n, t in stored(out).items()} == {n: t.shape for n, t in stored(base).items()}, (
         "same layout on disk"
@@ -175,7 +175,7 @@ def test_experts(tmp_path: Path, kind: str) -> None:
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
     out = export_merged(base, [adapter], tmp_path / "out")
-    expected, got, before = merged_by_peft(base, adapter), load_model(out).state_dict(), load_model(base).state_dict()
+    expected, got, before = merged_by_peft(base, adapter), model_state(out), model_state(base)
     for name, tensor in expected.items():
         assert worst_ulp({name: got[name].bfloat16()}, {name: tensor})[name] <= 1, name
     experts = [n for n in expected if "experts" in n]
@@ -291,8 +291,8 @@ def test_what_the_config_says_of_all_modules_is_decided_by_each(tmp_path: Path, 
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": saved}))
     oracle = merged_by_peft(base, adapter)
-    got = load_model(export_merged(base, [adapter], tmp_path / "out")).state_dict()
-    before = load_model(base).state_dict()
+    got = model_state(export_merged(base, [adapter], tmp_path / "out"))
+    before = model_state(base)
     assert any(not torch.equal(got[name], before[name]) for name in oracle)
     assert max(worst_ulp({n: t.bfloat16() for n, t in got.items()}, oracle, before).values()) <= 1
 
@@ -540,8 +540,8 @@ def test_mixture_of_experts_equals_peft(moe: Path, tmp_path: Path, kind: str) ->
     if kind == "patterns":
         given["rank_pattern"] = {"q_proj": 8, "layers.1.self_attn.v_proj": 2}
     adapter = make_adapter(tmp_path / "adapter", moe, **given)
-    got = load_model(export_merged(moe, [adapter], tmp_path / "out"), torch.bfloat16).state_dict()
-    oracle, before = merged_by_peft(moe, adapter), load_model(moe, torch.bfloat16).state_dict()
+    got = model_state(export_merged(moe, [adapter], tmp_path / "out"), torch.bfloat16)
+    oracle, before = merged_by_peft(moe, adapter), model_state(moe, torch.bfloat16)
     worst = worst_ulp(got, oracle)
     assert max(worst.values()) <= 1, worst
     assert any(not torch.equal(got[name], before[name]) for name in got), "the control: something changed"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.folding import export_merged
-from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
+from tests.support.tiny import make_adapter, make_model, merged_by_peft, model_state
 
 pytestmark = pytest.mark.engine
 
@@ -56,7 +56,7 @@ def test_equals_peft(tmp_path: Path, kind: str) -> None:
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=targets)
     export_merged(base, [adapter], tmp_path / "out")
     theirs = merged_by_peft(base, adapter)
-    ours, before = load_model(tmp_path / "out").state_dict(), load_model(base).state_dict()
+    ours, before = model_state(tmp_path / "out"), model_state(base)
     changed = [name for name in theirs if not torch.equal(theirs[name], before[name])]
     assert changed
     for name, value in theirs.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,8 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LOADED_BYTES = 4 << 20  # a larger model is not kept
+KEPT = 16
+PLAIN = (bool, int, float, str, type, type(None), torch.dtype, torch.device)
 
 
 def make_model(
@@ -38,6 +41,22 @@ def make_model(
     **changes: Any,
 ) -> Path:
     """Save a random model of that ``model_type`` (llama, qwen2, gemma2, mixtral, qwen3_moe, gpt2, ...)."""
+    asked = repr((kind, dtype, shard, seed, sorted(changes.items())))
+    if made := _made.get(asked):
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in made.files.items():
+            (path / name).write_bytes(content)
+        torch.set_rng_state(made.random)
+        return path
+    _make_model(path, kind, dtype, shard, seed, changes)
+    if sum(file.stat().st_size for file in path.iterdir()) <= LOADED_BYTES:
+        _made[asked] = _Made({file.name: file.read_bytes() for file in path.iterdir()}, torch.get_rng_state())
+        if len(_made) > KEPT:
+            _made.pop(next(iter(_made)))
+    return path
+
+
+def _make_model(path: Path, kind: str, dtype: torch.dtype, shard: str, seed: int, changes: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -45,26 +64,74 @@ def make_model(
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(path, max_shard_size=shard)
-    return path
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A model's files, and torch's random state behind its making: what comes next is the same when they are kept."""
+
+    files: dict[str, bytes]
+    random: torch.Tensor
+
+
+_made: dict[str, _Made] = {}
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model on the CPU, float32 unless told otherwise."""
+    kept = _kept(path, dtype)
+    if kept is None:
+        return _load(path, dtype)
+    model = copied(kept, {})
+    model.config.name_or_path = model.name_or_path = str(path)
+    return model
+
+
+def model_state(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Its tensors, to look at: nobody writes to them."""
+    model = _kept(path, dtype)
+    return dict((_load(path, dtype) if model is None else model).state_dict())
+
+
+def _kept(path: Path, dtype: torch.dtype) -> Any:
+    """The model as whoever asks next gets it, too; None for one that is too large to keep."""
     files = sorted(file for file in path.iterdir() if file.is_file())
     if sum(file.stat().st_size for file in files) > LOADED_BYTES:
-        return _load(path, dtype)
+        return None
     content = hashlib.blake2b()
     for file in files:
         content.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
-    model = copy.deepcopy(_loaded(_Folder(content.digest(), path), dtype))
-    model.config.name_or_path = model.name_or_path = str(path)
-    return model
+    return _loaded(_Folder(content.digest(), path), dtype)
+
+
+def copied(module: torch.nn.Module, memo: dict[int, Any]) -> Any:
+    """As ``copy.deepcopy`` does, in half the time: of what a module holds, most is plain or empty."""
+    if id(module) in memo:
+        return memo[id(module)]
+    memo[id(module)] = other = module.__class__.__new__(module.__class__)
+    for name, value in vars(module).items():
+        if name == "_modules":
+            held: Any = {key: None if child is None else copied(child, memo) for key, child in value.items()}
+        elif type(value) in (dict, OrderedDict) and not value:
+            held = type(value)()
+        else:
+            held = value if isinstance(value, PLAIN) else copy.deepcopy(value, memo)
+        other.__dict__[name] = held
+    return other
 
 
 def _load(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    with unlogged():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def unlogged() -> Any:
+    """transformers writes out each config that it reads, for a log of a level that is off: a tenth of a loading."""
+    from transformers import PreTrainedConfig
+
+    return patch.object(PreTrainedConfig, "__repr__", object.__repr__)
 
 
 @dataclass(frozen=True)
@@ -73,9 +140,9 @@ class _Folder:
     path: Path = field(compare=False)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=KEPT)
 def _loaded(folder: _Folder, dtype: torch.dtype) -> Any:
-    """Copied for each test: a copy takes a fifth of the time, and many tests share a base."""
+    """Copied for each test: a copy takes a tenth of the time, and many tests share a base."""
     with torch.random.fork_rng(devices=[]):  # what comes next is as random as after a copy
         return _load(folder.path, dtype)
 
@@ -106,7 +173,10 @@ def make_adapter(
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * std)
-    with patch.object(PeftModel, "create_or_update_model_card"):  # no test reads it, and it takes the longest
+    with (
+        unlogged(),
+        patch.object(PeftModel, "create_or_update_model_card"),
+    ):  # no test reads it, and it takes the longest
         adapted.save_pretrained(path)
     return path
 
