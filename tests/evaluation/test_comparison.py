@@ -50,7 +50,7 @@ def verdicts(old: Measured, again: Measured, new: Measured) -> dict[str, str]:
     return {item.metric: item.verdict for item in differences("a", "b", behavior_pairs(old, again, new), floors)}
 
 
-@pytest.mark.parametrize("draws", [25, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_model_beside_itself(draws: int) -> None:
     """In all draws, with a floor of 3 % that batches make."""
     for seed in range(draws):

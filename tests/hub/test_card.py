@@ -291,6 +291,7 @@ def test_pictures_and_data_sets(hub: HubServer, tmp_path: Path) -> None:
     assert "mmproj" not in card(hub, f"{REPO}-1-GGUF").split("## Files")[0], "what is loaded is the model"
 
 
+@pytest.mark.engine  # starts the Hub's command
 def test_an_adapter_as_gguf(hub: HubServer, tmp_path: Path) -> None:
     """The lines that fetch it and write the Modelfile do so, by a shell; the engines themselves are not here."""
     path = export(tmp_path, "gguf-adapter")

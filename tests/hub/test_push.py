@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -133,10 +134,10 @@ def test_a_manifest_cannot_name_files_outside(hub: HubServer, tmp_path: Path) ->
     ("parity", "words"),
     [
         (None, "was not run"),
-        ({**MET, "met": False}, "was not met"),
+        pytest.param({**MET, "met": False}, "was not met", marks=pytest.mark.slow),
         ({"met": True, "engines": {"vllm": {"status": "missed"}}}, "was not met"),  # what it says of itself is not it
         ({"met": True, "engines": {"vllm": {"status": "missing"}}}, "was run in no engine"),
-        ({"met": True}, "was run in no engine"),
+        pytest.param({"met": True}, "was run in no engine", marks=pytest.mark.slow),
     ],
 )
 def test_unproven(hub: HubServer, tmp_path: Path, parity: object, words: str) -> None:
@@ -211,13 +212,26 @@ def test_private_is_not_pushed_into_public(hub: HubServer, tmp_path: Path) -> No
     assert hub.repos[REPO].log() == ["initial commit"]
 
 
-def test_many_files_are_one_commit(hub: HubServer, tmp_path: Path) -> None:
-    """More than the client asks about at once: 256."""
-    kinds = ("safetensors", "json")
-    path = export(tmp_path, "vllm", **{f"shard-{n:03}.{kind}": b"%d" % n for n in range(130) for kind in kinds})
+@pytest.mark.parametrize("at_once", [20, pytest.param(0, marks=pytest.mark.slow)])
+def test_many_files_are_one_commit(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """More than the client asks about at once: 256, or fewer here."""
+    from huggingface_hub import _commit_api
+
+    chunks, asked = _commit_api.chunk_iterable, []
+
+    def some(items: Iterable[object], chunk_size: int) -> Iterator[Iterable[object]]:
+        asked.append(chunk_size)
+        return chunks(items, at_once or chunk_size)
+
+    monkeypatch.setattr(_commit_api, "chunk_iterable", some)
+    kinds, count = ("safetensors", "json"), (at_once or 256) // 2 + 2
+    path = export(tmp_path, "vllm", **{f"shard-{n:03}.{kind}": b"%d" % n for n in range(count) for kind in kinds})
     push([path], repo_id=REPO)
     same(hub, REPO, path)
     assert len(hub.repos[REPO].log()) == 2 and not hub.repos[REPO].pulls
+    assert min(asked) == 256, "as many as it takes at once"
 
 
 def test_the_repositorys_gitignore_drops_nothing(hub: HubServer, tmp_path: Path) -> None:
@@ -308,9 +322,11 @@ def test_what_a_push_without_names_takes(
 
 @pytest.mark.parametrize(
     "content",
-    [b"no json", b"[1]", b'{"format": 1}', b'{"format": 1, "files": []}', b'{"format": 1, "exports": [], "files": {}}',
-     b'{"format": 1, "target": "vllm", "files": {"x": 1}}', b'{"format": 1, "exports": {"a": 1}, "files": {}}',
-     b'{"format": 1, "target": "vllm", "files": {"../x": {"sha256": "a", "size": 1}}}'],
+    [b"no json", b'{"format": 1}', b'{"format": 1, "exports": {"a": 1}, "files": {}}',
+     b'{"format": 1, "target": "vllm", "files": {"../x": {"sha256": "a", "size": 1}}}',
+     *(pytest.param(content, marks=pytest.mark.slow) for content in (
+         b"[1]", b'{"format": 1, "files": []}', b'{"format": 1, "exports": [], "files": {}}',
+         b'{"format": 1, "target": "vllm", "files": {"x": 1}}'))],
 )  # fmt: skip
 def test_a_damaged_manifest_over_there(hub: HubServer, tmp_path: Path, content: bytes) -> None:
     """Someone edited it: pull-check says so in one line, and a push puts it right."""

@@ -99,22 +99,23 @@ def test_whether_it_looked_far_enough_is_seen(facts: SweepFacts) -> None:
         assert f'<div class="{mark}"><b>{looked.words[:16]}' in page
 
 
-def test_workers_that_end_at_the_same_time(facts: SweepFacts) -> None:
+@pytest.mark.parametrize(("workers", "times"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_workers_that_end_at_the_same_time(facts: SweepFacts, workers: int, times: int) -> None:
     """Each writes all of it, into one folder."""
     files, result = TrialFiles(Path(facts.folder)), made(facts)
-    start = FORK.Barrier(3)
+    start = FORK.Barrier(workers)
 
     def write() -> None:
         start.wait()
-        for _ in range(2):
+        for _ in range(times):
             write_result(result, facts, files)
 
-    children = [FORK.Process(target=write) for _ in range(3)]
+    children = [FORK.Process(target=write) for _ in range(workers)]
     for child in children:
         child.start()
     for child in children:
         child.join()
-    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert [child.exitcode for child in children] == [0] * workers
     assert SweepReport.from_text(files.front.read_text(), "front.json") == result
     recipes.load(files.recommended)
     assert sorted(path.name for path in files.folder.iterdir() if path.is_file()) == [

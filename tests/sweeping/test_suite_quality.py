@@ -66,14 +66,15 @@ def near(point: SearchPoint, planted: PlantedLoss) -> bool:
     return max(steps) < 1.01 and point.targets == planted.targets
 
 
-def test_a_planted_optimum_is_recommended_by_its_answers() -> None:
+@pytest.mark.parametrize("seeds", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_planted_optimum_is_recommended_by_its_answers(seeds: int) -> None:
     """In 19 of 20 seeds, though no answer of the first rung is right: then the eval loss says which go on."""
     space, good = SearchSpace(), 0
-    for seed in range(20):
+    for seed in range(seeds):
         draw = random.Random(seed)
         planted = PlantedLoss(draw.choice(space.rates), draw.choice(TARGETS), draw.choice(space.ranks), seed)
         good += near(recommended(searched(graded(planted, coarse=True), space, SETTINGS)), planted)
-    assert good >= 19
+    assert good >= 0.95 * seeds
 
 
 def test_equal_scores_are_told_apart_by_the_eval_loss() -> None:
@@ -182,7 +183,7 @@ def test_suites_that_cannot_judge(tmp_path: Path) -> None:
 
 def planted_report(tmp_path: Path, quality: Quality) -> SweepReport:
     facts = begin(
-        tmp_path / "planted", str(tmp_path / "a.db"), quality=quality, base_search=BASE, base_final=BASE,
+        tmp_path / "planted", str(tmp_path / "a.journal"), quality=quality, base_search=BASE, base_final=BASE,
         settings=SETTINGS, base_rows=RowLoss((40.0,) * 24, (10,) * 24),
     )  # fmt: skip
     outcome = graded(PlantedLoss(4e-4, "all-linear", 16, for_targets=0.05))

@@ -194,8 +194,8 @@ def test_a_sweep_without_a_loss_ends(tmp_path: Path) -> None:
     from lora2serve.sweeping.trial_files import TrialFiles
     from lora2serve.sweeping.trial_plans import TrialPlanner
 
-    begin(tmp_path / "sweep", str(tmp_path / "a.db"))
-    ledger = open_ledger(str(tmp_path / "a.db"))
+    begin(tmp_path / "sweep", str(tmp_path / "a.journal"))
+    ledger = open_ledger(str(tmp_path / "a.journal"))
     planner = TrialPlanner(None, GpuModel("none", 1), 1.0)
     loop = SweepLoop(
         ledger, TrialFiles(tmp_path / "sweep"), planner, FailingPlace(), Path("base"), EvalLoss(4.0, 1.0, 1), 1, Silent()  # type: ignore[arg-type]
