@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ VARIANTS = {
 
 def rendered(kind: str, spec: ServerSpec) -> list[dict[str, Any]]:
     chosen = replace(spec, **CLOUD) if kind == "ray" else spec
-    return list(yaml.safe_load_all(deploy.render(kind, chosen)))
+    return list(yaml.load_all(deploy.render(kind, chosen), yaml.CSafeLoader))
 
 
+@cache
 def definitions() -> dict[str, Any]:
     files = (json.loads((SCHEMAS / name).read_text()) for name in ("kubernetes.json", "custom.json"))
     return {name: schema for file in files for name, schema in file["definitions"].items()}
@@ -58,11 +60,15 @@ def definitions() -> dict[str, Any]:
 def validate(kind: str, documents: list[dict[str, Any]]) -> None:
     """Raise ValidationError for the first document that its schema does not take."""
     for document in documents:
-        if kind == "compose":
-            schema = json.loads((SCHEMAS / "compose.json").read_text())
-        else:
-            schema = {"$ref": f"#/definitions/{document['kind']}", "definitions": definitions()}
-        jsonschema.Draft202012Validator(schema).validate(document)
+        judge("compose" if kind == "compose" else "", document.get("kind", "")).validate(document)
+
+
+@cache
+def judge(file: str, kind: str) -> jsonschema.Draft202012Validator:
+    """Of that file, or of that kind of object in a cluster."""
+    if file:
+        return jsonschema.Draft202012Validator(json.loads((SCHEMAS / f"{file}.json").read_text()))
+    return jsonschema.Draft202012Validator({"$ref": f"#/definitions/{kind}", "definitions": definitions()})
 
 
 SERVERS = tuple(kind for kind in deploy.KINDS if kind not in deploy.ROUTES)
@@ -107,9 +113,14 @@ FAULTS: list[tuple[str, Callable[[list[dict[str, Any]]], None]]] = [
 ]
 
 
+@cache
+def demo(kind: str) -> list[dict[str, Any]]:
+    return rendered(kind, DEMO)
+
+
 @pytest.mark.parametrize(("kind", "fault"), FAULTS)
 def test_the_schemas_see_a_fault(kind: str, fault: Callable[[list[dict[str, Any]]], None]) -> None:
-    documents = copy.deepcopy(rendered(kind, DEMO))
+    documents = copy.deepcopy(demo(kind))
     validate(kind, documents)
     fault(documents)
     with pytest.raises(jsonschema.ValidationError):

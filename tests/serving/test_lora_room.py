@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,11 @@ def test_a_slot_of_a_model_of_8b() -> None:
     assert lora_room(0, 0, [], None, 2).flags[1::2] == ["1", "1", "1"]
 
 
-@pytest.fixture
-def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two names on one base, one on another; the adapter export of the first version."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LORA2SERVE_REGISTRY", raising=False)
-    with Registry("registry") as registry:
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry with two names on one base, and one on another."""
+    folder = tmp_path_factory.mktemp("room")
+    with Registry(folder / "registry") as registry:
         for seed, (name, base, rank) in enumerate(
             [
                 ("a", "org/base", 4),
@@ -49,7 +49,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 ("a", "org/base", 32),
             ]
         ):
-            run = make_run(tmp_path / f"run-{seed}", seed, base=base, rank=rank)
+            run = make_run(folder / f"run-{seed}", seed, base=base, rank=rank)
             add_export(run, "adapter", rank=rank, name=name)
             registry.add(run.path, name=name)
         registry.promote("a@1")
@@ -58,6 +58,16 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         registry.promote("b@1")
         registry.promote("c@1")
         registry.retire("a@3", why="too large")
+    return folder / "registry"
+
+
+@pytest.fixture
+def registered(seed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In a folder with a copy of it: the adapter export of the first version."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORA2SERVE_REGISTRY", raising=False)
+    shutil.copytree(seed, "registry")
+    with Registry("registry") as registry:
         return registry.path("a@1/adapter")
 
 

@@ -40,6 +40,12 @@ def command(script: str, port: int | None = None) -> ServerCommand:
     return ServerCommand("vllm", (sys.executable, "-c", script, str(port)), ("base",), "127.0.0.1", port)
 
 
+@pytest.fixture(autouse=True)
+def asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_process, "PAUSES", ())
+    monkeypatch.setattr(server_process, "LONGEST_PAUSE", 0.05)
+
+
 class Heard(Silent):
     """Keeps the notes; ``then`` is called once with the first that has ``word`` in it."""
 
