@@ -174,10 +174,10 @@ def _inside(root: Path, folder: str = "") -> dict[str, Path]:
 
 def _plain(root: Path, paths: Iterable[Path]) -> dict[str, Path]:
     """The files by their path in ``root``; InputError for each that is no plain file there."""
-    problems, plain = [], dict[str, Path]()
+    problems, plain, real = [], dict[str, Path](), root.resolve()
     for path in paths:
         name = path.relative_to(root).as_posix()
-        if problem := _misfit(root, path, name):
+        if problem := _misfit(real, path, name):
             problems.append(f"{path}: {problem}")
         else:
             plain[name] = path
@@ -193,8 +193,8 @@ def _misfit(root: Path, path: Path, name: str) -> str:
     if not name.isprintable() or not is_relative(name):
         return "a name with unprintable characters"
     real = path.resolve()
-    blobs = root.resolve().parent.parent / "blobs"  # of the Hub's cache, whose snapshots are links
-    if not (real.is_relative_to(root.resolve()) or real.parent == blobs):
+    blobs = root.parent.parent / "blobs"  # of the Hub's cache, whose snapshots are links
+    if not (real.is_relative_to(root) or real.parent == blobs):
         return f"a link to {real}, outside the directory"
     return "" if real.exists() and S_ISREG(os.stat(real).st_mode) else "not a file"
 

@@ -16,11 +16,14 @@ from tests.support.trials import NAME
 
 @pytest.fixture(scope="session")
 def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a registry with three versions of `towns`, to which no alias points."""
+    """The folder of a registry with three versions of `towns`, to which no alias points; ``started`` has a champion, 1."""
 
     def make(folder: Path) -> None:
         with Registry(folder / "registry") as registry:
             add_versions(registry, folder, 3)
+        shutil.copytree(folder / "registry", folder / "started")
+        with Registry(folder / "started", author="tester") as registry:
+            registry.promote("towns@1")
 
     return once(tmp_path_factory, "gateway-registry", make)
 

@@ -37,8 +37,9 @@ from tests.support.browser import look, needs_browser
 from tests.support.registries import add_export, make_run
 
 ROOT = Path(lora2serve.__file__).parents[1]
-SIZE = 500  # requests of a window
-MANY = pytest.mark.parametrize("count", [3, pytest.param(200, marks=pytest.mark.slow)])  # windows
+MANY = pytest.mark.parametrize(  # windows, and requests of each
+    ("count", "size"), [(3, 400), pytest.param(200, 500, marks=pytest.mark.slow)]
+)
 NAME = "medical-qa"
 
 
@@ -69,38 +70,38 @@ def pool(seed: int, count: int = 1200, **changes: object) -> list[WindowRow]:
     return [row_of(request(chance, number, **changes)) for number in range(count)]  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def usual() -> list[WindowRow]:
-    return pool(0)
+@cache
+def usual(size: int) -> list[WindowRow]:
+    return pool(0, 12 * size // 5)
 
 
-def found(before: Sequence[WindowRow], now: Sequence[WindowRow], count: int) -> list[set[str]]:
+def found(before: Sequence[WindowRow], now: Sequence[WindowRow], count: int, size: int) -> list[set[str]]:
     """What drifted, in many pairs of windows that have no request in common."""
     chance, drifted = random.Random(1), []
     for _ in range(count):
-        first, second = chance.sample(range(len(before)), SIZE), chance.sample(range(len(now)), SIZE)
+        first, second = chance.sample(range(len(before)), size), chance.sample(range(len(now)), size)
         if before is now:
-            both = chance.sample(range(len(now)), 2 * SIZE)
-            first, second = both[:SIZE], both[SIZE:]
+            both = chance.sample(range(len(now)), 2 * size)
+            first, second = both[:size], both[size:]
         result = compare_windows([before[number] for number in first], [now[number] for number in second])
         drifted.append({each.feature for each in result if each.drifted})
     return drifted
 
 
 @MANY
-def test_nothing_drifts_where_nothing_changed(usual: list[WindowRow], count: int) -> None:
-    assert sum(not each for each in found(usual, usual, count)) >= 0.95 * count
+def test_nothing_drifts_where_nothing_changed(count: int, size: int) -> None:
+    assert sum(not each for each in found(usual(size), usual(size), count, size)) >= 0.95 * count
 
 
 @MANY
-def test_longer_answers_are_found(usual: list[WindowRow], count: int) -> None:
-    longer = found(usual, pool(1, 600, longer=1.3), count)
+def test_longer_answers_are_found(count: int, size: int) -> None:
+    longer = found(usual(size), pool(1, 7 * size // 5, longer=1.3), count, size)
     assert sum("answer.length" in each for each in longer) >= 0.95 * count
 
 
 @MANY
-def test_another_domain_is_found(usual: list[WindowRow], count: int) -> None:
-    other = found(usual, pool(2, 600, domain=TECHNICAL), count)
+def test_another_domain_is_found(count: int, size: int) -> None:
+    other = found(usual(size), pool(2, 7 * size // 5, domain=TECHNICAL), count, size)
     assert sum("prompt.unseen" in each for each in other) >= 0.95 * count
 
 
@@ -128,7 +129,7 @@ def test_each_kind_of_feature() -> None:
     )
     assert category.drifted and 0.2 < category.effect < 0.5 and {each.label for each in category.bins} == {"a", "b"}
     (small,) = compare_windows(
-        rows(2000, 1, numbers=lambda c: c.gauss(0, 1)), rows(2000, 2, numbers=lambda c: c.gauss(0.13, 1))
+        rows(1200, 1, numbers=lambda c: c.gauss(0, 1)), rows(1200, 2, numbers=lambda c: c.gauss(0.13, 1))
     )
     assert small.adjusted <= 0.05 and 0 < small.effect < 0.1 and not small.drifted
     (large,) = compare_windows(
