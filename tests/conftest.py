@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.shared import once
 
 # the same examples in every run: a red build is red again; `--hypothesis-profile default` draws new ones
 settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("light", settings.get_profile("repeatable"), max_examples=25)  # make check; see `examples`
 settings.load_profile("repeatable")
 # a shell that starts the tests in the background has them ignore Ctrl-C, and every child with them
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,7 +63,12 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist makes its workers of them
 def pytest_configure(config: pytest.Config) -> None:
-    """All workers are forked from one process that has the libraries."""
+    """All workers are forked from one process that has the libraries; `make check` draws a quarter and has no vLLM's word."""
+    if "not engine" in config.getoption("markexpr"):
+        if not config.getoption("--hypothesis-profile", None):
+            settings.load_profile("light")
+        # each export of an adapter asks it where it is installed: two seconds of imports in each worker
+        sys.modules.setdefault("vllm.config", None)  # type: ignore[arg-type]
     if not hasattr(config, "workerinput") and config.getoption("tx", None):
         config.option.tx = list(specs(config.option.tx))
 

@@ -24,10 +24,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     return base, [make_adapter(root / f"a{seed}", base, seed=seed) for seed in (1, 2)]
 
 
-RARE = [pytest.param(method, marks=pytest.mark.slow) for method in ("svd", "ties", "dare_ties")]
+RARE = [pytest.param(method, marks=pytest.mark.slow) for method in ("svd", "ties", "dare_ties", "dare_linear")]
 
 
-@pytest.mark.parametrize("method", ["linear", "cat", "ties_svd", "dare_linear", *RARE])
+@pytest.mark.parametrize("method", ["linear", "cat", "ties_svd", *RARE])
 def test_equals_peft(pair: tuple[Path, list[Path]], tmp_path: Path, method: str) -> None:
     from peft import PeftModel
 

@@ -35,6 +35,8 @@ TAKEN: list[dict[str, Any]] = [
     {"modules_to_save": ["score"]},
     *({"init_lora_weights": init} for init in (True, False, "gaussian", "EVA", "orthogonal", "mica")),
 ]
+INITS = ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
+WITHOUT_ALPHA = {key: value for key, value in PLAIN.items() if key != "lora_alpha"}
 
 
 def engine_says(config: dict[str, Any]) -> str:
@@ -50,32 +52,49 @@ def engine_says(config: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("rule", REFUSED)
+def test_refused(rule: str) -> None:
+    assert [finding.rule for finding in lint({**PLAIN, **REFUSED[rule]}, [], LLAMA)] == [rule]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("rule", REFUSED)
 def test_refused_by_both(rule: str) -> None:
-    config = {**PLAIN, **REFUSED[rule]}
-    assert [finding.rule for finding in lint(config, [], LLAMA)] == [rule]
-    assert engine_says(config)
+    assert engine_says({**PLAIN, **REFUSED[rule]})
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", INITS)
 def test_init(init: str) -> None:
     config = {**PLAIN, "init_lora_weights": init}
     (finding,) = lint(config, [], LLAMA)
     assert finding.rule == "init"
     assert finding.fix == ("export" if init in ("pissa", "olora") else "convert")
-    assert engine_says(config) or init == "lora_ga"  # vLLM 0.32 takes it, and answers from another base
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("init", INITS)
+def test_init_is_refused_by_both(init: str) -> None:
+    refused = engine_says({**PLAIN, "init_lora_weights": init})
+    assert refused or init == "lora_ga"  # vLLM 0.32 takes it, and answers from another base
 
 
 @pytest.mark.parametrize("changes", TAKEN, ids=str)
+def test_taken(changes: dict[str, Any]) -> None:
+    assert lint({**PLAIN, **changes}, [], LLAMA) == []
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("changes", TAKEN, ids=str)
 def test_taken_by_both(changes: dict[str, Any]) -> None:
-    config = {**PLAIN, **changes}
-    assert lint(config, [], LLAMA) == []
-    assert engine_says(config) == ""
+    assert engine_says({**PLAIN, **changes}) == ""
 
 
 def test_missing_fields() -> None:
-    config = {key: value for key, value in PLAIN.items() if key != "lora_alpha"}
-    assert [finding.rule for finding in lint(config, [], LLAMA)] == ["fields"]
-    assert "lora_alpha" in engine_says(config)
+    assert [finding.rule for finding in lint(WITHOUT_ALPHA, [], LLAMA)] == ["fields"]
+
+
+@pytest.mark.engine
+def test_missing_fields_are_refused_by_both() -> None:
+    assert "lora_alpha" in engine_says(WITHOUT_ALPHA)
 
 
 def test_several_at_once() -> None:
@@ -158,12 +177,16 @@ def test_tensor_names(name: str, taken: bool) -> None:
     assert (lint(PLAIN, specs, LLAMA) == []) == taken
 
 
+@pytest.mark.engine
 def test_ranks_are_the_engines() -> None:
     from typing import get_args
 
     from vllm.config.lora import MaxLoRARanks
 
     assert get_args(MaxLoRARanks) == RANKS
+
+
+def test_next_rank() -> None:
     assert [next_rank(rank) for rank in (1, 2, 8, 9, 512, 513)] == [1, 8, 8, 16, 512, None]
 
 

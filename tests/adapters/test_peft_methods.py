@@ -118,7 +118,17 @@ def test_every_init_and_option_of_lora_is_known() -> None:
     assert {field.name for field in dataclasses.fields(LoraConfig)} == handled | about_training
 
 
-@pytest.mark.parametrize("method", MERGED)
+# Those with code of their own, those that change biases, norms or embeddings, and of the others each way to lay out
+# its tensors once; PEFT's layer does the rest, and make test has them all.
+OFTEN = (
+    *(method for method in peft_methods.NATIVE if method != "LORA"), *peft_methods.BIASED, "BOFT", "OFT", "FOURIERFT",
+    "LN_TUNING", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=() if method in OFTEN else pytest.mark.engine) for method in MERGED]
+)
 def test_equals_peft(qwen2: Path, tmp_path: Path, method: str) -> None:
     adapter = make_adapter(tmp_path / "adapter", qwen2, **given(method))
     changed = check(qwen2, adapter, tmp_path / "out")
@@ -126,7 +136,9 @@ def test_equals_peft(qwen2: Path, tmp_path: Path, method: str) -> None:
     assert biased == peft_methods.changes_bias(open_adapter(adapter))
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize(
+    "shape", ["qwen2", *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("llama", "gemma2"))]
+)
 def test_ia3_is_equal_to_the_last_bit(tmp_path: Path, shape: str) -> None:
     """Rounded once, from PEFT's own product in float32."""
     base = with_biases(make_model(tmp_path / "base", shape, num_hidden_layers=1, **SHAPES.get(shape, {})))
@@ -182,13 +194,23 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", BESIDE)
+OFTEN_BESIDE = (
+    "pissa, tokens", "pissa, embedding", "olora, ranks", "olora, own biases", "qalora", "loha, embedding and head",
+    "boft, biases", "vera, no projection", "hira, embedding",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in OFTEN_BESIDE else pytest.mark.engine) for case in BESIDE]
+)
 def test_what_lies_beside_the_layers_is_kept(qwen2: Path, tmp_path: Path, case: str) -> None:
     """Trained heads, biases, tokens and embeddings of adapters that go through PEFT's layer."""
     check(qwen2, make_adapter(tmp_path / "adapter", qwen2, **{"std": 0.02, **BESIDE[case]}), tmp_path / "out")
 
 
-@pytest.mark.parametrize("variant", ["Kasa", "Velora", "Monteclora"])
+@pytest.mark.parametrize(
+    "variant", ["Kasa", *(pytest.param(name, marks=pytest.mark.engine) for name in ("Velora", "Monteclora"))]
+)
 def test_variants_of_lora(qwen2: Path, tmp_path: Path, variant: str) -> None:
     from peft.tuners.lora import config
 
@@ -196,7 +218,7 @@ def test_variants_of_lora(qwen2: Path, tmp_path: Path, variant: str) -> None:
     check(qwen2, make_adapter(tmp_path / "adapter", qwen2, std=0.02, **option), tmp_path / "out")
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", pytest.param("olora", marks=pytest.mark.engine)])
 def test_control_an_init_that_changed_the_base(qwen2: Path, tmp_path: Path, init: str) -> None:
     """Taken for a plain LoRA, the merge is wrong, and the check sees it."""
     adapter = make_adapter(tmp_path / "adapter", qwen2, init_lora_weights=init)

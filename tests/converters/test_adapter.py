@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from converters.adapter.adapter_sink import KEPT_KEYS
+from converters.adapter.adapter_sink import KEPT_KEYS, engine_check
 from lora2serve.errors import ExportError
 from lora2serve.exporting.sinks import ExportModel, find
 from lora2serve.exporting.stream import Plan, export
@@ -19,6 +19,8 @@ from lora2serve.progress import Silent
 from tests.merge.test_binding import TWO_CLASSES, make_multimodal
 from tests.support.folding import fold, stored
 from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft, model_state
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,10 @@ LOSSLESS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", LOSSLESS)
+RARE_LOSSLESS = ("plain", "rslora and patterns")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW if kind in RARE_LOSSLESS else ()) for kind in LOSSLESS])
 def test_lossless(kind: str, base: Path, tmp_path: Path) -> None:
     source = make_adapter(tmp_path / "source", base, **LOSSLESS[kind])
     product = write(base, source, tmp_path / "out", served_base="served")
@@ -89,7 +94,12 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 @pytest.mark.parametrize(
     "more",
-    [pytest.param({}, marks=pytest.mark.slow), {"rank_pattern": {"down_proj": 2}}, {"use_rslora": True}],
+    [
+        pytest.param({}, marks=SLOW),
+        {"rank_pattern": {"down_proj": 2}, "use_rslora": True},
+        pytest.param({"rank_pattern": {"down_proj": 2}}, marks=SLOW),
+        pytest.param({"use_rslora": True}, marks=SLOW),
+    ],
     ids=str,
 )
 def test_experts(more: dict[str, Any], tmp_path: Path) -> None:
@@ -106,6 +116,14 @@ def test_experts(more: dict[str, Any], tmp_path: Path) -> None:
     assert largest_difference(have, model_state(base)) > 1e-3, "the control"
 
 
+@pytest.mark.engine
+def test_vllm_has_the_last_word() -> None:
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
+    engine_check(config)
+    with pytest.raises(ExportError, match=r"vLLM refuses the adapter: .*DoRA"):
+        engine_check({**config, "use_dora": True})
+
+
 def test_values_stay_as_they_are(base: Path, tmp_path: Path) -> None:
     source = make_adapter(tmp_path / "source", base, r=3)
     before, after = stored(source), stored(write(base, source, tmp_path / "out"))
@@ -116,7 +134,7 @@ def test_values_stay_as_they_are(base: Path, tmp_path: Path) -> None:
         assert int(after[name].count_nonzero()) == int(value.count_nonzero())
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", pytest.param("olora", marks=SLOW)])
 def test_rebased_becomes_plain(init: str, base: Path, tmp_path: Path) -> None:
     source = make_adapter(tmp_path / "source", base, init_lora_weights=init, r=4)
     product = write(base, source, tmp_path / "out")
@@ -213,10 +231,11 @@ def test_copies_of_the_base_are_left_out(base: Path, tmp_path: Path) -> None:
         write(base, source, tmp_path / "out2")
 
 
-RARE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3_5", "mllama")]
+RARE = [pytest.param(kind, marks=SLOW) for kind in ("qwen3_5", "mllama")]
+ENGINE = [pytest.param("llama4", marks=pytest.mark.engine)]
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_moe", "llama4", "gemma3", *RARE])
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma3", *ENGINE, *RARE])
 def test_the_base_s_own_names(tmp_path: Path, kind: str) -> None:
     """Trained as a language model, served as the multimodal class: vLLM leaves out what it has no module for."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

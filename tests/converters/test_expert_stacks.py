@@ -90,7 +90,8 @@ def by_transformers(experts: Any, number: int) -> dict[str, torch.Tensor]:
     [
         ("llama4_text", (*FEW, "fp8-block")),
         pytest.param("llama4_text", tuple(SCHEMES), marks=pytest.mark.slow),
-        *((kind, FEW) for kind in ("qwen3_5_moe_text", "qwen3_vl_moe", "granitemoe")),
+        ("granitemoe", FEW),
+        *(pytest.param(kind, FEW, marks=pytest.mark.engine) for kind in ("qwen3_5_moe_text", "qwen3_vl_moe")),
     ],
 )
 def test_the_bytes_are_the_librarys(kind: str, quants: tuple[str, ...], tmp_path: Path, whole: Any) -> None:

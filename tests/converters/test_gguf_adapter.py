@@ -111,26 +111,49 @@ MOE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
-def test_on_experts(kind: str, tmp_path: Path) -> None:
-    """LoRA on the experts of each family that stores them otherwise: in llama.cpp it is PEFT's."""
-    from peft import PeftModel
-
-    from tests.support.tiny import load_model, make_adapter, make_model
+def on_experts(kind: str, place: Path) -> tuple[Path, Path, Path]:
+    """A base, a LoRA on its experts, and its GGUF."""
+    from tests.support.tiny import make_adapter, make_model
 
     shape = {"vocab_size": 1536, "num_experts_per_tok": 2, "num_hidden_layers": 1}
-    base = make_model(tmp_path / "base", kind, seed=4, **shape, **MOE[kind])
+    base = make_model(place / "base", kind, seed=4, **shape, **MOE[kind])
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / name).write_bytes((DEMO / "base" / name).read_bytes())
     weights = {n: t * 4 if t.dim() > 1 else t for n, t in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", {"format": "pt"})  # large enough for every expert to matter
     experts = ["experts.gate_up_proj", "experts.down_proj"]
-    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], target_parameters=experts, std=0.2)
-    file = exported(tmp_path / "out", adapter, "--base", base, "-t", "gguf-adapter")
+    adapter = make_adapter(place / "adapter", base, target_modules=["q_proj"], target_parameters=experts, std=0.2)
+    return base, adapter, exported(place / "out", adapter, "--base", base, "-t", "gguf-adapter")
+
+
+SOME = ["mixtral", "gpt_oss", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_on_experts(kind: str, tmp_path: Path) -> None:
+    """LoRA on the experts of each family that stores them otherwise: as planned, and read back as the fold."""
+    base, adapter, file = on_experts(kind, tmp_path)
     request = ExportRequest((adapter,), ("gguf-adapter",), base=base, out=tmp_path / "planned")
     assert list(plan_export(request).outputs.values()) == [PlannedOutput(1, file.stat().st_size)]
     names = {tensor.name for tensor in GGUFReader(file).tensors}
     assert {f"blk.0.ffn_{part}_exps.weight.lora_{side}" for part in ("gate", "up", "down") for side in "ab"} <= names
+    model = ExportModel(fold(base, (adapter,)), {}, "adapter", str(base), adapter)
+    reader = GgufAdapterReader(tmp_path / "out" / "gguf-adapter", Manifest(), model)
+    assert reader.differences == [] and len(reader.wanted) == len(model.source.changed())
+    for spec in (spec for spec in model.source.specs() if spec.name in reader.wanted):
+        _, planned, stored = reader.pair(spec, slice(0, spec.rows), model.source.read(spec.name).values)
+        assert torch.allclose(planned, stored, atol=1e-4, rtol=1e-4), spec.name
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", SOME)
+def test_llama_cpp_computes_it_on_experts(kind: str, tmp_path: Path) -> None:
+    """In llama.cpp it is PEFT's."""
+    from peft import PeftModel
+
+    from tests.support.tiny import load_model
+
+    base, adapter, file = on_experts(kind, tmp_path)
     base_gguf = exported(tmp_path / "base-gguf", base, "-t", "gguf", "-q", "F32")
     with torch.no_grad():
         tuned = PeftModel.from_pretrained(load_model(base), adapter)
@@ -140,12 +163,6 @@ def test_on_experts(kind: str, tmp_path: Path) -> None:
     assert nmse(beside, folded) < 1e-3, "as the merged model"
     assert nmse(beside, expected) < 1e-3, "as PEFT"
     assert nmse(alone, expected) > 1e-2, "the control"
-    model = ExportModel(fold(base, (adapter,)), {}, "adapter", str(base), adapter)
-    reader = GgufAdapterReader(tmp_path / "out" / "gguf-adapter", Manifest(), model)
-    assert reader.differences == [] and len(reader.wanted) == len(model.source.changed())
-    for spec in (spec for spec in model.source.specs() if spec.name in reader.wanted):
-        _, planned, stored = reader.pair(spec, slice(0, spec.rows), model.source.read(spec.name).values)
-        assert torch.allclose(planned, stored, atol=1e-4, rtol=1e-4), spec.name
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from converters.gguf.ggml import ggml
 from converters.gguf.gguf_scan import scan
 from converters.gguf.quick_reader import open_gguf
 from lora2serve.errors import CheckpointError
+from tests.support.drawn import examples
 
 U32, F32_TYPE, STRING, ARRAY = 4, 0, 8, 9
 
@@ -146,7 +147,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_passes_is_read_by_both(written: bytes, tmp_path: Path, data: st.DataObject) -> None:
     """Any damage to a real file is found, or ggml and gguf read the file all the same."""

@@ -66,14 +66,21 @@ def test_every_type(
     assert problems == {}
 
 
-def test_another_type_for_some(models: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+# the second without llama.cpp's quantizer
+@pytest.mark.parametrize(
+    ("preset", "some", "others"),
+    [pytest.param("Q4_K_M", "Q8_0", "Q4_K", marks=pytest.mark.engine), ("F16", "F32", "F16")],
+)
+def test_another_type_for_some(
+    models: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], preset: str, some: str, others: str
+) -> None:
     model = model_of(models, "llama")
     _, tensors = read(
-        export(model, tmp_path, "-q", "Q4_K_M", "--tensor-type", "attn_v=Q8_0", "--tensor-type", "0.ffn=F16")
+        export(model, tmp_path, "-q", preset, "--tensor-type", f"attn_v={some}", "--tensor-type", "0.ffn=BF16")
     )
-    assert {kind for name, (kind, _) in tensors.items() if "attn_v" in name} == {"Q8_0"}
-    assert {kind for name, (kind, _) in tensors.items() if "blk.0.ffn_" in name and "norm" not in name} == {"F16"}
-    assert tensors["blk.1.ffn_up.weight"][0] == "Q4_K"
+    assert {kind for name, (kind, _) in tensors.items() if "attn_v" in name} == {some}
+    assert {kind for name, (kind, _) in tensors.items() if "blk.0.ffn_" in name and "norm" not in name} == {"BF16"}
+    assert tensors["blk.1.ffn_up.weight"][0] == others
     words = ["export", str(model), "-t", "gguf", "-o", str(tmp_path / "no"), "--tensor-type"]
     assert run([*words, "attn_v=Q9_X"]) == 1
     assert "unknown type 'Q9_X'" in capfd.readouterr().err

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from converters.ollama.modelfile import PARAMETER_NAMES, Modelfile
 from converters.ollama.modelfile_parser import COMMANDS, DEPRECATED, PARAMETERS, ModelfileError, is_printable, parse
 from lora2serve.errors import ExportError
+from tests.support.drawn import examples
 
 
 def test_every_command() -> None:
@@ -137,7 +138,7 @@ MODELFILES = st.builds(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(MODELFILES)
 def test_reads_what_was_written_or_says_so(modelfile: Modelfile) -> None:
     try:
@@ -151,7 +152,7 @@ def test_reads_what_was_written_or_says_so(modelfile: Modelfile) -> None:
 PLAIN = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from(" \n\t{}'"), min_size=1, max_size=60)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(PLAIN, PLAIN, PLAIN)
 def test_plain_contents_are_never_refused(template: str, system: str, stop: str) -> None:
     """Text without quotes and without characters that Ollama drops always passes, so the test above is no empty one."""
@@ -163,7 +164,7 @@ def test_plain_contents_are_never_refused(template: str, system: str, stop: str)
         assert parse(modelfile.write()) == list(modelfile.commands())
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.lists(st.sampled_from([c.upper() + " " for c in COMMANDS]) | NASTY | st.text(max_size=20)).map("".join))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:

@@ -26,6 +26,7 @@ from converters.ollama.go_template import (
 from converters.ollama.ollama_sink import LOOKALIKE_GUARD
 from converters.ollama.template_not_proven import TemplateNotProven
 from converters.ollama.template_parts import TemplateParts, quote, write_go
+from tests.support.drawn import examples
 from tests.support.golang import Renderer
 from tests.support.llama_cpp_source import chat_templates
 
@@ -339,9 +340,9 @@ def real(name: str) -> tuple[Jinja, DerivedTemplate]:
     return template, derive(template)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
-    st.sampled_from(REAL),
+    st.sampled_from(REAL[: examples(len(REAL))]),
     st.lists(CONTENTS, min_size=1, max_size=7).filter(lambda contents: len(contents) % 2),
     st.none() | CONTENTS,
     st.dates(),

@@ -28,6 +28,7 @@ from lora2serve.adapters.meta_model import meta_model, ties_by_default
 from lora2serve.cli import run
 from lora2serve.errors import AdapterError, CheckpointError, ExportError, InputError, Lora2ServeError, MergeError
 from lora2serve.weights.checkpoint import INDEX, SINGLE, Checkpoint, read_header
+from tests.support.drawn import examples
 from tests.support.folding import export_merged
 from tests.support.runs import DEMO
 from tests.support.tiny import make_adapter, make_model
@@ -162,7 +163,7 @@ def test_a_header_that_lies(tmp_path: Path, kind: str) -> None:
     assert "\n" not in caught.value.message
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 40))
 def test_any_damaged_byte_is_read_or_refused(tmp_path: Path, place: int, value: int, cut: int) -> None:
     """Never a traceback of another kind, and never a tensor that reaches beyond the file."""
@@ -226,7 +227,7 @@ INDEXES = st.recursive(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=INDEXES)
 def test_any_index_is_read_or_refused(tmp_path: Path, content: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
@@ -252,7 +253,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CONFIGS)
 def test_any_adapter_config_is_folded_or_refused(
     pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]

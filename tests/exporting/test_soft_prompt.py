@@ -69,7 +69,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # untied is what each kind is tried on below
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in ("llama", "qwen2, tied") else []) for name in FAMILIES],
+    [
+        "gemma3_text",
+        "phi",
+        *(pytest.param(name, marks=pytest.mark.engine) for name in ("llama, tied", "llama, every row a token")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen2, tied")),
+    ],
 )
 def test_the_same_logits(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
     """In float32, of the tokens that there were; the others have at most the probability of one among all."""

@@ -82,7 +82,14 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", pytest.param("mistral3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "qwen2_5_vl",
+        pytest.param("gemma3", marks=pytest.mark.engine),
+        pytest.param("mistral3", marks=pytest.mark.slow),
+    ],
+)
 def test_multimodal(tmp_path: Path, kind: str) -> None:
     """The language model is folded under whatever name the file has for it; the rest passes through untouched."""
     from peft import PeftModel
@@ -149,13 +156,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["lm_head", "v_proj"]},
     "loha": {"method": "LOHA", "target_modules": ["q_proj", "v_proj"], "r": 4},
 }
-# Of each class one method, of each method two classes, experts as they lie in Qwen3.5 and in Llama 4; the rest weekly.
+# Of each method a class, experts as they lie in Qwen3.5 and in Llama 4; of each class a method, and of each method another
+# class, in make test; the rest weekly.
 OFTEN = {
-    "qwen3_5": ("head",), "qwen3_5_moe": ("lora", "experts"), "qwen4_exp": ("lora",), "llama4": ("experts", "loha"),
-    "mllama": ("lora", "head"), "gemma3": ("loha",),
+    "qwen3_5": (), "qwen3_5_moe": ("experts",), "qwen4_exp": ("lora",), "llama4": ("experts",), "mllama": ("head",),
+    "gemma3": ("loha",),
 }  # fmt: skip
+IN_TEST = {"qwen3_5": ("head",), "qwen3_5_moe": ("lora",), "llama4": ("loha",), "mllama": ("lora",)}
+
+
+def how_often(kind: str, method: str) -> list[pytest.MarkDecorator]:
+    if method in OFTEN[kind]:
+        return []
+    return [pytest.mark.engine if method in IN_TEST.get(kind, ()) else pytest.mark.slow]
+
+
 TRAINED = [
-    pytest.param(kind, method, marks=[] if method in OFTEN[kind] else [pytest.mark.slow])
+    pytest.param(kind, method, marks=how_often(kind, method))
     for kind, (_, _, experts) in TWO_CLASSES.items()
     for method in METHODS
     if (experts or method != "experts") and (kind, method) != ("gemma3", "head")  # which is tied
@@ -416,7 +433,7 @@ def classifier(path: Path, kind: str, **config: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "gemma", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2", "qwen3", "mistral"))]
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma", "qwen2", "qwen3", "mistral"))]
 )
 def test_a_classifier(tmp_path: Path, kind: str) -> None:
     """Folded with its head onto a base that has one; the reason is said where the base is a language model."""
@@ -481,7 +498,13 @@ def test_a_class_that_loads_nothing(tmp_path: Path) -> None:
         export_merged(base, [adapter], tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", TWO_CLASSES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("qwen3_5", "llama4", "gemma3") else [pytest.mark.engine])
+        for kind in TWO_CLASSES
+    ],
+)
 def test_round_trip_through_4_bits(two_classes: Callable[[str], Path], plain: Path, tmp_path: Path, kind: str) -> None:
     """What training quantized is named by the model that it loaded; the same bits whatever the file calls it."""
     base = two_classes(kind)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from lora2serve.errors import CheckpointError
 from lora2serve.weights.checkpoint import INDEX, Checkpoint
 from lora2serve.weights.tensors import DType
+from tests.support.drawn import examples
 from tests.support.folding import export_merged, stored, worst_ulp
 from tests.support.tiny import make_adapter, make_model, merged_by_peft
 
@@ -61,7 +62,7 @@ CANCELS = {  # the orthonormal start takes away most of a small weight
 }
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(8), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(config=CANCELS, dtype="BF16", shard=20_000)
 @given(config=CONFIGS, dtype=st.sampled_from(["BF16", "F16"]), shard=st.integers(20_000, 400_000))
 def test_any_lora_equals_peft(
@@ -101,7 +102,7 @@ def write_shards(path: Path, tensors: dict[str, tuple[list[int], torch.dtype, in
     return values
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(tensors=TENSORS, data=st.data())
 def test_any_shards_are_read_as_safetensors_reads_them(
     tmp_path_factory: pytest.TempPathFactory,
@@ -129,7 +130,7 @@ LIES: dict[str, Callable[[dict[str, str], str], object]] = {
 }
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(tensors=TENSORS, lie=st.sampled_from(sorted(LIES)), data=st.data())
 def test_any_index_that_lies_is_refused(
     tmp_path_factory: pytest.TempPathFactory,

@@ -17,6 +17,7 @@ from lora2serve.weights.bnb.fake_quantized import FakeQuantized, Quantization
 from lora2serve.weights.checkpoint import Checkpoint
 from lora2serve.weights.dequantize import Dequantized
 from lora2serve.weights.tensors import DType
+from tests.support.drawn import examples
 from tests.support.folding import export_merged, stored, worst_ulp
 from tests.support.tiny import load_model, make_adapter, make_model, merged_by_peft
 
@@ -181,7 +182,7 @@ def test_merge_onto_a_four_bit_checkpoint(base: Path, tmp_path: Path) -> None:
     assert max(worst_ulp(got, oracle).values()) <= 1
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     rows=st.integers(1, 300), columns=st.integers(1, 300), block=st.sampled_from([(128, 128), (64, 32)]), data=st.data()
 )
