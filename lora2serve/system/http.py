@@ -22,7 +22,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies
 
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.system.json_values import Json, JsonValue, at
@@ -296,6 +295,8 @@ def _environment_errors() -> Iterator[None]:
 
 
 def _proxies() -> str:
+    from urllib.request import getproxies  # it brings a client and ssl: every command loads this module
+
     shown = []
     for name in ("http", "https", "all"):
         scheme, _, rest = getproxies().get(name, "").rpartition("://")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -121,9 +122,23 @@ def test_a_stop_word_is_no_part_of_an_answer(tokens: list[str], shown: str, stop
     assert words.stopped == stopped
 
 
+# bytes that are no text are asked about as a sign that stands for them; in an empty pipe, the control, is no question
+PIPED = ((b"half \xff a byte", "no runs/latest here"), (b"", "nothing was piped in"))
+
+
+def test_bytes_that_are_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for piped, said in PIPED:
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(piped), encoding="utf-8", errors="strict"))
+        assert run(["chat"]) == 2 and said in capfd.readouterr().err
+
+
+@pytest.mark.engine
 def test_a_pipe_with_bytes_that_are_no_text(tmp_path: Path) -> None:
-    """They are asked about as a sign that stands for them; of an empty pipe, the control, there is no question."""
-    for piped, said in ((b"half \xff a byte", "no runs/latest here"), (b"", "nothing was piped in")):
+    """The same with a true one."""
+    for piped, said in PIPED:
         command = [sys.executable, "-m", "lora2serve", "chat"]
         environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
         done = subprocess.run(command, check=False, input=piped, capture_output=True, cwd=tmp_path, env=environment)

@@ -87,7 +87,10 @@ def test_inspect_shows_controls_escaped(here: Path, pair: tuple[Path, Path], cap
             assert f"base: {name}\n" in lines and name in text
 
 
-@pytest.mark.parametrize(("args", "code"), [(["inspect", "./nothing"], 1), (["tain"], 2), (["--version"], 0)])
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [pytest.param(["inspect", "./nothing"], 1, marks=pytest.mark.engine), (["tain"], 2), (["--version"], 0)],
+)
 def test_stderr_may_be_closed(here: Path, args: list[str], code: int) -> None:
     """The control: with it open, there is a message where the code is not 0."""
     command = [sys.executable, "-m", "lora2serve", *args]

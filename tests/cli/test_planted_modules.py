@@ -61,12 +61,16 @@ def test_the_control(tmp_path: Path, trace: Path) -> None:
     assert ran(trace) == ["click.py"]
 
 
-def test_light_commands(tmp_path: Path, trace: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["inspect", "."], 1),  # which imports the most of them
+        *(pytest.param([word], 0, marks=pytest.mark.engine) for word in ("--help", "doctor", "init")),
+    ],
+)
+def test_light_commands(tmp_path: Path, trace: Path, words: Sequence[str], code: int) -> None:
     plant(tmp_path)
-    run(["--help"], tmp_path)
-    run(["doctor"], tmp_path)
-    run(["init"], tmp_path)
-    run(["inspect", "."], tmp_path, 1)
+    run(words, tmp_path, code)
     assert ran(trace) == []
 
 
@@ -113,8 +117,8 @@ def test_parity(tmp_path: Path, trace: Path) -> None:
     assert ran(trace) == []
 
 
-@pytest.mark.parametrize(("target", "module"), [("vllm", "vllm"), ("gguf", "llama_cpp"), ("bundle", "vllm")])
-def test_an_engine(target: str, module: str, tmp_path: Path, trace: Path) -> None:
+@pytest.mark.parametrize("target", ["vllm", *(pytest.param(t, marks=pytest.mark.engine) for t in ("gguf", "bundle"))])
+def test_an_engine(target: str, tmp_path: Path, trace: Path) -> None:
     """The engine's command as it is, with the program in place of the engine that shows what would be imported."""
     export = write_export(tmp_path / "export", target)
     plant(tmp_path, export)

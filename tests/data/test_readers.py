@@ -16,13 +16,14 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lora2serve.data import data_sets
+from lora2serve.data import data_sets, text_readers
 from lora2serve.data.readers import Unpacked, file_digest, parquet_batches, read_values, within
-from lora2serve.data.text_readers import LONGEST_LINE, Unreadable
+from lora2serve.data.text_readers import Unreadable
 from lora2serve.errors import DataError
+from tests.support.properties import tried
 from tests.support.runs import plain
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
@@ -160,6 +161,7 @@ def test_pictures_are_not_looked_at(tmp_path: Path) -> None:
 
 
 GOOD = b'{"text": "a"}'
+LONGEST_LINE = 1 << 20  # here: a line beyond the true bound takes a third of a second
 HOSTILE: list[tuple[str, bytes, str]] = [
     ("a.jsonl", GOOD + b'\n{"text": "a", "text": "b"}\n', ":2: not JSON (key 'text' is there twice)"),
     ("a.jsonl", GOOD + b'\n{"text": NaN}\n', ":2: not JSON (NaN is no number of JSON)"),
@@ -168,7 +170,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("a.jsonl", GOOD + b'\n{"text": "\xff"}\n', ":2: not UTF-8 (byte 10 of the line)"),
     ("a.jsonl", GOOD + b"\n" + b'{"a":' * 100_000, ":2: not JSON (nested too deep to be read)"),
     ("a.jsonl", GOOD + b'\n{"text": ' + b"9" * 5000 + b"}", ":2: not JSON (Exceeds the limit"),
-    ("a.jsonl", GOOD + b"\n" + b" " * (LONGEST_LINE + 9), ":2: a line of over 64 MiB; nothing after it was read"),
+    ("a.jsonl", GOOD + b"\n" + b" " * (LONGEST_LINE + 9), ":2: a line of over 1 MiB; nothing after it was read"),
     ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), ":1: not UTF-8 (byte 0 of the line)"),
     ("a.json", b"[\n" + GOOD + b",\n\n{]", ":2: not JSON (Expecting property name"),
     ("a.json", b"[" + GOOD + b"\n" + GOOD + b"]", ":1: not JSON (expected ',' or ']' after this value)"),
@@ -191,7 +193,10 @@ HOSTILE: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), HOSTILE, ids=[reason for _, _, reason in HOSTILE])
-def test_a_bad_row_of_each_container(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_a_bad_row_of_each_container(
+    tmp_path: Path, name: str, content: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_readers, "LONGEST_LINE", LONGEST_LINE)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         data_sets.read(str(tmp_path / name))
@@ -276,14 +281,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
-SLOW = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
-@SLOW
-@given(values=st.lists(JSON, min_size=1, max_size=4), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
-def test_any_values_are_read_as_they_were_written(
-    tmp_path: Path, values: list[Any], indent: int | None, ascii_only: bool
-) -> None:
+def values_are_read(tmp_path: Path, values: list[Any], indent: int | None, ascii_only: bool) -> None:
     file = tmp_path / "a.json"
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
     file.write_text(text, encoding="utf-8", newline="")
@@ -294,13 +294,18 @@ def test_any_values_are_read_as_they_were_written(
         assert list(read_values(file)) == list(enumerate(values, 1))
 
 
+test_any_values_are_read_as_they_were_written, test_any_values_weekly = tried(
+    values_are_read,
+    given(values=st.lists(JSON, min_size=1, max_size=4), indent=st.sampled_from([None, 1]), ascii_only=st.booleans()),
+    light=10,
+    weekly=100,
+)
+
+
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 
 
-@SLOW
-@given(rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=5))
-@example(rows=[('a "quoted",\r\n\tcell', "\x00\u2028")])
-def test_any_cells_are_read_as_they_were_written(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+def cells_are_read(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     values = [{"a": first, "b": second} for first, second in rows]
     for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
         (tmp_path / name).write_bytes(delimited(values, delimiter))
@@ -308,13 +313,16 @@ def test_any_cells_are_read_as_they_were_written(tmp_path: Path, rows: list[tupl
         assert [value for _, value in read_values(tmp_path / name)] == filled
 
 
-@SLOW
-@given(content=st.binary(max_size=60), name=st.sampled_from([*CONTAINERS, "a.txt"]))
-@example(content=b"[", name="a.jsonl")
-@example(content=b'[{},"', name="a.jsonl")
-@example(content=b'"', name="a.csv")
-@example(content=b"\xef\xbb\xbf", name="bom.csv")
-def test_any_bytes_are_read_or_refused_in_lines(tmp_path: Path, content: bytes, name: str) -> None:
+test_any_cells_are_read_as_they_were_written, test_any_cells_weekly = tried(
+    cells_are_read,
+    example(rows=[('a "quoted",\r\n\tcell', "\x00\u2028")]),
+    given(rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=5)),
+    light=10,
+    weekly=100,
+)
+
+
+def bytes_are_read_or_refused(tmp_path: Path, content: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     try:
         for number, value in read_values(tmp_path / name, plain_text=True):
@@ -322,6 +330,18 @@ def test_any_bytes_are_read_or_refused_in_lines(tmp_path: Path, content: bytes, 
             assert not isinstance(value, Unreadable) or "\n" not in value.reason
     except DataError as error:
         assert "\n" not in error.message
+
+
+test_any_bytes_are_read_or_refused_in_lines, test_any_bytes_weekly = tried(
+    bytes_are_read_or_refused,
+    example(content=b"[", name="a.jsonl"),
+    example(content=b'[{},"', name="a.jsonl"),
+    example(content=b'"', name="a.csv"),
+    example(content=b"\xef\xbb\xbf", name="bom.csv"),
+    given(content=st.binary(max_size=60), name=st.sampled_from([*CONTAINERS, "a.txt"])),
+    light=15,
+    weekly=100,
+)
 
 
 def test_an_array_on_one_line_has_a_number_for_each_row(tmp_path: Path) -> None:
