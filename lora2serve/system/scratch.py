@@ -135,7 +135,10 @@ def remove() -> None:
 def sweep() -> tuple[int, int]:
     """The same for processes that were killed; how many child processes ended, and how many paths were removed."""
     ended = removed = 0
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    folders: list[Path] = []
+    with suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:  # of thousands; a pattern takes longer
+        folders = [Path(entry.path) for entry in entries if entry.name.startswith(PREFIX)]
+    for folder in folders:
         with suppress(OSError):
             descriptor = file_lock.take_folder(folder)
             if descriptor is not None:

@@ -30,7 +30,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(root / "mayor", make_model(root / "base"))
 
 
-@pytest.mark.parametrize("order", [ORDERS, pytest.param(ORDERS[::-1], marks=pytest.mark.engine)])
+@pytest.mark.engine  # processes that load all of it
+@pytest.mark.parametrize("order", [ORDERS, ORDERS[::-1]])
 def test_functions_are_functions_whatever_was_imported(order: Sequence[str]) -> None:
     imports = "\n".join(order)
     program = f"import lora2serve\n{imports}\nprint([callable(getattr(lora2serve, n)) for n in {FUNCTIONS!r}])"

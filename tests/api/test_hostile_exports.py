@@ -67,15 +67,23 @@ FILES = {
 }
 
 
+FEW = {  # what the light suite has of them: the rest is read as config.json, and as the manifest
+    "adapter_config.json": ("deep", "no numbers", "other types", "negative", "half a character", "no text", "a pipe", "nothing"),
+    "serve.yaml": ("empty", "a list", "deep", "other types", "a long number", "no text", "a pipe", "a directory", "nothing"),
+}  # fmt: skip
+
+
 def weekly(target: str, file: str, kind: str) -> bool:
     """Manifests are all read by the same code, a bundle's settings as a model's, and no JSON is a header of weights."""
     other = file == "lora2serve.json" and target != "vllm"
     same = target == "bundle" and kind not in ("deep", "other types", "a pipe")
     alike = kind in ("null", "a link to itself") and file != "lora2serve.json"  # as a list, and as a device
+    few = file in FEW and kind not in FEW[file]
     return (
         other
         or same
         or alike
+        or few
         or (file.startswith(("model.", "adapter_model.")) and kind in TEXTS.keys() - {"empty", "deep"})
     )
 

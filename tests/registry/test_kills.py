@@ -80,7 +80,7 @@ def kill_at_random(location: str, runs: list[Path], times: int) -> int:
 
 
 def test_kills(location: str, runs: list[Path]) -> None:
-    assert kill_at_random(location, runs, 5) >= 1  # how many more are added by then depends on the machine
+    assert kill_at_random(location, runs, 4) >= 1  # how many more are added by then depends on the machine
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_promotions_at_once(location: str, runs: list[Path], processes: int, tur
         assert registry.verify() == 2 * processes and registry.aliases("m") == {"champion": moves[-1].new}
 
 
-@pytest.mark.parametrize("turns", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("turns", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_adding_and_collecting_at_once(location: str, runs: list[Path], turns: int) -> None:
     """What one process adds while others collect has its files; what is collected is added again."""
 

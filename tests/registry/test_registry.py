@@ -20,6 +20,7 @@ from lora2serve.registry.queries import MOST_ROWS
 from lora2serve.system.small_files import digest
 from tests.support.manifests import change_manifest
 from tests.support.registries import PROVEN, add_export, make_run, scores, write_adapter
+from tests.support.shared import once
 
 
 def proven(path: Path, seed: int = 0, **record: object) -> Path:
@@ -29,9 +30,34 @@ def proven(path: Path, seed: int = 0, **record: object) -> Path:
     return run.path
 
 
-def versions(registry: Registry, folder: Path, count: int, **record: object) -> None:
+MOST = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs, and registries of the first one, the first two, ...: to copy one takes a fifth of the time."""
+
+    def make(folder: Path) -> None:
+        with Registry(folder / "all", author="tester") as registry:
+            for seed in range(MOST):
+                registry.add(proven(folder / f"run-{seed}", seed), name="medical-qa")
+                shutil.copytree(folder / "all", folder / f"first-{seed + 1}")
+
+    MADE.append(once(tmp_path_factory, "registries", make))
+    return MADE[-1]
+
+
+MADE: list[Path] = []
+
+
+def versions(registry: Registry, folder: Path, count: int) -> None:
     for seed in range(count):
-        registry.add(proven(folder / f"run-{seed}", seed, **record), name="medical-qa")
+        shutil.copytree(MADE[-1] / f"run-{seed}", folder / f"run-{seed}")
+    if registry.location.folder and not registry.location.folder.exists():
+        shutil.copytree(MADE[-1] / f"first-{count}", registry.location.folder)
+    else:  # Postgres
+        for seed in range(count):
+            registry.add(folder / f"run-{seed}", name="medical-qa")
 
 
 def test_a_run_becomes_a_version(registry: Registry, tmp_path: Path) -> None:
