@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora2serve.config.other_names import OTHER_NAMES
@@ -28,7 +28,7 @@ from lora2serve.config.recipe import (
 )
 from lora2serve.errors import RecipeError, UsageError
 from lora2serve.progress import Silent
-from tests.support.properties import tried
+from tests.support.drawn import examples
 
 LEAST = {"model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
 
@@ -410,33 +410,21 @@ def recipe_or_problems(path: Path) -> None:
         assert load(path) == recipe
 
 
-def any_mapping(tmp_path: Path, content: dict[Any, Any]) -> None:
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.one_of(SECTIONS, st.dictionaries(KEYS, VALUES, max_size=5)))
+@example(content={"train": {"lora": {"rank_pattern": {"\x1e": "x"}}}})
+def test_any_mapping(tmp_path: Path, content: dict[Any, Any]) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(yaml.safe_dump(content, allow_unicode=True).encode("utf-8", errors="surrogatepass"))
     recipe_or_problems(path)
 
 
-test_any_mapping, test_any_mapping_weekly = tried(
-    any_mapping,
-    example(content={"train": {"lora": {"rank_pattern": {"\x1e": "x"}}}}),
-    given(content=st.one_of(SECTIONS, st.dictionaries(KEYS, VALUES, max_size=5))),
-    light=20,
-    weekly=200,
-)
-
-
-def any_text(tmp_path: Path, text: str | bytes) -> None:
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60) | st.binary(max_size=60) | st.text("&*a[]{}:,-? \n!'\"|>#%0.1e", max_size=40))
+def test_any_text(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass"))
     recipe_or_problems(path)
-
-
-test_any_text, test_any_text_weekly = tried(
-    any_text,
-    given(text=st.text(max_size=60) | st.binary(max_size=60) | st.text("&*a[]{}:,-? \n!'\"|>#%0.1e", max_size=40)),
-    light=40,
-    weekly=300,
-)
 
 
 def test_several_data_sets(write: Any, tmp_path: Path) -> None:

@@ -19,6 +19,14 @@ from lora2serve.errors import RecipeError, UsageError
 
 CONFIGS = Path(__file__).parent / "other_trainers"
 EACH = sorted(CONFIGS.glob("*/*.yaml"))
+LIGHT = (
+    "dpo-full",
+    "qlora-sharegpt",
+    "variants",
+    "kto-oft",
+    "lora-sft",
+    "goes-on",
+)  # of each trainer's; the others take as long
 
 
 def keys_of(value: Any) -> Iterator[str]:
@@ -34,7 +42,11 @@ def translated(name: str, folder: Path) -> tuple[Recipe, dict[str, str]]:
     return load(path), {item.key: item.why for item in result.left_out}
 
 
-@pytest.mark.parametrize("config", EACH, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=() if path.stem in LIGHT else pytest.mark.engine) for path in EACH],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_every_key_has_a_place_or_is_named(config: Path, tmp_path: Path) -> None:
     """Without a key the recipe is another one, or its line among those left out is gone."""
     (tmp_path / "r.yaml").write_text(translate(config).text, encoding="utf-8")

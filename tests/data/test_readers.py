@@ -16,14 +16,14 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora2serve.data import data_sets, text_readers
 from lora2serve.data.readers import Unpacked, file_digest, parquet_batches, read_values, within
 from lora2serve.data.text_readers import Unreadable
 from lora2serve.errors import DataError
-from tests.support.properties import tried
+from tests.support.drawn import examples
 from tests.support.runs import plain
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
@@ -283,7 +283,14 @@ JSON = st.recursive(
 )
 
 
-def values_are_read(tmp_path: Path, values: list[Any], indent: int | None, ascii_only: bool) -> None:
+SLOW = settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@SLOW
+@given(values=st.lists(JSON, min_size=1, max_size=4), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
+def test_any_values_are_read_as_they_were_written(
+    tmp_path: Path, values: list[Any], indent: int | None, ascii_only: bool
+) -> None:
     file = tmp_path / "a.json"
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
     file.write_text(text, encoding="utf-8", newline="")
@@ -294,18 +301,13 @@ def values_are_read(tmp_path: Path, values: list[Any], indent: int | None, ascii
         assert list(read_values(file)) == list(enumerate(values, 1))
 
 
-test_any_values_are_read_as_they_were_written, test_any_values_weekly = tried(
-    values_are_read,
-    given(values=st.lists(JSON, min_size=1, max_size=4), indent=st.sampled_from([None, 1]), ascii_only=st.booleans()),
-    light=10,
-    weekly=100,
-)
-
-
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 
 
-def cells_are_read(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+@SLOW
+@given(rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=5))
+@example(rows=[('a "quoted",\r\n\tcell', "\x00\u2028")])
+def test_any_cells_are_read_as_they_were_written(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     values = [{"a": first, "b": second} for first, second in rows]
     for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
         (tmp_path / name).write_bytes(delimited(values, delimiter))
@@ -313,16 +315,13 @@ def cells_are_read(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
         assert [value for _, value in read_values(tmp_path / name)] == filled
 
 
-test_any_cells_are_read_as_they_were_written, test_any_cells_weekly = tried(
-    cells_are_read,
-    example(rows=[('a "quoted",\r\n\tcell', "\x00\u2028")]),
-    given(rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=5)),
-    light=10,
-    weekly=100,
-)
-
-
-def bytes_are_read_or_refused(tmp_path: Path, content: bytes, name: str) -> None:
+@SLOW
+@given(content=st.binary(max_size=60), name=st.sampled_from([*CONTAINERS, "a.txt"]))
+@example(content=b"[", name="a.jsonl")
+@example(content=b'[{},"', name="a.jsonl")
+@example(content=b'"', name="a.csv")
+@example(content=b"\xef\xbb\xbf", name="bom.csv")
+def test_any_bytes_are_read_or_refused_in_lines(tmp_path: Path, content: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     try:
         for number, value in read_values(tmp_path / name, plain_text=True):
@@ -330,18 +329,6 @@ def bytes_are_read_or_refused(tmp_path: Path, content: bytes, name: str) -> None
             assert not isinstance(value, Unreadable) or "\n" not in value.reason
     except DataError as error:
         assert "\n" not in error.message
-
-
-test_any_bytes_are_read_or_refused_in_lines, test_any_bytes_weekly = tried(
-    bytes_are_read_or_refused,
-    example(content=b"[", name="a.jsonl"),
-    example(content=b'[{},"', name="a.jsonl"),
-    example(content=b'"', name="a.csv"),
-    example(content=b"\xef\xbb\xbf", name="bom.csv"),
-    given(content=st.binary(max_size=60), name=st.sampled_from([*CONTAINERS, "a.txt"])),
-    light=15,
-    weekly=100,
-)
 
 
 def test_an_array_on_one_line_has_a_number_for_each_row(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora2serve.config.data_recipe import DataRecipe
@@ -22,7 +22,7 @@ from lora2serve.data.samples import Sample
 from lora2serve.data.served_template import ChatTemplate
 from lora2serve.errors import DataError
 from lora2serve.progress import Silent
-from tests.support.properties import tried
+from tests.support.drawn import examples
 from tests.support.runs import DEMO, plain, write_jsonl
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -217,7 +217,9 @@ VALUES = st.recursive(
 )
 
 
-def is_a_row_or_has_a_reason(row: Any) -> None:
+@settings(max_examples=examples(100))
+@given(row=VALUES)
+def test_any_value_is_a_row_or_has_a_reason(row: Any) -> None:
     parsed = parse_row(row)
     if isinstance(parsed, str):
         assert parsed
@@ -226,8 +228,3 @@ def is_a_row_or_has_a_reason(row: Any) -> None:
         assert isinstance(parsed, ChatRow | CompletionRow | TextRow)
         assert set(parsed.json()) in ({"messages"}, {"prompt", "completion"}, {"text"})
         assert parse_row(parsed.json()) == parsed
-
-
-test_any_value_is_a_row_or_has_a_reason, test_any_value_weekly = tried(
-    is_a_row_or_has_a_reason, given(row=VALUES), light=25, weekly=300
-)

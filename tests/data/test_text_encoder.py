@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora2serve.data.rendering import IGNORE, Renderer
@@ -17,8 +17,8 @@ from lora2serve.data.served_template import ChatTemplate
 from lora2serve.data.text_encoder import GrowingText, TextEncoder, cuts_before_spaces
 from lora2serve.data.tokenizer import encode
 from tests.data.test_chat_turns import CHATML, TURNS, learned, served, tokenizer_with
+from tests.support.drawn import examples
 from tests.support.llama_cpp_source import sentencepiece_tokenizer, vocabulary
-from tests.support.properties import tried
 
 PIECES = st.lists(
     st.sampled_from([
@@ -30,7 +30,9 @@ PIECES = st.lists(
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def grow(parts: list[list[str]]) -> None:
+@given(st.lists(PIECES, min_size=1, max_size=5))
+@settings(deadline=None, max_examples=examples(60))
+def test_a_text_that_grows_has_the_ids_of_the_tokenizer(parts: list[list[str]]) -> None:
     tokenizer = tokenizer_with(CHATML)
     encoder, text, ids = TextEncoder(tokenizer), "<|im_start|>user\nHi<|im_end|>\n", list[int]()
     growing = GrowingText(encoder)
@@ -45,11 +47,6 @@ def grow(parts: list[list[str]]) -> None:
         assert tokenizer.decode(ids) == tokenizer.decode(encode(tokenizer, text, special=False))
     assert encoder._cuts_words, "words are looked up"
     assert encoder.encode("something else") == encode(tokenizer, "something else", special=False)
-
-
-test_a_text_that_grows_has_the_ids_of_the_tokenizer, test_a_text_that_grows_weekly = tried(
-    grow, given(st.lists(PIECES, min_size=1, max_size=5)), light=15, weekly=100
-)
 
 
 def test_where_words_may_be_encoded_apart() -> None:
