@@ -271,7 +271,7 @@ def test_a_tie_that_is_none(tmp_path: Path, kind: str) -> None:
 
 def test_a_tie_that_is_one(tmp_path: Path) -> None:
     """The control: a stored copy of the embedding beside the flag."""
-    base = make_model(tmp_path / "base", "llama")
+    base = make_model(tmp_path / "base", "llama", num_hidden_layers=1)
     tensors = stored(base)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
     config = json.loads((base / "config.json").read_text())
@@ -316,13 +316,13 @@ def test_every_model_with_conv1d_is_known() -> None:
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_trained_bias(tmp_path: Path, bias: str) -> None:
-    base = make_model(tmp_path / "base", "llama", attention_bias=True)
+    base = make_model(tmp_path / "base", "llama", attention_bias=True, num_hidden_layers=1)
     adapter = make_adapter(tmp_path / "adapter", base, bias=bias)
     check_equal(export_merged(base, [adapter], tmp_path / "out"), merged_by_peft(base, adapter))
 
 
 def test_lora_bias(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base", "llama", attention_bias=True)
+    base = make_model(tmp_path / "base", "llama", attention_bias=True, num_hidden_layers=1)
     adapter = make_adapter(tmp_path / "adapter", base, lora_bias=True, target_modules=["q_proj", "v_proj"])
     check_equal(export_merged(base, [adapter], tmp_path / "out"), merged_by_peft(base, adapter))
 
@@ -346,7 +346,7 @@ def test_resized_vocabulary(bases: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_trained_tokens_of_a_resized_vocabulary(tmp_path: Path, tied: bool) -> None:
     """PEFT then saves the whole table beside the rows that were trained, under its wrapper's own name."""
-    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=tied)
+    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=tied, num_hidden_layers=1)
     tokens = [325, 326] if tied else {"embed_tokens": [325, 326], "lm_head": [325, 326]}
     adapter = make_adapter(tmp_path / "adapter", base, resize=330, trainable_token_indices=tokens)
     out = export_merged(base, [adapter], tmp_path / "out")
@@ -399,7 +399,7 @@ def test_untied(tmp_path: Path, kind: str) -> None:
     """One half of a tied pair was trained: the served model answers like the trained one, with a head of its own."""
     from peft import PeftModel
 
-    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=True, num_hidden_layers=1)
     given: dict[str, Any] = {
         "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
         "head": {"target_modules": ["q_proj", "lm_head"]},
@@ -421,7 +421,7 @@ def test_untied(tmp_path: Path, kind: str) -> None:
     "given", [{"trainable_token_indices": [5, 6]}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}]
 )
 def test_stays_tied(tmp_path: Path, given: dict[str, Any]) -> None:
-    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    base = make_model(tmp_path / "base", "llama", tie_word_embeddings=True, num_hidden_layers=1)
     adapter = make_adapter(tmp_path / "adapter", base, **given)
     out = export_merged(base, [adapter], tmp_path / "out")
     assert "lm_head.weight" not in stored(out)
@@ -485,7 +485,7 @@ def test_an_overflow_is_named(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    base = make_model(tmp_path / "base", dtype=base_type)
+    base = make_model(tmp_path / "base", dtype=base_type, num_hidden_layers=1)
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][0] = value
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
