@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,19 +50,30 @@ def find_tasks(options: HarnessOptions) -> TaskManager:
 
     if options.include and not Path(options.include).is_dir():
         raise UsageError(f"--task-folder {options.include}: no such folder")
-    if options.include:  # the harness lists its own 14,000 in twenty seconds
-        alone = TaskManager(include_path=options.include, include_defaults=False)
-        if set(options.tasks) <= set(alone.all_subtasks):  # of a group some may be the harness's
-            return alone
-    manager = TaskManager(include_path=options.include or None)
-    known = list(manager.all_tasks)
+    alone: list[str] = []
+    if options.include:
+        manager = TaskManager(include_path=options.include, include_defaults=False)
+        if set(options.tasks) <= set(manager.all_subtasks):  # of a group some may be the harness's
+            return manager
+        alone = manager.all_subtasks
+        known = sorted({*manager.all_tasks, *_own_tasks().all_tasks})
+    else:
+        known = _own_tasks().all_tasks
     for task in options.tasks:
         if task not in known:
             _refuse_broken(options.include)  # the harness passes over those
-            near, own = did_you_mean(task, known), ", ".join(sorted(alone.all_subtasks)) if options.include else ""
+            own = ", ".join(alone)
             hint = f"{options.include} has {own}" if own else "`lm-eval ls tasks` lists them"
-            raise UsageError(f"--task {task}: no such task{near}", hint)
-    return manager
+            raise UsageError(f"--task {task}: no such task{did_you_mean(task, known)}", hint)
+    return TaskManager(include_path=options.include) if options.include else _own_tasks()
+
+
+@cache
+def _own_tasks() -> TaskManager:
+    """The harness lists its own 14,000 in twenty seconds: once a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _refuse_broken(folder: str) -> None:
