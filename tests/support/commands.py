@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from lora2serve.system import fork_client
 from lora2serve.system.fork_server import HARMLESS
 
 ROOT = Path(__file__).parents[2]
+Ask = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 
 class RunningCommand:
@@ -85,6 +86,20 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """``python -m lora2serve WORDS`` in ``folder``, from its beginning to its end; ``changes``: to the environment."""
     return RunningCommand(words, folder, changes).end()
+
+
+def asking(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ask:
+    """The same in this process, for what is refused, or planned, before anything is loaded: no process is started."""
+    from lora2serve.cli import run
+
+    monkeypatch.chdir(folder)
+
+    def ask(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        code = run(list(words))
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return ask
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lora2serve.artifacts.run import Run
-from tests.support.commands import run_command
+from tests.support.commands import asking, run_command
 from tests.support.runs import make_chat_model, recipe_file, rows, write_jsonl
 
 
@@ -58,16 +58,19 @@ def test_one_that_fails_leaves_the_others(recipes: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_cannot_be_is_refused_before_the_first_begins(recipes: Path) -> None:
+def test_what_cannot_be_is_refused_before_the_first_begins(
+    recipes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask = asking(recipes, monkeypatch, capfd)
     (recipes / "wrong.yaml").write_text(yaml.safe_dump({"model": {"path": "base"}, "data": {"train": "x", "evl": 1}}))
-    refused = run_command(["train", "a.yaml", "no-such.yaml", "wrong.yaml"], recipes)
+    refused = ask(["train", "a.yaml", "no-such.yaml", "wrong.yaml"])
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "no-such.yaml" in refused.stderr and "data.evl" in refused.stderr and "wrong.yaml" in refused.stderr
-    refused = run_command(["train", "a.yaml", "b.yaml", "--name", "x", "--resume", "--gpus", "2"], recipes)
+    refused = ask(["train", "a.yaml", "b.yaml", "--name", "x", "--resume", "--gpus", "2"])
     assert refused.returncode == 2
     assert all(f"{option}: of one training, and 2 recipes" in refused.stderr for option in ("--name", "--gpus"))
     assert "--resume: of one training, or with --share-base or --on ray, and 2 are named" in refused.stderr
-    refused = run_command(["train", "a.yaml", "--jobs", "2"], recipes)
+    refused = ask(["train", "a.yaml", "--jobs", "2"])
     assert refused.returncode == 2 and "--jobs 2: of several recipes, and 1 is named" in refused.stderr
 
 

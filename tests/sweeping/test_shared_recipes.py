@@ -14,8 +14,13 @@ from lora2serve.config.recipe import Recipe, load
 from lora2serve.errors import RecipeError
 from lora2serve.sweeping import many_runs
 from lora2serve.sweeping.shared_trainings import refuse_differences
-from tests.support.commands import run_command
+from tests.support.commands import Ask, asking
 from tests.support.runs import make_chat_model, recipe_file
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ask:
+    return asking(tmp_path, monkeypatch, capfd)
 
 
 def loaded(folder: Path, **train: object) -> Recipe:
@@ -40,31 +45,31 @@ def test_all_differences_at_once(tmp_path: Path) -> None:
     refuse_differences([("a.yaml", first), ("other.yaml", other)])
 
 
-def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+def test_options_that_do_not_go_together(tmp_path: Path, ask: Ask) -> None:
     for name in "ab":
         recipe_file(tmp_path / name, tmp_path / name, {"train": "rows.jsonl"})
     both = ["a/lora2serve.yaml", "b/lora2serve.yaml"]
-    refused = run_command(["train", *both, "--share-base"], tmp_path)
+    refused = ask(["train", *both, "--share-base"])
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "model.path: " in refused.stderr and "leave --share-base out" in refused.stderr
-    refused = run_command(["train", *both, "--share-base", "--jobs", "2", "--gpus", "2"], tmp_path)
+    refused = ask(["train", *both, "--share-base", "--jobs", "2", "--gpus", "2"])
     assert refused.returncode == 2
     assert "--share-base and --jobs 2" in refused.stderr and "--gpus: of one training" in refused.stderr
-    refused = run_command(["train", both[0], "--share-base"], tmp_path)
+    refused = ask(["train", both[0], "--share-base"])
     assert refused.returncode == 2 and "--share-base: of several recipes, and 1 is named" in refused.stderr
 
 
-def test_the_plan_refuses_what_the_training_would(tmp_path: Path) -> None:
+def test_the_plan_refuses_what_the_training_would(tmp_path: Path, ask: Ask) -> None:
     base = make_chat_model(tmp_path / "base")
     recipe_file(tmp_path / "a", base, {"train": "rows.jsonl"})
     recipe_file(tmp_path / "b", base, {"train": "rows.jsonl"}, quantize="none")
     both = ["a/lora2serve.yaml", "b/lora2serve.yaml"]
-    refused = run_command(["train", *both, "--share-base", "--dry-run"], tmp_path)
+    refused = ask(["train", *both, "--share-base", "--dry-run"])
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "train.quantize: nf4 in a/lora2serve.yaml; none in b/lora2serve.yaml" in refused.stderr
-    refused = run_command(["train", both[0], "none.yaml", "--dry-run"], tmp_path)
+    refused = ask(["train", both[0], "none.yaml", "--dry-run"])
     assert (refused.returncode, refused.stdout) == (2, ""), "no plan before an error"
-    planned = run_command(["train", *both, "--dry-run", "--json"], tmp_path)
+    planned = ask(["train", *both, "--dry-run", "--json"])
     assert planned.returncode == 0, planned.stderr
     assert [training["method"] for training in json.loads(planned.stdout)] == ["qlora", "lora"]
 
