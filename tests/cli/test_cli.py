@@ -89,7 +89,11 @@ def test_inspect_shows_controls_escaped(here: Path, pair: tuple[Path, Path], cap
 
 @pytest.mark.parametrize(
     ("args", "code"),
-    [pytest.param(["inspect", "./nothing"], 1, marks=pytest.mark.engine), (["tain"], 2), (["--version"], 0)],
+    [
+        (["tain"], 2),
+        pytest.param(["inspect", "./nothing"], 1, marks=pytest.mark.engine),
+        pytest.param(["--version"], 0, marks=pytest.mark.engine),
+    ],
 )
 def test_stderr_may_be_closed(here: Path, args: list[str], code: int) -> None:
     """The control: with it open, there is a message where the code is not 0."""

@@ -228,7 +228,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 # those that ask llama.cpp for what others show as well
-BESIDE = ("folders", "adapter in Ollama", "float16")
+BESIDE = ("folders", "adapter in Ollama", "float16", "tied, padded vocabulary")
 
 
 def by_name(names: Iterable[str]) -> pytest.MarkDecorator:
@@ -418,6 +418,7 @@ def test_the_command(exports: Exports, place: Path, capfd: pytest.CaptureFixture
     assert "--gate settings with --engine" in capfd.readouterr().err
 
 
+@pytest.mark.engine
 def test_it_loads_no_torch(exports: Exports, place: Path) -> None:
     """What makes it fast: the libraries of training are not loaded for a merged export."""
     program = (

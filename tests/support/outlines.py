@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ast
 import gc
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lora2serve.system.small_files import write_text
 from tests.support.shared import once
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("lora2serve", "converters")
+OURS = Path(__file__).read_text(encoding="utf-8")
+KNOWN = ROOT / ".pytest_cache" / "outlines.json"
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -54,9 +59,29 @@ def _read(file: Path) -> dict[Path, Outline]:
 
 
 def _write(folder: Path) -> None:
+    texts = {str(path): path.read_text(encoding="utf-8") for path in MODULES}
+    names = {path: _digest(text) for path, text in texts.items()}
+    known = _known()
     with _without_collector():
-        found = {str(path): asdict(outline(path.read_text(encoding="utf-8"))) for path in MODULES}
-    (folder / "outlines.json").write_text(json.dumps(found))
+        known = {name: known.get(name) or asdict(outline(texts[path])) for path, name in names.items()}
+    with suppress(OSError):
+        KNOWN.parent.mkdir(exist_ok=True)
+        write_text(KNOWN, json.dumps(known))
+    (folder / "outlines.json").write_text(json.dumps({path: known[name] for path, name in names.items()}))
+
+
+def _known() -> dict[str, Any]:
+    """Those of the last run, by a file's content: between two edits few files are others."""
+    try:
+        known: dict[str, Any] = json.loads(KNOWN.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known
+
+
+def _digest(text: str) -> str:
+    """Also of this file, which says what is noted."""
+    return hashlib.sha256(f"{OURS}{text}".encode()).hexdigest()
 
 
 @contextmanager
