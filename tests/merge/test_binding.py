@@ -56,7 +56,7 @@ def text_adapter(path: Path, base: Path) -> Path:
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    with patch.object(PeftModel, "create_or_update_model_card"):  # no test reads it, and it takes the longest
+    with patch.object(PeftModel, "create_or_update_model_card", lambda *_: None):  # it takes the longest
         adapted.save_pretrained(path)
     return path
 
@@ -393,17 +393,31 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("plain") / "base")
 
 
-@pytest.fixture(scope="module", params=[{"use_rslora": True, "rank_pattern": {}}, {"method": "LOHA", "r": 4}])
+INSIDE: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True, "rank_pattern": {}},
+    "loha": {"method": "LOHA", "r": 4},
+}
+OF_LOHA = ("fsdp of layers", "ddp inside")  # the others' are weekly
+
+
+@pytest.fixture(scope="module")
 def unwrapped(
     request: pytest.FixtureRequest, plain: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, torch.Tensor]]:
     """An adapter that nobody writes to, and what it makes of the base."""
     place = tmp_path_factory.mktemp("unwrapped")
-    adapter = make_adapter(place / "adapter", plain, target_modules=["q_proj", "down_proj"], **request.param)
+    adapter = make_adapter(place / "adapter", plain, target_modules=["q_proj", "down_proj"], **INSIDE[request.param])
     return adapter, stored(export_merged(plain, [adapter], place / "out"))
 
 
-@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize(
+    ("unwrapped", "wrapper"),
+    [
+        *(("rslora", wrapper) for wrapper in WRAPPED),
+        *(pytest.param("loha", name, marks=() if name in OF_LOHA else pytest.mark.slow) for name in WRAPPED),
+    ],
+    indirect=["unwrapped"],
+)
 def test_wrapped_keys(
     plain: Path, unwrapped: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, wrapper: str
 ) -> None:
@@ -462,7 +476,7 @@ def test_a_classifier(tmp_path: Path, kind: str) -> None:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     adapter = tmp_path / "adapter"
-    with patch.object(PeftModel, "create_or_update_model_card"):
+    with patch.object(PeftModel, "create_or_update_model_card", lambda *_: None):
         adapted.save_pretrained(adapter)
     out = export_merged(base, [adapter], tmp_path / "out")
     model = Classifier.from_pretrained(base, dtype=torch.float32)

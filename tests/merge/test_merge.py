@@ -148,7 +148,7 @@ def test_float32_output(bases: dict[str, Path], folded: Folded, tmp_path: Path, 
         assert ((tensor - oracle[name]).abs() <= 4 * torch.finfo(torch.float32).eps * size + 1e-12).all(), name
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen3_moe", marks=SLOW)])
 def test_moe_attention(tmp_path: Path, kind: str) -> None:
     extra = {
         "mixtral": {"num_local_experts": 4},
@@ -165,7 +165,7 @@ def test_moe_attention(tmp_path: Path, kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.engine)])
 def test_experts(tmp_path: Path, kind: str) -> None:
     """``target_parameters`` on transformers' fused experts, one file per expert on disk."""
     extra = {
