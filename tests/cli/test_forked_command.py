@@ -43,7 +43,7 @@ def test_it_is_a_true_run(words: list[str], tmp_path: Path) -> None:
 
 def test_it_is_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above: it looked at a fork; switched off, it is one no more."""
-    plugin = tmp_path / "lib" / "spy" / "rich.py"
+    plugin = tmp_path / "lib" / "spy" / "click.py"
     plugin.parent.mkdir(parents=True)
     plugin.write_text("import sys, os\nprint(sorted(sys.modules)); print(os.getcwd()); os._exit(7)\n")
     monkeypatch.setenv("PYTHONPATH", f"{plugin.parent}:{Path(__file__).parents[2]}")
@@ -53,7 +53,7 @@ def test_it_is_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             if value is not None:
                 patch.setenv(fork_client.VARIABLE, value)
-            done = run_command(["inspect", "./nowhere"], tmp_path)
+            done = run_command(["exprot"], tmp_path)
         assert done.returncode == 7
         modules, folder = done.stdout.splitlines()
         assert ("lora2serve.system.fork_server" in modules) == forked
