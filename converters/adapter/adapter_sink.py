@@ -16,6 +16,7 @@ from lora2serve.artifacts.staging import StagedDir, as_json
 from lora2serve.errors import ExportError
 from lora2serve.exporting.settings_plan import PlannedSettings
 from lora2serve.exporting.sinks import ExportFacts, ExportModel, ModelSource
+from lora2serve.system.library_log import errors_only
 from lora2serve.system.small_files import JsonObject
 from lora2serve.weights.tensors import Block, TensorSpec, torch_dtype
 
@@ -119,8 +120,9 @@ def _targets(adapter: Adapter, specs: Sequence[TensorSpec]) -> list[str]:
 def engine_check(config: JsonObject) -> None:
     """Ask the installed vLLM's own checker, ``PEFTHelper.validate_legal``; without vLLM the lint stands alone."""
     try:
-        from vllm.config.lora import LoRAConfig
-        from vllm.lora.peft_helper import PEFTHelper
+        with errors_only("vllm.triton_utils"):  # of its build for CPUs: that Triton is not used
+            from vllm.config.lora import LoRAConfig
+            from vllm.lora.peft_helper import PEFTHelper
     except ImportError:
         return
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,18 @@ def test_vllm_has_the_last_word() -> None:
     engine_check(config)
     with pytest.raises(ExportError, match=r"vLLM refuses the adapter: .*DoRA"):
         engine_check({**config, "use_dora": True})
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("word", ["", "import vllm.config.lora"])
+def test_vllm_is_asked_without_a_word(word: str) -> None:
+    """A program that exports is not spoken to; the control is vLLM's own import."""
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
+    code = word or f"from converters.adapter.adapter_sink import engine_check; engine_check({config})"
+    if word and torch.version.cuda:
+        pytest.skip("vLLM's build for CPUs speaks")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert bool(done.stdout + done.stderr) == bool(word), done.stderr
 
 
 def test_values_stay_as_they_are(base: Path, tmp_path: Path) -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+from lora2serve.system.library_log import errors_only
 
 
 def import_quietly() -> None:
     """Import bitsandbytes; to be called before whatever else imports it."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with errors_only("bitsandbytes"):
         import bitsandbytes  # noqa: F401
-    finally:
-        logger.setLevel(level)
