@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from math import isfinite
+from operator import add
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,13 @@ class Survival:
     """How much of each delta is left after the cast: ``|cast(W') - cast(W)| / |dW|``, in Frobenius norms.
 
     Where the base is stored in the type that is written, ``cast(W)`` is ``W``. Elsewhere the cast of the base alone
-    is no part of the delta, and would hide one that vanished.
+    is no part of the delta, and would hide one that vanished; and a value of the base that lies between two of the type
+    is tipped over by the smallest delta, a whole step for next to nothing. So there it is how much of what changed the
+    delta explains: the squared cosine of the angle between the two (R² of a line through 0).
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._sums: dict[str, list[float]] = {}  # surviving, delta, and where the angle counts their product
         self._lock = Lock()
 
     def add(self, spec: TensorSpec, before: Tensor, after: Tensor, delta: float | None, on_grid: bool) -> Tensor | None:
@@ -40,19 +43,17 @@ class Survival:
             delta = squared_norm(after - before)
         stored = after.to(torch_dtype(spec.dtype))
         start = before if on_grid else before.to(stored.dtype).float()
-        surviving = squared_norm(stored - start if stored is after else stored.float().sub_(start))
+        kept = stored - start if stored is after else stored.float().sub_(start)
+        block = [squared_norm(kept), delta]
+        if not on_grid:
+            block.append(float((after - before).flatten().dot(kept.flatten())))
         with self._lock:
-            sums = self._sums[spec.name]
-            sums[0] += surviving
-            sums[1] += delta
-        return stored if isfinite(surviving) else None
+            self._sums[spec.name] = list(map(add, self._sums.get(spec.name, repeat(0.0)), block))
+        return stored if isfinite(block[0]) else None
 
     def shares(self) -> dict[str, float]:
         """Tensor -> share; 0 where the adapter changes nothing."""
-        return {
-            name: (surviving / delta) ** 0.5 if delta else 0.0
-            for name, (surviving, delta) in sorted(self._sums.items())
-        }
+        return {name: _share(*sums) for name, sums in sorted(self._sums.items())}
 
     def sums(self, names: Sequence[str]) -> dict[str, list[float]]:
         """Those of some tensors, for ``take`` of another process."""
@@ -76,6 +77,12 @@ class Survival:
         named = ", ".join(f"{name} ({shares[name]:.4f} survives)" for name in gone[:3])
         more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
         return [f"the adapter changes nothing in {len(gone)} of {len(shares)} tensors: {named}{more}"]
+
+
+def _share(surviving: float, delta: float, product: float | None = None) -> float:
+    if not surviving or not delta:
+        return 0.0
+    return (surviving / delta) ** 0.5 if product is None else max(0.0, product) ** 2 / (surviving * delta)
 
 
 def squared_norm(values: Tensor) -> float:
