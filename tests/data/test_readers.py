@@ -206,6 +206,17 @@ def test_a_bad_row_of_each_container(
     assert all(len(row) < 400 for row in rows)
 
 
+@pytest.mark.slow
+def test_the_longest_line(tmp_path: Path) -> None:
+    """At the true bound."""
+    longest = text_readers.LONGEST_LINE
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + GOOD + b" " * (longest - len(GOOD) - 1) + b"\n")
+    assert len(data_sets.read(str(tmp_path / "a.jsonl")).rows) == 2
+    (tmp_path / "b.jsonl").write_bytes(GOOD + b"\n" + GOOD + b" " * (longest - len(GOOD)) + b"\n")
+    with pytest.raises(DataError, match=":2: a line of over 64 MiB; nothing after it was read"):
+        data_sets.read(str(tmp_path / "b.jsonl"))
+
+
 BROKEN: list[tuple[str, bytes, str]] = [
     ("a.jsonl.gz", b"nonsense", "cannot be unpacked"),
     ("a.jsonl.gz", gzip.compress(GOOD * 100, mtime=0)[:-9], "cannot be unpacked (Truncated compressed stream)"),
