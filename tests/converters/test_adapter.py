@@ -126,7 +126,7 @@ def test_vllm_has_the_last_word() -> None:
         engine_check({**config, "use_dora": True})
 
 
-@pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["", "import vllm.config.lora"])
 def test_vllm_is_asked_without_a_word(word: str) -> None:
     """A program that exports is not spoken to; the control is vLLM's own import."""
