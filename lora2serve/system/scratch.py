@@ -225,7 +225,7 @@ def _end_processes(folder: str) -> int:
 
 def _marked(folder: str) -> list[int]:
     """The processes other than this one whose environment, as they were started, names the folder."""
-    sign = f"\0{VARIABLE}={folder}".encode()
+    sign = f"\0{VARIABLE}=".encode() + os.fsencode(folder)
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -119,6 +119,18 @@ def test_what_is_not_ours(temporary: Path) -> None:
     assert len(list(temporary.iterdir())) == 2 and outside.is_dir()
 
 
+def test_names_that_are_no_text(temporary: Path) -> None:
+    """A folder of any bytes is swept as every other, and ours may lie in one."""
+    for parent in (temporary, Path(os.fsdecode(os.fsencode(temporary) + b"/\xff"))):
+        parent.mkdir(exist_ok=True)
+        tempfile.tempdir = str(parent)
+        left = Path(os.fsdecode(os.fsencode(parent) + f"/{scratch.PREFIX}".encode() + b"\xff"))
+        left.mkdir()
+        child = subprocess.Popen(["sleep", "600"], env={os.fsencode(scratch.VARIABLE): os.fsencode(left)})
+        assert scratch.sweep() == (1, 0) and not left.exists()
+        assert child.wait(10) != 0
+
+
 def test_files_are_for_others_to_read(tmp_path: Path) -> None:
     """By the umask, whatever a library made them; links are not followed."""
     for name in ("adapter_model.safetensors", "outside"):
