@@ -193,8 +193,12 @@ def _sqlite_engine() -> Engine:
 
 def _still_engine(location: Location) -> Engine:
     """Reads a sqlite file without the files that sqlite makes beside it; right while nobody writes."""
-    address = f"file:{quote(str(location.file))}?immutable=1"
-    return create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True), poolclass=pool.NullPool)
+
+    def connect() -> sqlite3.Connection:
+        address = f"file:{quote(str(location.file))}?immutable=1"
+        return sqlite3.connect(address, uri=True, check_same_thread=False)
+
+    return create_engine("sqlite://", creator=connect, poolclass=pool.NullPool)
 
 
 def _unmerged(file: Path) -> bool:

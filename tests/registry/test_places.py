@@ -9,16 +9,20 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, select
+from sqlalchemy.exc import OperationalError
 
 from lora2serve import Lora2ServeError, Registry
 from lora2serve.cli import run as command_line
 from lora2serve.errors import InputError, RegistryError, UsageError
 from lora2serve.registry import ledger, tables
+from lora2serve.registry.database import UNWRITABLE, Database
 from lora2serve.registry.location import file_system, find_location, refuse_shared
 from lora2serve.registry.periods import last_period, time_of
 from tests.support.registries import add_export, forked, make_run
@@ -72,6 +76,23 @@ def test_a_folder_of_any_name(tmp_path: Path) -> None:
             assert registry.versions() == []
         with Registry(tmp_path / name) as again:
             assert again.versions() == [] and (tmp_path / name / "registry.db").is_file()
+
+
+def test_a_transaction_of_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be read in one that did not begin it, also where sqlite can write no file beside the registry's."""
+    run = proven(tmp_path / "run")
+    with Registry(tmp_path / "registry") as registry:
+        registry.add(run, name="m")
+    opened = Database(find_location(tmp_path / "registry"))
+
+    def seen() -> list[str]:
+        with opened.reading() as connection, ThreadPoolExecutor(1) as pool:
+            return list(pool.submit(lambda: connection.scalars(select(tables.versions.c.name))).result())
+
+    assert seen() == ["m"]
+    unwritable = OperationalError("PRAGMA", None, sqlite3.OperationalError(UNWRITABLE[0]))
+    monkeypatch.setattr(opened, "_connect", Mock(side_effect=unwritable))
+    assert seen() == ["m"]
 
 
 def test_network_file_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
