@@ -188,6 +188,11 @@ def _sqlite_engine() -> Engine:
     engine = create_engine("sqlite://", creator=connect, poolclass=pool.NullPool)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
+    token = _file.set(Path(":memory:"))  # all wait for an engine's first connection: this one waits for nobody
+    try:
+        engine.connect().close()
+    finally:
+        _file.reset(token)
     return engine
 
 
