@@ -23,8 +23,8 @@ class Survival:
 
     Where the base is stored in the type that is written, ``cast(W)`` is ``W``. Elsewhere the cast of the base alone
     is no part of the delta, and would hide one that vanished; and a value of the base that lies between two of the type
-    is tipped over by the smallest delta, a whole step for next to nothing. So there it is how much of what changed the
-    delta explains: the squared cosine of the angle between the two (R² of a line through 0).
+    is tipped over by the smallest delta, a whole step for next to nothing. So there it is the cosine of the angle
+    between the two changes; its square is about the share of values that moved.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Survival:
 def _share(surviving: float, delta: float, product: float | None = None) -> float:
     if not surviving or not delta:
         return 0.0
-    return (surviving / delta) ** 0.5 if product is None else max(0.0, product) ** 2 / (surviving * delta)
+    return (surviving / delta) ** 0.5 if product is None else max(0.0, product) / (surviving * delta) ** 0.5
 
 
 def squared_norm(values: Tensor) -> float:
