@@ -120,8 +120,8 @@ def main() -> None:
             if options.run:
                 run = options.run.resolve()
             else:
-                run = train(ROOT, Path(temporary, "new"))
-                lines += training_differences(train(tree, Path(temporary, "old")), run)
+                run = train(tree, Path(temporary, "old"))  # each later release reads it, the older one not the newer's
+                lines += training_differences(run, train(ROOT, Path(temporary, "new")))
                 print(f"training: {len(losses(run))} rows of losses and the adapter compared", file=sys.stderr)
             imatrix = before / "matrix" / "imatrix.gguf"
             if not imatrix.is_file():

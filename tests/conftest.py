@@ -19,6 +19,7 @@ from lora2serve.artifacts.run import Run
 from tests.support import golang
 from tests.support.commands import run_command
 from tests.support.forked_worker import specs
+from tests.support.marks import may_choose
 from tests.support.ollama_server import OllamaServer
 from tests.support.shared import once
 
@@ -64,7 +65,7 @@ def pytest_collection() -> Generator[None, object, object]:
 @pytest.hookimpl(tryfirst=True)  # before xdist makes its workers of them
 def pytest_configure(config: pytest.Config) -> None:
     """All workers are forked from one process that has the libraries; `make check` draws a quarter and has no vLLM's word."""
-    if "not engine" in config.getoption("markexpr"):
+    if not may_choose("engine", config.getoption("markexpr")):
         if not config.getoption("--hypothesis-profile", None):
             settings.load_profile("light")
         # each export of an adapter asks it where it is installed: two seconds of imports in each worker
@@ -106,9 +107,9 @@ def in_order(items: Sequence[pytest.Item]) -> Callable[[pytest.Item], tuple[bool
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`make check` does not even import the modules that are marked as a whole: they load the most."""
     chosen = config.getoption("markexpr")
-    if "not gpu" in chosen and collection_path == Path(__file__).parent / "gpu":
+    if collection_path == Path(__file__).parent / "gpu" and not may_choose("gpu", chosen):
         return True
-    left_out = "not engine" in chosen and collection_path.suffix == ".py"
+    left_out = collection_path.suffix == ".py" and not may_choose("engine", chosen)
     return True if left_out and MARKED.search(collection_path.read_text(encoding="utf-8")) else None
 
 

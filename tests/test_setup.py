@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.marks import may_choose
+
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "scripts" / "setup.sh"
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -207,3 +209,17 @@ def test_demo_trains_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith(str(site))
     assert (tmp_path / done.stdout.strip() / "adapter" / "adapter_model.safetensors").is_file()
+
+
+LIGHT = re.search(r"^LIGHT := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [("", True), ("engine or not engine", True), ("slow", True), ("not slow and not gpu", True), ("gpu", True),
+     ("not engine", False), ("not slow and not engine and not hub", False)],
+)  # fmt: skip
+def test_what_may_be_chosen(expression: str, expected: bool) -> None:
+    """Modules whose tests are not chosen are not even imported: by mistake, they would be left out without a word."""
+    assert may_choose("engine", expression) is expected
+    assert LIGHT is not None and not may_choose("engine", LIGHT[1])

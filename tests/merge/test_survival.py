@@ -32,7 +32,9 @@ def test_values_that_are_tipped_over_are_no_delta(seed: int) -> None:
         survival.check()
 
 
-@pytest.mark.parametrize(("steps", "least", "most"), [(1e-3, 0.015, 0.04), (0.1, 0.2, 0.4), (1, 0.85, 0.95), (10, 0.99, 1.0)])
+@pytest.mark.parametrize(
+    ("steps", "least", "most"), [(1e-3, 0.015, 0.04), (0.1, 0.2, 0.4), (1, 0.85, 0.95), (10, 0.99, 1.0)]
+)
 def test_larger_deltas_survive(steps: float, least: float, most: float) -> None:
     (share,) = counted(steps * STEP, 0)[0].shares().values()
     assert least < share <= most
