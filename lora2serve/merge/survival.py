@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from math import isfinite
+from math import isfinite, sqrt
 from operator import add
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -82,7 +82,7 @@ class Survival:
 def _share(surviving: float, delta: float, product: float | None = None) -> float:
     if not surviving or not delta:
         return 0.0
-    return (surviving / delta) ** 0.5 if product is None else max(0.0, product) / (surviving * delta) ** 0.5
+    return sqrt(surviving / delta) if product is None else max(0.0, product) / sqrt(surviving * delta)
 
 
 def squared_norm(values: Tensor) -> float:
