@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -69,14 +70,34 @@ class ExportRequest:
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
                 raise UsageError(f"{name}: {value!r}, expected one of {', '.join(get_args(kind))}")
+        self._check_kinds()
         if self.name is not None:
             refuse_name(self.name, "--name")
+        if self.weights and not self.combine:
+            raise UsageError("--weights: only with --combine")
         if self.as_kind and "ollama" not in self.targets:
             raise UsageError(f"--as {self.as_kind}: only for --target ollama")
         if self.shards is not None:
             WorkerPlace.parse(self.shards)
         if self.from_model and "ollama-adapter" not in self.target_names():
             raise UsageError("--from: only for --target ollama --as adapter", "--base names the model to fold onto")
+
+    def _check_kinds(self) -> None:
+        """Texts are true, and a 0 is taken for nothing given, where nobody looks."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.type == "bool" and not isinstance(value, bool):
+                raise UsageError(f"{each.name}: {show(value)}, expected True or False")
+        if self.name is not None and not isinstance(self.name, str):
+            raise UsageError(f"name: {show(self.name)}, expected a text")
+        numbers = {"weights": self.weights, "density": (self.density,)}
+        for name, values in numbers.items():
+            wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, Real)]
+            if wrong:
+                raise UsageError(f"{name}: {show(wrong[0])}, expected a number")
+        rank = self.as_lora_rank
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
+            raise UsageError(f"as_lora_rank: {show(rank)}, expected a whole number from 1 on")
 
     def target_names(self) -> tuple[str, ...]:
         """The targets, each once; with ``as_kind`` "adapter", Ollama's is the adapter's."""

@@ -236,6 +236,7 @@ def _hold_out(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
     random.Random(0).shuffle(order)
     count = max(1, round(len(order) * share))
     if count >= len(order):
-        raise DataError(f"{data.path}: {len(order)} rows, none left to train on", "lower data.eval_split")
+        hint = "more rows, or data.eval_split 0" if len(order) == 1 else "lower data.eval_split"
+        raise DataError(f"{data.path}: {len(order)} row{'s' * (len(order) > 1)}, none left to train on", hint)
     apart = data.pick(sorted(order[:count]))
     return data.pick(sorted(order[count:])), replace(apart, unread={})  # which are counted once, with the others

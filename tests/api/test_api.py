@@ -14,6 +14,7 @@ from typing import get_type_hints
 import pytest
 
 import lora2serve
+from lora2serve.errors import UsageError
 from tests.support.tiny import make_adapter, make_model
 
 FUNCTIONS = ("train", "export", "parity", "push", "verify", "serve", "deploy", "inspect", "init", "plan_export")
@@ -138,3 +139,24 @@ def test_ctrl_c_leaves_nothing(adapter: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         lora2serve.export(adapter, targets="vllm", out=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"overwrite": "no"}, "overwrite: 'no', expected True or False"),
+     ({"allow_pickle": 1}, "allow_pickle: 1, expected True or False"),
+     ({"as_lora_rank": "8"}, "as_lora_rank: '8', expected a whole number from 1 on"),
+     ({"as_lora_rank": 0}, "as_lora_rank: 0, expected a whole number from 1 on"),
+     ({"name": 5}, "name: 5, expected a text"),
+     ({"combine": "linear", "weights": "ab"}, "weights: 'a', expected a number"),
+     ({"density": "x"}, "density: 'x', expected a number"),
+     ({"weights": (1, 2)}, "--weights: only with --combine")],
+)  # fmt: skip
+def test_arguments_of_another_type(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, object], message: str
+) -> None:
+    """A text is true: "no" replaced an export."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        lora2serve.export(adapter, targets="adapter", **arguments)  # type: ignore[arg-type]
+    assert caught.value.message == message and not list(tmp_path.iterdir())

@@ -102,8 +102,9 @@ def test_the_split_is_kept_apart_and_the_same_each_time(tmp_path: Path) -> None:
     assert sorted(texts, key=str) == sorted(f"row {n}" for n in range(20))
     assert plain(train) == [{"text": f"row {number - 1}"} for number in train.numbers], "each still knows its line"
     one = write_jsonl(tmp_path / "one.jsonl", [TEXT])
-    with pytest.raises(DataError, match="none left to train on"):
+    with pytest.raises(DataError, match="1 row, none left to train on") as caught:
         data_sets.load(DataRecipe(train=str(one), eval_split=0.3))
+    assert caught.value.hint == "more rows, or data.eval_split 0"
 
 
 BAD_ROWS = [
