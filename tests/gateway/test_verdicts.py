@@ -42,11 +42,12 @@ def split(seed: int, requests: int, bad: float = 0.4) -> list[RequestRecord | Fe
     return [*entries, *late]
 
 
-def test_a_bad_challenger_is_rolled_back_once_by_two_gateways(place: Path) -> None:
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_bad_challenger_is_rolled_back_once_by_two_gateways(place: Path, step: int) -> None:
     heard = Heard()
     gateways = [maker(place, plan(), heard, states) for states in ("one", "two")]
     writer, acted = TrafficStore(place), []
-    for some in batched(split(0, 300), 5):
+    for some in batched(split(0, 300), step):
         writer.append(some)
         acted += [verdict for each in gateways for verdict in each.act()]
     assert [(v.outcome, v.champion, v.challenger, v.measure) for v in acted] == [("rollback", 1, 2, "truth")]

@@ -253,9 +253,12 @@ def test_what_was_chosen_at_the_export(exports: Exports, name: str, tmp_path: Pa
     assert checked(export, exports.base, exports.adapter).gate.status == "missed" or target == "adapter"
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", pytest.param("IQ3_XS", marks=pytest.mark.engine)])
+@pytest.mark.parametrize(
+    ("quant", "known_quant", "size"),
+    [("Q4_0", "F16", "600KB"), pytest.param("IQ3_XS", "Q8_0", "300KB", marks=pytest.mark.engine)],
+)
 def test_a_split_file_of_unknown_types(
-    exports: Exports, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exports: Exports, quant: str, known_quant: str, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Types that an importance matrix decided are not planned again, nor how many files they fill, and that is said;
     also with a type that is taken for one of them: llama.cpp computes a second for the tables of a true one.
@@ -273,7 +276,7 @@ def test_a_split_file_of_unknown_types(
     export = damaged(split, tmp_path / "more", both(*(nobody_planned(name) for name in foreign)))
     assert sorted(each.path for each in checked(export, exports.base, exports.adapter).differences) == sorted(foreign)
 
-    known = exported(exports.adapter, tmp_path / "known", "gguf", exports.base, quants="F16", split_size="600KB")
+    known = exported(exports.adapter, tmp_path / "known", "gguf", exports.base, quants=known_quant, split_size=size)
     last = max(path.name for path in known.glob("*.gguf"))
     result = checked(damaged(known, tmp_path / "fewer", lost(last)), exports.base, exports.adapter)
     assert [each.path for each in result.differences] == [last]
