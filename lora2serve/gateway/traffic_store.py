@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -129,9 +130,7 @@ class TrafficStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # it may hold texts: nobody else reads it
             connection = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False)
-            for setting in ("journal_mode=WAL", "synchronous=NORMAL"):
-                connection.execute(f"PRAGMA {setting}").close()
-            connection.executescript(SCHEMA).close()
+            _set_up(connection)
             self._connection, self._inode = connection, _inode(self.path)
         return self._connection
 
@@ -143,6 +142,22 @@ class TrafficStore:
             oldest = f"DELETE FROM entry WHERE sequence IN (SELECT sequence FROM entry ORDER BY sequence LIMIT {SOME})"
             if not connection.execute(oldest).rowcount:
                 return
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
+    """Again while somebody else does the same: sqlite does not wait where two turn a new file into WAL."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            break
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                connection.close()
+                raise
+            time.sleep(0.005)
+    connection.execute("PRAGMA synchronous=NORMAL").close()
+    connection.executescript(SCHEMA).close()
 
 
 def _is_an_answer(record: RequestRecord) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def test_several_gateways(tmp_path: Path) -> None:
     entries = list(TrafficStore(tmp_path).entries())
     assert [entry.sequence for entry in entries] == list(range(1, 81))
     assert len({entry.request_id for entry in entries}) == 80
+
+
+def test_a_new_file_that_many_open_at_once(tmp_path: Path) -> None:
+    """Nothing is lost of the first records: sqlite said "locked" at once, now and then."""
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(40):
+            stores, together = [TrafficStore(tmp_path / str(attempt)) for _ in range(8)], threading.Barrier(8)
+
+            def first(store: TrafficStore, together: threading.Barrier = together) -> None:
+                together.wait()
+                store.append([record(1)])
+                store.close()
+
+            list(pool.map(first, stores))
+            assert len(list(stores[0].entries())) == 8
 
 
 def test_a_disk_that_refuses(tmp_path: Path) -> None:
