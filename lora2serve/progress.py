@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Unit = Literal["", "bytes", "steps", "tokens"]
 
@@ -15,6 +15,7 @@ class Advance(Protocol):
     def __call__(self, amount: int, status: str = "") -> None: ...
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Words and bars of a long piece of work."""
 

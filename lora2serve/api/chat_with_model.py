@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lora2serve.api.export_request import Named
 from lora2serve.api.model_finder import ADDRESS, ModelFinder
 from lora2serve.artifacts import run as runs
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lora2serve.parity_check.chat_session import ChatSession
 
 
+@checked
 def chat(
     model: Named | None = None, *,
     against: Named | None = None, base: Named | None = None, system: str = "", max_tokens: int | None = None,

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lora2serve.api.export_request import Named, several, words
+from lora2serve.api.export_request import Named, several
 from lora2serve.api.locate import Located, base_of_adapter, base_of_run, fetch, find_export, find_run, locate
 from lora2serve.api.registered import directory_of, exports_of, record_parity, registered_version
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.parity_report import ParityReport
 from lora2serve.artifacts.run import Run
+from lora2serve.config.arguments import checked
 from lora2serve.config.recipe import ParityRecipe
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
@@ -43,6 +44,7 @@ class ParityResult:
         return self.report.question.answers
 
 
+@checked
 def parity(
     model: Named | None = None, exports: Named | Sequence[Named] = (), *,
     base: Named | None = None, data: Named | None = None,
@@ -75,9 +77,9 @@ def parity(
     progress = progress or default_progress()
     _refuse_unasked(gate, engine=engines, require=require, threshold=thresholds, url=url, url_model=url_model, ask=ask,
                     data=data, baseline=baseline)  # fmt: skip
-    trained, paths = _find(*_directories(model, several(exports, "exports")), base, progress, foreign=gate is not None)
-    settings = _settings(trained.settings, thresholds or {}, words(engines, "engines"), words(require, "require"))
-    settings = replace(settings, allow=(*settings.allow, *words(allow, "allow")))
+    trained, paths = _find(*_directories(model, several(exports)), base, progress, foreign=gate is not None)
+    settings = _settings(trained.settings, thresholds or {}, several(engines), several(require))
+    settings = replace(settings, allow=(*settings.allow, *several(allow)))
     trained = replace(trained, settings=settings, rows=Path(data) if data else trained.rows)
     if gate:
         report, page = _compare_settings(trained, paths, report_dir, progress)
@@ -85,7 +87,7 @@ def parity(
     compared = comparisons.of_exports(trained, paths)
     if url:
         compared.append(comparisons.of_url(trained, url, url_model))
-    _refuse_unused(words(require, "require"), [comparison.engine for comparison in compared])
+    _refuse_unused(several(require), [comparison.engine for comparison in compared])
     report, page = _compare(trained, compared, ask, baseline, report_dir, progress)
     return ParityResult(report, page, tuple(paths))
 

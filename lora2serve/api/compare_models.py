@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lora2serve.api.evaluate_model import REPORT, EvaluationResult, choose_suite
 from lora2serve.api.evaluated_model import EvaluatedModel, find_models, refuse_same, slug
-from lora2serve.api.export_request import Named, words
+from lora2serve.api.export_request import Named, several
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.evaluation.score_gates import ScoreGate, parse_gate, refuse_unknown
 from lora2serve.evaluation.suite import Suite
@@ -18,6 +19,7 @@ from lora2serve.system.small_files import plain_path
 FILES = ("first", "again", "second")
 
 
+@checked
 def compare(
     first: Named, second: Named, *,
     suite: Named | None = None, limit: int | None = None, gate: str | Sequence[str] = (), engine: str = "",
@@ -39,7 +41,7 @@ def compare(
     Raises what ``evaluate`` raises, but for questions that were trained on, which are a fair comparison.
     """
     progress = progress or default_progress()
-    gates = [parse_gate(text) for text in words(gate, "gate")]
+    gates = [parse_gate(text) for text in several(gate)]
     models = find_models([str(first)], str(second), base, url_model, engine, progress)
     refuse_same(models)
     asked = choose_suite(suite, models, limit, progress, truth=False)

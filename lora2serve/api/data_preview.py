@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora2serve.api.train_run import fetch_base, settings
 from lora2serve.config import recipe as recipes
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lora2serve.data.preview import DataPreview
 
 
+@checked
 def preview_data(
     recipe: str | Path | None = None, *, overrides: Mapping[str, object] | Sequence[str] = (),
     report: str | Path | None = None, progress: Progress | None = None,

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora2serve.api.export_request import Named, several, words
+from lora2serve.api.export_request import Named, several
 from lora2serve.api.registered import registered_version
 from lora2serve.api.serve_model import chosen_exports
-from lora2serve.errors import UsageError, did_you_mean
+from lora2serve.config.arguments import checked
+from lora2serve.errors import UsageError
 from lora2serve.registry.version_record import Version
-from lora2serve.serving.deploy import KINDS, ROUTES, DeployKind, RouteSpec, ServerSpec, gather, render
+from lora2serve.serving.deploy import ROUTES, DeployKind, RouteSpec, ServerSpec, gather, render
 from lora2serve.serving.deploy.route_spec import RoutedVersion, check_weights
 from lora2serve.serving.deploy.server_spec import STORE
 from lora2serve.serving.server import HOST, PORT, ServeOptions
@@ -22,6 +23,7 @@ READERS: Mapping[str, tuple[DeployKind, ...]] = {
 }  # fmt: skip
 
 
+@checked
 def deploy(
     kind: DeployKind, exports: Named | Sequence[Named] = (), *,
     base: Named | None = None, host: str = HOST, port: int = PORT, tensor_parallel_size: int = 1,
@@ -43,10 +45,10 @@ def deploy(
     """
     options = ServeOptions(
         None, str(base) if base else None, host, port, False, tensor_parallel_size, pipeline_parallel_size,
-        words(engine_arguments, "engine_arguments"),
+        several(engine_arguments),
     )  # fmt: skip
     _check_kind(kind, {"--weights": weights, "--pool": pool, "--upstream": upstream})
-    named = several(exports, "exports")
+    named = several(exports)
     if kind in ROUTES:
         _refuse_server_options(kind, options, store)
         return render(kind, _route(kind, named, weights, pool, upstream)).rstrip("\n")
@@ -56,11 +58,7 @@ def deploy(
 
 
 def _check_kind(kind: str, arguments: Mapping[str, object]) -> None:
-    """UsageError for a kind that is not there, and for what it would not read."""
-    if kind not in KINDS:
-        raise UsageError(
-            f"deploy {kind}: unknown kind{did_you_mean(str(kind), KINDS)}", f"known kinds: {', '.join(KINDS)}"
-        )
+    """UsageError for what a kind would not read."""
     for option, value in arguments.items():
         if value and kind not in READERS[option]:
             raise UsageError(f"{option}: deploy {kind} has no use for it", f"it is for {', '.join(READERS[option])}")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lora2serve import __version__
 from lora2serve.config import recipe as recipes
+from lora2serve.config.arguments import checked
 from lora2serve.config.recipe import Recipe
-from lora2serve.errors import UsageError, did_you_mean
-from lora2serve.serving.deploy.jobs import JOB_KINDS, JobKind, JobSpec, render_job
+from lora2serve.errors import UsageError
+from lora2serve.serving.deploy.jobs import JobKind, JobSpec, render_job
 from lora2serve.serving.deploy.jobs.job_spec import IMAGE
 from lora2serve.serving.deploy.server_spec import STORE, claim_of, label
 
@@ -22,6 +23,7 @@ FORMS = {  # of values that go into a job as they stand
 }
 
 
+@checked
 def deploy_training(
     kind: JobKind, recipe: str | Path | None = None, *,
     nodes: int = 1, gpus: int = 1, gpu: str | None = None, image: str | None = None, store: str | None = None,
@@ -42,8 +44,7 @@ def deploy_training(
     if nodes > 0 < gpus and rows % (nodes * gpus):
         problems.append(f"train.batch_size times accumulation: {rows} rows a step, for {nodes * gpus} processes")
     if problems:
-        kinds = "" if kind in JOB_KINDS else f"kinds: {', '.join(JOB_KINDS)}; "
-        raise UsageError("\n".join(problems), f"{kinds}see `lora2serve deploy train --help`")
+        raise UsageError("\n".join(problems), "see `lora2serve deploy train --help`")
     spec = JobSpec(
         name=label(loaded.name), recipe=str(file), content=recipes.dump(loaded), files=tuple(_local_files(loaded)),
         version=__version__, nodes=nodes, gpus=gpus, gpu=gpu or "", image=IMAGE if image is None else image,
@@ -53,9 +54,6 @@ def deploy_training(
 
 
 def _problems(kind: str, given: dict[str, str | None], nodes: int, gpus: int) -> Iterator[str]:
-    if kind not in JOB_KINDS:
-        yield f"deploy train {kind}: unknown kind{did_you_mean(kind, JOB_KINDS)}"
-        return
     for option, value in given.items():
         if value is None:
             continue

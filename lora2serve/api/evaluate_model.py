@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora2serve.api.evaluated_model import EvaluatedModel, find_models, heldout_rows, refuse_same
-from lora2serve.api.export_request import Named, several, words
+from lora2serve.api.export_request import Named, several
 from lora2serve.api.registered import record_scores
 from lora2serve.artifacts import run as runs
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, UsageError
 from lora2serve.evaluation.eval_report import EvalReport
@@ -41,6 +42,7 @@ class EvaluationResult:
         return self.report.met
 
 
+@checked
 def evaluate(
     model: Named | Sequence[Named] | None = None, *,
     against: Named | None = None, suite: Named | None = None, limit: int | None = None,
@@ -73,14 +75,14 @@ def evaluate(
     EngineError for an engine that is not installed or ends, HubError for what cannot be fetched.
     """
     progress = progress or default_progress()
-    gates = [parse_gate(text) for text in words(gate, "gate")]
-    named = [str(name) for name in several(model, "model")] if model is not None else [str(runs.latest().path)]
+    gates = [parse_gate(text) for text in several(gate)]
+    named = [str(name) for name in several(model)] if model is not None else [str(runs.latest().path)]
     if not named:
         raise UsageError("model: an empty list, expected one at least")
     models = find_models(named, str(against) if against is not None else None, base, url_model, engine, progress)
     refuse_same(models)
     reference = -1 if against is not None else 0
-    if options := harness_options(words(task, "task"), task_folder, shots, chat, limit, suite):
+    if options := harness_options(several(task), task_folder, shots, chat, limit, suite):
         return run_harness(models, options, gates, reference, out, progress)
     asked = choose_suite(suite, models, limit, progress)
     models = [replace(item, overlap=overlap_of(asked, item, progress, allow=allow_overlap)) for item in models]

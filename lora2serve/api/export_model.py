@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lora2serve.api import after_export, export_calibration
-from lora2serve.api.export_request import Combine, DType, ExportRequest, Named, OllamaKind, several, words
+from lora2serve.api.export_request import Combine, DType, ExportRequest, Named, OllamaKind, several
 from lora2serve.api.export_source import open_source
 from lora2serve.artifacts import staging
 from lora2serve.artifacts.export_dir import Export
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
 from lora2serve.exporting import bundle, shared_export, sinks, stream
@@ -22,6 +24,7 @@ from lora2serve.exporting.stream import ExportPlan
 from lora2serve.progress import Progress
 
 
+@checked
 def export(
     source: Named | Sequence[Named] | None = None, *,
     targets: str | Sequence[str], quants: str | Sequence[str] = (), out: Named | None = None, overwrite: bool = False,
@@ -58,17 +61,18 @@ def export(
     byte is written. All are Lora2ServeError.
     """
     request = ExportRequest(
-        () if source is None else several(source, "source"), words(targets, "targets"), words(quants, "quants"),
+        () if source is None else several(source), several(targets), several(quants),
         Path(out) if out else None, overwrite, base=base, merge_base=merge_base, dtype=dtype, name=name,
         adapters=tuple(adapters), combine=combine, weights=tuple(weights), density=density, install=install,
         allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle, calibrate=calibrate, shard_size=shard_size,
-        tensor_type=words(tensor_type, "tensor_type"), pre=pre, imatrix=Path(imatrix) if imatrix else None,
+        tensor_type=several(tensor_type), pre=pre, imatrix=Path(imatrix) if imatrix else None,
         split_size=split_size, served_base=served_base, as_lora_rank=as_lora_rank, as_kind=as_kind,
         from_model=from_model, create=create, shards=shards,
     )  # fmt: skip
     return run_export(request, progress)
 
 
+@checked
 def run_export(request: ExportRequest, progress: Progress | None = None) -> list[Export]:
     """``export``, with its arguments in one value."""
     progress = progress or default_progress()
@@ -92,6 +96,7 @@ def _worker_export(prepared: _Single, request: ExportRequest, progress: Progress
     return [exported] if exported else []
 
 
+@checked
 def plan_export(request: ExportRequest, progress: Progress | None = None) -> ExportPlan:
     """What ``run_export`` would write; raises every refusal, and reads no weights."""
     progress = progress or default_progress()

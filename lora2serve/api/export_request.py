@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 from lora2serve.artifacts.manifest import ADAPTER_TARGETS
+from lora2serve.config.arguments import hints_of, take
 from lora2serve.config.model_name import refuse_name
-from lora2serve.config.schema import show
 from lora2serve.config.sizes import parse_size
 from lora2serve.errors import UsageError
 from lora2serve.exporting.open_model import MergeBase, OpenOptions
@@ -21,6 +20,7 @@ DType = Literal["bf16", "fp16", "fp32"]
 Combine = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 OllamaKind = Literal["model", "adapter"]
 Named = str | Path
+N = TypeVar("N", bound=Named)
 OLLAMA_TARGETS = ("ollama", "ollama-adapter")
 SIZES = ("shard_size", "split_size")
 # Options of single targets, by the names of the fields that those targets have for them.
@@ -63,14 +63,13 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         """UsageError for values that no type checker has seen, and for what contradicts itself."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name, value in take(hints_of(ExportRequest), given).items():
+            object.__setattr__(self, name, value)
         if self.out:
             object.__setattr__(self, "out", plain_path(self.out))
-        choices = {"merge_base": MergeBase, "dtype": DType, "combine": Combine, "as_kind": OllamaKind}
-        for name, kind in choices.items():
-            value = getattr(self, name)
-            if value is not None and value not in get_args(kind):
-                raise UsageError(f"{name}: {value!r}, expected one of {', '.join(get_args(kind))}")
-        self._check_kinds()
+        if self.as_lora_rank is not None and self.as_lora_rank < 1:
+            raise UsageError(f"as_lora_rank: {self.as_lora_rank}, expected a whole number from 1 on")
         if self.name is not None:
             refuse_name(self.name, "--name")
         if self.weights and not self.combine:
@@ -81,23 +80,6 @@ class ExportRequest:
             WorkerPlace.parse(self.shards)
         if self.from_model and "ollama-adapter" not in self.target_names():
             raise UsageError("--from: only for --target ollama --as adapter", "--base names the model to fold onto")
-
-    def _check_kinds(self) -> None:
-        """Texts are true, and a 0 is taken for nothing given, where nobody looks."""
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.type == "bool" and not isinstance(value, bool):
-                raise UsageError(f"{each.name}: {show(value)}, expected True or False")
-        if self.name is not None and not isinstance(self.name, str):
-            raise UsageError(f"name: {show(self.name)}, expected a text")
-        numbers = {"weights": self.weights, "density": (self.density,)}
-        for name, values in numbers.items():
-            wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, Real)]
-            if wrong:
-                raise UsageError(f"{name}: {show(wrong[0])}, expected a number")
-        rank = self.as_lora_rank
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
-            raise UsageError(f"as_lora_rank: {show(rank)}, expected a whole number from 1 on")
 
     def target_names(self) -> tuple[str, ...]:
         """The targets, each once; with ``as_kind`` "adapter", Ollama's is the adapter's."""
@@ -121,22 +103,9 @@ class ExportRequest:
         return options
 
 
-def several(values: Named | Sequence[Named], argument: str) -> tuple[Named, ...]:
-    """One or several names or paths, as a tuple; UsageError, which names the argument, for anything else."""
-    items = (values,) if isinstance(values, str | Path) or not isinstance(values, Iterable) else tuple(values)
-    wrong = [item for item in items if not isinstance(item, str | Path)]
-    if wrong:
-        raise UsageError(f"{argument}: {show(wrong[0])}, expected a name or a path, or a list of them")
-    return items
-
-
-def words(values: str | Sequence[str], argument: str) -> tuple[str, ...]:
-    """One or several words, as a tuple; UsageError, which names the argument, for anything else."""
-    items = (values,) if isinstance(values, str) or not isinstance(values, Iterable) else tuple(values)
-    wrong = [item for item in items if not isinstance(item, str)]
-    if wrong:
-        raise UsageError(f"{argument}: {show(wrong[0])}, expected a word or a list of words")
-    return items
+def several(values: N | Sequence[N]) -> tuple[N, ...]:
+    """One or several names, paths or words, as a tuple."""
+    return (values,) if isinstance(values, str | Path) else tuple(values)
 
 
 def accepts(options: type[Any]) -> set[str]:

@@ -14,6 +14,7 @@ from lora2serve.api.locate import locate
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.manifest import EngineVerdict, Manifest
 from lora2serve.artifacts.run import ROOT, TRAINER_STATE, Run, is_cut_off
+from lora2serve.config.arguments import checked
 from lora2serve.config.recipe import ModelRecipe, load_section
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError
@@ -132,6 +133,7 @@ Inspected = (
 )
 
 
+@checked
 def inspect(path: str | Path, *, progress: Progress | None = None) -> Inspected:
     """What ``path`` is, in facts; ``problems`` says in what an export's files differ from its manifest.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora2serve.api.exact_planning import ExactMemory, exact_planner
 from lora2serve.api.train_run import fetch_base, settings, with_adapter
 from lora2serve.config import recipe as recipes
+from lora2serve.config.arguments import checked
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.config.recipe import PRESETS, ModelRecipe, TrainRecipe
 from lora2serve.config.train_methods import LORA
@@ -53,6 +54,7 @@ class TrainingPlan:
     notes: tuple[str, ...]  # what could not be known
 
 
+@checked
 def plan(
     model: str | Path | None = None, *,
     gpu: str | None = None, gpus: int = 1, methods: Sequence[str] = (), ranks: Sequence[int] = (),

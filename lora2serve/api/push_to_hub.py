@@ -9,11 +9,13 @@ from lora2serve.api.export_request import Named, several
 from lora2serve.api.locate import run_of_export
 from lora2serve.api.registered import exports_of
 from lora2serve.artifacts import run as runs
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.hub import PushResult
 from lora2serve.progress import Progress
 
 
+@checked
 def push(
     exports: Named | Sequence[Named] = (), *,
     repo_id: str, private: bool = False, revision: str | None = None, create_pr: bool = False,
@@ -35,7 +37,7 @@ def push(
     ``hf auth login`` or HF_TOKEN.
     """
     progress = progress or default_progress()
-    named = several(exports, "exports")
+    named = several(exports)
     paths = exports_of(named)
     paths = hub.choose(paths, progress) if len(paths) > len(named) else paths
     run = run_of_export(paths[0]) if paths else runs.latest()

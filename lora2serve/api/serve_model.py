@@ -9,12 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from lora2serve.api.export_request import Named, several, words
+from lora2serve.api.export_request import Named, several
 from lora2serve.api.peft_serving import peft_command
 from lora2serve.api.registered import exports_of
 from lora2serve.api.served_room import registry_room
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.export_dir import Export
+from lora2serve.config.arguments import checked
 from lora2serve.config.model_name import ollama_name
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
@@ -57,6 +58,7 @@ class RunningServer:
         self.close()
 
 
+@checked
 def serve(
     exports: Named | Sequence[Named] = (), *,
     engine: Engine | None = None, base: Named | None = None, host: str = HOST, port: int = PORT,
@@ -79,10 +81,10 @@ def serve(
 
     Raises UsageError for exports that cannot share a server, EngineError for an engine that is not installed or ends.
     """
-    paths = tuple(Path(export) for export in several(exports, "exports"))
+    paths = tuple(Path(export) for export in several(exports))
     options = ServeOptions(
         engine, str(base) if base else None, host, port, allow_updates, tensor_parallel_size, pipeline_parallel_size,
-        words(engine_arguments, "engine_arguments"), trust_export,
+        several(engine_arguments), trust_export,
     )  # fmt: skip
     progress = progress or default_progress()
     if engine == "ollama":

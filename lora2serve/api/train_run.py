@@ -15,6 +15,7 @@ from lora2serve.api.run_evaluation import evaluate_run, read_suites
 from lora2serve.api.run_processes import as_one_of, on_gpus, run_folder, same_run
 from lora2serve.artifacts import run as runs
 from lora2serve.config import recipe as recipes
+from lora2serve.config.arguments import checked
 from lora2serve.config.method_problems import problems_of_method
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.config.recipe import ModelRecipe, ParityRecipe, Recipe
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lora2serve.training.shared_base import SharedTraining
 
 
+@checked
 def init(
     path: str | Path = recipes.FILE, *,
     source: str | Path | None = None, overwrite: bool = False, progress: Progress | None = None,
@@ -68,6 +70,7 @@ def _with_paths(recipe: Path) -> str:
     return re.sub(r"(?m)^(\s*\w+: )(\S+/\S+)$", whole, recipe.read_text(encoding="utf-8"))
 
 
+@checked
 def train(
     recipe: str | Path | None = None, *,
     overrides: Mapping[str, object] | Sequence[str] = (), name: str | None = None, resume: bool = False,

@@ -10,6 +10,7 @@ from lora2serve import hub
 from lora2serve.api.locate import Located, find_run
 from lora2serve.api.registered import directory_of, exports_of, registered_version
 from lora2serve.artifacts.export_dir import Export
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, ParityNotMet, UsageError
 from lora2serve.progress import Progress
@@ -36,6 +37,7 @@ class Verified:
             raise ParityNotMet("\n".join(problems), "--allow-unproven looks at the files only")
 
 
+@checked
 def verify(name: str | Path, *, allow_unproven: bool = False, progress: Progress | None = None) -> Verified:
     """Compare every file with the sha256 in its manifest, and ask for the proof of parity.
 

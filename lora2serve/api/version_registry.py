@@ -15,10 +15,12 @@ from lora2serve.api.locate import find_run
 from lora2serve.api.registered import directory_of
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.suite_scores import SuiteScores
+from lora2serve.config.arguments import checked_methods
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, ParityNotMet, UsageError
 from lora2serve.progress import Progress
 from lora2serve.registry.location import find_location
+from lora2serve.registry.trial_decision import TrialDecision
 from lora2serve.registry.version_reference import need_reference, need_version, refuse_version_name
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from lora2serve.registry.live_aliases import LiveAliases
     from lora2serve.registry.open_registry import OpenRegistry
     from lora2serve.registry.promotion_gates import GateRecipe
-    from lora2serve.registry.trial_end import TrialOutcome
     from lora2serve.registry.upkeep import Collected
     from lora2serve.registry.version_record import RegistryEvent, Version
     from lora2serve.registry.version_source import VersionSource
@@ -36,6 +37,7 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 KEEP = 5  # versions of each name that gc leaves
 
 
+@checked_methods
 class Registry:
     """A registry of versions: a folder with a sqlite file, or a Postgres and a store for files.
 
@@ -217,7 +219,7 @@ class Registry:
             return alias_moves.rollback(ledger, name, alias, to, why=why)
 
     def end_trial(
-        self, name: str, outcome: TrialOutcome, *, champion: int, challenger: int, why: str,
+        self, name: str, outcome: TrialDecision, *, champion: int, challenger: int, why: str,
         aliases: tuple[str, str] = (CHAMPION, CHALLENGER),
     ) -> bool:  # fmt: skip
         """Do what live traffic has decided between two versions; False, and nothing moves, where somebody was faster.

@@ -103,7 +103,7 @@ def serve(
         if engine not in (None, "vllm"):
             raise UsageError(f"--print {printed}: vLLM only", f"--print alone prints the command of {engine}")
         ctx.invoke(
-            deploy, kind=printed, exports=exports, base=base, host=host, port=port, store=store,
+            deploy, kind=printed, exports=exports, base=base, host=host, port=port, store=store, weights=(),
             tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
         )  # fmt: skip
     elif printed or dry_run:

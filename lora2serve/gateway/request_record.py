@@ -11,7 +11,7 @@ import hmac
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 Arm: TypeAlias = Literal["champion", "challenger", "shadow", "named"]  # named: a client chose the alias itself
 R = TypeVar("R", bound="RequestRecord | Feedback")
@@ -85,6 +85,7 @@ DEFAULTS: Mapping[type, Mapping[str, object]] = {
 }
 
 
+@runtime_checkable
 class TrafficObserver(Protocol):
     """Hears of every record and feedback once it is stored, in order, always in the same thread, which may wait."""
 

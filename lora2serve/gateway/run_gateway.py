@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lora2serve.api.version_registry import Registry
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.errors import EngineError, did_you_mean
 from lora2serve.gateway.gateway_app import Gateway
@@ -60,6 +61,7 @@ class RunningGateway:
         self.close()
 
 
+@checked
 def start_gateway(
     config: str | Path | None = None, *, upstreams: Sequence[str] = (), registry: Registry | str | Path | None = None,
     host: str = HOST, port: int = PORT, observers: Sequence[TrafficObserver] = (), progress: Progress | None = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Literal, Self
 
+from lora2serve.config.arguments import checked
 from lora2serve.data.rows import Message
 from lora2serve.errors import EngineError
 from lora2serve.parity_check.chat_models import ChatModel
@@ -76,6 +77,7 @@ class ChatSession:
         """Their names."""
         return [partner.model.name for partner in self._partners]
 
+    @checked
     def ask(self, question: str, show: Show | None = None) -> list[Answer]:
         """The answer of each model to the next question; ``show`` gets them piece by piece, one after the other.
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-from lora2serve.errors import UsageError
 from lora2serve.registry import alias_moves
 from lora2serve.registry.ledger import Ledger
 from lora2serve.registry.promotion_gates import GateRecipe
+from lora2serve.registry.trial_decision import TrialDecision
 from lora2serve.registry.version_reference import VersionReference
 from lora2serve.registry.version_rows import aliases_of
 
-TrialOutcome = Literal["stop-shadow", "rollback", "promote"]
-OUTCOMES: tuple[TrialOutcome, ...] = ("stop-shadow", "rollback", "promote")
-
 
 def end_trial(
-    ledger: Ledger, name: str, outcome: TrialOutcome, champion: tuple[str, int], challenger: tuple[str, int],
+    ledger: Ledger, name: str, outcome: TrialDecision, champion: tuple[str, int], challenger: tuple[str, int],
     gates: GateRecipe, why: str,
 ) -> bool:  # fmt: skip
     """Both are (alias, number of the version that was tested). Whether it was done: False where an alias has moved.
@@ -25,8 +21,6 @@ def end_trial(
     promote: the champion's alias points to the challenger's version, if its gates are met (GateNotMet). Else the
     challenger's alias points to the champion's version, which ends the trial.
     """
-    if outcome not in OUTCOMES:
-        raise UsageError(f"{outcome}: expected one of {', '.join(OUTCOMES)}")
     pointed: Mapping[str, int] = aliases_of(ledger.connection, name)
     if pointed.get(champion[0]) != champion[1] or pointed.get(challenger[0]) != challenger[1]:
         return False

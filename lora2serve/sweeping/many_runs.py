@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora2serve.api.train_run import settings, unfinished
 from lora2serve.config import recipe as recipes
+from lora2serve.config.arguments import checked
 from lora2serve.config.recipe import Recipe
 from lora2serve.console import default_progress
 from lora2serve.errors import Lora2ServeError, RecipeError, UsageError
@@ -25,6 +26,7 @@ WORKER = "lora2serve.sweeping.run_worker:RunWorker"
 LoadedRecipe = tuple[str, Path, Recipe]  # by the name that it was given
 
 
+@checked
 def train_many(
     recipe_files: Sequence[str | Path], *,
     jobs: int | None = None, share_base: bool = False, on: str | None = None, gpus: int | None = None,

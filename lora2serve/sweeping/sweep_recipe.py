@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora2serve.api.export_request import words
+from lora2serve.api.export_request import several
 from lora2serve.api.train_run import settings
 from lora2serve.artifacts.run import Run
 from lora2serve.config import recipe as recipes
+from lora2serve.config.arguments import checked
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.console import default_progress
 from lora2serve.errors import SweepError, UsageError
 from lora2serve.evaluation.harness_options import HarnessOptions, harness_options
 from lora2serve.progress import Progress
-from lora2serve.sweeping.constraint_choice import CONSTRAINTS, Constraint
+from lora2serve.sweeping.constraint_choice import Constraint
 from lora2serve.sweeping.search_plan import SearchPlan
 from lora2serve.sweeping.search_settings import MARGIN, read_budget
 from lora2serve.sweeping.sweep_facts import SweepFacts
@@ -36,6 +37,7 @@ class SweepResult:
     page: Path
 
 
+@checked
 def sweep(
     recipe: str | Path | None = None, *,
     space: str | Path | None = None, budget: str | int | None = None, fraction: float = 1.0, jobs: int | None = None,
@@ -68,8 +70,8 @@ def sweep(
     gives a loss or the storage cannot be read. KeyboardInterrupt ends it; the same call goes on.
     """
     progress = progress or default_progress()
-    _refuse(constraint, jobs, fraction, margin, name)
-    harness = _harness(words(task, "task"), task_folder, shots, chat, limit, suite)
+    _refuse(jobs, fraction, margin, name)
+    harness = _harness(several(task), task_folder, shots, chat, limit, suite)
     if join is not None:
         _refuse_beside_join(recipe, overrides, space, storage, suite, harness)
         loop = joined(join, name, jobs, on, progress)
@@ -101,10 +103,8 @@ def _refuse_beside_join(*given: object) -> None:
         )
 
 
-def _refuse(constraint: str, jobs: int | None, fraction: float, margin: float, name: str | None) -> None:
+def _refuse(jobs: int | None, fraction: float, margin: float, name: str | None) -> None:
     """UsageError for a value that cannot be."""
-    if constraint not in CONSTRAINTS:
-        raise UsageError(f"constraint {constraint}: unknown", f"known: {', '.join(CONSTRAINTS)}")
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs {jobs}: expected 1 at least")
     if not 0 < fraction <= 1:

@@ -85,13 +85,13 @@ def test_failures_are_ours(adapter: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for call, words in (
         (lambda: lora2serve.export(adapter, targets="vlm"), "did you mean 'vllm'"),
         (lambda: lora2serve.export(adapter, targets="vllm", dtype="int3"), "dtype: 'int3', expected one of bf16"),  # type: ignore[arg-type]
-        (lambda: lora2serve.export(adapter, targets=5), "targets: 5, expected a word"),  # type: ignore[arg-type]
-        (lambda: lora2serve.export(adapter, targets="gguf", quants=3), "quants: 3, expected a word"),  # type: ignore[arg-type]
-        (lambda: lora2serve.export(adapter, targets=["vllm", 5]), "targets: 5, expected a word"),  # type: ignore[list-item]
+        (lambda: lora2serve.export(adapter, targets=5), "targets: 5, expected a text or a list"),  # type: ignore[arg-type]
+        (lambda: lora2serve.export(adapter, targets="gguf", quants=3), "quants: 3, expected a text or a list"),  # type: ignore[arg-type]
+        (lambda: lora2serve.export(adapter, targets=["vllm", 5]), "targets.1.: 5, expected a text"),  # type: ignore[list-item]
         (lambda: lora2serve.export(targets="vllm"), "no runs/latest here"),
         (lora2serve.parity, "no runs/latest here"),
         (lambda: lora2serve.serve(adapter), "not an export of lora2serve"),
-        (lambda: lora2serve.deploy("nomad", adapter), "unknown kind"),  # type: ignore[arg-type]
+        (lambda: lora2serve.deploy("nomad", adapter), "kind: 'nomad', expected one of compose"),  # type: ignore[arg-type]
         (lambda: lora2serve.train("demmo"), "did you mean 'demo'"),
         (lambda: lora2serve.train("demo", overrides={"train.lora.rank": 0}), "train.lora.rank: 0"),
         (lambda: lora2serve.inspect(tmp_path), "not a run, export, adapter or model"),
@@ -145,10 +145,10 @@ def test_ctrl_c_leaves_nothing(adapter: Path, tmp_path: Path, monkeypatch: pytes
     ("arguments", "message"),
     [({"overwrite": "no"}, "overwrite: 'no', expected True or False"),
      ({"allow_pickle": 1}, "allow_pickle: 1, expected True or False"),
-     ({"as_lora_rank": "8"}, "as_lora_rank: '8', expected a whole number from 1 on"),
+     ({"as_lora_rank": "8"}, "as_lora_rank: '8', expected a whole number"),
      ({"as_lora_rank": 0}, "as_lora_rank: 0, expected a whole number from 1 on"),
      ({"name": 5}, "name: 5, expected a text"),
-     ({"combine": "linear", "weights": "ab"}, "weights: 'a', expected a number"),
+     ({"combine": "linear", "weights": "ab"}, "weights: 'ab', expected a list of numbers"),
      ({"density": "x"}, "density: 'x', expected a number"),
      ({"weights": (1, 2)}, "--weights: only with --combine")],
 )  # fmt: skip

@@ -25,7 +25,7 @@ def test_only_what_was_tested_moves(tested: Registry) -> None:
     assert not tested.end_trial(NAME, "promote", champion=2, challenger=2, why="x")
     assert not tested.end_trial(NAME, "rollback", champion=1, challenger=3, why="x")
     assert not tested.end_trial(NAME, "rollback", champion=1, challenger=2, why="x", aliases=("champion", "staging"))
-    with pytest.raises(UsageError, match="stop: expected one of stop-shadow, rollback, promote"):
+    with pytest.raises(UsageError, match="outcome: 'stop', expected one of stop-shadow, rollback, promote"):
         tested.end_trial(NAME, "stop", champion=1, challenger=2, why="x")  # type: ignore[arg-type]
     assert tested.aliases(NAME) == {"champion": 1, "challenger": 2}
     assert tested.end_trial(NAME, "promote", champion=1, challenger=2, why="better")

@@ -159,7 +159,7 @@ def test_no_path_ends_a_comment(kind: str, recipe: Path, tmp_path: Path) -> None
 
 def test_what_cannot_be(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for words, problems in (
-        (("kube",), ["deploy train kube: unknown kind (did you mean 'kubeflow'?)"]),
+        (("kube",), ["kind: 'kube', expected one of", "(did you mean 'kubeflow'?)"]),
         (
             ("slurm", "--image", "x", "--gpu", "H100"),
             ["--gpu: deploy train slurm has no use", "--image: deploy train slurm"],

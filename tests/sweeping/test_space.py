@@ -195,7 +195,7 @@ def test_distance_of_data() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"constraint": "speed"}, "constraint speed: unknown"), ({"jobs": 0}, "--jobs 0"), ({"fraction": 0.0}, "--fraction 0"),
+        ({"constraint": "speed"}, "constraint: 'speed', expected one of quality"), ({"jobs": 0}, "--jobs 0"), ({"fraction": 0.0}, "--fraction 0"),
         ({"margin": 1.0}, "--margin 1"), ({"on": "rayy"}, "--on rayy: unknown"), ({"name": "a/b"}, "--name"),
         pytest.param(
             {"overrides": ["train.method=ia3", "train.quantize=none"]}, "train.method: ia3", marks=pytest.mark.engine

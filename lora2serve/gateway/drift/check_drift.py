@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora2serve.api.export_request import Named
 from lora2serve.api.version_registry import CHAMPION, Registry
+from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
 from lora2serve.gateway.drift import windows
@@ -26,6 +27,7 @@ WINDOW = re.compile(r"(\d{1,5})(h|d|w)")
 HOURS = {"h": 1, "d": 24, "w": 7 * 24}
 
 
+@checked
 def drift(
     name: str, *, window: str = DEFAULT_WINDOW, folder: Named = DEFAULT_FOLDER, report: Named | None = None,
     renew: bool = False, registry: Named | None = None, progress: Progress | None = None,
