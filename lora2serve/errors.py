@@ -121,8 +121,9 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """``" (did you mean 'rank'?)"``, or an empty string when nothing is near; ``prefix`` goes before the near one."""
-    near = get_close_matches(word, list(known), n=1) if len(word) < LONGEST_WORD else []
-    return f" (did you mean {prefix + near[0]!r}?)" if near else ""
+    lowered = {name.lower(): name for name in known}  # VLLM is near to vllm
+    near = get_close_matches(word.lower(), lowered, n=1) if len(word) < LONGEST_WORD else []
+    return f" (did you mean {prefix + lowered[near[0]]!r}?)" if near else ""
 
 
 def raise_all(problems: Sequence[str], error: Callable[[str], Exception] = CheckpointError) -> None:

@@ -132,6 +132,8 @@ def _prepare(request: ExportRequest, progress: Progress, stack: ExitStack, *, dr
     options = request.target_options()
     planned = sinks.plan_options(targets, request.quants, options)
     after_export.refuse(request, [target for target, _ in planned])
+    if "adapter" in targets and find_spec("vllm"):
+        progress.note("adapter: vLLM, which is installed, is asked: loading it takes some seconds")
     if len(request.sources) > 1 and not request.adapters:
         if request.shards:
             raise UsageError(f"--shards {request.shards}: a bundle is written by one process", "leave it out")

@@ -86,6 +86,9 @@ def run_folder(name: str, resumed: runs.Run | None, progress: Progress) -> Itera
         return
     with scratch.filled(runs.ROOT):
         run = resumed or runs.create(name)
+        if not resumed and (earlier := runs.unfinished_before(run, name)):
+            way = f"`lora2serve train --resume {earlier.path}` continues it"
+            progress.note(f"{run.path}: a new run beside {earlier.path}, which is not finished: {way}")
         with runs.kept_once_started(run), _hint_to_resume(run, progress):
             ranks.of_first(str(run.path))
             yield RunFolder(run, run)

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora2serve.artifacts.json_record import read_text
 from lora2serve.artifacts.run_record import RunRecord
 from lora2serve.config.model_name import refuse_run_name
-from lora2serve.errors import UsageError
+from lora2serve.errors import InputError, UsageError
 from lora2serve.system import scratch
 from lora2serve.system.small_files import write_text
 
@@ -113,6 +113,17 @@ def create(name: str, root: Path = ROOT) -> Run:
             return Run(path)
         except FileExistsError:
             number += 1
+
+
+def unfinished_before(run: Run, name: str) -> Run | None:
+    """The last of the runs of that name that were made before this one, if training can go on there."""
+    numbers = range(int(run.path.name.rpartition("-")[2]) - 1, 0, -1) if run.path.name != name else ()
+    for number in numbers:
+        earlier = Run(run.path.with_name(f"{name}-{number}" if number > 1 else name))
+        with suppress(InputError):  # a broken run.json is no reason not to train
+            if earlier.resumable:
+                return earlier
+    return None
 
 
 def point_latest(run: Run) -> None:

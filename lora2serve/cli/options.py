@@ -47,17 +47,17 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples, and the epilog below."""
-        if self.examples:
-            width = max(len(command) for command, _ in self.examples)
-            with formatter.section("Examples"):
-                for command, purpose in self.examples:
-                    line = f"{command:<{width}}  # {purpose}" if purpose else command
-                    formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+        _write_examples(formatter, self.examples)
         super().format_epilog(ctx, formatter)
 
 
 class CommandGroup(click.Group):
-    """Proposes the nearest command for a mistyped one."""
+    """Proposes the nearest command for a mistyped one; one below another shows an example of each of its commands."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = self.commands.values() if ctx.parent else ()
+        _write_examples(formatter, [one for command in commands for one in getattr(command, "examples", ())[:1]])
+        super().format_epilog(ctx, formatter)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -71,6 +71,16 @@ class CommandGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the work
+
+
+def _write_examples(formatter: click.HelpFormatter, examples: Sequence[tuple[str, str]]) -> None:
+    """Each on a line, what it does beside it."""
+    if examples:
+        width = max(len(command) for command, _ in examples)
+        with formatter.section("Examples"):
+            for command, purpose in examples:
+                line = f"{command:<{width}}  # {purpose}" if purpose else command
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
 class EngineCommand(Command):

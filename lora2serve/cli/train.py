@@ -133,10 +133,11 @@ def _show_plans(
     ctx: click.Context, files: tuple[str, ...], share_base: bool, overrides: tuple[str, ...], gpu: str | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """The plan of each, once what would be refused of any of them is."""
+    """The plan of each, once what would be refused of any of them is: recipes, models, rows of files."""
     from lora2serve import console
     from lora2serve.api.plan_training import plan
     from lora2serve.config import recipe as recipes
+    from lora2serve.data.data_sets import refuse_bad_files
 
     if files[1:]:
         from lora2serve.sweeping.many_runs import load_all
@@ -149,6 +150,9 @@ def _show_plans(
     plans = [
         plan(recipes.find(file), gpu=gpu, overrides=overrides, progress=progress(ctx)) for file in files or (None,)
     ]
+    for file in files or (None,):
+        recipe = recipes.load(recipes.find(file), overrides)
+        refuse_bad_files(recipe.data, recipe.train.objective)
     if as_json:
         console.result_json([training for planned in plans for training in plan_json(planned)])
         return

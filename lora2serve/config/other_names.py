@@ -38,6 +38,7 @@ OTHER_NAMES: Mapping[str, str] = {
         "train.eval_steps": "steps_per_eval",
         "train.log_interval": "logging_steps steps_per_report",
         "train.trackers": "report_to",
+        "train.lora": "lora lora_config peft_config",
         "train.lora.rank": "r lora_r lora_rank",
         "train.lora.alpha": "lora_alpha",
         "train.lora.dropout": "lora_dropout",

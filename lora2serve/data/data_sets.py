@@ -118,6 +118,13 @@ def load(recipe: DataRecipe, pin: Pin = _unpinned, objective: Objective | None =
     return DataSets(mix(train, weights), mix(held_out, [1.0] * len(held_out)) if held_out else None)
 
 
+def refuse_bad_files(recipe: DataRecipe, objective: Objective | None = None) -> None:
+    """DataError as ``load`` raises it where all data are files; what may have to be fetched is not looked at."""
+    sources = [*recipe.sources("train"), *recipe.sources("eval")]
+    if not any(_has_splits(source.path) for source in sources):
+        load(recipe, objective=objective)
+
+
 def read(name: str, split: str = "train", pin: Pin = _unpinned, subset: str | None = None) -> DataSet:
     """A file by its name; or a data set with splits: a directory, or one of the Hub."""
     gate = _Gate({}, pin)

@@ -39,6 +39,18 @@ def test_latest_moves_once_a_run_is_finished(tmp_path: Path) -> None:
     assert runs.latest(root).path == second.path, "the control"
 
 
+def test_an_unfinished_one_of_the_same_name_is_found(tmp_path: Path) -> None:
+    first, second, third, fourth = (runs.create("demo", tmp_path) for _ in range(4))
+    for run in (first, second):
+        run.save(run.record)
+        checkpoint(run, 1)
+    assert runs.unfinished_before(fourth, "demo") == second, "the last before it"
+    (second.path / "run.json").write_text("{")
+    assert runs.unfinished_before(third, "demo") == first, "a broken one is no reason not to train"
+    assert runs.unfinished_before(first, "demo") is None
+    assert runs.unfinished_before(runs.create("demo-3x", tmp_path), "demo-3x") is None
+
+
 def test_one_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     with scratch.filled(root), pytest.raises(KeyboardInterrupt), runs.kept_once_started(runs.create("only", root)):

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from lora2serve.cli import _as_ours, run
+from lora2serve.cli import _as_ours, cli, run
+from lora2serve.cli.options import CommandGroup
 from tests.support.tiny import make_adapter, make_model
 
 
@@ -276,6 +277,7 @@ def test_inspect_says_whether_vllm_serves_it(
         (("export", "-t", "vllm", "--dtype", "bf17"), "--dtype bf17: unknown (did you mean 'bf16'?)"),
         (("serve", "--engine", "vlm"), "--engine vlm: unknown (did you mean 'vllm'?)"),
         (("export", "-t", "vllm", "--merge-base", "x"), "--merge-base x: unknown"),
+        (("serve", "--engine", "VLLM"), "--engine VLLM: unknown (did you mean 'vllm'?)"),
     ],
 )
 def test_a_mistyped_word(words: Sequence[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -285,6 +287,15 @@ def test_a_mistyped_word(words: Sequence[str], said: str, capfd: pytest.CaptureF
     assert err.splitlines()[0] == f"error: {said}" and "hint: known: " in err
     assert run(["serve", "--port", "x"]) == 2
     assert "Invalid value for '--port'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("group", ["registry", "adapters"])
+def test_a_group_shows_an_example_of_each(group: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([group, "--help"]) == 0
+    shown = capfd.readouterr().out.partition("Examples:")[2]
+    inside = cli.commands[group]
+    assert isinstance(inside, CommandGroup) and inside.commands
+    assert [name for name in inside.commands if f"lora2serve {group} {name}" not in shown] == []
 
 
 def test_what_comes_after_an_export(pair: tuple[Path, Path], here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,9 @@ def test_an_unknown_preset_names_the_near_one(write: Any) -> None:
 
 def test_what_other_libraries_call_a_key(write: Any) -> None:
     """Each is answered with the key's name, or with its path where it belongs elsewhere; every path is there."""
-    assert set(OTHER_NAMES.values()) <= key_paths().keys()
+    sections = {path.rpartition(".")[0] for path in key_paths()}
+    assert set(OTHER_NAMES.values()) <= key_paths().keys() | sections
+    assert problems(write(LEAST), "lora.rank=8") == ["--set lora: unknown key (did you mean 'train.lora'?)"]
     assert not OTHER_NAMES.keys() & set(WORDS) - {path.rpartition(".")[2] for path in OTHER_NAMES.values()}
     for name in ("r", "lora_r", "lora_rank"):
         assert problems(write(put(LEAST, f"train.lora.{name}", 8))) == [

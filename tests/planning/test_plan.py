@@ -187,6 +187,18 @@ def test_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert run(["train", "--resume", "--dry-run"]) == 2
 
 
+def test_a_dry_run_refuses_rows_that_training_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 5}\n')
+    words = ["train", "demo", "--dry-run", "--gpu", "4090", "--set"]
+    for value, said in (
+        (tmp_path / "none.jsonl", "none.jsonl: No such file"), (tmp_path / "bad.jsonl", "1 of 1 rows cannot be used"),
+    ):  # fmt: skip
+        assert run([*words, f"data.train={value}", "--set", "data.eval=null"]) == 1
+        shown = capsys.readouterr()
+        assert said in shown.err and not shown.out
+    assert run([*words, "data.train=somebody/rows-to-fetch", "--set", "data.eval=null"]) == 0, "which is not fetched"
+
+
 def test_runs_on_this_machine_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert measured_ratio("T4") == (1.0, 0)

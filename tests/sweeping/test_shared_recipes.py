@@ -64,6 +64,8 @@ def test_the_plan_refuses_what_the_training_would(tmp_path: Path, ask: Ask) -> N
     recipe_file(tmp_path / "a", base, {"train": "rows.jsonl"})
     recipe_file(tmp_path / "b", base, {"train": "rows.jsonl"}, quantize="none")
     both = ["a/lora2serve.yaml", "b/lora2serve.yaml"]
+    for name in ("a", "b"):
+        (tmp_path / name / "rows.jsonl").write_text('{"text": "one"}\n' * 2)
     refused = ask(["train", *both, "--share-base", "--dry-run"])
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "train.quantize: nf4 in a/lora2serve.yaml; none in b/lora2serve.yaml" in refused.stderr
