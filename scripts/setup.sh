@@ -27,6 +27,7 @@ python=.venv/bin/python
 constraints=${CONSTRAINTS-constraints.txt}
 pin() { grep -m1 "^$1==" constraints.txt; }
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+[ ! -L .venv ] || say ".venv is a link: this sets up $(readlink -f .venv), which others may be using"
 is_whole() { fits "$python" && pip --version >/dev/null 2>&1; }
 if ! is_whole; then
     [ ! -e .venv ] || say ".venv is not whole: making it again"
