@@ -164,3 +164,14 @@ def test_the_loop_says_what_the_end_says(tmp_path: Path, lengths: dict[str, str]
     assert tuned is not None
     assert logged(run, "eval_loss")[2] == pytest.approx(tuned.eval_loss, abs=1e-5)
     assert logged(run, "eval_tokens")[2] == tuned.tokens
+
+
+def test_when_it_is_evaluated_changes_no_training(tmp_path: Path, lengths: dict[str, str]) -> None:
+    """It draws no random number of the training's, on which the masks of dropout hang."""
+    seen = {}
+    for name, every in (("often", 1), ("last", 4)):
+        options = {"steps": 4, "eval_steps": every, "learning_rate": 0.01, "lora": {"dropout": 0.3}}
+        run, _, _ = fit(recipe_file(tmp_path / name, DEMO / "base", lengths, **options))
+        assert len(logged(run, "eval_loss")) == 4 // every
+        seen[name] = logged(run, "loss"), (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert seen["often"] == seen["last"] and len(seen["last"][0]) == 4
