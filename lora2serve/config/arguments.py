@@ -92,7 +92,7 @@ def _take(kind: object, value: object, where: str) -> object:
     if origin in (Union, UnionType):
         return _one_of(args, value, where)
     if origin is Literal:
-        if value in args:
+        if isinstance(value, tuple(map(type, args))) and value in args:  # an array is equal to each of them in parts
             return value
         raise _Refused(where, value, _name(kind) + (did_you_mean(value, args) if isinstance(value, str) else ""))
     if _is_a(origin, Mapping) and isinstance(value, Mapping):
@@ -110,13 +110,14 @@ def _take(kind: object, value: object, where: str) -> object:
 
 
 def _plain(kind: type, value: object, where: str) -> object:
-    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+    is_protocol = getattr(kind, "_is_protocol", False)
+    if is_protocol and not getattr(kind, "_is_runtime_protocol", False):
         return value
-    if kind is Path and isinstance(value, os.PathLike):
+    if kind is Path and isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str):
         return Path(value)
     if kind in (int, float) and isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
         return value if isinstance(value, int | float) else cast("Callable[[object], object]", kind)(value)
-    if kind in (int, float) or not isinstance(value, kind):
+    if kind in (int, float) or not isinstance(value, kind) or (is_protocol and isinstance(value, type)):
         raise _Refused(where, value, _name(kind))
     return value
 

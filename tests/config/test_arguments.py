@@ -15,7 +15,7 @@ import lora2serve
 from lora2serve.config.arguments import checked, checked_methods, hints_of
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
-from lora2serve.progress import Progress
+from lora2serve.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from lora2serve.artifacts.run import Run
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
 Taken = dict[str, object]
 
 
+class InBytes:
+    """A path that is no text."""
+
+    def __fspath__(self) -> bytes:
+        return b"a"
+
+    def __repr__(self) -> str:
+        return "InBytes()"
+
+
 @checked
 def work(
     model: str | Path | Sequence[str | Path] | None = None, run: Run | None = None, *, limit: int | None = None,
-    chat: bool = False, share: float = 0.5, kind: Literal["vllm", "ollama"] = "vllm",
+    chat: bool = False, folder: Path | None = None, share: float = 0.5, kind: Literal["vllm", "ollama"] = "vllm",
     bounds: Mapping[str, float] | None = None, overrides: Mapping[str, object] | Sequence[str] = (),
     ranks: Sequence[int] = (), heard: Callable[[int], object] | None = None, progress: Progress | None = None,
 ) -> Taken:  # fmt: skip
@@ -40,7 +50,7 @@ def work(
      ({"limit": np.int64(3)}, 3), ({"share": 1}, 1), ({"share": np.float32(0.5)}, 0.5), ({"share": Fraction(1, 4)}, 0.25),
      ({"kind": "ollama"}, "ollama"), ({"bounds": {"kl": 1}}, {"kl": 1}), ({"overrides": {"a": None}}, {"a": None}),
      ({"overrides": iter("ab")}, ("a", "b")), ({"ranks": range(2)}, (0, 1)), ({"heard": print}, print), ({"run": 5}, 5),
-     ({"ranks": {8: 1}.keys()}, (8,)), ({"limit": None}, None)],
+     ({"ranks": {8: 1}.keys()}, (8,)), ({"folder": "a"}, Path("a")), ({"limit": None}, None)],
 )  # fmt: skip
 def test_what_fits_arrives_as_annotated(arguments: dict[str, object], taken: object) -> None:
     got = work(**arguments)[next(iter(arguments))]  # type: ignore[arg-type]
@@ -58,6 +68,8 @@ def test_what_fits_arrives_as_annotated(arguments: dict[str, object], taken: obj
      ({"limit": 3.0}, "limit: 3.0, expected a whole number"),
      ({"chat": "no"}, "chat: 'no', expected True or False"),
      ({"chat": None}, "chat: None, expected True or False"),
+     ({"folder": b"a"}, "folder: b'a', expected a path"),
+     ({"folder": InBytes()}, "folder: InBytes(), expected a path"),
      ({"share": "hot"}, "share: 'hot', expected a number"),
      ({"share": False}, "share: False, expected a number"),
      ({"share": decimal.Decimal(1)}, "share: Decimal('1'), expected a number"),
@@ -71,6 +83,8 @@ def test_what_fits_arrives_as_annotated(arguments: dict[str, object], taken: obj
      ({"ranks": [8, "x"]}, "ranks[1]: 'x', expected a whole number"),
      ({"heard": 5}, "heard: 5, expected a function"),
      ({"progress": 5}, "progress: 5, expected Progress"),
+     ({"progress": Silent}, "progress: <class 'lora2serve.progress.Silent'>, expected Progress"),
+     ({"kind": np.array(["vllm", "x"])}, "kind: array(['vllm', 'x'], dtype='<U4'), expected one of vllm, ollama"),
      ({"limit": "x", "chat": 1}, "limit: 'x', expected a whole number\nchat: 1, expected True or False")],
 )  # fmt: skip
 def test_what_does_not_is_named(arguments: dict[str, object], message: str) -> None:
