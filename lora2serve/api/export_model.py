@@ -53,8 +53,7 @@ def export(
     calibrate: data to measure activations on, for AWQ, GPTQ and importance matrices; "train" is the run's own.
     shard_size (vllm), tensor_type, pre, imatrix, split_size (GGUF), served_base, as_lora_rank (adapter), as_kind,
         from_model, create (ollama), install (lmstudio): options of these targets: see ``lora2serve export --help``.
-    shards: "2/3" is the second of three workers that write one export; the last one at work publishes it, and those
-        that end while others write return [].
+    shards: "2/3" is the second of three workers that write one export; [] where it ends while others still write.
     progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
     Raises UsageError for options that do not go together, CheckpointError and AdapterError for files that cannot be
