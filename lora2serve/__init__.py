@@ -35,15 +35,17 @@ if TYPE_CHECKING:
     from lora2serve.progress import Progress
     from lora2serve.sweeping.many_runs import train_many
     from lora2serve.sweeping.run_outcome import RunOutcome
+    from lora2serve.sweeping.sweep_plan import SweepPlan, plan_sweep
     from lora2serve.sweeping.sweep_recipe import SweepResult, sweep
+    from lora2serve.sweeping.sweep_request import SweepRequest
 
 __version__ = "0.1.0"
 __all__ = [
     "Answer", "ChatSession", "DriftReport", "EvaluationResult", "ExportPlan", "ExportRequest", "Lora2ServeError",
-    "ParityResult", "Progress", "Registry", "Run", "RunOutcome", "RunningGateway", "RunningServer", "SweepResult",
-    "TrainingPlan", "Verified", "chat", "compare", "deploy", "deploy_training", "drift", "evaluate", "export", "init",
-    "inspect", "parity", "plan", "plan_export", "preview_data", "push", "serve", "start_gateway", "sweep", "train",
-    "train_many", "verify",
+    "ParityResult", "Progress", "Registry", "Run", "RunOutcome", "RunningGateway", "RunningServer", "SweepPlan",
+    "SweepRequest", "SweepResult", "TrainingPlan", "Verified", "chat", "compare", "deploy", "deploy_training", "drift",
+    "evaluate", "export", "init", "inspect", "parity", "plan", "plan_export", "plan_sweep", "preview_data", "push",
+    "serve", "start_gateway", "sweep", "train", "train_many", "verify",
 ]  # fmt: skip
 _MODULES = {
     "api.chat_with_model": ("chat",),
@@ -72,7 +74,9 @@ _MODULES = {
     "progress": ("Progress",),
     "sweeping.many_runs": ("train_many",),
     "sweeping.run_outcome": ("RunOutcome",),
+    "sweeping.sweep_plan": ("SweepPlan", "plan_sweep"),
     "sweeping.sweep_recipe": ("SweepResult", "sweep"),
+    "sweeping.sweep_request": ("SweepRequest",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

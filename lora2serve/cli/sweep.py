@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lora2serve.cli.options import Choice, Command, GroupedOption, complete_runs, json_option, names, progress
+from lora2serve.cli.options import (
+    Choice,
+    Command,
+    GroupedOption,
+    complete_runs,
+    dry_run_option,
+    json_option,
+    names,
+    plain,
+    progress,
+)
 
 if TYPE_CHECKING:
+    from lora2serve.sweeping.sweep_plan import SweepPlan
     from lora2serve.sweeping.sweep_recipe import SweepResult
     from lora2serve.sweeping.sweep_report import SweepReport
 
 EXAMPLES = [
     ("lora2serve sweep", "lora2serve.yaml here: six rates, all presets, ranks 8 to 64"),
+    ("lora2serve sweep --dry-run --gpu 24", "what would be tried, how many trials at most, what fits into 24 GiB"),
     ("lora2serve sweep demo --fraction 0.3", "search on 30 % of the rows; the front again on all"),
     ("lora2serve sweep --budget 6h --constraint memory", "six hours, and the least memory that is good enough"),
     ("lora2serve sweep --suite medqa.yaml", "the best by its answers to a suite of yours, not by its loss"),
@@ -63,7 +76,7 @@ EXAMPLES = [
     help="Judge by the scores of this suite, or of the answers to held-out rows, instead of the eval loss.",
 )  # fmt: skip
 @click.option(
-    "--task", "tasks", metavar="NAMES", callback=names, cls=GroupedOption, group="Quality",
+    "--task", metavar="NAMES", callback=names, cls=GroupedOption, group="Quality",
     help="Judge by the scores of tasks of lm-evaluation-harness: arc_easy,medmcqa.",
 )  # fmt: skip
 @click.option(
@@ -118,14 +131,10 @@ EXAMPLES = [
     cls=GroupedOption,
     group="Machine",
 )
+@dry_run_option(help="Show what would be tried, and every refusal; train nothing, fetch no weights, write nothing.")
 @json_option
 @click.pass_context
-def sweep(
-    ctx: click.Context, recipe: str | None, constraint: str, budget: str | None, fraction: float, space: str | None,
-    margin: float, suite: str | None, tasks: tuple[str, ...], task_folder: Path | None, shots: int | None, chat: bool,
-    limit: int | None, overrides: tuple[str, ...], name: str | None, jobs: int | None, gpu: str, storage: str | None,
-    join: str | None, on: str | None, as_json: bool,
-) -> None:  # fmt: skip
+def sweep(ctx: click.Context, /, dry_run: bool, as_json: bool, **options: object) -> None:
     """Find the learning rate, the layers and the rank for RECIPE by short trainings, and recommend a recipe.
 
     Each trial is a run in a process of its own, under sweeps/<name>/runs/. First rates and layers at one rank, the
@@ -133,18 +142,90 @@ def sweep(
     no trial has seen. The same command goes on with a sweep that was ended. Prints the recommended recipe.
     """
     from lora2serve import console
-    from lora2serve.sweeping.sweep_recipe import sweep as run
+    from lora2serve.sweeping.sweep_plan import plan_sweep
+    from lora2serve.sweeping.sweep_recipe import run_sweep
+    from lora2serve.sweeping.sweep_request import SweepRequest
 
-    result = run(
-        recipe, space=space, budget=budget, fraction=fraction, jobs=jobs, constraint=constraint, margin=margin,  # type: ignore[arg-type]
-        suite=suite, task=tasks, task_folder=task_folder, shots=shots, chat=chat, limit=limit, name=name,
-        storage=storage, join=join, gpu=gpu, on=on or "", overrides=overrides, progress=progress(ctx),
-    )  # fmt: skip
+    request = SweepRequest(**options)  # type: ignore[arg-type]
+    if dry_run:
+        _show_plan(plan_sweep(request, progress(ctx)), as_json)
+        return
+    result = run_sweep(request, progress(ctx))
     if as_json:
         console.result_json(result.report.to_json())
         return
     show(result)
     console.result(str(result.recommended))
+
+
+def _show_plan(plan: SweepPlan, as_json: bool) -> None:
+    from lora2serve import console
+
+    if as_json:
+        console.result_json(plain(plan))
+        return
+    lines = list(_plan_lines(plan))
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        console.result(f"{name:<{width}}  {text}".rstrip())
+
+
+def _plan_lines(plan: SweepPlan) -> Iterator[tuple[str, str]]:
+    """What it is about, and what would be so."""
+    from lora2serve.console import size
+
+    for field, values in plan.space.items():
+        yield field, ", ".join(map(_value, values))
+    fits = f"{plan.fitting} fit" if plan.fitting is not None else "how many fit is not known"
+    yield "points", f"{plan.points}; into {plan.gpu} ({size(plan.gpu_memory)}) {fits}"
+    for misfit in plan.does_not_fit:
+        yield "", f"{misfit.words} ({misfit.points}): {misfit.reason}"
+    for each in plan.phases:
+        yield each.phase, f"{each.trials} trials at most"
+    yield "in all", f"{plan.trials} trials at most, {plan.jobs} at a time{_budget(plan)}"
+    shares = " and ".join(f"1/{round(1 / share)}" for share in plan.rungs if share < 1)
+    yield (
+        "steps",
+        f"{plan.steps} in the search" + (f", for the best of those that did {shares} of them" if shares else ""),
+    )
+    yield (
+        "rows",
+        f"{plan.rows} of {plan.all_rows} in the search (--fraction {plan.fraction:g}), all of them for the front",
+    )
+    if plan.search_rows:
+        yield "held out", f"{plan.search_rows} rows for the search, {plan.final_rows} for the front"
+    yield "judged by", plan.judged_by
+    yield "folder", f"{plan.folder}{_begun(plan)}"
+    yield "storage", plan.storage
+    yield from (("note", note) for note in plan.notes)
+
+
+def _value(value: object) -> str:
+    """As a recipe has it."""
+    from lora2serve.sweeping.search_space import show_rate
+
+    if isinstance(value, float) and 0 < value < 0.01:
+        return show_rate(value)
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _budget(plan: SweepPlan) -> str:
+    from lora2serve.sweeping.search_settings import EXPLORED
+
+    front = "; the front begins once"
+    if plan.exploring_trials is not None:
+        return f"{front} {plan.exploring_trials} are done"
+    if plan.seconds is not None:
+        return f", for {plan.seconds / 3600:.3g} hours{front} {100 * EXPLORED:.0f} % of that are over"
+    return ""
+
+
+def _begun(plan: SweepPlan) -> str:
+    """What of it is there already."""
+    if plan.done is None:
+        return ""
+    again = f", {plan.failed} that failed are tried again" if plan.failed else ""
+    return f": that sweep goes on, {plan.done} trials are done{again}"
 
 
 def show(result: SweepResult) -> None:

@@ -50,6 +50,13 @@ def earlier_runs(base: BaseRecord, figures: DataFigures) -> list[EarlierRun]:
     return sorted(found, key=lambda earlier: (earlier.distance, earlier.name))
 
 
+def may_be_earlier() -> bool:
+    """Whether there is anything to look at."""
+    here = any(runs.ROOT.glob("*/run.json")) or any(ROOT.glob("*/front.json"))
+    location = find_location()
+    return here or location.folder is None or location.file.is_file()
+
+
 def first_points(earlier: Sequence[EarlierRun], space: SearchSpace) -> list[SearchPoint]:
     """What a sweep tries first: rates and layers of those that are near, at its own first rank."""
     points = [

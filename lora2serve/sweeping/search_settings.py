@@ -67,11 +67,11 @@ def rungs(steps: int) -> tuple[float, ...]:
     return tuple(share for share in SHARES if share == 1.0 or round(share * steps) >= FEWEST_STEPS)
 
 
-def read_budget(text: str | None) -> tuple[int | None, float | None]:
+def read_budget(text: str | int | None) -> tuple[int | None, float | None]:
     """``40`` trials, or ``6h``, ``90m``, ``1d`` as seconds; UsageError for anything else."""
     if text is None:
         return None, None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|d|trials)?\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|d|trials)?\s*", str(text))
     number = float(match[1]) if match else 0.0
     unit = match[2] or "trials" if match else ""
     if unit in UNITS and number > 0:

@@ -52,8 +52,16 @@ class SearchPoint:
     @property
     def words(self) -> str:
         """As a sentence names it."""
-        others = "".join(f", {key.removeprefix('train.')} {value}" for key, value in self.others)
-        return f"rank {self.rank} on {self.targets} at {show_rate(self.rate)}{others}"
+        return f"rank {self.rank} on {self.targets} at {show_rate(self.rate)}{self._words_of_others}"
+
+    @property
+    def words_of_any_rate(self) -> str:
+        """Of it and of those that differ in the learning rate alone."""
+        return f"rank {self.rank} on {self.targets}{self._words_of_others}"
+
+    @property
+    def _words_of_others(self) -> str:
+        return "".join(f", {key.removeprefix('train.')} {value}" for key, value in self.others)
 
     def overrides(self, alpha: float) -> dict[str, object]:
         """Fields of the recipe. ``alpha``: of each rank, so that a larger one is no larger step."""

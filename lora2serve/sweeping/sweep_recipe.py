@@ -9,19 +9,17 @@ from pathlib import Path
 from lora2serve.api.export_request import several
 from lora2serve.api.train_run import settings
 from lora2serve.artifacts.run import Run
-from lora2serve.config import recipe as recipes
 from lora2serve.config.arguments import checked
-from lora2serve.config.model_name import refuse_run_name
 from lora2serve.console import default_progress
-from lora2serve.errors import SweepError, UsageError
-from lora2serve.evaluation.harness_options import HarnessOptions, harness_options
+from lora2serve.errors import SweepError
 from lora2serve.progress import Progress
 from lora2serve.sweeping.constraint_choice import Constraint
 from lora2serve.sweeping.search_plan import SearchPlan
-from lora2serve.sweeping.search_settings import MARGIN, read_budget
+from lora2serve.sweeping.search_settings import MARGIN
 from lora2serve.sweeping.sweep_facts import SweepFacts
 from lora2serve.sweeping.sweep_report import SweepReport, report
-from lora2serve.sweeping.sweep_start import SweepRequest, joined, started
+from lora2serve.sweeping.sweep_request import SweepRequest
+from lora2serve.sweeping.sweep_start import joined, started
 from lora2serve.sweeping.sweep_writers import write_result
 from lora2serve.sweeping.trial_files import TrialFiles
 
@@ -44,7 +42,7 @@ def sweep(
     constraint: Constraint = "quality", margin: float = MARGIN, suite: str | Path | None = None,
     task: str | Sequence[str] = (), task_folder: str | Path | None = None, shots: int | None = None,
     chat: bool = False, limit: int | None = None, name: str | None = None, storage: str | None = None,
-    join: str | None = None, gpu: str = "", on: str = "", overrides: Mapping[str, object] | Sequence[str] = (),
+    join: str | None = None, gpu: str = "", on: str | None = None, overrides: Mapping[str, object] | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> SweepResult:  # fmt: skip
     """Search the learning rate, the adapted layers and the rank of ``recipe``; the same call continues a sweep.
@@ -69,50 +67,23 @@ def sweep(
     Raises UsageError and RecipeError for what cannot be searched, DataError, HubError, and SweepError where no trial
     gives a loss or the storage cannot be read. KeyboardInterrupt ends it; the same call goes on.
     """
+    request = SweepRequest(
+        recipe=recipe, space=space, budget=budget, fraction=fraction, jobs=jobs, constraint=constraint, margin=margin,
+        suite=suite, task=several(task), task_folder=task_folder, shots=shots, chat=chat, limit=limit, name=name,
+        storage=storage, join=join, gpu=gpu, on=on, overrides=tuple(settings(overrides)),
+    )  # fmt: skip
+    return run_sweep(request, progress)
+
+
+@checked
+def run_sweep(request: SweepRequest, progress: Progress | None = None) -> SweepResult:
+    """``sweep``, with its arguments in one value."""
     progress = progress or default_progress()
-    _refuse(jobs, fraction, margin, name)
-    harness = _harness(several(task), task_folder, shots, chat, limit, suite)
-    if join is not None:
-        _refuse_beside_join(recipe, overrides, space, storage, suite, harness)
-        loop = joined(join, name, jobs, on, progress)
+    if request.join is not None:
+        loop = joined(request.join, request.name, request.jobs, request.on, progress)
     else:
-        trials, seconds = read_budget(None if budget is None else str(budget))
-        loop = started(SweepRequest(
-            recipe=recipes.find(str(recipe) if recipe else None), space=Path(space) if space else None, trials=trials,
-            seconds=seconds, fraction=fraction, jobs=jobs, margin=margin, name=name, storage=storage, gpu=gpu, on=on,
-            overrides=tuple(settings(overrides)), suite=None if suite is None else str(suite), harness=harness,
-        ), progress)  # fmt: skip
-    return _result(loop.run(), loop.files, loop.ledger.facts, constraint)
-
-
-def _harness(
-    tasks: tuple[str, ...], folder: str | Path | None, shots: int | None, chat: bool, limit: int | None,
-    suite: str | Path | None,
-) -> HarnessOptions | None:  # fmt: skip
-    """The tasks to judge by; a suite is split whole."""
-    harness = harness_options(tasks, folder, shots, chat, limit, suite)
-    if limit is not None and not harness:
-        raise UsageError(f"--limit {limit}: for --task")
-    return harness
-
-
-def _refuse_beside_join(*given: object) -> None:
-    if any(given):
-        raise UsageError(
-            "--join takes recipe, space, rows, suite and tasks from the sweep that it joins", "leave the others out"
-        )
-
-
-def _refuse(jobs: int | None, fraction: float, margin: float, name: str | None) -> None:
-    """UsageError for a value that cannot be."""
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs}: expected 1 at least")
-    if not 0 < fraction <= 1:
-        raise UsageError(f"--fraction {fraction:g}: expected more than 0 and at most 1")
-    if not 0 < margin < 1:
-        raise UsageError(f"--margin {margin:g}: expected more than 0 and less than 1")
-    if name is not None:
-        refuse_run_name(name, "--name")
+        loop = started(request, progress)
+    return _result(loop.run(), loop.files, loop.ledger.facts, request.constraint)
 
 
 def _result(plan: SearchPlan, files: TrialFiles, facts: SweepFacts, constraint: Constraint) -> SweepResult:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from lora2serve.config.recipe import HELD_OUT_ROWS
 from lora2serve.data.data_sets import DataSets
-from lora2serve.errors import InputError, UsageError, did_you_mean
+from lora2serve.errors import DataError, InputError, UsageError, did_you_mean
 from lora2serve.evaluation.harness_options import HarnessOptions
 from lora2serve.evaluation.overlap import compare, questions
 from lora2serve.evaluation.suite import Suite, read_suite
 from lora2serve.evaluation.suite_run import metric_names
 from lora2serve.progress import Progress
 from lora2serve.sweeping.sweep_quality import Quality
-from lora2serve.sweeping.trial_files import FEWEST_HELD_OUT, TrialFiles, halves
+from lora2serve.sweeping.trial_files import FEWEST_HELD_OUT, TrialFiles, halves, split_held_out, write_rows
+from lora2serve.system import scratch
 
 if TYPE_CHECKING:
     from lora2serve.sweeping.sweep_tasks import TaskPart
@@ -37,14 +38,14 @@ class SuiteOrder(TypedDict):
 
 
 def suite_quality(named: str, sets: DataSets, progress: Progress) -> Quality:
-    """Of ``--suite``: a file, or ``held-out`` for the recipe's own held-out rows, which the sweep has yet to write.
+    """Of ``--suite``: a file, or ``held-out`` for the recipe's own held-out rows.
 
     InputError where the suite asks what is trained on, UsageError where it is too small to be split.
     """
     if named == HELD_OUT_ROWS:
         if sets.held_out is None:
             raise UsageError("--suite held-out: the recipe holds no rows out", "set data.eval_split: 0.1, or data.eval")
-        return Quality(HELD_OUT_ROWS)
+        return _of_held_out(sets, progress)
     if not Path(named).is_file():
         near = did_you_mean(named, [HELD_OUT_ROWS])
         raise UsageError(f"--suite {named}: no such file{near}", "a suite's YAML, a file of rows, or held-out")
@@ -58,12 +59,24 @@ def suite_quality(named: str, sets: DataSets, progress: Progress) -> Quality:
     return _quality(suite.name, search, final, str(Path(named).absolute()))
 
 
-def of_written_rows(files: TrialFiles, progress: Progress) -> Quality:
-    """``held-out``, once the sweep's own rows are written."""
-    search, final = read_suite(files.search_rows), read_suite(files.final_rows)
+def _of_held_out(sets: DataSets, progress: Progress) -> Quality:
+    """``held-out``, read as a trial will read the rows that the sweep is to write."""
+    with scratch.temporary_folder("held-out") as folder:
+        files = [Path(folder) / f"{part}.jsonl" for part in PARTS]
+        for file, rows in zip(files, split_held_out(sets), strict=True):
+            write_rows(file, rows)
+        try:
+            search, final = map(read_suite, files)
+        except DataError as error:
+            raise DataError(_without(error.message, folder), error.hint) from None
     for note in (*search.notes, *final.notes):
-        progress.note(note)
+        progress.note(_without(note, folder))
     return _quality(HELD_OUT_ROWS, search, final, "")
+
+
+def _without(text: str, folder: str) -> str:
+    """A message on files of a folder that is gone when it is read."""
+    return text.replace(f"{folder}/", "--suite held-out: ")
 
 
 def split_suite(suite: Suite) -> tuple[Suite, Suite]:

@@ -82,8 +82,7 @@ class TrialFiles:
             rows[self.subset] = _some(sets.train.rows, fraction)
         for path, content in rows.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(row.json(), ensure_ascii=False) + "\n" for row in content)
-            path.write_text("".join(lines), encoding="utf-8")
+            write_rows(path, content)
         data = replace(
             recipe.data, train=str(self.subset if fraction < 1 else self.all_rows),
             eval=str(self.search_rows) if sets.held_out else None, eval_split=None, split=DataRecipe.split, subset=None,
@@ -139,6 +138,12 @@ def halves(keys: Sequence[str], most: int = MOST_SEARCH_ROWS) -> tuple[list[int]
     for unit in units:
         search += unit if len(search) + len(unit) <= most else []
     return sorted(search), sorted(set(range(len(keys))) - set(search))
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """As JSON Lines."""
+    lines = (json.dumps(row.json(), ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _some(rows: Sequence[Row], fraction: float) -> list[Row]:

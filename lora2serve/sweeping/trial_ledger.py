@@ -235,13 +235,13 @@ def open_ledger(location: str, name: str | None = None) -> TrialLedger:
 
 
 def has_sweep(location: str, name: str) -> bool:
-    """Whether a storage has a sweep of that name."""
+    """Whether a storage has a sweep of that name; in one that has none, nothing is made for that."""
     import optuna
 
     if "://" not in location and not Path(location).is_file():
         return False
     with _errors(location):
-        return name in optuna.get_all_study_names(_storage(location))
+        return _has_studies(location) and name in optuna.get_all_study_names(_storage(location))
 
 
 def own_worker() -> str:
@@ -265,14 +265,37 @@ def spec_from_json(text: str) -> TrialSpec:
 def _storage(location: str) -> optuna.storages.BaseStorage:
     """A database by its URL, a journal by its ending, else a file of sqlite."""
     optuna = quiet_optuna()
-    if "://" in location:
-        scheme, _, rest = location.partition("://")
-        driver = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}.get(scheme, scheme)
-        return optuna.storages.RDBStorage(f"{driver}://{rest}")
-    if location.endswith(JOURNALS):
+    if _is_journal(location):
         return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(location))
-    options = {"connect_args": {"timeout": BUSY}}
-    return optuna.storages.RDBStorage(f"sqlite:///{location}", engine_kwargs=options)
+    url, options = _database(location)
+    return optuna.storages.RDBStorage(url, engine_kwargs=options)
+
+
+def _is_journal(location: str) -> bool:
+    return "://" not in location and location.endswith(JOURNALS)
+
+
+def _database(location: str) -> tuple[str, dict[str, object]]:
+    """Its URL, and how it is connected to."""
+    if "://" not in location:
+        return f"sqlite:///{location}", {"connect_args": {"timeout": BUSY}}
+    scheme, _, rest = location.partition("://")
+    driver = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}.get(scheme, scheme)
+    return f"{driver}://{rest}", {}
+
+
+def _has_studies(location: str) -> bool:
+    """Whether Optuna has its tables there, which it makes as soon as it opens a database."""
+    if _is_journal(location):
+        return True
+    import sqlalchemy
+
+    url, options = _database(location)
+    engine = sqlalchemy.create_engine(url, **options)
+    try:
+        return sqlalchemy.inspect(engine).has_table("studies")
+    finally:
+        engine.dispose()
 
 
 @contextmanager

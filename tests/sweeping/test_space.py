@@ -22,7 +22,9 @@ from lora2serve.sweeping.data_likeness import NEAR, data_figures
 from lora2serve.sweeping.earlier_runs import earlier_runs, first_points
 from lora2serve.sweeping.search_space import SearchPoint, SearchSpace, read_space
 from lora2serve.sweeping.sweep_loop import SweepLoop
+from lora2serve.sweeping.sweep_plan import plan_sweep
 from lora2serve.sweeping.sweep_recipe import sweep
+from lora2serve.sweeping.sweep_request import SweepRequest
 from lora2serve.sweeping.trial_files import TrialFiles, trial_overrides
 from lora2serve.sweeping.trial_ledger import open_ledger
 from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner, usable_targets
@@ -209,8 +211,13 @@ def test_distance_of_data() -> None:
 def test_what_cannot_be_asked(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, object], message: str
 ) -> None:
-    """Refused before anything is written."""
+    """Refused before anything is written, by the dry run in the same words; it refuses to join by itself."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=message):
-        sweep(None if "join" in words else recipe, **words)  # type: ignore[arg-type]
+    named = None if "join" in words else recipe
+    with pytest.raises(UsageError, match=message) as swept:
+        sweep(named, **words)  # type: ignore[arg-type]
+    with pytest.raises(UsageError) as planned:
+        plan_sweep(SweepRequest(named, **words))  # type: ignore[arg-type]
+    alike = (planned.value.message, planned.value.hint) == (swept.value.message, swept.value.hint)
+    assert alike or (planned.value.message.startswith("--dry-run and --join") and message == "no storage of a sweep")
     assert not (tmp_path / "sweeps").exists()
