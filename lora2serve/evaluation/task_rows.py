@@ -14,12 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.errors import EngineError, Lora2ServeError, UsageError, did_you_mean, first_line
+from lora2serve.errors import EngineError, Lora2ServeError, UsageError, did_you_mean, first_line, raise_all
 from lora2serve.evaluation.harness_options import HarnessOptions
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
 
 PREFERRED = ("acc", "exact_match", "f1", "mcc", "pass@1", "prompt_level_strict_acc")  # of a task with several figures
 EXAMPLES_SEED = 1234  # as the harness's own command draws them
@@ -30,6 +31,7 @@ ELSEWHERE = (
     "dataset_kwargs",
     "metadata",
 )  # of a task's settings: where its rows are, not what is asked
+HAS_ROWS = {"dataset_path", "custom_dataset", "class"}  # settings of a task that a group itself writes down
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function in this process
 
 
@@ -65,7 +67,41 @@ def find_tasks(options: HarnessOptions) -> TaskManager:
             own = ", ".join(alone)
             hint = f"{options.include} has {own}" if own else "`lm-eval ls tasks` lists them"
             raise UsageError(f"--task {task}: no such task{did_you_mean(task, known)}", hint)
-    return TaskManager(include_path=options.include) if options.include else _own_tasks()
+    manager = TaskManager(include_path=options.include) if options.include else _own_tasks()
+    raise_all([line for task in options.tasks for line in gone_members(task, manager)], _unknown_members)
+    return manager
+
+
+def gone_members(task: str, manager: TaskManager) -> Iterator[str]:
+    """What a group and those in it list and nobody has, a line each: the harness takes it for a task without rows."""
+    known: Mapping[str, Entry] = manager.task_index
+    seen = set[str]()
+
+    def look(config: Mapping[str, object], path: object, above: Mapping[str, object]) -> Iterator[str]:
+        members = config.get("task")
+        if not isinstance(members, list):
+            return
+        shared = {**above, **{key: value for key, value in config.items() if key not in ("group", "task")}}
+        for member in members:
+            own = member if isinstance(member, dict) else {"task": member}
+            name = str(own.get("group", own.get("task")))
+            if name in known:
+                yield from look_at(name, shared)
+            elif "group" in own:
+                yield from look(own, path, shared)
+            elif not HAS_ROWS & {*shared, *own}:
+                yield f"--task {task}: {path} lists {name}: no such task{did_you_mean(name, known)}"
+
+    def look_at(name: str, above: Mapping[str, object]) -> Iterator[str]:
+        if name not in seen:
+            seen.add(name)
+            yield from look(known[name].cfg or {}, known[name].yaml_path, above)
+
+    return look_at(task, {})
+
+
+def _unknown_members(lines: str) -> UsageError:
+    return UsageError(lines, "take it out there, or bring the task back")
 
 
 @cache

@@ -18,7 +18,7 @@ from lora2serve.evaluation.eval_records import read_items
 from lora2serve.evaluation.harness_options import HarnessOptions
 from lora2serve.evaluation.harness_tasks import run_tasks
 from lora2serve.evaluation.suite_run import EngineHost
-from lora2serve.evaluation.task_rows import find_tasks
+from lora2serve.evaluation.task_rows import find_tasks, gone_members, read_task_rows
 from lora2serve.parity_check.chat_models import ChatModel
 from lora2serve.progress import Silent
 from tests.support.island_tasks import NAMES, TOWNS, write_island_tasks
@@ -203,6 +203,33 @@ def test_what_cannot_be_scored_is_refused(tasks: Path, tmp_path: Path, demo_run:
     (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: [\n")
     refused("broken", UsageError, r"broken.yaml:3: no YAML: expected the node content")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_group_whose_task_is_gone(tasks: Path, tmp_path: Path) -> None:
+    """Named with the file that lists it, all at once, in groups of groups too. The control: a task that it writes down."""
+    folder = write_island_tasks(tmp_path / "tasks")
+    rows = f"dataset_path: json, dataset_kwargs: {{data_files: {{test: {folder / 'rows.json'}}}}}, test_split: test"
+    asks = "output_type: generate_until, doc_to_text: question, doc_to_target: answer"
+    for name, members in {
+        "towns": "[island_choice, island_anser, outer]",
+        "outer": "[towns, {group: inner, task: [island_answer, gone]}, {task: xyz, num_fewshot: 1}]",
+        "fine": f"[island_choice, {{task: own, {rows}, {asks}}}]",
+        "whole": f"[own]\n{rows}\n{asks}".replace(", ", "\n"),
+    }.items():
+        (folder / f"{name}.yaml").write_text(f"group: {name}\ntask: {members}\n")
+    options = HarnessOptions(("outer",), str(folder))
+    with pytest.raises(UsageError) as refused:
+        find_tasks(options)
+    assert refused.value.message.splitlines() == [
+        f"--task outer: {folder}/towns.yaml lists island_anser: no such task (did you mean 'island_answer'?)",
+        f"--task outer: {folder}/outer.yaml lists gone: no such task",
+        f"--task outer: {folder}/outer.yaml lists xyz: no such task",
+    ]
+    options = HarnessOptions(("fine", "whole"), str(folder))
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)  # without the 14,000 others
+    assert [*gone_members("fine", manager), *gone_members("whole", manager)] == []
+    found = {task.name: len(task.rows) for task in read_task_rows(options, manager)}
+    assert found == {"island_choice": 6, "fine::own": 6, "whole::own": 6}
 
 
 def test_tasks_that_ask_what_was_trained_on(demo_run: Run, tmp_path: Path) -> None:
