@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora2serve.adapters.adapter import CONFIG, read_config
 from lora2serve.api.registered import directory_of
@@ -14,6 +15,9 @@ from lora2serve.artifacts.lineage import BaseRecord
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
+
+if TYPE_CHECKING:
+    from lora2serve.registry.version_source import VersionSource
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,22 @@ def find_run(name: str | Path) -> runs.Run | None:
     if run is None:
         runs.refuse_cut_off(path if path.exists() else runs.ROOT / name)
     return run
+
+
+def find_source(name: str | Path) -> VersionSource:
+    """A run, an adapter or an export; UsageError for anything else."""
+    from lora2serve.registry import version_source
+
+    directory = directory_of(name)
+    run, path = find_run(directory), Path(directory).expanduser()
+    if run:
+        return version_source.of_run(run)
+    if (path / MANIFEST).is_file():
+        return version_source.of_export(path)
+    if (path / CONFIG).is_file():
+        return version_source.of_adapter(path)
+    what = "no such directory" if not path.exists() else "not a run, an adapter or an export"
+    raise UsageError(f"{name}: {what}", "name a run, or a directory that `lora2serve export` printed")
 
 
 def find_export(name: str | Path) -> Path:

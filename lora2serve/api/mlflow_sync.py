@@ -10,9 +10,10 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING
 
-from lora2serve.api.registry_sync import MLFLOW, Synced, unfit, unset_aliases
+from lora2serve.api.registry_sync import MLFLOW, Changes, Synced, unfit, unset_aliases
 from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
 from lora2serve.registry.mlflow_server import Measurement, MlflowServer, RemoteVersion
@@ -31,14 +32,14 @@ ALIAS = re.compile(r"(?!(?:latest|v\d+)\Z)[\w-]+", re.I)  # what an alias may be
 LONGEST = 5000  # characters of a tag there
 
 
-def sync(registry: Registry, name: str, address: str, progress: Progress) -> Synced:
+def sync(registry: Registry, name: str, address: str, progress: Progress, changes: Changes) -> Synced:
     """Make a server say what the registry says of one name.
 
     Raises UsageError where that name is taken there by something else, HttpError for what the server refuses.
     """
     with closing(MlflowServer(address)) as server:
         versions = registry.versions(name)
-        there = _versions_there(server, name)
+        there = _versions_there(server, name, changes)
         pushed, left_out, numbers = [], [], dict[int, str]()
         for version in versions:
             remote = there.get(version.reference)
@@ -46,24 +47,30 @@ def sync(registry: Registry, name: str, address: str, progress: Progress) -> Syn
                 left_out.append(f"{version.reference}: {reason}")
                 continue
             if remote is None:
-                remote = _create(registry, server, version, progress)
+                send = partial(_create, registry, server, version, progress)
+                remote = changes.make(f"send {version.reference}", send)
                 pushed.append(version.reference)
             elif remote.tags.get(SHA256) != version.sha256:
                 raise UsageError(
                     f"{server.address}: its {version.reference} has another content, so it is of another registry",
                     f"`lora2serve registry add ... --name` of another name, and sync that; or remove {name} there",
                 )
-            _update(registry, server, version, remote, progress)
-            numbers[version.number] = remote.number
-        moved = list(_move(registry, server, name, numbers, progress))
-        return Synced(f"{MLFLOW}{server.address}", tuple(pushed), tuple(moved), tuple(left_out))
+            elif new := _new(version, remote):
+                update = partial(_update, registry, server, version, remote, progress)
+                changes.make(f"update {version.reference}: {', '.join(new)}", update)
+            numbers[version.number] = remote.number if remote else ""  # in a dry run it has none yet
+        moved = list(_move(registry, server, name, numbers, progress, changes))
+        return Synced(
+            f"{MLFLOW}{server.address}", tuple(pushed), tuple(moved), tuple(left_out), tuple(changes.lines),
+            changes.dry_run,
+        )  # fmt: skip
 
 
-def _versions_there(server: MlflowServer, name: str) -> Mapping[str, RemoteVersion]:
+def _versions_there(server: MlflowServer, name: str, changes: Changes) -> Mapping[str, RemoteVersion]:
     """Ours by their reference; the model is made where there is none, and left alone where it is somebody else's."""
     model = server.model(name)
     if model is None:
-        server.create_model(name, {NAME: name})
+        changes.make(f"register {name}", partial(server.create_model, name, {NAME: name}))
         return {}
     if model.tags.get(NAME) != name:
         raise UsageError(
@@ -75,7 +82,7 @@ def _versions_there(server: MlflowServer, name: str) -> Mapping[str, RemoteVersi
 
 
 def _create(registry: Registry, server: MlflowServer, version: Version, progress: Progress) -> RemoteVersion:
-    """A run with the files, and a version of it; the run of a sync that was killed is taken again."""
+    """A run with the files and scores, and a version of it; the run of a sync that was killed is taken again."""
     known = {VERSION: version.reference, SHA256: version.sha256}
     experiment = server.experiment(f"lora2serve/{version.name}")
     run_id, place = server.run_with(experiment, SHA256, version.sha256) or server.create_run(
@@ -86,7 +93,21 @@ def _create(registry: Registry, server: MlflowServer, version: Version, progress
     server.log(run_id, _params(version), ())
     server.finish(run_id, version.added)
     tags = {**known, EXPORTS: " ".join(_proven(version))}
-    return server.create_version(version.name, run_id, f"{place}/{FOLDER}", tags, version.note)
+    remote = server.create_version(version.name, run_id, f"{place}/{FOLDER}", tags, version.note)
+    _update(registry, server, version, remote, progress)
+    return remote
+
+
+def _new(version: Version, remote: RemoteVersion) -> list[str]:
+    """What is there to be written, by the tags that say so: exports, scores, state ..."""
+    tags = {**_tags(version), EXPORTS: _exports_there(version, remote)}
+    return [key.removeprefix(PREFIX) for key, value in tags.items() if remote.tags.get(key) != value]
+
+
+def _exports_there(version: Version, remote: RemoteVersion) -> str:
+    """The tag that says which are there, once those that came later are."""
+    sent = remote.tags.get(EXPORTS, "").split()
+    return " ".join([*sent, *(label for label in _proven(version) if label not in sent)])
 
 
 def _update(
@@ -99,10 +120,9 @@ def _update(
         if label not in sent:
             place = remote.source.removesuffix(f"/{FOLDER}")
             _send_files(registry, server, version, place, progress, below=f"exports/{label}/")
-            sent.append(label)
     if remote.tags.get(SCORES) != tags.get(SCORES):
         server.log(remote.run_id, {}, [Measurement(one.name, one.value, one.created) for one in version.scores])
-    for key, value in {**tags, EXPORTS: " ".join(sent)}.items():
+    for key, value in {**tags, EXPORTS: _exports_there(version, remote)}.items():
         if remote.tags.get(key) != value:
             server.set_tag(version.name, remote.number, key, value)
 
@@ -118,20 +138,20 @@ def _send_files(
 
 
 def _move(
-    registry: Registry, server: MlflowServer, name: str, numbers: Mapping[int, str], progress: Progress
-) -> Iterator[str]:
+    registry: Registry, server: MlflowServer, name: str, numbers: Mapping[int, str], progress: Progress,
+    changes: Changes,
+) -> Iterator[str]:  # fmt: skip
     """The aliases that pointed elsewhere, and those that are none any more."""
     model = server.model(name)
-    before = model.aliases if model else {}
+    before, own = model.aliases if model else {}, {remote: number for number, remote in numbers.items()}
     for alias in sorted(unset_aliases(registry, name) & before.keys()):
-        server.remove_alias(name, alias)
-        yield f"{name}@{alias}"
+        yield changes.move(name, alias, own.get(before[alias]), None, partial(server.remove_alias, name, alias))
     for alias, number in registry.aliases(name).items():
         if not ALIAS.fullmatch(alias):
             progress.warn(f"{name}@{alias}: not sent: MLflow has no alias of that name")
         elif number in numbers and before.get(alias) != numbers[number]:
-            server.set_alias(name, alias, numbers[number])
-            yield f"{name}@{alias}"
+            old = own.get(before.get(alias, "-"))
+            yield changes.move(name, alias, old, number, partial(server.set_alias, name, alias, numbers[number]))
 
 
 def _proven(version: Version) -> list[str]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lora2serve.adapters.adapter import CONFIG
 from lora2serve.api.export_request import Named
-from lora2serve.api.locate import find_run
-from lora2serve.api.registered import directory_of
-from lora2serve.artifacts.manifest import NAME as MANIFEST
+from lora2serve.api.locate import find_source
 from lora2serve.artifacts.suite_scores import SuiteScores
 from lora2serve.config.arguments import checked_methods
 from lora2serve.console import default_progress
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from lora2serve.registry.promotion_gates import GateRecipe
     from lora2serve.registry.upkeep import Collected
     from lora2serve.registry.version_record import RegistryEvent, Version
-    from lora2serve.registry.version_source import VersionSource
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 KEEP = 5  # versions of each name that gc leaves
@@ -46,6 +43,9 @@ class Registry:
 
     A version is named ``medical-qa@7``, or by an alias ``medical-qa@champion``. All methods raise UsageError for
     versions and options that cannot be, RegistryError where the database or a disk refuses.
+
+    With ``dry_run`` a method refuses what it would refuse, changes nothing, and returns what it would do: of a version
+    a PlannedVersion, which is the version as it would be, the ``events`` of its history and the ``gates`` as judged.
     """
 
     def __init__(self, location: Named | None = None, *, author: str | None = None) -> None:
@@ -71,7 +71,7 @@ class Registry:
 
     def add(
         self, source: Named, *, name: str, domain: str = "", task: str = "", note: str = "", author: str = "",
-        unproven: bool = False, progress: Progress | None = None,
+        unproven: bool = False, dry_run: bool = False, progress: Progress | None = None,
     ) -> Version:  # fmt: skip
         """Register a run with its exports, an adapter, or an export; the same content is the same version.
 
@@ -85,12 +85,17 @@ class Registry:
         from lora2serve.registry.ledger import Labels
 
         refuse_version_name(name)
-        found = _find_source(source)
+        found = find_source(source)
         if not unproven and (reasons := found.unproven()):
             raise ParityNotMet("\n".join(reasons), "`lora2serve parity` proves it; --unproven adds it as it is")
-        labels = Labels(domain, task, note, author)
+        labels, progress = Labels(domain, task, note, author), progress or default_progress()
+        if dry_run and self._opened is None:
+            from lora2serve.registry.open_registry import to_plan_with
+
+            with to_plan_with(self.location) as opened:
+                return opened.add(name, found, labels, self.author, progress, dry_run=True)
         opened = self._open(create=self.location.folder is not None)
-        return opened.add(name, found, labels, self.author, progress or default_progress())
+        return opened.add(name, found, labels, self.author, progress, dry_run=dry_run)
 
     def versions(self, name: str | None = None) -> list[Version]:
         """All versions, or those of one name, by name and number."""
@@ -196,8 +201,9 @@ class Registry:
             return find_version(ledger.connection, need_version(found.reference))
 
     def promote(
-        self, version: str, to: str = CHAMPION, *, why: str = "", force: bool = False, gates: Named | None = None
-    ) -> Version:
+        self, version: str, to: str = CHAMPION, *, why: str = "", force: bool = False, gates: Named | None = None,
+        dry_run: bool = False,
+    ) -> Version:  # fmt: skip
         """Let an alias point to a version, if its gates are met.
 
         gates: a YAML file of suites and margins; by default ``gates.yaml`` in the registry's folder, if it is there.
@@ -208,15 +214,17 @@ class Registry:
         from lora2serve.registry import alias_moves
 
         recipe, reference = self._gates(gates), need_version(version)
-        with self._open().writing(self.author) as ledger:
-            return alias_moves.promote(ledger, reference, to, recipe, force=force, why=why)
+        move = partial(alias_moves.promote, reference=reference, alias=to, gates=recipe, force=force, why=why)
+        return self._open().change(self.author, move, dry_run=dry_run)
 
-    def rollback(self, name: str, *, alias: str = CHAMPION, to: int | None = None, why: str = "") -> Version:
+    def rollback(
+        self, name: str, *, alias: str = CHAMPION, to: int | None = None, why: str = "", dry_run: bool = False
+    ) -> Version:
         """Let an alias point to the version before, or to the one of that number; needs no network and no GPU."""
         from lora2serve.registry import alias_moves
 
-        with self._open().writing(self.author) as ledger:
-            return alias_moves.rollback(ledger, name, alias, to, why=why)
+        move = partial(alias_moves.rollback, name=name, alias=alias, number=to, why=why)
+        return self._open().change(self.author, move, dry_run=dry_run)
 
     def end_trial(
         self, name: str, outcome: TrialDecision, *, champion: int, challenger: int, why: str,
@@ -234,19 +242,19 @@ class Registry:
         with self._open().writing(self.author) as ledger:
             return end_trial(ledger, name, outcome, tested[0], tested[1], gates, why)
 
-    def unset(self, version: str, *, why: str = "") -> Version:
+    def unset(self, version: str, *, why: str = "", dry_run: bool = False) -> Version:
         """Remove an alias, named as ``medical-qa@challenger``; the version that it pointed to."""
         from lora2serve.registry import alias_moves
 
-        with self._open().writing(self.author) as ledger:
-            return alias_moves.unset(ledger, need_version(version), why)
+        remove = partial(alias_moves.unset, reference=need_version(version), why=why)
+        return self._open().change(self.author, remove, dry_run=dry_run)
 
-    def retire(self, version: str, *, why: str = "") -> Version:
+    def retire(self, version: str, *, why: str = "", dry_run: bool = False) -> Version:
         """Mark a version as one that no alias may point to."""
         from lora2serve.registry import alias_moves
 
-        with self._open().writing(self.author) as ledger:
-            return alias_moves.retire(ledger, need_version(version), why)
+        mark = partial(alias_moves.retire, reference=need_version(version), why=why)
+        return self._open().change(self.author, mark, dry_run=dry_run)
 
     def history(self, name: str | None = None) -> list[RegistryEvent]:
         """What was done, the first first, to one name or to all."""
@@ -277,7 +285,7 @@ class Registry:
             raise InputError("\n".join(problems), "`lora2serve registry add` of the same content mends its files")
         return count
 
-    def sync(self, name: str, *, to: str, progress: Progress | None = None) -> Synced:
+    def sync(self, name: str, *, to: str, dry_run: bool = False, progress: Progress | None = None) -> Synced:
         """Send the versions of a name to another place, one way; the proven ones that are not there yet.
 
         to: ``hub:USER/REPO``: version 7 as the tag ``v7``, each alias as a branch; or ``mlflow:http://HOST:PORT``: a
@@ -287,7 +295,7 @@ class Registry:
         """
         from lora2serve.api.registry_sync import sync
 
-        return sync(self, name, to, progress or default_progress())
+        return sync(self, name, to, progress or default_progress(), dry_run=dry_run)
 
     def files(self, version: str) -> Mapping[str, Path]:
         """Every file of a version by its path in it, as it lies here."""
@@ -325,22 +333,6 @@ class Registry:
             return read_gates(Path(named))
         own = self.location.folder / FILE if self.location.folder else None
         return read_gates(own) if own and own.is_file() else GateRecipe()
-
-
-def _find_source(name: Named) -> VersionSource:
-    """A run, an adapter or an export; UsageError for anything else."""
-    from lora2serve.registry import version_source
-
-    directory = directory_of(name)
-    run, path = find_run(directory), Path(directory).expanduser()
-    if run:
-        return version_source.of_run(run)
-    if (path / MANIFEST).is_file():
-        return version_source.of_export(path)
-    if (path / CONFIG).is_file():
-        return version_source.of_adapter(path)
-    what = "no such directory" if not path.exists() else "not a run, an adapter or an export"
-    raise UsageError(f"{name}: {what}", "name a run, or a directory that `lora2serve export` printed")
 
 
 def _user() -> str:

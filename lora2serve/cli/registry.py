@@ -10,6 +10,7 @@ from lora2serve.cli.options import Command, CommandGroup, complete_exports, json
 from lora2serve.cli.registry_output import (
     data_source,
     open_registry,
+    plan_option,
     print_version,
     print_versions,
     shown,
@@ -33,7 +34,10 @@ def registry() -> None:
     "add",
     cls=Command,
     short_help="Register a run, an adapter or an export.",
-    examples=[("lora2serve registry add runs/latest --name medical-qa --domain medical", "")],
+    examples=[
+        ("lora2serve registry add runs/latest --name medical-qa --domain medical", ""),
+        ("lora2serve registry add runs/latest --name medical-qa --dry-run", "a new version, or one that is there"),
+    ],
 )
 @click.argument("source", metavar="RUN|ADAPTER|EXPORT", shell_complete=complete_exports)
 @click.option("--name", required=True, metavar="NAME", help="What its versions are called.")
@@ -42,22 +46,28 @@ def registry() -> None:
 @click.option("--note", metavar="TEXT", default="", help="Anything else.")
 @click.option("--author", metavar="PERSON", default="", help="Who trained it (default: you).")
 @click.option("--unproven", is_flag=True, help="Also what parity has not met, or has not looked at.")
+@plan_option
 @json_option
 @click.pass_context
 def add(
     ctx: click.Context, /, source: str, name: str, domain: str, task: str, note: str, author: str, unproven: bool,
-    as_json: bool,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Register a run with its exports, an adapter, or an export, and print its version.
 
     The same content is the same version: adding it again adds the exports and scores that are new. Exit code 3 where
     parity is not met.
     """
+    from lora2serve import console
+    from lora2serve.registry.version_record import PlannedVersion
+
     with open_registry() as opened:
         version = opened.add(
             source, name=name, domain=domain, task=task, note=note, author=author, unproven=unproven,
-            progress=progress(ctx),
+            dry_run=dry_run, progress=progress(ctx),
         )  # fmt: skip
+    if isinstance(version, PlannedVersion) and not as_json:
+        console.result(f"{version.reference}: {'a new version' if version.is_new else 'there already'}")
     print_version(version, as_json)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
 
-from lora2serve.cli.options import F
+from lora2serve.cli.options import F, dry_run_option, progress
 
 if TYPE_CHECKING:
     from lora2serve.api.version_registry import Registry
-    from lora2serve.registry.version_record import Version, VersionScore
+    from lora2serve.registry.version_record import PlannedVersion, RegistryEvent, Version, VersionScore
 
 REFERENCES = """
     SELECT name, number, '' AS alias FROM version UNION ALL SELECT name, number, alias FROM alias
@@ -46,16 +46,39 @@ def version_argument(name: str = "version") -> Callable[[F], F]:
 
 
 why_option = click.option("--why", metavar="TEXT", default="", help="The reason, for the history.")
+plan_option = dry_run_option(help="Print what would change; change nothing.")
 
 
 def print_version(version: Version, as_json: bool) -> None:
-    """Its name, or all of it as JSON."""
+    """Its name, or all of it as JSON; of a dry run, what would change."""
     from lora2serve import console
+    from lora2serve.registry.version_record import PlannedVersion
 
     if as_json:
         console.result_json(version.to_json())
+    elif isinstance(version, PlannedVersion):
+        _print_plan(version)
     else:
         console.result(version.reference)
+
+
+def print_changes(lines: Sequence[str]) -> None:
+    """What a dry run would change, a line each; where that is nothing, a note says so."""
+    from lora2serve import console
+
+    for line in lines:
+        console.result(console.printable(line, line_ends=False))
+    note = "dry run: nothing was changed" if lines else "nothing would change"
+    progress(click.get_current_context()).note(note)
+
+
+def event_line(event: RegistryEvent) -> str:
+    """What was done to what, and why."""
+    target = f"{event.name}@{event.alias}" if event.alias else f"{event.name}@{event.new}"
+    moved = f" {shown(event.old)} -> {shown(event.new)}" if event.alias else ""
+    reason = f": {event.why}" if event.why else ""
+    past = f" (past {event.overridden})" if event.overridden else ""
+    return f"{event.kind} {target}{moved}{reason}{past}"
 
 
 def print_versions(
@@ -75,6 +98,16 @@ def print_versions(
         words += [f"rank={version.rank}"] if version.rank else []
         text = " ".join([*words, version.base, version.created[:10], version.author])
         console.result(console.printable(text, line_ends=False))  # what a run calls its base is text of anybody's
+
+
+def _print_plan(version: PlannedVersion) -> None:
+    from lora2serve import console
+
+    for gate in version.gates:
+        line = f"gate {gate.gate}: {'met' if gate.met else 'not met'}: {gate.reason}"
+        console.result(console.printable(line, line_ends=False))
+    lines = [event_line(event) for event in version.events]
+    print_changes([*lines, f"store {version.reference}: {len(version.files)} files"] if version.files else lines)
 
 
 def data_source(source: object) -> str:

@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from lora2serve.cli.options import Command, dry_run_option, json_option, plain, progress
-from lora2serve.cli.registry_output import open_registry, print_version, version_argument, why_option
+from lora2serve.cli.registry_output import (
+    event_line,
+    open_registry,
+    plan_option,
+    print_changes,
+    print_version,
+    version_argument,
+    why_option,
+)  # fmt: skip
 
 
 @click.command(
@@ -16,6 +24,7 @@ from lora2serve.cli.registry_output import open_registry, print_version, version
     short_help="Let an alias point to a version, if its gates are met.",
     examples=[
         ("lora2serve registry promote medical-qa@7", "champion"),
+        ("lora2serve registry promote medical-qa@7 --dry-run", "each gate, and what would move"),
         ("lora2serve registry promote medical-qa@7 --to staging --why 'for the clinic'", ""),
     ],
 )
@@ -27,15 +36,17 @@ from lora2serve.cli.registry_output import open_registry, print_version, version
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Go past the gates; --why says why.")
 @why_option
+@plan_option
 @json_option
-def promote(version: str, alias: str, gates: Path | None, force: bool, why: str, as_json: bool) -> None:
+def promote(version: str, alias: str, gates: Path | None, force: bool, why: str, dry_run: bool, as_json: bool) -> None:
     """Let ALIAS point to a version. Exit code 3 where a gate is not met.
 
     The gates: the version is active, parity is met for all of its exports, it has the base of the version that ALIAS
     points to now, and is on no suite of the gates worse than that by more than the margin.
     """
     with open_registry() as opened:
-        print_version(opened.promote(version, alias, why=why, force=force, gates=gates), as_json)
+        moved = opened.promote(version, alias, why=why, force=force, gates=gates, dry_run=dry_run)
+    print_version(moved, as_json)
 
 
 @click.command(
@@ -48,11 +59,12 @@ def promote(version: str, alias: str, gates: Path | None, force: bool, why: str,
 @click.option("--alias", metavar="ALIAS", default="champion", show_default=True, help="Which one.")
 @click.option("--to", "number", type=click.IntRange(min=1), metavar="NUMBER", help="That version instead.")
 @why_option
+@plan_option
 @json_option
-def rollback(name: str, alias: str, number: int | None, why: str, as_json: bool) -> None:
+def rollback(name: str, alias: str, number: int | None, why: str, dry_run: bool, as_json: bool) -> None:
     """Let ALIAS of NAME point to the version that it pointed to before; again, to the one before that."""
     with open_registry() as opened:
-        print_version(opened.rollback(name, alias=alias, to=number, why=why), as_json)
+        print_version(opened.rollback(name, alias=alias, to=number, why=why, dry_run=dry_run), as_json)
 
 
 @click.command(
@@ -63,11 +75,12 @@ def rollback(name: str, alias: str, number: int | None, why: str, as_json: bool)
 )
 @click.argument("version", metavar="NAME@ALIAS")
 @why_option
+@plan_option
 @json_option
-def unset(version: str, why: str, as_json: bool) -> None:
+def unset(version: str, why: str, dry_run: bool, as_json: bool) -> None:
     """Remove an alias; the version that it pointed to stays. Prints that version."""
     with open_registry() as opened:
-        print_version(opened.unset(version, why=why), as_json)
+        print_version(opened.unset(version, why=why, dry_run=dry_run), as_json)
 
 
 @click.command(
@@ -78,11 +91,12 @@ def unset(version: str, why: str, as_json: bool) -> None:
 )
 @version_argument()
 @why_option
+@plan_option
 @json_option
-def retire(version: str, why: str, as_json: bool) -> None:
+def retire(version: str, why: str, dry_run: bool, as_json: bool) -> None:
     """Mark a version as one that no alias may point to; its files stay."""
     with open_registry() as opened:
-        print_version(opened.retire(version, why=why), as_json)
+        print_version(opened.retire(version, why=why, dry_run=dry_run), as_json)
 
 
 @click.command(
@@ -103,11 +117,7 @@ def history(name: str | None, as_json: bool) -> None:
         console.result_json([event.to_json() for event in events])
         return
     for event in events:
-        target = f"{event.name}@{event.alias}" if event.alias else f"{event.name}@{event.new}"
-        moved = f" {event.old or '-'} -> {event.new}" if event.alias else ""
-        reason = f": {event.why}" if event.why else ""
-        past = f" (past {event.overridden})" if event.overridden else ""
-        text = f"{event.at} {event.who} {event.kind} {target}{moved}{reason}{past}"
+        text = f"{event.at} {event.who} {event_line(event)}"
         console.result(console.printable(text, line_ends=False))  # a reason of two lines is not taken for two events
 
 
@@ -166,13 +176,15 @@ def verify(ctx: click.Context, as_json: bool) -> None:
     examples=[
         ("lora2serve registry sync medical-qa --to hub:you/medical-qa", ""),
         ("lora2serve registry sync medical-qa --to mlflow:http://localhost:5000", ""),
+        ("lora2serve registry sync medical-qa --to hub:you/medical-qa --dry-run", "what would be sent"),
     ],
 )
 @click.argument("name")
 @click.option("--to", required=True, metavar="PLACE", help="hub:USER/REPO or mlflow:http://HOST:PORT.")
+@dry_run_option(help="Print what would be changed there; send nothing.")
 @json_option
 @click.pass_context
-def sync(ctx: click.Context, name: str, to: str, as_json: bool) -> None:
+def sync(ctx: click.Context, name: str, to: str, dry_run: bool, as_json: bool) -> None:
     """Send the proven versions of NAME, one way, and print what was sent; what is there already is not sent again.
 
     On the Hub version 7 is the tag v7, and each alias a branch of its name. In MLflow each is a version of the
@@ -181,11 +193,14 @@ def sync(ctx: click.Context, name: str, to: str, as_json: bool) -> None:
     from lora2serve import console
 
     with open_registry() as opened:
-        synced = opened.sync(name, to=to, progress=progress(ctx))
+        synced = opened.sync(name, to=to, dry_run=dry_run, progress=progress(ctx))
     for line in synced.left_out:
         progress(ctx).note(f"not sent: {line}")
     if as_json:
         console.result_json(plain(synced))
+        return
+    if dry_run:
+        print_changes(synced.changes)
         return
     for reference in (*synced.pushed, *synced.moved):
         console.result(reference)

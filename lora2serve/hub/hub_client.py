@@ -49,6 +49,13 @@ def check_id(repo_id: str) -> None:
         raise UsageError(f"{repo_id!r}: not a repository id, expected org/name") from None
 
 
+def refuse_id(repo_id: str, option: str) -> None:
+    """Refuse what cannot be the id of a repository of one's own; ``option`` is where it was named."""
+    check_id(repo_id)
+    if "/" not in repo_id:
+        raise UsageError(f"{option}{repo_id}: expected user/name", "`hf auth whoami` says who you are")
+
+
 @contextmanager
 def hub_quiet() -> Iterator[None]:
     """huggingface_hub's own bars and warnings off: progress and errors are told by us."""

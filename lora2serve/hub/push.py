@@ -16,7 +16,7 @@ from lora2serve.artifacts.run import Run
 from lora2serve.errors import HubError, ParityNotMet, UsageError
 from lora2serve.hub import card, published_report
 from lora2serve.hub.card_data import ADAPTER, GGUF, GGUF_ADAPTER, MERGED, gather, kind_of
-from lora2serve.hub.hub_client import LOG_IN, PUSHING, check_id, has_token, hub_errors, hub_quiet, page
+from lora2serve.hub.hub_client import LOG_IN, PUSHING, has_token, hub_errors, hub_quiet, page, refuse_id
 from lora2serve.hub.package import CARD, UploadItem, open_export, package, repository_manifest, text_item
 from lora2serve.hub.remote_state import Remote, RemoteChange, change, fetch_state, old_exports, read_text
 from lora2serve.hub.retry import with_retries
@@ -72,9 +72,7 @@ def push(
     not as the manifest says or hold a token, HubError for whatever the Hub refuses.
     """
     progress = progress or Silent()
-    check_id(repo_id)
-    if "/" not in repo_id:
-        raise UsageError(f"--repo-id {repo_id}: expected user/name", "`hf auth whoami` says who you are")
+    refuse_id(repo_id, "--repo-id ")
     opened = [open_export(path) for path in exports]
     if not opened:
         raise UsageError("nothing to push", "export first: `lora2serve export --target ...`")

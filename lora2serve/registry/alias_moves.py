@@ -8,7 +8,7 @@ from sqlalchemy import Connection, select
 
 from lora2serve.errors import GateNotMet, UsageError
 from lora2serve.registry.ledger import Ledger
-from lora2serve.registry.promotion_gates import GateRecipe, not_met
+from lora2serve.registry.promotion_gates import GateRecipe, judged
 from lora2serve.registry.tables import events
 from lora2serve.registry.version_record import Version
 from lora2serve.registry.version_reference import VersionReference, refuse_alias
@@ -26,7 +26,9 @@ def promote(
     _refuse_without_files(version)
     pointed = aliases_of(ledger.connection, version.name).get(alias)
     champion = find_version(ledger.connection, VersionReference(version.name, pointed)) if pointed else None
-    problems = not_met(version, champion, gates)
+    asked = judged(version, champion, gates)
+    ledger.gates.extend(asked)
+    problems = [f"{one.gate}: {one.reason}" for one in asked if not one.met]
     if problems and not force:
         lines = [f"{version.reference} cannot become {alias}: {problem}" for problem in problems]
         raise GateNotMet("\n".join(lines), "--force --why REASON goes past the gates, and is written down")

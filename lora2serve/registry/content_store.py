@@ -211,7 +211,6 @@ def staged(root: Path) -> Iterator[Path]:
 @contextmanager
 def folder_lock(root: Path, name: str, *, alone: bool) -> Iterator[None]:
     """The lock of that name in a folder; ``alone``: nobody else holds it, and the folder may be written to."""
-    root.mkdir(parents=True, exist_ok=True)
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(root / name, flags | os.O_RDWR | os.O_CREAT, 0o666)

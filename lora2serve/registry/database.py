@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,8 +24,10 @@ from lora2serve.registry.location import Location, refuse_shared
 PATIENCE = 60.0  # seconds to wait for another process that writes
 LOCK = 0x6C327372  # of Postgres' advisory locks, ours
 WRITING = ".writing"  # the lock of a sqlite file's writers
+ADDING = ".adding"  # that which is held while files are added, and alone while they are removed
 CONTENT = "content"  # the setting that says where files lie; of sqlite, empty: beside the file
 UNWRITABLE = ("unable to open database file", "disk I/O error", "readonly database", "disk is full")  # what sqlite says
+GONE = "it was removed while it was open: bring it back from a copy, or begin a new one"
 HINTS = {
     "database is locked": "another process has been writing for a minute: see what it does",
     "disk I/O error": "is the disk full, or damaged? make room, and run it again",
@@ -33,7 +36,13 @@ HINTS = {
     "file is not a database": "the file is damaged: bring back a copy of it",
     "database disk image is malformed": "the file is damaged: bring back a copy of it",
     "unable to open database file": "look whether you may read and write that folder",
+    "no such table": GONE,
+    'relation "': GONE,  # of Postgres
 }
+
+
+class NoRegistry(UsageError):
+    """Nothing that was ever made is there."""
 
 
 class Database:
@@ -49,8 +58,10 @@ class Database:
             elif not location.file.is_file():
                 raise _none_there(location)
         self.engine: Engine = _engine(location)
+        self._mode = "rwc" if create else "rw"  # of a sqlite file
         with self.errors():
             self._prepare(create, content)
+        self._mode = "rw"  # what is removed from now on is not made again, empty
 
     @property
     def content(self) -> str:
@@ -72,7 +83,7 @@ class Database:
                 connection = stack.enter_context(self._connect())
             except exc.OperationalError as error:
                 unwritable = any(text in str(error.orig) for text in UNWRITABLE)
-                if not self.location.folder or not unwritable or _unmerged(self.location.file):
+                if not self.location.folder or not unwritable or self._is_gone or _unmerged(self.location.file):
                     raise
                 stack.enter_context(folder_lock(self.location.folder, WRITING, alone=False))
                 connection = stack.enter_context(_still_engine(self.location).connect())
@@ -100,7 +111,11 @@ class Database:
 
     @contextmanager
     def content_lock(self, *, alone: bool) -> Iterator[None]:
-        """Held in Postgres while files are added or removed; ``alone``: nobody else holds it."""
+        """Held while files are added or removed; ``alone``: nobody else holds it."""
+        if self.location.folder:
+            with self.errors(), folder_lock(self.location.folder, ADDING, alone=alone):
+                yield
+            return
         kind = "" if alone else "_shared"
         with self.errors(), self._connect() as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_lock{kind}({LOCK}, 1)")
@@ -116,7 +131,11 @@ class Database:
         """What the database, or its driver before it, refuses, in one line."""
         try:
             yield
-        except exc.DBAPIError as error:
+        except (exc.DBAPIError, FileNotFoundError) as error:
+            if self._is_gone:
+                raise RegistryError(f"registry {self.location.shown}: no longer there", GONE) from None
+            if isinstance(error, FileNotFoundError):
+                raise
             reason = first_line(error.orig or error)
             hint = next((hint for text, hint in HINTS.items() if text in reason), "")
             raise RegistryError(f"registry {self.location.shown}: {reason}", hint) from None
@@ -126,11 +145,16 @@ class Database:
     def _connect(self) -> Connection:
         if not self.location.folder:
             return self.engine.connect()
-        token = _file.set(self.location.file)
+        token = _address.set(f"file:{quote(os.fsencode(self.location.file))}?mode={self._mode}")
         try:
             return self.engine.connect()
         finally:
-            _file.reset(token)
+            _address.reset(token)
+
+    @property
+    def _is_gone(self) -> bool:
+        """Whether the file of an open registry is there no longer."""
+        return bool(self.location.folder) and not self.location.file.is_file()
 
     def _prepare(self, create: bool, content: str) -> None:
         found = migrations.schema_of(self)
@@ -157,8 +181,8 @@ class Database:
             )
 
 
-def _none_there(location: Location) -> UsageError:
-    return UsageError(
+def _none_there(location: Location) -> NoRegistry:
+    return NoRegistry(
         f"no registry at {location.shown}",
         "`lora2serve registry add RUN --name NAME` makes one"
         if location.folder
@@ -175,7 +199,7 @@ def _engine(location: Location) -> Engine:
         raise UsageError(f"registry {location.shown}: {first_line(error)}") from None
 
 
-_file: ContextVar[Path] = ContextVar("file")  # which one a connection is made to
+_address: ContextVar[str] = ContextVar("address")  # of the file that a connection is made to
 
 
 @cache
@@ -183,16 +207,16 @@ def _sqlite_engine() -> Engine:
     """One for all sqlite files: it compiles each question once, where an engine of each file's own would again."""
 
     def connect() -> sqlite3.Connection:
-        return sqlite3.connect(_file.get(), timeout=PATIENCE, check_same_thread=False)
+        return sqlite3.connect(_address.get(), uri=True, timeout=PATIENCE, check_same_thread=False)
 
     engine = create_engine("sqlite://", creator=connect, poolclass=pool.NullPool)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
-    token = _file.set(Path(":memory:"))  # all wait for an engine's first connection: this one waits for nobody
+    token = _address.set(":memory:")  # all wait for an engine's first connection: this one waits for nobody
     try:
         engine.connect().close()
     finally:
-        _file.reset(token)
+        _address.reset(token)
     return engine
 
 

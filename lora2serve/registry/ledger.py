@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from sqlalchemy import Connection, and_, func, select
@@ -14,6 +14,7 @@ from lora2serve.errors import UsageError
 from lora2serve.registry.content_store import Blob
 from lora2serve.registry.tables import aliases, events, exports, files, scores, versions
 from lora2serve.registry.version_facts import utc
+from lora2serve.registry.version_record import JudgedGate
 from lora2serve.registry.version_source import EXPORTS, PARITY, VersionSource
 
 LATER = (f"{EVALS}/", f"{PARITY}/")  # folders of a version that are measured after it was made
@@ -31,10 +32,12 @@ class Labels:
 
 @dataclass(frozen=True)
 class Ledger:
-    """One transaction by ``who``."""
+    """One transaction by ``who``; ``files`` and ``gates`` are what it wrote and judged, for those who report it."""
 
     connection: Connection
     who: str
+    files: list[str] = field(default_factory=list)  # paths in a version
+    gates: list[JudgedGate] = field(default_factory=list)
 
     def add_version(self, name: str, source: VersionSource, blobs: Mapping[str, Blob], labels: Labels) -> int:
         """The number of the version that this content is, a new one where it is new; exports and scores go to it.
@@ -161,6 +164,8 @@ class Ledger:
                 new.append(row)
             elif path.startswith(LATER) and there[path] != blob.sha256:
                 self.connection.execute(files.update().where(own, files.c.path == path).values(row))
+                self.files.append(path)
+        self.files.extend(str(row["path"]) for row in new)
         if new:
             self.connection.execute(files.insert(), new)
 
@@ -180,6 +185,7 @@ class Ledger:
                 for path, blob in new.items()
             ]
             self.connection.execute(files.insert(), rows)
+            self.files.extend(new)
             values = {
                 "name": name, "number": number, "label": label, "target": export.target, "quant": export.quant,
                 "bytes": export.bytes, "unproven": unproven, "manifest": manifest,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy import Connection, func, select
@@ -16,20 +17,22 @@ from lora2serve.artifacts.version_marker import read_marker
 from lora2serve.errors import InputError, RegistryError
 from lora2serve.progress import Progress
 from lora2serve.registry import checkout, upkeep
-from lora2serve.registry.content_store import Blob, FolderStore, folder_lock, open_store
-from lora2serve.registry.database import Database
+from lora2serve.registry.content_store import Blob, FolderStore, open_store
+from lora2serve.registry.database import Database, NoRegistry
 from lora2serve.registry.ledger import LATER, Labels, Ledger
+from lora2serve.registry.live_aliases import last_event
 from lora2serve.registry.location import Location
 from lora2serve.registry.tables import files, versions
 from lora2serve.registry.upkeep import Collected
-from lora2serve.registry.version_record import Version
+from lora2serve.registry.version_record import PlannedVersion, Version
 from lora2serve.registry.version_reference import VersionReference
-from lora2serve.registry.version_rows import find_version
+from lora2serve.registry.version_rows import find_version, read_events
 from lora2serve.registry.version_source import EXPORTS, VersionSource, of_run
+from lora2serve.system import scratch
 from lora2serve.system.hardware import cache_folder
+from lora2serve.system.small_files import digest
 
 VIEWS = "versions"
-ADDING = ".adding"  # the lock that is held while files are added, and alone while they are removed
 
 
 class OpenRegistry:
@@ -57,21 +60,38 @@ class OpenRegistry:
         with self.database.writing() as connection:
             yield Ledger(connection, who)
 
-    def add(self, name: str, source: VersionSource, labels: Labels, who: str, progress: Progress) -> Version:
+    def change(self, who: str, work: Callable[[Ledger], Version], *, dry_run: bool) -> Version:
+        """One transaction of ``who``; of a dry run a PlannedVersion, and nothing of it is written."""
+        with self.writing(who) as ledger:
+            before = last_event(ledger.connection) if dry_run else 0
+            version = work(ledger)
+            if dry_run:
+                events = tuple(read_events(ledger.connection, None, before))
+                more = {"events": events, "files": tuple(ledger.files), "gates": tuple(ledger.gates)}
+                version = PlannedVersion(**(vars(version) | more))
+                ledger.connection.rollback()
+            return version
+
+    def add(
+        self, name: str, source: VersionSource, labels: Labels, who: str, progress: Progress, *, dry_run: bool = False
+    ) -> Version:
         """The version that the source is; its files are stored before the database names them."""
-        with self._content_lock(alone=False):
-            blobs = self._store_files(source, progress)
+        with nullcontext() if dry_run else self.database.content_lock(alone=False):
+            blobs = self._store_files(source, progress, dry_run=dry_run)
             problems = source.problems({path: blob.sha256 for path, blob in blobs.items()})
             if problems:
                 raise InputError("\n".join(problems), "export again, or copy it again")
-            with self.writing(who) as ledger:
+
+            def write(ledger: Ledger) -> Version:
                 number = ledger.add_version(name, source, blobs, labels)
                 self._forget_views_of_mended(ledger.connection)
                 return find_version(ledger.connection, VersionReference(name, number))
 
+            return self.change(who, write, dry_run=dry_run)
+
     def check_out(self, reference: VersionReference) -> tuple[Version, Path]:
         """The directory of a version, with its exports or the one that is named: a run, an adapter or an export."""
-        with self._content_lock(alone=False):
+        with self.database.content_lock(alone=False):
             with self.reading() as connection:
                 version = find_version(connection, reference)
                 content = checkout.read_files(connection, version)
@@ -97,7 +117,7 @@ class OpenRegistry:
         source = of_run(Run(directory)) if is_run(directory) else None
         local = {path: file for path, file in source.files().items() if path.startswith(LATER)} if source else {}
         manifests = [Manifest.read(path.parent) for path in directory.glob(f"{EXPORTS}/*/{MANIFEST}")]
-        with self._content_lock(alone=False), _disk_errors():
+        with self.database.content_lock(alone=False), _disk_errors():
             blobs = {path: self.store.put(file, link=False) for path, file in local.items()}
             with self.writing(who) as ledger:
                 ledger.add_files(name, number, blobs)
@@ -108,7 +128,7 @@ class OpenRegistry:
 
     def collect(self, keep: int, who: str, *, dry_run: bool) -> Collected:
         """Remove the files of old versions, and those that no version has."""
-        with self._content_lock(alone=True):
+        with self.database.content_lock(alone=True):
             with self.writing(who) as ledger:
                 gone = upkeep.collectable(ledger.connection, keep)
                 for name, number in gone:
@@ -126,19 +146,20 @@ class OpenRegistry:
 
     def verify(self, progress: Progress) -> tuple[list[str], int]:
         """Everything that is wrong, a line each, and how many versions were looked at."""
-        with self._content_lock(alone=False), self.reading() as connection:
+        with self.database.content_lock(alone=False), self.reading() as connection:
             problems = upkeep.verify_records(connection)
             problems += upkeep.verify_content(connection, self.store, progress)
             count = connection.scalar(select(func.count()).select_from(versions))
         return problems, int(count or 0)
 
-    def _store_files(self, source: VersionSource, progress: Progress) -> dict[str, Blob]:
+    def _store_files(self, source: VersionSource, progress: Progress, *, dry_run: bool) -> dict[str, Blob]:
         local = source.files()
         sizes = {path: file.stat().st_size for path, file in local.items()}
         blobs = {}
-        with _disk_errors(), progress.track("store", sum(sizes.values()), "bytes") as advance:
+        with _disk_errors(), progress.track("read" if dry_run else "store", sum(sizes.values()), "bytes") as advance:
             for path, file in local.items():
-                blobs[path] = self.store.put(file, link=path.startswith(f"{EXPORTS}/"))
+                link = path.startswith(f"{EXPORTS}/")
+                blobs[path] = Blob(**digest(file)) if dry_run else self.store.put(file, link=link)
                 advance(sizes[path])
         return blobs
 
@@ -149,14 +170,20 @@ class OpenRegistry:
             upkeep.remove_views(self.views, [(row.name, row.number) for row in connection.execute(query)])
             self.store.mended.clear()
 
-    @contextmanager
-    def _content_lock(self, *, alone: bool) -> Iterator[None]:
-        if self.location.folder:
-            with folder_lock(self.location.folder, ADDING, alone=alone):
-                yield
-        else:
-            with self.database.content_lock(alone=alone):
-                yield
+
+@contextmanager
+def to_plan_with(location: Location) -> Iterator[OpenRegistry]:
+    """The registry there, for a dry run; where there is no folder of one yet, an empty one that is gone afterwards."""
+    with ExitStack() as stack:
+        try:
+            opened = OpenRegistry(location)
+        except NoRegistry:
+            if not location.folder:
+                raise
+            folder = stack.enter_context(scratch.temporary_folder("registry"))
+            opened = OpenRegistry(replace(location, folder=Path(folder)), create=True)
+        stack.callback(opened.close)
+        yield opened
 
 
 @contextmanager

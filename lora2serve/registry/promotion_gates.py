@@ -10,7 +10,7 @@ from typing import Annotated
 from lora2serve.config.bounds import Range
 from lora2serve.config.schema import build, read_keys, show
 from lora2serve.errors import RecipeError
-from lora2serve.registry.version_record import Version
+from lora2serve.registry.version_record import JudgedGate, Version
 
 FILE = "gates.yaml"  # in the folder of a registry
 EXAMPLE = "such as `suites: {medqa.acc: 0.01}`: not worse than the version before by more than that"
@@ -35,18 +35,21 @@ def read_gates(path: Path) -> GateRecipe:
     return gates
 
 
-def not_met(version: Version, champion: Version | None, gates: GateRecipe) -> list[str]:
-    """Each gate that forbids it, with why; ``champion`` is the version that the alias points to now."""
-    problems = [] if version.state == "active" else [f"state: {version.reference} is {version.state}"]
+def judged(version: Version, champion: Version | None, gates: GateRecipe) -> list[JudgedGate]:
+    """Each gate that is asked, with what it says; ``champion`` is the version that the alias points to now."""
+    active = version.state == "active"
+    found = [JudgedGate("state", active, "active" if active else f"{version.reference} is {version.state}")]
     unproven = [f"{export.name}: {export.unproven}" for export in version.exports if export.unproven]
     if not version.exports:
         unproven = ["it has no export, so parity was not run"]
-    problems += [f"parity: {reason}" for reason in unproven]
+    found += [JudgedGate("parity", False, reason) for reason in unproven]
+    if not unproven:
+        found.append(JudgedGate("parity", True, ", ".join(export.name for export in version.exports)))
     if champion is None or champion.number == version.number:
-        return problems
-    if not same_base(version, champion):
-        problems.append(f"base: {version.base or 'unknown'}, {champion.reference} is of {champion.base or 'unknown'}")
-    return [*problems, *(problem for name in gates.suites if (problem := _worse(name, version, champion, gates)))]
+        return found
+    bases = f"{version.base or 'unknown'}, {champion.reference} is of {champion.base or 'unknown'}"
+    found.append(JudgedGate("base", same_base(version, champion), bases))
+    return [*found, *(_compared(name, version, champion, gates) for name in gates.suites)]
 
 
 def same_base(one: Version, other: Version) -> bool:
@@ -56,16 +59,16 @@ def same_base(one: Version, other: Version) -> bool:
     return one.base == other.base
 
 
-def _worse(name: str, version: Version, champion: Version, gates: GateRecipe) -> str:
-    """Why a suite is not met; empty where it is, or where the champion was never measured on it."""
+def _compared(name: str, version: Version, champion: Version, gates: GateRecipe) -> JudgedGate:
+    """The gate of a suite; it is met, too, where the champion was never measured on it."""
     new, old, margin = version.score(name), champion.score(name), gates.suites[name]
     if new is None:
-        return f"{name}: {version.reference} was not measured on it"
+        return JudgedGate(name, False, f"{version.reference} was not measured on it")
     if old is None:
-        return ""
+        return JudgedGate(name, True, f"{new.value:g}, {champion.reference} was not measured on it")
     if new.suite_sha256 != old.suite_sha256:
-        return f"{name}: measured on another suite than that of {champion.reference}, so the two cannot be compared"
+        reason = f"measured on another suite than that of {champion.reference}, so the two cannot be compared"
+        return JudgedGate(name, False, reason)
     loss = (old.value - new.value) if new.higher_is_better else (new.value - old.value)
-    if loss <= margin + 1e-12 * max(abs(old.value), abs(new.value)):  # 0.75 - 0.74 is a little more than 0.01
-        return ""
-    return f"{name}: {new.value:g}, {champion.reference} has {old.value:g} (margin {margin:g})"
+    met = loss <= margin + 1e-12 * max(abs(old.value), abs(new.value))  # 0.75 - 0.74 is a little more than 0.01
+    return JudgedGate(name, met, f"{new.value:g}, {champion.reference} has {old.value:g} (margin {margin:g})")

@@ -127,3 +127,28 @@ class RegistryEvent(JsonRecord):
     new: int | None
     why: str
     overridden: str  # the gates that were not met, where --force went past them
+
+
+@dataclass(frozen=True)
+class JudgedGate(JsonRecord):
+    """What one gate of a promotion says, and why."""
+
+    WHOLE: ClassVar[bool] = True
+
+    gate: str
+    met: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedVersion(Version):
+    """What a dry run returns: the version as it would be, and what would be written with it."""
+
+    events: tuple[RegistryEvent, ...]
+    files: tuple[str, ...]  # paths in the version that would be new, or get another content
+    gates: tuple[JudgedGate, ...]  # of a promotion
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no version has its content yet."""
+        return any(event.kind == "add" for event in self.events)

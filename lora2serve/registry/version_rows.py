@@ -80,9 +80,9 @@ def names(connection: Connection) -> list[str]:
     return list(connection.scalars(_NAMES))
 
 
-def read_events(connection: Connection, name: str | None) -> list[RegistryEvent]:
-    """Those of one name, or all, the first first."""
-    query = select(events).order_by(events.c.id)
+def read_events(connection: Connection, name: str | None, after: int = 0) -> list[RegistryEvent]:
+    """Those of one name, or all, the first first; only those after the one of that number."""
+    query = select(events).where(events.c.id > after).order_by(events.c.id)
     rows = connection.execute(query.where(events.c.name == name) if name is not None else query).mappings()
     return [RegistryEvent.from_json(dict(row), f"event {row['id']}") for row in rows]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,12 @@ def test_versions_become_tags_and_aliases_branches(
             export = add_export(run, proven=seed != 1)
             registry.add(run.path, name="medical-qa", unproven=True)
         registry.promote("medical-qa@1")
+        planned = registry.sync("medical-qa", to=f"hub:{REPO}", dry_run=True, progress=Silent())
+        assert planned.changes == ("send medical-qa@1", "send medical-qa@3", "move medical-qa@champion - -> 1")
+        assert {request.method for request in hub.requests} == {"GET"} and REPO not in hub.repos
+        assert not (tmp_path / "registry" / "versions").exists(), "no directory is made of what would be sent"
         synced = registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent())
+        assert planned == replace(synced, dry_run=True)
         assert synced.pushed == ("medical-qa@1", "medical-qa@3") and synced.moved == ("medical-qa@champion",)
         assert synced.left_out == ("medical-qa@2: vllm: parity was not run",)
         refs = hub.repos[REPO].refs
@@ -39,6 +45,8 @@ def test_versions_become_tags_and_aliases_branches(
         assert (again.pushed, again.moved) == ((), ())
         assert {request.method for request in hub.requests[before:]} == {"GET"}
         registry.promote("medical-qa@3")
+        assert command_line(["registry", "sync", "medical-qa", "--to", f"hub:{REPO}", "--dry-run"]) == 0
+        assert capsys.readouterr().out == "move medical-qa@champion 1 -> 3\n" and refs["champion"] == refs["v1"]
         assert command_line(["registry", "sync", "medical-qa", "--to", f"hub:{REPO}"]) == 0
         assert capsys.readouterr().out == "medical-qa@champion\n" and refs["champion"] == refs["v3"]
         registry.rollback("medical-qa")
@@ -48,8 +56,10 @@ def test_versions_become_tags_and_aliases_branches(
         registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent())
         assert refs["staging"] == refs["v3"]
         registry.unset("medical-qa@staging")
+        planned = registry.sync("medical-qa", to=f"hub:{REPO}", dry_run=True, progress=Silent())
+        assert planned.changes == ("move medical-qa@staging 3 -> -",) and refs["staging"] == refs["v3"]
         assert registry.sync("medical-qa", to=f"hub:{REPO}", progress=Silent()).moved == ("medical-qa@staging",)
         assert "staging" not in refs and "champion" in refs
-        for to in ("user/x", "hub:", "s3://bucket"):
+        for to in ("user/x", "hub:", "hub:medical-qa", "s3://bucket"):
             with pytest.raises(UsageError, match="--to"):
                 registry.sync("medical-qa", to=to, progress=Silent())

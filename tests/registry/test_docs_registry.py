@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from lora2serve import Registry
 from lora2serve.cli import cli
 from lora2serve.registry.periods import last_period
 from lora2serve.registry.tables import metadata
@@ -43,6 +44,22 @@ def test_the_life_of_one_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     block = re.findall(r"```python\n(.*?)```", PAGE, re.S)[0]
     exec(compile(block, "docs/registry.md", "exec"), names)
     assert names["directory"] == Path("registry/versions/medical-qa-2").absolute()
+
+
+def test_what_would_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORA2SERVE_REGISTRY", raising=False)
+    with Registry() as registry:
+        for seed, value in enumerate((0.8, 0.81)):
+            run = make_run(tmp_path / f"run-{seed}", seed)
+            add_export(run)
+            scores(run.path / "evals", value, created="2026-07-01T00:00:00Z")
+            registry.add(run.path, name="medical-qa")
+        registry.promote("medical-qa@1")
+    Path("registry/gates.yaml").write_text("suites: {medqa.acc: 0.01}\n")
+    command, printed = re.findall(r"```\n(.*?)```", PAGE.split("## What would change")[1], re.S)[:2]
+    done = CliRunner().invoke(cli, shlex.split(command)[1:], catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (0, printed)
 
 
 def test_what_the_page_names() -> None:

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,8 +88,14 @@ def test_versions_become_versions(
         add(registry, tmp_path, seed, proven=proven)
     registry.promote("medical-qa@1")
     to = f"mlflow:{address}/"
+    planned = registry.sync("medical-qa", to=to, dry_run=True, progress=Silent())
+    assert planned.changes == (
+        "register medical-qa", "send medical-qa@1", "send medical-qa@3", "move medical-qa@champion - -> 1",
+    )  # fmt: skip
+    assert MlflowServer(address).model("medical-qa") is None and not (tmp_path / "registry" / "versions").exists()
     synced = registry.sync("medical-qa", to=to, progress=Silent())
     assert synced.pushed == ("medical-qa@1", "medical-qa@3") and synced.moved == ("medical-qa@champion",)
+    assert planned == replace(synced, dry_run=True)
     assert synced.left_out == ("medical-qa@2: vllm: parity was not run",) and synced.to == f"mlflow:{address}"
     server = MlflowServer(address)
     there = {version.tags["lora2serve.version"]: version for version in server.versions("medical-qa")}
@@ -105,6 +112,12 @@ def test_versions_become_versions(
     registry.score("medical-qa@3", scores(tmp_path, 0.8, created="2026-08-16T00:00:00Z"))
     registry.add(add_export(make_run(tmp_path / "again" / "run-2", 2), "gguf", quant="Q8_0"), name="medical-qa")
     monkeypatch.setenv("LORA2SERVE_REGISTRY", str(tmp_path / "registry"))
+    assert command_line(["registry", "sync", "medical-qa", "--to", to, "--dry-run"]) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "update medical-qa@3: scores, exports", "move medical-qa@champion 1 -> 3",
+    ]  # fmt: skip
+    after = {version.tags["lora2serve.version"]: version for version in server.versions("medical-qa")}
+    assert after == there, "nothing is written there"
     assert command_line(["registry", "sync", "medical-qa", "--to", to]) == 0
     out, err = capfd.readouterr()
     assert out == "medical-qa@champion\n" and "medical-qa@not.there: not sent: MLflow has no alias of that name" in err
@@ -115,6 +128,8 @@ def test_versions_become_versions(
     registry.promote("medical-qa@1", "staging")
     assert registry.sync("medical-qa", to=to, progress=Silent()).moved == ("medical-qa@staging",)
     registry.unset("medical-qa@staging")
+    planned = registry.sync("medical-qa", to=to, dry_run=True, progress=Silent())
+    assert planned.changes == ("move medical-qa@staging 1 -> -",)
     assert registry.sync("medical-qa", to=to, progress=Silent()).moved == ("medical-qa@staging",)
     model = server.model("medical-qa")
     assert model is not None and model.aliases == {"champion": there["medical-qa@3"].number}, "unset here, gone there"
@@ -123,12 +138,14 @@ def test_versions_become_versions(
 
     with Registry(tmp_path / "other") as other:
         add(other, tmp_path / "others", 7)
-        with pytest.raises(UsageError, match="another content, so it is of another registry"):
-            other.sync("medical-qa", to=to, progress=Silent())
+        for dry_run in (True, False):
+            with pytest.raises(UsageError, match="another content, so it is of another registry"):
+                other.sync("medical-qa", to=to, dry_run=dry_run, progress=Silent())
     server.create_model("towns", {})
     registry.add(tmp_path / "run-0", name="towns")
-    with pytest.raises(UsageError, match="a registered model towns is there, and not from lora2serve"):
-        registry.sync("towns", to=to, progress=Silent())
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match="a registered model towns is there, and not from lora2serve"):
+            registry.sync("towns", to=to, dry_run=dry_run, progress=Silent())
     server.close()
 
 
@@ -169,6 +186,23 @@ def test_a_sync_that_broke_off_is_completed(registry: Registry, tmp_path: Path, 
                 registry.sync("medical-qa", to=f"mlflow:{url}", progress=Silent())
             registry.sync("medical-qa", to=f"mlflow:{url}", progress=Silent())
             assert (mlflow.models, mlflow.files, mlflow.runs) == (whole.models, whole.files, whole.runs), endpoint
+
+
+def test_a_dry_run_only_asks(registry: Registry, tmp_path: Path) -> None:
+    """Before and after each sync: what the server holds stays as it is. The control: the sync itself changes it."""
+    add(registry, tmp_path, 0)
+    registry.promote("medical-qa@1")
+    with small_mlflow() as (url, mlflow):
+        for turn in range(2):
+            before = json.dumps([mlflow.models, mlflow.experiments, mlflow.runs, sorted(mlflow.files)])
+            mlflow.calls.clear()
+            planned = registry.sync("medical-qa", to=f"mlflow:{url}", dry_run=True, progress=Silent())
+            assert set(mlflow.calls) <= {"registered-models/get", "model-versions/search"}
+            assert json.dumps([mlflow.models, mlflow.experiments, mlflow.runs, sorted(mlflow.files)]) == before
+            synced = registry.sync("medical-qa", to=f"mlflow:{url}", progress=Silent())
+            assert synced.changes == planned.changes and bool(synced.changes) == (turn == 0)
+            after = json.dumps([mlflow.models, mlflow.experiments, mlflow.runs, sorted(mlflow.files)])
+            assert (after != before) == (turn == 0)
 
 
 def test_what_is_no_server(registry: Registry, tmp_path: Path) -> None:
