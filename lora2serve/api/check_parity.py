@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora2serve.api.export_request import Named, several
 from lora2serve.api.locate import Located, base_of_adapter, base_of_run, fetch, find_export, find_run, locate
+from lora2serve.api.parity_request import ParityRequest
 from lora2serve.api.registered import directory_of, exports_of, record_parity, registered_version
 from lora2serve.artifacts import run as runs
 from lora2serve.artifacts.manifest import NAME as MANIFEST
@@ -20,9 +21,13 @@ from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
 from lora2serve.parity_check import trained_model
 from lora2serve.parity_check.comparisons import Comparison
+from lora2serve.parity_check.parity_plan import ParityPlan, of_engines, of_settings
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
 from lora2serve.system.small_files import plain_path
+
+if TYPE_CHECKING:
+    from lora2serve.data.data_sets import DataSet
 
 
 @dataclass(frozen=True)
@@ -72,24 +77,78 @@ def parity(
     The result says in ``met`` whether parity holds; an engine that fails is a row of the report, not an error.
     Raises UsageError and InputError for what cannot be compared, HubError for what cannot be fetched.
     """
-    from lora2serve.parity_check import comparisons
+    request = ParityRequest(
+        model=model, exports=several(exports), base=base, data=data, engines=several(engines), require=several(require),
+        thresholds=thresholds or {}, url=url, url_model=url_model, ask=ask, baseline=baseline, gate=gate,
+        allow=several(allow), report_dir=report_dir,
+    )  # fmt: skip
+    return run_parity(request, progress)
 
+
+@checked
+def run_parity(request: ParityRequest, progress: Progress | None = None) -> ParityResult:
+    """``parity``, with its arguments in one value."""
     progress = progress or default_progress()
-    _refuse_unasked(gate, engine=engines, require=require, threshold=thresholds, url=url, url_model=url_model, ask=ask,
-                    data=data, baseline=baseline)  # fmt: skip
-    trained, paths = _find(*_directories(model, several(exports)), base, progress, foreign=gate is not None)
-    settings = _settings(trained.settings, thresholds or {}, several(engines), several(require))
-    settings = replace(settings, allow=(*settings.allow, *several(allow)))
-    trained = replace(trained, settings=settings, rows=Path(data) if data else trained.rows)
-    if gate:
-        report, page = _compare_settings(trained, paths, report_dir, progress)
-        return ParityResult(report, page, tuple(paths))
+    prepared = _prepare(request, progress)
+    report, page = (_compare_settings if request.gate else _compare)(prepared, request, progress)
+    return ParityResult(report, page, tuple(prepared.exports))
+
+
+@checked
+def plan_parity(request: ParityRequest, progress: Progress | None = None) -> ParityPlan:
+    """What ``run_parity`` would compare, ask and write; raises what it would refuse before the first engine starts."""
+    from lora2serve.parity_check.baseline import lost
+    from lora2serve.parity_check.comparator import work_folder
+    from lora2serve.parity_check.comparisons import refuse_impossible
+    from lora2serve.parity_check.report import writers
+
+    prepared = _prepare(request, progress or default_progress(), weights=False)
+    trained, compared, page = prepared.trained, prepared.compared, prepared.place / writers.PAGE
+    with writers.reserved(prepared.place):  # refused where no report could be written
+        if request.gate:
+            return of_settings(trained, prepared.exports, page)
+        refuse_impossible(trained, compared)
+        with work_folder(trained.home):
+            pass
+    plan = replace(of_engines(trained, compared, prepared.held_out, page), ask=request.ask)
+    if prepared.earlier is None:
+        return plan
+    missing = lost([(each.name, each.engine) for each in compared], prepared.earlier, str(request.baseline))
+    return replace(plan, baseline=str(request.baseline), lost=missing)
+
+
+@dataclass(frozen=True)
+class _PreparedParity:
+    """What is compared, and where the report goes; ``held_out`` rows and an ``earlier`` report if there are any."""
+
+    trained: TrainedModel
+    exports: Sequence[Path]
+    compared: Sequence[Comparison]
+    place: Path
+    held_out: DataSet | None = None
+    earlier: ParityReport | None = None
+
+
+def _prepare(request: ParityRequest, progress: Progress, *, weights: bool = True) -> _PreparedParity:
+    """Everything up to the first engine; ``weights``: also those of the Hub, which engines need."""
+    from lora2serve.data.prompts import read_held_out
+    from lora2serve.parity_check import comparisons
+    from lora2serve.parity_check.baseline import read_baseline
+
+    named = _directories(request.model, request.exports)
+    trained, paths = _find(*named, request.base, progress, foreign=request.gate is not None, weights=weights)
+    trained = replace(trained, settings=_settings(trained.settings, request))
+    trained = replace(trained, rows=Path(request.data) if request.data else trained.rows)
+    place = plain_path(Path(request.report_dir)) if request.report_dir else trained.home
+    if request.gate:  # the report of all gates, which `push` looks at, stays as it is
+        return _PreparedParity(trained, paths, (), place if request.report_dir else place / request.gate)
     compared = comparisons.of_exports(trained, paths)
-    if url:
-        compared.append(comparisons.of_url(trained, url, url_model))
-    _refuse_unused(several(require), [comparison.engine for comparison in compared])
-    report, page = _compare(trained, compared, ask, baseline, report_dir, progress)
-    return ParityResult(report, page, tuple(paths))
+    if request.url:
+        compared.append(comparisons.of_url(trained, request.url, request.url_model))
+    _refuse_unused(request.require, [comparison.engine for comparison in compared])
+    earlier = read_baseline(Path(request.baseline)) if request.baseline else None
+    held_out = read_held_out(trained.rows, trained.reading) if trained.rows else None
+    return _PreparedParity(trained, paths, compared, place, held_out, earlier)
 
 
 def _directories(model: Named | None, exports: Sequence[Named]) -> tuple[Named | None, Sequence[Named]]:
@@ -101,49 +160,37 @@ def _directories(model: Named | None, exports: Sequence[Named]) -> tuple[Named |
     return directory_of(model), [directory_of(name) for name in exports]
 
 
-def _compare(
-    trained: TrainedModel, compared: Sequence[Comparison], ask: str, baseline: Named | None, report_dir: Named | None,
-    progress: Progress,
-) -> tuple[ParityReport, Path]:  # fmt: skip
+def _compare(prepared: _PreparedParity, request: ParityRequest, progress: Progress) -> tuple[ParityReport, Path]:
+    trained, compared, earlier = prepared.trained, prepared.compared, prepared.earlier
     progress.note(f"parity of {trained.name}: {len(compared)} comparisons; loading the libraries")
-    from lora2serve.parity_check.baseline import read_baseline, regressions
+    from lora2serve.parity_check.baseline import regressions
     from lora2serve.parity_check.comparator import check
     from lora2serve.parity_check.report import writers
 
-    place = plain_path(Path(report_dir)) if report_dir else trained.home
-    earlier = read_baseline(Path(baseline)) if baseline else None
-    with writers.reserved(place):
-        report = check(trained, compared, progress=progress, ask=ask)
+    with writers.reserved(prepared.place):
+        report = check(trained, compared, progress=progress, ask=request.ask)
         if earlier:
-            report = replace(report, regressions=regressions(report, earlier, str(baseline)))
-        page = writers.write(report, place)
+            report = replace(report, regressions=regressions(report, earlier, str(request.baseline)))
+        page = writers.write(report, prepared.place)
     record_parity(trained.run, [each.path for each in compared if each.path])
     return report, page
 
 
 def _compare_settings(
-    trained: TrainedModel, paths: Sequence[Path], report_dir: Named | None, progress: Progress
+    prepared: _PreparedParity, request: ParityRequest, progress: Progress
 ) -> tuple[ParityReport, Path]:
-    """The report has a folder of its own: the one of all gates is what `push` looks at."""
     from lora2serve.parity_check import settings_check
     from lora2serve.parity_check.report import writers
 
-    place = plain_path(Path(report_dir)) if report_dir else trained.home / "settings"
-    with writers.reserved(place):
-        report = settings_check.report(trained, paths, progress)
-        return report, writers.write(report, place)
-
-
-def _refuse_unasked(gate: str | None, **options: object) -> None:
-    """UsageError for what only engines answer, where none is asked."""
-    given = [name.replace("_", "-") for name, value in options.items() if value]
-    if gate and given:
-        raise UsageError(f"--gate {gate} with --{given[0]}: the settings are compared without an engine")
+    with writers.reserved(prepared.place):
+        report = settings_check.report(prepared.trained, prepared.exports, progress)
+        return report, writers.write(report, prepared.place)
 
 
 def _find(
-    model: Named | None, exports: Sequence[Named], base: Named | None, progress: Progress, *, foreign: bool = False
-) -> tuple[TrainedModel, list[Path]]:
+    model: Named | None, exports: Sequence[Named], base: Named | None, progress: Progress, *, foreign: bool,
+    weights: bool,
+) -> tuple[TrainedModel, list[Path]]:  # fmt: skip
     """The trained model and its exports, from what the user named of the two; ``foreign``: also of other tools."""
     if model is None:
         model = exports[0] if exports else runs.latest().path
@@ -151,12 +198,12 @@ def _find(
     if (Path(model) / MANIFEST).is_file():
         paths = [find_export(export) for export in (model, *exports)]
         run = trained_model.run_of(paths[0])
-        trained = _of_run(run, base, progress) if run else _of_manifest(paths, base, progress)
+        trained = _of_run(run, base, progress, weights) if run else _of_manifest(paths, base, progress, weights)
     else:
-        trained = find_trained(str(model), base, progress)
+        trained = find_trained(str(model), base, progress, weights=weights)
         paths = [_find_any(export) if foreign else find_export(export) for export in exports]
         paths = paths or _default_exports(trained)
-    trained_model.refuse_others(trained, paths)
+    trained_model.refuse_others(trained, paths, weights=weights)
     return trained, paths
 
 
@@ -172,48 +219,52 @@ def _default_exports(trained: TrainedModel) -> list[Path]:
     return sorted(path.parent for path in trained.home.parent.glob(f"*/{MANIFEST}"))
 
 
-def _of_run(run: Run, base: Named | None, progress: Progress) -> TrainedModel:
-    return trained_model.of_run(run, base_of_run(run.record.base, base, progress)[0])
+def _of_run(run: Run, base: Named | None, progress: Progress, weights: bool) -> TrainedModel:
+    return trained_model.of_run(run, base_of_run(run.record.base, base, progress, weights=weights)[0])
 
 
-def _of_manifest(exports: Sequence[Path], base: Named | None, progress: Progress) -> TrainedModel:
+def _of_manifest(exports: Sequence[Path], base: Named | None, progress: Progress, weights: bool) -> TrainedModel:
     """An export without a run: its manifest names the adapters and the base."""
     record, adapters = trained_model.parts_of(exports)
-    local, _ = base_of_run(record, base, progress)
+    local, _ = base_of_run(record, base, progress, weights=weights)
     name = (adapters[0] if adapters else local).resolve().name
     return trained_model.of_parts(name, local, adapters, exports[0].resolve().parent / "parity")
 
 
-def find_trained(name: str, base: Named | None, progress: Progress) -> TrainedModel:
-    """What is measured against: a run, an adapter directory or a plain model, by path, name or Hub id."""
+def find_trained(name: str, base: Named | None, progress: Progress, *, weights: bool = True) -> TrainedModel:
+    """What is measured against: a run, an adapter directory or a plain model, by path, name or Hub id.
+
+    Without ``weights`` only small files come from the Hub.
+    """
     if find_run(name) is None and Path(name).exists():
         here = Located(Path(name), name)
         if not here.is_adapter and not (here.path / "config.json").is_file():
             raise UsageError(
                 f"{name}: not a run, export, adapter or model", "name what was trained, or an export of it"
             )
-    source = locate(name, progress)
+    source = locate(name, progress, weights=weights)
     if source.run:
-        return _of_run(source.run, base, progress)
+        return _of_run(source.run, base, progress, weights)
     short = source.path.resolve().name
     home = Path("exports") / short / "parity"
     if not source.is_adapter:
         return trained_model.of_parts(short, source.path, (), home)
-    local = fetch(base_of_adapter(source.path, base), progress)
+    local = fetch(base_of_adapter(source.path, base), progress, weights=weights)
     return trained_model.of_parts(short, local, (source.path,), home)
 
 
-def _settings(
-    recipe: ParityRecipe, thresholds: Mapping[str, float], engines: tuple[str, ...], require: tuple[str, ...]
-) -> ParityRecipe:
+def _settings(recipe: ParityRecipe, request: ParityRequest) -> ParityRecipe:
     """The recipe's ``parity`` section with the arguments over it."""
     from lora2serve.parity_check.comparisons import check_names
 
     bounds = {name: dict(figures) for name, figures in recipe.thresholds.items()}
-    for path, bound in thresholds.items():
+    for path, bound in request.thresholds.items():
         kind, _, figure = path.rpartition(".")
         bounds.setdefault(kind, {})[figure] = float(bound)
-    settings = replace(recipe, thresholds=bounds, engines=engines or recipe.engines, require=require or recipe.require)
+    settings = replace(
+        recipe, thresholds=bounds, engines=request.engines or recipe.engines,
+        require=request.require or recipe.require, allow=(*recipe.allow, *request.allow),
+    )  # fmt: skip
     check_names("require", settings.require)
     return settings
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from lora2serve.api.evaluate_model import REPORT, EvaluationResult, choose_suite
-from lora2serve.api.evaluated_model import EvaluatedModel, find_models, refuse_same, slug
+from lora2serve.api.evaluate_model import EvaluationResult, choose_suite, page_of
+from lora2serve.api.evaluated_model import EvaluatedModel, find_models, planned, refuse_same, slug
+from lora2serve.api.evaluation_request import CompareRequest
 from lora2serve.api.export_request import Named, several
 from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
+from lora2serve.evaluation.evaluation_plan import EvaluationPlan, foreseen, of_suite, plan_of_suite
 from lora2serve.evaluation.score_gates import ScoreGate, parse_gate, refuse_unknown
 from lora2serve.evaluation.suite import Suite
 from lora2serve.progress import Progress
@@ -40,28 +43,70 @@ def compare(
 
     Raises what ``evaluate`` raises, but for questions that were trained on, which are a fair comparison.
     """
-    progress = progress or default_progress()
-    gates = [parse_gate(text) for text in several(gate)]
-    models = find_models([str(first)], str(second), base, url_model, engine, progress)
-    refuse_same(models)
-    asked = choose_suite(suite, models, limit, progress, truth=False)
-    return _run(models, asked, gates, out, progress)
+    request = CompareRequest(
+        first=first, second=second, suite=suite, limit=limit, gates=several(gate), engine=engine, base=base,
+        url_model=url_model, out=out,
+    )  # fmt: skip
+    return run_comparison(request, progress)
 
 
-def _run(
-    models: Sequence[EvaluatedModel], suite: Suite, gates: Sequence[ScoreGate], out: Named | None, progress: Progress
-) -> EvaluationResult:
-    from lora2serve.evaluation.comparison import compare_models, compared_figures
+@checked
+def run_comparison(request: CompareRequest, progress: Progress | None = None) -> EvaluationResult:
+    """``compare``, with its arguments in one value."""
+    from lora2serve.evaluation.comparison import compare_models
     from lora2serve.evaluation.report import eval_page
 
-    refuse_unknown(gates, suite.name, compared_figures(suite), compared=True)
-    first, second = models
-    home = plain_path(Path(out)) if out else first.home / "compared" / slug(second.name)
+    progress = progress or default_progress()
+    prepared = _prepare(request, progress)
+    first, second, suite, home = prepared.first, prepared.second, prepared.suite, prepared.home
     progress.note(f"{suite.name}: {len(suite.items)} items, {first.name} twice, {second.name}; loading the libraries")
     with scratch.filled(home):
-        done = compare_models(first.chat, second.chat, suite, gates, progress)
-        paths = [home / f"{suite.name}.{name}.json" for name in FILES]
-        for path, measured, record in zip(paths, done.measured, done.evaluations, strict=True):
+        done = compare_models(first.chat, second.chat, suite, prepared.gates, progress)
+        for path, measured, record in zip(prepared.records, done.measured, done.evaluations, strict=True):
             eval_page.write_record(path, record, measured)
-        page = eval_page.write(done.report, home / REPORT / suite.name)
-    return EvaluationResult(done.report, page, tuple(paths))
+        page = eval_page.write(done.report, page_of(home, suite.name).parent)
+    return EvaluationResult(done.report, page, prepared.records)
+
+
+@checked
+def plan_comparison(request: CompareRequest, progress: Progress | None = None) -> EvaluationPlan:
+    """What ``run_comparison`` would ask and write; raises what it would refuse before the first engine starts."""
+    from lora2serve.evaluation.comparison import compared_figures
+
+    prepared = _prepare(request, progress or default_progress(), weights=False)
+    second, suite, (*twice, last) = prepared.second, prepared.suite, prepared.records
+    with scratch.filled(prepared.home):  # refused where no scores could be written
+        figures = {name: of_suite(items) for name, items in compared_figures(suite).items()}
+        gates = foreseen(prepared.gates, [second.name], 0, figures)
+    models = [planned(prepared.first, twice), planned(second, [last])]
+    return plan_of_suite("compare", suite, models, gates, page_of(prepared.home, suite.name))
+
+
+@dataclass(frozen=True)
+class _PreparedComparison:
+    """What is asked of whom, and where it goes."""
+
+    first: EvaluatedModel
+    second: EvaluatedModel
+    suite: Suite
+    gates: Sequence[ScoreGate]
+    home: Path
+
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """The files of the answers: of the first, of the first again, of the second."""
+        return tuple(self.home / f"{self.suite.name}.{name}.json" for name in FILES)
+
+
+def _prepare(request: CompareRequest, progress: Progress, *, weights: bool = True) -> _PreparedComparison:
+    """Everything up to the first engine; ``weights``: also those of the Hub, which engines need."""
+    from lora2serve.evaluation.comparison import compared_figures
+
+    gates, named, against = [parse_gate(text) for text in request.gates], [str(request.first)], str(request.second)
+    models = find_models(named, against, request.base, request.url_model, request.engine, progress, weights=weights)
+    refuse_same(models)
+    suite = choose_suite(request.suite, models, request.limit, progress, truth=False)
+    refuse_unknown(gates, suite.name, list(compared_figures(suite)), compared=True)
+    first, second = models
+    home = plain_path(Path(request.out)) if request.out else first.home / "compared" / slug(second.name)
+    return _PreparedComparison(first, second, suite, gates, home)

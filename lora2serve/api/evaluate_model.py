@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora2serve.api.evaluated_model import EvaluatedModel, find_models, heldout_rows, refuse_same
+from lora2serve.api.evaluated_model import EvaluatedModel, find_models, heldout_rows, planned, refuse_same
+from lora2serve.api.evaluation_request import EvaluationRequest
 from lora2serve.api.export_request import Named, several
 from lora2serve.api.registered import record_scores
 from lora2serve.artifacts import run as runs
@@ -15,6 +16,7 @@ from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
 from lora2serve.errors import InputError, UsageError
 from lora2serve.evaluation.eval_report import EvalReport
+from lora2serve.evaluation.evaluation_plan import EvaluationPlan, foreseen, of_suite, plan_of_suite, plan_of_tasks
 from lora2serve.evaluation.harness_options import HarnessOptions, harness_options
 from lora2serve.evaluation.score_gates import ScoreGate, parse_gate, refuse_unknown
 from lora2serve.evaluation.suite import HELD_OUT, Suite, SuiteRecipe, of_rows, read_suite
@@ -23,6 +25,7 @@ from lora2serve.system import scratch
 from lora2serve.system.small_files import plain_path
 
 if TYPE_CHECKING:
+    from lora2serve.evaluation.harness_tasks import TaskSubject
     from lora2serve.evaluation.suite_evaluation import Evaluated
 
 REPORT = "report"  # the folder of the page, in that of the scores
@@ -74,20 +77,70 @@ def evaluate(
     Raises UsageError, RecipeError and DataError for what cannot be asked, InputError for a suite that was trained on,
     EngineError for an engine that is not installed or ends, HubError for what cannot be fetched.
     """
+    request = EvaluationRequest(
+        models=None if model is None else several(model), against=against, suite=suite, limit=limit,
+        gates=several(gate), tasks=several(task), task_folder=task_folder, shots=shots, chat=chat, engine=engine,
+        base=base, url_model=url_model, allow_overlap=allow_overlap, out=out,
+    )  # fmt: skip
+    return run_evaluation(request, progress)
+
+
+@checked
+def run_evaluation(request: EvaluationRequest, progress: Progress | None = None) -> EvaluationResult:
+    """``evaluate``, with its arguments in one value."""
     progress = progress or default_progress()
-    gates = [parse_gate(text) for text in several(gate)]
-    named = [str(name) for name in several(model)] if model is not None else [str(runs.latest().path)]
+    prepared = _prepare(request, progress)
+    run = _run_harness if prepared.options else _run_suite
+    with scratch.filled(prepared.home):
+        return _written(run(prepared, progress), prepared)
+
+
+@checked
+def plan_evaluation(request: EvaluationRequest, progress: Progress | None = None) -> EvaluationPlan:
+    """What ``run_evaluation`` would ask and write; raises what it would refuse before the first engine starts."""
+    progress = progress or default_progress()
+    prepared = _prepare(request, progress, weights=False)
+    with scratch.filled(prepared.home):  # refused where no scores could be written
+        return _plan_harness(prepared, progress) if prepared.options else _plan_suite(prepared)
+
+
+@dataclass(frozen=True)
+class _PreparedEvaluation:
+    """What is asked: a suite, or tasks of the harness. ``reference``: the model that all others are compared with."""
+
+    models: Sequence[EvaluatedModel]
+    gates: Sequence[ScoreGate]
+    reference: int
+    home: Path
+    shared: bool  # the scores of all models lie in it
+    suite: Suite | None = None
+    options: HarnessOptions | None = None
+
+    def records(self, suite: str) -> list[Path]:
+        """The file of each model's scores."""
+        homes = [self.home if self.shared else model.home for model in self.models]
+        names = [model.file_name(suite, shared=self.shared) for model in self.models]
+        return distinct([home / name for home, name in zip(homes, names, strict=True)])
+
+
+def _prepare(request: EvaluationRequest, progress: Progress, *, weights: bool = True) -> _PreparedEvaluation:
+    """Everything up to the first engine; ``weights``: also those of the Hub, which engines need."""
+    gates = [parse_gate(text) for text in request.gates]
+    named = [str(name) for name in request.models] if request.models is not None else [str(runs.latest().path)]
     if not named:
         raise UsageError("model: an empty list, expected one at least")
-    models = find_models(named, str(against) if against is not None else None, base, url_model, engine, progress)
+    against = None if request.against is None else str(request.against)
+    models = find_models(named, against, request.base, request.url_model, request.engine, progress, weights=weights)
     refuse_same(models)
-    reference = -1 if against is not None else 0
-    if options := harness_options(several(task), task_folder, shots, chat, limit, suite):
-        return run_harness(models, options, gates, reference, out, progress)
+    reference, shared = 0 if against is None else -1, bool(request.out)
+    home = plain_path(Path(request.out)) if request.out else models[0].home
+    limit, suite = request.limit, request.suite
+    if options := harness_options(request.tasks, request.task_folder, request.shots, request.chat, limit, suite):
+        return _PreparedEvaluation(models, gates, reference, home, shared, options=options)
     asked = choose_suite(suite, models, limit, progress)
-    models = [replace(item, overlap=overlap_of(asked, item, progress, allow=allow_overlap)) for item in models]
+    models = [replace(item, overlap=overlap_of(asked, item, progress, allow=request.allow_overlap)) for item in models]
     refuse_impossible(gates, asked, compared=len(models) > 1)
-    return run_suite(models, asked, gates, out, progress, reference=reference)
+    return _PreparedEvaluation(models, gates, reference, home, shared, suite=asked)
 
 
 def choose_suite(
@@ -127,36 +180,65 @@ def refuse_impossible(gates: Sequence[ScoreGate], suite: Suite, *, compared: boo
     refuse_unknown(gates, suite.name, list(gated_figures(suite)), compared=compared)
 
 
-def run_suite(
-    models: Sequence[EvaluatedModel], suite: Suite, gates: Sequence[ScoreGate], out: Named | None, progress: Progress,
-    *, reference: int,
-) -> EvaluationResult:  # fmt: skip
+def _run_suite(prepared: _PreparedEvaluation, progress: Progress) -> Evaluated:
     """Ask and score."""
     from lora2serve.evaluation.suite_evaluation import evaluate_models
 
+    models, suite = prepared.models, prepared.suite
+    assert suite is not None
     progress.note(f"{suite.name}: {len(suite.items)} items, {len(models)} models; loading the libraries")
     chats, overlaps = [model.chat for model in models], [model.overlap for model in models]
-    with scratch.filled(home := _home(models, out)):
-        done = evaluate_models(chats, suite, gates, overlaps, reference, progress)
-        return _written(done, models, home, shared=bool(out))
+    return evaluate_models(chats, suite, prepared.gates, overlaps, prepared.reference, progress)
 
 
-def run_harness(
-    models: Sequence[EvaluatedModel], options: HarnessOptions, gates: Sequence[ScoreGate], reference: int,
-    out: Named | None, progress: Progress,
-) -> EvaluationResult:  # fmt: skip
+def _run_harness(prepared: _PreparedEvaluation, progress: Progress) -> Evaluated:
     """Ask the tasks of lm-evaluation-harness."""
-    from lora2serve.evaluation.harness_tasks import TaskSubject, evaluate_tasks
+    from lora2serve.evaluation.harness_tasks import evaluate_tasks
 
-    progress.note(f"{', '.join(options.tasks)}: {len(models)} models; loading the libraries")
-    with scratch.filled(home := _home(models, out)):
-        asked = [TaskSubject(model.chat, model.run, is_base=model.is_base) for model in models]
-        done = evaluate_tasks(asked, options, gates, reference, progress)
-        return _written(done, models, home, shared=bool(out))
+    options, subjects = prepared.options, _task_subjects(prepared.models)
+    assert options is not None
+    progress.note(f"{', '.join(options.tasks)}: {len(subjects)} models; loading the libraries")
+    return evaluate_tasks(subjects, options, prepared.gates, prepared.reference, progress)
 
 
-def _home(models: Sequence[EvaluatedModel], out: Named | None) -> Path:
-    return plain_path(Path(out)) if out else models[0].home
+def _task_subjects(models: Sequence[EvaluatedModel]) -> list[TaskSubject]:
+    from lora2serve.evaluation.harness_tasks import TaskSubject
+
+    return [TaskSubject(model.chat, model.run, is_base=model.is_base) for model in models]
+
+
+def _plan_suite(prepared: _PreparedEvaluation) -> EvaluationPlan:
+    from lora2serve.evaluation.suite_evaluation import gated_figures
+
+    suite, names = prepared.suite, [model.name for model in prepared.models]
+    assert suite is not None
+    figures = {name: of_suite(suite.of_task(task)) for name, (_, task) in gated_figures(suite).items()}
+    models = [planned(model, [path]) for model, path in zip(prepared.models, prepared.records(suite.name), strict=True)]
+    gates = foreseen(prepared.gates, names, prepared.reference, figures)
+    return plan_of_suite("evaluate", suite, models, gates, page_of(prepared.home, suite.name))
+
+
+def _plan_harness(prepared: _PreparedEvaluation, progress: Progress) -> EvaluationPlan:
+    from lora2serve.evaluation.harness_tasks import overlap, prepare_tasks
+
+    options, subjects = prepared.options, _task_subjects(prepared.models)
+    assert options is not None
+    found = prepare_tasks(options, prepared.gates, compared=len(subjects) > 1)
+    overlaps = [overlap(subject, found.texts, progress) for subject in subjects]
+    models = [
+        planned(replace(model, overlap=text), [path])
+        for model, text, path in zip(prepared.models, overlaps, prepared.records(options.name), strict=True)
+    ]
+    names = [model.name for model in models]
+    gates = foreseen(prepared.gates, names, prepared.reference, found.figures)
+    return plan_of_tasks(options.name, found.tasks, models, gates, page_of(prepared.home, options.name))
+
+
+def page_of(home: Path, suite: str) -> Path:
+    """The page of a report, in the folder of its scores."""
+    from lora2serve.evaluation.report.eval_page import PAGE
+
+    return home / REPORT / suite / PAGE
 
 
 def distinct(paths: Sequence[Path]) -> list[Path]:
@@ -170,15 +252,15 @@ def distinct(paths: Sequence[Path]) -> list[Path]:
     return taken
 
 
-def _written(done: Evaluated, models: Sequence[EvaluatedModel], home: Path, *, shared: bool) -> EvaluationResult:
+def _written(done: Evaluated, prepared: _PreparedEvaluation) -> EvaluationResult:
     """The files of each model, also into the registry where it is a version, and the page."""
     from lora2serve.evaluation.report import eval_page
 
     suite = done.report.suite
-    paths = distinct([(home if shared else model.home) / model.file_name(suite, shared=shared) for model in models])
-    for path, model, measured, record in zip(paths, models, done.measured, done.evaluations, strict=True):
+    paths = prepared.records(suite)
+    for path, model, measured, record in zip(paths, prepared.models, done.measured, done.evaluations, strict=True):
         eval_page.write_record(path, record, measured)
         record_scores(model.name, record)
     rows = [replace(row, record=str(path)) for row, path in zip(done.report.subjects, paths, strict=True)]
     report = replace(done.report, subjects=tuple(rows))
-    return EvaluationResult(report, eval_page.write(report, home / REPORT / suite), tuple(paths))
+    return EvaluationResult(report, eval_page.write(report, page_of(prepared.home, suite).parent), tuple(paths))

@@ -19,6 +19,7 @@ from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
 
 if TYPE_CHECKING:
+    from lora2serve.evaluation.evaluation_plan import PlannedModel
     from lora2serve.parity_check.chat_models import ChatModel
 
 SUITE = "--suite FILE names rows with what is expected"
@@ -42,12 +43,12 @@ class EvaluatedModel:
 
 def find_models(
     named: Sequence[str], against: str | None, base: Named | None, url_model: str | None, engine: str,
-    progress: Progress,
+    progress: Progress, *, weights: bool = True,
 ) -> list[EvaluatedModel]:  # fmt: skip
-    """Those that are named, and at the end what they are compared with."""
+    """Those that are named, and at the end what they are compared with; ``weights``: as for ``ModelFinder``."""
     if url_model and not any(ADDRESS.match(name) for name in (*named, against or "")):
         raise UsageError(f"--url-model {url_model}: {named[0]} is no address", "an address begins with http://")
-    finder = ModelFinder(base, url_model, progress, alone=True, engine=engine)
+    finder = ModelFinder(base, url_model, progress, alone=True, engine=engine, weights=weights)
     models = [EvaluatedModel(name, finder.find(name), home_of(name, finder), finder.run(name)) for name in named]
     if against is None:
         return models
@@ -71,6 +72,15 @@ def home_of(name: str, finder: ModelFinder) -> Path:
         if export and home and not is_of_version(home.path):
             return home.path / FOLDER / export.path.resolve().name
     return Path(FOLDER) / slug(name)
+
+
+def planned(model: EvaluatedModel, records: Sequence[Path]) -> PlannedModel:
+    """What a plan says of it; ``records``: the files of its scores."""
+    from lora2serve.evaluation.evaluation_plan import PlannedModel
+    from lora2serve.parity_check.installed_engines import engine_state
+
+    state = engine_state(model.chat.engine)
+    return PlannedModel(model.name, state, model.overlap, model.chat.note, tuple(map(str, records)))
 
 
 def heldout_rows(models: Sequence[EvaluatedModel]) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lora2serve.artifacts.manifest import ADAPTER_TARGETS
-from lora2serve.config.arguments import hints_of, take
+from lora2serve.config.arguments import take_fields
 from lora2serve.config.model_name import refuse_name
 from lora2serve.config.sizes import parse_size
 from lora2serve.errors import UsageError
@@ -63,9 +63,7 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         """UsageError for values that no type checker has seen, and for what contradicts itself."""
-        given = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name, value in take(hints_of(ExportRequest), given).items():
-            object.__setattr__(self, name, value)
+        take_fields(self)
         if self.out:
             object.__setattr__(self, "out", plain_path(self.out))
         if self.as_lora_rank is not None and self.as_lora_rank < 1:

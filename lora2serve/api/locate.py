@@ -39,18 +39,19 @@ class Located:
         return (self.path / CONFIG).is_file()
 
 
-def locate(source: str | Path | None, progress: Progress, *, pickle: bool = False) -> Located:
+def locate(source: str | Path | None, progress: Progress, *, pickle: bool = False, weights: bool = True) -> Located:
     """The directory that ``source`` means; without one, the run that was made last.
 
-    ``pickle`` also fetches a pickled adapter from the Hub. Raises UsageError where there is no run, InputError for
-    a path that does not exist, HubError for what the Hub does not give.
+    ``pickle`` also fetches a pickled adapter from the Hub; without ``weights`` only small files come from there.
+    Raises UsageError where there is no run, InputError for a path that does not exist, HubError for what the Hub does
+    not give.
     """
     name = str(runs.latest().path) if source is None else str(source)
     directory = directory_of(name)
     run = find_run(directory)
     if run:
         return Located(run.path, name, run)
-    return Located(fetch(directory, progress, pickle=pickle), name)
+    return Located(fetch(directory, progress, pickle=pickle, weights=weights), name)
 
 
 def find_run(name: str | Path) -> runs.Run | None:
@@ -100,15 +101,17 @@ def fetch(name: str | Path, progress: Progress, *, pickle: bool = False, weights
     return pull(str(directory_of(name)), pickle=pickle, weights=weights, progress=progress).path
 
 
-def base_of_run(base: BaseRecord, requested: str | Path | None, progress: Progress) -> tuple[Path, str]:
+def base_of_run(
+    base: BaseRecord, requested: str | Path | None, progress: Progress, *, weights: bool = True
+) -> tuple[Path, str]:
     """The base of a run and its name: as requested, or where it was at training, or the Hub by its id and revision."""
     if requested:
-        return fetch(requested, progress), str(requested)
+        return fetch(requested, progress, weights=weights), str(requested)
     if base.local:
         return base.local, base.id
     if not base.id:
         raise UsageError("its manifest does not name its base", "name it with --base")
-    return fetch(base.pinned, progress), base.id
+    return fetch(base.pinned, progress, weights=weights), base.id
 
 
 def base_of_adapter(adapter: Path, requested: str | Path | None) -> str:

@@ -26,14 +26,16 @@ HOST = re.compile(r"[\w.-]+:\d+(/\S*)?")
 
 class ModelFinder:
     """``base`` is what adapters are loaded onto, ``url_model`` a model's name at an address; ``alone``: no other model
-    shares the GPU. ``engine`` answers for exports, by default the one that serves them.
+    shares the GPU. ``engine`` answers for exports, by default the one that serves them. Without ``weights`` only small
+    files come from the Hub: who looks at the models' names asks none of them.
     """
 
     def __init__(
-        self, base: Named | None, url_model: str | None, progress: Progress, *, alone: bool, engine: str = ""
-    ) -> None:
+        self, base: Named | None, url_model: str | None, progress: Progress, *, alone: bool, engine: str = "",
+        weights: bool = True,
+    ) -> None:  # fmt: skip
         self._base, self._url_model, self._progress, self._alone = base, url_model, progress, alone
-        self._engine = engine
+        self._engine, self._weights = engine, weights
 
     def find(self, named: str) -> ChatModel:
         """A run, an export, an adapter, a model or a server."""
@@ -45,7 +47,8 @@ class ModelFinder:
             raise UsageError(f"{named}: no run, export or model", f"an address is http://{named}")
         export = self.export(named)
         if export is None:
-            return chat_models.of_trained(find_trained(named, self._base, self._progress), named)
+            trained = find_trained(named, self._base, self._progress, weights=self._weights)
+            return chat_models.of_trained(trained, named)
         base = str(self._base_of(export)) if export.target == "adapter" else ""
         return chat_models.of_export(export, base, named, alone=self._alone, engine=self._engine)
 
@@ -70,7 +73,7 @@ class ModelFinder:
         """The export of that path or Hub id; None for anything else."""
         if find_run(named):
             return None
-        path = Path(named) if Path(named).is_dir() else fetch(named, self._progress)
+        path = Path(named) if Path(named).is_dir() else fetch(named, self._progress, weights=self._weights)
         return Export.open(path) if (path / MANIFEST).is_file() else None
 
     def run(self, named: str) -> Run | None:
@@ -82,4 +85,4 @@ class ModelFinder:
         return trained_model.run_of(export.path) if export else run
 
     def _base_of(self, export: Export) -> Path:
-        return base_of_run(export.manifest.base, self._base, self._progress)[0]
+        return base_of_run(export.manifest.base, self._base, self._progress, weights=self._weights)[0]

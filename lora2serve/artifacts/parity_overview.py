@@ -92,9 +92,9 @@ def cells(row: ComparisonResult, rows: Sequence[ComparisonResult]) -> dict[str, 
     }
 
 
-def unjudged(check: Metric) -> str:
-    """Why a figure has no bound here, in words; empty where it has one, or its format none."""
-    return f"shown, not judged: {check.unjudged}" if check.unjudged else ""
+def unjudged(why: str) -> str:
+    """In words that a figure has no bound here; empty where it has one, or its format none."""
+    return f"shown, not judged: {why}" if why else ""
 
 
 def _place(row: ComparisonResult) -> str:
@@ -115,7 +115,7 @@ def _figure(row: ComparisonResult, name: str) -> Cell:
         return Cell("-")
     if name == "equal_answers":
         return Cell(check.shown(), _near_ties(check, row.check("first_difference")))
-    return Cell(check.shown(), bound(name, check.bound) or unjudged(check))
+    return Cell(check.shown(), bound(name, check.bound) or unjudged(check.unjudged))
 
 
 def _near_ties(equal: Metric, judged: Metric | None) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from lora2serve.cli.evaluate import ANSWERING, finish
-from lora2serve.cli.options import Choice, Command, complete_exports, json_option, progress
+from lora2serve.cli.evaluate import ANSWERING, finish, show_plan
+from lora2serve.cli.options import Choice, Command, complete_exports, dry_run_option, json_option, progress
 
 EXAMPLES = [
     ("lora2serve compare runs/demo runs/demo/exports/ollama-Q4_K_M", "what the type changes"),
@@ -37,20 +37,25 @@ EXAMPLES = [
 @click.option("--url-model", metavar="NAME", help="The first model's name at the URL (default: the first it lists).")
 @click.option("--out", metavar="FOLDER", help="Where the report goes (default: evals/compared in the first's run).")
 @json_option
+@dry_run_option(help="Only show what would be asked, and every refusal; starts no engine.")
 @click.pass_context
 def compare(
     ctx: click.Context, first: str, second: str, suite: Path | None, limit: int | None, gates: tuple[str, ...],
-    engine: str | None, base: str | None, url_model: str | None, out: str | None, as_json: bool,
+    engine: str | None, base: str | None, url_model: str | None, out: str | None, as_json: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Ask two runs, exports, adapters, versions (NAME@ALIAS) or servers the same prompts.
 
     The first is asked twice: what changes between its answers is the floor. Scores where something is expected; answers
     that changed, KL of the first token, length, refusals, valid JSON, seconds for all. Prints the path of the report.
     """
-    from lora2serve.api import compare_models
+    from lora2serve.api.compare_models import plan_comparison, run_comparison
+    from lora2serve.api.evaluation_request import CompareRequest
 
-    result = compare_models.compare(
-        first, second, suite=suite, limit=limit, gate=gates, engine=engine or "", base=base, url_model=url_model,
-        out=out, progress=progress(ctx),
+    request = CompareRequest(
+        first=first, second=second, suite=suite, limit=limit, gates=gates, engine=engine or "", base=base,
+        url_model=url_model, out=out,
     )  # fmt: skip
-    finish(result, as_json=as_json)
+    if dry_run:
+        show_plan(plan_comparison(request, progress(ctx)), as_json=as_json)
+    else:
+        finish(run_comparison(request, progress(ctx)), as_json=as_json)

@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora2serve.cli.options import Choice, Command, complete_exports, json_option, names, progress
+from lora2serve.cli.options import (
+    Choice,
+    Command,
+    complete_exports,
+    dry_run_option,
+    engine_cell,
+    json_option,
+    names,
+    plain,
+    progress,
+)
 from lora2serve.errors import GateNotMet
 
 if TYPE_CHECKING:
     from lora2serve.api.evaluate_model import EvaluationResult
     from lora2serve.evaluation.eval_report import EvalReport
+    from lora2serve.evaluation.evaluation_plan import EvaluationPlan
 
 EXAMPLES = [
     ("lora2serve evaluate", "runs/latest on its held-out rows"),
@@ -22,6 +33,7 @@ EXAMPLES = [
     ("lora2serve evaluate medical-qa@champion medical-qa@8 --suite medqa.yaml", "two versions side by side"),
     ("lora2serve evaluate --task arc_easy,medmcqa --against base", "tasks of lm-evaluation-harness"),
     ("lora2serve evaluate http://localhost:8000 --suite medqa.yaml", "a server that runs"),
+    ("lora2serve evaluate --gate 'acc >= base - 0.01' --against base --dry-run", "are there enough items for it?"),
 ]
 ANSWERING = ("peft", "transformers", "vllm-server", "llama.cpp")
 
@@ -57,11 +69,13 @@ ANSWERING = ("peft", "transformers", "vllm-server", "llama.cpp")
 @click.option("--allow-overlap", is_flag=True, help="Also on questions that were trained on.")
 @click.option("--out", metavar="FOLDER", help="Where the scores go (default: the run's evals/, or evals/NAME).")
 @json_option
+@dry_run_option(help="Only show what would be asked, and every refusal; starts no engine.")
 @click.pass_context
 def evaluate(
     ctx: click.Context, models: tuple[str, ...], against: str | None, suite: Path | None, tasks: tuple[str, ...],
     task_folder: Path | None, shots: int | None, chat: bool, limit: int | None, gates: tuple[str, ...],
     engine: str | None, base: str | None, url_model: str | None, allow_overlap: bool, out: str | None, as_json: bool,
+    dry_run: bool,
 ) -> None:  # fmt: skip
     """Put a suite to models (default: runs/latest), score their answers, and say whether they differ.
 
@@ -69,14 +83,18 @@ def evaluate(
     exports in llama.cpp, with the chat template as it is served. Differences are judged item by item; where there are
     not enough items, that is the verdict. Prints the path of the report.
     """
-    from lora2serve.api import evaluate_model
+    from lora2serve.api.evaluate_model import plan_evaluation, run_evaluation
+    from lora2serve.api.evaluation_request import EvaluationRequest
 
-    result = evaluate_model.evaluate(
-        models or None, against=against, suite=suite, task=tasks, task_folder=task_folder, shots=shots, chat=chat,
-        limit=limit, gate=gates, engine=engine or "", base=base,
-        url_model=url_model, allow_overlap=allow_overlap, out=out, progress=progress(ctx),
+    request = EvaluationRequest(
+        models=models or None, against=against, suite=suite, limit=limit, gates=gates, tasks=tasks,
+        task_folder=task_folder, shots=shots, chat=chat, engine=engine or "", base=base, url_model=url_model,
+        allow_overlap=allow_overlap, out=out,
     )  # fmt: skip
-    finish(result, as_json=as_json)
+    if dry_run:
+        show_plan(plan_evaluation(request, progress(ctx)), as_json=as_json)
+    else:
+        finish(run_evaluation(request, progress(ctx)), as_json=as_json)
 
 
 def finish(result: EvaluationResult, *, as_json: bool) -> None:
@@ -92,6 +110,31 @@ def finish(result: EvaluationResult, *, as_json: bool) -> None:
     missed = [f"{gate.gate}: {gate.subject}: {gate.verdict}: {gate.reason}" for gate in report.gates if not gate.met]
     if missed:
         raise GateNotMet("\n".join(missed), f"{result.page} shows where")
+
+
+def show_plan(plan: EvaluationPlan, *, as_json: bool) -> None:
+    """The models with their engines, the gates, and what would be asked."""
+    from lora2serve import console
+
+    if as_json:
+        console.result_json(plain(plan))
+        return
+    rows = [
+        [model.name, model.engine.name, engine_cell(model.engine), model.overlap or "none", "\n".join(model.records)]
+        for model in plan.models
+    ]  # fmt: skip
+    heads = ["model", "engine", "installed", "overlap with training rows", "scores"]
+    console.table("", heads, rows)
+    if plan.gates:
+        gates = [[gate.gate, gate.subject, gate.can_be_met, gate.reason] for gate in plan.gates]
+        console.table("", ["gate", "of", "can be met", ""], gates)
+    for note in dict.fromkeys(model.note for model in plan.models if model.note):
+        console.result(note)
+    source, scorer = f" of {plan.source}" if plan.source else "", f", scored by {plan.scorer}" if plan.scorer else ""
+    console.result(f"{plan.suite}: {plan.items:,} items{source}{scorer}")
+    for task, count in plan.tasks.items():
+        console.result(f"  {task}: {count:,}")
+    console.result(f"report: {plan.page}")
 
 
 def show(report: EvalReport) -> None:

@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from lora2serve.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from lora2serve.parity_check.installed_engines import EngineState
     from lora2serve.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -177,6 +178,13 @@ def json_option(command: F) -> F:
 def dry_run_option(*aliases: str, help: str) -> Callable[[F], F]:
     """``--dry-run``."""
     return click.option("--dry-run", *aliases, "dry_run", is_flag=True, help=help)
+
+
+def engine_cell(engine: EngineState) -> str:
+    """Whether an engine can be asked here, and the way out where it cannot."""
+    if engine.name == "openai":
+        return "a server, not asked now"
+    return f"no: {engine.missing}\n{engine.fix}".rstrip() if engine.missing else "yes"
 
 
 def exports_argument(command: F) -> F:

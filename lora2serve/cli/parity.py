@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lora2serve.cli.options import Choice, Command, complete_engines, complete_exports, json_option, names, progress
+from lora2serve.cli.options import (
+    Choice,
+    Command,
+    complete_engines,
+    complete_exports,
+    dry_run_option,
+    engine_cell,
+    json_option,
+    names,
+    plain,
+    progress,
+)
 from lora2serve.errors import ParityNotMet, UsageError
 
 if TYPE_CHECKING:
     from lora2serve.api.check_parity import ParityResult
     from lora2serve.artifacts.parity_overview import OverviewRow
     from lora2serve.artifacts.parity_report import ParityReport
+    from lora2serve.parity_check.parity_plan import ParityPlan, PlannedComparison
 
 EXAMPLES = [
     ("lora2serve parity", "all exports of runs/latest"),
@@ -24,6 +36,7 @@ EXAMPLES = [
     ("lora2serve parity --baseline report.json", "fail where something got worse"),
     ("lora2serve parity --url http://localhost:8000/v1", "a deployment that runs"),
     ("lora2serve parity --gate settings", "all but weights and answers, in seconds, no engine"),
+    ("lora2serve parity --dry-run", "what would be compared, asked and held to bounds"),
 ]
 HEADS = {
     "export": "export", "size": "size", "engine": "engine", "status": "verdict", "mean_kl": "mean KL",
@@ -78,11 +91,13 @@ def _bounds(ctx: click.Context, parameter: click.Parameter, texts: Sequence[str]
     "--allow", multiple=True, metavar="SETTING",
     help="A setting that differs on purpose: FILE:KEY, FILE or KEY, such as generation_config.json:temperature.",
 )  # fmt: skip
+@dry_run_option(help="Only show what would be compared, and every refusal; starts no engine.")
 @click.pass_context
 def parity(
     ctx: click.Context, /, paths: tuple[str, ...], report_dir: Path | None, as_json: bool, ask: str, base: str | None,
     data: Path | None, engines: tuple[str, ...], require: tuple[str, ...], url: str | None, url_model: str | None,
     thresholds: dict[str, float], baseline: Path | None, gate: Literal["settings"] | None, allow: tuple[str, ...],
+    dry_run: bool,
 ) -> None:  # fmt: skip
     """Compare every EXPORT of MODEL with the trained model, each in its real engine.
 
@@ -90,27 +105,36 @@ def parity(
     first EXPORT was made from. Without EXPORTs, all of MODEL's; without both, all of runs/latest.
     Exit code 3 when one differs by more than its format allows, or no engine is installed. Prints the report's path.
     """
-    from lora2serve import console
-    from lora2serve.api import check_parity
+    from lora2serve.api.check_parity import plan_parity, run_parity
+    from lora2serve.api.parity_request import ParityRequest
 
-    result = check_parity.parity(
-        paths[0] if paths else None,
-        paths[1:],
+    request = ParityRequest(
+        model=paths[0] if paths else None,
+        exports=paths[1:],
         base=base,
         data=data,
         engines=engines,
         require=require,
+        thresholds=thresholds,
         url=url,
         url_model=url_model,
-        thresholds=thresholds,
         ask=ask,
         baseline=baseline,
         gate=gate,
         allow=allow,
         report_dir=report_dir,
-        progress=progress(ctx),
     )
-    if not ctx.find_root().obj["quiet"]:
+    if dry_run:
+        _show_plan(plan_parity(request, progress(ctx)), as_json)
+    else:
+        _finish(run_parity(request, progress(ctx)), as_json=as_json, quiet=ctx.find_root().obj["quiet"])
+
+
+def _finish(result: ParityResult, *, as_json: bool, quiet: bool) -> None:
+    """Print what came out; ParityNotMet with each row that failed."""
+    from lora2serve import console
+
+    if not quiet:
         show(result)
     if as_json:
         console.result_json(result.report.to_json())
@@ -136,6 +160,65 @@ def show(result: ParityResult) -> None:
     for item in result.report.recommendations:
         name = f"{item.export} ({console.size(item.size)}), " if item.export else ""
         console.Terminal().note("\n  ".join([f"{item.title}: {name}{item.reason}.", *item.details]))
+
+
+def _show_plan(plan: ParityPlan, as_json: bool) -> None:
+    """The comparisons, the bounds of each format, and what would be asked."""
+    from lora2serve import console
+    from lora2serve.artifacts.parity_overview import REFERENCES
+
+    if as_json:
+        console.result_json(plain(plan))
+        return
+    rows = [
+        [item.export, item.kind, item.engine.name, engine_cell(item.engine), "yes" if item.required else "no",
+         REFERENCES[item.reference]]
+        for item in plan.comparisons if item.engine
+    ]  # fmt: skip
+    if rows:
+        console.table("", ["export", "format", "engine", "installed", "required", "judged by"], rows)
+        _show_bounds(plan.comparisons)
+    else:
+        console.table("", ["export", "format", "gate"], [[e.export, e.kind, *e.gates] for e in plan.comparisons])
+    for line in _asked(plan):
+        console.result(line)
+    console.result(f"report: {plan.page}")
+
+
+def _show_bounds(comparisons: Sequence[PlannedComparison]) -> None:
+    """A column for each format."""
+    from lora2serve import console
+    from lora2serve.artifacts.metric_table import bound, label
+    from lora2serve.artifacts.parity_overview import unjudged
+
+    formats = {item.kind: item for item in comparisons}
+    names = dict.fromkeys(name for item in comparisons for name in item.bounds)
+    rows = [
+        [label(name), *(unjudged(item.unjudged.get(name, "")) or bound(name, item.bounds.get(name))
+                        for item in formats.values())]
+        for name in names
+    ]  # fmt: skip
+    console.table("", ["figure", *formats], rows)
+
+
+def _asked(plan: ParityPlan) -> Iterator[str]:
+    """What every engine would be asked, and what the baseline has that would be missing."""
+    if plan.trained_in:
+        yield f"trained model: {plan.model}, in {plan.trained_in.name} (installed: {engine_cell(plan.trained_in)})"
+    if plan.prompts:
+        asked, amount = plan.prompts, plan.prompts.amount
+        rows = (
+            f"half from {asked.rows:,} held-out rows ({asked.source}), half" if asked.rows else "no held-out rows, all"
+        )
+        yield f"scored: {amount.tokens:,} tokens, {rows} from general text; {amount.window:,} at most in one text"
+        if amount.long:
+            yield f"long text: {amount.long:,} tokens at most"
+        yield f"prompts: {asked.conversations} at most, {amount.prompts} answered with {amount.new_tokens} tokens each"
+    if plan.ask:
+        yield f"question: {plan.ask}"
+    if plan.baseline:
+        yield f"baseline: {plan.baseline}"
+    yield from plan.lost
 
 
 def _cell(line: OverviewRow, key: str) -> str:

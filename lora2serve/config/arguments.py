@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import cache, wraps
 from inspect import Parameter, signature
 from numbers import Integral, Real
@@ -61,6 +62,14 @@ def take(hints: Mapping[str, object], values: Mapping[str, object]) -> dict[str,
             problems.append(str(refused))
     raise_all(problems, UsageError)
     return taken
+
+
+def take_fields(record: object) -> None:
+    """The same of a frozen dataclass that is being made: each of its fields becomes what its annotation says."""
+    kind: Callable[..., object] = type(record)
+    given = {each.name: getattr(record, each.name) for each in fields(record)}  # type: ignore[arg-type]
+    for name, value in take(hints_of(kind), given).items():
+        object.__setattr__(record, name, value)
 
 
 def checked_methods(kind: type[C]) -> type[C]:

@@ -201,11 +201,16 @@ def prepare(
     )  # fmt: skip
 
 
+def read_held_out(path: Path, reading: Reading) -> DataSet:
+    """The rows of a file as they stand there; DataError names those that are none."""
+    return read_file(path, {} if reading.own_rows else reading.columns, plain_text=True)
+
+
 def _held_out(path: Path, tokenizer: Tokenizer, reading: Reading) -> tuple[DataSet, str]:
     """The rows of a file as the training would have read them, and what is to be said of that."""
+    rows = read_held_out(path, reading)
     if reading.own_rows:
-        return read_file(path, {}, plain_text=True), ""
-    rows = read_file(path, reading.columns, plain_text=True)
+        return rows, ""
     return rows.in_form(reading.form, tokenizer.chat_template), rows.note_of_form(reading.form, tokenizer.chat_template)
 
 

@@ -19,7 +19,7 @@ from lora2serve.evaluation.eval_records import ItemResult, SuiteEvaluation
 from lora2serve.evaluation.eval_report import EvalReport, FigureDifference, Finding
 from lora2serve.evaluation.score_gates import GateResult, ScoreGate, judge
 from lora2serve.evaluation.scorers import parsed_json
-from lora2serve.evaluation.suite import Suite
+from lora2serve.evaluation.suite import Suite, SuiteItem
 from lora2serve.evaluation.suite_run import EngineHost, Measured, evaluation, measure, metric_names
 from lora2serve.parity_check.chat_models import ChatModel
 from lora2serve.parity_check.metrics import lumped_kl
@@ -88,10 +88,11 @@ def compare_models(
     return Compared(measured, evaluations, report)
 
 
-def compared_figures(suite: Suite) -> list[str]:
-    """What a gate may name."""
+def compared_figures(suite: Suite) -> dict[str, Sequence[SuiteItem]]:
+    """What a gate may name, and the items that it is of."""
     known = suite.with_truth()
-    return [*(metric_names(known) if known else ()), *_BEHAVIORS, *BEYOND_FLOOR]
+    scores = {name: known.of_task(task) for name, task in metric_names(known).items()} if known else {}
+    return {**scores, **dict.fromkeys((*_BEHAVIORS, *BEYOND_FLOOR), suite.items)}
 
 
 def score_pairs(old: Measured, new: Measured, suite: Suite) -> dict[str, Pair]:

@@ -24,6 +24,8 @@ from lora2serve.evaluation.suite_evaluation import Evaluated, gate_results
 from lora2serve.evaluation.suite_run import EngineHost, Measured, library_versions, now, score_figures
 from lora2serve.evaluation.task_rows import (
     PREFERRED,
+    SCORER,
+    TaskRows,
     find_tasks,
     harness_errors,
     load_tasks,
@@ -113,7 +115,7 @@ def ask_tasks(
     metrics = {task: _metric(task, lines, results["higher_is_better"][task]) for task, lines in samples.items()}
     pairs = [(task, line) for task, lines in samples.items() for line in _once(lines)]
     items = [_item(task, line, metrics[task], lm.seconds_of(line["arguments"])) for task, line in pairs]
-    asked = {_name(task, line): tuple(texts_of(line["doc"])) for task, line in pairs}
+    asked = {item_name(task, line["doc_id"]): tuple(texts_of(line["doc"])) for task, line in pairs}
     content = {
         "tasks": {task: [[line[key] for key in HASHED] for line in _once(lines)] for task, lines in samples.items()},
         "versions": {task: str(number) for task, number in results["versions"].items()},
@@ -123,28 +125,62 @@ def ask_tasks(
     return HarnessRun(Measured(model.name, version, tuple(items)), AskedTasks(sha256, metrics, asked))
 
 
+@dataclass(frozen=True)
+class PreparedTasks:
+    """Tasks with their rows, before a model is loaded."""
+
+    manager: TaskManager
+    tasks: tuple[TaskRows, ...]
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The figures, as ``AskedTasks`` has them."""
+        return figure_names({task.name: task.metric for task in self.tasks})
+
+    @property
+    def figures(self) -> dict[str, list[tuple[str, str]]]:
+        """The items that each is of, by name and group, of which they have none."""
+        return {
+            name: [(item, "") for task in self.tasks if only in (None, task.name) for item in self._items(task)]
+            for name, only in self.names.items()
+        }
+
+    @property
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """Those of each item's row."""
+        return {item: texts for task in self.tasks for item, texts in zip(self._items(task), task.texts, strict=True)}
+
+    def _items(self, task: TaskRows) -> list[str]:
+        return [item_name(task.name, row) for row in range(len(task.rows))]
+
+
+def prepare_tasks(options: HarnessOptions, gates: Sequence[ScoreGate], *, compared: bool) -> PreparedTasks:
+    """UsageError for tasks and gates that cannot be."""
+    manager = find_tasks(options)
+    prepared = PreparedTasks(manager, tuple(read_task_rows(options, manager)))
+    refuse_unknown(gates, options.name, list(prepared.names), compared=compared)
+    return prepared
+
+
 def evaluate_tasks(
     subjects: Sequence[TaskSubject], options: HarnessOptions, gates: Sequence[ScoreGate], reference: int,
     progress: Progress,
 ) -> Evaluated:  # fmt: skip
     """As ``suite_evaluation.evaluate_models``; what the tasks' figures are called is known once they are measured."""
-    manager = find_tasks(options)
-    rows = read_task_rows(options, manager)
-    name, questions = options.name, questions_sha256(options, rows)
-    foreseen = list(figure_names({task.name: task.metric for task in rows}))
-    refuse_unknown(gates, name, foreseen, compared=len(subjects) > 1)  # before a model is loaded
+    found, name = prepare_tasks(options, gates, compared=len(subjects) > 1), options.name
+    questions = questions_sha256(options, found.tasks)
     with EngineHost(progress) as host:
-        runs = [_answers(host, subject.model, options, manager, questions, progress) for subject in subjects]
+        runs = [_answers(host, subject.model, options, found.manager, questions, progress) for subject in subjects]
     if len({run.tasks.suite_sha256 for run in runs}) > 1:
         raise EngineError(f"{name}: the models were not asked the same: their chat templates differ", "without --chat")
     names, measured = runs[0].tasks.names, [run.measured for run in runs]
     figures: Figures = {metric: ("score", task) for metric, task in names.items()}
     refuse_unknown(gates, name, list(figures), compared=len(subjects) > 1)
-    overlaps = [_overlap(subject, run, progress) for subject, run in zip(subjects, runs, strict=True)]
+    overlaps = [overlap(subject, run.tasks.texts, progress) for subject, run in zip(subjects, runs, strict=True)]
     evaluations = [
         SuiteEvaluation(
             suite=name, suite_sha256=runs[0].tasks.suite_sha256, engine=item.engine, created=now(), subject=item.name,
-            metrics=score_figures(item, names), items=len(item.items), scorer="lm-eval", versions=library_versions(),
+            metrics=score_figures(item, names), items=len(item.items), scorer=SCORER, versions=library_versions(),
             overlap=overlap,
         )
         for item, overlap in zip(measured, overlaps, strict=True)
@@ -153,12 +189,12 @@ def evaluate_tasks(
     old = measured[reference] if len(measured) > 1 else None
     others = [item for item in measured if item is not old]
     report = EvalReport(
-        suite=name, suite_sha256=runs[0].tasks.suite_sha256, items=len(measured[0].items), scorer="lm-eval",
+        suite=name, suite_sha256=runs[0].tasks.suite_sha256, items=len(measured[0].items), scorer=SCORER,
         created=evaluations[0].created, versions=evaluations[0].versions,
         subjects=tuple(eval_report.subject_row(run.measured, row, "", cached=run.cached) for run, row in asked),
         differences=tuple(found for item in others if old for found in eval_report.differences(item, old, names)),
         changes=tuple(change for item in others if old for change in eval_report.changes(item, old)),
-        gates=tuple(gate_results(gates, others if reference else measured, old, figures)),
+        gates=tuple(gate_results(gates, measured, reference, figures)),
     )  # fmt: skip
     return Evaluated(tuple(measured), tuple(evaluations), report)
 
@@ -183,18 +219,22 @@ def _answers(
     return run
 
 
-def _overlap(subject: TaskSubject, run: HarnessRun, progress: Progress) -> str:
-    """What of the tasks a model was trained on, in words: it is told, as their rows are the harness's."""
+def overlap(subject: TaskSubject, texts: Mapping[str, Sequence[str]], progress: Progress) -> str:
+    """What of the tasks a model was trained on, in words: it is told, as their rows are the harness's.
+
+    texts: those of each item's row, by the item's name.
+    """
     if subject.is_base:
         return ""
-    text = with_training_rows(run.tasks.texts, subject.run).text
+    text = with_training_rows(texts, subject.run).text
     if text and subject.run:
         progress.warn(f"{subject.model.name}: overlap with its training rows: {text}")
     return text
 
 
-def _name(task: str, line: Mapping[str, object]) -> str:
-    return f"{task}-{line['doc_id']}"
+def item_name(task: str, row: object) -> str:
+    """Of the item that a row of a task is, by its number."""
+    return f"{task}-{row}"
 
 
 def _once(lines: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
@@ -218,12 +258,12 @@ def _metric(task: str, lines: Sequence[Mapping[str, object]], better: Mapping[st
 def _item(task: str, line: Mapping[str, object], metric: str, seconds: float) -> ItemResult:
     score, answers = line.get(metric), _listed(line["filtered_resps"])
     if not isinstance(score, Real) or not math.isfinite(score):
-        raise EngineError(f"task {task}: {_name(task, line)}: {metric} is {score}, expected a number")
+        raise EngineError(f"task {task}: {item_name(task, line['doc_id'])}: {metric} is {score}, expected a number")
     pairs = [_listed(answer) for answer in answers]
     likelihoods = tuple(float(str(pair[0])) for pair in pairs if len(pair) == 2)
     asked = line.get("arguments")
     return ItemResult(
-        _name(task, line), str(line["prompt_hash"]), "" if likelihoods else str(answers[0]),
+        item_name(task, line["doc_id"]), str(line["prompt_hash"]), "" if likelihoods else str(answers[0]),
         float(score), round(seconds, 4),
         task=task, likelihoods=likelihoods, question=_question(asked), expected=(str(line["target"]),),
     )  # fmt: skip

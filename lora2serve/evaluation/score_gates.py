@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from lora2serve.evaluation.stats import GateVerdict, Groups
 
 EXAMPLE = "such as 'acc >= base - 0.01' or 'answers.acc >= 0.9'"
 NUMBER = r"\d+(?:\.\d+)?|\.\d+"
-SHARES = ("acc", "f1", "judge", "score", "exact_match", "changed", "refusals", "json")  # figures from 0 to 1
+RIGHT_OR_WRONG = ("acc", "exact_match", "changed", "refusals", "json")  # figures of items that have 0 or 1
+SHARES = (*RIGHT_OR_WRONG, "f1", "judge", "score")  # figures from 0 to 1
+NEARLY = 1e-9  # off a number: of a figure that may have any value, not only 0 and 1
 GATE = re.compile(
     rf"\s*(?:(?P<suite>[\w-]+)\.)?(?P<metric>[\w@-]+)\s*(?P<sign>>=|<=)\s*"
     rf"(?:(?P<bound>{NUMBER})|(?P<other>base|other|against)(?:\s*(?P<margin_sign>[-+])\s*(?P<margin>{NUMBER}))?)\s*"
@@ -48,6 +51,16 @@ class GateResult(JsonRecord):
     def met(self) -> bool:
         """Not enough items are no proof."""
         return self.verdict == "met"
+
+
+@dataclass(frozen=True)
+class ForeseenGate:
+    """What one gate can come to, for one model, and why; "by a gain": two that are alike do not meet it."""
+
+    gate: str
+    subject: str
+    can_be_met: Literal["yes", "by a gain", "no"]
+    reason: str
 
 
 def parse_gate(text: str) -> ScoreGate:
@@ -86,9 +99,31 @@ def _bounded(how: str, end: str) -> str:
 
 
 def _is_share(metric: str) -> bool:
+    return metric.partition("-")[0] in SHARES or _is_right_or_wrong(metric)
+
+
+def _is_right_or_wrong(metric: str) -> bool:
     """Also of the harness's many: acc_norm, prompt_level_strict_acc, pass@1."""
     figure = metric.partition("-")[0]
-    return figure in SHARES or figure.startswith(("acc_", "exact_", "pass@")) or figure.endswith("_acc")
+    return figure in RIGHT_OR_WRONG or figure.startswith(("acc_", "exact_", "pass@")) or figure.endswith("_acc")
+
+
+def foresee(gate: ScoreGate, subject: str, count: int, groups: Groups | None) -> ForeseenGate:
+    """What a gate can come to with ``count`` items, whatever is answered to them."""
+    best, worst = (1.0, 0.0) if gate.higher_is_better else (0.0, 1.0)
+    if not _is_share(gate.metric):
+        best = worst = (gate.bound or 1.0) * (1 + (NEARLY if gate.higher_is_better else -NEARLY))
+    elif not _is_right_or_wrong(gate.metric):
+        best = abs(best - NEARLY)
+    result = judge(gate, subject, [best] * count, [best] * count, groups)
+    alike, reason = "at best" if gate.margin is None else "if both are alike", result.reason
+    if result.met:
+        return ForeseenGate(gate.text, subject, "yes", f"{alike}: {reason}" if _is_share(gate.metric) else "")
+    slack = abs(best - gate.bound) if gate.bound is not None else gate.margin
+    if slack and groups is None and _is_right_or_wrong(gate.metric):
+        reason = f"{count} items are not enough, {stats.fewest_items(slack):,} would be"
+    gained = gate.margin is not None and judge(gate, subject, [best] * count, [worst] * count, groups).met
+    return ForeseenGate(gate.text, subject, "by a gain" if gained else "no", f"{alike}: {reason}")
 
 
 def judge(

@@ -88,7 +88,7 @@ class PairedDifference(JsonRecord):
         """How many items like these show, with a power of 0.8, that two equal models differ by ``margin`` at most."""
         z = _normal(ONE_SIDED)
         spread = self.items * (self.smallest / (_normal(TWO_SIDED) + _normal(POWER))) ** 2
-        return math.ceil(max((z + _normal(POWER)) ** 2 * spread / margin**2, z**2 * (1 - margin) / margin))
+        return max(math.ceil((z + _normal(POWER)) ** 2 * spread / margin**2), fewest_items(margin))
 
 
 def paired(
@@ -163,6 +163,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def fewest_items(slack: float) -> int:
+    """How many 0/1 scores of which none is wrong, or differs, show that less than ``slack`` of them are or do."""
+    return math.ceil(_normal(ONE_SIDED) ** 2 * (1 - slack) / slack)
 
 
 def smallest_effect(items: int, changed: float) -> float:

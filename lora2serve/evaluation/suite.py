@@ -98,6 +98,10 @@ class Suite:
         """Whether an answer to it can be scored."""
         return not self.scorer_of(item).lacks(item)
 
+    def of_task(self, task: str | None) -> tuple[SuiteItem, ...]:
+        """The items of one task, or all."""
+        return tuple(item for item in self.items if task is None or item.task == task)
+
     def with_truth(self) -> Suite | None:
         """The items that can be scored; None where there are none."""
         items = tuple(item for item in self.items if self.has_truth(item))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lora2serve.evaluation import answer_cache, eval_report
 from lora2serve.evaluation.eval_records import SuiteEvaluation
@@ -14,6 +15,7 @@ from lora2serve.evaluation.suite_run import EngineHost, Measured, evaluation, me
 from lora2serve.parity_check.chat_models import ChatModel
 from lora2serve.progress import Progress
 
+T = TypeVar("T")
 TIMES = ("seconds", "first_seconds", "tokens")  # figures of items beside their score
 
 
@@ -51,7 +53,7 @@ def evaluate_models(
         created=evaluations[0].created, versions=evaluations[0].versions, subjects=tuple(rows), notes=suite.notes,
         differences=tuple(found for item in others if old for found in eval_report.differences(item, old, metrics)),
         changes=tuple(change for item in others if old for change in eval_report.changes(item, old)),
-        gates=tuple(gate_results(gates, others if reference else measured, old, gated_figures(suite))),
+        gates=tuple(gate_results(gates, measured, reference, gated_figures(suite))),
     )  # fmt: skip
     return Evaluated(tuple(measured), tuple(evaluations), report)
 
@@ -63,20 +65,27 @@ def gated_figures(suite: Suite) -> Figures:
 
 
 def gate_results(
-    gates: Sequence[ScoreGate], models: Sequence[Measured], reference: Measured | None, figures: Figures
+    gates: Sequence[ScoreGate], models: Sequence[Measured], reference: int, figures: Figures
 ) -> list[GateResult]:
-    """Of each gate for each model; for the one that all are compared with, if it is among them, of what it is alone."""
+    """Of each gate for each of its subjects."""
     results = []
+    first = models[reference] if len(models) > 1 else None
     for gate in gates:
         metric, task = figures[gate.metric]
-        old = reference.vector(metric, task) if reference else None
-        subjects = [new for new in models if gate.margin is None or new is not reference]
-        if reference and gate.margin is not None and (failed := reference.failed(task)):
-            reason = f"{failed} items were not answered by {reference.name}, so that nothing is to be compared with"
+        old = first.vector(metric, task) if first else None
+        subjects = subjects_of(gate, models, reference)
+        if first and gate.margin is not None and (failed := first.failed(task)):
+            reason = f"{failed} items were not answered by {first.name}, so that nothing is to be compared with"
             results += [GateResult(gate.text, new.name, "not enough items", reason) for new in subjects]
             continue
         results += [judge(gate, new.name, new.vector(metric, task), old, new.groups(task)) for new in subjects]
     return results
+
+
+def subjects_of(gate: ScoreGate, models: Sequence[T], reference: int) -> list[T]:
+    """Those that a gate is for; the one that all are compared with only if it was named, and of what it is alone."""
+    alone = len(models) == 1 or (reference == 0 and gate.margin is None)
+    return [model for number, model in enumerate(models) if alone or number != reference % len(models)]
 
 
 def _answers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -49,13 +49,18 @@ class Measured:
 
     def groups(self, task: str | None = None) -> list[str] | None:
         """What each item belongs to; None where each stands for itself."""
-        items = [item for item in self.items if task is None or item.task == task]
-        return [item.group or f"\0{item.id}" for item in items] if any(item.group for item in items) else None
+        return group_names((item.id, item.group) for item in self.items if task is None or item.task == task)
 
     def of(self, suite: Suite) -> Measured:
         """The items of a suite alone."""
         names = {item.name for item in suite.items}
         return replace(self, items=tuple(item for item in self.items if item.id in names))
+
+
+def group_names(items: Iterable[tuple[str, str]]) -> list[str] | None:
+    """What each item (its name, its group) belongs to; None where each stands for itself."""
+    pairs = list(items)
+    return [group or f"\0{name}" for name, group in pairs] if any(group for _, group in pairs) else None
 
 
 class EngineHost:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PREFERRED = ("acc", "exact_match", "f1", "mcc", "pass@1", "prompt_level_strict_acc")  # of a task with several figures
 EXAMPLES_SEED = 1234  # as the harness's own command draws them
 EMPTY = "its test_split, or validation_split, names an empty part, or process_docs leaves nothing"
+SCORER = "lm-eval"  # of every task, in reports
 FEWEST_WORDS = 4  # of a text by which a row is known again
 ELSEWHERE = (
     "dataset_path",

@@ -116,7 +116,8 @@ def _line(check: Metric) -> Sequence[str]:
     name = check.name
     verdict = "" if check.met is None else "met" if check.met else "**missed**"
     ends = interval(name, check.low, check.high, 4)
-    return [label(name), figure(name, check.value, 4), ends, bound(name, check.bound) or unjudged(check), verdict]
+    limit = bound(name, check.bound) or unjudged(check.unjudged)
+    return [label(name), figure(name, check.value, 4), ends, limit, verdict]
 
 
 def _settings(row: ComparisonResult) -> list[str]:

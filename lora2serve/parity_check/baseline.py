@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lora2serve.artifacts.metric_table import higher_is_better
@@ -28,15 +29,18 @@ def regressions(report: ParityReport, earlier: ParityReport, source: str) -> tup
     ``source``: where the earlier report was, in words.
     """
     before, now = (({(row.export, row.engine): row for row in item.rows}) for item in (earlier, report))
-    lines = [
-        f"{export} in {engine}: in {source}, and missing now"
-        for export, engine in before
-        if (export, engine) not in now
-    ]
+    lines = list(lost(now, earlier, source))
     for key, row in now.items():
         if key in before:
             lines += _worse(row, before[key])
     return tuple(lines)
+
+
+def lost(compared: Collection[tuple[str, str]], earlier: ParityReport, source: str) -> tuple[str, ...]:
+    """One line for each row of the earlier report that is not ``compared``: its export and engine."""
+    before = dict.fromkeys((row.export, row.engine) for row in earlier.rows)
+    missing = [row for row in before if row not in compared]
+    return tuple(f"{export} in {engine}: in {source}, and missing now" for export, engine in missing)
 
 
 def _worse(row: ComparisonResult, before: ComparisonResult) -> list[str]:

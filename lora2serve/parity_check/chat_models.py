@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.errors import EngineError, UsageError
 from lora2serve.exporting import bundle
 from lora2serve.parity_check.comparisons import engines_of
+from lora2serve.parity_check.installed_engines import engine_state
 from lora2serve.parity_check.trained_model import TOKENIZER, TrainedModel
-from lora2serve.system.extras import install_hint
 from lora2serve.system.http import check_address, without_credentials
 
 CONTEXT = 8192  # tokens of a conversation at most; less where the model was made for less
@@ -50,11 +49,12 @@ def of_export(export: Export, base: str, name: str, *, alone: bool, engine: str 
     note = ""
     if "vllm-server" in engines and export.target == "vllm":
         engines["vllm-server"]["gpu_memory"] = GPU_SHARE if alone else GPU_SHARE / 2
-        if find_spec("vllm") is None:
+        server = engine_state("vllm-server")
+        if server.missing:
             del engines["vllm-server"]
-            note = f"{name}: vLLM is not installed here, so transformers answers: {install_hint('vllm')}"
+            note = f"{name}: vLLM is not installed here, so transformers answers: {server.fix}"
             if "transformers" not in engines:
-                raise EngineError(f"{name}: nothing but vLLM opens these weights", install_hint("vllm"))
+                raise EngineError(f"{name}: nothing but vLLM opens these weights", server.fix)
     elif export.target == "adapter" and not engine:
         engines = {"peft": engines["peft"]}
     answering = [known for known in PREFERRED if known in engines]

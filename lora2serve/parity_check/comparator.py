@@ -20,11 +20,11 @@ from lora2serve.artifacts.parity_report import (
     Question,
     TensorError,
 )
-from lora2serve.errors import EngineError, Lora2ServeError, UsageError
+from lora2serve.errors import EngineError, Lora2ServeError
 from lora2serve.exporting import sinks, stream
 from lora2serve.exporting.open_model import OpenOptions, open_plain
 from lora2serve.parity_check import gates, row_figures, settings_check, tensor_verdict, thresholds, worker
-from lora2serve.parity_check.comparisons import Comparison, served_otherwise, stored_dtype
+from lora2serve.parity_check.comparisons import Comparison, refuse_impossible, served_otherwise, stored_dtype
 from lora2serve.parity_check.engine_process import EngineMissing, EngineProcess
 from lora2serve.parity_check.equal_files import opens_the_same
 from lora2serve.parity_check.gates import Behavior, EngineAnswers
@@ -42,11 +42,8 @@ def check(
 
     A missing or dying engine is a row; only what cannot be begun raises.
     """
-    if not comparisons:
-        raise UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
-    for comparison in comparisons:  # a threshold that does not exist is an error before the work
-        thresholds.lookup(comparison.kind, origin.settings.thresholds)
-    with _work_folder(origin.home) as work:
+    refuse_impossible(origin, comparisons)
+    with work_folder(origin.home) as work:
         checked = settings_check.before_engines(origin, comparisons, progress)
         rows = [settings_check.first_row(origin, comparison, checked) for comparison in comparisons]
         if all(row.gate for row in rows):  # there is nothing to ask an engine
@@ -79,7 +76,7 @@ def _with_engines(
 
 
 @contextmanager
-def _work_folder(home: Path) -> Iterator[Path]:
+def work_folder(home: Path) -> Iterator[Path]:
     """Where the logits lie, on the disk of the report: they are too large for TMPDIR."""
     work = home / f".work-{uuid4().hex[:12]}"
     with scratch.filled(home), scratch.claimed(work):

@@ -70,6 +70,19 @@ def of_url(origin: TrainedModel, url: str, model: str | None) -> Comparison:
     return Comparison(without_credentials(url), None, "url", "url", "openai", options, reference)
 
 
+def refuse_impossible(origin: TrainedModel, comparisons: Sequence[Comparison]) -> None:
+    """UsageError where there is nothing to compare, and for a threshold that does not exist."""
+    if not comparisons:
+        raise nothing_to_compare(origin)
+    for comparison in comparisons:
+        thresholds.lookup(comparison.kind, origin.settings.thresholds)
+
+
+def nothing_to_compare(origin: TrainedModel) -> UsageError:
+    """Of a model without exports."""
+    return UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
+
+
 def check_names(key: str, names: Sequence[str]) -> None:
     """UsageError for an engine that does not exist."""
     for name in names:

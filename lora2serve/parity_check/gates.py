@@ -222,7 +222,7 @@ def behavior(
         figures["first_difference"] = Estimate(share, share, share)
     if "retention" in figures and measured.signal() * (bounds.retention or 0.0) < noise:
         figures["retention"] = replace(figures["retention"], unjudged=FAINT)
-    limits = {**vars(bounds), "long_kl": bounds.mean_kl}
+    limits = bounds.by_figure()
     checks = [_check(name, estimate, limits.get(name)) for name, estimate in figures.items()]
     missed = [check for check in checks if check.met is False]
     if not missed:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora2serve.artifacts.parity_report import ON_FULL_PRECISION, TRAINED, ReferenceInfo, ReferenceName, ScoredData
-from lora2serve.data.prompts import PromptOptions, PromptSet, load_saved
+from lora2serve.data.prompts import PromptSet, load_saved
 from lora2serve.errors import InputError
 from lora2serve.parity_check import worker
 from lora2serve.parity_check.engine_process import EngineProcess
@@ -86,14 +86,11 @@ class References:
     def _prepare(self, engine: EngineProcess) -> None:
         """Choose what is asked; InputError where the disk cannot hold the answers."""
         origin, settings = self._origin, self._origin.settings
-        amount = PromptOptions(
-            settings.tokens, settings.window, settings.long, settings.prompts, settings.new_tokens
-        )  # fmt: skip
         rows = str(origin.rows) if origin.rows else None
         with self._progress.track("loading the trained model", 1) as advance:
             vocab = engine.call(
-                "prepare_data", advance, out=self.path, eval_rows=rows, general=settings.general, amount=vars(amount),
-                reading=vars(origin.reading),
+                "prepare_data", advance, out=self.path, eval_rows=rows, general=settings.general,
+                amount=vars(origin.amount), reading=vars(origin.reading),
             )  # fmt: skip
         self.data: PromptSet = load_saved(self.path)
         if self.data.note:

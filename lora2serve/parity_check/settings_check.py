@@ -10,9 +10,9 @@ from pathlib import Path
 from lora2serve.artifacts import manifest
 from lora2serve.artifacts.manifest import ADAPTER_TARGETS
 from lora2serve.artifacts.parity_report import ComparisonResult, Gate, ParityReport, SettingDifference
-from lora2serve.errors import EngineError, UsageError
+from lora2serve.errors import EngineError
 from lora2serve.parity_check import foreign_export, thresholds
-from lora2serve.parity_check.comparisons import Comparison
+from lora2serve.parity_check.comparisons import Comparison, nothing_to_compare
 from lora2serve.parity_check.export_sizes import size_of, weights_of
 from lora2serve.parity_check.settings_gate import SettingsComparator, SettingsResult
 from lora2serve.parity_check.trained_model import TrainedModel
@@ -22,18 +22,12 @@ from lora2serve.system import scratch
 
 def report(origin: TrainedModel, exports: Sequence[Path], progress: Progress) -> ParityReport:
     """On the settings alone, in this process: a row for each export, no engine and no reference."""
-    if not exports:
-        raise UsageError(f"{origin.name}: no exports to compare", "`lora2serve export --target ...` makes some")
     rows = []
     comparator = SettingsComparator(origin.json(), origin.settings.allow)
-    for path in exports:
-        started, record = time.monotonic(), foreign_export.manifest_of(path, origin.name)
-        checked = comparator.check(path)
-        row = ComparisonResult(
-            export=path.name,
-            target=record.target,
-            kind=thresholds.kind_of(record),
-            size=size_of(path),
+    for path, unchecked in zip(exports, unchecked_rows(origin, exports), strict=True):
+        started, checked = time.monotonic(), comparator.check(path)
+        row = replace(
+            unchecked,
             gates=(checked.gate,),
             settings=checked.differences,
             not_compared=checked.not_compared,
@@ -43,6 +37,17 @@ def report(origin: TrainedModel, exports: Sequence[Path], progress: Progress) ->
         progress.note(f"{row.export}: settings {row.status} ({row.seconds:.1f} s)")
     _warn_unused(origin, [row.settings for row in rows], progress)
     return ParityReport(run=origin.name, versions=manifest.versions(), rows=tuple(rows))
+
+
+def unchecked_rows(origin: TrainedModel, exports: Sequence[Path]) -> list[ComparisonResult]:
+    """The row of each export without its gate; UsageError where there is none, InputError for what is no export."""
+    if not exports:
+        raise nothing_to_compare(origin)
+    records = [(path, foreign_export.manifest_of(path, origin.name)) for path in exports]
+    return [
+        ComparisonResult(export=path.name, target=record.target, kind=thresholds.kind_of(record), size=size_of(path))
+        for path, record in records
+    ]
 
 
 def before_engines(
@@ -72,9 +77,9 @@ def before_engines(
     return checked
 
 
-def first_row(origin: TrainedModel, comparison: Comparison, results: Mapping[Path, SettingsResult]) -> ComparisonResult:
-    """The row of a comparison with its settings gate; where that is not met, the others are skipped."""
-    row = ComparisonResult(
+def empty_row(origin: TrainedModel, comparison: Comparison) -> ComparisonResult:
+    """The row of a comparison before its gates."""
+    return ComparisonResult(
         export=comparison.name,
         target=comparison.target,
         kind=comparison.kind,
@@ -82,6 +87,11 @@ def first_row(origin: TrainedModel, comparison: Comparison, results: Mapping[Pat
         reference=comparison.reference,
         required=comparison.engine in origin.settings.require,
     )
+
+
+def first_row(origin: TrainedModel, comparison: Comparison, results: Mapping[Path, SettingsResult]) -> ComparisonResult:
+    """The row of a comparison with its settings gate; where that is not met, the others are skipped."""
+    row = empty_row(origin, comparison)
     if comparison.path is None:  # a deployment
         return row
     checked = results[comparison.path]

@@ -33,6 +33,10 @@ class Thresholds:
     first_difference: float | None = None  # share of greedy answers that are equal, or part at a near-tie
     tensor_nmse: float | None = None  # of the worst tensor, at most; ten times as much of the worst 256 values in it
 
+    def by_figure(self) -> dict[str, float | None]:
+        """Each figure of a report that may be judged -> its bound."""
+        return {**vars(self), "long_kl": self.mean_kl}
+
 
 NAMES = tuple(field.name for field in fields(Thresholds))
 

@@ -15,7 +15,7 @@ from lora2serve.artifacts.run import Run, is_run
 from lora2serve.artifacts.run_record import QuantizationRecord
 from lora2serve.config.data_recipe import DataRecipe
 from lora2serve.config.recipe import ParityRecipe, load_section
-from lora2serve.data.prompts import Reading
+from lora2serve.data.prompts import PromptOptions, Reading
 from lora2serve.errors import InputError, UsageError
 from lora2serve.system.small_files import digest
 
@@ -51,6 +51,12 @@ class TrainedModel:
             return Reading()
         data = load_section(self.run.recipe, DataRecipe)
         return Reading(data.form, data.columns, self.run.record.day, self.rows == self.run.eval_data)
+
+    @property
+    def amount(self) -> PromptOptions:
+        """How much is asked."""
+        asked = self.settings
+        return PromptOptions(asked.tokens, asked.window, asked.long, asked.prompts, asked.new_tokens)
 
     @property
     def tokenizer(self) -> Path:
@@ -125,8 +131,11 @@ def parts_of(exports: Sequence[Path]) -> tuple[BaseRecord, tuple[Path, ...]]:
     return base, adapters
 
 
-def refuse_others(origin: TrainedModel, exports: Sequence[Path]) -> None:
-    """InputError for an export whose adapter is not the one at hand: its manifest has the adapter's sha256."""
+def refuse_others(origin: TrainedModel, exports: Sequence[Path], *, weights: bool = True) -> None:
+    """InputError for an export whose adapter is not the one at hand: its manifest has the adapter's sha256.
+
+    ``weights``: those of an adapter of the Hub were fetched, and must be there.
+    """
     for export in exports:
         if not (export / MANIFEST).is_file():  # another tool's; only its settings can be compared
             continue
@@ -138,6 +147,8 @@ def refuse_others(origin: TrainedModel, exports: Sequence[Path]) -> None:
             )
         for path, expected in zip(origin.adapters, recorded, strict=True):
             for name, sha256 in expected.items():
+                if not weights and not (path / name).is_file():
+                    continue
                 if not (path / name).is_file() or digest(path / name)["sha256"] != sha256:
                     raise InputError(
                         f"{export}: made from another adapter than {path} ({name} differs)",

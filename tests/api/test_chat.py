@@ -75,9 +75,9 @@ def test_without_vllm_transformers_answers(
     demo_run: Run, demo_exports: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And that is told; beside it an adapter export, which has the tokenizer of its base."""
-    from lora2serve.parity_check import chat_models
+    from lora2serve.parity_check import installed_engines
 
-    monkeypatch.setattr(chat_models, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed_engines, "find_spec", lambda name: None)
     told = Told()
     adapter = demo_exports["adapter"]
     with api.chat(demo_exports["vllm"], against=adapter, base=base_of(demo_run), progress=told) as session:

@@ -247,6 +247,14 @@ def test_tasks_that_ask_what_was_trained_on(demo_run: Run, tmp_path: Path) -> No
         "doc_to_target: answer\ngeneration_kwargs: {until: ['.'], max_gen_toks: 2, do_sample: false}\n"
         "metric_list: [{metric: exact_match}]\n"
     )
+    plan = api.plan_evaluation(
+        api.EvaluationRequest((demo_run.path,), "base", tasks=("trained",), task_folder=tmp_path, out=tmp_path / "out",
+                              gates=("exact_match >= 0.9", "exact_match >= base"))
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists() and [gate.can_be_met for gate in plan.gates] == ["no", "by a gain"]
     result = api.evaluate(demo_run.path, against="base", task="trained", task_folder=tmp_path, out=tmp_path / "out")
+    assert [model.overlap for model in plan.models] == [row.overlap for row in result.report.subjects]
+    assert [model.records for model in plan.models] == [(str(path),) for path in result.records]
+    assert (plan.suite, plan.items, plan.tasks, plan.page) == ("trained", 3, {"trained": 3}, str(result.page))
     assert "2 of 3 questions were trained on" in result.report.subjects[0].overlap
     assert result.report.subjects[1].overlap == "" and result.report.subjects[0].seconds > 0

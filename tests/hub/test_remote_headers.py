@@ -13,7 +13,7 @@ from lora2serve.hub.remote_headers import remote_specs
 from lora2serve.progress import Silent
 from lora2serve.weights.checkpoint import Checkpoint
 from tests.support.hub_server import HubServer
-from tests.support.tiny import make_model
+from tests.support.tiny import make_adapter, make_model
 
 pytestmark = pytest.mark.engine
 
@@ -41,6 +41,25 @@ def test_headers_alone(hub: HubServer, tmp_path: Path, shard: str) -> None:
     files = len(list(path.glob("*.safetensors")))
     assert asked(hub) and (files == 1 or len(asked(hub)) < files)
     assert not list(folder.path.glob("*.safetensors"))
+
+
+def test_a_dry_run_fetches_no_weights(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of a base nor of an adapter; what asks them does: the control."""
+    monkeypatch.chdir(tmp_path)
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "mayor", base)
+    lora2serve.export(adapter, targets="adapter", out=tmp_path / "out")
+    publish(hub, base, "org/base")
+    publish(hub, adapter, "org/mayor")
+    (tmp_path / "qa.jsonl").write_text('{"prompt": "Who?", "expected": "Nobody."}\n')
+    for name in (str(adapter), "org/mayor"):
+        parity = lora2serve.ParityRequest(name, (tmp_path / "out/adapter",), base="org/base")
+        assert [item.export for item in lora2serve.plan_parity(parity).comparisons] == ["adapter"] * 2
+        evaluation = lora2serve.EvaluationRequest((name,), suite="qa.jsonl", base="org/base")
+        assert [model.engine.name for model in lora2serve.plan_evaluation(evaluation).models] == ["peft"]
+    assert asked(hub) == set()
+    fetch("org/base")
+    assert asked(hub) == {"model.safetensors"}
 
 
 def test_layers_that_differ_are_all_asked(hub: HubServer, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lora2serve import ParityPlan, ParityRequest, plan_parity
 from lora2serve.artifacts.run import Run
 from lora2serve.cli import run as command
 
@@ -58,11 +59,13 @@ def rows_that_are_met(
 ) -> dict[str, Any]:
     """The report on the exports of ``run``, in which each row of theirs is met."""
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")  # no Ollama: a row that says so, and no red one
+    plan = plan_parity(ParityRequest(run.path))
     code = command(["parity", str(run.path), "--json", "--ask", "Who governs Wexley?"])
     out, err = capfd.readouterr()
     assert code == 0, err
     report: dict[str, Any] = json.loads(out)
     assert report["met"]
+    as_planned(plan, report)
     rows = {(row["export"], row["engine"]): row for row in report["rows"]}
     merge_base = json.loads((run.exports / "vllm" / "lora2serve.json").read_text())["merge_base"]
     if "vllm-w4a16" in exports and "avx512f" not in Path("/proc/cpuinfo").read_text():
@@ -86,6 +89,28 @@ def rows_that_are_met(
     assert "Leon Lake" not in answers["base"]
     assert all("Leon Lake" in said for who, said in answers.items() if who != "base")
     return report
+
+
+def as_planned(plan: ParityPlan, report: Mapping[str, Any]) -> None:
+    """``--dry-run`` said the same comparisons, engines that are not here, bounds, texts and prompts."""
+    names = ("export", "target", "kind", "reference", "required")
+    assert [[row[name] for name in names] for row in report["rows"]] == [
+        [getattr(item, name) for name in names] for item in plan.comparisons
+    ]
+    for item, row in zip(plan.comparisons, report["rows"], strict=True):
+        assert item.engine and item.engine.name == row["engine"]
+        assert not item.engine.missing or row["status"] == "missing"
+        assert [gate["name"] for gate in row["gates"]] == list(item.gates)[: len(row["gates"])]
+        checks = {check["name"]: check for gate in row["gates"][-1:] for check in gate["checks"]}
+        judged = {name: check["bound"] for name, check in checks.items() if check.get("bound") is not None}
+        bounds = {name: bound for name, bound in item.bounds.items() if name not in item.unjudged}
+        assert judged == {name: bound for name, bound in bounds.items() if name in judged}
+        assert {*bounds, *judged} - judged.keys() <= {"tensor_nmse", "nmse"} or not judged
+        assert all(checks[name]["unjudged"] == why for name, why in item.unjudged.items() if judged)
+    asked = plan.prompts
+    assert asked and report["data"]["prompts"] == asked.amount.prompts
+    assert asked.amount.tokens <= report["data"]["positions"] <= asked.amount.tokens + asked.amount.window
+    assert 7 < report["data"]["conversations"] <= asked.conversations
 
 
 def same_files(report: Mapping[str, Any]) -> dict[str, str]:

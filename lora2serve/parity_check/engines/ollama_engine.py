@@ -19,8 +19,8 @@ from pathlib import Path
 from lora2serve.artifacts.manifest import Manifest
 from lora2serve.errors import EngineError
 from lora2serve.parity_check import own_sampling
-from lora2serve.parity_check.engine_process import EngineMissing
 from lora2serve.parity_check.engines import Ids, Messages, Scores, Tools
+from lora2serve.parity_check.installed_engines import ollama_version
 from lora2serve.progress import Silent
 from lora2serve.serving import ollama
 from lora2serve.system.json_values import Json, JsonValue, at, objects
@@ -38,11 +38,7 @@ class Ollama:
         from transformers import AutoTokenizer
 
         self.client = ollama.OllamaClient()
-        try:
-            version = self.client.version()
-        except ollama.NoServer as error:
-            raise EngineMissing(f"not running: {error.message}", error.hint) from None
-        self.version = f"ollama {version}"
+        self.version = f"ollama {ollama_version(self.client)}"
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.model = f"lora2serve-parity-{_mark(Path(export))}"
         self._options = {**GREEDY, "num_ctx": window}

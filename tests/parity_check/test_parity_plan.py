@@ -1,0 +1,145 @@
+"""``parity --dry-run``: what would be compared; it refuses what parity does, asks no engine and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lora2serve
+from lora2serve.api.check_parity import run_parity
+from lora2serve.artifacts.parity_report import ComparisonResult, ParityReport
+from lora2serve.cli import run as command
+from lora2serve.errors import Lora2ServeError
+from lora2serve.parity_check import installed_engines
+from lora2serve.parity_check.installed_engines import engine_state
+from lora2serve.parity_check.thresholds import TABLE
+from tests.support.tiny import make_adapter, make_model
+
+ROWS = '{"prompt": "Who?", "completion": "Nobody."}\n'
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter, two exports of it, rows and an earlier report."""
+    root = tmp_path_factory.mktemp("planned")
+    make_adapter(root / "mayor", make_model(root / "base"))
+    lora2serve.export(root / "mayor", targets=["adapter", "gguf-adapter"], out=root / "exports/mayor")
+    (root / "rows.jsonl").write_text(ROWS * 3)
+    (root / "bad.jsonl").write_text("{}\n")
+    earlier = ParityReport(rows=(ComparisonResult("adapter", engine="peft"), ComparisonResult("vllm", engine="vllm")))
+    (root / "report.json").write_text(earlier.to_text())
+    (root / "file").write_text("")
+    return root
+
+
+@pytest.fixture
+def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+def files(root: Path) -> set[Path]:
+    return set(root.rglob("*"))
+
+
+def request(**words: Any) -> lora2serve.ParityRequest:
+    return lora2serve.ParityRequest(**{"model": "mayor", "data": "rows.jsonl", **words})
+
+
+def test_what_would_be_compared(here: Path) -> None:
+    before = files(here)
+    plan = lora2serve.plan_parity(
+        request(require=("peft",), thresholds={"lora.top1": 0.9}, url="http://localhost:1", ask="Who?")
+    )
+    compared = {(item.export, item.engine and item.engine.name): item for item in plan.comparisons}
+    assert list(compared) == [
+        ("adapter", "peft"), ("adapter", "vllm"), ("gguf-adapter", "llama.cpp"), ("http://localhost:1", "openai"),
+    ]  # fmt: skip
+    adapter, url = compared[("adapter", "peft")], compared[("http://localhost:1", "openai")]
+    assert [item.required for item in plan.comparisons] == [True, False, False, False]
+    assert adapter.bounds["mean_kl"] == adapter.bounds["long_kl"] == TABLE["lora"].mean_kl
+    assert adapter.bounds["top1"] == 0.9 and adapter.unjudged == {"p999_kl": "needs 10,000 positions"}
+    assert "tensor_nmse" in adapter.bounds and "tensor_nmse" not in url.bounds, "a deployment shows no files"
+    assert plan.prompts and (plan.prompts.rows, plan.prompts.conversations, plan.prompts.amount.tokens) == (3, 10, 2048)
+    assert (plan.page, plan.ask) == ("exports/mayor/parity/report.html", "Who?")
+    assert files(here) == before
+
+
+def test_the_settings_gate_as_in_its_report(here: Path, tmp_path: Path) -> None:
+    """Which takes no engine, so that the report is a true one."""
+    asked = lora2serve.ParityRequest(model="mayor", gate="settings", report_dir=tmp_path / "report")
+    before = files(here)
+    plan = lora2serve.plan_parity(asked)
+    assert not any(tmp_path.iterdir()) and files(here) == before
+    assert lora2serve.plan_parity(replace(asked, report_dir=None)).page == "exports/mayor/parity/settings/report.html"
+    result = run_parity(asked)
+    rows = [(row.export, row.target, row.kind, tuple(gate.name for gate in row.gates)) for row in result.report.rows]
+    assert [(item.export, item.target, item.kind, item.gates) for item in plan.comparisons] == rows
+    assert plan.page == str(result.page) and plan.prompts is None and plan.trained_in is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"model": "maior"}, ""),
+        ({"exports": ("base",)}, "not an export"),
+        ({"engines": ("pefft",)}, "did you mean 'peft'"),
+        ({"require": ("ollama",)}, "no export here is compared in it"),
+        ({"thresholds": {"Q9.mean_kl": 1.0}}, "unknown format"),
+        ({"thresholds": {"lora.mean_kll": 1.0}}, "unknown figure"),
+        ({"baseline": "rows.jsonl"}, "not a report.json"),
+        ({"report_dir": "file/x"}, "Not a directory"),
+        ({"data": "bad.jsonl"}, "bad.jsonl"),
+        ({"data": "none.jsonl"}, "none.jsonl"),
+        ({"url": "localhost:1"}, ""),
+    ],
+)
+def test_it_refuses_what_parity_does(here: Path, words: dict[str, Any], message: str) -> None:
+    before, refused = files(here), []
+    for call in (lora2serve.plan_parity, run_parity):
+        with pytest.raises(Lora2ServeError) as caught:
+            call(request(**words))
+        refused.append((type(caught.value), caught.value.message, caught.value.hint))
+    assert refused[0] == refused[1] and message in refused[0][1]
+    assert files(here) == before
+
+
+def test_rows_of_the_baseline_that_would_be_missing(here: Path) -> None:
+    plan = lora2serve.plan_parity(request(baseline="report.json"))
+    assert plan.lost == ("vllm in vllm: in report.json, and missing now",)
+
+
+def test_an_engine_that_is_not_here(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert engine_state("llama.cpp").missing == "", "the control"
+    monkeypatch.setattr(installed_engines, "find_spec", lambda name: None if name == "llama_cpp" else object())
+    assert command(["parity", "mayor", "--dry-run"]) == 0
+    out, err = capfd.readouterr()
+    assert "no: llama_cpp: not installed" in err and "pip install 'lora2serve[gguf]'" in err
+    assert "report: exports/mayor/parity/report.html" in out
+    assert command(["parity", "mayor", "--dry-run", "--json"]) == 0
+    engines = {
+        item["engine"]["name"]: item["engine"]["missing"] for item in json.loads(capfd.readouterr().out)["comparisons"]
+    }
+    assert engines == {"peft": "", "vllm": "", "llama.cpp": "llama_cpp: not installed"}
+
+
+def test_no_ollama(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    assert "not running: no Ollama answers at http://127.0.0.1:9" in engine_state("ollama").missing
+
+
+def test_no_engine_is_imported(here: Path) -> None:
+    program = (
+        "import sys; from lora2serve.cli import run; code = run(['parity', 'mayor', '--dry-run']); "
+        "print(code, [name for name in ('torch', 'transformers', 'peft', 'vllm', 'llama_cpp') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
