@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora2serve.config import recipe as recipes
-from lora2serve.config.arguments import hints_of, take
+from lora2serve.config.arguments import take_fields
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.errors import UsageError
 from lora2serve.evaluation.harness_options import HarnessOptions, harness_options
@@ -40,9 +40,7 @@ class SweepRequest:
 
     def __post_init__(self) -> None:
         """UsageError for values that no type checker has seen, and for what cannot be or contradicts itself."""
-        given = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name, value in take(hints_of(SweepRequest), given).items():
-            object.__setattr__(self, name, value)
+        take_fields(self)
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs {self.jobs}: expected 1 at least")
         if not 0 < self.fraction <= 1:
