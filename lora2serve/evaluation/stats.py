@@ -85,7 +85,12 @@ class PairedDifference(JsonRecord):
         return _judged(worst, best, -margin)
 
     def items_needed(self, margin: float) -> int:
-        """How many items like these show, with a power of 0.8, that two equal models differ by ``margin`` at most."""
+        """How many items like these show, with a power of 0.8, that two equal models differ by ``margin`` at most.
+
+        Where none of them changed, how often others will is not known: the fewest that could show it.
+        """
+        if self.won == self.lost == 0:
+            return fewest_items(margin)
         z = _normal(ONE_SIDED)
         spread = self.items * (self.smallest / (_normal(TWO_SIDED) + _normal(POWER))) ** 2
         return max(math.ceil((z + _normal(POWER)) ** 2 * spread / margin**2), fewest_items(margin))

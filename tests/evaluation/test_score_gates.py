@@ -69,7 +69,12 @@ def test_the_first_of_several_has_gates_of_its_own() -> None:
 
 def test_a_reason_says_how_many_are_needed() -> None:
     result = judge(parse_gate("acc >= base - 0.01"), "new", [1.0] * 20, [1.0] * 20, None)
-    assert "20 items are not enough, about" in result.reason and not result.met
+    assert "20 items are not enough, about 268 would be" in result.reason and not result.met
+    enough = judge(parse_gate("acc >= base - 0.01"), "new", [1.0] * 268, [1.0] * 268, None)
+    fewer = judge(parse_gate("acc >= base - 0.01"), "new", [1.0] * 267, [1.0] * 267, None)
+    assert enough.met and not fewer.met, "that many are, if none changes"
+    changed = judge(parse_gate("acc >= base - 0.01"), "new", [1.0] * 19 + [0.0], [1.0] * 20, None)
+    assert "about" in changed.reason and "268" not in changed.reason
 
 
 def test_items_of_one_group_have_a_reason() -> None:
