@@ -88,13 +88,20 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if sys.stderr is None:  # closed by whoever started this, and libraries take it for a file
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     own_process.claim()
-    interruption.end_like_ctrl_c()
     gc.set_threshold(100_000, 20)  # importing torch makes a million objects that stay: not looked through every 700
     if not VERBOSE & set(words):
         # What the libraries log is not about the user's input; our messages go through Progress.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    leave(run(words))
+    from lora2serve import console  # while it loads, a signal ends the process as it ends any other
+
+    try:
+        interruption.end_like_ctrl_c()
+        code = run(words)
+    except KeyboardInterrupt:  # as that begins or ends
+        console.Terminal().note("interrupted")
+        code = 130
+    leave(code)
 
 
 def run(args: list[str]) -> int:

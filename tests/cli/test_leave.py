@@ -124,7 +124,7 @@ import os, signal, sys
 
 class Interrupting:
     def find_spec(self, name, *_):
-        if name == "lora2serve.cli.export":
+        if name == "{module}":
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(1000): pass
 
@@ -136,10 +136,34 @@ ENTRY = "from lora2serve.__main__ import start; start()"
 WITHOUT = "from lora2serve.cli import main; main()"
 
 
+@pytest.mark.parametrize("module", ["lora2serve.cli.export", "lora2serve.console"])
 @pytest.mark.parametrize(("call", "traceback"), [(ENTRY, False), (WITHOUT, True)], ids=["the command", "the control"])
-def test_ctrl_c_while_modules_load(call: str, traceback: bool) -> None:
-    done = subprocess.run([sys.executable, "-c", HOOK + call], capture_output=True, text=True, check=False)
+def test_ctrl_c_while_modules_load(call: str, traceback: bool, module: str) -> None:
+    words = [sys.executable, "-c", HOOK.format(module=module) + call]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGINT
     assert done.stdout == ""
     assert ("Traceback" in done.stderr) == traceback
     assert traceback or done.stderr == ""
+
+
+AT_ONCE = """
+import os, signal
+from lora2serve.system import interruption
+from lora2serve.cli import main
+
+def end_like_ctrl_c(before=interruption.end_like_ctrl_c):
+    before()
+    os.kill(os.getpid(), {ending})
+
+interruption.end_like_ctrl_c = end_like_ctrl_c
+main(["--help"])
+"""
+
+
+def test_a_signal_as_soon_as_it_is_ctrl_c() -> None:
+    for ending, code in (("signal.SIGTERM", 130), ("0", 0)):
+        words = [sys.executable, "-c", AT_ONCE.format(ending=ending)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (code, "interrupted\n" if code else ""), done.stderr
+        assert bool(done.stdout) == (not code), "the control"
