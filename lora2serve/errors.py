@@ -23,9 +23,15 @@ A message is one line: what, which value, what was expected. ``hint`` is the way
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
+WAYS_OUT = {
+    errno.EACCES: "run it in a folder that you may write to",
+    errno.EROFS: "run it in a folder that you may write to",
+    errno.ENOSPC: "make room on that disk, and run it again",
+}
 LONGEST_WORD = 200  # characters: what is longer is no slip of the pen, and difflib would take hours
 
 
@@ -112,6 +118,12 @@ class GateNotMet(Lora2ServeError):
     """A version may not become what it was to be; the message names each gate."""
 
     exit_code = 3
+
+
+def of_system(error: OSError) -> Lora2ServeError:
+    """What the system refuses, such as a full disk or a folder that may not be written, as an error of one line."""
+    where = f"{error.filename}: " if error.filename else ""
+    return Lora2ServeError(f"{where}{error.strerror or first_line(error)}", WAYS_OUT.get(error.errno or 0, ""))
 
 
 def first_line(error: BaseException) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from lora2serve.config.arguments import checked
 from lora2serve.config.method_problems import problems_of_method
 from lora2serve.config.model_name import refuse_run_name
 from lora2serve.config.recipe import ModelRecipe, ParityRecipe, Recipe
+from lora2serve.config.schema import show
 from lora2serve.console import default_progress
 from lora2serve.errors import RecipeError, UsageError, raise_all
 from lora2serve.progress import Progress
@@ -152,7 +155,10 @@ def _train(
     from lora2serve.api.memory_check import refuse_too_large
     from lora2serve.data import data_sets
     from lora2serve.hub import pin_data
-    from lora2serve.training.finetune import train as fine_tune
+    from lora2serve.system.library_log import errors_only
+
+    with errors_only("bitsandbytes"):  # which names a package that would compute faster on some CPUs
+        from lora2serve.training.finetune import train as fine_tune
     from lora2serve.training.loop_choice import share
     from lora2serve.training.requirements import check_libraries, translated
 
@@ -198,10 +204,30 @@ def _check_parity(parity: ParityRecipe) -> None:
 
 
 def settings(overrides: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
-    """As ``KEY=VALUE`` with the value in YAML, of which JSON is a part."""
-    if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return overrides
+    """As ``KEY=VALUE`` with the value in YAML, of which JSON is a part; UsageError for a value that is not of YAML."""
+    if not isinstance(overrides, Mapping):
+        return overrides
+    texts, problems = [], []
+    for key, value in overrides.items():
+        try:
+            texts.append(f"{key}={json.dumps(value, default=_of_json)}")
+        except (TypeError, ValueError, RecursionError):  # also of a list that holds itself
+            problems.append(
+                f"overrides[{key!r}]: {show(value)}, expected a value of YAML: a text, a number, a list, ..."
+            )
+    raise_all(problems, UsageError)
+    return texts
+
+
+def _of_json(value: object) -> object:
+    """What JSON has no form of and Python programs hand in all the same."""
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError
 
 
 def fetch_base(model: ModelRecipe, progress: Progress, *, weights: bool = True) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -37,17 +36,12 @@ from lora2serve.cli.serve import serve
 from lora2serve.cli.sweep import sweep
 from lora2serve.cli.top import top
 from lora2serve.cli.train import init, train
-from lora2serve.errors import EndedTogether, Lora2ServeError
+from lora2serve.errors import EndedTogether, Lora2ServeError, of_system
 from lora2serve.system import interruption, own_process, scratch
 from lora2serve.system.extras import EXTRA_OF, install_hint
 
 VERBOSE = {"-v", "--verbose"}
 EVERYWHERE = VERBOSE | {"--quiet"}  # options that may stand before the command or behind it
-HINTS = {  # errno -> the way out
-    errno.EACCES: "run it in a folder that you may write to",
-    errno.EROFS: "run it in a folder that you may write to",
-    errno.ENOSPC: "make room on that disk, and run it again",
-}
 
 
 @click.group(
@@ -152,7 +146,6 @@ def _as_ours(problem: Exception) -> Lora2ServeError:
         return Lora2ServeError(f"{package} is not installed", install_hint(EXTRA_OF.get(package, "train")))
     if isinstance(problem, ImportError):
         return Lora2ServeError(f"a library cannot be loaded: {first}", install_hint("train"))
-    if isinstance(problem, OSError) and problem.strerror:  # a full disk, a folder that may not be written
-        where = f"{problem.filename}: " if problem.filename else ""
-        return Lora2ServeError(f"{where}{problem.strerror}", HINTS.get(problem.errno or 0, ""))
+    if isinstance(problem, OSError) and problem.strerror:
+        return of_system(problem)
     return Lora2ServeError(f"{type(problem).__name__}: {first}", "unexpected: `lora2serve -v ...` shows the traceback")

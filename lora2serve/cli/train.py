@@ -147,12 +147,12 @@ def _show_plans(
         if share_base:
             refuse_differences([(name, recipe) for name, _, recipe in loaded])
             progress(ctx).note("each plan is of one alone: together they have the weights, and activations, once")
-    plans = [
-        plan(recipes.find(file), gpu=gpu, overrides=overrides, progress=progress(ctx)) for file in files or (None,)
-    ]
     for file in files or (None,):
         recipe = recipes.load(recipes.find(file), overrides)
         refuse_bad_files(recipe.data, recipe.train.objective)
+    plans = [
+        plan(recipes.find(file), gpu=gpu, overrides=overrides, progress=progress(ctx)) for file in files or (None,)
+    ]
     if as_json:
         console.result_json([training for planned in plans for training in plan_json(planned)])
         return
@@ -178,7 +178,10 @@ def _refuse_mixtures(
     of_one = {"--name": name, "--gpus": gpus and not on} if count > 1 else {}
     problems = [f"{option}: of one training, and {count} recipes are named" for option in of_one if of_one[option]]
     if resume and count > 1 and not together:
-        problems.append(f"--resume: of one training, or with --share-base or --on ray, and {count} are named")
+        problems.append(
+            f"--resume: of one training, or with --share-base or --on ray, and {count} are named: a run that goes on "
+            "has its own recipe"
+        )
     if count > 1 and launcher.launch():
         problems.append(f"{count} recipes: a launcher's processes train one together")
     if jobs and count < 2:

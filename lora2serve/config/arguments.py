@@ -17,13 +17,19 @@ from types import FunctionType, UnionType
 from typing import Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
 from lora2serve.config.schema import show
-from lora2serve.errors import UsageError, did_you_mean, raise_all
+from lora2serve.errors import UsageError, did_you_mean, of_system, raise_all
 
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C")
-ONE = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", Path: "a path"}
-SEVERAL = {str: "texts", int: "whole numbers", float: "numbers", Path: "paths"}
+ONE: Mapping[object, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    Path: "a path",
+}
+SEVERAL: Mapping[object, str] = {str: "texts", int: "whole numbers", float: "numbers", Path: "paths"}
 
 
 class _Refused(Exception):
@@ -34,7 +40,8 @@ class _Refused(Exception):
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which raises UsageError for arguments of other types than it is annotated with, all at once.
+    """The function, which raises UsageError for arguments of other types than it is annotated with, all at once, and
+    Lora2ServeError for what the system refuses.
 
     Numbers of NumPy are taken for numbers, any iterable but a text for a list, any ``os.PathLike`` for a path; the
     function gets an int or float, a tuple, a Path. What only a type checker knows (``TYPE_CHECKING``) may be anything.
@@ -47,7 +54,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         named = dict(zip(positional, args, strict=False))
         taken = take(hints_of(function), {**named, **kwargs})
         values = (*(taken[name] for name in named), *args[len(named) :])  # too many, or twice: Python says so
-        return function(*values, **{name: taken[name] for name in kwargs})  # type: ignore[arg-type]
+        try:
+            return function(*values, **{name: taken[name] for name in kwargs})  # type: ignore[arg-type]
+        except BrokenPipeError:  # of a caller whose own reader is gone
+            raise
+        except OSError as error:
+            raise of_system(error) from error
 
     return call
 
@@ -106,6 +118,12 @@ def _take(kind: object, value: object, where: str) -> object:
         raise _Refused(where, value, _name(kind) + (did_you_mean(value, args) if isinstance(value, str) else ""))
     if _is_a(origin, Mapping) and isinstance(value, Mapping):
         return {_take(args[0], key, where): _take(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    if (
+        _is_a(origin, Sequence)
+        and isinstance(value, str | os.PathLike)
+        and not {str, Path}.isdisjoint(_members(args[0]))
+    ):
+        return (_take(args[0], value, where),)  # one is a list of one
     if _is_a(origin, Sequence) and _is_list(value):
         items = tuple(cast("Iterable[object]", value))
         if origin is tuple and ... not in args and len(items) != len(args):
@@ -132,6 +150,8 @@ def _plain(kind: type, value: object, where: str) -> object:
 
 
 def _one_of(kinds: Sequence[object], value: object, where: str) -> object:
+    if Path in kinds and isinstance(value, str) and not _may_be_path(value):
+        raise _Refused(where, value, "a text that may be a path")
     problems = {}
     for kind in kinds:
         try:
@@ -142,6 +162,17 @@ def _one_of(kinds: Sequence[object], value: object, where: str) -> object:
             raise problems[kind]  # a list is meant, and something in it is wrong
     offered = [kind for kind in kinds if kind is not type(None)]
     raise problems[offered[0]] if len(offered) == 1 else _Refused(where, value, " or ".join(map(_name, offered)))
+
+
+def _may_be_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _members(kind: object) -> tuple[object, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _is_a(origin: object, kind: type) -> bool:
@@ -160,8 +191,8 @@ def _name(kind: object) -> str:
         return "a dict"
     if _is_a(get_origin(kind), Sequence):
         item = get_args(kind)[0]
-        known = [SEVERAL.get(one, "values") for one in get_args(item) or (item,)]
+        known = [SEVERAL.get(one, "values") for one in _members(item)]
         return f"a list of {' or '.join(known)}"
     if get_origin(kind) is Callable:
         return "a function"
-    return ONE.get(cast("type", kind)) or str(getattr(kind, "__name__", kind))
+    return ONE.get(kind) or str(getattr(kind, "__name__", kind))

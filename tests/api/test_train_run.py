@@ -1,13 +1,15 @@
-"""What a recipe says of parity is checked before the training that it would be met after."""
+"""What a recipe says of parity is checked before the training that it would be met after; what overrides may be."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lora2serve
-from lora2serve.errors import DataError, RecipeError
+from lora2serve.api.train_run import settings
+from lora2serve.errors import DataError, RecipeError, UsageError
 
 RECIPE = """
 model: {path: base}
@@ -34,3 +36,16 @@ def test_names_of_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DataError, match=r"missing\.jsonl"):  # the control: the next thing that is wrong
         lora2serve.train(path)
     assert not (tmp_path / "runs").exists()
+
+
+def test_overrides_are_values_of_yaml() -> None:
+    """Those of NumPy and paths, too; what is none is named, all at once."""
+    values = {"train.steps": np.int64(3), "a": np.float32(0.5), "b": Path("x"), "c": [True, None], "d": "2"}
+    assert settings(values) == ["train.steps=3", "a=0.5", 'b="x"', "c=[true, null]", 'd="2"']
+    holding_itself: list[object] = []
+    holding_itself.append(holding_itself)
+    with pytest.raises(UsageError) as caught:
+        lora2serve.train("demo", overrides={"train.lora.targets": {"q_proj"}, "b": object, "c": holding_itself})
+    assert [line.partition(":")[0] for line in caught.value.message.splitlines()] == [
+        "overrides['train.lora.targets']", "overrides['b']", "overrides['c']",
+    ]  # fmt: skip

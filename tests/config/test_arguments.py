@@ -50,7 +50,8 @@ def work(
      ({"limit": np.int64(3)}, 3), ({"share": 1}, 1), ({"share": np.float32(0.5)}, 0.5), ({"share": Fraction(1, 4)}, 0.25),
      ({"kind": "ollama"}, "ollama"), ({"bounds": {"kl": 1}}, {"kl": 1}), ({"overrides": {"a": None}}, {"a": None}),
      ({"overrides": iter("ab")}, ("a", "b")), ({"ranks": range(2)}, (0, 1)), ({"heard": print}, print), ({"run": 5}, 5),
-     ({"ranks": {8: 1}.keys()}, (8,)), ({"folder": "a"}, Path("a")), ({"limit": None}, None)],
+     ({"ranks": {8: 1}.keys()}, (8,)), ({"folder": "a"}, Path("a")),
+     ({"overrides": "a=b"}, ("a=b",)), ({"model": "\udcff"}, "\udcff"), ({"limit": None}, None)],
 )  # fmt: skip
 def test_what_fits_arrives_as_annotated(arguments: dict[str, object], taken: object) -> None:
     got = work(**arguments)[next(iter(arguments))]  # type: ignore[arg-type]
@@ -78,7 +79,9 @@ def test_what_fits_arrives_as_annotated(arguments: dict[str, object], taken: obj
      ({"kind": ["vllm"]}, "kind: ['vllm'], expected one of vllm, ollama"),
      ({"bounds": {"kl": "x"}}, "bounds['kl']: 'x', expected a number"),
      ({"bounds": [1]}, "bounds: [1], expected a dict"),
-     ({"overrides": "a=b"}, "overrides: 'a=b', expected a dict or a list of texts"),
+     ({"overrides": 5}, "overrides: 5, expected a dict or a list of texts"),
+     ({"model": "a\0"}, "model: 'a\\x00', expected a text that may be a path"),
+     ({"model": ["\ud800"]}, "model[0]: '\\ud800', expected a text that may be a path"),
      ({"ranks": "8"}, "ranks: '8', expected a list of whole numbers"),
      ({"ranks": [8, "x"]}, "ranks[1]: 'x', expected a whole number"),
      ({"heard": 5}, "heard: 5, expected a function"),
@@ -101,6 +104,22 @@ def test_names_and_numbers_of_arguments_are_pythons_matter() -> None:
     ):
         with pytest.raises(TypeError, match=words):
             call()
+
+
+def test_what_the_system_refuses_is_an_error_of_ours(tmp_path: Path) -> None:
+    @checked
+    def write(path: Path, error: str = "") -> None:
+        if error:
+            raise BrokenPipeError
+        path.write_text("")
+
+    with pytest.raises(lora2serve.Lora2ServeError, match=r"nowhere/x: No such file or directory") as caught:
+        write(tmp_path / "nowhere" / "x")
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    with pytest.raises(lora2serve.Lora2ServeError, match="File name too long"):
+        lora2serve.inspect("x" * 5000)
+    with pytest.raises(BrokenPipeError):
+        write(tmp_path, "pipe")
 
 
 def test_methods() -> None:
