@@ -24,6 +24,7 @@ from lora2serve.parity_check.comparisons import Comparison
 from lora2serve.parity_check.parity_plan import ParityPlan, of_engines, of_settings
 from lora2serve.parity_check.trained_model import TrainedModel
 from lora2serve.progress import Progress
+from lora2serve.system import scratch
 from lora2serve.system.small_files import plain_path
 
 if TYPE_CHECKING:
@@ -98,18 +99,16 @@ def run_parity(request: ParityRequest, progress: Progress | None = None) -> Pari
 def plan_parity(request: ParityRequest, progress: Progress | None = None) -> ParityPlan:
     """What ``run_parity`` would compare, ask and write; raises what it would refuse before the first engine starts."""
     from lora2serve.parity_check.baseline import lost
-    from lora2serve.parity_check.comparator import work_folder
     from lora2serve.parity_check.comparisons import refuse_impossible
     from lora2serve.parity_check.report import writers
 
     prepared = _prepare(request, progress or default_progress(), weights=False)
     trained, compared, page = prepared.trained, prepared.compared, prepared.place / writers.PAGE
-    with writers.reserved(prepared.place):  # refused where no report could be written
-        if request.gate:
-            return of_settings(trained, prepared.exports, page)
-        refuse_impossible(trained, compared)
-        with work_folder(trained.home):
-            pass
+    writers.refuse(prepared.place)
+    if request.gate:
+        return of_settings(trained, prepared.exports, page)
+    refuse_impossible(trained, compared)
+    scratch.try_folder(trained.home)
     plan = replace(of_engines(trained, compared, prepared.held_out, page), ask=request.ask)
     if prepared.earlier is None:
         return plan

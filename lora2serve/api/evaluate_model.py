@@ -100,8 +100,8 @@ def plan_evaluation(request: EvaluationRequest, progress: Progress | None = None
     """What ``run_evaluation`` would ask and write; raises what it would refuse before the first engine starts."""
     progress = progress or default_progress()
     prepared = _prepare(request, progress, weights=False)
-    with scratch.filled(prepared.home):  # refused where no scores could be written
-        return _plan_harness(prepared, progress) if prepared.options else _plan_suite(prepared)
+    scratch.try_folder(prepared.home)
+    return _plan_harness(prepared, progress) if prepared.options else _plan_suite(prepared)
 
 
 @dataclass(frozen=True)

@@ -271,10 +271,8 @@ def refuse(target: Path, *, overwrite: bool) -> None:
     """ExportError where ``opened`` would not take ``target``, as far as that is known now; leaves nothing there."""
     target = plain_path(target.absolute())
     folder = next(parent for parent in target.parents if os.path.lexists(parent))
-    trial = folder / f".lora2serve-{uuid.uuid4().hex}"
     try:
-        with scratch.claimed(trial):
-            trial.mkdir()  # modes do not tell of /proc
+        scratch.try_folder(folder)
     except OSError as error:
         raise ExportError(
             f"{target}: cannot be made in {folder}: {error.strerror}", "choose another directory with -o"

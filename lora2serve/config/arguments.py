@@ -19,6 +19,7 @@ from typing import Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origi
 from lora2serve.config.schema import show
 from lora2serve.errors import UsageError, did_you_mean, of_system, raise_all
 
+LARGEST = 2**63
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C")
@@ -97,11 +98,17 @@ def checked_methods(kind: type[C]) -> type[C]:
 @cache
 def hints_of(owner: Callable[..., object]) -> Mapping[str, object]:
     """Name -> type, of a function's parameters or a class's fields; ``object`` for what is unknown when it runs."""
-    known = vars(sys.modules[owner.__module__])
-    return {name: _evaluated(text, known) for name, text in owner.__annotations__.items() if name != "return"}
+    hints: dict[str, object] = {}
+    for each in reversed(getattr(owner, "__mro__", (owner,))):  # a class has the fields of those above it, too
+        known = vars(sys.modules[each.__module__])
+        hints |= {name: _evaluated(text, known) for name, text in getattr(each, "__annotations__", {}).items()}
+    hints.pop("return", None)
+    return hints
 
 
-def _evaluated(text: str, known: dict[str, object]) -> object:
+def _evaluated(text: object, known: dict[str, object]) -> object:
+    if not isinstance(text, str):  # of a module whose annotations are no texts
+        return text
     try:
         return eval(text, known)  # as typing.get_type_hints does, which gives up all of them for one name
     except NameError:
@@ -125,7 +132,10 @@ def _take(kind: object, value: object, where: str) -> object:
     ):
         return (_take(args[0], value, where),)  # one is a list of one
     if _is_a(origin, Sequence) and _is_list(value):
-        items = tuple(cast("Iterable[object]", value))
+        try:
+            items = tuple(cast("Iterable[object]", value))
+        except TypeError:  # an array without axes
+            raise _Refused(where, value, _name(kind)) from None
         if origin is tuple and ... not in args and len(items) != len(args):
             raise _Refused(where, value, f"{len(args)} values")
         return tuple(_take(args[0], item, f"{where}[{number}]") for number, item in enumerate(items))
@@ -143,7 +153,16 @@ def _plain(kind: type, value: object, where: str) -> object:
     if kind is Path and isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str):
         return Path(value)
     if kind in (int, float) and isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
+        if not abs(cast("float", value)) < LARGEST:  # nor is what is no number
+            raise _Refused(where, value, f"{_name(kind)} below 2**63")
         return value if isinstance(value, int | float) else cast("Callable[[object], object]", kind)(value)
+    if (
+        kind is bool
+        and type(value).__module__ == "numpy"
+        and str(getattr(value, "dtype", "")) == "bool"
+        and value in (0, 1)
+    ):
+        return bool(value)
     if kind in (int, float) or not isinstance(value, kind) or (is_protocol and isinstance(value, type)):
         raise _Refused(where, value, _name(kind))
     return value

@@ -145,7 +145,7 @@ class Database:
     def _connect(self) -> Connection:
         if not self.location.folder:
             return self.engine.connect()
-        token = _address.set(f"file:{quote(os.fsencode(self.location.file))}?mode={self._mode}")
+        token = _address.set(f"file://{quote(os.fsencode(self.location.file.absolute()))}?mode={self._mode}")
         try:
             return self.engine.connect()
         finally:
@@ -224,7 +224,7 @@ def _still_engine(location: Location) -> Engine:
     """Reads a sqlite file without the files that sqlite makes beside it; right while nobody writes."""
 
     def connect() -> sqlite3.Connection:
-        address = f"file:{quote(str(location.file))}?immutable=1"
+        address = f"file://{quote(os.fsencode(location.file.absolute()))}?immutable=1"
         return sqlite3.connect(address, uri=True, check_same_thread=False)
 
     return create_engine("sqlite://", creator=connect, poolclass=pool.NullPool)

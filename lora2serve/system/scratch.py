@@ -9,6 +9,7 @@ command begins, does it then.
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import re
@@ -115,6 +116,23 @@ def filled(folder: Path) -> Iterator[None]:
         yield
     finally:
         _settle_folders(claim)
+
+
+def try_folder(folder: Path) -> None:
+    """OSError, as ``filled`` raises it, where the folder could not be made and written to; nothing of it is made.
+
+    By trying beside it, as modes do not tell of /proc: another process may rely on a folder that it finds.
+    """
+    absolute = folder.absolute()
+    if os.path.lexists(absolute) and not absolute.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+    nearest = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
+    trial = nearest / f".lora2serve-{uuid.uuid4().hex}"
+    try:
+        with claimed(trial):
+            (trial / absolute.relative_to(nearest)).mkdir(parents=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def _claim(kind: str, content: object) -> Path:

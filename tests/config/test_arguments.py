@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ import pytest
 
 import lora2serve
 from lora2serve.config.arguments import checked, checked_methods, hints_of
+from lora2serve.config.schema import show
 from lora2serve.console import default_progress
 from lora2serve.errors import UsageError
 from lora2serve.progress import Progress, Silent
@@ -38,7 +40,7 @@ def work(
     model: str | Path | Sequence[str | Path] | None = None, run: Run | None = None, *, limit: int | None = None,
     chat: bool = False, folder: Path | None = None, share: float = 0.5, kind: Literal["vllm", "ollama"] = "vllm",
     bounds: Mapping[str, float] | None = None, overrides: Mapping[str, object] | Sequence[str] = (),
-    ranks: Sequence[int] = (), heard: Callable[[int], object] | None = None, progress: Progress | None = None,
+    ranks: Sequence[int] = (), pair: tuple[str, str] = ("a", "b"), heard: Callable[[int], object] | None = None, progress: Progress | None = None,
 ) -> Taken:  # fmt: skip
     """Work."""
     return dict(locals())
@@ -47,7 +49,7 @@ def work(
 @pytest.mark.parametrize(
     ("arguments", "taken"),
     [({"model": PurePosixPath("a")}, Path("a")), ({"model": ["a", Path("b")]}, ("a", Path("b"))),
-     ({"limit": np.int64(3)}, 3), ({"share": 1}, 1), ({"share": np.float32(0.5)}, 0.5), ({"share": Fraction(1, 4)}, 0.25),
+     ({"limit": np.int64(3)}, 3), ({"chat": np.True_}, True), ({"pair": ["c", "d"]}, ("c", "d")), ({"share": 1}, 1), ({"share": np.float32(0.5)}, 0.5), ({"share": Fraction(1, 4)}, 0.25),
      ({"kind": "ollama"}, "ollama"), ({"bounds": {"kl": 1}}, {"kl": 1}), ({"overrides": {"a": None}}, {"a": None}),
      ({"overrides": iter("ab")}, ("a", "b")), ({"ranks": range(2)}, (0, 1)), ({"heard": print}, print), ({"run": 5}, 5),
      ({"ranks": {8: 1}.keys()}, (8,)), ({"folder": "a"}, Path("a")),
@@ -74,6 +76,12 @@ def test_what_fits_arrives_as_annotated(arguments: dict[str, object], taken: obj
      ({"share": "hot"}, "share: 'hot', expected a number"),
      ({"share": False}, "share: False, expected a number"),
      ({"share": decimal.Decimal(1)}, "share: Decimal('1'), expected a number"),
+     ({"share": 10**400}, f"share: {show(10**400)}, expected a number below 2**63"),
+     ({"share": math.nan}, "share: nan, expected a number below 2**63"),
+     ({"limit": -(10**5000)}, "limit: <int>, expected a whole number below 2**63"),
+     ({"bounds": {5: 1.0}}, "bounds: 5, expected a text"),
+     ({"ranks": np.array(8)}, "ranks: array(8), expected a list of whole numbers"),
+     ({"pair": ["a"]}, "pair: ['a'], expected 2 values"),
      ({"share": 1j}, "share: 1j, expected a number"),
      ({"kind": "olama"}, "kind: 'olama', expected one of vllm, ollama (did you mean 'ollama'?)"),
      ({"kind": ["vllm"]}, "kind: ['vllm'], expected one of vllm, ollama"),
@@ -142,6 +150,26 @@ def test_methods() -> None:
     for call in (lambda: Shelf(5), lambda: Shelf.make("a", size="b"), lambda: Shelf("a").add("b")):  # type: ignore[arg-type]
         with pytest.raises(UsageError):
             call()
+
+
+def test_requests_are_taken_the_same_way(tmp_path: Path) -> None:
+    request = lora2serve.ParityRequest("run", exports=["a", tmp_path], engines="peft", thresholds={"all.top1": 1})  # type: ignore[arg-type]
+    assert (request.exports, request.engines) == (("a", tmp_path), ("peft",))
+    assert lora2serve.ExportRequest(("a",), ("vllm",), out=str(tmp_path)).out == tmp_path  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"engines\[0\]: 5, expected a text"):
+        lora2serve.ParityRequest("run", engines=[5])  # type: ignore[arg-type]
+
+    class Named(lora2serve.SweepRequest):
+        """One of a user's own."""
+
+    with pytest.raises(UsageError, match="jobs: 'many', expected a whole number"):
+        Named(jobs="many")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [value for name in lora2serve.__all__ if name.endswith("Request")
+                                  for value in [getattr(lora2serve, name)]])  # fmt: skip
+def test_the_fields_of_requests_can_be_read(kind: type) -> None:
+    assert len(hints_of(kind)) > 3 and object not in hints_of(kind).values()
 
 
 def public() -> list[Callable[..., object]]:

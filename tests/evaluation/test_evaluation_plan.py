@@ -18,6 +18,7 @@ from lora2serve.errors import Lora2ServeError
 from lora2serve.evaluation import stats
 from lora2serve.evaluation.score_gates import foresee, judge, parse_gate
 from lora2serve.parity_check import installed_engines
+from lora2serve.system import scratch
 from tests.support.tiny import make_adapter, make_model
 
 
@@ -161,3 +162,16 @@ def test_requests_of_other_types() -> None:
     ):
         with pytest.raises(Lora2ServeError, match=message):
             call()
+
+
+def test_no_folder_is_made(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor removed: a true evaluation may begin to write into it meanwhile."""
+
+    def made(folder: Path) -> None:
+        raise AssertionError(folder)
+
+    monkeypatch.setattr(scratch, "filled", made)
+    assert api.plan_evaluation(evaluation(out="new/scores")).items == 40
+    assert api.plan_comparison(comparison(out="new/scores")).items == 40
+    with pytest.raises(AssertionError, match="scores"):
+        run_evaluation(evaluation(out="new/scores"))

@@ -19,6 +19,7 @@ from lora2serve.errors import Lora2ServeError
 from lora2serve.parity_check import installed_engines
 from lora2serve.parity_check.installed_engines import engine_state
 from lora2serve.parity_check.thresholds import TABLE
+from lora2serve.system import scratch
 from tests.support.tiny import make_adapter, make_model
 
 ROWS = '{"prompt": "Who?", "completion": "Nobody."}\n'
@@ -108,6 +109,18 @@ def test_it_refuses_what_parity_does(here: Path, words: dict[str, Any], message:
         refused.append((type(caught.value), caught.value.message, caught.value.hint))
     assert refused[0] == refused[1] and message in refused[0][1]
     assert files(here) == before
+
+
+def test_no_folder_is_made(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor removed: a true comparison may begin to write into it meanwhile."""
+
+    def made(folder: Path) -> None:
+        raise AssertionError(folder)
+
+    monkeypatch.setattr(scratch, "filled", made)
+    assert lora2serve.plan_parity(request(report_dir="new/report")).page
+    with pytest.raises(AssertionError, match="report"):
+        run_parity(request(report_dir="new/report"))
 
 
 def test_rows_of_the_baseline_that_would_be_missing(here: Path) -> None:

@@ -196,6 +196,14 @@ def test_a_dry_run_refuses_rows_that_training_would(tmp_path: Path, capsys: pyte
         assert run([*words, f"data.train={value}", "--set", "data.eval=null"]) == 1
         shown = capsys.readouterr()
         assert said in shown.err and not shown.out
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    good = [*words, f"data.train={tmp_path / 'good.jsonl'}"]
+    assert run([*good, "--set", "data.eval=null"]) == 0, capsys.readouterr().err
+    assert run([*good, "--set", f"data.eval={tmp_path / 'bad.jsonl'}"]) == 1
+    assert "bad.jsonl:1" in capsys.readouterr().err
+    preference = [f"--set=train.objective={'dpo'}", "--set=data.packing=false", "--set=train.lora.dropout=0"]
+    assert run([*good, "--set", "data.eval=null", *preference]) == 1, "answers that are not compared"
+    assert "2 of 2 rows cannot be used" in capsys.readouterr().err
     assert run([*words, "data.train=somebody/rows-to-fetch", "--set", "data.eval=null"]) == 0, "which is not fetched"
 
 

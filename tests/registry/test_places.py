@@ -76,6 +76,8 @@ def test_a_folder_of_any_name(tmp_path: Path) -> None:
             assert registry.versions() == []
         with Registry(tmp_path / name) as again:
             assert again.versions() == [] and (tmp_path / name / "registry.db").is_file()
+    with Registry(f"/{tmp_path}/d#e") as again:  # two slashes begin a host's name in a URL
+        assert again.versions() == []
 
 
 def test_a_transaction_of_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,3 +147,22 @@ def test_files_are_for_others_to_read(tmp_path: Path) -> None:
         os.umask(before)
     assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "outside").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_is_tried_and_not_made(tmp_path: Path, temporary: Path) -> None:
+    """Another process may begin to rely on it meanwhile. What is refused is what making it would be refused with."""
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name in ("new/below", "empty", "."):
+        scratch.try_folder(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*") if temporary not in (path, *path.parents)) == [
+        "empty",
+        "file",
+    ]
+    for name in ("file", "file/below", "x" * 300):
+        refused = []
+        for way in (scratch.try_folder, lambda folder: scratch.filled(folder).__enter__()):
+            with pytest.raises(OSError) as caught:
+                way(tmp_path / name)
+            refused.append(caught.value.strerror)
+        assert refused[0] == refused[1], name

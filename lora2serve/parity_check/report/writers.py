@@ -31,12 +31,23 @@ def reserved(directory: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with _refused(directory):
             stack.enter_context(scratch.filled(directory))
-            for name in RENDERERS:
-                if (directory / name).is_dir():
-                    raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(directory / name))
+            _refuse_folders(directory)
             with tempfile.TemporaryFile(dir=directory):
                 pass
         yield
+
+
+def refuse(directory: Path) -> None:
+    """InputError where ``reserved`` would raise it; nothing is made."""
+    with _refused(directory):
+        scratch.try_folder(directory)
+        _refuse_folders(directory)
+
+
+def _refuse_folders(directory: Path) -> None:
+    for name in RENDERERS:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(directory / name))
 
 
 def write(report: ParityReport, directory: Path) -> Path:
