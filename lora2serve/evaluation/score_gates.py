@@ -140,6 +140,9 @@ def judge(
         reason = f"{estimate.value:.4g}, {_bounded('at least' if higher else 'at most', f'{end:.4g}')}"
         if verdict == "not enough items":
             reason = f"{reason}: {len(scores)} items are not enough"
+            beyond = estimate.value > gate.bound if higher else estimate.value < gate.bound
+            if beyond and groups is None and stats.is_binary(scores):
+                reason = f"{reason}, about {stats.items_for_share(estimate.value, gate.bound):,} like these would be"
         return GateResult(gate.text, subject, verdict, reason)
     assert old is not None and gate.margin is not None
     difference = stats.paired(old, scores, groups, higher_is_better=gate.higher_is_better)

@@ -111,14 +111,14 @@ def paired(
     difference = after - before
     won, lost = int((difference > 0).sum()), int((difference < 0).sum())
     units = _units(difference, groups)
-    exact = groups is None and _is_binary(before) and _is_binary(after)
+    exact = groups is None and is_binary(before) and is_binary(after)
     if exact:
         ends = _Ends(*_tango(won, lost, len(before), TWO_SIDED), *_tango(won, lost, len(before), ONE_SIDED))
         p, floor = mcnemar(lost, won), FEWEST_CHANGES / len(before)
     else:
         ends = _bootstrap(units, seed)
         p, few = _flipped_signs(units[:, 0], seed), len(units) < FEWEST_CHANGES
-        floor = math.inf if few else FEWEST_CHANGES / len(before) if _is_binary(before) and _is_binary(after) else 0.0
+        floor = math.inf if few else FEWEST_CHANGES / len(before) if is_binary(before) and is_binary(after) else 0.0
     shown = (_normal(TWO_SIDED) + _normal(POWER)) * _standard_error(units)
     return PairedDifference(
         value=float(difference.mean()), low=ends.low, high=ends.high, lower=ends.lower, upper=ends.upper, p=p, won=won,
@@ -135,7 +135,7 @@ def mean(scores: ArrayLike, groups: Groups | None = None, *, level: float = TWO_
     if values.ndim != 1 or not len(values):
         raise ValueError(f"scores of shape {values.shape}, expected one at least")
     value = float(values.mean())
-    if groups is None and _is_binary(values):
+    if groups is None and is_binary(values):
         return Estimate(value, *_wilson(value, len(values), _normal(level)))
     ends = _bootstrap(_units(values, groups), seed)
     return Estimate(value, *((ends.low, ends.high) if level == TWO_SIDED else (ends.lower, ends.upper)))
@@ -175,6 +175,11 @@ def fewest_items(slack: float) -> int:
     return math.ceil(_normal(ONE_SIDED) ** 2 * (1 - slack) / slack)
 
 
+def items_for_share(share: float, bound: float) -> int:
+    """How many 0/1 scores of that ``share`` show that it is on its side of ``bound``: Wilson's interval ends there."""
+    return math.ceil(_normal(ONE_SIDED) ** 2 * bound * (1 - bound) / (share - bound) ** 2)
+
+
 def smallest_effect(items: int, changed: float) -> float:
     """The smallest difference of 0/1 scores that ``items`` show with a power of 0.8; ``changed``: the share that does.
 
@@ -188,7 +193,8 @@ def _judged(worst: float, best: float, bound: float) -> GateVerdict:
     return "met" if worst >= bound else "missed" if best < bound else "not enough items"
 
 
-def _is_binary(values: Floats) -> bool:
+def is_binary(values: ArrayLike) -> bool:
+    """Whether all are right or wrong: 0 or 1."""
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 

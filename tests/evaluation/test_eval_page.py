@@ -103,6 +103,9 @@ def test_verdicts_in_words() -> None:
     assert "runs/demo is worse than base" in eval_page.verdict(report(0.5, 0.9))
     assert "20 items are not enough to tell" in eval_page.verdict(report(0.5, 0.5, count=20))
     assert "they show a difference of" in eval_page.verdict(report(0.5, 0.5, count=20))
+    few = eval_page.verdict(report(1.0, 0.0, count=5))
+    assert "5 items are not enough" in few and "; so few show none at all." in few, few
+    assert "they show a difference of 100 points at least" in eval_page.verdict(report(1.0, 1.0, count=6))
     same = report()
     assert "do not differ" in eval_page.verdict(replace(same, differences=tuple(
         eval_report.differences(measured("a", 0.5, 0), measured("b", 0.5, 0), {"acc": None})

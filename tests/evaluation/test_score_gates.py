@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from lora2serve.errors import UsageError
 from lora2serve.evaluation.eval_records import ItemResult
-from lora2serve.evaluation.score_gates import judge, parse_gate, refuse_unknown
+from lora2serve.evaluation.score_gates import GateResult, judge, parse_gate, refuse_unknown
 from lora2serve.evaluation.suite_evaluation import gate_results
 from lora2serve.evaluation.suite_run import Measured
 
@@ -75,6 +76,24 @@ def test_a_reason_says_how_many_are_needed() -> None:
     assert enough.met and not fewer.met, "that many are, if none changes"
     changed = judge(parse_gate("acc >= base - 0.01"), "new", [1.0] * 19 + [0.0], [1.0] * 20, None)
     assert "about" in changed.reason and "268" not in changed.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "count"), [("acc >= 0.98", 100, 120), ("acc >= 0.8", 90, 30), ("changed <= 0.3", 20, 20)]
+)
+def test_a_bound_says_how_many_are_needed(text: str, right: int, count: int) -> None:
+    """With the same share of right ones; where that is not beyond the bound, no number is."""
+
+    def judged(items: int) -> GateResult:
+        scores = [1.0] * round(items * right / 100) + [0.0] * (items - round(items * right / 100))
+        return judge(parse_gate(text), "new", scores, None, None)
+
+    found = re.search(r"items are not enough, about ([\d,]+) like these would be$", judged(count).reason)
+    assert found and judged(count).verdict == "not enough items", judged(count)
+    needed = int(found[1])
+    assert judged(-(-needed // 10) * 10).met and not judged(needed // 10 * 10 - 10).met
+    assert judge(parse_gate("acc >= 0.98"), "new", [1.0] * 97 + [0.0] * 3, None, None).reason.endswith("not enough")
+    assert judge(parse_gate("f1 >= 0.5"), "new", [0.4, 0.7] * 6, None, None).reason.endswith("not enough"), "no share"
 
 
 def test_items_of_one_group_have_a_reason() -> None:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +108,8 @@ def _sentence(item: FigureDifference) -> str:
     if item.verdict == "no difference":
         return f"{item.subject} and {item.against} do not differ: {ends}."
     least = f"they show a difference of {smallest_text(item)} at least"
+    if _shows_none(item):
+        least = "so few show none at all"
     if not math.isfinite(found.smallest):
         least = f"{found.groups} groups show none at all"
     return f"{found.items} items are not enough to tell {item.subject} and {item.against} apart: {ends}; {least}."
@@ -149,8 +152,17 @@ def smallest_text(item: FigureDifference) -> str:
     smallest, metric = item.difference.smallest, item.metric.partition("-")[0]
     if not math.isfinite(smallest):
         return "?"
+    if _shows_none(item):
+        return "none"
     scale, unit = _unit(metric)
-    return f"times {math.exp(smallest):.2f}" if metric in FACTORS else f"{scale * smallest:.2g}{unit}"
+    if metric in FACTORS:
+        return f"times {math.exp(smallest):.2f}"
+    return f"{Decimal(f'{scale * smallest:.2g}'):f}{unit}"  # 100, not 1e+02
+
+
+def _shows_none(item: FigureDifference) -> bool:
+    """Whether a share would have to change by more than all of it."""
+    return _unit(item.metric.partition("-")[0])[0] == 100 and 1 < item.difference.smallest < math.inf
 
 
 def counted(report: EvalReport) -> tuple[str, str]:
