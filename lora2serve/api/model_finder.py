@@ -13,7 +13,7 @@ from lora2serve.api.locate import base_of_run, fetch, find_run
 from lora2serve.artifacts.export_dir import Export
 from lora2serve.artifacts.manifest import NAME as MANIFEST
 from lora2serve.artifacts.run import Run
-from lora2serve.errors import UsageError
+from lora2serve.errors import HubError, InputError, UsageError, did_you_mean
 from lora2serve.parity_check import trained_model
 from lora2serve.progress import Progress
 
@@ -60,7 +60,13 @@ class ModelFinder:
         if ADDRESS.match(named) and not ADDRESS.match(against) and (against == chat_models.BASE or not here):
             return chat_models.of_url(named, against)
         if against != chat_models.BASE:
-            return self.find(against)
+            try:
+                return self.find(against)
+            except (HubError, InputError, UsageError) as error:
+                near = did_you_mean(against, [chat_models.BASE])
+                if here or not near or near in error.message:
+                    raise
+                raise type(error)(f"{error.message}{near}", error.hint) from None
         first, export = self.find(named), self.export(named)
         if first.options.get("adapters"):
             return replace(first, name=against, without_adapter=True, note="")
