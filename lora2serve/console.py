@@ -16,6 +16,7 @@ from lora2serve.progress import Advance, Progress, Silent, Unit
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
+    from rich.table import Table
 
 
 # controls, half characters, ends of lines that are none to a terminal, and marks of format: of these, U+200C and U+200D
@@ -42,6 +43,27 @@ def result_json(value: Any) -> None:
 def result_line(value: object) -> None:
     """A result as JSON in one line, of which there may be many."""
     print(json.dumps(value, ensure_ascii=True), flush=False)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A line for each row, its cells below each other; the lines of one cell become one."""
+    cells = [[printable("; ".join(cell.splitlines())) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def result_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that is a result, and an empty line below; plain text where stdout is no terminal."""
+    from rich.console import Console
+
+    console = Console(emoji=False)
+    if console.is_terminal:
+        console.print(_drawn("", columns, rows))
+    else:
+        for line in aligned([columns, *rows]):
+            result(line)
+    result("")
 
 
 def heading(text: str) -> None:
@@ -238,6 +260,14 @@ def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[int, str] | None = None
 ) -> None:
     """A table on stderr; ``styles`` colors whole rows."""
+    console = _stderr()
+    console.print()
+    console.print(_drawn(title, columns, rows, styles or {}))
+
+
+def _drawn(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[int, str] = {}
+) -> Table:  # fmt: skip
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -252,10 +282,8 @@ def table(
     for column in columns:
         shown.add_column(column, overflow="fold")
     for number, row in enumerate(rows):
-        shown.add_row(*(_escape(cell) for cell in row), style=(styles or {}).get(number))
-    console = _stderr()
-    console.print()
-    console.print(shown)
+        shown.add_row(*(_escape(cell) for cell in row), style=styles.get(number))
+    return shown
 
 
 def size(count: float) -> str:

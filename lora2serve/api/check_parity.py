@@ -97,7 +97,13 @@ def run_parity(request: ParityRequest, progress: Progress | None = None) -> Pari
 
 @checked
 def plan_parity(request: ParityRequest, progress: Progress | None = None) -> ParityPlan:
-    """What ``run_parity`` would compare, ask and write; raises what it would refuse before the first engine starts."""
+    """What ``parity`` would compare, ask and write; starts no engine and writes nothing.
+
+    request: the arguments of ``parity`` in one value.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
+
+    Raises what ``parity`` would refuse before it starts an engine; what would fail later is in ``ParityPlan.unmet``.
+    """
     from lora2serve.parity_check.baseline import lost
     from lora2serve.parity_check.comparisons import refuse_impossible
     from lora2serve.parity_check.report import writers
@@ -113,7 +119,7 @@ def plan_parity(request: ParityRequest, progress: Progress | None = None) -> Par
     if prepared.earlier is None:
         return plan
     missing = lost([(each.name, each.engine) for each in compared], prepared.earlier, str(request.baseline))
-    return replace(plan, baseline=str(request.baseline), lost=missing)
+    return replace(plan, baseline=str(request.baseline), lost=missing, unmet=(*plan.unmet, *missing))
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,8 @@ def _directories(model: Named | None, exports: Sequence[Named]) -> tuple[Named |
 
 def _compare(prepared: _PreparedParity, request: ParityRequest, progress: Progress) -> tuple[ParityReport, Path]:
     trained, compared, earlier = prepared.trained, prepared.compared, prepared.earlier
-    progress.note(f"parity of {trained.name}: {len(compared)} comparisons; loading the libraries")
+    count = f"{len(compared)} comparison{'' if len(compared) == 1 else 's'}"
+    progress.note(f"parity of {trained.name}: {count}; loading the libraries")
     from lora2serve.parity_check.baseline import regressions
     from lora2serve.parity_check.comparator import check
     from lora2serve.parity_check.report import writers

@@ -59,6 +59,8 @@ def run_comparison(request: CompareRequest, progress: Progress | None = None) ->
     progress = progress or default_progress()
     prepared = _prepare(request, progress)
     first, second, suite, home = prepared.first, prepared.second, prepared.suite, prepared.home
+    for note in suite.notes:
+        progress.note(note)
     progress.note(f"{suite.name}: {len(suite.items)} items, {first.name} twice, {second.name}; loading the libraries")
     with scratch.filled(home):
         done = compare_models(first.chat, second.chat, suite, prepared.gates, progress)
@@ -70,7 +72,13 @@ def run_comparison(request: CompareRequest, progress: Progress | None = None) ->
 
 @checked
 def plan_comparison(request: CompareRequest, progress: Progress | None = None) -> EvaluationPlan:
-    """What ``run_comparison`` would ask and write; raises what it would refuse before the first engine starts."""
+    """What ``compare`` would ask and write, and which gates it can decide; starts no engine and writes nothing.
+
+    request: the arguments of ``compare`` in one value.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
+
+    Raises what ``compare`` would refuse before it starts an engine.
+    """
     from lora2serve.evaluation.comparison import compared_figures
 
     prepared = _prepare(request, progress or default_progress(), weights=False)
@@ -105,7 +113,7 @@ def _prepare(request: CompareRequest, progress: Progress, *, weights: bool = Tru
     gates, named, against = [parse_gate(text) for text in request.gates], [str(request.first)], str(request.second)
     models = find_models(named, against, request.base, request.url_model, request.engine, progress, weights=weights)
     refuse_same(models)
-    suite = choose_suite(request.suite, models, request.limit, progress, truth=False)
+    suite = choose_suite(request.suite, models, request.limit, truth=False)
     refuse_unknown(gates, suite.name, list(compared_figures(suite)), compared=True)
     first, second = models
     home = plain_path(Path(request.out)) if request.out else first.home / "compared" / slug(second.name)

@@ -97,7 +97,13 @@ def run_evaluation(request: EvaluationRequest, progress: Progress | None = None)
 
 @checked
 def plan_evaluation(request: EvaluationRequest, progress: Progress | None = None) -> EvaluationPlan:
-    """What ``run_evaluation`` would ask and write; raises what it would refuse before the first engine starts."""
+    """What ``evaluate`` would ask and write, and which gates it can decide; starts no engine and writes nothing.
+
+    request: the arguments of ``evaluate`` in one value.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
+
+    Raises what ``evaluate`` would refuse before it starts an engine.
+    """
     progress = progress or default_progress()
     prepared = _prepare(request, progress, weights=False)
     scratch.try_folder(prepared.home)
@@ -137,26 +143,22 @@ def _prepare(request: EvaluationRequest, progress: Progress, *, weights: bool = 
     limit, suite = request.limit, request.suite
     if options := harness_options(request.tasks, request.task_folder, request.shots, request.chat, limit, suite):
         return _PreparedEvaluation(models, gates, reference, home, shared, options=options)
-    asked = choose_suite(suite, models, limit, progress)
+    asked = choose_suite(suite, models, limit)
     models = [replace(item, overlap=overlap_of(asked, item, progress, allow=request.allow_overlap)) for item in models]
     refuse_impossible(gates, asked, compared=len(models) > 1)
     return _PreparedEvaluation(models, gates, reference, home, shared, suite=asked)
 
 
 def choose_suite(
-    suite: Named | None, models: Sequence[EvaluatedModel], limit: int | None, progress: Progress, *, truth: bool = True
-) -> Suite:
+    suite: Named | None, models: Sequence[EvaluatedModel], limit: int | None, *, truth: bool = True
+) -> Suite:  # fmt: skip
     """The one that is named, or the held-out rows of the first model's run; ``truth``: something must be expected."""
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: expected 1 at least")
     if suite is not None:
-        asked = read_suite(Path(suite), limit, truth=truth)
-    else:
-        rows = heldout_rows(models)
-        asked = of_rows(rows, HELD_OUT, SuiteRecipe(str(rows)), rows.parent, limit)
-    for note in asked.notes:
-        progress.note(note)
-    return asked
+        return read_suite(Path(suite), limit, truth=truth)
+    rows = heldout_rows(models)
+    return of_rows(rows, HELD_OUT, SuiteRecipe(str(rows)), rows.parent, limit)
 
 
 def overlap_of(suite: Suite, model: EvaluatedModel, progress: Progress, *, allow: bool) -> str:
@@ -186,6 +188,8 @@ def _run_suite(prepared: _PreparedEvaluation, progress: Progress) -> Evaluated:
 
     models, suite = prepared.models, prepared.suite
     assert suite is not None
+    for note in suite.notes:
+        progress.note(note)
     progress.note(f"{suite.name}: {len(suite.items)} items, {len(models)} models; loading the libraries")
     chats, overlaps = [model.chat for model in models], [model.overlap for model in models]
     return evaluate_models(chats, suite, prepared.gates, overlaps, prepared.reference, progress)

@@ -98,7 +98,13 @@ def _worker_export(prepared: _Single, request: ExportRequest, progress: Progress
 
 @checked
 def plan_export(request: ExportRequest, progress: Progress | None = None) -> ExportPlan:
-    """What ``run_export`` would write; raises every refusal, and reads no weights."""
+    """What ``export`` would write; reads no weights and writes nothing.
+
+    request: the arguments of ``export`` in one value.
+    progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
+
+    Raises what ``export`` would refuse before it reads a weight.
+    """
     progress = progress or default_progress()
     with ExitStack() as stack:
         prepared = _prepare(request, progress, stack, dry_run=True)

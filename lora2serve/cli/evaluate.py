@@ -124,11 +124,11 @@ def show_plan(plan: EvaluationPlan, *, as_json: bool) -> None:
         for model in plan.models
     ]  # fmt: skip
     heads = ["model", "engine", "installed", "overlap with training rows", "scores"]
-    console.table("", heads, rows)
+    console.result_table(heads, rows)
     if plan.gates:
         gates = [[gate.gate, gate.subject, gate.can_be_met, gate.reason] for gate in plan.gates]
-        console.table("", ["gate", "of", "can be met", ""], gates)
-    for note in dict.fromkeys(model.note for model in plan.models if model.note):
+        console.result_table(["gate", "of", "can be met", ""], gates)
+    for note in dict.fromkeys([*plan.notes, *(model.note for model in plan.models if model.note)]):
         console.result(note)
     source, scorer = f" of {plan.source}" if plan.source else "", f", scored by {plan.scorer}" if plan.scorer else ""
     console.result(f"{plan.suite}: {plan.items:,} items{source}{scorer}")

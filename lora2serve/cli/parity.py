@@ -91,7 +91,9 @@ def _bounds(ctx: click.Context, parameter: click.Parameter, texts: Sequence[str]
     "--allow", multiple=True, metavar="SETTING",
     help="A setting that differs on purpose: FILE:KEY, FILE or KEY, such as generation_config.json:temperature.",
 )  # fmt: skip
-@dry_run_option(help="Only show what would be compared, and every refusal; starts no engine.")
+@dry_run_option(
+    help="Only show what would be compared, and every refusal; starts no engine. Exit code 3 if parity cannot be met."
+)
 @click.pass_context
 def parity(
     ctx: click.Context, /, paths: tuple[str, ...], report_dir: Path | None, as_json: bool, ask: str, base: str | None,
@@ -163,23 +165,33 @@ def show(result: ParityResult) -> None:
 
 
 def _show_plan(plan: ParityPlan, as_json: bool) -> None:
-    """The comparisons, the bounds of each format, and what would be asked."""
+    """The comparisons, the bounds of each format, and what would be asked; ParityNotMet where that is known now."""
     from lora2serve import console
-    from lora2serve.artifacts.parity_overview import REFERENCES
 
     if as_json:
         console.result_json(plain(plan))
-        return
+    else:
+        _show_comparisons(plan)
+    if problems := [f"parity will not be met: {reason}" for reason in plan.unmet]:
+        if not as_json:
+            console.result("\n".join(problems))
+        raise ParityNotMet("\n".join(problems))
+
+
+def _show_comparisons(plan: ParityPlan) -> None:
+    from lora2serve import console
+    from lora2serve.artifacts.parity_overview import REFERENCES
+
     rows = [
         [item.export, item.kind, item.engine.name, engine_cell(item.engine), "yes" if item.required else "no",
          REFERENCES[item.reference]]
-        for item in plan.comparisons if item.engine
+        for item in plan.comparisons if item.engine and item.reference
     ]  # fmt: skip
     if rows:
-        console.table("", ["export", "format", "engine", "installed", "required", "judged by"], rows)
+        console.result_table(["export", "format", "engine", "installed", "required", "judged by"], rows)
         _show_bounds(plan.comparisons)
     else:
-        console.table("", ["export", "format", "gate"], [[e.export, e.kind, *e.gates] for e in plan.comparisons])
+        console.result_table(["export", "format", "gate"], [[e.export, e.kind, *e.gates] for e in plan.comparisons])
     for line in _asked(plan):
         console.result(line)
     console.result(f"report: {plan.page}")
@@ -198,13 +210,14 @@ def _show_bounds(comparisons: Sequence[PlannedComparison]) -> None:
                         for item in formats.values())]
         for name in names
     ]  # fmt: skip
-    console.table("", ["figure", *formats], rows)
+    console.result_table(["figure", *formats], rows)
 
 
 def _asked(plan: ParityPlan) -> Iterator[str]:
-    """What every engine would be asked, and what the baseline has that would be missing."""
+    """What every engine would be asked."""
     if plan.trained_in:
-        yield f"trained model: {plan.model}, in {plan.trained_in.name} (installed: {engine_cell(plan.trained_in)})"
+        installed = "; ".join(engine_cell(plan.trained_in).splitlines())
+        yield f"trained model: {plan.model}, in {plan.trained_in.name} (installed: {installed})"
     if plan.prompts:
         asked, amount = plan.prompts, plan.prompts.amount
         rows = (
@@ -218,7 +231,6 @@ def _asked(plan: ParityPlan) -> Iterator[str]:
         yield f"question: {plan.ask}"
     if plan.baseline:
         yield f"baseline: {plan.baseline}"
-    yield from plan.lost
 
 
 def _cell(line: OverviewRow, key: str) -> str:

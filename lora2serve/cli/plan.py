@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -88,13 +88,15 @@ def _json(training: PlannedTraining) -> object:
 
 def plan_lines(plan: TrainingPlan) -> Iterator[str]:
     """The table by part, and what follows from it."""
+    from lora2serve.console import aligned
+
     first = plan.trainings[0]
     yield (
         f"{plan.model}: {_count(plan.parameters)} parameters in {plan.layers} layers; "
         f"{first.batch} row{'s' if first.batch > 1 else ''} of {_answers(first)}{first.length} tokens at once"
     )
     yield ""
-    yield from _table([["", *(_heading(training) for training in plan.trainings)], *_rows(plan)])
+    yield from aligned([["", *(_heading(training) for training in plan.trainings)], *_rows(plan)])
     yield ""
     rank = next((training.rank for training in plan.trainings if training.rank), None)
     if plan.shares and rank:
@@ -137,16 +139,12 @@ def _rows(plan: TrainingPlan) -> Iterator[list[str]]:
 
 def _levers(plan: TrainingPlan) -> Iterator[str]:
     """What would make the first training smaller, with its price."""
+    from lora2serve.console import aligned
+
     first = plan.trainings[0]
     if first.levers:
         yield f"less memory than {_heading(first)} ({_size(first.bytes.total)}):"
-        yield from _table([["  " + lever.change, _size(lever.total), lever.price] for lever in first.levers])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield from aligned([["  " + lever.change, _size(lever.total), lever.price] for lever in first.levers])
 
 
 def _size(count: int) -> str:

@@ -21,9 +21,10 @@ Items = Sequence[tuple[str, str]]  # the name of each, and its group
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model, the engine that would answer for it, and what of the items it was trained on, in words.
+    """A model, and the engine that would answer for it.
 
-    ``note``: what the user should know of it; ``records``: the files of its scores.
+    ``overlap``: what of the items it was trained on, in words, empty for none; ``note``: what the user should know of
+    it; ``records``: the files of its scores, two where it would be asked twice.
     """
 
     name: str
@@ -35,9 +36,12 @@ class PlannedModel:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What ``evaluate`` or ``compare`` would do. ``items``: how many each model is asked; ``tasks``: of each task.
+    """What ``evaluate`` or ``compare`` would do.
 
-    ``gates``: whether each can be met with so many items; ``page`` shows the report.
+    ``suite``: its name; ``source``: the file of its rows, empty for tasks of lm-evaluation-harness; ``scorer``: what
+    scores an answer, empty where nothing is expected. ``items``: how many each model is asked; ``tasks``: how many of
+    each task, empty without tasks. ``gates``: whether each can be met with so many items; ``notes``: what was left out
+    of the suite; ``page``: the file that would show the report.
     """
 
     command: Command

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from lora2serve.artifacts.parity_report import ComparisonResult, GateName, ReferenceName
+from lora2serve.artifacts.parity_report import GateName, ReferenceName
 from lora2serve.data.data_sets import DataSet
 from lora2serve.data.prompts import CONVERSATIONS, PROBES, PromptOptions
 from lora2serve.parity_check import settings_check, thresholds
@@ -20,16 +20,18 @@ TRAINED_IN = "peft"  # the engine of the trained model
 
 @dataclass(frozen=True)
 class PlannedComparison:
-    """An export in one engine, None where only its settings are compared.
+    """An export in one engine. ``engine`` and ``reference`` are None where only its settings are compared.
 
-    ``bounds``: figure -> what would be held against it; ``unjudged``: figure -> why its bound would not be.
+    ``kind``: its format, which has the bounds; ``required``: a missing engine fails parity. ``bounds``: figure -> what
+    would be held against it, as in report.json, where ``retention`` is the share of the adapter's signal that is lost;
+    ``unjudged``: figure -> why its bound would not be.
     """
 
     export: str
     target: str
-    kind: str  # the row of the table of thresholds
+    kind: str
     engine: EngineState | None
-    reference: ReferenceName
+    reference: ReferenceName | None
     required: bool
     gates: tuple[GateName, ...]
     bounds: Mapping[str, float] = field(default_factory=dict)
@@ -51,9 +53,13 @@ class PlannedPrompts:
 
 @dataclass(frozen=True)
 class ParityPlan:
-    """What ``run_parity`` would do. ``lost``: rows of the baseline that would be missing; ``page`` shows the report.
+    """What ``parity`` would do.
 
-    ``trained_in`` and ``prompts`` are None where no engine would be asked.
+    ``base`` and ``adapters``: the directories that the trained model is made of; ``page``: the file that would show the
+    report. ``references``: the base that the trained model would be measured on, "original" in full precision,
+    "trained" as the training quantized it; ``trained_in``: the engine for that; it and ``prompts`` are None where no
+    engine would be asked. ``ask``: the question of the request; ``baseline``: its earlier report, of which ``lost`` are
+    the rows that would be missing. ``unmet``: why parity cannot be met, as far as that is known now.
     """
 
     model: str
@@ -67,12 +73,14 @@ class ParityPlan:
     ask: str = ""
     baseline: str = ""
     lost: tuple[str, ...] = ()
+    unmet: tuple[str, ...] = ()
 
 
 def of_settings(origin: TrainedModel, exports: Sequence[Path], page: Path) -> ParityPlan:
     """Of the settings gate alone."""
     rows = settings_check.unchecked_rows(origin, exports)
-    return _plan(origin, [_planned(row, None, ("settings",)) for row in rows], page)
+    planned = [PlannedComparison(row.export, row.target, row.kind, None, None, False, ("settings",)) for row in rows]
+    return _plan(origin, planned, page)
 
 
 def of_engines(
@@ -86,8 +94,11 @@ def of_engines(
     for comparison in comparisons:
         bounds = _bounds(origin, comparison)
         unjudged = {name: why for name in bounds if (why := too_few(name, origin.settings.tokens))}
-        row = settings_check.empty_row(origin, comparison)
-        planned.append(_planned(row, state(comparison.engine), comparison.gates, bounds, unjudged))
+        required = comparison.engine in origin.settings.require
+        planned.append(PlannedComparison(
+            comparison.name, comparison.target, comparison.kind, state(comparison.engine), comparison.reference,
+            required, comparison.gates, bounds, unjudged,
+        ))  # fmt: skip
     rows = len(held_out.rows) if held_out else 0
     source, conversations = str(origin.rows) if rows else "", min(rows, CONVERSATIONS) + len(PROBES)
     return replace(
@@ -95,21 +106,24 @@ def of_engines(
         references=origin.references,
         trained_in=state(TRAINED_IN),
         prompts=PlannedPrompts(source, rows, conversations, origin.amount),
+        unmet=tuple(_unmet(planned, state(TRAINED_IN))),
     )
+
+
+def _unmet(planned: Sequence[PlannedComparison], trained_in: EngineState) -> Iterator[str]:
+    """Why parity fails whatever the exports are."""
+    if trained_in.missing:
+        yield f"the trained model needs {trained_in.name}, which is not here"
+    missing = [item for item in planned if item.engine and item.engine.missing]
+    for name in dict.fromkeys(item.engine.name for item in missing if item.engine and item.required):
+        yield f"{name} is required and is not here"
+    if len(missing) == len(planned):
+        yield "no engine of these exports is here, so that nothing would be compared"
 
 
 def _plan(origin: TrainedModel, planned: Sequence[PlannedComparison], page: Path) -> ParityPlan:
     adapters = tuple(map(str, origin.adapters))
     return ParityPlan(origin.name, str(origin.base), adapters, tuple(planned), str(page))
-
-
-def _planned(
-    row: ComparisonResult, engine: EngineState | None, gates: tuple[GateName, ...],
-    bounds: Mapping[str, float] = {}, unjudged: Mapping[str, str] = {},
-) -> PlannedComparison:  # fmt: skip
-    return PlannedComparison(
-        row.export, row.target, row.kind, engine, row.reference, row.required, gates, bounds, unjudged
-    )  # fmt: skip
 
 
 def _bounds(origin: TrainedModel, comparison: Comparison) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,13 +146,38 @@ def test_an_engine_that_is_not_here(
     words = ["evaluate", "mayor", "--suite", "qa.jsonl", "--gate", "acc >= 0.99", "--dry-run"]
     assert command(words) == 0
     out, err = capfd.readouterr()
-    assert "qa: 40 items of qa.jsonl, scored by normalized" in out and "not installed" not in err
-    assert "40 items are not enough, 268 would be" in " ".join(err.split())
+    assert "qa: 40 items of qa.jsonl, scored by normalized" in out and "not installed" not in out
+    assert re.search(r"^acc >= 0\.99 +mayor +no +at best: 40 items are not enough, 268 would be$", out, re.MULTILINE)
+    assert re.search(r"^mayor +peft +yes +not checked", out, re.MULTILINE)
+    assert not set(out) & {"─", "\x1b"} and "acc" not in err, "the plan is the result, in plain text"
+    assert command(["compare", "mayor", "base", "--suite", "qa.jsonl", "--gate", "changed <= 0.2", "--dry-run"]) == 0
+    assert re.search(r"^changed <= 0\.2 +base +yes ", capfd.readouterr().out, re.MULTILINE)
     monkeypatch.setattr(installed_engines, "find_spec", lambda name: None)
     assert command([*words, "--json"]) == 0
     (model,) = json.loads(capfd.readouterr().out)["models"]
     assert model["engine"]["missing"] == "torch, transformers, peft: not installed"
     assert model["engine"]["fix"] == "pip install 'lora2serve[train]'"
+
+
+def test_what_was_left_out_of_the_suite(here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "a", "expected": "b"}] * 2
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command(["evaluate", "mayor", "--suite", str(tmp_path / "twice.jsonl"), "--dry-run"]) == 0
+    (note,) = api.plan_evaluation(evaluation(suite=tmp_path / "twice.jsonl")).notes
+    out, err = capfd.readouterr()
+    assert note in out and note not in err
+
+
+def test_a_mistyped_base(here: Path) -> None:
+    """It is a name like that of a model, too."""
+    for name, near in (("bsae", True), ("other/model", False)):
+        for call in (
+            lambda name=name: api.plan_evaluation(evaluation(against=name)),
+            lambda name=name: api.plan_comparison(comparison(second=name)),
+        ):
+            with pytest.raises(Lora2ServeError, match=name) as caught:
+                call()
+            assert ("did you mean 'base'?" in caught.value.message) == near
 
 
 def test_requests_of_other_types() -> None:

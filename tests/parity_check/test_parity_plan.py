@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,6 +84,8 @@ def test_the_settings_gate_as_in_its_report(here: Path, tmp_path: Path) -> None:
     rows = [(row.export, row.target, row.kind, tuple(gate.name for gate in row.gates)) for row in result.report.rows]
     assert [(item.export, item.target, item.kind, item.gates) for item in plan.comparisons] == rows
     assert plan.page == str(result.page) and plan.prompts is None and plan.trained_in is None
+    assert {(item.engine, item.reference, item.required) for item in plan.comparisons} == {(None, None, False)}
+    assert {item.reference for item in lora2serve.plan_parity(request()).comparisons} == {"original"}, "the control"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,8 @@ def test_no_folder_is_made(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_the_baseline_that_would_be_missing(here: Path) -> None:
     plan = lora2serve.plan_parity(request(baseline="report.json"))
-    assert plan.lost == ("vllm in vllm: in report.json, and missing now",)
+    assert plan.lost == plan.unmet == ("vllm in vllm: in report.json, and missing now",), "a row less is no parity"
+    assert not lora2serve.plan_parity(request()).unmet, "the control"
 
 
 def test_an_engine_that_is_not_here(
@@ -135,13 +139,45 @@ def test_an_engine_that_is_not_here(
     monkeypatch.setattr(installed_engines, "find_spec", lambda name: None if name == "llama_cpp" else object())
     assert command(["parity", "mayor", "--dry-run"]) == 0
     out, err = capfd.readouterr()
-    assert "no: llama_cpp: not installed" in err and "pip install 'lora2serve[gguf]'" in err
+    assert "no: llama_cpp: not installed; pip install 'lora2serve[gguf]'" in out and "not installed" not in err
     assert "report: exports/mayor/parity/report.html" in out
     assert command(["parity", "mayor", "--dry-run", "--json"]) == 0
     engines = {
         item["engine"]["name"]: item["engine"]["missing"] for item in json.loads(capfd.readouterr().out)["comparisons"]
     }
     assert engines == {"peft": "", "vllm": "", "llama.cpp": "llama_cpp: not installed"}
+
+
+def test_the_whole_plan_is_on_stdout(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As plain text, where that is no terminal."""
+    assert command(["parity", "mayor", "--data", "rows.jsonl", "--dry-run"]) == 0
+    out, err = capfd.readouterr()
+    assert re.search(r"^gguf-adapter +lora +llama\.cpp +yes +no +the trained model", out, re.MULTILINE)
+    assert re.search(r"^Adapter's signal kept +≥ 90\.00%$", out, re.MULTILINE) and "3 held-out rows" in out
+    assert not set(out) & {"─", "\x1b"} and not err
+    assert command(["parity", "mayor", "--gate", "settings", "--dry-run"]) == 0
+    assert re.search(r"^gguf-adapter +lora +settings$", capfd.readouterr().out, re.MULTILINE)
+
+
+def test_it_says_where_parity_cannot_be_met(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before the trained model is asked for nothing."""
+    words = ["parity", "mayor", "--require", "llama.cpp", "--dry-run"]
+    assert command(words) == 0 and "will not be met" not in "".join(capfd.readouterr()), "the control"
+    monkeypatch.setattr(installed_engines, "find_spec", lambda name: None if name == "llama_cpp" else object())
+    required = "llama.cpp is required and is not here"
+    nothing = "no engine of these exports is here, so that nothing would be compared"
+    assert command(words) == 3
+    out, err = capfd.readouterr()
+    assert out.endswith(f"report.html\nparity will not be met: {required}\n")
+    assert err == f"error: parity will not be met: {required}\n"
+    assert command([*words, "--json"]) == 3
+    assert json.loads(capfd.readouterr().out)["unmet"] == [required]
+    assert lora2serve.plan_parity(request(engines=("llama.cpp",))).unmet == (nothing,)
+    assert not lora2serve.plan_parity(request(engines=("llama.cpp",), url="http://localhost:1")).unmet, "may answer"
+    monkeypatch.setattr(installed_engines, "find_spec", lambda name: None if name == "peft" else object())
+    assert lora2serve.plan_parity(request()).unmet == ("the trained model needs peft, which is not here",)
 
 
 def test_no_ollama(monkeypatch: pytest.MonkeyPatch) -> None:
