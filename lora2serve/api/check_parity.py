@@ -102,7 +102,7 @@ def plan_parity(request: ParityRequest, progress: Progress | None = None) -> Par
     request: the arguments of ``parity`` in one value.
     progress: where messages and bars go. By default they are shown at a prompt or in a notebook only.
 
-    Raises what ``parity`` would refuse before it starts an engine; what would fail later is in ``ParityPlan.unmet``.
+    Raises what ``parity`` would refuse before an engine starts; what is known to fail later is in ``ParityPlan.unmet``.
     """
     from lora2serve.parity_check.baseline import lost
     from lora2serve.parity_check.comparisons import refuse_impossible
