@@ -44,7 +44,7 @@ def compare(
     Raises what ``evaluate`` raises, but for questions that were trained on, which are a fair comparison.
     """
     request = CompareRequest(
-        first=first, second=second, suite=suite, limit=limit, gates=several(gate), engine=engine, base=base,
+        first=first, second=second, suite=suite, limit=limit, gate=several(gate), engine=engine, base=base,
         url_model=url_model, out=out,
     )  # fmt: skip
     return run_comparison(request, progress)
@@ -110,7 +110,7 @@ def _prepare(request: CompareRequest, progress: Progress, *, weights: bool = Tru
     """Everything up to the first engine; ``weights``: also those of the Hub, which engines need."""
     from lora2serve.evaluation.comparison import compared_figures
 
-    gates, named, against = [parse_gate(text) for text in request.gates], [str(request.first)], str(request.second)
+    gates, named, against = [parse_gate(text) for text in request.gate], [str(request.first)], str(request.second)
     models = find_models(named, against, request.base, request.url_model, request.engine, progress, weights=weights)
     refuse_same(models)
     suite = choose_suite(request.suite, models, request.limit, truth=False)

@@ -78,8 +78,8 @@ def evaluate(
     EngineError for an engine that is not installed or ends, HubError for what cannot be fetched.
     """
     request = EvaluationRequest(
-        models=None if model is None else several(model), against=against, suite=suite, limit=limit,
-        gates=several(gate), tasks=several(task), task_folder=task_folder, shots=shots, chat=chat, engine=engine,
+        model=None if model is None else several(model), against=against, suite=suite, limit=limit,
+        gate=several(gate), task=several(task), task_folder=task_folder, shots=shots, chat=chat, engine=engine,
         base=base, url_model=url_model, allow_overlap=allow_overlap, out=out,
     )  # fmt: skip
     return run_evaluation(request, progress)
@@ -131,8 +131,8 @@ class _PreparedEvaluation:
 
 def _prepare(request: EvaluationRequest, progress: Progress, *, weights: bool = True) -> _PreparedEvaluation:
     """Everything up to the first engine; ``weights``: also those of the Hub, which engines need."""
-    gates = [parse_gate(text) for text in request.gates]
-    named = [str(name) for name in request.models] if request.models is not None else [str(runs.latest().path)]
+    gates = [parse_gate(text) for text in request.gate]
+    named = [str(name) for name in request.model] if request.model is not None else [str(runs.latest().path)]
     if not named:
         raise UsageError("model: an empty list, expected one at least")
     against = None if request.against is None else str(request.against)
@@ -141,7 +141,7 @@ def _prepare(request: EvaluationRequest, progress: Progress, *, weights: bool = 
     reference, shared = 0 if against is None else -1, bool(request.out)
     home = plain_path(Path(request.out)) if request.out else models[0].home
     limit, suite = request.limit, request.suite
-    if options := harness_options(request.tasks, request.task_folder, request.shots, request.chat, limit, suite):
+    if options := harness_options(request.task, request.task_folder, request.shots, request.chat, limit, suite):
         return _PreparedEvaluation(models, gates, reference, home, shared, options=options)
     asked = choose_suite(suite, models, limit)
     models = [replace(item, overlap=overlap_of(asked, item, progress, allow=request.allow_overlap)) for item in models]

@@ -10,14 +10,14 @@ from lora2serve.config.arguments import take_fields
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """The arguments of ``lora2serve.evaluate``, which has them explained; no ``models``: ``runs/latest``."""
+    """The arguments of ``lora2serve.evaluate``, which has them explained; no ``model``: ``runs/latest``."""
 
-    models: tuple[Named, ...] | None = None
+    model: tuple[Named, ...] | None = None
     against: Named | None = None
     suite: Named | None = None
     limit: int | None = None
-    gates: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
+    gate: tuple[str, ...] = ()
+    task: tuple[str, ...] = ()
     task_folder: Named | None = None
     shots: int | None = None
     chat: bool = False
@@ -40,7 +40,7 @@ class CompareRequest:
     second: Named
     suite: Named | None = None
     limit: int | None = None
-    gates: tuple[str, ...] = ()
+    gate: tuple[str, ...] = ()
     engine: str = ""
     base: Named | None = None
     url_model: str | None = None

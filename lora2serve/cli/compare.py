@@ -52,7 +52,7 @@ def compare(
     from lora2serve.api.evaluation_request import CompareRequest
 
     request = CompareRequest(
-        first=first, second=second, suite=suite, limit=limit, gates=gates, engine=engine or "", base=base,
+        first=first, second=second, suite=suite, limit=limit, gate=gates, engine=engine or "", base=base,
         url_model=url_model, out=out,
     )  # fmt: skip
     if dry_run:

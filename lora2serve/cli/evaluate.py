@@ -87,7 +87,7 @@ def evaluate(
     from lora2serve.api.evaluation_request import EvaluationRequest
 
     request = EvaluationRequest(
-        models=models or None, against=against, suite=suite, limit=limit, gates=gates, tasks=tasks,
+        model=models or None, against=against, suite=suite, limit=limit, gate=gates, task=tasks,
         task_folder=task_folder, shots=shots, chat=chat, engine=engine or "", base=base, url_model=url_model,
         allow_overlap=allow_overlap, out=out,
     )  # fmt: skip

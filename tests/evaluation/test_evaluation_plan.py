@@ -46,7 +46,7 @@ def files(root: Path) -> set[Path]:
 
 
 def evaluation(**words: Any) -> api.EvaluationRequest:
-    return api.EvaluationRequest(**{"models": ("mayor",), "suite": "qa.jsonl", **words})
+    return api.EvaluationRequest(**{"model": ("mayor",), "suite": "qa.jsonl", **words})
 
 
 def comparison(**words: Any) -> api.CompareRequest:
@@ -55,7 +55,7 @@ def comparison(**words: Any) -> api.CompareRequest:
 
 def test_what_would_be_asked(here: Path) -> None:
     before = files(here)
-    plan = api.plan_evaluation(evaluation(against="base", gates=("acc >= 0.5", "acc-b >= base", "tokens <= 9")))
+    plan = api.plan_evaluation(evaluation(against="base", gate=("acc >= 0.5", "acc-b >= base", "tokens <= 9")))
     assert (plan.command, plan.suite, plan.scorer, plan.items) == ("evaluate", "qa", "normalized", 40)
     assert plan.tasks == {"a": 30, "b": 10} and plan.page == "evals/mayor/report/qa/report.html"
     assert [(model.name, model.engine.name, model.records) for model in plan.models] == [
@@ -65,7 +65,7 @@ def test_what_would_be_asked(here: Path) -> None:
     found = [(gate.subject, gate.can_be_met) for gate in plan.gates]
     assert found == [("mayor", "yes"), ("mayor", "by a gain"), ("mayor", "yes")]
     assert "with 95 % confidence: 10 items are not enough, a margin is" in plan.gates[1].reason, "of its task"
-    several = api.plan_evaluation(evaluation(models=("mayor", "base"), gates=("acc >= 0.5",), out="out", limit=3))
+    several = api.plan_evaluation(evaluation(model=("mayor", "base"), gate=("acc >= 0.5",), out="out", limit=3))
     assert [gate.subject for gate in several.gates] == ["mayor", "base"] and several.items == 3
     assert [model.records for model in several.models] == [("out/qa.mayor.json",), ("out/qa.base.json",)]
     assert files(here) == before
@@ -73,7 +73,7 @@ def test_what_would_be_asked(here: Path) -> None:
 
 def test_what_would_be_compared(here: Path) -> None:
     before = files(here)
-    plan = api.plan_comparison(comparison(gates=("changed <= 0.2", "kl <= other + 0.1")))
+    plan = api.plan_comparison(comparison(gate=("changed <= 0.2", "kl <= other + 0.1")))
     assert plan.command == "compare" and plan.page == "evals/mayor/compared/base/report/qa/report.html"
     assert [len(model.records) for model in plan.models] == [2, 1], "the first is asked twice"
     assert [(gate.subject, gate.can_be_met) for gate in plan.gates] == [("base", "yes")] * 2
@@ -111,16 +111,16 @@ def test_figures_of_any_value(text: str) -> None:
 
 
 REFUSED: tuple[dict[str, Any], ...] = (
-    {"suite": "bad.jsonl"}, {"suite": "none.yaml"}, {"suite": None}, {"limit": 0}, {"gates": ("acc > 1",)},
-    {"gates": ("accc >= 0.5",)}, {"gates": ("acc >= 5",)}, {"gates": ("qb.acc >= 0.5",)}, {"url_model": "x"},
+    {"suite": "bad.jsonl"}, {"suite": "none.yaml"}, {"suite": None}, {"limit": 0}, {"gate": ("acc > 1",)},
+    {"gate": ("accc >= 0.5",)}, {"gate": ("acc >= 5",)}, {"gate": ("qb.acc >= 0.5",)}, {"url_model": "x"},
     {"out": "file/x"},
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "words",
-    [*REFUSED, {"models": ("maior",)}, {"against": "mayor"}, {"gates": ("acc >= base - 0.1",)}, {"shots": 1},
-     {"tasks": ("arc_easy",)}],
+    [*REFUSED, {"model": ("maior",)}, {"against": "mayor"}, {"gate": ("acc >= base - 0.1",)}, {"shots": 1},
+     {"task": ("arc_easy",)}],
 )  # fmt: skip
 def test_it_refuses_what_evaluate_does(here: Path, words: dict[str, Any]) -> None:
     refused(here, lambda: api.plan_evaluation(evaluation(**words)), lambda: run_evaluation(evaluation(**words)))

@@ -248,8 +248,8 @@ def test_tasks_that_ask_what_was_trained_on(demo_run: Run, tmp_path: Path) -> No
         "metric_list: [{metric: exact_match}]\n"
     )
     plan = api.plan_evaluation(
-        api.EvaluationRequest((demo_run.path,), "base", tasks=("trained",), task_folder=tmp_path, out=tmp_path / "out",
-                              gates=("exact_match >= 0.9", "exact_match >= base"))
+        api.EvaluationRequest((demo_run.path,), "base", task=("trained",), task_folder=tmp_path, out=tmp_path / "out",
+                              gate=("exact_match >= 0.9", "exact_match >= base"))
     )  # fmt: skip
     assert not (tmp_path / "out").exists() and [gate.can_be_met for gate in plan.gates] == ["no", "by a gain"]
     result = api.evaluate(demo_run.path, against="base", task="trained", task_folder=tmp_path, out=tmp_path / "out")
