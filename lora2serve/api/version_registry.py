@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora2serve.registry.open_registry import OpenRegistry
     from lora2serve.registry.promotion_gates import GateRecipe
     from lora2serve.registry.upkeep import Collected
-    from lora2serve.registry.version_record import RegistryEvent, Version
+    from lora2serve.registry.version_record import ChangedVersion, RegistryEvent, Version
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 KEEP = 5  # versions of each name that gc leaves
@@ -44,8 +44,9 @@ class Registry:
     A version is named ``medical-qa@7``, or by an alias ``medical-qa@champion``. All methods raise UsageError for
     versions and options that cannot be, RegistryError where the database or a disk refuses.
 
-    With ``dry_run`` a method refuses what it would refuse, changes nothing, and returns what it would do: of a version
-    a PlannedVersion, which is the version as it would be, the ``events`` of its history and the ``gates`` as judged.
+    What changes a version returns a ChangedVersion: that version, the ``events`` of its history that were written, its
+    ``files`` that are new, the ``gates`` as judged. With ``dry_run`` a method refuses what it would refuse, changes
+    nothing, and returns what it would do.
     """
 
     def __init__(self, location: Named | None = None, *, author: str | None = None) -> None:
@@ -72,7 +73,7 @@ class Registry:
     def add(
         self, source: Named, *, name: str, domain: str = "", task: str = "", note: str = "", author: str = "",
         unproven: bool = False, dry_run: bool = False, progress: Progress | None = None,
-    ) -> Version:  # fmt: skip
+    ) -> ChangedVersion:  # fmt: skip
         """Register a run with its exports, an adapter, or an export; the same content is the same version.
 
         name: what its versions are called, such as ``medical-qa``.
@@ -203,7 +204,7 @@ class Registry:
     def promote(
         self, version: str, to: str = CHAMPION, *, why: str = "", force: bool = False, gates: Named | None = None,
         dry_run: bool = False,
-    ) -> Version:  # fmt: skip
+    ) -> ChangedVersion:  # fmt: skip
         """Let an alias point to a version, if its gates are met.
 
         gates: a YAML file of suites and margins; by default ``gates.yaml`` in the registry's folder, if it is there.
@@ -219,7 +220,7 @@ class Registry:
 
     def rollback(
         self, name: str, *, alias: str = CHAMPION, to: int | None = None, why: str = "", dry_run: bool = False
-    ) -> Version:
+    ) -> ChangedVersion:
         """Let an alias point to the version before, or to the one of that number; needs no network and no GPU."""
         from lora2serve.registry import alias_moves
 
@@ -242,14 +243,14 @@ class Registry:
         with self._open().writing(self.author) as ledger:
             return end_trial(ledger, name, outcome, tested[0], tested[1], gates, why)
 
-    def unset(self, version: str, *, why: str = "", dry_run: bool = False) -> Version:
+    def unset(self, version: str, *, why: str = "", dry_run: bool = False) -> ChangedVersion:
         """Remove an alias, named as ``medical-qa@challenger``; the version that it pointed to."""
         from lora2serve.registry import alias_moves
 
         remove = partial(alias_moves.unset, reference=need_version(version), why=why)
         return self._open().change(self.author, remove, dry_run=dry_run)
 
-    def retire(self, version: str, *, why: str = "", dry_run: bool = False) -> Version:
+    def retire(self, version: str, *, why: str = "", dry_run: bool = False) -> ChangedVersion:
         """Mark a version as one that no alias may point to."""
         from lora2serve.registry import alias_moves
 

@@ -59,14 +59,13 @@ def add(
     parity is not met.
     """
     from lora2serve import console
-    from lora2serve.registry.version_record import PlannedVersion
 
     with open_registry() as opened:
         version = opened.add(
             source, name=name, domain=domain, task=task, note=note, author=author, unproven=unproven,
             dry_run=dry_run, progress=progress(ctx),
         )  # fmt: skip
-    if isinstance(version, PlannedVersion) and not as_json:
+    if dry_run and not as_json:
         console.result(f"{version.reference}: {'a new version' if version.is_new else 'there already'}")
     print_version(version, as_json)
 

@@ -12,7 +12,7 @@ from lora2serve.cli.options import F, dry_run_option, progress
 
 if TYPE_CHECKING:
     from lora2serve.api.version_registry import Registry
-    from lora2serve.registry.version_record import PlannedVersion, RegistryEvent, Version, VersionScore
+    from lora2serve.registry.version_record import ChangedVersion, RegistryEvent, Version, VersionScore
 
 REFERENCES = """
     SELECT name, number, '' AS alias FROM version UNION ALL SELECT name, number, alias FROM alias
@@ -50,13 +50,15 @@ plan_option = dry_run_option(help="Print what would change; change nothing.")
 
 
 def print_version(version: Version, as_json: bool) -> None:
-    """Its name, or all of it as JSON; of a dry run, what would change."""
+    """Its name, or all of it as JSON; of a dry run, what would change, too."""
     from lora2serve import console
-    from lora2serve.registry.version_record import PlannedVersion
+    from lora2serve.registry.version_record import ChangedVersion
 
+    if isinstance(version, ChangedVersion) and not version.dry_run:
+        version = version.version
     if as_json:
         console.result_json(version.to_json())
-    elif isinstance(version, PlannedVersion):
+    elif isinstance(version, ChangedVersion):
         _print_plan(version)
     else:
         console.result(version.reference)
@@ -100,7 +102,7 @@ def print_versions(
         console.result(console.printable(text, line_ends=False))  # what a run calls its base is text of anybody's
 
 
-def _print_plan(version: PlannedVersion) -> None:
+def _print_plan(version: ChangedVersion) -> None:
     from lora2serve import console
 
     for gate in version.gates:

@@ -24,7 +24,7 @@ from lora2serve.registry.live_aliases import last_event
 from lora2serve.registry.location import Location
 from lora2serve.registry.tables import files, versions
 from lora2serve.registry.upkeep import Collected
-from lora2serve.registry.version_record import PlannedVersion, Version
+from lora2serve.registry.version_record import ChangedVersion, Version
 from lora2serve.registry.version_reference import VersionReference
 from lora2serve.registry.version_rows import find_version, read_events
 from lora2serve.registry.version_source import EXPORTS, VersionSource, of_run
@@ -60,21 +60,20 @@ class OpenRegistry:
         with self.database.writing() as connection:
             yield Ledger(connection, who)
 
-    def change(self, who: str, work: Callable[[Ledger], Version], *, dry_run: bool) -> Version:
-        """One transaction of ``who``; of a dry run a PlannedVersion, and nothing of it is written."""
+    def change(self, who: str, work: Callable[[Ledger], Version], *, dry_run: bool) -> ChangedVersion:
+        """One transaction of ``who``, and what it did; of a dry run nothing of it is written."""
         with self.writing(who) as ledger:
-            before = last_event(ledger.connection) if dry_run else 0
+            before = last_event(ledger.connection)
             version = work(ledger)
+            events = tuple(read_events(ledger.connection, None, before))
+            files, gates = tuple(ledger.files), tuple(ledger.gates)
             if dry_run:
-                events = tuple(read_events(ledger.connection, None, before))
-                more = {"events": events, "files": tuple(ledger.files), "gates": tuple(ledger.gates)}
-                version = PlannedVersion(**(vars(version) | more))
                 ledger.connection.rollback()
-            return version
+            return ChangedVersion(**vars(version), events=events, files=files, gates=gates, dry_run=dry_run)
 
     def add(
         self, name: str, source: VersionSource, labels: Labels, who: str, progress: Progress, *, dry_run: bool = False
-    ) -> Version:
+    ) -> ChangedVersion:
         """The version that the source is; its files are stored before the database names them."""
         with nullcontext() if dry_run else self.database.content_lock(alone=False):
             blobs = self._store_files(source, progress, dry_run=dry_run)

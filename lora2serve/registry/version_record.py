@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from lora2serve.artifacts.json_record import JsonRecord
@@ -141,14 +141,20 @@ class JudgedGate(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedVersion(Version):
-    """What a dry run returns: the version as it would be, and what would be written with it."""
+class ChangedVersion(Version):
+    """A version as a call leaves it, and what was written with it; of a dry run, as it would be."""
 
-    events: tuple[RegistryEvent, ...]
-    files: tuple[str, ...]  # paths in the version that would be new, or get another content
-    gates: tuple[JudgedGate, ...]  # of a promotion
+    events: tuple[RegistryEvent, ...]  # of its history, that the call wrote
+    files: tuple[str, ...]  # paths in the version that are new, or have another content
+    gates: tuple[JudgedGate, ...]  # of a promotion, as judged
+    dry_run: bool
 
     @property
     def is_new(self) -> bool:
-        """Whether no version has its content yet."""
+        """Whether no version had its content before."""
         return any(event.kind == "add" for event in self.events)
+
+    @property
+    def version(self) -> Version:
+        """The version alone, as ``Registry.get`` returns it."""
+        return Version(**{spec.name: getattr(self, spec.name) for spec in fields(Version)})

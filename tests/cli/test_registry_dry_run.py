@@ -46,6 +46,7 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert printed(*words) == (f"{gates}promote m@champion 1 -> 2: a\\nb\n", nothing)
         out, err = printed("promote", "m@3", "--dry-run", code=3)
         assert (out, err) == printed("promote", "m@3", code=3) and err.startswith("error: m@3 cannot become champion")
+        assert out == "" and printed("promote", "m@3", "--dry-run", "--json", code=3) == ("", err)
         assert (
             "(past parity: vllm: parity was not run)"
             in printed("promote", "m@3", "--force", "--why", "x", "--dry-run")[0]
@@ -61,6 +62,8 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert len(registry.history()) == count and not list((tmp_path / "registry").glob("versions"))
 
         assert printed("promote", "m@2") == ("m@2\n", "")
+        done = json.loads(printed("promote", "m@2", "--json")[0])
+        assert done == json.loads(printed("show", "m@2", "--json")[0]), "of the command itself the version alone"
         assert printed("rollback", "m", "--why", "worse", "--dry-run") == (
             "rollback m@champion 2 -> 1: worse\n",
             nothing,

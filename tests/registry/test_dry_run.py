@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from lora2serve import Lora2ServeError, Registry
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import GateNotMet, UsageError
 from lora2serve.registry.tables import metadata
-from lora2serve.registry.version_record import JudgedGate, PlannedVersion, RegistryEvent, Version
+from lora2serve.registry.version_record import ChangedVersion, JudgedGate, RegistryEvent
 from lora2serve.system.small_files import digest
 from tests.support.registries import add_export, add_trial, make_run, scores
 
@@ -45,10 +45,6 @@ def new_events(registry: Registry, count: int) -> list[RegistryEvent]:
     return [replace(event, id=0) for event in registry.history()[count:]]
 
 
-def as_version(planned: Version) -> Version:
-    return Version(**{field.name: getattr(planned, field.name) for field in fields(Version)})
-
-
 def with_another_export(run: Run) -> Path:
     add_export(run, "gguf", quant="Q8_0")
     return run.path
@@ -60,7 +56,7 @@ def test_what_is_said_is_done(tested: Registry, tmp_path: Path, monkeypatch: pyt
     fourth = make_run(tmp_path / "run-3", 3)
     scores(fourth.path / "evals", 0.8, created="2026-07-01T00:00:00Z")
     add_export(fourth)
-    calls: list[tuple[list[str], Callable[[bool], Version]]] = [
+    calls: list[tuple[list[str], Callable[[bool], ChangedVersion]]] = [
         (["add", "export", "score", "score"], lambda dry: tested.add(fourth.path, name=NAME, note="n", dry_run=dry)),
         (["export"], lambda dry: tested.add(with_another_export(fourth) if dry else fourth.path, name=NAME, dry_run=dry)),
         ([], lambda dry: tested.add(fourth.path, name=NAME, dry_run=dry)),
@@ -80,9 +76,11 @@ def test_what_is_said_is_done(tested: Registry, tmp_path: Path, monkeypatch: pyt
             assert state(tested, tmp_path) == before
         assert state(tested, tmp_path)[0] == before[0]
         done = call(False)
-        assert isinstance(planned, PlannedVersion) and not isinstance(done, PlannedVersion)
-        assert as_version(planned) == done
-        assert [replace(event, id=0) for event in planned.events] == new_events(tested, count)
+        assert (planned.dry_run, done.dry_run) == (True, False) and planned.version == done.version
+        assert (planned.files, planned.gates) == (done.files, done.gates)
+        for each in (planned, done):
+            assert [replace(event, id=0) for event in each.events] == new_events(tested, count)
+        assert list(done.events) == tested.history()[count:] and done.version == tested.get(done.reference)
         assert [event.kind for event in planned.events] == kinds and planned.is_new == ("add" in kinds)
         assert (state(tested, tmp_path)[0] != before[0]) == bool(kinds) == bool(planned.events)
     tested.gc(keep=1)
@@ -90,7 +88,7 @@ def test_what_is_said_is_done(tested: Registry, tmp_path: Path, monkeypatch: pyt
     before = state(tested, tmp_path)
     planned = tested.add(tmp_path / "run-0", name=NAME, dry_run=True)
     assert state(tested, tmp_path) == before and planned.number == 1 and planned.state == "retired"
-    assert [event.kind for event in planned.events] == ["restore", "export"]  # type: ignore[attr-defined]
+    assert [event.kind for event in planned.events] == ["restore", "export"]
     assert tested.verify() == 4
 
 
@@ -102,10 +100,10 @@ def test_files_without_an_event(registry: Registry, tmp_path: Path) -> None:
     (run.path / "parity" / "report.json").write_text("first")
     registry.add(run.path, name="a")
     planned = registry.add(run.path, name="a", dry_run=True)
-    assert isinstance(planned, PlannedVersion) and (planned.events, planned.files) == ((), ())
+    assert (planned.events, planned.files) == ((), ())
     (run.path / "parity" / "report.json").write_text("second")
     planned = registry.add(run.path, name="a", dry_run=True)
-    assert isinstance(planned, PlannedVersion) and planned.files == ("parity/report.json",)
+    assert planned.files == ("parity/report.json",)
 
 
 def test_gates_are_judged(tested: Registry, tmp_path: Path) -> None:
@@ -114,7 +112,7 @@ def test_gates_are_judged(tested: Registry, tmp_path: Path) -> None:
     for number, value in ((1, 0.75), (2, 0.74)):
         tested.score(f"{NAME}@{number}", scores(tmp_path / "made", value, created="2026-07-01T00:00:00Z"))
     planned = tested.promote(f"{NAME}@2", gates=gates, dry_run=True)
-    assert isinstance(planned, PlannedVersion) and planned.aliases == ("challenger", "champion")
+    assert planned.aliases == ("challenger", "champion")
     assert planned.gates == (
         JudgedGate("state", True, "active"), JudgedGate("parity", True, "vllm"),
         JudgedGate("base", True, f"org/base, {NAME}@1 is of org/base"),
@@ -122,7 +120,7 @@ def test_gates_are_judged(tested: Registry, tmp_path: Path) -> None:
     )  # fmt: skip
     gates.write_text("suites: {medqa.acc: 0.001}\n")
     forced = tested.promote(f"{NAME}@2", gates=gates, force=True, why="now", dry_run=True)
-    assert isinstance(forced, PlannedVersion) and [gate.met for gate in forced.gates] == [True, True, True, False]
+    assert [gate.met for gate in forced.gates] == [True, True, True, False]
     assert forced.events[0].overridden == f"medqa.acc: 0.74, {NAME}@1 has 0.75 (margin 0.001)"
     with pytest.raises(GateNotMet, match=r"cannot become champion: medqa\.acc: 0\.74"):
         tested.promote(f"{NAME}@2", gates=gates, dry_run=True)
@@ -170,7 +168,7 @@ def test_no_registry_is_made(tmp_path: Path) -> None:
     folder = tmp_path / "registry"
     with Registry(folder) as registry:
         planned = registry.add(run.path, name="a", dry_run=True)
-        assert isinstance(planned, PlannedVersion) and planned.reference == "a@1" and planned.is_new
+        assert planned.reference == "a@1" and planned.is_new
         for call in (registry.promote, registry.retire, registry.unset):
             with pytest.raises(UsageError, match="no registry at"):
                 call("a@champion", dry_run=True)
@@ -189,7 +187,7 @@ def test_no_registry_is_made(tmp_path: Path) -> None:
 def test_beside_a_writer(tested: Registry, tmp_path: Path) -> None:
     """It waits for who writes, and says what holds afterwards; who writes beside it loses nothing."""
     location = tested.location.url if tested.location.folder is None else tested.location.folder
-    planned: list[Version] = []
+    planned: list[ChangedVersion] = []
     begun = threading.Event()
 
     def plan() -> None:
@@ -203,7 +201,6 @@ def test_beside_a_writer(tested: Registry, tmp_path: Path) -> None:
         begun.wait(60)
         ledger.move("promote", NAME, "champion", 2, why="first")
     thread.join()
-    assert isinstance(planned[0], PlannedVersion)
     assert [(event.old, event.new) for event in planned[0].events] == [(2, 1)], "not what was before the writer"
 
     over = threading.Event()

@@ -79,7 +79,7 @@ def test_a_run_becomes_a_version(registry: Registry, tmp_path: Path) -> None:
     assert (version.learning_rate, version.rows, version.steps, version.targets) == (2e-4, 100, 10, ("q_proj",))
     assert [export.name for export in version.exports] == ["vllm"] and version.proven
     assert {score.name: score.value for score in version.scores} == {"heldout.loss": 1.0, "heldout.perplexity": 2.0}
-    assert registry.get("medical-qa@1") == version
+    assert registry.get("medical-qa@1") == version.version
     path = registry.path("medical-qa@1")
     for file in (
         "run.json",
@@ -114,7 +114,7 @@ def test_twice_is_one_version(registry: Registry, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     write_adapter(moved, 0, base="/another/place")
-    assert registry.add(run, name="a") == first
+    assert registry.add(run, name="a").version == first.version
     assert registry.add(moved, name="a", unproven=True).reference == first.reference
     write_adapter(moved, 1)
     assert registry.add(moved, name="a", unproven=True).reference == "a@2"
@@ -549,7 +549,7 @@ def test_links_of_a_run(registry: Registry, tmp_path: Path) -> None:
     version = registry.add(run, name="a", unproven=True)
     assert (registry.path(version.reference) / "adapter" / "adapter_model.safetensors").is_file()
     (tmp_path / "named").symlink_to(run / "best")
-    assert registry.add(tmp_path / "named", name="a", unproven=True) == version
+    assert registry.add(tmp_path / "named", name="a", unproven=True).version == version.version
 
 
 def test_numbers_and_text_that_no_database_takes(registry: Registry, tmp_path: Path) -> None:
