@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from lora2serve.errors import UsageError
+from lora2serve.errors import UsageError, did_you_mean
 from lora2serve.progress import Progress
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def sync(registry: Registry, name: str, to: str, progress: Progress, *, dry_run:
     for kind, send in ((HUB, hub_sync.sync), (MLFLOW, mlflow_sync.sync)):
         if to.startswith(kind) and to != kind:
             return send(registry, name, to.removeprefix(kind), progress, Changes(dry_run))
-    raise UsageError(f"--to {to}: unknown kind of place", "expected hub:USER/NAME or mlflow:http://HOST:PORT")
+    kind = f"{to.partition(':')[0]}:"
+    near = did_you_mean(kind, (HUB, MLFLOW)) if kind not in (HUB, MLFLOW) else ""
+    raise UsageError(f"--to {to}: unknown kind of place{near}", "expected hub:USER/NAME or mlflow:http://HOST:PORT")
 
 
 def unset_aliases(registry: Registry, name: str) -> set[str]:

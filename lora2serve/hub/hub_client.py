@@ -22,6 +22,7 @@ Kind = Literal["model", "dataset"]
 
 LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
 PUSHING = "pushing to"
+ASKING = "asking the Hub about"  # a repository of which nothing is to be fetched
 
 
 def has_token() -> bool:
@@ -170,7 +171,7 @@ def _wrapped(repo_id: str, revision: str | None, doing: str, error: Exception) -
 def _unreachable(repo_id: str, revision: str | None, doing: str, error: Exception, kind: Kind = "model") -> HubError:
     from huggingface_hub import constants
 
-    if doing == PUSHING:
+    if doing in (PUSHING, ASKING):
         if constants.is_offline_mode():
             return HubError(f"{doing} {repo_id}: HF_HUB_OFFLINE is set", "unset it, or set it to 0")
         return HubError(

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from lora2serve.hub.hub_client import PUSHING, hub_errors
+from lora2serve.hub.hub_client import ASKING, PUSHING, hub_errors
 from lora2serve.hub.retry import with_retries
 from lora2serve.progress import Progress
 
@@ -33,7 +33,7 @@ def read_refs(repo_id: str, progress: Progress) -> RepositoryRefs:
         tags = {ref.name: ref.target_commit for ref in refs.tags}
         return RepositoryRefs(tags, {ref.name: ref.target_commit for ref in refs.branches})
 
-    with hub_errors(repo_id):
+    with hub_errors(repo_id, doing=ASKING):
         return with_retries(ask, progress, repo_id)
 
 

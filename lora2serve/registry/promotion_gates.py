@@ -9,7 +9,7 @@ from typing import Annotated
 
 from lora2serve.config.bounds import Range
 from lora2serve.config.schema import build, read_keys, show
-from lora2serve.errors import RecipeError
+from lora2serve.errors import RecipeError, did_you_mean
 from lora2serve.registry.version_record import JudgedGate, Version
 
 FILE = "gates.yaml"  # in the folder of a registry
@@ -63,7 +63,8 @@ def _compared(name: str, version: Version, champion: Version, gates: GateRecipe)
     """The gate of a suite; it is met, too, where the champion was never measured on it."""
     new, old, margin = version.score(name), champion.score(name), gates.suites[name]
     if new is None:
-        return JudgedGate(name, False, f"{version.reference} was not measured on it")
+        near = did_you_mean(name, [score.name for score in (*version.scores, *champion.scores)]) if old is None else ""
+        return JudgedGate(name, False, f"{version.reference} was not measured on it{near}")
     if old is None:
         return JudgedGate(name, True, f"{new.value:g}, {champion.reference} was not measured on it")
     if new.suite_sha256 != old.suite_sha256:

@@ -15,7 +15,7 @@ from lora2serve.config import recipe as recipes
 from lora2serve.config.arguments import checked
 from lora2serve.config.recipe import Recipe
 from lora2serve.console import default_progress
-from lora2serve.errors import Lora2ServeError, RecipeError, UsageError
+from lora2serve.errors import Lora2ServeError, RecipeError, UsageError, did_you_mean
 from lora2serve.progress import Progress
 from lora2serve.sweeping.leased_workers import LeasedWorkers, shares
 from lora2serve.sweeping.ray_trainings import RayTrainings, TrainingOrder, ray_trainings
@@ -86,7 +86,8 @@ def _refuse_mixtures(
         problems.append("resume keeps the recipes as they were: no overrides")
     hint = "leave one of them out" if problems else ""
     if on and on != "ray" and not on.startswith("ray://"):
-        problems.append(f"--on {on}: expected ray, or ray://HOST:PORT of a cluster's head")
+        near = did_you_mean(on.partition("://")[0], ["ray"])
+        problems.append(f"--on {on}: expected ray, or ray://HOST:PORT of a cluster's head{near}")
     if problems:
         raise UsageError("\n".join(problems), hint)
 

@@ -28,6 +28,9 @@ from lora2serve.sweeping.trial_files import ROOT, TrialFiles, split_held_out
 from lora2serve.sweeping.trial_ledger import TrialLedger, has_sweep, open_ledger
 from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner, usable_targets
 from lora2serve.sweeping.trial_process import ChildTrials, TrialPlace
+from lora2serve.system.http import without_credentials
+
+DATABASES = ("postgresql", "postgres", "sqlite")  # schemes of URLs; SQLAlchemy knows more
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ def _refuse_unwritable(folder: Path) -> None:
 def _writable(storage: str, sweep: Path) -> str:
     """A database as it is, a file as an absolute path; UsageError where none can be written. ``sweep`` will be made."""
     if "://" in storage:
+        refuse_unknown_database(storage, "--storage")
         return storage
     path = Path(storage).absolute()
     if path.parent == sweep:
@@ -178,6 +182,23 @@ def _writable(storage: str, sweep: Path) -> str:
             return str(path)
     except OSError as error:
         raise UsageError(f"--storage {storage}: {error.strerror}", "a file in a folder that may be written") from None
+
+
+def refuse_unknown_database(storage: str, option: str) -> None:
+    """UsageError for a URL of a kind that SQLAlchemy does not know; ``option`` is where it was named."""
+    import sqlalchemy
+
+    scheme = storage.partition("://")[0]
+    if scheme in DATABASES:
+        return
+    try:
+        sqlalchemy.dialects.registry.load(scheme.replace("+", "."))
+    except sqlalchemy.exc.NoSuchModuleError:
+        near = did_you_mean(scheme, DATABASES)
+        raise UsageError(
+            f"{option} {without_credentials(storage)}: unknown kind of database{near}",
+            "expected a file of sqlite, a journal (*.journal), or postgresql://HOST/DATABASE",
+        ) from None
 
 
 def _own_storage(folder: Path) -> Path:

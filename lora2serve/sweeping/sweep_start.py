@@ -17,7 +17,7 @@ from lora2serve.sweeping.data_likeness import MOST_ROWS, DataFigures, data_figur
 from lora2serve.sweeping.earlier_runs import EarlierRun, earlier_runs, first_points
 from lora2serve.sweeping.sweep_facts import SweepFacts
 from lora2serve.sweeping.sweep_loop import SweepLoop
-from lora2serve.sweeping.sweep_preparation import PreparedSweep, place_of, prepare
+from lora2serve.sweeping.sweep_preparation import PreparedSweep, place_of, prepare, refuse_unknown_database
 from lora2serve.sweeping.sweep_request import SweepRequest
 from lora2serve.sweeping.sweep_suite import PARTS, suite_order
 from lora2serve.sweeping.trial_files import ROOT, TrialFiles
@@ -50,7 +50,10 @@ def started(request: SweepRequest, progress: Progress) -> SweepLoop:
 
 def joined(location: str, name: str | None, jobs: int | None, on: str | None, progress: Progress) -> SweepLoop:
     """One more worker of a sweep that was begun elsewhere; its folder must be here, too."""
-    location = location if "://" in location else str(Path(location).absolute())
+    if "://" in location:
+        refuse_unknown_database(location, "--join")
+    else:
+        location = str(Path(location).absolute())
     ledger = open_ledger(location, name)
     facts, files = ledger.facts, TrialFiles(Path(ledger.facts.folder))
     if not files.recipe.is_file():

@@ -9,7 +9,7 @@ import pytest
 
 from lora2serve import Registry
 from lora2serve.cli import run as command_line
-from lora2serve.errors import UsageError
+from lora2serve.errors import HubError, UsageError
 from lora2serve.hub import fetch
 from lora2serve.progress import Silent
 from tests.support.hub_server import HubServer
@@ -63,3 +63,21 @@ def test_versions_become_tags_and_aliases_branches(
         for to in ("user/x", "hub:", "hub:medical-qa", "s3://bucket"):
             with pytest.raises(UsageError, match="--to"):
                 registry.sync("medical-qa", to=to, progress=Silent())
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_without_the_hub(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool) -> None:
+    """A repository to send to is none to download."""
+    from huggingface_hub import constants
+
+    with Registry(tmp_path / "registry") as registry:
+        run = make_run(tmp_path / "run")
+        add_export(run)
+        registry.add(run.path, name="medical-qa")
+        with monkeypatch.context() as offline:
+            offline.setattr(constants, "HF_HUB_OFFLINE", True)
+            with pytest.raises(HubError) as refused:
+                registry.sync("medical-qa", to=f"hub:{REPO}", dry_run=dry_run, progress=Silent())
+            assert refused.value.message == f"asking the Hub about {REPO}: HF_HUB_OFFLINE is set"
+            assert refused.value.hint == "unset it, or set it to 0" and not hub.repos
+        assert registry.sync("medical-qa", to=f"hub:{REPO}", dry_run=dry_run, progress=Silent()).pushed, "the control"

@@ -124,6 +124,13 @@ def test_gates_are_judged(tested: Registry, tmp_path: Path) -> None:
     assert forced.events[0].overridden == f"medqa.acc: 0.74, {NAME}@1 has 0.75 (margin 0.001)"
     with pytest.raises(GateNotMet, match=r"cannot become champion: medqa\.acc: 0\.74"):
         tested.promote(f"{NAME}@2", gates=gates, dry_run=True)
+    gates.write_text("suites: {medqa.ac: 0.001, other.acc: 0.1}\n")
+    with pytest.raises(GateNotMet) as refused:
+        tested.promote(f"{NAME}@2", gates=gates, dry_run=True)
+    assert refused.value.message.splitlines() == [
+        f"{NAME}@2 cannot become champion: {name}: {NAME}@2 was not measured on it{near}"
+        for name, near in (("medqa.ac", " (did you mean 'medqa.acc'?)"), ("other.acc", ""))
+    ]
     assert tested.aliases(NAME) == {"champion": 1, "challenger": 2}
 
 

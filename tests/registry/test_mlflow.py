@@ -209,7 +209,8 @@ def test_what_is_no_server(registry: Registry, tmp_path: Path) -> None:
     add(registry, tmp_path, 0)
     for to, message in {
         "mlflow:": "unknown kind of place", "mlflow:host": "expected http://host:port", "mlflow": "unknown kind",
-        "mlflow:http://127.0.0.1:1": "no answer", "dvc:x": "unknown kind",
+        "mlflow:http://127.0.0.1:1": "no answer", "dvc:x": "unknown kind of place$",
+        "hubb:you/x": r"unknown kind of place \(did you mean 'hub:'\?\)$",
     }.items():  # fmt: skip
         with pytest.raises(Lora2ServeError, match=message):
             registry.sync("medical-qa", to=to, progress=Silent())

@@ -90,7 +90,8 @@ def test_answers_to_held_out_rows(recipe: Path, tmp_path: Path) -> None:
     "words",
     [{"overrides": ["train.lora.rnk=8"]}, {"overrides": ["data.train=none.jsonl"]}, {"overrides": ["model.path=./none"]},
      {"overrides": ["model.revision=main"]}, {"space": "none.yaml"}, {"gpu": "40900"}, {"suite": "heldout"},
-     {"budget": 3}, {"shots": 2}, {"task": ("a",), "suite": "held-out"}, {"limit": 5}, {"name": "taken"}],
+     {"budget": 3}, {"shots": 2}, {"task": ("a",), "suite": "held-out"}, {"limit": 5}, {"name": "taken"},
+     {"storage": "postgrsql://ada:word@db/x"}, {"on": "rey"}],
     ids=str,
 )  # fmt: skip
 def test_it_refuses_as_the_sweep_does(recipe: Path, tmp_path: Path, words: dict[str, object]) -> None:
@@ -105,6 +106,17 @@ def test_it_refuses_as_the_sweep_does(recipe: Path, tmp_path: Path, words: dict[
         type(swept.value), swept.value.message, swept.value.hint
     )  # fmt: skip
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["storage", "join"])
+def test_a_database_of_no_kind(recipe: Path, option: str) -> None:
+    """The control: one of SQLAlchemy's own, whose driver may not be here."""
+    own = {"storage": recipe, "join": None}[option]
+    with pytest.raises(UsageError) as refused:
+        sweep(own, **{option: "postgrsql://ada:word@db/x"})  # type: ignore[arg-type]
+    assert refused.value.message == f"--{option} postgrsql://db/x: unknown kind of database (did you mean 'postgresql'?)"
+    with pytest.raises(Lora2ServeError, match="^(?!.*unknown kind)"):
+        sweep(own, **{option: "mysql://nowhere.invalid/x"})  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
