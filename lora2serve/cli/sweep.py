@@ -180,9 +180,11 @@ def _plan_lines(plan: SweepPlan) -> Iterator[tuple[str, str]]:
     yield "points", f"{plan.points}; into {plan.gpu} ({size(plan.gpu_memory)}) {fits}"
     for misfit in plan.does_not_fit:
         yield "", f"{misfit.words} ({misfit.points}): {misfit.reason}"
-    for each in plan.phases:
-        yield each.phase, f"{each.trials} trials at most"
-    yield "in all", f"{plan.trials} trials at most, {plan.jobs} at a time{_budget(plan)}"
+    if plan.finished:
+        yield "in all", "no trial more: that sweep is finished"
+    else:
+        yield from ((each.phase, f"{_trials(each.trials)} at most") for each in plan.phases)
+        yield "in all", f"{_trials(plan.trials)} at most, {plan.jobs} at a time{_budget(plan)}"
     shares = " and ".join(f"1/{round(1 / share)}" for share in plan.rungs if share < 1)
     yield (
         "steps",
@@ -220,12 +222,19 @@ def _budget(plan: SweepPlan) -> str:
     return ""
 
 
+def _trials(count: int) -> str:
+    return "1 trial" if count == 1 else f"{count} trials"
+
+
 def _begun(plan: SweepPlan) -> str:
     """What of it is there already."""
     if plan.done is None:
         return ""
+    done = f"{_trials(plan.done)} {'is' if plan.done == 1 else 'are'} done"
+    if plan.finished:
+        return f": that sweep is finished, {done}; nothing is trained, and its result is given again"
     again = f", {plan.failed} that failed are tried again" if plan.failed else ""
-    return f": that sweep goes on, {plan.done} trials are done{again}"
+    return f": that sweep goes on, {done}{again}"
 
 
 def show(result: SweepResult) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lora2serve.evaluation.stats import FEWEST
@@ -15,13 +15,30 @@ from lora2serve.sweeping.trial_record import FULL, RowLoss, TrialOutcome, TrialS
 BASE_LOSS = 1e9  # beside which all points gain about the same, so that none is left out for that
 
 
-def most_trials(
-    space: SearchSpace, settings: SearchSettings, jobs: int, first: Sequence[SearchPoint] = ()
-) -> Mapping[Phase, int]:
+def most_trials(space: SearchSpace, settings: SearchSettings, jobs: int, first: int = 0) -> Mapping[Phase, int]:
     """Of each phase at most, in their order, with ``jobs`` at a time.
 
     A budget of trials leaves fewer, those that run when it is used up beside it; one of time ends them anywhere.
+
+    first: how many points of earlier runs are tried first, at most; of any rates.
     """
+    ways = [_most(space, settings, jobs, points) for points in _first(space, first)]
+    return {phase: max(way[phase] for way in ways) for phase in ways[0]}
+
+
+def _first(space: SearchSpace, count: int) -> Iterator[list[SearchPoint]]:
+    """None; and so many below the range of rates, within it and above it, where no other point is."""
+    yield []
+    others = tuple((key, values[0]) for key, values in space.others.items())
+    for start in (space.rates[0] / 4, space.rates[0] * 1.01, space.rates[-1] * 4):
+        if count:
+            rates = [start * (1 + number / 100) for number in range(count)]
+            yield [SearchPoint(rate, space.targets[0], space.first_rank, others) for rate in rates]
+
+
+def _most(
+    space: SearchSpace, settings: SearchSettings, jobs: int, first: Sequence[SearchPoint]
+) -> Mapping[Phase, int]:  # fmt: skip
     free = replace(settings, base_loss=BASE_LOSS, trials=None, seconds=None)
     searches = [_longest(space, free, jobs, first, level) for level in (None, *range(free.last_level))]
     most = {phase: max(counts[phase] for counts in searches) for phase in searches[0]}

@@ -16,6 +16,7 @@ from lora2serve.progress import Progress
 from lora2serve.sweeping.optuna_points import propose
 from lora2serve.sweeping.search_plan import SearchPlan, Step
 from lora2serve.sweeping.search_space import SearchPoint
+from lora2serve.sweeping.sweep_facts import SweepFacts
 from lora2serve.sweeping.sweep_suite import suite_order
 from lora2serve.sweeping.trial_files import TrialFiles, trial_overrides
 from lora2serve.sweeping.trial_ledger import LedgerView, TrialLedger, spec_from_json
@@ -25,6 +26,12 @@ from lora2serve.sweeping.trial_record import FULL, TrialOutcome, TrialSpec
 
 LOOK = 1.0  # seconds between two looks at what others have done
 HOPELESS = 3  # failures without one trial that gives a loss, after which a sweep ends
+
+
+def plan_of(facts: SweepFacts, view: LedgerView) -> SearchPlan:
+    """The search, as far as it is on record."""
+    first = [spec_from_json(text).point for text in facts.first]
+    return SearchPlan(facts.space, facts.settings, view.results, view.tried, first)
 
 
 @dataclass
@@ -49,26 +56,22 @@ class SweepLoop:
             try:
                 while True:
                     view = self.ledger.read()
-                    plan = self.plan_of(view)
+                    plan = plan_of(self.ledger.facts, view)
                     step = plan.step()
                     self._tell(plan, step)
                     if step.phase == "done" and not self._futures:
                         return plan
                     self._start(pool, plan, step, view)
                     self._wait()
-            except BaseException:
+            except BaseException as error:
                 self.place.stop()
                 for spec, _, _ in self._futures.values():
                     self.ledger.give_up(spec)
+                if isinstance(error, KeyboardInterrupt):
+                    self.progress.note(f"the same command goes on with the sweep {self.ledger.facts.name}")
                 raise
             finally:
                 self.place.close()
-
-    def plan_of(self, view: LedgerView) -> SearchPlan:
-        """What is known."""
-        facts = self.ledger.facts
-        first = [spec_from_json(text).point for text in facts.first]
-        return SearchPlan(facts.space, facts.settings, view.results, view.tried, first)
 
     def _start(self, pool: ThreadPoolExecutor, plan: SearchPlan, step: Step, view: LedgerView) -> None:
         """Claim and begin as many trials as there is room for."""

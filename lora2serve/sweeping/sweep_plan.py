@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from lora2serve.errors import UsageError
 from lora2serve.progress import Progress
 from lora2serve.sweeping.earlier_runs import MOST_POINTS, may_be_earlier
 from lora2serve.sweeping.longest_search import most_trials
-from lora2serve.sweeping.search_plan import Phase
+from lora2serve.sweeping.search_plan import MOST_WIDENED, Phase, SearchPlan
 from lora2serve.sweeping.search_settings import SearchSettings
-from lora2serve.sweeping.search_space import RANK, RATE, TARGETS, Value
+from lora2serve.sweeping.search_space import RANK, RATE, TARGETS, SearchSpace, Value
+from lora2serve.sweeping.sweep_loop import plan_of
 from lora2serve.sweeping.sweep_preparation import PreparedSweep, prepare
 from lora2serve.sweeping.sweep_request import SweepRequest
 from lora2serve.sweeping.trial_files import split_held_out, trial_overrides
-from lora2serve.sweeping.trial_ledger import TrialLedger, spec_from_json
+from lora2serve.sweeping.trial_ledger import TrialLedger
 from lora2serve.sweeping.trial_record import TrialSpec
 from lora2serve.system.http import without_credentials
 
@@ -43,33 +44,48 @@ class PlannedPhase:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep would try. Trials are counted at most: it ends where nothing more is to be found."""
+    """What a sweep would try. Trials are counted at most: it ends where nothing more is to be found.
+
+    done: trials of the sweep that is there already, 0 of one that was only begun; None where there is none.
+    failed: trials of it that would be tried again.
+    finished: whether nothing of it is left to be tried: ``sweep`` would train nothing, and give its result again.
+    space: fields of the recipe, and the values of each; ``notes`` say what else may be tried.
+    points: combinations of all these values; ``fitting`` of them fit into ``gpu_memory`` bytes by the plan of their
+        memory, ``does_not_fit`` are the others; None where no such plan can be made.
+    trials: of all ``phases``; also the budget, where it is one of trials.
+    exploring_trials, seconds: a budget's: after so many trials the front begins; so long each of ``jobs`` works.
+    steps: of a trial that the search trains to its end; ``rungs`` are the shares of them that are trained first, the
+        last one all of them.
+    rows, all_rows: that the search trains on, a ``fraction``; that the front is trained on.
+    search_rows, final_rows: held out to judge the search, and the front.
+    """
 
     name: str
     folder: Path
     storage: str
-    done: int | None  # trials of the sweep that is there already, and would go on; None where there is none
-    failed: int  # trials of it that would be tried again
-    space: Mapping[str, tuple[Value, ...]]  # fields of the recipe, and their values
-    points: int  # of the space
-    fitting: int | None  # of them, by the plan of their memory; None where none can be made
-    gpu: str  # that they are to fit into
-    gpu_memory: int  # bytes
+    done: int | None
+    failed: int
+    finished: bool
+    space: Mapping[str, tuple[Value, ...]]
+    points: int
+    fitting: int | None
+    gpu: str
+    gpu_memory: int
     does_not_fit: tuple[PointsThatDoNotFit, ...]
     phases: tuple[PlannedPhase, ...]
-    trials: int  # of all phases
-    exploring_trials: int | None  # of the budget, before the front
-    seconds: float | None  # of the budget, for each of ``jobs``
+    trials: int
+    exploring_trials: int | None
+    seconds: float | None
     jobs: int
-    steps: int  # of a trial that the search trains to its end
-    rungs: tuple[float, ...]  # shares of them that are trained first
+    steps: int
+    rungs: tuple[float, ...]
     fraction: float
-    rows: int  # that the search trains on
-    all_rows: int  # that the front is trained on
-    search_rows: int  # held out for the search
-    final_rows: int  # held out for the front
+    rows: int
+    all_rows: int
+    search_rows: int
+    final_rows: int
     judged_by: str
-    notes: tuple[str, ...]  # what could not be known
+    notes: tuple[str, ...]
 
 
 @checked
@@ -90,7 +106,7 @@ def _planned(prepared: PreparedSweep, ledger: TrialLedger | None) -> SweepPlan:
     space, settings = prepared.space, prepared.settings(0.0)
     results = ledger.read().results.values() if ledger else ()
     failed = sum(outcome.status == "failed" for outcome in results)
-    first = [spec_from_json(text).point for text in ledger.facts.first] if ledger else []
+    first = len(ledger.facts.first) if ledger else MOST_POINTS * may_be_earlier()
     phases = most_trials(space, settings, prepared.jobs, first)
     search, final = split_held_out(prepared.sets) if prepared.sets.held_out else ([], [])
     misfits = _misfits(prepared, settings)
@@ -99,6 +115,7 @@ def _planned(prepared: PreparedSweep, ledger: TrialLedger | None) -> SweepPlan:
     return SweepPlan(
         name=prepared.name, folder=prepared.files.folder, storage=without_credentials(prepared.location),
         done=len(results) - failed if ledger else None, failed=failed,
+        finished=ledger is not None and _is_finished(ledger),
         space={RATE: space.rates, TARGETS: space.targets, RANK: space.ranks, **space.others},
         points=points, fitting=points - sum(each.points for each in misfits) if known else None,
         gpu=prepared.planner.target.name, gpu_memory=prepared.planner.target.memory, does_not_fit=misfits,
@@ -107,7 +124,7 @@ def _planned(prepared: PreparedSweep, ledger: TrialLedger | None) -> SweepPlan:
         exploring_trials=settings.exploring_trials, seconds=prepared.request.seconds, jobs=prepared.jobs,
         steps=prepared.steps, rungs=settings.shares, fraction=prepared.request.fraction, rows=prepared.rows,
         all_rows=len(prepared.sets.train.rows), search_rows=len(search), final_rows=len(final),
-        judged_by=prepared.quality.title, notes=_notes(ledger),
+        judged_by=prepared.quality.title, notes=tuple(_notes(space, settings, 0 if ledger else first)),
     )  # fmt: skip
 
 
@@ -126,10 +143,23 @@ def _misfits(prepared: PreparedSweep, settings: SearchSettings) -> tuple[PointsT
     return tuple(misfits)
 
 
-def _notes(ledger: TrialLedger | None) -> tuple[str, ...]:
-    if ledger or not may_be_earlier():
-        return ()
-    return (
-        f"runs and sweeps here that are of this base and like data have points tried first, {MOST_POINTS} at most "
-        "beside these: the base's loss on the rows decides",
-    )
+def _is_finished(ledger: TrialLedger) -> bool:
+    """Whether nothing is left to be tried; what failed is tried again."""
+    view = ledger.read()
+    results = {key: outcome for key, outcome in view.results.items() if outcome.status != "failed"}
+    tried = {key: spec for key, spec in view.tried.items() if key in results}
+    return plan_of(ledger.facts, replace(view, results=results, tried=tried)).step().phase == "done"
+
+
+def _notes(space: SearchSpace, settings: SearchSettings, earlier: int) -> Iterator[str]:
+    """What is tried beside the space, and counted with it."""
+    end = "where the best learning rate is an end of the range"
+    yield f"{end}, rates beyond it are tried, too, {MOST_WIDENED} steps at most"
+    larger = SearchPlan(space, settings, {}, {}).ladder[len(space.ranks) :]
+    if larger:
+        yield f"where the largest rank is still better, {' and '.join(map(str, larger))} may be tried, too"
+    if earlier:
+        yield (
+            f"runs and sweeps here that are of this base and like data have points tried first, {earlier} at most, "
+            "which are counted: the base's loss on the rows decides"
+        )

@@ -179,7 +179,10 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
         (("a.yaml", "--on", "ray", "--gpus", "all"), "--gpus all: on Ray, expected a number"),
         (("a.yaml", "--on", "ray", "--name", "x"), "--on ray and --name"),
         (("a.yaml", "--on", "spark"), "--on spark: expected ray, or ray://HOST:PORT of a cluster's head\n"),
-        (("a.yaml", "--on", "rya"), "--on rya: expected ray, or ray://HOST:PORT of a cluster's head (did you mean 'ray'?)"),
+        (
+            ("a.yaml", "--on", "rya"),
+            "--on rya: expected ray, or ray://HOST:PORT of a cluster's head (did you mean 'ray'?)",
+        ),
         (("--on", "ray", "--resume"), "--on ray and --resume: name the run"),
     ):
         refused = run_command(["train", *words], folder)

@@ -6,7 +6,7 @@ import json
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from lora2serve.progress import Silent
 from lora2serve.sweeping.longest_search import most_trials
 from lora2serve.sweeping.search_plan import SearchPlan
 from lora2serve.sweeping.search_settings import SearchSettings
-from lora2serve.sweeping.search_space import SearchSpace
+from lora2serve.sweeping.search_space import SearchPoint, SearchSpace
 from lora2serve.sweeping.sweep_loop import SweepLoop
 from lora2serve.sweeping.sweep_plan import SweepPlan, plan_sweep
 from lora2serve.sweeping.sweep_preparation import prepare
@@ -32,10 +32,11 @@ from lora2serve.sweeping.sweep_start import started
 from lora2serve.sweeping.trial_files import TrialFiles
 from lora2serve.sweeping.trial_ledger import open_ledger
 from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner
+from lora2serve.sweeping.trial_process import TrialOrder
 from lora2serve.sweeping.trial_record import FULL, RowLoss, TrialOutcome, TrialSpec
 from tests.planning.conftest import LLAMA3_8B, write_config
 from tests.support.runs import DEMO, Told, recipe_file, write_jsonl
-from tests.sweeping.planted_sweep import SPACE, PlantedPlace, begin
+from tests.sweeping.planted_sweep import SPACE, PlantedPlace, begin, begun
 from tests.sweeping.simulated_search import BASE_LOSS, ROWS, TARGETS, TOKENS, PlantedLoss
 
 DATA = {"train": str(DEMO / "train.jsonl"), "eval": str(DEMO / "eval.jsonl")}
@@ -62,7 +63,7 @@ def planned(recipe: Path, **words: object) -> SweepPlan:
 
 
 def test_what_would_be_tried(recipe: Path, tmp_path: Path) -> None:
-    plan = planned(recipe, fraction=0.3, overrides=["train.steps=160"], gpu="24")
+    plan = planned(recipe, fraction=0.3, overrides=["train.steps=160"], gpu="24", jobs=1)
     assert plan.space == {
         "train.learning_rate": SearchSpace().rates, "train.lora.targets": TARGETS, "train.lora.rank": (8, 16, 32, 64)
     }  # fmt: skip
@@ -70,10 +71,15 @@ def test_what_would_be_tried(recipe: Path, tmp_path: Path) -> None:
     assert (plan.steps, len(plan.rungs), plan.judged_by) == (48, 3, "eval loss")
     assert (plan.points, plan.fitting, plan.does_not_fit, plan.gpu) == (96, 96, (), "24 GiB")
     assert plan.folder == tmp_path / "sweeps" / plan.name and plan.storage == str(plan.folder / "sweep.db")
-    assert plan.done is None and plan.notes == ()
+    assert plan.done is None and not plan.finished and plan.trials == 67
+    assert plan.notes == (
+        "where the best learning rate is an end of the range, rates beyond it are tried, too, 4 steps at most",
+        "where the largest rank is still better, 128 and 256 may be tried, too",
+    )
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "run.json").write_text("{}")
-    assert "4 at most beside these" in planned(recipe).notes[0], "the control"
+    after = planned(recipe, fraction=0.3, overrides=["train.steps=160"], gpu="24", jobs=1)
+    assert "4 at most, which are counted" in after.notes[2] and after.trials == 72, "the control"
 
 
 def test_answers_to_held_out_rows(recipe: Path, tmp_path: Path) -> None:
@@ -114,8 +120,10 @@ def test_a_database_of_no_kind(recipe: Path, option: str) -> None:
     own = {"storage": recipe, "join": None}[option]
     with pytest.raises(UsageError) as refused:
         sweep(own, **{option: "postgrsql://ada:word@db/x"})  # type: ignore[arg-type]
-    assert refused.value.message == f"--{option} postgrsql://db/x: unknown kind of database (did you mean 'postgresql'?)"
-    with pytest.raises(Lora2ServeError, match="^(?!.*unknown kind)"):
+    assert (
+        refused.value.message == f"--{option} postgrsql://db/x: unknown kind of database (did you mean 'postgresql'?)"
+    )
+    with pytest.raises(Lora2ServeError, match=r"^(?!.*unknown kind)"):
         sweep(own, **{option: "mysql://nowhere.invalid/x"})  # type: ignore[arg-type]
 
 
@@ -161,6 +169,69 @@ def test_a_sweep_that_is_there_is_told(recipe: Path, tmp_path: Path) -> None:
             ask(recipe, name="there", budget=40)  # type: ignore[operator]
     started(request, told := Told())
     assert "the sweep there goes on: 2 trials are done, 1 that failed are tried again" in told.notes
+
+
+@dataclass
+class FailingOnce:
+    """All trials but the first."""
+
+    failed: bool = False
+
+    def outcome(self, spec: TrialSpec) -> TrialOutcome:
+        fails, self.failed = not self.failed, True
+        return TrialOutcome("failed", "no") if fails else PlantedLoss(2e-4, "all-linear", 16).outcome(spec)
+
+
+def test_a_finished_sweep_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its loop begins nothing. The controls: before its first trial, and with one that failed and is tried again."""
+    prepared = prepare(SweepRequest(recipe, name="there", jobs=1), Silent())
+    begin(prepared.files.folder, prepared.location, question=prepared.question, space=SPACE)
+    words = ["sweep", str(recipe), "--name", "there", "--jobs", "1", "--dry-run"]
+    assert planned(recipe, name="there", jobs=1).done == 0
+    place = PlantedPlace(prepared.files.folder / "log")
+    planner = TrialPlanner(None, GpuModel("none", 1), 1.0)
+
+    def loop() -> SweepLoop:
+        loss, ledger = EvalLoss(BASE_LOSS, 1.0, 1), open_ledger(prepared.location)
+        return SweepLoop(ledger, prepared.files, planner, place, Path("base"), loss, 1, Silent())
+
+    place.planted, usual = FailingOnce(), place.planted  # type: ignore[assignment]
+    count = len(loop().run().tried)
+    plan = planned(recipe, name="there", jobs=1)
+    assert (plan.done, plan.failed, plan.finished) == (count - 1, 1, False)
+    place.planted = usual
+    open_ledger(prepared.location).retry_failed()
+    count, before = len(loop().run().tried), len(begun(place.log))
+    plan = planned(recipe, name="there", jobs=1)
+    assert (plan.done, plan.failed, plan.finished) == (count, 0, True)
+    assert run(words) == 0
+    shown = capsys.readouterr().out
+    assert f"that sweep is finished, {count} trials are done; nothing is trained" in shown and "at most," not in shown
+    assert run([*words, "--json"]) == 0 and json.loads(capsys.readouterr().out)["finished"]
+    loop().run()
+    assert len(begun(place.log)) == before > count
+
+
+def test_ctrl_c_says_that_it_goes_on(tmp_path: Path) -> None:
+    """The control: another error does not."""
+    location = str(tmp_path / "a.journal")
+    facts = begin(tmp_path / "sweep", location)
+    for error, notes in (
+        (KeyboardInterrupt(), ["the same command goes on with the sweep sweep"]),
+        (ValueError("no"), []),
+    ):
+
+        class Ending(PlantedPlace):
+            raised: BaseException = error
+
+            def run(self, order: TrialOrder) -> TrialOutcome:
+                raise self.raised
+
+        planner, told = TrialPlanner(None, GpuModel("none", 1), 1.0), Told()
+        place, files = Ending(tmp_path / "log"), TrialFiles(Path(facts.folder))
+        with pytest.raises(type(error)):
+            SweepLoop(open_ledger(location), files, planner, place, Path("base"), None, 1, told).run()
+        assert [note for note in told.notes if "goes on" in note] == notes
 
 
 def test_a_storage_is_as_it_was(recipe: Path, tmp_path: Path) -> None:
@@ -226,14 +297,14 @@ def test_the_longest_sweep_is_as_long_as_that(tmp_path: Path, trials: int | None
 
 def searched_by(
     space: SearchSpace, settings: SearchSettings, jobs: int, outcome: Callable[[TrialSpec], TrialOutcome],
-    draw: random.Random,
+    draw: random.Random, first: Sequence[SearchPoint],
 ) -> list[TrialSpec]:  # fmt: skip
     """All trials of a search of which ``jobs`` run at a time, and end in any order."""
     results: dict[str, TrialOutcome] = {}
     tried: dict[str, TrialSpec] = {}
     running: list[TrialSpec] = []
     while True:
-        plan = SearchPlan(space, settings, dict(results), dict(tried))
+        plan = SearchPlan(space, settings, dict(results), dict(tried), first)
         step = plan.step()
         wanted = [spec for spec in step.trials if spec.key not in tried]
         if step.to_choose:
@@ -264,6 +335,12 @@ def drawn_outcome(number: int, draw: random.Random) -> Callable[[TrialSpec], Tri
     return outcome
 
 
+def drawn_first(space: SearchSpace, draw: random.Random) -> list[SearchPoint]:
+    """Points of earlier runs, some of them beyond the range of rates or between two of it."""
+    rates = [draw.choice([5e-5, 1e-4, 1.5e-4, 3e-4, 5e-4, 2e-3, 1e-2]) for _ in range(draw.choice([1, 2, 4, 4]))]
+    return list(dict.fromkeys(SearchPoint(rate, draw.choice(space.targets), space.first_rank) for rate in rates))
+
+
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_no_search_is_longer(count: int) -> None:
     """Whatever trials reach, in whichever order they end; the longest is met where one is drawn that wanders."""
@@ -277,8 +354,9 @@ def test_no_search_is_longer(count: int) -> None:
         shares = draw.choice([(1.0,), (1 / 3, 1.0), (1 / 9, 1 / 3, 1.0)])
         settings = SearchSettings(100.0, shares, trials=draw.choice([None, None, 4, 7, 10, 25, 40]))
         jobs, outcome = draw.choice([1, 1, 2, 4]), drawn_outcome(number, draw)
-        most = most_trials(space, settings, jobs)
-        counts = phases(searched_by(space, settings, jobs, outcome, draw), space)
+        first = drawn_first(space, draw) if number % 2 else []
+        most = most_trials(space, settings, jobs, len(first))
+        counts = phases(searched_by(space, settings, jobs, outcome, draw, first), space)
         assert all(counts[phase] <= most[phase] for phase in most), (number, counts, most)
         met.update(phase for phase in most if counts[phase] == most[phase] > 0)
     assert min(met[phase] for phase in (RATES, "rank", "front")) > 0, "the control"
