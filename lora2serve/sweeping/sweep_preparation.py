@@ -177,6 +177,8 @@ def _writable(storage: str, sweep: Path) -> str:
     path = Path(storage).absolute()
     if path.parent == sweep:
         return str(path)
+    if path.is_dir():
+        raise UsageError(f"--storage {storage}: a directory, expected a file", f"such as {Path(storage) / 'sweep.db'}")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             return str(path)

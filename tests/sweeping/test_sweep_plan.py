@@ -97,7 +97,7 @@ def test_answers_to_held_out_rows(recipe: Path, tmp_path: Path) -> None:
     [{"overrides": ["train.lora.rnk=8"]}, {"overrides": ["data.train=none.jsonl"]}, {"overrides": ["model.path=./none"]},
      {"overrides": ["model.revision=main"]}, {"space": "none.yaml"}, {"gpu": "40900"}, {"suite": "heldout"},
      {"budget": 3}, {"shots": 2}, {"task": ("a",), "suite": "held-out"}, {"limit": 5}, {"name": "taken"},
-     {"storage": "postgrsql://ada:word@db/x"}, {"on": "rey"}],
+     {"storage": "postgrsql://ada:word@db/x"}, {"storage": "sweeps"}, {"on": "rey"}],
     ids=str,
 )  # fmt: skip
 def test_it_refuses_as_the_sweep_does(recipe: Path, tmp_path: Path, words: dict[str, object]) -> None:
