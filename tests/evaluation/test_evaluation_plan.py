@@ -92,6 +92,15 @@ def test_as_many_items_as_it_says(text: str, count: int) -> None:
     assert less.can_be_met != "yes" and f"{count} would be" in less.reason
 
 
+def test_no_number_of_items_in_groups() -> None:
+    """More items in the same groups may decide nothing."""
+    for text, count in (("acc >= 0.9", 24), ("acc >= base - 0.05", 50)):
+        gate, told = parse_gate(text), r"items are not enough, \d+ would be$"
+        grouped = foresee(gate, "m", count, ["a", "b"] * (count // 2))
+        assert grouped.can_be_met != "yes" and not re.search(told, grouped.reason)
+        assert re.search(told, foresee(gate, "m", count, None).reason), "the control"
+
+
 def test_what_a_gain_meets() -> None:
     """A gate against a base that knows nothing: two that are alike would not meet it."""
     gate = parse_gate("acc >= base - 0.01")
