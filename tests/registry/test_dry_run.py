@@ -13,10 +13,11 @@ from sqlalchemy import select
 from lora2serve import Lora2ServeError, Registry
 from lora2serve.artifacts.run import Run
 from lora2serve.errors import GateNotMet, UsageError
+from lora2serve.registry import migrations
 from lora2serve.registry.tables import metadata
 from lora2serve.registry.version_record import ChangedVersion, JudgedGate, RegistryEvent
 from lora2serve.system.small_files import digest
-from tests.support.registries import add_export, add_trial, make_run, scores
+from tests.support.registries import add_export, add_trial, empty_database, make_run, scores
 
 NAME = "medical-qa"
 
@@ -189,6 +190,29 @@ def test_no_registry_is_made(tmp_path: Path) -> None:
             empty.add(run.path, name="a", dry_run=True)
             assert state(empty, tmp_path / "empty") == before
         assert registry.add(run.path, name="a").number == 1 and (folder / "registry.db").is_file()
+
+
+@pytest.mark.parametrize("server", ["patched", pytest.param("postgres", marks=pytest.mark.engine)])
+def test_of_an_empty_database_nothing_is_planned(
+    server: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``add`` makes no registry there. The control is a folder, in which it makes one."""
+    url = "postgresql://lora@127.0.0.1:9/empty"
+    if server == "postgres":
+        url = empty_database(request.getfixturevalue("postgres"), "empty")
+    else:
+        monkeypatch.setattr(migrations, "schema_of", lambda database: None)
+    run = make_run(tmp_path / "run")
+    add_export(run)
+    refused = []
+    with Registry(url) as registry:
+        for dry in (True, False):
+            with pytest.raises(UsageError, match="no registry at postgresql://") as caught:
+                registry.add(run.path, name="a", dry_run=dry)
+            refused.append((caught.value.message, caught.value.hint))
+    assert refused[0] == refused[1] == (refused[0][0], "`lora2serve registry init` makes one")
+    with Registry(tmp_path / "registry") as registry:
+        assert registry.add(run.path, name="a", dry_run=True).is_new
 
 
 def test_beside_a_writer(tested: Registry, tmp_path: Path) -> None:
