@@ -16,21 +16,27 @@ import lora2serve
 from lora2serve.api.check_parity import run_parity
 from lora2serve.artifacts.parity_report import ComparisonResult, ParityReport
 from lora2serve.cli import run as command
-from lora2serve.errors import Lora2ServeError
+from lora2serve.config.recipe import ParityRecipe
+from lora2serve.errors import Lora2ServeError, UsageError
 from lora2serve.parity_check import installed_engines
+from lora2serve.parity_check.comparisons import NAMES, of_url
 from lora2serve.parity_check.installed_engines import engine_state
+from lora2serve.parity_check.parity_plan import of_engines
 from lora2serve.parity_check.thresholds import TABLE
+from lora2serve.parity_check.trained_model import of_parts
 from lora2serve.system import scratch
 from tests.support.tiny import make_adapter, make_model
 
+URL = "http://localhost:1"
 ROWS = '{"prompt": "Who?", "completion": "Nobody."}\n'
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an adapter, two exports of it, rows and an earlier report."""
+    """A folder with an adapter, two exports of it, an adapter without any, rows and an earlier report."""
     root = tmp_path_factory.mktemp("planned")
     make_adapter(root / "mayor", make_model(root / "base"))
+    make_adapter(root / "clerk", root / "base", seed=2)
     lora2serve.export(root / "mayor", targets=["adapter", "gguf-adapter"], out=root / "exports/mayor")
     (root / "rows.jsonl").write_text(ROWS * 3)
     (root / "bad.jsonl").write_text("{}\n")
@@ -93,6 +99,8 @@ def test_the_settings_gate_as_in_its_report(here: Path, tmp_path: Path) -> None:
     [
         ({"model": "maior"}, ""),
         ({"exports": ("base",)}, "not an export"),
+        ({"model": "base"}, "base: no exports to compare"),
+        ({"model": "clerk", "exports": ("exports/mayor/adapter",)}, "made from another adapter than clerk"),
         ({"engines": ("pefft",)}, "did you mean 'peft'"),
         ({"require": ("ollama",)}, "no export here is compared in it"),
         ({"thresholds": {"Q9.mean_kl": 1.0}}, "unknown format"),
@@ -112,6 +120,49 @@ def test_it_refuses_what_parity_does(here: Path, words: dict[str, Any], message:
         refused.append((type(caught.value), caught.value.message, caught.value.hint))
     assert refused[0] == refused[1] and message in refused[0][1]
     assert files(here) == before
+
+
+def test_a_home_that_cannot_be_made(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity works there, wherever its report goes."""
+    monkeypatch.chdir(tmp_path)
+    asked = request(
+        model=here / "mayor", exports=(here / "exports/mayor/adapter",), data=here / "rows.jsonl", report_dir="report"
+    )
+    assert lora2serve.plan_parity(asked).page == "report/report.html", "the control"
+    (tmp_path / "exports").write_text("")
+    refused = []
+    for call in (lora2serve.plan_parity, run_parity):
+        with pytest.raises(Lora2ServeError, match="exports/mayor/parity: Not a directory") as caught:
+            call(asked)
+        refused.append((type(caught.value), caught.value.message, caught.value.hint))
+    assert refused[0] == refused[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["exports"]
+
+
+@pytest.mark.parametrize("bound", ["nan", "inf", "-inf"])
+def test_a_bound_that_is_no_number(here: Path, bound: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is beyond one of these, or everything."""
+    message = f"thresholds['lora.mean_kl']: {bound}, expected a number"
+    for words in ([], ["--dry-run"]):
+        assert command(["parity", "mayor", "--threshold", f"lora.mean_kl={bound}", *words]) == 2
+        out, err = capfd.readouterr()
+        assert not out and err.startswith(f"error: {message}")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        request(thresholds={"lora.mean_kl": float(bound)})
+    assert command(["parity", "mayor", "--threshold", "lora.mean_kl=1", "--dry-run"]) == 0, "the control"
+
+
+def test_no_bound_of_what_is_not_measured(here: Path) -> None:
+    """An adapter's signal without an adapter, a long text where none is asked for."""
+    bounds = {}
+    for name in ("mayor", "base"):
+        item = lora2serve.plan_parity(request(model=name, url=URL)).comparisons[-1]
+        bounds[name] = set(item.bounds)
+    assert bounds["mayor"] - bounds["base"] == {"retention"} and bounds["base"]
+    for long, shown in ((0, False), (4096, True)):
+        trained = replace(of_parts("mayor", here / "base", (), here), settings=ParityRecipe(long=long))
+        (item,) = of_engines(trained, [of_url(trained, URL, None)], None, here).comparisons
+        assert ("long_kl" in item.bounds) == shown and "mean_kl" in item.bounds
 
 
 def test_no_folder_is_made(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +229,16 @@ def test_it_says_where_parity_cannot_be_met(
     assert not lora2serve.plan_parity(request(engines=("llama.cpp",), url="http://localhost:1")).unmet, "may answer"
     monkeypatch.setattr(installed_engines, "find_spec", lambda name: None if name == "peft" else object())
     assert lora2serve.plan_parity(request()).unmet == ("the trained model needs peft, which is not here",)
+
+
+def test_every_engine_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But those that are servers of their own."""
+    monkeypatch.setattr(installed_engines, "find_spec", lambda name: None)
+    missing = {name: engine_state(name).missing.partition(": not installed")[0] for name in NAMES if name != "ollama"}
+    assert missing == {
+        "transformers": "torch, transformers", "peft": "torch, transformers, peft", "vllm": "vllm",
+        "vllm-server": "vllm", "llama.cpp": "llama_cpp", "openai": "",
+    }  # fmt: skip
 
 
 def test_no_ollama(monkeypatch: pytest.MonkeyPatch) -> None:
