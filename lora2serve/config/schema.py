@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
@@ -207,10 +208,12 @@ class _Builder:
     def _scalar(self, kind: object, value: object, path: str) -> object:
         if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
             try:
-                return float(value)  # YAML 1.1 reads 2e-4 as a string
+                value = float(value)  # YAML 1.1 reads 2e-4 as a string
             except (ValueError, OverflowError):
                 pass
         if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            if isinstance(value, float) and not math.isfinite(value):
+                self.problems.append(f"{path}: {show(value)}, expected a finite number")
             if isinstance(value, str) and SURROGATE.search(value):
                 self.problems.append(f"{path}: {show(value)}, which has half of a surrogate pair: no text")
             return value

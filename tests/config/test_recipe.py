@@ -165,6 +165,9 @@ BAD = [
     ("train.lora.init", "eva"),
     ("parity.thresholds", {"Q4_K_M": 1}),
     ("parity.thresholds", {"Q4_K_M": {"mean_kl": "x"}}),
+    ("parity.thresholds", {"Q4_K_M": {"mean_kl": float("inf")}}),
+    ("parity.thresholds", {"Q4_K_M": {"mean_kl": float("nan")}}),
+    ("parity.thresholds", {"Q4_K_M": {"mean_kl": ".inf"}}),
 ]
 
 
