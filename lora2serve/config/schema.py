@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -207,10 +208,8 @@ class _Builder:
 
     def _scalar(self, kind: object, value: object, path: str) -> object:
         if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-            try:
+            with suppress(ValueError, OverflowError):
                 value = float(value)  # YAML 1.1 reads 2e-4 as a string
-            except (ValueError, OverflowError):
-                pass
         if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             if isinstance(value, float) and not math.isfinite(value):
                 self.problems.append(f"{path}: {show(value)}, expected a finite number")
