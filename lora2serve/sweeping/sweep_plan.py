@@ -137,7 +137,7 @@ def _misfits(prepared: PreparedSweep, settings: SearchSettings) -> tuple[PointsT
             point = replace(choice, rank=rank)
             trial = TrialSpec(point, 0, settings.seed)
             overrides = trial_overrides(trial, prepared.recipe.train, settings, prepared.files, request.fraction)
-            plan = prepared.planner.plan(request.recipe_file, [*request.overrides, *overrides])
+            plan = prepared.planner.plan(request.recipe_file, [*request.settings, *overrides])
             if plan.misfit:
                 misfits.append(PointsThatDoNotFit(len(space.rates), point.words_of_any_rate, plan.misfit))
     return tuple(misfits)

@@ -105,9 +105,9 @@ def prepare(request: SweepRequest, progress: Progress) -> PreparedSweep:
     from lora2serve.training.requirements import check_libraries
 
     file = request.recipe_file
-    recipe = recipes.load(file, request.overrides)
+    recipe = recipes.load(file, request.settings)
     _refuse_other_trainings(recipe)
-    space = read_space(Path(request.space) if request.space else None, file, request.overrides)
+    space = read_space(Path(request.space) if request.space else None, file, request.settings)
     check_libraries(recipe.train.quantize)
     sets = data_sets.load(recipe.data, pin_data)
     quality = _quality(request, sets, progress)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora2serve.api.export_request import several
-from lora2serve.api.train_run import settings
 from lora2serve.artifacts.run import Run
 from lora2serve.config.arguments import checked
 from lora2serve.console import default_progress
@@ -70,7 +69,7 @@ def sweep(
     request = SweepRequest(
         recipe=recipe, space=space, budget=budget, fraction=fraction, jobs=jobs, constraint=constraint, margin=margin,
         suite=suite, task=several(task), task_folder=task_folder, shots=shots, chat=chat, limit=limit, name=name,
-        storage=storage, join=join, gpu=gpu, on=on, overrides=tuple(settings(overrides)),
+        storage=storage, join=join, gpu=gpu, on=on, overrides=overrides,
     )  # fmt: skip
     return run_sweep(request, progress)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora2serve.api.train_run import settings
 from lora2serve.config import recipe as recipes
 from lora2serve.config.arguments import take_fields
 from lora2serve.config.model_name import refuse_run_name
@@ -36,7 +38,7 @@ class SweepRequest:
     join: str | None = None
     gpu: str = ""
     on: str | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: Mapping[str, object] | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """UsageError for values that no type checker has seen, and for what cannot be or contradicts itself."""
@@ -57,11 +59,17 @@ class SweepRequest:
                 "--join takes recipe, space, rows, suite and tasks from the sweep that it joins", "leave the others out"
             )
         read_budget(self.budget)
+        settings(self.overrides)
 
     @property
     def recipe_file(self) -> Path:
         """The YAML of ``recipe``."""
         return recipes.find(str(self.recipe) if self.recipe else None)
+
+    @property
+    def settings(self) -> Sequence[str]:
+        """``overrides`` as ``KEY=VALUE``."""
+        return settings(self.overrides)
 
     @property
     def trials(self) -> int | None:

@@ -11,8 +11,11 @@ import lora2serve
 from lora2serve.hub.pull import fetch
 from lora2serve.hub.remote_headers import remote_specs
 from lora2serve.progress import Silent
+from lora2serve.sweeping.sweep_plan import plan_sweep
+from lora2serve.sweeping.sweep_request import SweepRequest
 from lora2serve.weights.checkpoint import Checkpoint
 from tests.support.hub_server import HubServer
+from tests.support.runs import DEMO, recipe_file
 from tests.support.tiny import make_adapter, make_model
 
 pytestmark = pytest.mark.engine
@@ -60,6 +63,18 @@ def test_a_dry_run_fetches_no_weights(hub: HubServer, tmp_path: Path, monkeypatc
     assert asked(hub) == set()
     fetch("org/base")
     assert asked(hub) == {"model.safetensors"}
+
+
+def test_a_sweeps_dry_run_fetches_no_weights(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than their headers, by which its memory is planned; the control: what fetches them."""
+    monkeypatch.chdir(tmp_path)
+    publish(hub, make_model(tmp_path / "base"), "org/base")
+    data = {"train": str(DEMO / "train.jsonl"), "eval": str(DEMO / "eval.jsonl")}
+    recipe = recipe_file(tmp_path / "recipe", Path("org/base"), data)
+    assert plan_sweep(SweepRequest(recipe, gpu="24"), Silent()).fitting
+    folder = fetch("org/base", weights=False).path
+    assert folder.is_dir() and not list(folder.glob("*.safetensors"))
+    assert list(fetch("org/base").path.glob("*.safetensors"))
 
 
 def test_layers_that_differ_are_all_asked(hub: HubServer, tmp_path: Path) -> None:

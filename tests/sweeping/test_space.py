@@ -204,6 +204,8 @@ def test_distance_of_data() -> None:
         ),
         ({"storage": "nowhere/x.db"}, "--storage nowhere/x.db: No such file"), ({"storage": "/proc/x.db"}, "--storage /proc"),
         ({"overrides": ["train.from_adapter=runs/a"]}, "train.from_adapter: runs/a, whose rank and layers are as they"),
+        ({"overrides": {"train.objective": "dpo"}}, "train.objective: dpo, and a sweep compares by the eval loss of sft"),
+        ({"overrides": {"train.steps": {3}}}, r"overrides\['train.steps'\]: .*expected a value of YAML"),
         ({"join": "x.db", "space": "y"}, "--join takes"),
         ({"overrides": ["data.eval=null"]}, "holds no rows out"), ({"join": "x.db"}, "no storage of a sweep"),
     ],

@@ -7,7 +7,7 @@ import random
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -24,13 +24,13 @@ from lora2serve.sweeping.search_plan import SearchPlan
 from lora2serve.sweeping.search_settings import SearchSettings
 from lora2serve.sweeping.search_space import SearchPoint, SearchSpace
 from lora2serve.sweeping.sweep_loop import SweepLoop
-from lora2serve.sweeping.sweep_plan import SweepPlan, plan_sweep
+from lora2serve.sweeping.sweep_plan import SweepPlan, _planned, plan_sweep
 from lora2serve.sweeping.sweep_preparation import prepare
 from lora2serve.sweeping.sweep_recipe import sweep
 from lora2serve.sweeping.sweep_request import SweepRequest
 from lora2serve.sweeping.sweep_start import started
 from lora2serve.sweeping.trial_files import TrialFiles
-from lora2serve.sweeping.trial_ledger import open_ledger
+from lora2serve.sweeping.trial_ledger import open_ledger, spec_to_json
 from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner
 from lora2serve.sweeping.trial_process import TrialOrder
 from lora2serve.sweeping.trial_record import FULL, RowLoss, TrialOutcome, TrialSpec
@@ -80,6 +80,12 @@ def test_what_would_be_tried(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "runs" / "a" / "run.json").write_text("{}")
     after = planned(recipe, fraction=0.3, overrides=["train.steps=160"], gpu="24", jobs=1)
     assert "4 at most, which are counted" in after.notes[2] and after.trials == 72, "the control"
+
+
+def test_overrides_as_values(recipe: Path) -> None:
+    """As ``sweep`` takes them."""
+    asked = [planned(recipe, jobs=1, overrides=each) for each in ({"train.steps": 3}, ["train.steps=3"])]
+    assert asked[0] == asked[1] and asked[0].steps == 3 != planned(recipe, jobs=1).steps
 
 
 def test_answers_to_held_out_rows(recipe: Path, tmp_path: Path) -> None:
@@ -169,6 +175,28 @@ def test_a_sweep_that_is_there_is_told(recipe: Path, tmp_path: Path) -> None:
             ask(recipe, name="there", budget=40)  # type: ignore[operator]
     started(request, told := Told())
     assert "the sweep there goes on: 2 trials are done, 1 that failed are tried again" in told.notes
+
+
+def test_what_a_begun_sweep_tries_first_is_counted(recipe: Path) -> None:
+    """Two rates beyond its space; the control: a sweep that begins with none."""
+    request = SweepRequest(recipe, name="there", jobs=1)
+    prepared = prepare(request, Silent())
+    first = [TrialSpec(SearchPoint(rate, "qv", prepared.space.first_rank), 0, 42) for rate in (3e-6, 6e-6)]
+    begin(
+        prepared.files.folder, prepared.location, question=prepared.question, space=prepared.space,
+        first=tuple(map(spec_to_json, first)),
+    )  # fmt: skip
+    most = most_trials(prepared.space, prepared.settings(0.0), 1, 2)
+    plan = planned(recipe, name="there", jobs=1)
+    assert {each.phase: each.trials for each in plan.phases} == most
+    assert plan.trials > planned(recipe, name="another", jobs=1).trials
+
+
+def test_a_storage_is_shown_without_its_password(recipe: Path) -> None:
+    """Of a sweep that is not there, as no such database is. The control: the sweep itself opens it with the password."""
+    prepared = prepare(SweepRequest(recipe, storage="postgresql://ada:word@h.invalid/db"), Silent())
+    assert prepared.location == "postgresql://ada:word@h.invalid/db"
+    assert _planned(prepared, None).storage == "postgresql://h.invalid/db"
 
 
 @dataclass
@@ -360,6 +388,31 @@ def test_no_search_is_longer(count: int) -> None:
         assert all(counts[phase] <= most[phase] for phase in most), (number, counts, most)
         met.update(phase for phase in most if counts[phase] == most[phase] > 0)
     assert min(met[phase] for phase in (RATES, "rank", "front")) > 0, "the control"
+
+
+@pytest.mark.parametrize(
+    ("budget", "jobs", "expected"),
+    [({}, 4, (18, 9, 18)), ({"seconds": 3600.0}, 1, (15, 6, 12)), ({"seconds": 3600.0}, 4, (18, 9, 72)),
+     ({"trials": 10}, 1, (6, 3, 7)), ({"trials": 25}, 4, (18, 9, 19)), ({"trials": 40}, 4, (18, 9, 34))],
+    ids=str,
+)  # fmt: skip
+def test_most_with_a_budget(budget: dict[str, float], jobs: int, expected: tuple[int, ...]) -> None:
+    """The front may be another one after each trial that ends late; what is tried at first is of no rank or front."""
+    settings = replace(SearchSettings(BASE_LOSS), **budget)  # type: ignore[arg-type]
+    assert tuple(most_trials(SPACE, settings, jobs).values()) == expected
+
+
+def test_longer_where_trials_fail() -> None:
+    """What is first looked at is alone in the end, so that all around it is new; the control: where none fails."""
+    space, settings = SearchSpace((1e-4, 2e-4), ("qv",), (8,)), SearchSettings(BASE_LOSS)
+    longest = Longest(settings).outcome
+
+    def outcome(spec: TrialSpec) -> TrialOutcome:
+        return TrialOutcome("failed", "no") if spec.level == 0 and spec.point.rate > 1e-4 else longest(spec)
+
+    most = most_trials(space, settings, 1)
+    counts = [phases(searched_by(space, settings, 1, each, random.Random(0), []), space) for each in (outcome, longest)]
+    assert counts[0][RATES] == most[RATES] == counts[1][RATES] + 1
 
 
 # --- the command ---
