@@ -83,9 +83,11 @@ def test_what_would_be_tried(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_overrides_as_values(recipe: Path) -> None:
-    """As ``sweep`` takes them."""
+    """As ``sweep`` takes them; what is no value of YAML is refused at once."""
     asked = [planned(recipe, jobs=1, overrides=each) for each in ({"train.steps": 3}, ["train.steps=3"])]
     assert asked[0] == asked[1] and asked[0].steps == 3 != planned(recipe, jobs=1).steps
+    with pytest.raises(UsageError, match=r"^overrides\['train.steps'\]: "):
+        SweepRequest(recipe, overrides={"train.steps": {3}})
 
 
 def test_answers_to_held_out_rows(recipe: Path, tmp_path: Path) -> None:
