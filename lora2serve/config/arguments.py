@@ -5,6 +5,7 @@ A text is true and a 0 is nothing to code that only asks ``if``; elsewhere Pytho
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,6 @@ from typing import Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origi
 from lora2serve.config.schema import show
 from lora2serve.errors import UsageError, did_you_mean, of_system, raise_all
 
-LARGEST = 2**63
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C")
@@ -153,8 +153,8 @@ def _plain(kind: type, value: object, where: str) -> object:
     if kind is Path and isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str):
         return Path(value)
     if kind in (int, float) and isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
-        if not abs(cast("float", value)) < LARGEST:  # nor is what is no number
-            raise _Refused(where, value, f"{_name(kind)} below 2**63")
+        if not _is_finite(value):
+            raise _Refused(where, value, f"{_name(kind)} in the range of a float")
         return value if isinstance(value, int | float) else cast("Callable[[object], object]", kind)(value)
     if (
         kind is bool
@@ -181,6 +181,13 @@ def _one_of(kinds: Sequence[object], value: object, where: str) -> object:
             raise problems[kind]  # a list is meant, and something in it is wrong
     offered = [kind for kind in kinds if kind is not type(None)]
     raise problems[offered[0]] if len(offered) == 1 else _Refused(where, value, " or ".join(map(_name, offered)))
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _may_be_path(text: str) -> bool:

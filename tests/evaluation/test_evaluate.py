@@ -121,7 +121,7 @@ def test_a_version_of_a_registry(evaluated_demo: Path, tmp_path: Path, monkeypat
 
 def test_compare_with_its_base(evaluated_demo: Path) -> None:
     """Asked twice the run answers the same; its base does not, from the first token on."""
-    words = {"limit": 8, "gates": ("changed <= 0.9",), "out": evaluated_demo / "c"}
+    words = {"limit": 8, "gate": ("changed <= 0.9",), "out": evaluated_demo / "c"}
     plan = api.plan_comparison(api.CompareRequest(evaluated_demo / "runs/demo", "base", **words))  # type: ignore[arg-type]
     assert not (evaluated_demo / "c").exists()
     result = api.compare(evaluated_demo / "runs/demo", "base", limit=8, gate="changed <= 0.9", out=evaluated_demo / "c")
