@@ -26,6 +26,7 @@ from lora2serve.console import default_progress
 from lora2serve.errors import RecipeError, UsageError, raise_all
 from lora2serve.progress import Progress
 from lora2serve.system import launcher
+from lora2serve.system.library_log import errors_only
 from lora2serve.training import ranks
 
 if TYPE_CHECKING:
@@ -155,7 +156,6 @@ def _train(
     from lora2serve.api.memory_check import refuse_too_large
     from lora2serve.data import data_sets
     from lora2serve.hub import pin_data
-    from lora2serve.system.library_log import errors_only
 
     with errors_only("bitsandbytes"):  # which names a package that would compute faster on some CPUs
         from lora2serve.training.finetune import train as fine_tune

@@ -164,10 +164,8 @@ def _show_plan(plan: SweepPlan, as_json: bool) -> None:
     if as_json:
         console.result_json(plain(plan))
         return
-    lines = list(_plan_lines(plan))
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        console.result(f"{name:<{width}}  {text}".rstrip())
+    for line in console.aligned(list(_plan_lines(plan))):
+        console.result(line)
 
 
 def _plan_lines(plan: SweepPlan) -> Iterator[tuple[str, str]]:

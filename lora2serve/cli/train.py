@@ -147,12 +147,13 @@ def _show_plans(
         if share_base:
             refuse_differences([(name, recipe) for name, _, recipe in loaded])
             progress(ctx).note("each plan is of one alone: together they have the weights, and activations, once")
-    for file in files or (None,):
-        recipe = recipes.load(recipes.find(file), overrides)
+        chosen = [(file, recipe) for _, file, recipe in loaded]
+    else:
+        file = recipes.find(files[0] if files else None)
+        chosen = [(file, recipes.load(file, overrides))]
+    for _, recipe in chosen:
         refuse_bad_files(recipe.data, recipe.train.objective)
-    plans = [
-        plan(recipes.find(file), gpu=gpu, overrides=overrides, progress=progress(ctx)) for file in files or (None,)
-    ]
+    plans = [plan(file, gpu=gpu, overrides=overrides, progress=progress(ctx)) for file, _ in chosen]
     if as_json:
         console.result_json([training for planned in plans for training in plan_json(planned)])
         return

@@ -43,7 +43,7 @@ def check(
     A missing or dying engine is a row; only what cannot be begun raises.
     """
     refuse_impossible(origin, comparisons)
-    with work_folder(origin.home) as work:
+    with _work_folder(origin.home) as work:
         checked = settings_check.before_engines(origin, comparisons, progress)
         rows = [settings_check.first_row(origin, comparison, checked) for comparison in comparisons]
         if all(row.gate for row in rows):  # there is nothing to ask an engine
@@ -76,7 +76,7 @@ def _with_engines(
 
 
 @contextmanager
-def work_folder(home: Path) -> Iterator[Path]:
+def _work_folder(home: Path) -> Iterator[Path]:
     """Where the logits lie, on the disk of the report: they are too large for TMPDIR."""
     work = home / f".work-{uuid4().hex[:12]}"
     with scratch.filled(home), scratch.claimed(work):

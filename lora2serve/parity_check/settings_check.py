@@ -77,9 +77,9 @@ def before_engines(
     return checked
 
 
-def empty_row(origin: TrainedModel, comparison: Comparison) -> ComparisonResult:
-    """The row of a comparison before its gates."""
-    return ComparisonResult(
+def first_row(origin: TrainedModel, comparison: Comparison, results: Mapping[Path, SettingsResult]) -> ComparisonResult:
+    """The row of a comparison with its settings gate; where that is not met, the others are skipped."""
+    row = ComparisonResult(
         export=comparison.name,
         target=comparison.target,
         kind=comparison.kind,
@@ -87,11 +87,6 @@ def empty_row(origin: TrainedModel, comparison: Comparison) -> ComparisonResult:
         reference=comparison.reference,
         required=comparison.engine in origin.settings.require,
     )
-
-
-def first_row(origin: TrainedModel, comparison: Comparison, results: Mapping[Path, SettingsResult]) -> ComparisonResult:
-    """The row of a comparison with its settings gate; where that is not met, the others are skipped."""
-    row = empty_row(origin, comparison)
     if comparison.path is None:  # a deployment
         return row
     checked = results[comparison.path]

@@ -16,11 +16,12 @@ from lora2serve.sweeping.longest_search import most_trials
 from lora2serve.sweeping.search_plan import MOST_WIDENED, Phase, SearchPlan
 from lora2serve.sweeping.search_settings import SearchSettings
 from lora2serve.sweeping.search_space import RANK, RATE, TARGETS, SearchSpace, Value
+from lora2serve.sweeping.sweep_facts import SweepFacts
 from lora2serve.sweeping.sweep_loop import plan_of
 from lora2serve.sweeping.sweep_preparation import PreparedSweep, prepare
 from lora2serve.sweeping.sweep_request import SweepRequest
 from lora2serve.sweeping.trial_files import split_held_out, trial_overrides
-from lora2serve.sweeping.trial_ledger import TrialLedger
+from lora2serve.sweeping.trial_ledger import LedgerView, TrialLedger
 from lora2serve.sweeping.trial_record import TrialSpec
 from lora2serve.system.http import without_credentials
 
@@ -104,7 +105,8 @@ def plan_sweep(request: SweepRequest, progress: Progress | None = None) -> Sweep
 
 def _planned(prepared: PreparedSweep, ledger: TrialLedger | None) -> SweepPlan:
     space, settings = prepared.space, prepared.settings(0.0)
-    results = ledger.read().results.values() if ledger else ()
+    view = ledger.read() if ledger else None
+    results = view.results.values() if view else ()
     failed = sum(outcome.status == "failed" for outcome in results)
     first = len(ledger.facts.first) if ledger else MOST_POINTS * may_be_earlier()
     phases = most_trials(space, settings, prepared.jobs, first)
@@ -115,7 +117,7 @@ def _planned(prepared: PreparedSweep, ledger: TrialLedger | None) -> SweepPlan:
     return SweepPlan(
         name=prepared.name, folder=prepared.files.folder, storage=without_credentials(prepared.location),
         done=len(results) - failed if ledger else None, failed=failed,
-        finished=ledger is not None and _is_finished(ledger),
+        finished=bool(ledger and view and _is_finished(ledger.facts, view)),
         space={RATE: space.rates, TARGETS: space.targets, RANK: space.ranks, **space.others},
         points=points, fitting=points - sum(each.points for each in misfits) if known else None,
         gpu=prepared.planner.target.name, gpu_memory=prepared.planner.target.memory, does_not_fit=misfits,
@@ -143,12 +145,11 @@ def _misfits(prepared: PreparedSweep, settings: SearchSettings) -> tuple[PointsT
     return tuple(misfits)
 
 
-def _is_finished(ledger: TrialLedger) -> bool:
+def _is_finished(facts: SweepFacts, view: LedgerView) -> bool:
     """Whether nothing is left to be tried; what failed is tried again."""
-    view = ledger.read()
     results = {key: outcome for key, outcome in view.results.items() if outcome.status != "failed"}
     tried = {key: spec for key, spec in view.tried.items() if key in results}
-    return plan_of(ledger.facts, replace(view, results=results, tried=tried)).step().phase == "done"
+    return plan_of(facts, replace(view, results=results, tried=tried)).step().phase == "done"
 
 
 def _notes(space: SearchSpace, settings: SearchSettings, earlier: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ from lora2serve.evaluation import stats
 from lora2serve.evaluation.score_gates import foresee, judge, parse_gate
 from lora2serve.parity_check import installed_engines
 from lora2serve.system import scratch
+from tests.support.folders import content
 from tests.support.tiny import make_adapter, make_model
 
 
@@ -41,10 +42,6 @@ def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def files(root: Path) -> set[Path]:
-    return set(root.rglob("*"))
-
-
 def evaluation(**words: Any) -> api.EvaluationRequest:
     return api.EvaluationRequest(**{"model": ("mayor",), "suite": "qa.jsonl", **words})
 
@@ -54,7 +51,7 @@ def comparison(**words: Any) -> api.CompareRequest:
 
 
 def test_what_would_be_asked(here: Path) -> None:
-    before = files(here)
+    before = content(here)
     plan = api.plan_evaluation(evaluation(against="base", gate=("acc >= 0.5", "acc-b >= base", "tokens <= 9")))
     assert (plan.command, plan.suite, plan.scorer, plan.items) == ("evaluate", "qa", "normalized", 40)
     assert plan.tasks == {"a": 30, "b": 10} and plan.page == "evals/mayor/report/qa/report.html"
@@ -68,16 +65,16 @@ def test_what_would_be_asked(here: Path) -> None:
     several = api.plan_evaluation(evaluation(model=("mayor", "base"), gate=("acc >= 0.5",), out="out", limit=3))
     assert [gate.subject for gate in several.gates] == ["mayor", "base"] and several.items == 3
     assert [model.records for model in several.models] == [("out/qa.mayor.json",), ("out/qa.base.json",)]
-    assert files(here) == before
+    assert content(here) == before
 
 
 def test_what_would_be_compared(here: Path) -> None:
-    before = files(here)
+    before = content(here)
     plan = api.plan_comparison(comparison(gate=("changed <= 0.2", "kl <= other + 0.1")))
     assert plan.command == "compare" and plan.page == "evals/mayor/compared/base/report/qa/report.html"
     assert [len(model.records) for model in plan.models] == [2, 1], "the first is asked twice"
     assert [(gate.subject, gate.can_be_met) for gate in plan.gates] == [("base", "yes")] * 2
-    assert files(here) == before
+    assert content(here) == before
 
 
 @pytest.mark.parametrize(
@@ -141,12 +138,12 @@ def test_it_refuses_what_compare_does(here: Path, words: dict[str, Any]) -> None
 
 
 def refused(here: Path, plan: Callable[[], object], run: Callable[[], object]) -> None:
-    before, found = files(here), []
+    before, found = content(here), []
     for call in (plan, run):
         with pytest.raises((Lora2ServeError, OSError)) as caught:
             call()
         found.append((type(caught.value), str(caught.value), getattr(caught.value, "hint", "")))
-    assert found[0] == found[1] and files(here) == before
+    assert found[0] == found[1] and content(here) == before
 
 
 def test_an_engine_that_is_not_here(

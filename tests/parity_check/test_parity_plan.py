@@ -25,6 +25,7 @@ from lora2serve.parity_check.parity_plan import of_engines
 from lora2serve.parity_check.thresholds import TABLE
 from lora2serve.parity_check.trained_model import of_parts
 from lora2serve.system import scratch
+from tests.support.folders import content
 from tests.support.tiny import make_adapter, make_model
 
 URL = "http://localhost:1"
@@ -52,16 +53,12 @@ def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def files(root: Path) -> set[Path]:
-    return set(root.rglob("*"))
-
-
 def request(**words: Any) -> lora2serve.ParityRequest:
     return lora2serve.ParityRequest(**{"model": "mayor", "data": "rows.jsonl", **words})
 
 
 def test_what_would_be_compared(here: Path) -> None:
-    before = files(here)
+    before = content(here)
     plan = lora2serve.plan_parity(
         request(require=("peft",), thresholds={"lora.top1": 0.9}, url="http://localhost:1", ask="Who?")
     )
@@ -76,15 +73,15 @@ def test_what_would_be_compared(here: Path) -> None:
     assert "tensor_nmse" in adapter.bounds and "tensor_nmse" not in url.bounds, "a deployment shows no files"
     assert plan.prompts and (plan.prompts.rows, plan.prompts.conversations, plan.prompts.amount.tokens) == (3, 10, 2048)
     assert (plan.page, plan.ask) == ("exports/mayor/parity/report.html", "Who?")
-    assert files(here) == before
+    assert content(here) == before
 
 
 def test_the_settings_gate_as_in_its_report(here: Path, tmp_path: Path) -> None:
     """Which takes no engine, so that the report is a true one."""
     asked = lora2serve.ParityRequest(model="mayor", gate="settings", report_dir=tmp_path / "report")
-    before = files(here)
+    before = content(here)
     plan = lora2serve.plan_parity(asked)
-    assert not any(tmp_path.iterdir()) and files(here) == before
+    assert not any(tmp_path.iterdir()) and content(here) == before
     assert lora2serve.plan_parity(replace(asked, report_dir=None)).page == "exports/mayor/parity/settings/report.html"
     result = run_parity(asked)
     rows = [(row.export, row.target, row.kind, tuple(gate.name for gate in row.gates)) for row in result.report.rows]
@@ -113,13 +110,13 @@ def test_the_settings_gate_as_in_its_report(here: Path, tmp_path: Path) -> None:
     ],
 )
 def test_it_refuses_what_parity_does(here: Path, words: dict[str, Any], message: str) -> None:
-    before, refused = files(here), []
+    before, refused = content(here), []
     for call in (lora2serve.plan_parity, run_parity):
         with pytest.raises(Lora2ServeError) as caught:
             call(request(**words))
         refused.append((type(caught.value), caught.value.message, caught.value.hint))
     assert refused[0] == refused[1] and message in refused[0][1]
-    assert files(here) == before
+    assert content(here) == before
 
 
 def test_a_home_that_cannot_be_made(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

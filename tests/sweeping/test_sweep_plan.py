@@ -35,6 +35,7 @@ from lora2serve.sweeping.trial_plans import TrialPlanner, trial_planner
 from lora2serve.sweeping.trial_process import TrialOrder
 from lora2serve.sweeping.trial_record import FULL, RowLoss, TrialOutcome, TrialSpec
 from tests.planning.conftest import LLAMA3_8B, write_config
+from tests.support.folders import content
 from tests.support.runs import DEMO, Told, recipe_file, write_jsonl
 from tests.sweeping.planted_sweep import SPACE, PlantedPlace, begin, begun
 from tests.sweeping.simulated_search import BASE_LOSS, ROWS, TARGETS, TOKENS, PlantedLoss
@@ -47,11 +48,6 @@ RATES = "learning rate and layers"
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return recipe_file(tmp_path, DEMO / "base", DATA)
-
-
-def content(folder: Path) -> dict[Path, bytes]:
-    """Of all files below, and the folders."""
-    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 def planned(recipe: Path, **words: object) -> SweepPlan:
